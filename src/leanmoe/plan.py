@@ -1,0 +1,282 @@
+"""The one artefact: what a model may activate, per load band and MoE layer, as a small JSON file.
+
+Needs no torch. A plan is a list of bands, each for a range of tokens in a forward step, each
+holding one rule per MoE layer. Nothing set means the model as it was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.storage import read_json, write_json
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The model a plan was made for; a plan is refused on any other."""
+
+    architecture: str
+    layers: int
+    moe_layers: int
+    experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one MoE layer may activate; fields left at None change nothing.
+
+    Fields apply in this order: `experts`, the model's own ranking, `top_k`, `threshold` and
+    `top_p`, then `guaranteed` and `budget`.
+    """
+
+    top_k: int | None = None
+    """Experts a token may use at most (arXiv 2505.03531)."""
+    threshold: float | None = None
+    """Drops a slot whose gate is below threshold x the token's best gate (arXiv 2402.14800)."""
+    top_p: float | None = None
+    """Keeps the smallest prefix reaching this share of the token's top-k gate mass (2403.07652)."""
+    guaranteed: int | None = None
+    """Each token keeps its best this many; the rest come from everyone's (OEA, 2511.02237)."""
+    budget: int | None = None
+    """Distinct experts in the step at most, every token's best kept (XShare, 2602.07265)."""
+    experts: tuple[int, ...] | None = None
+    """The experts that remain; the others are pruned."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the rule leaves the layer as it was trained."""
+        return self == Rule()
+
+    @property
+    def depends_on_company(self) -> bool:
+        """Whether a token's experts depend on the other tokens in its step."""
+        return self.guaranteed is not None or self.budget is not None
+
+    def check(self, model: Fingerprint, where: str = "rule", more_experts: bool = False) -> None:
+        """Raises LeanMoeError, naming field, value and range, if the model cannot honour it.
+
+        `more_experts` allows a `top_k` above the one the model was trained with.
+        """
+        kept = model.experts if self.experts is None else len(self.experts)
+        most = kept if more_experts else min(model.top_k, kept)
+        hint = "" if more_experts else f" (the model was trained with {model.top_k})"
+        _require_whole(where, "top_k", self.top_k, 1, most, hint)
+        _require_whole(where, "guaranteed", self.guaranteed, 1, self.top_k or most, "")
+        _require_whole(where, "budget", self.budget, 1, kept, "")
+        _require_share(where, "threshold", self.threshold)
+        _require_share(where, "top_p", self.top_p)
+        if self.experts is not None:
+            _require_experts(where, self.experts, model.experts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are set."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if value is not None
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, where: str = "rule") -> Rule:
+        """Reads what `to_json` wrote; unknown fields and wrong types are refused by name."""
+        _require_keys(value, {f.name for f in fields(cls)}, where)
+        for name in ("top_k", "guaranteed", "budget"):
+            _require_type(value.get(name), (int,), f"{where}.{name}", "a whole number")
+        for name in ("threshold", "top_p"):
+            _require_type(value.get(name), (int, float), f"{where}.{name}", "a number")
+        _require_type(value.get("experts"), (list,), f"{where}.experts", "a list of expert ids")
+        experts = value.get("experts")
+        if experts is not None:
+            for expert in experts:
+                _require_type(expert, (int,), f"{where}.experts", "a list of expert ids")
+        return cls(**{**value, "experts": None if experts is None else tuple(experts)})
+
+
+@dataclass(frozen=True)
+class Band:
+    """The rules for forward steps of at most `up_to` tokens; `up_to=None` has no upper end."""
+
+    up_to: int | None
+    rules: tuple[Rule, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the band runs the model as it was trained."""
+        return all(rule.is_empty for rule in self.rules)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model may activate, by tokens in a forward step. Empty bands: the model itself.
+
+    Bands are ordered by `up_to`; a step larger than the last band runs the full model.
+    """
+
+    model: Fingerprint
+    bands: tuple[Band, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def uniform(cls, model: Fingerprint, rule: Rule) -> Plan:
+        """The same rule in every MoE layer at every load."""
+        return cls(model, (Band(None, (rule,) * model.moe_layers),))
+
+    @classmethod
+    def per_layer(cls, model: Fingerprint, rules: tuple[Rule, ...]) -> Plan:
+        """One rule per MoE layer, the same at every load."""
+        return cls(model, (Band(None, rules),))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the plan runs the model as it was trained at every load."""
+        return all(band.is_empty for band in self.bands)
+
+    def band_for(self, tokens: int) -> Band | None:
+        """The band of a forward step with this many tokens; None where the plan ends below it."""
+        return next((b for b in self.bands if b.up_to is None or tokens <= b.up_to), None)
+
+    def rules_for(self, tokens: int) -> tuple[Rule, ...]:
+        """One rule per MoE layer for a forward step with this many tokens (padding not counted)."""
+        band = self.band_for(tokens)
+        return band.rules if band else (Rule(),) * self.model.moe_layers
+
+    def check(self, model: Fingerprint, more_experts: bool = False) -> None:
+        """Raises LeanMoeError unless the plan was made for `model` and every rule is in range."""
+        for name, planned in asdict(self.model).items():
+            found = getattr(model, name)
+            if planned != found:
+                raise LeanMoeError(
+                    f"this plan was made for another model: its {name} is {planned}, "
+                    f"this model's is {found}"
+                )
+        self._check_bands()
+        for number, band in enumerate(self.bands):
+            for layer, rule in enumerate(band.rules):
+                rule.check(model, f"bands[{number}].rules[{layer}]", more_experts)
+
+    def _check_bands(self) -> None:
+        previous = 0
+        for number, band in enumerate(self.bands):
+            if band.up_to is None and number != len(self.bands) - 1:
+                raise LeanMoeError(
+                    f"bands[{number}].up_to is null: only the last band may be without an end"
+                )
+            if band.up_to is not None and band.up_to <= previous:
+                raise LeanMoeError(
+                    f"bands[{number}].up_to is {band.up_to}: it must be above {previous}"
+                )
+            previous = band.up_to or previous
+            if len(band.rules) != self.model.moe_layers:
+                raise LeanMoeError(
+                    f"bands[{number}] has {len(band.rules)} rules: "
+                    f"the model has {self.model.moe_layers} MoE layers"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values, with its schema version."""
+        return {
+            "leanmoe_plan": SCHEMA_VERSION,
+            "model": asdict(self.model),
+            "bands": [
+                {"up_to": band.up_to, "rules": [rule.to_json() for rule in band.rules]}
+                for band in self.bands
+            ],
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Plan:
+        """Reads what `to_json` wrote; anything malformed is a LeanMoeError naming the place."""
+        _require_keys(value, {"leanmoe_plan", "model", "bands", "provenance"}, "plan")
+        version = value.get("leanmoe_plan")
+        if version != SCHEMA_VERSION:
+            raise LeanMoeError(
+                f"plan has schema version {version!r}: this leanmoe reads {SCHEMA_VERSION}"
+            )
+        model = _fingerprint_from_json(value.get("model"))
+        bands = value.get("bands")
+        if not isinstance(bands, list):
+            raise LeanMoeError(f"plan.bands is {bands!r}: it must be a list of bands")
+        provenance = value.get("provenance", {})
+        if not isinstance(provenance, dict):
+            raise LeanMoeError(f"plan.provenance is {provenance!r}: it must be an object")
+        plan = cls(model, tuple(_band_from_json(b, n) for n, b in enumerate(bands)), provenance)
+        plan.check(model, more_experts=True)
+        return plan
+
+    def save(self, path: Path) -> None:
+        """Writes the plan, whole or not at all."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Reads and validates a plan file."""
+        return cls.from_json(read_json(path, "plan"))
+
+
+def _band_from_json(value: Any, number: int) -> Band:
+    where = f"bands[{number}]"
+    _require_keys(value, {"up_to", "rules"}, where)
+    _require_type(value.get("up_to"), (int,), f"{where}.up_to", "a number of tokens or null")
+    rules = value.get("rules")
+    if not isinstance(rules, list):
+        raise LeanMoeError(f"{where}.rules is {rules!r}: it must be a list of rules")
+    return Band(
+        value.get("up_to"),
+        tuple(Rule.from_json(rule, f"{where}.rules[{n}]") for n, rule in enumerate(rules)),
+    )
+
+
+def _fingerprint_from_json(value: Any) -> Fingerprint:
+    names = [f.name for f in fields(Fingerprint)]
+    _require_keys(value, set(names), "plan.model")
+    for name in names:
+        wanted = (str,) if name == "architecture" else (int,)
+        kind = "a name" if name == "architecture" else "a whole number"
+        if value.get(name) is None:
+            raise LeanMoeError(f"plan.model.{name} is missing: it must be {kind}")
+        _require_type(value[name], wanted, f"plan.model.{name}", kind)
+    return Fingerprint(**value)
+
+
+def _require_keys(value: Any, allowed: set[str], where: str) -> None:
+    if not isinstance(value, dict):
+        raise LeanMoeError(f"{where} is {value!r}: it must be an object")
+    if unknown := sorted(set(value) - allowed):
+        raise LeanMoeError(
+            f"{where} has an unknown field {unknown[0]!r}: allowed are {', '.join(sorted(allowed))}"
+        )
+
+
+def _require_type(value: Any, types: tuple[type, ...], where: str, wanted: str) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
+        raise LeanMoeError(f"{where} is {value!r}: it must be {wanted}")
+
+
+def _require_whole(
+    where: str, name: str, value: int | None, least: int, most: int, hint: str
+) -> None:
+    if value is not None and not least <= value <= most:
+        raise LeanMoeError(f"{where}.{name} is {value}: it must be {least} to {most}{hint}")
+
+
+def _require_share(where: str, name: str, value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise LeanMoeError(f"{where}.{name} is {value}: it must be above 0 and at most 1")
+
+
+def _require_experts(where: str, experts: tuple[int, ...], count: int) -> None:
+    if not experts:
+        raise LeanMoeError(f"{where}.experts is empty: at least one expert must remain")
+    if len(set(experts)) != len(experts):
+        raise LeanMoeError(f"{where}.experts names an expert twice")
+    if outside := [e for e in experts if not 0 <= e < count]:
+        raise LeanMoeError(f"{where}.experts names {outside[0]}: it must be 0 to {count - 1}")
