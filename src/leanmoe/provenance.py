@@ -39,8 +39,9 @@ def collect(command: str, seed: int | None = None) -> Provenance:
     return Provenance(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=hardware(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
-        os.cpu_count() or 1,
+        cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
         versions={name: found for name in VERSIONED if (found := _version(name))},
         commit=commit(),
         seed=seed,

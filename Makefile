@@ -1,0 +1,37 @@
+# Two commands for a fresh clone: `make demo` and `make test`.
+# Both create .venv with the first Python >= 3.11 found. On a machine with a GPU, or to use a
+# smaller CPU build of torch, set TORCH, e.g.
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+TORCH ?= torch==2.13.0
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null 2>&1 && \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+	echo $$p && break; done)
+BIN := .venv/bin
+RUN ?= runs/demo
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready  ## tune the reference model on this machine, prove the cost, write the page
+	$(BIN)/leanmoe tune reference --output $(RUN) --overwrite
+	@echo
+	@echo "The page: $(RUN)/report.html    The plan: $(RUN)/plan.json"
+
+test: .venv/ready lint  ## style, types and every test
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "leanmoe needs Python 3.11 or newer"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch .venv/ready
+
+clean:
+	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
