@@ -1,0 +1,312 @@
+"""Puts plots, tables and provenance into one HTML file that opens without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from leanmoe.report import plots
+from leanmoe.report.results import Results, percent, read_results
+from leanmoe.storage import read_json, write_text
+
+STYLE = """
+:root { --ink: #1d2b3a; --soft: #5c6b7a; --line: #dfe5ea; --ours: #0b7a75; --bad: #b3261e; }
+* { box-sizing: border-box; }
+body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); margin: 0; background: #f6f8f9; }
+main { max-width: 1080px; margin: 0 auto; padding: 32px 24px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 0 0 2px; }
+p.lead { font-size: 17px; margin: 8px 0 20px; } p { margin: 6px 0 12px; max-width: 76ch; }
+section { background: #fff; border: 1px solid var(--line); border-radius: 8px;
+  padding: 20px 22px; margin: 18px 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+td.words, th.words { text-align: left; } tr.ours td { background: #eef7f6; font-weight: 600; }
+.accepted { color: var(--ours); font-weight: 600; } .refused { color: var(--bad); }
+.label { font-size: 12px; color: var(--soft); border: 1px solid var(--line); border-radius: 99px;
+  padding: 1px 9px; margin-left: 8px; vertical-align: 2px; font-weight: 400; }
+.scroll { overflow-x: auto; } small, .soft { color: var(--soft); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+"""
+
+
+def write_report(run: Path, target: Path | None = None) -> Path:
+    """Writes `run`/report.html (or `target`) from its results.json and plan.json; returns it."""
+    results = read_results(run / "results.json")
+    plan = read_json(run / "plan.json", "plan")
+    target = target or run / "report.html"
+    write_text(target, page(results, plan))
+    return target
+
+
+def page(results: Results, plan: dict[str, Any]) -> str:
+    """The whole page as HTML; plotly's script is inlined once."""
+    from plotly.offline import get_plotlyjs
+
+    body = "".join(
+        [
+            _head(results),
+            _verdicts(results),
+            *_gain(results),
+            *[_front(results, f["concurrency"]) for f in results["fronts"]],
+            _plan(results, plan),
+            *_strategies(results),
+            _experts(results),
+            _provenance(results),
+        ]
+    )
+    title = escape(f"leanmoe: {results['model']['name']}")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head>"
+        f"<body><main>{body}</main></body></html>\n"
+    )
+
+
+def headline(results: Results) -> str:
+    """The verdict in one sentence, losses and ties as plainly as wins."""
+    accepted = [v for v in results["verdicts"] if v["accepted"] and v.get("gain")]
+    margin = percent(results["settings"]["margin"], 1)
+    if not accepted:
+        return (
+            f"No plan is faster with a loss proven within {margin}: the plan stays empty and the "
+            "model runs as it was trained."
+        )
+    best = max(accepted, key=lambda v: float(v["gain"]["median"]))
+    gain = best["gain"]
+    return (
+        f"{percent(gain['median'] - 1, 1)} output throughput at {best['concurrency']} requests at "
+        f"once (95% interval {percent(gain['low'] - 1, 1)} to {percent(gain['high'] - 1, 1)}), "
+        f"next-token loss at most {percent(best['loss']['upper_bound'])} higher with 95% "
+        f"confidence (margin {margin})."
+    )
+
+
+def _head(results: Results) -> str:
+    model = results["model"]
+    return (
+        f"<h1>leanmoe tune: {escape(model['name'])}</h1>"
+        f'<p class="lead">{escape(headline(results))}</p>'
+    )
+
+
+def _verdicts(results: Results) -> str:
+    rows = []
+    for verdict in results["verdicts"]:
+        loss, gain = verdict.get("loss"), verdict.get("gain")
+        word, kind = ("accepted", "accepted") if verdict["accepted"] else ("full model", "refused")
+        rows.append(
+            [
+                f"{verdict['concurrency']} at once",
+                f'<span class="{kind}">{word}</span>',
+                _interval(loss, "ratio", 2) if loss else "",
+                percent(loss["upper_bound"]) if loss else "",
+                _ratio(gain) if gain else "",
+                f'<span class="soft">{escape(verdict["reason"])}</span>',
+            ]
+        )
+    names = ["load", "verdict", "loss", "loss at most (95%)", "throughput", "why"]
+    return _section(
+        "Verdict per load",
+        "measured",
+        "Loss is the relative increase in next-token loss on documents the search never saw, "
+        "paired by document. Throughput is output tokens per second, plan over full model, "
+        "interleaved in the same run on the same kernels.",
+        _table(names, rows, words={1, 5}),
+    )
+
+
+def _gain(results: Results) -> list[str]:
+    if not results.get("gain"):
+        return []
+    rows = []
+    for entry in results["gain"]:
+        for name, measured in entry["variants"].items():
+            cells = [plots.load_name(entry).replace("<br>", ", "), escape(name)]
+            cells += [_number(value) for value in _metrics(measured)]
+            rows.append(cells)
+    names = ["load", "variant", "output tok/s", "TTFT ms", "TPOT ms", "E2EL ms"]
+    return [
+        _section(
+            "Gain over load",
+            "measured",
+            "Medians over interleaved repeats; error bars are 95% intervals of the ratio.",
+            _plot(plots.gain(results)) + _table(names, rows, words={1}),
+        )
+    ]
+
+
+def _metrics(measured: dict[str, Any]) -> list[float | None]:
+    def median(name: str) -> float | None:
+        value = measured.get(name)
+        return value.get("median") if isinstance(value, dict) else value
+
+    return [median(n) for n in ("output_throughput", "ttft_ms", "tpot_ms", "e2el_ms")]
+
+
+def _front(results: Results, concurrency: int) -> str:
+    return _section(
+        f"Quality against speed at {concurrency} at once",
+        "loss measured, layer time modelled",
+        "Each point is a whole plan, run on held-out text; bars are 95% intervals. "
+        "A plan is chosen only if even its upper bound is under the margin.",
+        _plot(plots.front(results, concurrency)),
+    )
+
+
+def _plan(results: Results, plan: dict[str, Any]) -> str:
+    slots = {}
+    chosen = {
+        f["concurrency"]: next((p for p in f["points"] if p["chosen"]), None)
+        for f in results["fronts"]
+    }
+    for number, band in enumerate(plan["bands"]):
+        point = next((p for p in chosen.values() if p and p.get("rules") == band["rules"]), None)
+        if point and point.get("slots_per_layer"):
+            slots[number] = point["slots_per_layer"]
+    return _section(
+        "The plan",
+        "",
+        "What each MoE layer may activate, by how many tokens a forward step holds. "
+        "“full” is the layer as it was trained.",
+        _plot(plots.plan_heat_map(plan, slots)) if plan["bands"] else "<p>The plan is empty.</p>",
+    )
+
+
+def _strategies(results: Results) -> list[str]:
+    sections = []
+    for concurrency in dict.fromkeys(t["concurrency"] for t in results.get("strategies", [])):
+        tables = [t for t in results["strategies"] if t["concurrency"] == concurrency]
+        body = _plot(plots.strategies(results, concurrency))
+        body += "".join(_strategy_table(table) for table in tables)
+        sections.append(
+            _section(
+                f"Every strategy on the same budget, {concurrency} at once",
+                "measured",
+                "Same held-out text, same mean cost. The last column is the loss over leanmoe's "
+                "own at that budget, paired by document: above zero, leanmoe loses less.",
+                body,
+            )
+        )
+    return sections
+
+
+def _strategy_table(table: dict[str, Any]) -> str:
+    budget = table["budget"]
+    rows, ours = [], set()
+    for number, row in enumerate(sorted(table["rows"], key=lambda r: float(r["loss"]["ratio"]))):
+        against = row.get("against")
+        if row["strategy"] == "leanmoe":
+            ours.add(number)
+        rows.append(
+            [
+                escape(row["strategy"]),
+                escape(row.get("source", "")),
+                _number(row.get("slots")),
+                _number(row.get("distinct")),
+                _interval(row["loss"], "ratio", 2),
+                _interval(against, "difference", 2) if against else "",
+            ]
+        )
+    kind = "experts a token" if budget["kind"] == "slots" else "distinct experts a step"
+    names = ["strategy", "source", "slots", "distinct", "loss (95%)", "over leanmoe (95%)"]
+    return f"<h3>{budget['value']:.3g} {kind}</h3>" + _table(names, rows, {1}, ours)
+
+
+def _experts(results: Results) -> str:
+    tokens = results["profile"]["tokens"]
+    return _section(
+        "What the router does",
+        "measured",
+        f"On {tokens:,} tokens of calibration text. Top: how often each expert is chosen. "
+        "Middle: distinct experts awake in a step. Bottom: gate mass of a token's best experts.",
+        "".join(
+            _plot(figure)
+            for figure in (
+                plots.expert_use(results),
+                plots.distinct_experts(results),
+                plots.gate_mass(results),
+            )
+        ),
+    )
+
+
+def _provenance(results: Results) -> str:
+    made = results["provenance"]
+    text = results["text"]
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    facts = {
+        "hardware": f"{made['hardware']}, {made['cores']} cores",
+        "versions": versions,
+        "commit": made["commit"],
+        "date": made["date"],
+        "seed": str(made["seed"]),
+        "command": made["command"],
+        "experts run by": results["model"].get("experts_implementation", ""),
+        "text": text["source"],
+        "calibration": _part(text["calibration"]),
+        "held out": _part(text["heldout"]),
+        "seconds": ", ".join(f"{k} {v:.0f}" for k, v in results.get("seconds", {}).items()),
+    }
+    if results.get("peak_memory_bytes"):
+        facts["peak memory"] = f"{results['peak_memory_bytes'] / 1e9:.2f} GB"
+    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+    notes = "".join(f"<li>{escape(note)}</li>" for note in results.get("notes", []))
+    return _section("How this was made", "", "", f"<dl>{items}</dl><ul>{notes}</ul>")
+
+
+def _part(part: dict[str, Any]) -> str:
+    return f"{part['documents']:,} documents, {part['tokens']:,} tokens"
+
+
+def _section(title: str, label: str, text: str, body: str) -> str:
+    tag = f'<span class="label">{escape(label)}</span>' if label else ""
+    prose = f'<p class="soft">{escape(text)}</p>' if text else ""
+    return f"<section><h2>{escape(title)}{tag}</h2>{prose}{body}</section>"
+
+
+def _plot(figure: Any) -> str:
+    html = figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+    )
+    return str(html)
+
+
+def _table(
+    names: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    words: set[int] | None = None,
+    ours: set[int] | None = None,
+) -> str:
+    """Cells are HTML already escaped; `words` are left-aligned columns, `ours` stressed rows."""
+
+    def cell(tag: str, column: int, value: str) -> str:
+        kind = ' class="words"' if words and column in words else ""
+        return f"<{tag}{kind}>{value}</{tag}>"
+
+    head = "".join(cell("th", c, escape(name)) for c, name in enumerate(names))
+    body = "".join(
+        f"<tr{' class=ours' if ours and n in ours else ''}>"
+        + "".join(cell("td", c, value) for c, value in enumerate(row))
+        + "</tr>"
+        for n, row in enumerate(rows)
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _interval(value: dict[str, Any], name: str, digits: int) -> str:
+    low, high = percent(value["low"], digits), percent(value["high"], digits)
+    return f"{percent(value[name], digits)} <small>({low} to {high})</small>"
+
+
+def _ratio(gain: dict[str, Any]) -> str:
+    low, high = percent(gain["low"] - 1, 1), percent(gain["high"] - 1, 1)
+    return f"{percent(gain['median'] - 1, 1)} <small>({low} to {high})</small>"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}"

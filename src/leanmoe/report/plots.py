@@ -1,0 +1,239 @@
+"""The plots of the page, each a plotly figure made from one section of the results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+from leanmoe.report.results import Results, describe_rule
+
+INK = "#1d2b3a"
+FULL = "#8a97a6"
+OURS = "#0b7a75"
+OTHER = "#d08c60"
+LIMIT = "#b3261e"
+COLOURS = ("#0b7a75", "#d08c60", "#5b5ea6", "#a23b72", "#4f772d", "#3a86c8", "#8d6a9f", "#c9a227")
+
+
+def front(results: Results, concurrency: int) -> go.Figure:
+    """Next-token loss against MoE-layer time for the plans validated at one load."""
+    points = next(f for f in results["fronts"] if f["concurrency"] == concurrency)["points"]
+    figure = _figure(
+        "MoE layer time, share of the full model's (less is faster)",
+        "next-token loss, increase over the full model",
+    )
+    margin = results["settings"]["margin"]
+    figure.add_hline(
+        y=100 * margin,
+        line={"color": LIMIT, "dash": "dash", "width": 1.5},
+        annotation_text=f"margin {100 * margin:g}%",
+        annotation_font_color=LIMIT,
+        annotation_position="top left",
+    )
+    for chosen, colour, name in ((False, FULL, "validated"), (True, OURS, "chosen plan")):
+        shown = [p for p in points if bool(p["chosen"]) is chosen]
+        if shown:
+            figure.add_trace(_loss_points(shown, "modelled_time", name, colour, chosen))
+    figure.update_xaxes(tickformat=".0%")
+    return figure
+
+
+def strategies(results: Results, concurrency: int) -> go.Figure:
+    """Loss against cost for every strategy by name, at one load, on the same held-out text."""
+    tables = [t for t in results.get("strategies", []) if t["concurrency"] == concurrency]
+    kind = tables[0]["budget"]["kind"] if tables else "slots"
+    unit = "experts a token activates (mean)" if kind == "slots" else "distinct experts in a step"
+    figure = _figure(unit, "next-token loss, increase over the full model")
+    names = list(dict.fromkeys(row["strategy"] for table in tables for row in table["rows"]))
+    for number, name in enumerate(names):
+        rows = [r for t in tables for r in t["rows"] if r["strategy"] == name]
+        rows.sort(key=lambda row: row[kind])
+        figure.add_trace(
+            _loss_points(rows, kind, name, COLOURS[number % len(COLOURS)], name == "leanmoe")
+        )
+        figure.data[-1].mode = "lines+markers"
+    return figure
+
+
+def gain(results: Results) -> go.Figure:
+    """Measured throughput with the plan over the full model's, with intervals, over load."""
+    entries = results["gain"]
+    names = [load_name(entry) for entry in entries]
+    ratios = [entry["ratio"] for entry in entries]
+    figure = _figure("load", "output throughput, plan over full model")
+    figure.add_hline(y=0, line={"color": FULL, "width": 1.5})
+    figure.add_trace(
+        go.Bar(
+            x=names,
+            y=[100 * (ratio["median"] - 1) for ratio in ratios],
+            marker_color=OURS,
+            width=0.45,
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [100 * (ratio["high"] - ratio["median"]) for ratio in ratios],
+                "arrayminus": [100 * (ratio["median"] - ratio["low"]) for ratio in ratios],
+                "color": INK,
+            },
+            hovertemplate="%{x}<br>%{y:+.1f}%<extra></extra>",
+        )
+    )
+    figure.update_yaxes(ticksuffix="%")
+    return figure
+
+
+def plan_heat_map(plan: dict[str, Any], slots: dict[int, list[float]]) -> go.Figure:
+    """Each MoE layer's rule in each band; the colour is the slots a token uses there (mean)."""
+    bands = plan["bands"]
+    names, previous = [], 0
+    for band in bands:
+        names.append(f"{previous + 1} to {band['up_to']}" if band["up_to"] else f"{previous + 1}+")
+        previous = band["up_to"] or previous
+    layers = list(range(plan["model"]["moe_layers"]))
+    most = plan["model"]["top_k"]
+    values = [
+        [slots.get(b, [float(most)] * len(layers))[layer] for b in range(len(bands))]
+        for layer in layers
+    ]
+    texts = [[describe_rule(band["rules"][layer]) for band in bands] for layer in layers]
+    figure = _figure("tokens in a forward step", "MoE layer")
+    figure.add_trace(
+        go.Heatmap(
+            x=names,
+            y=[str(layer) for layer in layers],
+            z=values,
+            text=texts,
+            texttemplate="%{text}",
+            zmin=1,
+            zmax=most,
+            xgap=3,
+            ygap=3,
+            colorscale=[[0, "#0b7a75"], [0.6, "#9ecfc9"], [1, "#f2f5f7"]],
+            colorbar={"title": {"text": "slots"}, "thickness": 12},
+            hovertemplate="layer %{y}, %{x} tokens<br>%{text}<br>%{z:.2f} slots<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def expert_use(results: Results) -> go.Figure:
+    """How often each expert is chosen, layer by layer, most used first; even use would be 1."""
+    layers = results["profile"]["layers"]
+    figure = _figure("expert, by rank in its layer", "MoE layer")
+    rows = [
+        sorted((share * len(layer["use"]) for share in layer["use"]), reverse=True)
+        for layer in layers
+    ]
+    figure.add_trace(
+        go.Heatmap(
+            z=rows,
+            y=[str(layer["layer"]) for layer in layers],
+            zmin=0,
+            colorscale=[[0, "#f2f5f7"], [0.4, "#9ecfc9"], [1, "#0b5a56"]],
+            colorbar={"title": {"text": "x even"}, "thickness": 12},
+            hovertemplate="layer %{y}, rank %{x}<br>%{z:.2f} x even use<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def distinct_experts(results: Results) -> go.Figure:
+    """Distinct experts a step wakes over its tokens: real routing against the uniform formula."""
+    layers = results["profile"]["layers"]
+    figure = _figure("tokens in a forward step", "distinct experts awake")
+    for number, layer in enumerate(layers):
+        figure.add_trace(
+            go.Scatter(
+                x=[d["tokens"] for d in layer["distinct"]],
+                y=[d["measured"] for d in layer["distinct"]],
+                name=f"layer {layer['layer']}",
+                mode="lines+markers",
+                line={"color": COLOURS[number % len(COLOURS)], "width": 1.5},
+                marker={"size": 5},
+            )
+        )
+    uniform = layers[0]["distinct"]
+    figure.add_trace(
+        go.Scatter(
+            x=[d["tokens"] for d in uniform],
+            y=[d["uniform"] for d in uniform],
+            name="uniform formula",
+            line={"color": INK, "dash": "dash"},
+            mode="lines",
+        )
+    )
+    figure.update_xaxes(type="log", dtick=0.30103)
+    return figure
+
+
+def gate_mass(results: Results) -> go.Figure:
+    """The share of a token's gate mass that its best j experts carry, layer by layer."""
+    figure = _figure("best j of the token's experts", "share of the gate mass")
+    for number, layer in enumerate(results["profile"]["layers"]):
+        figure.add_trace(
+            go.Scatter(
+                x=list(range(1, len(layer["mass"]) + 1)),
+                y=layer["mass"],
+                name=f"layer {layer['layer']}",
+                mode="lines+markers",
+                line={"color": COLOURS[number % len(COLOURS)], "width": 1.5},
+                marker={"size": 5},
+            )
+        )
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
+    figure.update_xaxes(dtick=1)
+    return figure
+
+
+def load_name(entry: dict[str, Any]) -> str:
+    """A load as a reader would say it."""
+    lengths = f"{entry['input_tokens']} in, {entry['output_tokens']} out"
+    return f"{entry['concurrency']} at once<br>{lengths}"
+
+
+def _loss_points(
+    rows: list[dict[str, Any]], cost: str, name: str, colour: str, strong: bool
+) -> go.Scatter:
+    losses = [row["loss"] for row in rows]
+    texts = ["<br>".join([row.get("name", name), *_rules_in_lines(row)]) for row in rows]
+    return go.Scatter(
+        x=[row[cost] for row in rows],
+        y=[100 * loss["ratio"] for loss in losses],
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [100 * (loss["high"] - loss["ratio"]) for loss in losses],
+            "arrayminus": [100 * (loss["ratio"] - loss["low"]) for loss in losses],
+            "thickness": 1,
+        },
+        mode="markers",
+        name=name,
+        text=texts,
+        marker={"color": colour, "size": 11 if strong else 7},
+        line={"color": colour, "width": 2.5 if strong else 1},
+        hovertemplate="%{text}<br>%{x:.3g}: %{y:+.2f}%<extra></extra>",
+    )
+
+
+def _rules_in_lines(row: dict[str, Any]) -> list[str]:
+    return [f"layer {n}: {describe_rule(rule)}" for n, rule in enumerate(row.get("rules", []))]
+
+
+def _figure(x_title: str, y_title: str) -> go.Figure:
+    figure = go.Figure()
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        margin={"l": 60, "r": 20, "t": 20, "b": 50},
+        height=380,
+        legend={"orientation": "h", "y": 1.12},
+        hoverlabel={"align": "left"},
+    )
+    figure.update_xaxes(title_text=x_title)
+    figure.update_yaxes(title_text=y_title)
+    if "loss" in y_title:
+        figure.update_yaxes(ticksuffix="%")
+    return figure

@@ -1,0 +1,78 @@
+"""The page: self-contained, honest about refusals, and careful with what it is given."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.report import write_report
+from leanmoe.report.page import headline, page
+from leanmoe.report.results import describe_rule, read_results
+from tests.report import example
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "results.json").write_text(json.dumps(example.results()))
+    (tmp_path / "plan.json").write_text(json.dumps(example.plan()))
+    return tmp_path
+
+
+def test_page_is_one_file_that_asks_no_network(run: Path) -> None:
+    html = write_report(run).read_text()
+    scripts = re.findall(r"<script[^>]*\bsrc=", html)
+    links = re.findall(r"<link\b", html)
+    assert (scripts, links) == ([], [])
+    assert html.count("plotly.js v") == 1
+
+
+def test_page_shows_every_section_and_escapes_names(run: Path) -> None:
+    html = write_report(run).read_text()
+    for title in ("Verdict per load", "Gain over load", "The plan", "What the router does"):
+        assert f"<h2>{title}" in html
+    assert "reference &lt;model&gt;" in html
+    assert "reference <model>" not in re.sub(r"<script.*?</script>", "", html, flags=re.S)
+
+
+def test_headline_names_gain_interval_and_bound() -> None:
+    text = headline(example.results())
+    assert "+15.0%" in text
+    assert "+10.0% to +20.0%" in text
+    assert "margin +0.5%" in text
+
+
+def test_without_an_accepted_plan_the_page_says_so() -> None:
+    refused = example.results(accepted=False)
+    assert "plan stays empty" in headline(refused)
+    empty = {**example.plan(), "bands": []}
+    assert "The plan is empty." in page(refused, empty)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"leanmoe_results": 7}, "schema version 7"), ({"fronts": None}, "fronts is missing")],
+)
+def test_results_of_another_form_are_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    results = {k: v for k, v in {**example.results(), **change}.items() if v is not None}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    with pytest.raises(LeanMoeError, match=message):
+        read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({}, "full"),
+        ({"top_k": 6, "guaranteed": 3}, "top_k 6, guaranteed 3"),
+        ({"experts": [1, 2]}, "2 experts"),
+    ],
+)
+def test_rules_in_words(rule: dict[str, object], words: str) -> None:
+    assert describe_rule(rule) == words
