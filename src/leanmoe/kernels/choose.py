@@ -1,0 +1,32 @@
+"""Which implementation computes the experts of a layer, said by name and with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanmoe.kernels.cpu import experts_cpu
+from leanmoe.kernels.reference import experts_reference
+from leanmoe.kernels.weights import ExpertWeights
+
+Experts = Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]
+
+
+class Choice(NamedTuple):
+    """What will run: `function(hidden_TD, ids_TK, weights_TK, weights) -> out_TD`."""
+
+    name: str
+    function: Experts
+    reason: str
+
+
+def choose_experts(weights: ExpertWeights, device: torch.device | str) -> Choice:
+    """The fastest implementation for these weights on this device, and why it is that one."""
+    kind = torch.device(device).type
+    del weights
+    if kind != "cpu":
+        return Choice("reference", experts_reference, f"no kernel for {kind} yet")
+    return Choice("reference", experts_cpu, "the CPU kernel is being built")
