@@ -1,7 +1,8 @@
 """The one artefact: what a model may activate, per load band and MoE layer, as a small JSON file.
 
 Needs no torch. A plan is a list of bands, each for a range of tokens in a forward step, each
-holding one rule per MoE layer. Nothing set means the model as it was trained.
+holding one rule per MoE layer, and rules of their own for prompt tokens. Nothing set means the
+model as it was trained.
 """
 
 from __future__ import annotations
@@ -60,15 +61,22 @@ class Rule:
         """Whether a token's experts depend on the other tokens in its step."""
         return self.guaranteed is not None or self.budget is not None
 
-    def check(self, model: Fingerprint, where: str = "rule", more_experts: bool = False) -> None:
+    def check(
+        self,
+        model: Fingerprint,
+        where: str = "rule",
+        more_experts: bool = False,
+        fewest: int = 1,
+    ) -> None:
         """Raises LeanMoeError, naming field, value and range, if the model cannot honour it.
 
-        `more_experts` allows a `top_k` above the one the model was trained with.
+        `more_experts` allows a `top_k` above the one the model was trained with; `fewest` is the
+        least `top_k` allowed.
         """
         kept = model.experts if self.experts is None else len(self.experts)
         most = kept if more_experts else min(model.top_k, kept)
         hint = "" if more_experts else f" (the model was trained with {model.top_k})"
-        _require_whole(where, "top_k", self.top_k, 1, most, hint)
+        _require_whole(where, "top_k", self.top_k, fewest, most, hint)
         _require_whole(where, "guaranteed", self.guaranteed, 1, self.top_k or most, "")
         _require_whole(where, "budget", self.budget, 1, kept, "")
         _require_share(where, "threshold", self.threshold)
@@ -118,10 +126,16 @@ class Plan:
     """What a model may activate, by tokens in a forward step. Empty bands: the model itself.
 
     Bands are ordered by `up_to`; a step larger than the last band runs the full model.
+
+    `prompt` holds rules, one per MoE layer, for prompt tokens: those whose own next-token
+    prediction nobody reads, so that a step needs only what later tokens will attend to. A rule
+    there may set `top_k` to 0 (no routed expert at all). Where it is empty, prompt tokens fall
+    under the bands like any other token; where it is not, they do not count towards a band.
     """
 
     model: Fingerprint
     bands: tuple[Band, ...] = ()
+    prompt: tuple[Rule, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
@@ -137,7 +151,8 @@ class Plan:
     @property
     def is_empty(self) -> bool:
         """Whether the plan runs the model as it was trained at every load."""
-        return all(band.is_empty for band in self.bands)
+        bands = all(band.is_empty for band in self.bands)
+        return bands and all(rule.is_empty for rule in self.prompt)
 
     def band_for(self, tokens: int) -> Band | None:
         """The band of a forward step with this many tokens; None where the plan ends below it."""
@@ -161,6 +176,13 @@ class Plan:
         for number, band in enumerate(self.bands):
             for layer, rule in enumerate(band.rules):
                 rule.check(model, f"bands[{number}].rules[{layer}]", more_experts)
+        if self.prompt and len(self.prompt) != self.model.moe_layers:
+            raise LeanMoeError(
+                f"prompt has {len(self.prompt)} rules: "
+                f"the model has {self.model.moe_layers} MoE layers"
+            )
+        for layer, rule in enumerate(self.prompt):
+            rule.check(model, f"prompt[{layer}]", more_experts, fewest=0)
 
     def _check_bands(self) -> None:
         previous = 0
@@ -189,13 +211,14 @@ class Plan:
                 {"up_to": band.up_to, "rules": [rule.to_json() for rule in band.rules]}
                 for band in self.bands
             ],
+            "prompt": [rule.to_json() for rule in self.prompt],
             "provenance": dict(self.provenance),
         }
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:
         """Reads what `to_json` wrote; anything malformed is a LeanMoeError naming the place."""
-        _require_keys(value, {"leanmoe_plan", "model", "bands", "provenance"}, "plan")
+        _require_keys(value, {"leanmoe_plan", "model", "bands", "prompt", "provenance"}, "plan")
         version = value.get("leanmoe_plan")
         if version != SCHEMA_VERSION:
             raise LeanMoeError(
@@ -208,7 +231,15 @@ class Plan:
         provenance = value.get("provenance", {})
         if not isinstance(provenance, dict):
             raise LeanMoeError(f"plan.provenance is {provenance!r}: it must be an object")
-        plan = cls(model, tuple(_band_from_json(b, n) for n, b in enumerate(bands)), provenance)
+        prompt = value.get("prompt", [])
+        if not isinstance(prompt, list):
+            raise LeanMoeError(f"plan.prompt is {prompt!r}: it must be a list of rules")
+        plan = cls(
+            model,
+            tuple(_band_from_json(b, n) for n, b in enumerate(bands)),
+            tuple(Rule.from_json(rule, f"prompt[{n}]") for n, rule in enumerate(prompt)),
+            provenance,
+        )
         plan.check(model, more_experts=True)
         return plan
 
