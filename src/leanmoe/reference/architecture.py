@@ -1,0 +1,148 @@
+"""What the reference model is: a DeepSeek-V3 in small.
+
+Shape suffixes used in this package: S sequences, T tokens, E routed experts, K slots (top-k),
+H hidden width, I expert width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Sizes of the model; the defaults are those of the packaged one."""
+
+    vocab_size: int = 7936
+    """62 x 128: the most that keeps weights and tokenizer under 36 MB."""
+    hidden: int = 224
+    layers: int = 7
+    dense_layers: int = 1
+    dense_intermediate: int = 432
+    experts: int = 64
+    expert_intermediate: int = 48
+    top_k: int = 8
+    shared_experts: int = 1
+    groups: int = 8
+    groups_used: int = 4
+    heads: int = 4
+    kv_rank: int = 64
+    qk_nope: int = 32
+    qk_rope: int = 32
+    v_head: int = 64
+    context: int = 1024
+    routed_scaling: float = 2.5
+    init_std: float = 0.02
+
+    def to_config(self) -> DeepseekV3Config:
+        """The Transformers configuration, with the keys that vLLM's DeepSeek loader needs too."""
+        return DeepseekV3Config(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden,
+            intermediate_size=self.dense_intermediate,
+            moe_intermediate_size=self.expert_intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            n_shared_experts=self.shared_experts,
+            n_routed_experts=self.experts,
+            routed_scaling_factor=self.routed_scaling,
+            kv_lora_rank=self.kv_rank,
+            q_lora_rank=None,
+            qk_rope_head_dim=self.qk_rope,
+            v_head_dim=self.v_head,
+            qk_nope_head_dim=self.qk_nope,
+            n_group=self.groups,
+            topk_group=self.groups_used,
+            num_experts_per_tok=self.top_k,
+            first_k_dense_replace=self.dense_layers,
+            norm_topk_prob=True,
+            max_position_embeddings=self.context,
+            initializer_range=self.init_std,
+            # No pad_token_id: nn.Embedding would then never train that row, and padding shares
+            # its id with the token that starts every document.
+            pad_token_id=None,
+            bos_token_id=0,
+            eos_token_id=0,
+            tie_word_embeddings=False,  # vLLM's DeepSeek loader cannot tie
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            num_nextn_predict_layers=0,
+            # Not read by Transformers; vLLM asks for both.
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
+        )
+
+
+def build(settings: ModelSettings, seed: int) -> PreTrainedModel:
+    """A freshly initialised float32 model, the same for the same seed on every device."""
+    torch.manual_seed(seed)
+    config = settings.to_config()
+    config._attn_implementation = "sdpa"
+    model: PreTrainedModel = DeepseekV3ForCausalLM(config)
+    return model
+
+
+def to_bf16(model: PreTrainedModel) -> None:
+    """Casts all weights to bf16 and leaves the routers' correction biases in float32."""
+    biases = [gate.e_score_correction_bias.detach().float().clone() for gate in routers(model)]
+    model.to(torch.bfloat16)
+    for gate, bias in zip(routers(model), biases, strict=True):
+        gate.e_score_correction_bias = bias.to(gate.weight.device)
+
+
+def routers(model: PreTrainedModel) -> list[nn.Module]:
+    """The routers of the MoE layers, in order of depth."""
+    return [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """Multiply-adds of one trained token, times two; see `count_flops`."""
+
+    matrices: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        """FLOPs of forward and backward for one token."""
+        return self.matrices + self.attention
+
+
+def count_flops(settings: ModelSettings) -> FlopCount:
+    """Model FLOPs of one training token: 6 per weight of each matrix it meets, plus attention.
+
+    Counted: top-k and shared experts (not the skipped ones), routers, the output matrix. Not
+    counted: the embedding lookup, norms, activations, softmax, the optimiser. Attention: scores
+    and values over half the context on average (causal), 3 x forward for forward and backward.
+    """
+    s = settings
+    per_head = s.qk_nope + s.qk_rope
+    attention_weights = (
+        s.hidden * s.heads * per_head
+        + s.hidden * (s.kv_rank + s.qk_rope)
+        + s.kv_rank * s.heads * (s.qk_nope + s.v_head)
+        + s.heads * s.v_head * s.hidden
+    )
+    dense = 3 * s.hidden * s.dense_intermediate
+    moe = 3 * s.hidden * s.expert_intermediate * (s.top_k + s.shared_experts)
+    moe += s.hidden * s.experts
+    weights = (
+        s.layers * attention_weights
+        + s.dense_layers * dense
+        + (s.layers - s.dense_layers) * moe
+        + s.hidden * s.vocab_size
+    )
+    attention = s.layers * 3 * 2 * s.heads * (per_head + s.v_head) * s.context // 2
+    return FlopCount(matrices=6 * weights, attention=attention)
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """Parameter counts of a built model."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    return {"parameters": total, "routed_expert_parameters": experts}
