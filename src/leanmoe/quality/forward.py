@@ -1,0 +1,63 @@
+"""A model run over batches of windows, up to the hidden states that its head would read.
+
+Letters: N windows in a batch, L tokens in a window, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanmoe.progress import bar
+from leanmoe.quality.windows import BATCH_TOKENS, Batch, Windows
+
+
+@torch.inference_mode()
+def final_hidden(model: Any, batch: Batch) -> Tensor:
+    """The hidden states [N, L, D] that the model's head would read, under whatever is applied.
+
+    Runs the model's own `forward`, so that what is hooked to it works, but its head on one
+    position of a window only: over the whole window the head costs as much as the layers.
+    """
+    caught: list[Tensor] = []
+
+    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        caught.append(output[0])
+
+    device = model.device
+    mask = batch.attention_mask
+    handle = body(model).register_forward_hook(catch)
+    try:
+        model(
+            input_ids=batch.ids_NL.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+    finally:
+        handle.remove()
+    return caught[-1]
+
+
+def body(model: Any) -> nn.Module:
+    """The model below its head."""
+    below: nn.Module = getattr(model, model.base_model_prefix)
+    return below
+
+
+def hidden_of(
+    model: Any,
+    windows: Windows,
+    what: str,
+    batch_tokens: int = BATCH_TOKENS,
+    decode_batch: int | None = None,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch of `windows` with its final hidden states [N, L, D]; `what` names the progress."""
+    batches = windows.batches(batch_tokens, decode_batch)
+    with bar(what, windows.tokens, "tokens") as advance:
+        for batch in batches:
+            yield batch, final_hidden(model, batch)
+            advance(batch.tokens)
