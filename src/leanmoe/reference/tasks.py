@@ -1,0 +1,175 @@
+"""The evaluation files as rows to score: held-out text, LAMBADA, PIQA, QASC, BLiMP."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.reference.prepare import split_documents
+from leanmoe.reference.scoring import Row, Scorer
+
+TEXTS = {
+    "novels": "novels_valid.txt",
+    "msdocs": "msdocs_ccby_valid.txt",
+    "peps": "peps_valid.txt",
+    "textbooks": "textbooks_ccby_valid.txt",
+    "wikitext2": "wikitext2_valid.txt",
+}
+LAMBADA = "lambada_openai_test.jsonl"
+PIQA, PIQA_LABELS = "piqa_valid.jsonl", "piqa_valid-labels.lst"
+QASC = "qasc_dev.jsonl"
+BLIMP = "blimp"
+FEWEST_DOCUMENTS = 10
+"""A text of fewer documents is paired by passages of one context length instead."""
+
+
+def require_files(folder: Path) -> None:
+    """Names every file that is missing, before anything is loaded."""
+    wanted = [*TEXTS.values(), LAMBADA, PIQA, PIQA_LABELS, QASC, BLIMP]
+    missing = [name for name in wanted if not (folder / name).exists()]
+    if not missing and not list((folder / BLIMP).glob("*.jsonl")):
+        missing = [f"{BLIMP}/*.jsonl"]
+    if missing:
+        raise LeanMoeError(f"evaluation folder {folder} lacks {', '.join(missing)}")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A held-out text cut into windows, each belonging to one unit (document or passage)."""
+
+    rows: list[Row]
+    units: list[int]
+    """Of each row, which unit it belongs to."""
+    unit_bytes: list[int]
+    unit_is: str
+    documents: int
+    words: int
+    """Separated by white space."""
+
+
+def text_rows(scorer: Scorer, name: str, folder: Path) -> Text:
+    """Windows of one held-out file: each token but the start token is predicted exactly once.
+
+    A window holds at most the model's context and sees nothing before itself.
+    """
+    text = (folder / TEXTS[name]).read_text(encoding="utf-8")
+    documents = split_articles(text) if name == "wikitext2" else split_documents(text)
+    if not documents:
+        raise LeanMoeError(f"{folder / TEXTS[name]} holds no documents")
+    by_passage = len(documents) < FEWEST_DOCUMENTS
+    rows: list[Row] = []
+    units: list[int] = []
+    unit_bytes: list[int] = []
+    for document in documents:
+        ids = [scorer.start_id, *scorer.encode(document)]
+        for start in range(0, len(ids) - 1, scorer.context):
+            if by_passage or start == 0:
+                unit_bytes.append(0)
+            row = Row(tuple(ids[start : start + scorer.context + 1]))
+            rows.append(row)
+            units.append(len(unit_bytes) - 1)
+            unit_bytes[-1] += int(scorer.bytes_per_id[list(row.ids[1:])].sum())
+    kind = "passage" if by_passage else "document"
+    return Text(rows, units, unit_bytes, kind, len(documents), len(text.split()))
+
+
+def split_articles(text: str) -> list[str]:
+    """WikiText's articles: each starts at a line like ` = Title = `."""
+    parts = re.split(r"(?m)^(?= = [^=].*[^=] = ?$)", text)
+    return [part for part in parts if part.strip()]
+
+
+def some_units(text: Text, tokens: int, seed: int) -> list[int]:
+    """Whole units in a seeded order until they hold at least `tokens`; sorted."""
+    sizes = np.bincount(text.units, weights=[len(row.ids) - 1 for row in text.rows])
+    chosen: list[int] = []
+    held = 0
+    for unit in np.random.default_rng(seed).permutation(len(text.unit_bytes)).tolist():
+        if held >= tokens:
+            break
+        chosen.append(unit)
+        held += int(sizes[unit])
+    return sorted(chosen)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One question: a row per answer, the answer's UTF-8 bytes, and which is right."""
+
+    rows: list[Row]
+    answer_bytes: list[int]
+    right: int
+
+
+def lambada_rows(scorer: Scorer, folder: Path, limit: int | None = None) -> list[Row]:
+    """Passages whose last word (with the space before it) is to be predicted."""
+    rows: list[Row] = []
+    for item in _lines(folder / LAMBADA)[:limit]:
+        context, word = item["text"].rsplit(" ", 1)
+        rows.append(_continued(scorer, context, f" {word}"))
+    return rows
+
+
+def piqa_choices(scorer: Scorer, folder: Path) -> list[Choice]:
+    """PIQA as `Question: goal`, `Answer: solution`."""
+    labels = (folder / PIQA_LABELS).read_text().split()
+    return [
+        _choice(scorer, item["goal"], [item["sol1"], item["sol2"]], int(label))
+        for item, label in zip(_lines(folder / PIQA), labels, strict=True)
+    ]
+
+
+def qasc_choices(scorer: Scorer, folder: Path) -> list[Choice]:
+    """QASC's eight choices after the question alone, without its facts."""
+    questions: list[Choice] = []
+    for item in _lines(folder / QASC):
+        options = item["question"]["choices"]
+        right = [option["label"] for option in options].index(item["answerKey"])
+        answers = [option["text"] for option in options]
+        questions.append(_choice(scorer, item["question"]["stem"], answers, right))
+    return questions
+
+
+def blimp_pairs(
+    scorer: Scorer, folder: Path, limit: int | None = None
+) -> dict[str, list[tuple[Row, Row]]]:
+    """By paradigm: the good and the bad sentence of each pair."""
+
+    def whole(sentence: str) -> Row:
+        return Row((scorer.start_id, *scorer.encode(sentence)))
+
+    return {
+        file.stem: [
+            (whole(item["sentence_good"]), whole(item["sentence_bad"]))
+            for item in _lines(file)[:limit]
+        ]
+        for file in sorted((folder / BLIMP).glob("*.jsonl"))
+    }
+
+
+def _choice(scorer: Scorer, question: str, answers: Sequence[str], right: int) -> Choice:
+    prompt = f"Question: {question}\nAnswer:"
+    rows = [_continued(scorer, prompt, f" {answer}") for answer in answers]
+    return Choice(rows, [len(f" {answer}".encode()) for answer in answers], right)
+
+
+def _continued(scorer: Scorer, context: str, continuation: str) -> Row:
+    head = [scorer.start_id, *scorer.encode(context)]
+    tail = scorer.encode(continuation)
+    head = head[-(scorer.context + 1 - len(tail)) :]
+    return Row((*head, *tail), first=len(head))
+
+
+def _lines(path: Path, parse: Callable[[str], Any] = json.loads) -> list[Any]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        return [parse(line) for line in lines if line.strip()]
+    except json.JSONDecodeError as error:
+        raise LeanMoeError(f"{path} is not JSON lines: {error.msg}") from error
