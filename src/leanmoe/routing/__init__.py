@@ -1,0 +1,11 @@
+"""Which experts a token gets: pure tensor functions of router logits, a rule and a padding mask.
+
+Letters: S independent forward steps (may be absent), T tokens in a step, E experts, K slots a
+token, G groups of experts. An id equal to E is a skipped slot; its weight is 0.
+"""
+
+from leanmoe.routing.counting import count_distinct, count_slots
+from leanmoe.routing.route import Routing, route
+from leanmoe.routing.scores import Scores, score
+
+__all__ = ["Routing", "Scores", "count_distinct", "count_slots", "route", "score"]
