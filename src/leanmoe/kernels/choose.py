@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leanmoe.kernels.cpu import experts_cpu
+from leanmoe.kernels.cpu import experts_cpu, prepare, why_not_cpu
 from leanmoe.kernels.reference import experts_reference
 from leanmoe.kernels.weights import ExpertWeights
 
@@ -24,9 +24,13 @@ class Choice(NamedTuple):
 
 
 def choose_experts(weights: ExpertWeights, device: torch.device | str) -> Choice:
-    """The fastest implementation for these weights on this device, and why it is that one."""
+    """The fastest implementation for these weights on this device, and why it is that one.
+
+    Prepares it too (packs the weights, compiles), so that the first call is as fast as the rest.
+    """
     kind = torch.device(device).type
-    del weights
     if kind != "cpu":
         return Choice("reference", experts_reference, f"no kernel for {kind} yet")
-    return Choice("reference", experts_cpu, "the CPU kernel is being built")
+    if reason := why_not_cpu(weights):
+        return Choice("reference", experts_reference, reason)
+    return Choice("cpu", experts_cpu, prepare(weights).describe())

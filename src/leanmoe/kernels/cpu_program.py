@@ -1,0 +1,409 @@
+"""The CPU kernel itself, compiled by numba on first use: sort the slots, run the experts.
+
+One call: count and sort the used slots by expert; split them over the threads; each thread takes
+its rows in blocks, expert by expert: first product, gate, second product, times the routing
+weight, added to the token. A skipped slot is in no block, an expert without slots in no loop.
+
+Shapes: T tokens, K slots a token, E experts, M expert width, D hidden width. Rows of both
+products are padded to whole vectors. Numbers and addresses arrive in one array of int64, see
+`Field`; numba reads its entries as constants.
+"""
+
+# mypy: ignore-errors
+# numba infers the types.
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from leanmoe.kernels import vector
+from leanmoe.kernels.vector import LANES, PANEL, ROWS, floats_at, ints_at, longs_at
+
+(
+    HIDDEN, IDS, GATES, OUT,
+    GATE_UP, DOWN, GATE_UP_BIAS, DOWN_BIAS, NUMBERS, SCRATCH,
+    TOKENS, SLOTS, EXPERTS, WIDTH_D, WIDTH_M, HAS_BIAS, IS_BF16, IS_GATED, ACTIVATION,
+    THREADS, TEAM, THREAD_NUMBER, BARRIER, WORKER, BY_TOKENS, USED,
+    FIELDS,
+) = range(27)  # fmt: skip
+
+SILU, GELU, GELU_TANH, RELU, RELU2 = range(5)
+
+EXPERT_COST = 12
+"""Reading an expert's weights costs a thread about as much as this many rows."""
+ROWS_BY_TOKENS = 8
+"""With this many rows an expert and thread, threads split the tokens and not the experts."""
+
+_compile = {"error_model": "numpy", "fastmath": {"contract"}, "cache": True, "nogil": True}
+
+
+@njit(**_compile)
+def padded(count, lanes):
+    """`count` columns rounded up to whole groups of `lanes`."""
+    return (count + lanes - 1) // lanes * lanes
+
+
+@njit(**_compile)
+def padded_width(width, is_gated):
+    """Columns that gate and up take up each; the packed first matrix has whole pairs of vectors."""
+    return padded(width, LANES if is_gated else 2 * LANES)
+
+
+@njit(**_compile)
+def padded_hidden(hidden):
+    """Columns of the packed second matrix."""
+    return padded(hidden, 2 * LANES)
+
+
+@njit(**_compile)
+def _block(is_bf16, rows, vectors, x, x_stride, w, count, initial, out, stride):
+    if is_bf16:
+        if vectors == 2:
+            if rows == 1:
+                vector.bf16_1x2(x, x_stride, w, count, initial, out, stride)
+            elif rows == 2:
+                vector.bf16_2x2(x, x_stride, w, count, initial, out, stride)
+            elif rows == 3:
+                vector.bf16_3x2(x, x_stride, w, count, initial, out, stride)
+            else:
+                vector.bf16_4x2(x, x_stride, w, count, initial, out, stride)
+        elif vectors == 4:
+            if rows == 1:
+                vector.bf16_1x4(x, x_stride, w, count, initial, out, stride)
+            elif rows == 2:
+                vector.bf16_2x4(x, x_stride, w, count, initial, out, stride)
+            elif rows == 3:
+                vector.bf16_3x4(x, x_stride, w, count, initial, out, stride)
+            else:
+                vector.bf16_4x4(x, x_stride, w, count, initial, out, stride)
+        elif rows == 1:
+            vector.bf16_1x6(x, x_stride, w, count, initial, out, stride)
+        elif rows == 2:
+            vector.bf16_2x6(x, x_stride, w, count, initial, out, stride)
+        elif rows == 3:
+            vector.bf16_3x6(x, x_stride, w, count, initial, out, stride)
+        else:
+            vector.bf16_4x6(x, x_stride, w, count, initial, out, stride)
+    elif vectors == 2:
+        if rows == 1:
+            vector.f32_1x2(x, x_stride, w, count, initial, out, stride)
+        elif rows == 2:
+            vector.f32_2x2(x, x_stride, w, count, initial, out, stride)
+        elif rows == 3:
+            vector.f32_3x2(x, x_stride, w, count, initial, out, stride)
+        else:
+            vector.f32_4x2(x, x_stride, w, count, initial, out, stride)
+    elif vectors == 4:
+        if rows == 1:
+            vector.f32_1x4(x, x_stride, w, count, initial, out, stride)
+        elif rows == 2:
+            vector.f32_2x4(x, x_stride, w, count, initial, out, stride)
+        elif rows == 3:
+            vector.f32_3x4(x, x_stride, w, count, initial, out, stride)
+        else:
+            vector.f32_4x4(x, x_stride, w, count, initial, out, stride)
+    elif rows == 1:
+        vector.f32_1x6(x, x_stride, w, count, initial, out, stride)
+    elif rows == 2:
+        vector.f32_2x6(x, x_stride, w, count, initial, out, stride)
+    elif rows == 3:
+        vector.f32_3x6(x, x_stride, w, count, initial, out, stride)
+    else:
+        vector.f32_4x6(x, x_stride, w, count, initial, out, stride)
+
+
+@njit(**_compile)
+def _product(is_bf16, rows, x, x_stride, w, count, initial, out, columns):
+    """`rows` rows times one expert's packed matrix of `count` x `columns`, panel by panel."""
+    size = 2 if is_bf16 else 4
+    vectors = columns // LANES
+    done = 0
+    while done < vectors:
+        panel = min(PANEL, vectors - done)
+        _block(
+            is_bf16, rows, panel, x, x_stride, w + done * LANES * count * size, count,
+            initial + done * LANES * 4, out + done * LANES * 4, columns,
+        )  # fmt: skip
+        done += panel
+
+
+@njit(**_compile)
+def _exp(x):
+    """e^x to 2 units in the last place; saturates beyond +-87, NaN stays NaN."""
+    x = np.float32(87.0) if x > np.float32(87.0) else x
+    x = np.float32(-87.0) if x < np.float32(-87.0) else x
+    magic = np.float32(12582912.0)  # adding 1.5 x 2^23 rounds to a whole number in the low bits
+    shifted = x * np.float32(1.4426950408889634) + magic
+    whole = shifted - magic
+    rest = x - whole * np.float32(0.693359375)
+    rest = rest - whole * np.float32(-2.12194440e-4)
+    # Polynomial of the Cephes library's expf.
+    p = np.float32(1.9875691500e-4)
+    p = p * rest + np.float32(1.3981999507e-3)
+    p = p * rest + np.float32(8.3334519073e-3)
+    p = p * rest + np.float32(4.1665795894e-2)
+    p = p * rest + np.float32(1.6666665459e-1)
+    p = p * rest + np.float32(5.0000001201e-1)
+    p = p * rest * rest + rest + np.float32(1.0)
+    power = np.int32(vector.bits_of(shifted) << np.int32(23)) + np.int32(0x3F800000)
+    return p * vector.from_bits(np.int32(power))
+
+
+@njit(**_compile)
+def _sigmoid_times(x, alpha):
+    return x / (np.float32(1.0) + _exp(-alpha * x))
+
+
+@njit(**_compile)
+def _activate(kind, alpha, gate, count):
+    """The activation in place; a loop for each so that each becomes vector code."""
+    zero, half = np.float32(0.0), np.float32(0.5)
+    if kind == SILU:
+        for m in range(count):
+            gate[m] = _sigmoid_times(gate[m], alpha)
+    elif kind == GELU:
+        for m in range(count):
+            gate[m] = half * gate[m] * np.float32(1.0 + math.erf(gate[m] * math.sqrt(0.5)))
+    elif kind == GELU_TANH:
+        for m in range(count):
+            # 0.5 x (1 + tanh(z)) is x sigmoid(2z)
+            x = gate[m]
+            double = np.float32(1.5957691216057308) * (x + np.float32(0.044715) * x * x * x)
+            gate[m] = x / (np.float32(1.0) + _exp(-double))
+    elif kind == RELU:
+        for m in range(count):
+            gate[m] = zero if gate[m] < zero else gate[m]
+    else:
+        for m in range(count):
+            x = zero if gate[m] < zero else gate[m]
+            gate[m] = x * x
+
+
+@njit(**_compile)
+def _gate_block(kind, is_gated, numbers, product, narrow, rows, width):
+    """(rows, gate and up) to (rows, width): activation(gate) * (up + offset)."""
+    limit, alpha, offset = numbers[0], numbers[1], numbers[2]
+    stride = 2 * width if is_gated else width
+    for r in range(rows):
+        gate = narrow[r * width : (r + 1) * width]
+        gate[:] = product[r * stride : r * stride + width]
+        if is_gated:
+            for m in range(width):
+                gate[m] = limit if gate[m] > limit else gate[m]
+        _activate(kind, alpha, gate, width)
+        if is_gated:
+            up = product[r * stride + width : (r + 1) * stride]
+            for m in range(width):
+                value = limit if up[m] > limit else up[m]
+                value = -limit if value < -limit else value
+                gate[m] *= value + offset
+
+
+@njit(**_compile)
+def scratch_bytes(tokens, slots, experts, hidden, width, threads):
+    """How much `run` needs at SCRATCH: shared, then as much again for each thread."""
+    return _shared_bytes(tokens, slots, experts) + threads * _thread_bytes(tokens, hidden, width)
+
+
+@njit(**_compile)
+def _whole_lines(size):
+    return (size + 63) // 64 * 64
+
+
+@njit(**_compile)
+def _shared_bytes(tokens, slots, experts):
+    return _whole_lines((experts + 2) * 4) + _whole_lines(tokens * slots * 4) + 64
+
+
+@njit(**_compile)
+def _thread_bytes(tokens, hidden, width):
+    columns = hidden + 3 * padded_width(width, False) + padded_hidden(hidden)
+    return ROWS * 4 * columns + 5 * 64 + _whole_lines(tokens * hidden * 4)
+
+
+@njit(**_compile)
+def _sort(field, starts, order):
+    """Counting sort of the used slots by expert, tokens in order. The wrong id, or -1.
+
+    starts[e] is where expert e's slots begin in `order`; starts[E] is the number of used slots.
+    """
+    experts, slots = field[EXPERTS], field[TOKENS] * field[SLOTS]
+    ids = carray(longs_at(field[IDS]), slots)
+    starts[:] = 0
+    for s in range(slots):
+        e = ids[s]
+        if e < 0 or e > experts:
+            return s
+        starts[e + 1] += 1
+    starts[experts + 1] = 0
+    for e in range(experts):
+        starts[e + 1] += starts[e]
+    for s in range(slots):
+        e = ids[s]
+        if e < experts:
+            order[starts[e]] = s
+            starts[e] += 1
+    for e in range(experts, 0, -1):
+        starts[e] = starts[e - 1]
+    starts[0] = 0
+    return -1
+
+
+@njit(**_compile)
+def _token_at(field, share, parts):
+    """The token before which `share` of `parts` equal parts of the used slots lie."""
+    tokens, slots, experts = field[TOKENS], field[SLOTS], field[EXPERTS]
+    if share == parts:
+        return tokens
+    ids = carray(longs_at(field[IDS]), tokens * slots)
+    wanted, seen = field[USED] * share // parts, 0
+    for t in range(tokens):
+        if seen >= wanted:
+            return t
+        for k in range(slots):
+            seen += ids[t * slots + k] < experts
+    return tokens
+
+
+@njit(**_compile)
+def _first_not_before(order, low, high, slot):
+    """Where in order[low:high], which ascends, the slots from `slot` on begin."""
+    while low < high:
+        middle = (low + high) // 2
+        if order[middle] < slot:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@njit(**_compile)
+def _rows_block(field, buffers, expert, order, start, rows, out):
+    """One expert's product for `rows` slots of `order`, added to their tokens in `out`."""
+    x, product, narrow, wide = buffers
+    hidden, width, slots = field[WIDTH_D], field[WIDTH_M], field[SLOTS]
+    is_bf16, is_gated = field[IS_BF16] == 1, field[IS_GATED] == 1
+    inner = padded_width(width, is_gated)
+    columns = 2 * inner if is_gated else inner
+    size, wide_columns = 2 if is_bf16 else 4, padded_hidden(hidden)
+    first = field[GATE_UP] + expert * hidden * columns * size
+    second = field[DOWN] + expert * width * wide_columns * size
+    tokens_TD = carray(floats_at(field[HIDDEN]), field[TOKENS] * hidden)
+    gates = carray(floats_at(field[GATES]), field[TOKENS] * slots)
+    numbers = carray(floats_at(field[NUMBERS]), 3)
+    for r in range(rows):
+        token = order[start + r] // slots
+        x[r * hidden : (r + 1) * hidden] = tokens_TD[token * hidden : (token + 1) * hidden]
+    bias = expert * 4 if field[HAS_BIAS] == 1 else 0
+    _product(
+        is_bf16, rows, x.ctypes.data, hidden, first,
+        hidden, field[GATE_UP_BIAS] + bias * columns, product.ctypes.data, columns,
+    )  # fmt: skip
+    _gate_block(field[ACTIVATION], is_gated, numbers, product, narrow, rows, inner)
+    _product(
+        is_bf16, rows, narrow.ctypes.data, inner, second,
+        width, field[DOWN_BIAS] + bias * wide_columns, wide.ctypes.data, wide_columns,
+    )  # fmt: skip
+    for r in range(rows):  # one after the other: a token may name an expert twice
+        slot = order[start + r]
+        gate, token = gates[slot], slot // slots
+        total = out[token * hidden : (token + 1) * hidden]
+        added = wide[r * wide_columns : r * wide_columns + hidden]
+        for d in range(hidden):
+            total[d] += gate * added[d]
+
+
+@njit(**_compile)
+def _floats(address, count):
+    return carray(floats_at(address), count), address + _whole_lines(count * 4)
+
+
+@njit(**_compile)
+def _part(field, part, parts):
+    """What one thread does."""
+    tokens, slots, experts = field[TOKENS], field[SLOTS], field[EXPERTS]
+    hidden, inner = field[WIDTH_D], padded_width(field[WIDTH_M], field[IS_GATED] == 1)
+    shared, each = field[SCRATCH], _thread_bytes(tokens, hidden, field[WIDTH_M])
+    starts = carray(ints_at(shared), experts + 2)
+    order = carray(ints_at(shared + _whole_lines((experts + 2) * 4)), tokens * slots)
+    private = shared + _shared_bytes(tokens, slots, experts)
+    x, address = _floats(private + part * each, ROWS * hidden)
+    product, address = _floats(address, ROWS * 2 * inner)
+    narrow, address = _floats(address, ROWS * inner)
+    wide, address = _floats(address, ROWS * padded_hidden(hidden))
+    buffers = (x, product, narrow, wide)
+    target = field[OUT] if part == 0 or field[BY_TOKENS] == 1 else address
+    out = carray(floats_at(target), tokens * hidden)
+
+    first, last = 0, tokens
+    if field[BY_TOKENS] == 1:
+        first, last = _token_at(field, part, parts), _token_at(field, part + 1, parts)
+    out[first * hidden : last * hidden] = 0
+    cost, whole_cost = 0, _cost(starts, experts)
+    for e in range(experts):
+        low, high = starts[e], starts[e + 1]
+        if low == high:
+            continue
+        if field[BY_TOKENS] == 1:
+            low = _first_not_before(order, low, high, first * slots)
+            high = _first_not_before(order, low, high, last * slots)
+        blocks = (high - low + ROWS - 1) // ROWS
+        for b in range(blocks):
+            start = low + (high - low) * b // blocks
+            rows = low + (high - low) * (b + 1) // blocks - start
+            if field[BY_TOKENS] == 0:
+                before = cost
+                cost += rows + (EXPERT_COST if b == 0 else 0)
+                if (before + cost) * parts // (2 * whole_cost) != part:  # by the block's middle
+                    continue
+            _rows_block(field, buffers, e, order, start, rows, out)
+
+    if parts > 1 and field[BY_TOKENS] == 0:
+        vector.call_void(field[BARRIER])
+        mine = carray(floats_at(field[OUT]), tokens * hidden)
+        low, high = tokens * hidden * part // parts, tokens * hidden * (part + 1) // parts
+        for other in range(1, parts):
+            theirs = carray(floats_at(address + (other - part) * each), tokens * hidden)
+            for i in range(low, high):
+                mine[i] += theirs[i]
+
+
+@njit(**_compile)
+def _cost(starts, experts):
+    total = starts[experts] - starts[0]
+    for e in range(experts):
+        total += EXPERT_COST * (starts[e + 1] > starts[e])
+    return total
+
+
+@cfunc(types.void(types.CPointer(types.int64)), **_compile)
+def worker(argument):
+    """What each thread of the team starts with."""
+    field = carray(argument, FIELDS)
+    _part(field, vector.call_int(field[THREAD_NUMBER]), field[THREADS])
+
+
+@cfunc(types.int64(types.CPointer(types.int64)), **_compile)
+def run(argument):
+    """The whole call: experts awake + 2^32 x rows computed, or -1 - the slot with a wrong id."""
+    field = carray(argument, FIELDS)
+    tokens, slots, experts = field[TOKENS], field[SLOTS], field[EXPERTS]
+    starts = carray(ints_at(field[SCRATCH]), experts + 2)
+    order = carray(ints_at(field[SCRATCH] + _whole_lines((experts + 2) * 4)), tokens * slots)
+    wrong = _sort(field, starts, order)
+    if wrong >= 0:
+        return -1 - wrong
+    rows, awake = starts[experts], 0
+    for e in range(experts):
+        awake += starts[e + 1] > starts[e]
+    field[USED] = rows
+    field[BY_TOKENS] = rows >= ROWS_BY_TOKENS * awake * field[THREADS]
+    if field[THREADS] == 1 or rows <= 1:
+        field[THREADS] = 1
+        _part(field, 0, 1)
+    else:
+        vector.call_team(field[TEAM], field[WORKER], field.ctypes.data, field[THREADS])
+    return (rows << 32) + awake
