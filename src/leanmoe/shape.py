@@ -18,6 +18,9 @@ from leanmoe.storage import read_json
 
 REFERENCE = "reference"
 """The name of the model that ships with leanmoe."""
+EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+TOP_K_KEYS = ("num_experts_per_tok",)
+"""What Transformers writes where a family's published config.json has a name of its own."""
 STORED_BYTES = {"fp8": 1.0, "mxfp4": 0.53125, "float32": 4.0}
 """Bytes a routed expert's weight takes; mxfp4 is 4 bits and an 8-bit scale for each 32."""
 
@@ -195,8 +198,8 @@ def _hub_config(name: str) -> Any:
 def _shape(config: dict[str, Any], family: Family) -> MoEShape:
     hidden = _whole(config, "hidden_size")
     layers = _whole(config, "num_hidden_layers")
-    experts = _whole(config, family.experts)
-    top_k = _whole(config, family.top_k)
+    experts = _whole(config, _present(config, family.experts, EXPERTS_KEYS))
+    top_k = _whole(config, _present(config, family.top_k, TOP_K_KEYS))
     width = _whole(config, family.width)
     if experts < 2:
         raise LeanMoeError(f"{family.experts} is {experts}: not a mixture-of-experts model")
@@ -262,6 +265,10 @@ def _weight_bytes(config: dict[str, Any]) -> float:
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return STORED_BYTES.get(str(method), STORED_BYTES.get(dtype, 2.0))
+
+
+def _present(config: dict[str, Any], key: str, others: tuple[str, ...]) -> str:
+    return key if key in config else next((other for other in others if other in config), key)
 
 
 def _whole(config: dict[str, Any], key: str, default: int | None = None) -> int:

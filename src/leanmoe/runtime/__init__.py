@@ -1,0 +1,28 @@
+"""A plan at work inside a Transformers model: where models, routing and kernels meet.
+
+Letters: N sequences, L tokens of each in a forward call, T = N x L tokens, E experts, K slots a
+token, D hidden width, S independent forward steps, B sequences that decode together.
+"""
+
+from leanmoe.runtime.apply import Applied, apply
+from leanmoe.runtime.counts import LayerCounts
+from leanmoe.runtime.experts import IMPLEMENTATION, register_experts
+from leanmoe.runtime.layers import MoELayer, find_layers, shape_of
+from leanmoe.runtime.loading import load_model
+from leanmoe.runtime.record import record
+from leanmoe.runtime.resume import hidden_before, resume_from
+
+__all__ = [
+    "IMPLEMENTATION",
+    "Applied",
+    "LayerCounts",
+    "MoELayer",
+    "apply",
+    "find_layers",
+    "hidden_before",
+    "load_model",
+    "record",
+    "register_experts",
+    "resume_from",
+    "shape_of",
+]

@@ -1,0 +1,48 @@
+"""What a plan really did: tokens, slots and distinct experts, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from leanmoe.routing import count_distinct, count_slots
+
+
+@dataclass
+class LayerCounts:
+    """Sums over the forward steps of one MoE layer."""
+
+    steps: int = 0
+    tokens: int = 0
+    slots: int = 0
+    distinct: float = 0.0
+    over_budget_steps: int = 0
+
+    def add(self, ids_STK: Tensor, padding_ST: Tensor | None, experts: int) -> None:
+        """Adds the steps of one call."""
+        self.steps += ids_STK.shape[0]
+        padded = 0 if padding_ST is None else int(padding_ST.sum())
+        self.tokens += ids_STK.shape[0] * ids_STK.shape[1] - padded
+        self.slots += int(count_slots(ids_STK, experts).sum())
+        self.distinct += float(count_distinct(ids_STK, experts).sum())
+
+    @property
+    def slots_per_token(self) -> float:
+        """Mean experts a token used."""
+        return self.slots / max(self.tokens, 1)
+
+    @property
+    def distinct_per_step(self) -> float:
+        """Mean distinct experts a step woke."""
+        return self.distinct / max(self.steps, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """The means, and how often a budget could not be kept."""
+        return {
+            "tokens": self.tokens,
+            "slots": self.slots_per_token,
+            "distinct": self.distinct_per_step,
+            "over_budget_steps": self.over_budget_steps,
+        }

@@ -1,0 +1,37 @@
+"""Hands out what a model's routers say, layer by layer, as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.runtime.layers import find_layers
+
+Sink = Callable[[int, Tensor], None]
+
+
+@contextmanager
+def record(model: Any, sink: Sink) -> Iterator[None]:
+    """Calls `sink(layer number, logits_TE)` for each MoE layer of each forward call.
+
+    Raises LeanMoeError, naming the layer, when a router's logits are not finite.
+    """
+    with ExitStack() as hooks:
+        for layer in find_layers(model):
+            hooks.callback(layer.router.register_forward_hook(_pass_on(layer, sink)).remove)
+        yield
+
+
+def _pass_on(layer: Any, sink: Sink) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        logits = output[0] if isinstance(output, tuple) else output
+        logits_TE = logits.flatten(0, -2).float()
+        if not bool(logits_TE.isfinite().all()):
+            raise LeanMoeError(f"{layer.name}: router logits are not finite (NaN or infinity)")
+        sink(layer.number, logits_TE)
+
+    return hook

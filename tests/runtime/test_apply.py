@@ -1,0 +1,191 @@
+"""A plan in each family: nothing set changes nothing, and what is skipped does no work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from leanmoe import Plan, Rule, apply
+from leanmoe.errors import LeanMoeError
+from leanmoe.kernels.work import count_work
+from leanmoe.runtime import find_layers, hidden_before, resume_from, shape_of
+from tests.runtime.families import CONFIGS, TOP_K_KEY, build
+
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+RULES = (
+    Rule(threshold=0.6),
+    Rule(top_p=0.6),
+    Rule(guaranteed=1),
+    Rule(budget=3),
+    Rule(experts=(0, 1, 2, 3, 4, 6)),
+    Rule(top_k=3, threshold=0.4, guaranteed=2),
+)
+
+
+def ids(rows: int = 3, length: int = 7) -> torch.Tensor:
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+@torch.inference_mode()
+def logits(model: Any, **inputs: Any) -> torch.Tensor:
+    found: torch.Tensor = model(**({"input_ids": ids()} | inputs)).logits
+    return found
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_empty_plan_is_the_model_itself(family: str) -> None:
+    model = build(family)
+    stock = logits(model)
+    with apply(model, Plan(shape_of(model).fingerprint()), count=True) as applied:
+        assert torch.equal(logits(model), stock)
+    assert applied.generated[0].slots_per_token == shape_of(model).top_k
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_uniform_top_k_is_the_model_with_that_k(family: str, implementation: str) -> None:
+    model = build(family)
+    fewer = build(family, **{TOP_K_KEY.get(family, "num_experts_per_tok"): 2})
+    fewer.load_state_dict(model.state_dict())
+    for each in (model, fewer):
+        each.set_experts_implementation(implementation)
+    plan = Plan.uniform(shape_of(model).fingerprint(), Rule(top_k=2))
+    with apply(model, plan):
+        torch.testing.assert_close(logits(model), logits(fewer), rtol=0, atol=0)
+    assert not torch.allclose(logits(model), logits(fewer))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen3_moe", "minimax_m2"])
+def test_every_implementation_computes_the_same(family: str, rule: Rule) -> None:
+    model = build(family)
+    plan = Plan.uniform(shape_of(model).fingerprint(), rule)
+    found = []
+    for implementation in IMPLEMENTATIONS:
+        model.set_experts_implementation(implementation)
+        with apply(model, plan):
+            found.append(logits(model))
+    with apply(model, plan, experts="leanmoe"):
+        found.append(logits(model))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], logits(model))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_skipped_slots_do_no_work(family: str) -> None:
+    model = build(family)
+    plan = Plan.uniform(shape_of(model).fingerprint(), Rule(threshold=0.7))
+    with apply(model, plan, experts="leanmoe", count=True) as applied, count_work() as work:
+        logits(model)
+    slots = sum(layer.slots for layer in applied.generated)
+    full = sum(layer.tokens for layer in applied.generated) * shape_of(model).top_k
+    assert work.rows == slots < full
+
+
+def test_a_plan_is_undone_after_an_exception() -> None:
+    model = build("deepseek_v3")
+    stock = logits(model)
+    plan = Plan.uniform(shape_of(model).fingerprint(), Rule(top_k=1))
+    with pytest.raises(RuntimeError, match="boom"), apply(model, plan, experts="leanmoe"):
+        raise RuntimeError("boom")
+    assert torch.equal(logits(model), stock)
+    assert all("forward" not in vars(layer.experts) for layer in find_layers(model))
+
+
+def test_two_plans_at_once_are_refused() -> None:
+    model = build("qwen3_moe")
+    plan = Plan(shape_of(model).fingerprint())
+    with (
+        apply(model, plan),
+        pytest.raises(LeanMoeError, match="applied to this model already"),
+        apply(model, plan),
+    ):
+        pass
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    plan = Plan(shape_of(build("qwen3_moe")).fingerprint())
+    with (
+        pytest.raises(LeanMoeError, match="architecture is Qwen3Moe"),
+        apply(build("mixtral"), plan),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("rule", RULES[:4], ids=str)
+def test_padding_changes_nothing_and_wakes_nobody(rule: Rule) -> None:
+    model = build("deepseek_v3")
+    plan = Plan.uniform(shape_of(model).fingerprint(), rule)
+    real = ids(1, 6)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.int64), real], dim=1)
+    mask = torch.tensor([[0] * 4 + [1] * 6])
+    place = (mask.cumsum(1) - 1).clamp(min=0)
+    with apply(model, plan, count=True) as applied:
+        bare = logits(model, input_ids=real)
+        alone = [layer.slots for layer in applied.generated]
+        inside = logits(model, input_ids=padded, attention_mask=mask, position_ids=place)
+    torch.testing.assert_close(inside[:, 4:], bare, rtol=1e-4, atol=1e-5)
+    assert [layer.slots for layer in applied.generated] == [2 * slots for slots in alone]
+
+
+@pytest.mark.parametrize("rule", [Rule(guaranteed=1), Rule(budget=3)], ids=str)
+def test_decode_batch_is_decoding_step_by_step(rule: Rule) -> None:
+    model = build("qwen3_moe")
+    plan = Plan.uniform(shape_of(model).fingerprint(), rule)
+    tokens = ids(4, 5)
+    with apply(model, plan, decode_batch=2):
+        scored = logits(model, input_ids=tokens)
+    for start in (0, 2):
+        cache = None
+        with apply(model, plan), torch.inference_mode():
+            for place in range(5):
+                out = model(
+                    tokens[start : start + 2, place : place + 1],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                cache = out.past_key_values
+                torch.testing.assert_close(
+                    out.logits[:, 0], scored[start : start + 2, place], rtol=1e-4, atol=1e-5
+                )
+
+
+def test_prompt_rules_spare_the_tokens_that_are_read() -> None:
+    model = build("deepseek_v3")
+    fingerprint = shape_of(model).fingerprint()
+    last_only = (Rule(), Rule(top_k=0))
+    plan = Plan(fingerprint, prompt=last_only)
+    with apply(model, plan, count=True) as applied:
+        kept = logits(model, logits_to_keep=1)
+        everything = logits(model)
+    stock = logits(model)
+    # The last layer's experts at a prompt token feed nothing that is ever read.
+    torch.testing.assert_close(kept, stock[:, -1:], rtol=1e-5, atol=1e-6)
+    assert torch.equal(everything, stock)
+    assert applied.prompt[1].slots == 0
+    assert applied.prompt[1].tokens == 3 * 6
+
+
+def test_generate_under_a_plan_is_greedy_decoding_of_the_planned_model() -> None:
+    model = build("deepseek_v3")
+    fewer = build("deepseek_v3", num_experts_per_tok=2)
+    fewer.load_state_dict(model.state_dict())
+    plan = Plan.uniform(shape_of(model).fingerprint(), Rule(top_k=2))
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    with apply(model, plan):
+        planned = model.generate(ids(2, 6), **settings)
+    assert torch.equal(planned, fewer.generate(ids(2, 6), **settings))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "gpt_oss"])
+def test_resuming_gives_the_logits_of_the_whole_model(family: str) -> None:
+    model = build(family)
+    kept = hidden_before(model, ids(), [1, 2])
+    stock = logits(model)
+    for index, hidden in kept.items():
+        with resume_from(model, index, hidden):
+            assert torch.equal(logits(model), stock)
+    assert torch.equal(logits(model), stock)
