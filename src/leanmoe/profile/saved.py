@@ -1,0 +1,241 @@
+"""A profile: what a model's router did on real text, as two files. Needs no torch.
+
+`profile.json` holds what a reader wants (shares, curves, strongest pairs, provenance);
+`profile.safetensors` the counts behind it and a sample of router logits to replay.
+
+Letters: L MoE layers, T traced tokens, E experts, K slots a token (top-k), Q quantiles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.families import Router
+from leanmoe.plan import Fingerprint
+from leanmoe.storage import read_json, write_json, write_with
+
+SCHEMA_VERSION = 1
+JSON_NAME = "profile.json"
+ARRAYS_NAME = "profile.safetensors"
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+PAIRS_KEPT = 16
+MINIMUM_TOGETHER = 50
+"""Tokens that must have chosen both experts of a pair before its lift is worth a mention."""
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """What one layer's router chose."""
+
+    tokens: int
+    use_E: NDArray[np.int64]
+    """Tokens that chose each expert."""
+    gate_E: NDArray[np.float64]
+    """Mean gate (before normalising) of each expert where it was chosen."""
+    together_EE: NDArray[np.int64]
+    """Tokens that chose both experts; the diagonal is `use_E`."""
+    mass_K: NDArray[np.float64]
+    """Mean share of a token's gates that its best j carry, j = 1..k, as the model ranks them."""
+    mass_quantiles_QK: NDArray[np.float64]
+    """The same share's quantiles over tokens, at `QUANTILES`."""
+
+    def pairs(self) -> list[Pair]:
+        """The pairs chosen together most often, against what their use alone would give."""
+        use_E = self.use_E.astype(np.float64)
+        expected_EE = np.maximum(np.outer(use_E, use_E) / max(self.tokens, 1), 1e-12)
+        lift_EE = np.where(
+            np.triu(self.together_EE, 1) >= MINIMUM_TOGETHER, self.together_EE / expected_EE, 0.0
+        )
+        strongest = np.argsort(lift_EE, axis=None, kind="stable")[::-1][:PAIRS_KEPT]
+        places = (np.unravel_index(int(place), lift_EE.shape) for place in strongest)
+        return [
+            Pair((int(i), int(j)), float(lift_EE[i, j]), int(self.together_EE[i, j]))
+            for i, j in places
+            if lift_EE[i, j] > 0
+        ]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two experts and how much more often than by chance a token chooses both."""
+
+    experts: tuple[int, int]
+    lift: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """Mean distinct experts in decode steps of `tokens` tokens, from `documents` documents each."""
+
+    tokens: int
+    documents: int
+    measured: float
+    error: float
+    """Standard error of `measured`, over the steps that were drawn."""
+    uniform: float
+    """What the formula for evenly used experts says."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Router logits of sampled tokens, document by document, each document's tokens together."""
+
+    logits_LTE: NDArray[np.float16]
+    document_T: NDArray[np.int32]
+    position_T: NDArray[np.int32]
+    """Place of the token in its window."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens sampled."""
+        return len(self.document_T)
+
+    @property
+    def documents(self) -> int:
+        """Documents they are from."""
+        return len(np.unique(self.document_T))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a model's router does on some text."""
+
+    model: Fingerprint
+    router: Router
+    decoder_indices: tuple[int, ...]
+    """The decoder layer that each MoE layer is in."""
+    tokens: int
+    documents: int
+    layers: tuple[LayerCounts, ...]
+    distinct: tuple[tuple[Distinct, ...], ...]
+    """Per layer, by rising batch size."""
+    trace: Trace
+    bias_LE: NDArray[np.float32] | None = None
+    """The routers' ranking biases, where the family has them."""
+    provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def to_json(self) -> dict[str, Any]:
+        """What a reader wants, without counts and trace; the "profile" part of result files."""
+        return {
+            "label": "measured",
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "quantiles": list(QUANTILES),
+            "layers": [
+                _layer_to_json(number, *layer)
+                for number, layer in enumerate(
+                    zip(self.decoder_indices, self.layers, self.distinct, strict=True)
+                )
+            ],
+        }
+
+    def save(self, folder: Path) -> None:
+        """Writes both files into `folder`, each whole or not at all."""
+        from safetensors.numpy import save
+
+        arrays = save(self._arrays())
+        write_with(folder / ARRAYS_NAME, lambda path: path.write_bytes(arrays))
+        stored = {
+            "leanmoe_profile": SCHEMA_VERSION,
+            "model": asdict(self.model),
+            "router": asdict(self.router),
+            "arrays": {"file": ARRAYS_NAME, "sha256": hashlib.sha256(arrays).hexdigest()},
+            "profile": self.to_json(),
+            "provenance": dict(self.provenance),
+        }
+        write_json(folder / JSON_NAME, stored)
+
+    @classmethod
+    def load(cls, folder: Path) -> Profile:
+        """Reads what `save` wrote; LeanMoeError if it is damaged or from two different runs."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        stored = read_json(folder / JSON_NAME, "profile")
+        version = stored.get("leanmoe_profile") if isinstance(stored, dict) else None
+        if version != SCHEMA_VERSION:
+            raise LeanMoeError(
+                f"profile {folder / JSON_NAME} has schema version {version!r}: "
+                f"this leanmoe reads {SCHEMA_VERSION}"
+            )
+        try:
+            content = (folder / ARRAYS_NAME).read_bytes()
+        except OSError as error:
+            raise LeanMoeError(
+                f"cannot read profile {folder / ARRAYS_NAME}: {error.strerror}"
+            ) from error
+        try:
+            if hashlib.sha256(content).hexdigest() != stored["arrays"]["sha256"]:
+                raise LeanMoeError(
+                    f"profile {folder}: {ARRAYS_NAME} is not the one that {JSON_NAME} was saved "
+                    "with; profile again"
+                )
+            return cls._from_saved(stored, load(content))
+        except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise LeanMoeError(f"profile {folder} is damaged ({reason}); profile again") from error
+
+    @classmethod
+    def _from_saved(cls, stored: Mapping[str, Any], arrays: Mapping[str, Any]) -> Profile:
+        shown = stored["profile"]
+        layers = tuple(
+            LayerCounts(
+                tokens=shown["tokens"],
+                **{f.name: arrays[f.name][n] for f in fields(LayerCounts) if f.name in arrays},
+            )
+            for n in range(len(shown["layers"]))
+        )
+        return cls(
+            model=Fingerprint(**stored["model"]),
+            router=Router(**stored["router"]),
+            decoder_indices=tuple(layer["decoder_layer"] for layer in shown["layers"]),
+            tokens=shown["tokens"],
+            documents=shown["documents"],
+            layers=layers,
+            distinct=tuple(
+                tuple(Distinct(**point) for point in layer["distinct"]) for layer in shown["layers"]
+            ),
+            trace=Trace(arrays["logits_LTE"], arrays["document_T"], arrays["position_T"]),
+            bias_LE=arrays.get("bias_LE"),
+            provenance=stored["provenance"],
+        )
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        stacked = {
+            f.name: np.stack([getattr(layer, f.name) for layer in self.layers])
+            for f in fields(LayerCounts)
+            if f.name != "tokens"
+        }
+        bias = {} if self.bias_LE is None else {"bias_LE": self.bias_LE}
+        return {
+            **stacked,
+            **bias,
+            "logits_LTE": self.trace.logits_LTE,
+            "document_T": self.trace.document_T,
+            "position_T": self.trace.position_T,
+        }
+
+
+def _layer_to_json(
+    number: int, decoder_layer: int, counts: LayerCounts, distinct: tuple[Distinct, ...]
+) -> dict[str, Any]:
+    return {
+        "layer": number,
+        "decoder_layer": decoder_layer,
+        "use": (counts.use_E / counts.use_E.sum()).tolist(),
+        "gate": counts.gate_E.tolist(),
+        "mass": counts.mass_K.tolist(),
+        "mass_quantiles": counts.mass_quantiles_QK.tolist(),
+        "distinct": [asdict(point) for point in distinct],
+        "pairs": [{**asdict(pair), "experts": list(pair.experts)} for pair in counts.pairs()],
+    }
