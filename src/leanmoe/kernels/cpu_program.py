@@ -59,125 +59,96 @@ def padded_hidden(hidden):
 
 
 @njit(**_compile)
-def _block(is_bf16, rows, vectors, x, x_stride, w, count, initial, out, stride):
-    if is_bf16:
-        if vectors == 2:
-            if rows == 1:
-                vector.bf16_1x2(x, x_stride, w, count, initial, out, stride)
-            elif rows == 2:
-                vector.bf16_2x2(x, x_stride, w, count, initial, out, stride)
-            elif rows == 3:
-                vector.bf16_3x2(x, x_stride, w, count, initial, out, stride)
-            else:
-                vector.bf16_4x2(x, x_stride, w, count, initial, out, stride)
-        elif vectors == 4:
-            if rows == 1:
-                vector.bf16_1x4(x, x_stride, w, count, initial, out, stride)
-            elif rows == 2:
-                vector.bf16_2x4(x, x_stride, w, count, initial, out, stride)
-            elif rows == 3:
-                vector.bf16_3x4(x, x_stride, w, count, initial, out, stride)
-            else:
-                vector.bf16_4x4(x, x_stride, w, count, initial, out, stride)
-        elif rows == 1:
-            vector.bf16_1x6(x, x_stride, w, count, initial, out, stride)
-        elif rows == 2:
-            vector.bf16_2x6(x, x_stride, w, count, initial, out, stride)
-        elif rows == 3:
-            vector.bf16_3x6(x, x_stride, w, count, initial, out, stride)
-        else:
-            vector.bf16_4x6(x, x_stride, w, count, initial, out, stride)
-    elif vectors == 2:
+def _f32_block(rows, vectors, x_rows, w, count, initial, out, stride):
+    if vectors == 2:
         if rows == 1:
-            vector.f32_1x2(x, x_stride, w, count, initial, out, stride)
+            vector.f32_1x2(x_rows, w, count, initial, out, stride)
         elif rows == 2:
-            vector.f32_2x2(x, x_stride, w, count, initial, out, stride)
+            vector.f32_2x2(x_rows, w, count, initial, out, stride)
         elif rows == 3:
-            vector.f32_3x2(x, x_stride, w, count, initial, out, stride)
+            vector.f32_3x2(x_rows, w, count, initial, out, stride)
+        elif rows == 4:
+            vector.f32_4x2(x_rows, w, count, initial, out, stride)
+        elif rows == 5:
+            vector.f32_5x2(x_rows, w, count, initial, out, stride)
         else:
-            vector.f32_4x2(x, x_stride, w, count, initial, out, stride)
-    elif vectors == 4:
-        if rows == 1:
-            vector.f32_1x4(x, x_stride, w, count, initial, out, stride)
-        elif rows == 2:
-            vector.f32_2x4(x, x_stride, w, count, initial, out, stride)
-        elif rows == 3:
-            vector.f32_3x4(x, x_stride, w, count, initial, out, stride)
-        else:
-            vector.f32_4x4(x, x_stride, w, count, initial, out, stride)
-    elif rows == 1:
-        vector.f32_1x6(x, x_stride, w, count, initial, out, stride)
-    elif rows == 2:
-        vector.f32_2x6(x, x_stride, w, count, initial, out, stride)
-    elif rows == 3:
-        vector.f32_3x6(x, x_stride, w, count, initial, out, stride)
+            vector.f32_6x2(x_rows, w, count, initial, out, stride)
     else:
-        vector.f32_4x6(x, x_stride, w, count, initial, out, stride)
+        if rows == 1:
+            vector.f32_1x4(x_rows, w, count, initial, out, stride)
+        elif rows == 2:
+            vector.f32_2x4(x_rows, w, count, initial, out, stride)
+        elif rows == 3:
+            vector.f32_3x4(x_rows, w, count, initial, out, stride)
+        elif rows == 4:
+            vector.f32_4x4(x_rows, w, count, initial, out, stride)
+        elif rows == 5:
+            vector.f32_5x4(x_rows, w, count, initial, out, stride)
+        else:
+            vector.f32_6x4(x_rows, w, count, initial, out, stride)
 
 
 @njit(**_compile)
-def _product(is_bf16, rows, x, x_stride, w, count, initial, out, columns):
+def _bf16_block(rows, vectors, x_rows, w, count, initial, out, stride):
+    if vectors == 2:
+        if rows == 1:
+            vector.bf16_1x2(x_rows, w, count, initial, out, stride)
+        elif rows == 2:
+            vector.bf16_2x2(x_rows, w, count, initial, out, stride)
+        elif rows == 3:
+            vector.bf16_3x2(x_rows, w, count, initial, out, stride)
+        elif rows == 4:
+            vector.bf16_4x2(x_rows, w, count, initial, out, stride)
+        elif rows == 5:
+            vector.bf16_5x2(x_rows, w, count, initial, out, stride)
+        else:
+            vector.bf16_6x2(x_rows, w, count, initial, out, stride)
+    else:
+        if rows == 1:
+            vector.bf16_1x4(x_rows, w, count, initial, out, stride)
+        elif rows == 2:
+            vector.bf16_2x4(x_rows, w, count, initial, out, stride)
+        elif rows == 3:
+            vector.bf16_3x4(x_rows, w, count, initial, out, stride)
+        elif rows == 4:
+            vector.bf16_4x4(x_rows, w, count, initial, out, stride)
+        elif rows == 5:
+            vector.bf16_5x4(x_rows, w, count, initial, out, stride)
+        else:
+            vector.bf16_6x4(x_rows, w, count, initial, out, stride)
+
+
+@njit(**_compile)
+def _product(is_bf16, rows, x_rows, w, count, initial, out, columns):
     """`rows` rows times one expert's packed matrix of `count` x `columns`, panel by panel."""
-    size = 2 if is_bf16 else 4
-    vectors = columns // LANES
-    done = 0
+    vectors, done = columns // LANES, 0
     while done < vectors:
         panel = min(PANEL, vectors - done)
-        _block(
-            is_bf16, rows, panel, x, x_stride, w + done * LANES * count * size, count,
-            initial + done * LANES * 4, out + done * LANES * 4, columns,
-        )  # fmt: skip
+        before = done * LANES
+        start, into = initial + before * 4, out + before * 4
+        if is_bf16:
+            _bf16_block(rows, panel, x_rows, w + before * count * 2, count, start, into, columns)
+        else:
+            _f32_block(rows, panel, x_rows, w + before * count * 4, count, start, into, columns)
         done += panel
 
 
 @njit(**_compile)
-def _exp(x):
-    """e^x to 2 units in the last place; saturates beyond +-87, NaN stays NaN."""
-    x = np.float32(87.0) if x > np.float32(87.0) else x
-    x = np.float32(-87.0) if x < np.float32(-87.0) else x
-    magic = np.float32(12582912.0)  # adding 1.5 x 2^23 rounds to a whole number in the low bits
-    shifted = x * np.float32(1.4426950408889634) + magic
-    whole = shifted - magic
-    rest = x - whole * np.float32(0.693359375)
-    rest = rest - whole * np.float32(-2.12194440e-4)
-    # Polynomial of the Cephes library's expf.
-    p = np.float32(1.9875691500e-4)
-    p = p * rest + np.float32(1.3981999507e-3)
-    p = p * rest + np.float32(8.3334519073e-3)
-    p = p * rest + np.float32(4.1665795894e-2)
-    p = p * rest + np.float32(1.6666665459e-1)
-    p = p * rest + np.float32(5.0000001201e-1)
-    p = p * rest * rest + rest + np.float32(1.0)
-    power = np.int32(vector.bits_of(shifted) << np.int32(23)) + np.int32(0x3F800000)
-    return p * vector.from_bits(np.int32(power))
-
-
-@njit(**_compile)
-def _sigmoid_times(x, alpha):
-    return x / (np.float32(1.0) + _exp(-alpha * x))
-
-
-@njit(**_compile)
-def _activate(kind, alpha, gate, count):
-    """The activation in place; a loop for each so that each becomes vector code."""
-    zero, half = np.float32(0.0), np.float32(0.5)
+def _activate(kind, alpha, gate):
+    """The activation in place, over whole vectors."""
+    zero, half, address = np.float32(0.0), np.float32(0.5), gate.ctypes.data
     if kind == SILU:
-        for m in range(count):
-            gate[m] = _sigmoid_times(gate[m], alpha)
-    elif kind == GELU:
-        for m in range(count):
-            gate[m] = half * gate[m] * np.float32(1.0 + math.erf(gate[m] * math.sqrt(0.5)))
+        vector.silu(address, gate.size // LANES, alpha)
     elif kind == GELU_TANH:
-        for m in range(count):
-            # 0.5 x (1 + tanh(z)) is x sigmoid(2z)
-            x = gate[m]
-            double = np.float32(1.5957691216057308) * (x + np.float32(0.044715) * x * x * x)
-            gate[m] = x / (np.float32(1.0) + _exp(-double))
+        vector.gelu_tanh(address, gate.size // LANES, alpha)
+    elif kind == GELU:
+        for m in range(gate.size):
+            gate[m] = half * gate[m] * np.float32(1.0 + math.erf(gate[m] * math.sqrt(0.5)))
     elif kind == RELU:
-        for m in range(count):
+        for m in range(gate.size):
             gate[m] = zero if gate[m] < zero else gate[m]
     else:
-        for m in range(count):
+        for m in range(gate.size):
             x = zero if gate[m] < zero else gate[m]
             gate[m] = x * x
 
@@ -188,18 +159,17 @@ def _gate_block(kind, is_gated, numbers, product, narrow, rows, width):
     limit, alpha, offset = numbers[0], numbers[1], numbers[2]
     stride = 2 * width if is_gated else width
     for r in range(rows):
-        gate = narrow[r * width : (r + 1) * width]
-        gate[:] = product[r * stride : r * stride + width]
-        if is_gated:
+        for m in range(width):
+            value = product[r * stride + m]
+            narrow[r * width + m] = limit if value > limit and is_gated else value
+    _activate(kind, alpha, narrow[: rows * width])
+    if is_gated:
+        for r in range(rows):
             for m in range(width):
-                gate[m] = limit if gate[m] > limit else gate[m]
-        _activate(kind, alpha, gate, width)
-        if is_gated:
-            up = product[r * stride + width : (r + 1) * stride]
-            for m in range(width):
-                value = limit if up[m] > limit else up[m]
+                value = product[r * stride + width + m]
+                value = limit if value > limit else value
                 value = -limit if value < -limit else value
-                gate[m] *= value + offset
+                narrow[r * width + m] *= value + offset
 
 
 @njit(**_compile)
@@ -220,8 +190,8 @@ def _shared_bytes(tokens, slots, experts):
 
 @njit(**_compile)
 def _thread_bytes(tokens, hidden, width):
-    columns = hidden + 3 * padded_width(width, False) + padded_hidden(hidden)
-    return ROWS * 4 * columns + 5 * 64 + _whole_lines(tokens * hidden * 4)
+    columns = 3 * padded_width(width, False) + padded_hidden(hidden)
+    return ROWS * (4 * columns + 2 * 8) + 6 * 64 + _whole_lines(tokens * hidden * 4)
 
 
 @njit(**_compile)
@@ -283,7 +253,7 @@ def _first_not_before(order, low, high, slot):
 @njit(**_compile)
 def _rows_block(field, buffers, expert, order, start, rows, out):
     """One expert's product for `rows` slots of `order`, added to their tokens in `out`."""
-    x, product, narrow, wide = buffers
+    product, narrow, wide, wide_rows, narrow_rows = buffers
     hidden, width, slots = field[WIDTH_D], field[WIDTH_M], field[SLOTS]
     is_bf16, is_gated = field[IS_BF16] == 1, field[IS_GATED] == 1
     inner = padded_width(width, is_gated)
@@ -291,21 +261,19 @@ def _rows_block(field, buffers, expert, order, start, rows, out):
     size, wide_columns = 2 if is_bf16 else 4, padded_hidden(hidden)
     first = field[GATE_UP] + expert * hidden * columns * size
     second = field[DOWN] + expert * width * wide_columns * size
-    tokens_TD = carray(floats_at(field[HIDDEN]), field[TOKENS] * hidden)
     gates = carray(floats_at(field[GATES]), field[TOKENS] * slots)
     numbers = carray(floats_at(field[NUMBERS]), 3)
     for r in range(rows):
-        token = order[start + r] // slots
-        x[r * hidden : (r + 1) * hidden] = tokens_TD[token * hidden : (token + 1) * hidden]
+        wide_rows[r] = field[HIDDEN] + order[start + r] // slots * hidden * 4
     bias = expert * 4 if field[HAS_BIAS] == 1 else 0
     _product(
-        is_bf16, rows, x.ctypes.data, hidden, first,
-        hidden, field[GATE_UP_BIAS] + bias * columns, product.ctypes.data, columns,
+        is_bf16, rows, wide_rows.ctypes.data, first, hidden,
+        field[GATE_UP_BIAS] + bias * columns, product.ctypes.data, columns,
     )  # fmt: skip
     _gate_block(field[ACTIVATION], is_gated, numbers, product, narrow, rows, inner)
     _product(
-        is_bf16, rows, narrow.ctypes.data, inner, second,
-        width, field[DOWN_BIAS] + bias * wide_columns, wide.ctypes.data, wide_columns,
+        is_bf16, rows, narrow_rows.ctypes.data, second, width,
+        field[DOWN_BIAS] + bias * wide_columns, wide.ctypes.data, wide_columns,
     )  # fmt: skip
     for r in range(rows):  # one after the other: a token may name an expert twice
         slot = order[start + r]
@@ -330,11 +298,14 @@ def _part(field, part, parts):
     starts = carray(ints_at(shared), experts + 2)
     order = carray(ints_at(shared + _whole_lines((experts + 2) * 4)), tokens * slots)
     private = shared + _shared_bytes(tokens, slots, experts)
-    x, address = _floats(private + part * each, ROWS * hidden)
-    product, address = _floats(address, ROWS * 2 * inner)
+    product, address = _floats(private + part * each, ROWS * 2 * inner)
     narrow, address = _floats(address, ROWS * inner)
     wide, address = _floats(address, ROWS * padded_hidden(hidden))
-    buffers = (x, product, narrow, wide)
+    rows = carray(longs_at(address), 2 * ROWS)
+    address += _whole_lines(2 * ROWS * 8)
+    for r in range(ROWS):
+        rows[ROWS + r] = narrow.ctypes.data + r * inner * 4
+    buffers = (product, narrow, wide, rows[:ROWS], rows[ROWS:])
     target = field[OUT] if part == 0 or field[BY_TOKENS] == 1 else address
     out = carray(floats_at(target), tokens * hidden)
 
@@ -353,13 +324,13 @@ def _part(field, part, parts):
         blocks = (high - low + ROWS - 1) // ROWS
         for b in range(blocks):
             start = low + (high - low) * b // blocks
-            rows = low + (high - low) * (b + 1) // blocks - start
+            count = low + (high - low) * (b + 1) // blocks - start
             if field[BY_TOKENS] == 0:
                 before = cost
-                cost += rows + (EXPERT_COST if b == 0 else 0)
+                cost += count + (EXPERT_COST if b == 0 else 0)
                 if (before + cost) * parts // (2 * whole_cost) != part:  # by the block's middle
                     continue
-            _rows_block(field, buffers, e, order, start, rows, out)
+            _rows_block(field, buffers, e, order, start, count, out)
 
     if parts > 1 and field[BY_TOKENS] == 0:
         vector.call_void(field[BARRIER])

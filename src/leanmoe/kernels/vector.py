@@ -30,10 +30,10 @@ def _blocking() -> tuple[int, int, int]:
     """(lanes of a vector, vectors of a panel, rows of a block) that fill the registers."""
     features = llvm.get_host_cpu_features()
     if features.get("avx512f"):
-        return 16, 6, 4  # 32 registers
+        return 16, 4, 6  # 32 registers
     if platform.machine().lower() in ("arm64", "aarch64"):
-        return 4, 6, 4  # 32 registers
-    return 8, 2, 4  # 16 registers
+        return 4, 4, 6  # 32 registers
+    return 8, 2, 6  # 16 registers
 
 
 LANES, PANEL, ROWS = _blocking()
@@ -72,6 +72,45 @@ class _Emit:
     def multiply_add(self, left, right, total):
         return self.builder.call(self.fused, [left, right, total])
 
+    def number(self, value):
+        return ir.Constant(self.vector, [value] * LANES)
+
+    def clamp(self, x, least, most):
+        """NaN stays NaN: neither comparison holds for it."""
+        for limit, sign in ((most, ">"), (least, "<")):
+            beyond = self.builder.fcmp_ordered(sign, x, self.number(limit))
+            x = self.builder.select(beyond, self.number(limit), x)
+        return x
+
+    def exp(self, x):
+        """e^x to 2 units in the last place; saturates beyond +-87, NaN stays NaN.
+
+        Polynomial and split of ln 2 as in the Cephes library's expf.
+        """
+        builder = self.builder
+        x = self.clamp(x, -87.0, 87.0)
+        magic = self.number(12582912.0)  # adding 1.5 x 2^23 rounds to a whole number, low bits
+        shifted = self.multiply_add(x, self.number(1.4426950408889634), magic)
+        whole = builder.fsub(shifted, magic)
+        rest = self.multiply_add(whole, self.number(-0.693359375), x)
+        rest = self.multiply_add(whole, self.number(2.12194440e-4), rest)
+        total = self.number(1.9875691500e-4)
+        for coefficient in (
+            1.3981999507e-3,
+            8.3334519073e-3,
+            4.1665795894e-2,
+            1.6666665459e-1,
+            5.0000001201e-1,
+            1.0,
+            1.0,
+        ):
+            total = self.multiply_add(total, rest, self.number(coefficient))
+        power = builder.shl(
+            builder.bitcast(shifted, self.words), ir.Constant(self.words, [23] * LANES)
+        )
+        power = builder.add(power, ir.Constant(self.words, [0x3F800000] * LANES))
+        return builder.fmul(total, builder.bitcast(power, self.vector))
+
     def weights(self, address, vectors, is_bf16):
         """One row of a panel as float32 vectors. bf16 is the upper half of a float32."""
         if not is_bf16:
@@ -89,28 +128,29 @@ class _Emit:
 
 
 def _product(rows: int, vectors: int, is_bf16: bool):
-    """An intrinsic: product(x, x_stride, w, count, initial, out, out_stride).
+    """An intrinsic: product(x_rows, w, count, initial, out, out_stride).
 
-    Addresses as integers, strides in elements, `count` at least 1.
+    `x_rows` is the address of the addresses of the rows, so rows need not lie together. Addresses
+    are integers, the stride is in elements, `count` is at least 1.
     """
 
     @intrinsic
-    def product(_typing, x, x_stride, w, count, initial, out, out_stride):
+    def product(_typing, x_rows, w, count, initial, out, out_stride):
         def generate(context, builder, _signature, arguments):
             _emit_product(builder, arguments, rows, vectors, is_bf16)
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 7), generate
+        return types.void(*(types.int64,) * 6), generate
 
     return product
 
 
 def _emit_product(builder, arguments, rows, vectors, is_bf16):
-    x, x_stride, w, count, initial, out, out_stride = arguments
+    x_rows, w, count, initial, out, out_stride = arguments
     emit = _Emit(builder)
-    x_row, out_row = [x], [out]
+    x_row = [emit.load(emit.plus(x_rows, 2 * BYTES * r), I64) for r in range(rows)]
+    out_row = [out]
     for _ in range(rows - 1):
-        x_row.append(builder.add(x_row[-1], builder.mul(x_stride, I64(BYTES))))
         out_row.append(builder.add(out_row[-1], builder.mul(out_stride, I64(BYTES))))
     columns = [c * LANES * BYTES for c in range(vectors)]
     start = [emit.load(emit.plus(initial, column), emit.vector) for column in columns]
@@ -145,32 +185,54 @@ def _emit_product(builder, arguments, rows, vectors, is_bf16):
             emit.store(totals[r][c], emit.plus(out_row[r], columns[c]))
 
 
-f32_1x2, f32_2x2, f32_3x2, f32_4x2 = (_product(r, 2, False) for r in (1, 2, 3, 4))
-f32_1x4, f32_2x4, f32_3x4, f32_4x4 = (_product(r, 4, False) for r in (1, 2, 3, 4))
-f32_1x6, f32_2x6, f32_3x6, f32_4x6 = (_product(r, 6, False) for r in (1, 2, 3, 4))
-bf16_1x2, bf16_2x2, bf16_3x2, bf16_4x2 = (_product(r, 2, True) for r in (1, 2, 3, 4))
-bf16_1x4, bf16_2x4, bf16_3x4, bf16_4x4 = (_product(r, 4, True) for r in (1, 2, 3, 4))
-bf16_1x6, bf16_2x6, bf16_3x6, bf16_4x6 = (_product(r, 6, True) for r in (1, 2, 3, 4))
+f32_1x2, f32_2x2, f32_3x2, f32_4x2, f32_5x2, f32_6x2 = (
+    _product(rows, 2, False) for rows in range(1, 7)
+)
+f32_1x4, f32_2x4, f32_3x4, f32_4x4, f32_5x4, f32_6x4 = (
+    _product(rows, 4, False) for rows in range(1, 7)
+)
+bf16_1x2, bf16_2x2, bf16_3x2, bf16_4x2, bf16_5x2, bf16_6x2 = (
+    _product(rows, 2, True) for rows in range(1, 7)
+)
+bf16_1x4, bf16_2x4, bf16_3x4, bf16_4x4, bf16_5x4, bf16_6x4 = (
+    _product(rows, 4, True) for rows in range(1, 7)
+)
 
 
-@intrinsic
-def bits_of(_typing, value):
-    """The bits of a float32 as an int32."""
+def _sigmoid_times(slope):
+    """An intrinsic over `vectors` whole vectors at an address, in place: x sigmoid(slope(x))."""
 
-    def generate(_context, builder, _signature, arguments):
-        return builder.bitcast(arguments[0], I32)
+    @intrinsic
+    def activate(_typing, address, vectors, alpha):
+        def generate(context, builder, _signature, arguments):
+            address, vectors, alpha = arguments
+            emit = _Emit(builder)
+            with cgutils.for_range(builder, vectors, intp=I64) as loop:
+                at = builder.add(address, builder.mul(loop.index, I64(LANES * BYTES)))
+                x = emit.load(at, emit.vector)
+                power = emit.exp(builder.fsub(emit.number(0.0), slope(emit, x, alpha)))
+                emit.store(builder.fdiv(x, builder.fadd(emit.number(1.0), power)), at)
+            return context.get_dummy_value()
 
-    return types.int32(types.float32), generate
+        return types.void(types.int64, types.int64, types.float32), generate
+
+    return activate
 
 
-@intrinsic
-def from_bits(_typing, value):
-    """The float32 with these bits."""
+def _scaled(emit, x, alpha):
+    return emit.builder.fmul(x, emit.everywhere(alpha))
 
-    def generate(_context, builder, _signature, arguments):
-        return builder.bitcast(arguments[0], F32)
 
-    return types.float32(types.int32), generate
+def _tanh_slope(emit, x, _alpha):
+    # 0.5 x (1 + tanh z) is x sigmoid(2 z), with z = sqrt(2/pi) (x + 0.044715 x^3)
+    square = emit.builder.fmul(x, x)
+    slope = emit.multiply_add(
+        square, emit.number(0.044715 * 1.5957691216057308), emit.number(1.5957691216057308)
+    )
+    return emit.builder.fmul(x, slope)
+
+
+silu, gelu_tanh = _sigmoid_times(_scaled), _sigmoid_times(_tanh_slope)
 
 
 @intrinsic
