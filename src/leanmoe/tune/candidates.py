@@ -1,0 +1,81 @@
+"""The rules worth trying in one layer, few enough that each can be measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from leanmoe.plan import Fingerprint, Plan, Rule
+
+Phase = Literal["prompt", "decode"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rule in one MoE layer, for prompt tokens or for tokens that decode together."""
+
+    phase: Phase
+    layer: int
+    rule: Rule
+    together: int = 1
+    """Requests that decode together; 1 for rules that do not depend on company."""
+
+    def plan(self, model: Fingerprint) -> Plan:
+        """The plan that changes this layer alone."""
+        rules = [Rule()] * model.moe_layers
+        rules[self.layer] = self.rule
+        if self.phase == "prompt":
+            return Plan(model, prompt=tuple(rules))
+        return Plan.per_layer(model, tuple(rules))
+
+    def to_json(self) -> dict[str, Any]:
+        """The candidate as JSON values."""
+        return {
+            "phase": self.phase,
+            "layer": self.layer,
+            "rule": self.rule.to_json(),
+            "together": self.together,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Candidate:
+        """Reads what `to_json` wrote."""
+        return cls(value["phase"], value["layer"], Rule.from_json(value["rule"]), value["together"])
+
+
+def prompt_rules(top_k: int) -> tuple[Rule, ...]:
+    """Fewer experts for prompt tokens, down to none: the last layer's feed nothing that is read."""
+    steps = sorted({0, 1, 2, 3, top_k // 2, (3 * top_k) // 4}, reverse=True)
+    return tuple(Rule(top_k=k) for k in steps if k < top_k)
+
+
+def own_rules(top_k: int) -> tuple[Rule, ...]:
+    """Rules in which a token looks at its own gates only."""
+    fewer = tuple(Rule(top_k=k) for k in range(top_k - 1, max(top_k // 2 - 1, 0), -1))
+    gated = tuple(Rule(threshold=share) for share in (0.15, 0.2, 0.25, 0.3, 0.35))
+    mass = tuple(Rule(top_p=share) for share in (0.95, 0.9, 0.85))
+    return (*fewer, *gated, *mass)
+
+
+def company_rules(top_k: int, experts: int, together: int) -> tuple[Rule, ...]:
+    """Rules in which the tokens of a step share experts; none for a token on its own."""
+    if together < 2:
+        return ()
+    kept = tuple(Rule(guaranteed=k) for k in range(top_k - 1, max(top_k // 4, 0), -1))
+    expected = experts * (1 - (1 - top_k / experts) ** together)
+    budgets = {max(1, round(expected * share)) for share in (0.9, 0.8, 0.7, 0.6)}
+    return (*kept, *(Rule(budget=budget) for budget in sorted(budgets, reverse=True)))
+
+
+def candidates(model: Fingerprint, loads: tuple[int, ...]) -> tuple[Candidate, ...]:
+    """Every candidate of a run, those that serve several loads once."""
+    layers = range(model.moe_layers)
+    prompt = [Candidate("prompt", n, r) for n in layers for r in prompt_rules(model.top_k)]
+    own = [Candidate("decode", n, r) for n in layers for r in own_rules(model.top_k)]
+    shared = [
+        Candidate("decode", n, rule, together)
+        for together in loads
+        for n in layers
+        for rule in company_rules(model.top_k, model.experts, together)
+    ]
+    return (*prompt, *own, *shared)
