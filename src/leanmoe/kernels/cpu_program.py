@@ -14,10 +14,15 @@ products are padded to whole vectors. Numbers and addresses arrive in one array 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit, types
+from numba.extending import register_jitable
 
 from leanmoe.kernels import vector
 from leanmoe.kernels.vector import LANES, PANEL, ROWS, floats_at, ints_at, longs_at
@@ -26,10 +31,11 @@ from leanmoe.kernels.vector import LANES, PANEL, ROWS, floats_at, ints_at, longs
     HIDDEN, IDS, GATES, OUT,
     GATE_UP, DOWN, GATE_UP_BIAS, DOWN_BIAS, NUMBERS, SCRATCH,
     TOKENS, SLOTS, EXPERTS, WIDTH_D, WIDTH_M, HAS_BIAS, IS_BF16, IS_GATED, ACTIVATION,
-    THREADS, TEAM, THREAD_NUMBER, BARRIER, WORKER, BY_TOKENS, USED,
+    THREADS, TEAM, THREAD_NUMBER, BARRIER, ENTRY, IN_TEAM, BY_TOKENS, USED,
     FIELDS,
-) = range(27)  # fmt: skip
+) = range(28)  # fmt: skip
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 SILU, GELU, GELU_TANH, RELU, RELU2 = range(5)
 
 EXPERT_COST = 12
@@ -37,22 +43,25 @@ EXPERT_COST = 12
 ROWS_BY_TOKENS = 8
 """With this many rows an expert and thread, threads split the tokens and not the experts."""
 
-_compile = {"error_model": "numpy", "fastmath": {"contract"}, "cache": True, "nogil": True}
+MOST_SUMS_BYTES = 1 << 26
+"""When the threads' own sums would be larger than this, they split the tokens as well."""
+
+_compile = {"error_model": "numpy", "fastmath": {"contract"}, "nogil": True}
 
 
-@njit(**_compile)
+@register_jitable
 def padded(count, lanes):
     """`count` columns rounded up to whole groups of `lanes`."""
     return (count + lanes - 1) // lanes * lanes
 
 
-@njit(**_compile)
+@register_jitable
 def padded_width(width, is_gated):
     """Columns that gate and up take up each; the packed first matrix has whole pairs of vectors."""
     return padded(width, LANES if is_gated else 2 * LANES)
 
 
-@njit(**_compile)
+@register_jitable
 def padded_hidden(hidden):
     """Columns of the packed second matrix."""
     return padded(hidden, 2 * LANES)
@@ -172,26 +181,34 @@ def _gate_block(kind, is_gated, numbers, product, narrow, rows, width):
                 narrow[r * width + m] *= value + offset
 
 
-@njit(**_compile)
 def scratch_bytes(tokens, slots, experts, hidden, width, threads):
     """How much `run` needs at SCRATCH: shared, then as much again for each thread."""
-    return _shared_bytes(tokens, slots, experts) + threads * _thread_bytes(tokens, hidden, width)
+    shared = _shared_bytes(tokens, slots, experts)
+    return shared + threads * _block_bytes(hidden, width) + _sums_bytes(tokens, hidden, threads)
 
 
-@njit(**_compile)
+@register_jitable
 def _whole_lines(size):
     return (size + 63) // 64 * 64
 
 
-@njit(**_compile)
+@register_jitable
 def _shared_bytes(tokens, slots, experts):
     return _whole_lines((experts + 2) * 4) + _whole_lines(tokens * slots * 4) + 64
 
 
-@njit(**_compile)
-def _thread_bytes(tokens, hidden, width):
+@register_jitable
+def _block_bytes(hidden, width):
+    """A thread's buffers for one block of rows."""
     columns = 3 * padded_width(width, False) + padded_hidden(hidden)
-    return ROWS * (4 * columns + 2 * 8) + 6 * 64 + _whole_lines(tokens * hidden * 4)
+    return _whole_lines(ROWS * (4 * columns + 2 * 8)) + 4 * 64
+
+
+@register_jitable
+def _sums_bytes(tokens, hidden, threads):
+    """The sums of all threads but the first, which adds to the result itself; 0 if too large."""
+    size = (threads - 1) * tokens * hidden * 4
+    return size if size <= MOST_SUMS_BYTES else 0
 
 
 @njit(**_compile)
@@ -294,20 +311,22 @@ def _part(field, part, parts):
     """What one thread does."""
     tokens, slots, experts = field[TOKENS], field[SLOTS], field[EXPERTS]
     hidden, inner = field[WIDTH_D], padded_width(field[WIDTH_M], field[IS_GATED] == 1)
-    shared, each = field[SCRATCH], _thread_bytes(tokens, hidden, field[WIDTH_M])
+    shared, each = field[SCRATCH], _block_bytes(hidden, field[WIDTH_M])
     starts = carray(ints_at(shared), experts + 2)
     order = carray(ints_at(shared + _whole_lines((experts + 2) * 4)), tokens * slots)
-    private = shared + _shared_bytes(tokens, slots, experts)
-    product, address = _floats(private + part * each, ROWS * 2 * inner)
+    blocks_at = shared + _shared_bytes(tokens, slots, experts)
+    product, address = _floats(blocks_at + part * each, ROWS * 2 * inner)
     narrow, address = _floats(address, ROWS * inner)
     wide, address = _floats(address, ROWS * padded_hidden(hidden))
     rows = carray(longs_at(address), 2 * ROWS)
-    address += _whole_lines(2 * ROWS * 8)
     for r in range(ROWS):
         rows[ROWS + r] = narrow.ctypes.data + r * inner * 4
     buffers = (product, narrow, wide, rows[:ROWS], rows[ROWS:])
-    target = field[OUT] if part == 0 or field[BY_TOKENS] == 1 else address
-    out = carray(floats_at(target), tokens * hidden)
+    sums_at, size = blocks_at + field[THREADS] * each, tokens * hidden
+    target = field[OUT]
+    if part > 0 and field[BY_TOKENS] == 0:
+        target = sums_at + (part - 1) * size * 4
+    out = carray(floats_at(target), size)
 
     first, last = 0, tokens
     if field[BY_TOKENS] == 1:
@@ -334,12 +353,11 @@ def _part(field, part, parts):
 
     if parts > 1 and field[BY_TOKENS] == 0:
         vector.call_void(field[BARRIER])
-        mine = carray(floats_at(field[OUT]), tokens * hidden)
-        low, high = tokens * hidden * part // parts, tokens * hidden * (part + 1) // parts
-        for other in range(1, parts):
-            theirs = carray(floats_at(address + (other - part) * each), tokens * hidden)
-            for i in range(low, high):
-                mine[i] += theirs[i]
+        result = carray(floats_at(field[OUT]), size)
+        for other in range(parts - 1):
+            sums = carray(floats_at(sums_at + other * size * 4), size)
+            for i in range(size * part // parts, size * (part + 1) // parts):
+                result[i] += sums[i]
 
 
 @njit(**_compile)
@@ -350,17 +368,9 @@ def _cost(starts, experts):
     return total
 
 
-@cfunc(types.void(types.CPointer(types.int64)), **_compile)
-def worker(argument):
-    """What each thread of the team starts with."""
-    field = carray(argument, FIELDS)
-    _part(field, vector.call_int(field[THREAD_NUMBER]), field[THREADS])
-
-
-@cfunc(types.int64(types.CPointer(types.int64)), **_compile)
-def run(argument):
-    """The whole call: experts awake + 2^32 x rows computed, or -1 - the slot with a wrong id."""
-    field = carray(argument, FIELDS)
+@njit(**_compile)
+def _whole_call(field):
+    """Experts awake + 2^32 x rows computed, or -1 - the slot with a wrong id."""
     tokens, slots, experts = field[TOKENS], field[SLOTS], field[EXPERTS]
     starts = carray(ints_at(field[SCRATCH]), experts + 2)
     order = carray(ints_at(field[SCRATCH] + _whole_lines((experts + 2) * 4)), tokens * slots)
@@ -371,10 +381,44 @@ def run(argument):
     for e in range(experts):
         awake += starts[e + 1] > starts[e]
     field[USED] = rows
-    field[BY_TOKENS] = rows >= ROWS_BY_TOKENS * awake * field[THREADS]
+    enough = rows >= ROWS_BY_TOKENS * awake * field[THREADS]
+    fits = _sums_bytes(tokens, field[WIDTH_D], field[THREADS]) > 0
+    field[BY_TOKENS] = enough or not fits
     if field[THREADS] == 1 or rows <= 1:
-        field[THREADS] = 1
         _part(field, 0, 1)
     else:
-        vector.call_team(field[TEAM], field[WORKER], field.ctypes.data, field[THREADS])
+        field[IN_TEAM] = 1
+        vector.call_team(field[TEAM], field[ENTRY], field.ctypes.data, field[THREADS])
     return (rows << 32) + awake
+
+
+@functools.cache
+def entry() -> int:
+    """Address of the program: a C function, int64 f(int64 fields[FIELDS]).
+
+    Compiled for this processor, or loaded where an earlier process could keep what it compiled.
+    """
+    folder = Path(__file__).parent
+    sources = [(folder / name).read_bytes() for name in ("cpu_program.py", "vector.py")]
+    stamp = hashlib.sha256(b"".join(sources)).hexdigest()
+
+    def program(argument):
+        field = carray(argument, FIELDS)
+        if field[IN_TEAM] == 1:  # a thread of the team that the whole call started
+            _part(field, vector.call_int(field[THREAD_NUMBER]), field[THREADS])
+            return len(stamp)  # numba's cache sees one file; what is closed over is in its key
+        return _whole_call(field)
+
+    compile_with = functools.partial(cfunc, types.int64(types.CPointer(types.int64)), **_compile)
+    try:
+        compiled = compile_with(cache=True)(program)
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):  # numba found no folder that it can write
+            raise
+        compiled = compile_with()(program)
+    _keep.append(compiled)
+    return int(compiled.address)
+
+
+_keep: list[Any] = []
+"""Compiled code lives as long as its Python object."""
