@@ -32,7 +32,7 @@ class TuneSettings:
     heldout_share: float = 0.4
     """Share of the documents that the search never sees."""
     window_tokens: int = 256
-    """Tokens of a document that are scored together."""
+    """Tokens of a document that are scored together; the first half is the prompt."""
     seed: int = 0
     dtype: str | None = None
     trust_remote_code: bool = False
@@ -57,6 +57,11 @@ class TuneSettings:
             value = getattr(self, name)
             _require(value >= 16, name.replace("_", "-"), value, "at least 16")
         _require(self.output_tokens >= 2, "output-tokens", self.output_tokens, "at least 2")
+
+    @property
+    def prompt_share_tokens(self) -> int:
+        """Tokens of a window that stand for a request's prompt; the rest for its output."""
+        return self.window_tokens // 2
 
     def bands(self) -> tuple[int | None, ...]:
         """The upper end of each load's band, in tokens of a forward step.

@@ -1,0 +1,5 @@
+"""`python -m leanmoe`."""
+
+from leanmoe.cli import main
+
+main()

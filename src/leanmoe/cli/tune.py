@@ -1,0 +1,127 @@
+"""`leanmoe tune`: the main job from the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.job.settings import TuneSettings
+from leanmoe.report.results import Results, percent, read_results
+from leanmoe.storage import read_json
+
+_DEFAULT = TuneSettings(model="reference")
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="A folder, a hub name, or 'reference'.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")] = Path(
+        "runs/tune"
+    ),
+    text: Annotated[
+        str | None,
+        typer.Option(help="A .txt or .jsonl file, a folder, or a Hugging Face data set."),
+    ] = None,
+    loads: Annotated[str, typer.Option(help="Requests at once, comma separated.")] = ",".join(
+        map(str, _DEFAULT.loads)
+    ),
+    margin: Annotated[
+        str, typer.Option(help="Largest increase in next-token loss to accept.")
+    ] = f"{100 * _DEFAULT.margin:g}%",
+    confidence: Annotated[float, typer.Option(help="Of every claim.")] = _DEFAULT.confidence,
+    strategy: Annotated[
+        str, typer.Option(help="'auto' compares every strategy; 'leanmoe' runs our own alone.")
+    ] = _DEFAULT.strategy,
+    input_tokens: Annotated[int, typer.Option(help="Prompt length.")] = _DEFAULT.input_tokens,
+    output_tokens: Annotated[int, typer.Option(help="Output length.")] = _DEFAULT.output_tokens,
+    repeats: Annotated[int, typer.Option(help="Of each throughput run.")] = _DEFAULT.repeats,
+    profile_tokens: Annotated[int, typer.Option()] = _DEFAULT.profile_tokens,
+    sensitivity_tokens: Annotated[int, typer.Option()] = _DEFAULT.sensitivity_tokens,
+    heldout_tokens: Annotated[int, typer.Option()] = _DEFAULT.heldout_tokens,
+    seed: Annotated[int, typer.Option()] = _DEFAULT.seed,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Allow the model's own Python code to run.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run with other settings.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Finds a faster plan for a model, proves what it costs, measures what it gains.
+
+    A run that was stopped goes on where it was. Example:
+    leanmoe tune reference --loads 1,8,32 --margin 0.5% -o runs/demo
+    """
+    settings = TuneSettings(
+        model=model,
+        text=text,
+        loads=_loads(loads),
+        margin=_margin(margin),
+        confidence=confidence,
+        strategy=strategy,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        repeats=repeats,
+        profile_tokens=profile_tokens,
+        sensitivity_tokens=sensitivity_tokens,
+        heldout_tokens=heldout_tokens,
+        seed=seed,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    settings.check()
+    from leanmoe.job.job import tune as run_tune
+
+    command = "leanmoe " + " ".join(sys.argv[1:])
+    folder = run_tune(settings, output, command, overwrite)
+    results = read_results(folder / "results.json")
+    if as_json:
+        plan = read_json(folder / "plan.json", "plan")
+        print(json.dumps({"run": str(folder), "verdicts": results["verdicts"], "plan": plan}))
+        return
+    show(results, folder)
+
+
+def show(results: Results, folder: Path) -> None:
+    """Prints the verdict of a run as a table."""
+    from leanmoe.report.page import headline
+
+    console = Console()
+    table = Table(title="Verdict per load", title_justify="left")
+    for name in ("at once", "verdict", "loss", "at most (95%)", "throughput", "why"):
+        table.add_column(name, justify="left" if name in ("verdict", "why") else "right")
+    for verdict in results["verdicts"]:
+        loss, gain = verdict["loss"], verdict["gain"]
+        table.add_row(
+            str(verdict["concurrency"]),
+            "[green]accepted[/green]" if verdict["accepted"] else "full model",
+            percent(loss["ratio"]) if loss else "",
+            percent(loss["upper_bound"]) if loss else "",
+            f"{percent(gain['median'] - 1, 1)} ({percent(gain['low'] - 1, 1)} to "
+            f"{percent(gain['high'] - 1, 1)})"
+            if gain
+            else "",
+            verdict["reason"],
+        )
+    console.print(table)
+    console.print(headline(results))
+    console.print(f"Plan: {folder / 'plan.json'}   Page: {folder / 'report.html'}")
+
+
+def _loads(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise LeanMoeError(f"loads is {text!r}: it must be numbers like 1,8,32") from error
+
+
+def _margin(text: str) -> float:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise LeanMoeError(f"margin is {text!r}: it must be a share like 0.5% or 0.005") from error

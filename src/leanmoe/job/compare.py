@@ -1,0 +1,113 @@
+"""Every strategy at one load, on the same budget and the same held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from leanmoe.job.inputs import Inputs
+from leanmoe.job.search import plan_losses
+from leanmoe.job.settings import TuneSettings
+from leanmoe.plan import Plan, Rule
+from leanmoe.profile.replay import replay
+from leanmoe.profile.saved import Profile
+from leanmoe.quality.documents import Losses
+from leanmoe.quality.paired import loss_difference, loss_increase
+from leanmoe.tune.perturbation import perturbation
+from leanmoe.tune.sensitivity import Sensitivity
+from leanmoe.tune.strategies import STRATEGIES, Budget, Setting, Strategy
+
+SLOTS_SHARE = 0.75
+"""Of the full model's experts a token, for a request on its own: the paper's k = 6 of 8."""
+DISTINCT_SHARE = 0.8
+"""Of the full model's distinct experts a step, for requests together."""
+
+
+def compare_strategies(
+    inputs: Inputs,
+    profile: Profile,
+    sensitivities: Sequence[Sensitivity],
+    together: int,
+    full: Losses,
+    settings: TuneSettings,
+    store: Callable[[str, Callable[[], Any]], Any],
+) -> dict[str, Any]:
+    """One table: what each strategy loses, and how it stands against leanmoe's own."""
+    setting = _setting(inputs, profile, sensitivities, together)
+    found: dict[str, tuple[tuple[Rule, ...], Losses]] = {}
+    for name, each in STRATEGIES.items():
+        if each.needs_company and together < 2:
+            continue
+        rules = each.rules(setting)
+        stored = store(f"strategy-{together}-{name}", _losses_of(inputs, rules, together, name))
+        found[name] = (rules, Losses.from_json(stored))
+    own = found["leanmoe"][1]
+    rows = []
+    for name, (rules, lost) in found.items():
+        rows.append(_row(STRATEGIES[name], rules, lost, own, full, profile, together, settings))
+    return {
+        "concurrency": together,
+        "budget": {"kind": setting.budget.kind, "value": setting.budget.value},
+        "rows": rows,
+    }
+
+
+def _losses_of(
+    inputs: Inputs, rules: tuple[Rule, ...], together: int, name: str
+) -> Callable[[], Any]:
+    def compute() -> Any:
+        plan = Plan.per_layer(inputs.shape.fingerprint(), rules)
+        return plan_losses(inputs, plan, together, f"Strategy {name}").to_json()
+
+    return compute
+
+
+def _setting(
+    inputs: Inputs, profile: Profile, sensitivities: Sequence[Sensitivity], together: int
+) -> Setting:
+    layers = len(profile.layers)
+
+    @cache
+    def cost(layer: int, rule: Rule) -> float:
+        result = replay(profile, layer, rule, together)
+        return result.slots if together == 1 else result.distinct
+
+    full = sum(cost(layer, Rule()) for layer in range(layers)) / layers
+    budget = (
+        Budget("slots", SLOTS_SHARE * full)
+        if together == 1
+        else Budget("distinct", DISTINCT_SHARE * full)
+    )
+    moved = perturbation(inputs.model)
+    return Setting(inputs.shape.fingerprint(), together, budget, cost, tuple(sensitivities), moved)
+
+
+def _row(
+    each: Strategy,
+    rules: tuple[Rule, ...],
+    lost: Losses,
+    own: Losses,
+    full: Losses,
+    profile: Profile,
+    together: int,
+    settings: TuneSettings,
+) -> dict[str, Any]:
+    replays = [replay(profile, layer, rule, together) for layer, rule in enumerate(rules)]
+    row: dict[str, Any] = {
+        "strategy": each.name,
+        "title": each.title,
+        "source": each.source,
+        "slots": sum(r.slots for r in replays) / len(replays),
+        "distinct": sum(r.distinct for r in replays) / len(replays),
+        "loss": loss_increase(full, lost, settings.confidence, settings.seed).to_json(),
+        "rules": [rule.to_json() for rule in rules],
+    }
+    if each.name != "leanmoe":
+        against = loss_difference(full, lost, own, settings.confidence, settings.seed)
+        row["against"] = {
+            "difference": against.ratio,
+            "low": against.low,
+            "high": against.high,
+        }
+    return row

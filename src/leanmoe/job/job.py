@@ -1,0 +1,262 @@
+"""`leanmoe tune`: profile, sensitivity, allocation, validation, gain, verdict, in that order."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from leanmoe.job.compare import compare_strategies
+from leanmoe.job.folder import RunFolder
+from leanmoe.job.inputs import Inputs, read_inputs
+from leanmoe.job.search import Proved, plan_losses, points_for, prove, workloads
+from leanmoe.job.settings import TuneSettings
+from leanmoe.job.verdict import verdict_on
+from leanmoe.load import Load, Variant, compare
+from leanmoe.plan import Band, Plan, Rule
+from leanmoe.profile.measure import profile as measure_profile
+from leanmoe.profile.saved import Profile
+from leanmoe.provenance import collect
+from leanmoe.quality.documents import Losses
+from leanmoe.report import write_report
+from leanmoe.runtime import IMPLEMENTATION, apply
+from leanmoe.storage import write_json
+from leanmoe.tune.candidates import Candidate, Phase, candidates
+from leanmoe.tune.layer_time import LayerTime
+from leanmoe.tune.sensitivity import Sensitivity, measure
+
+REQUESTS_PER_USER = 2
+FEWEST_REQUESTS = 4
+
+logger = logging.getLogger(__name__)
+
+
+def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = False) -> Path:
+    """Runs the main job into folder `output`, taking up what an earlier run left; returns it."""
+    settings.check()
+    folder = RunFolder.open(output, settings, overwrite)
+    inputs = read_inputs(settings)
+    profile = _profile(inputs, folder, settings, command)
+    found = _sensitivities(inputs, folder, settings)
+    full = Losses.from_json(
+        folder.step("full", lambda: plan_losses(inputs, _empty(inputs), None, "Full").to_json())
+    )
+    times = _times(inputs, profile, folder, settings)
+    proved = _prove_all(inputs, profile, found, times, full, folder, settings)
+    strategies = [
+        compare_strategies(inputs, profile, found, together, full, settings, folder.step)
+        for together in settings.loads
+        if settings.strategy == "auto"
+    ]
+    chosen = {load: _last_accepted(points) for load, points in proved.items()}
+    proposal = assemble(inputs, chosen, settings)
+    gain = [
+        folder.step(f"gain-{load}", lambda load=load: _gain(inputs, proposal, load, settings))
+        for load in settings.loads
+    ]
+    verdicts = [
+        verdict_on(load, up_to, proved[load], chosen[load], entry)
+        for load, up_to, entry in zip(settings.loads, settings.bands(), gain, strict=True)
+    ]
+    kept = {v["concurrency"]: chosen[v["concurrency"]] for v in verdicts if v["accepted"]}
+    plan = assemble(inputs, kept, settings, collect(command, settings.seed).to_json())
+    plan.save(folder.path / "plan.json")
+    results = {
+        "leanmoe_results": 1,
+        "provenance": collect(command, settings.seed).to_json(),
+        "model": _model(inputs),
+        "settings": settings.to_json(),
+        "text": {"source": inputs.source, **inputs.counts},
+        "profile": profile.to_json(),
+        "sensitivity": {
+            "label": "measured",
+            "tokens": inputs.searched.tokens,
+            "candidates": [s.to_json() for s in found],
+        },
+        "fronts": [_front(load, proved[load], chosen[load], profile) for load in settings.loads],
+        "strategies": strategies,
+        "gain": gain,
+        "verdicts": verdicts,
+        "notes": _notes(verdicts, settings),
+        "seconds": folder.seconds(),
+        "peak_memory_bytes": peak_memory(),
+    }
+    write_json(folder.path / "results.json", results)
+    write_report(folder.path)
+    return folder.path
+
+
+def assemble(
+    inputs: Inputs,
+    chosen: Mapping[int, Proved | None],
+    settings: TuneSettings,
+    provenance: Mapping[str, Any] | None = None,
+) -> Plan:
+    """One plan of the points chosen for the loads; a load without one gets an empty band.
+
+    The prompt rules are shared by all loads: they stay only if some load was accepted with them.
+    """
+    fingerprint = inputs.shape.fingerprint()
+    bands, prompt = [], ()
+    for load, up_to in zip(settings.loads, settings.bands(), strict=True):
+        point = chosen.get(load)
+        empty = (Rule(),) * fingerprint.moe_layers
+        bands.append(Band(up_to, point.point.decode if point else empty))
+        if point is not None:
+            prompt = point.point.prompt
+    return Plan(fingerprint, tuple(bands), prompt, dict(provenance or {}))
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else 1024 * peak)
+
+
+def _empty(inputs: Inputs) -> Plan:
+    return Plan(inputs.shape.fingerprint())
+
+
+def _profile(inputs: Inputs, folder: RunFolder, settings: TuneSettings, command: str) -> Profile:
+    def compute() -> dict[str, int]:
+        with apply(inputs.model, _empty(inputs), experts=IMPLEMENTATION):
+            measured = measure_profile(
+                inputs.model, inputs.profiled, seed=settings.seed, command=command
+            )
+        measured.save(folder.path)
+        return {"tokens": measured.tokens, "documents": measured.documents}
+
+    folder.step("profiling", compute)
+    return Profile.load(folder.path)
+
+
+def _sensitivities(inputs: Inputs, folder: RunFolder, settings: TuneSettings) -> list[Sensitivity]:
+    """Measured in one piece for each company and phase, each stored when it is done."""
+    fingerprint = inputs.shape.fingerprint()
+    tried = candidates(fingerprint, settings.loads)
+    found: list[Sensitivity] = []
+    for together, phase in sorted({(c.together, c.phase) for c in tried}):
+        group = [c for c in tried if (c.together, c.phase) == (together, phase)]
+        name = f"sensitivity-{phase}-{together}"
+        stored = folder.step(name, _measuring(inputs, group))
+        found += [Sensitivity.from_json(piece) for piece in stored]
+    return found
+
+
+def _measuring(inputs: Inputs, group: Sequence[Candidate]) -> Callable[[], Any]:
+    what = f"Sensitivity, {group[0].phase}, {group[0].together} at once"
+
+    def compute() -> Any:
+        fingerprint = inputs.shape.fingerprint()
+        measured = measure(inputs.model, inputs.searched, group, fingerprint, what)
+        return [each.to_json() for each in measured]
+
+    return compute
+
+
+def _times(
+    inputs: Inputs, profile: Profile, folder: RunFolder, settings: TuneSettings
+) -> dict[int, dict[Phase, LayerTime]]:
+    def compute() -> Any:
+        found = workloads(inputs, profile, settings)
+        return {
+            str(load): {phase: vars(time) for phase, time in phases.items()}
+            for load, phases in found.items()
+        }
+
+    stored = folder.step("layer-times", compute)
+    return {
+        int(load): {phase: LayerTime(**time) for phase, time in phases.items()}
+        for load, phases in stored.items()
+    }
+
+
+def _prove_all(
+    inputs: Inputs,
+    profile: Profile,
+    found: Sequence[Sensitivity],
+    times: Mapping[int, Mapping[Phase, LayerTime]],
+    full: Losses,
+    folder: RunFolder,
+    settings: TuneSettings,
+) -> dict[int, list[Proved]]:
+    """The largest load decides the prompt rules that all loads share; then each its own bands."""
+    proved: dict[int, list[Proved]] = {}
+    prompt: tuple[Rule, ...] | None = None
+    for load in reversed(settings.loads):
+        points = points_for(load, found, profile, times[load], settings, full.mean, prompt)
+        proved[load] = prove(inputs, points, load, full, settings, folder.step)
+        best = _last_accepted(proved[load])
+        if prompt is None and best is not None:
+            prompt = best.point.prompt
+    return proved
+
+
+def _last_accepted(points: Sequence[Proved]) -> Proved | None:
+    accepted = [point for point in points if point.verdict.accepted]
+    return accepted[-1] if accepted else None
+
+
+def _gain(inputs: Inputs, plan: Plan, load: int, settings: TuneSettings) -> dict[str, Any]:
+    requests = max(REQUESTS_PER_USER * load, FEWEST_REQUESTS)
+    wanted = Load(load, settings.input_tokens, settings.output_tokens, requests)
+
+    def running(plan: Plan, experts: str) -> Callable[[], AbstractContextManager[Any]]:
+        return lambda: apply(inputs.model, plan, experts=experts)
+
+    stock = f"transformers {inputs.model.config._experts_implementation}"
+    variants = [
+        Variant("full", running(_empty(inputs), IMPLEMENTATION)),
+        Variant("plan", running(plan, IMPLEMENTATION)),
+        Variant(stock, running(_empty(inputs), "stock")),
+    ]
+    measured = compare(
+        inputs.model, inputs.prompts, wanted, variants, settings.repeats, settings.seed
+    )
+    ratio = measured.ratio("plan", settings.confidence).to_json()
+    return {**measured.to_json(), "ratio": ratio}
+
+
+def _front(
+    load: int, points: Sequence[Proved], chosen: Proved | None, profile: Profile
+) -> dict[str, Any]:
+    from leanmoe.profile.replay import replay
+
+    entries = []
+    for point in points:
+        replays = [replay(profile, n, rule, load) for n, rule in enumerate(point.point.decode)]
+        distinct = sum(r.distinct for r in replays) / len(replays)
+        entries.append(point.to_json(point is chosen, [r.slots for r in replays], distinct))
+    return {"concurrency": load, "points": entries}
+
+
+def _model(inputs: Inputs) -> dict[str, Any]:
+    with apply(inputs.model, _empty(inputs), experts=IMPLEMENTATION) as applied:
+        implementation = applied.implementation
+    return {
+        "name": inputs.model.config.name_or_path.rsplit("/", 1)[-1] or "model",
+        "fingerprint": vars(inputs.shape.fingerprint()),
+        "parameters": inputs.shape.total_parameters(),
+        "active_parameters": inputs.shape.active_parameters(),
+        "dtype": str(inputs.model.dtype).removeprefix("torch."),
+        "experts_implementation": implementation,
+    }
+
+
+def _notes(verdicts: Sequence[Mapping[str, Any]], settings: TuneSettings) -> list[str]:
+    half = settings.prompt_share_tokens
+    notes = [
+        f"Loss is measured on what a service reads: after a prompt of {half} tokens run under the "
+        "prompt rules, the next tokens under the decode rules, in the company of as many others "
+        "as the load has.",
+        "Layer times on the fronts are modelled from timings of one layer on this machine; "
+        "throughput is measured end to end.",
+    ]
+    refused = [str(v["concurrency"]) for v in verdicts if not v["accepted"]]
+    if refused:
+        notes.append(f"No gain is claimed at {', '.join(refused)} at once: the band stays empty.")
+    return notes

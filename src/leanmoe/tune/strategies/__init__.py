@@ -1,0 +1,11 @@
+"""Every method by name, on the same budget of active or distinct experts."""
+
+from leanmoe.tune.strategies.registry import (
+    STRATEGIES,
+    Budget,
+    Setting,
+    Strategy,
+    strategy,
+)
+
+__all__ = ["STRATEGIES", "Budget", "Setting", "Strategy", "strategy"]
