@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
 
@@ -89,15 +89,22 @@ def build(settings: ModelSettings, seed: int) -> PreTrainedModel:
 
 def to_bf16(model: PreTrainedModel) -> None:
     """Casts all weights to bf16 and leaves the routers' correction biases in float32."""
-    biases = [gate.e_score_correction_bias.detach().float().clone() for gate in routers(model)]
+    biases = [correction_bias(gate).float().clone() for gate in routers(model)]
     model.to(torch.bfloat16)
     for gate, bias in zip(routers(model), biases, strict=True):
-        gate.e_score_correction_bias = bias.to(gate.weight.device)
+        gate.e_score_correction_bias = bias
 
 
 def routers(model: PreTrainedModel) -> list[nn.Module]:
     """The routers of the MoE layers, in order of depth."""
     return [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+
+
+def correction_bias(gate: nn.Module) -> Tensor:
+    """The (E) bias that a router adds to its scores for ranking only."""
+    bias = gate.e_score_correction_bias
+    assert isinstance(bias, Tensor)
+    return bias.detach()
 
 
 @dataclass(frozen=True)

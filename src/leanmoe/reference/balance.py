@@ -6,7 +6,7 @@ sequence-wise loss keeps single sequences from extremes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ class LoadBalancer:
     def __init__(self, gates: list[nn.Module], experts: int, sequence_tokens: int) -> None:
         self.gates = gates
         self.sequence_tokens = sequence_tokens
-        device = gates[0].weight.device
+        device = cast(Tensor, gates[0].weight).device
         self.load_LE = torch.zeros(len(gates), experts, device=device)
         """Slots each expert took since the last `update_biases`, by MoE layer."""
         self._losses: list[Tensor] = []

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.reference.architecture import routers
+from leanmoe.reference.architecture import correction_bias, routers
 from leanmoe.reference.optimiser import MasterAdamW
 from leanmoe.storage import write_with
 
@@ -29,7 +29,7 @@ def save(path: Path, model: PreTrainedModel, adam: MasterAdamW, record: dict[str
     """Writes everything that `restore` needs to go on bit for bit."""
     tensors = dict(adam.state())
     for layer, gate in enumerate(routers(model)):
-        tensors[f"bias.{layer}"] = gate.e_score_correction_bias
+        tensors[f"bias.{layer}"] = correction_bias(gate)
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -57,7 +57,7 @@ def restore(path: Path, model: PreTrainedModel, adam: MasterAdamW) -> None:
     try:
         adam.load(tensors)
         for layer, gate in enumerate(routers(model)):
-            gate.e_score_correction_bias.copy_(tensors[f"bias.{layer}"])
+            correction_bias(gate).copy_(tensors[f"bias.{layer}"])
     except KeyError as error:
         raise LeanMoeError(f"checkpoint {path} lacks {error}: another model's") from error
     torch.set_rng_state(tensors["rng.cpu"])

@@ -195,9 +195,7 @@ class Evaluation:
     def tasks(self) -> None:
         """The tasks at the trained k, on every item."""
         scorer, data = self.scorer, self.data
-        self.keep(
-            "lambada", evaluate_lambada(scorer, tasks.lambada_rows(scorer, data), "LAMBADA")
-        )
+        self.keep("lambada", evaluate_lambada(scorer, tasks.lambada_rows(scorer, data), "LAMBADA"))
         self.keep("piqa", evaluate_choices(scorer, tasks.piqa_choices(scorer, data), "PIQA"))
         self.keep("qasc", evaluate_choices(scorer, tasks.qasc_choices(scorer, data), "QASC"))
         self.keep("blimp", evaluate_blimp(scorer, tasks.blimp_pairs(scorer, data), "BLiMP"))

@@ -8,7 +8,8 @@ the wide float32 result after it. Registered as `leanmoe_training`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,11 @@ def _activate(both_RI: Tensor, weights_R: Tensor) -> Tensor:
     return silu(gate_RI) * up_RI * weights_R.to(both_RI.dtype).unsqueeze(-1)
 
 
-_steps = {"sum_slots": _sum_slots, "activate": _activate}
-"""What `fuse` may replace by compiled versions."""
+class _Steps:
+    """The steps between the matrix products; `fuse` replaces them by compiled versions."""
+
+    sum_slots: Callable[[Tensor, Tensor, int], Tensor] = staticmethod(_sum_slots)
+    activate: Callable[[Tensor, Tensor], Tensor] = staticmethod(_activate)
 
 
 class _Spread(torch.autograd.Function):
@@ -45,13 +49,13 @@ class _Spread(torch.autograd.Function):
         return rows_TH.index_select(0, order_R // slots)
 
     @staticmethod
-    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_R,) = ctx.saved_tensors
-        return _steps["sum_slots"](grad_RH, inverse_R, ctx.slots), None, None, None
+        return _Steps.sum_slots(grad_RH, inverse_R, ctx.slots), None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """Sums each token's K rows; backward copies the token's gradient to them. `_Spread` reversed."""
+    """Sums each token's K rows; backward copies its gradient to them: `_Spread` reversed."""
 
     @staticmethod
     def forward(
@@ -59,10 +63,10 @@ class _Combine(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(order_R)
         ctx.slots = slots
-        return _steps["sum_slots"](rows_RH, inverse_R, slots)
+        return _Steps.sum_slots(rows_RH, inverse_R, slots)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:
         (order_R,) = ctx.saved_tensors
         return grad_TH.index_select(0, order_R // ctx.slots), None, None, None
 
@@ -76,9 +80,14 @@ class _Reorder(torch.autograd.Function):
         return values_R.index_select(0, order_R)
 
     @staticmethod
-    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None]:
         (inverse_R,) = ctx.saved_tensors
         return grad_R.index_select(0, inverse_R), None, None
+
+
+def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
+    """`function.apply`, with the type that torch leaves out."""
+    return cast(Tensor, function.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
 def experts_forward(
@@ -91,15 +100,17 @@ def experts_forward(
     sorted_R, order_R = ids_TK.reshape(-1).to(torch.uint8).sort()
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    experts = torch.arange(self.num_experts, device=order_R.device, dtype=torch.uint8)
-    ends_E = torch.searchsorted(sorted_R, experts, right=True, out_int32=True)
+    gate_up_EIH = cast(Tensor, self.gate_up_proj)
+    down_EHI = cast(Tensor, self.down_proj)
+    experts_E = torch.arange(gate_up_EIH.shape[0], device=order_R.device, dtype=torch.uint8)
+    ends_E = torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True)
 
-    spread_RH = _Spread.apply(rows_TH, order_R, inverse_R, slots)
-    both_RI = grouped_mm(spread_RH, self.gate_up_proj.transpose(-2, -1), offs=ends_E)
-    weights_R = _Reorder.apply(top_k_weights.reshape(-1), order_R, inverse_R)
-    narrow_RI = _steps["activate"](both_RI, weights_R)
-    down_RH = grouped_mm(narrow_RI, self.down_proj.transpose(-2, -1), offs=ends_E)
-    return _Combine.apply(down_RH, order_R, inverse_R, slots)
+    spread_RH = _apply(_Spread, rows_TH, order_R, inverse_R, slots)
+    both_RI = grouped_mm(spread_RH, gate_up_EIH.transpose(-2, -1), offs=ends_E)
+    weights_R = _apply(_Reorder, top_k_weights.reshape(-1), order_R, inverse_R)
+    narrow_RI = _Steps.activate(both_RI, weights_R)
+    down_RH = grouped_mm(narrow_RI, down_EHI.transpose(-2, -1), offs=ends_E)
+    return _apply(_Combine, down_RH, order_R, inverse_R, slots)
 
 
 def register() -> None:
@@ -109,5 +120,5 @@ def register() -> None:
 
 def fuse() -> None:
     """Compiles the memory-bound steps between the matrix products, for this process."""
-    _steps["sum_slots"] = torch.compile(_sum_slots, dynamic=False)
-    _steps["activate"] = torch.compile(_activate, dynamic=False)
+    _Steps.sum_slots = staticmethod(torch.compile(_sum_slots, dynamic=False))
+    _Steps.activate = staticmethod(torch.compile(_activate, dynamic=False))

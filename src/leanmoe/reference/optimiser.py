@@ -12,7 +12,7 @@ from torch import Tensor
 class OptimiserSettings:
     """AdamW and its schedule by token count."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 2.5e-3
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -43,9 +43,10 @@ class MasterAdamW:
         self.names = list(named)
         self.weights = list(named.values())
         self.masters = [weight.detach().float().clone() for weight in self.weights]
-        for master in self.masters:
+        self.grads = [torch.zeros_like(master) for master in self.masters]
+        for master, grad in zip(self.masters, self.grads, strict=True):
             master.requires_grad_(True)
-            master.grad = torch.zeros_like(master)
+            master.grad = grad
         decayed = [m for m in self.masters if m.ndim >= 2]
         plain = [m for m in self.masters if m.ndim < 2]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
@@ -54,16 +55,23 @@ class MasterAdamW:
         self.adam = torch.optim.AdamW(
             groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-10, fused=True
         )
+        # Filled here and not by the first step, so that a run stopped before it can be saved.
+        for master in self.masters:
+            self.adam.state[master] = {
+                "step": torch.zeros((), device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
 
     @torch.no_grad()
     def step(self, rate: float) -> Tensor:
         """One update from the weights' gradients, which it frees; returns their norm (0-d)."""
-        grads = [master.grad for master in self.masters]
-        torch._foreach_copy_(grads, [weight.grad for weight in self.weights])
+        fresh = [weight.grad for weight in self.weights if weight.grad is not None]
+        torch._foreach_copy_(self.grads, fresh)
         for weight in self.weights:
             weight.grad = None
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        torch._foreach_mul_(grads, torch.clamp(self.settings.clip / (norm + 1e-6), max=1.0))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.grads)))
+        torch._foreach_mul_(self.grads, torch.clamp(self.settings.clip / (norm + 1e-6), max=1.0))
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
@@ -94,7 +102,9 @@ class MasterAdamW:
             self.adam.state[master] = {
                 key: tensors[f"{kind}.{name}"].to(master.device, torch.float32).clone()
                 for kind, key in (
-                    ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq"), ("adam_step", "step")
+                    ("exp_avg", "exp_avg"),
+                    ("exp_avg_sq", "exp_avg_sq"),
+                    ("adam_step", "step"),
                 )
             }
         self.copy_back()

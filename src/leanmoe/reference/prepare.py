@@ -102,7 +102,9 @@ def unpack(tokenizer: Tokenizer, stream: Ids) -> list[str]:
     return [tokenizer.decode(part[1:].tolist(), skip_special_tokens=False) for part in parts]
 
 
-def choose_dev(documents: Sequence[str], sizes: Sequence[int], settings: PrepareSettings) -> set[int]:
+def choose_dev(
+    documents: Sequence[str], sizes: Sequence[int], settings: PrepareSettings
+) -> set[int]:
     """Indices of whole documents to keep out of training, drawn with the seed."""
     chosen: set[int] = set()
     tokens = 0

@@ -68,4 +68,5 @@ def dev_batches(ids: Tensor, length: int, count: int) -> list[tuple[Tensor, Tens
     windows = (ids.numel() - 1) // length // count * count
     inputs = ids[: windows * length].view(windows, length).long()
     targets = ids[1 : windows * length + 1].view(windows, length).long()
-    return list(zip(inputs.split(count), targets.split(count), strict=True))
+    shape = (windows // count, count, length)
+    return list(zip(inputs.view(shape), targets.view(shape), strict=True))

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, dropout, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -47,7 +47,7 @@ SHARD_BYTES = 14_000_000
 class TrainSettings:
     """One training run. The flags of the command line read their defaults here."""
 
-    tokens: int = 1_500_000_000
+    tokens: int = 2_380_000_000
     sequences: int = 128
     """Windows of the model's context length per step."""
     experts: str = experts.NAME
@@ -123,13 +123,17 @@ class Trainer:
         inputs_ST, targets_ST = self.windows.batch(self.step * s.sequences, s.sequences)
         loss = self.loss(inputs_ST, targets_ST)
         balance = self.balancer.take_loss()
-        (loss + s.alpha * balance).backward()
+        (loss + s.alpha * balance).backward()  # type: ignore[no-untyped-call]
         norm = self.adam.step(rate_at(self.tokens, s.tokens, s.optimiser))
         moving = self.tokens < s.tokens * (1 - s.gamma_off_share)
         violation_L = self.balancer.update_biases(s.gamma if moving else 0.0)
         self.step += 1
-        return {"loss": loss.detach(), "norm": norm, "violation": violation_L,
-                "balance": balance.detach()}
+        return {
+            "loss": loss.detach(),
+            "norm": norm,
+            "violation": violation_L,
+            "balance": balance.detach(),
+        }
 
     @torch.no_grad()
     def dev_loss(self) -> float:
@@ -173,8 +177,8 @@ class Trainer:
 
 def head_loss(hidden_STH: Tensor, head_VH: Tensor, targets_ST: Tensor) -> Tensor:
     """Mean cross-entropy of the output matrix's logits, in float32."""
-    logits_TV = F.linear(hidden_STH.flatten(0, 1), head_VH).float()
-    return F.cross_entropy(logits_TV, targets_ST.flatten())
+    logits_TV = linear(hidden_STH.flatten(0, 1), head_VH).float()
+    return cross_entropy(logits_TV, targets_ST.flatten())
 
 
 def compile_parts(model: PreTrainedModel) -> None:
@@ -195,26 +199,24 @@ def add_dropout(model: PreTrainedModel, share: float) -> None:
         return
 
     def drop_first(module: nn.Module, _inputs: Any, output: tuple[Tensor, Any]) -> Any:
-        return F.dropout(output[0], share, module.training), *output[1:]
+        return dropout(output[0], share, module.training), *output[1:]
 
     def drop(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return F.dropout(output, share, module.training)
+        return dropout(output, share, module.training)
 
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(drop_first)
         layer.mlp.register_forward_hook(drop)
 
 
-class _SeenOperators(TorchDispatchMode):
+class _SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the names of the operators that run inside the `with`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(func.name())
         return func(*args, **(kwargs or {}))
 
@@ -270,7 +272,12 @@ class Log:
 
 
 def train(
-    data: Path, out: Path, settings: TrainSettings, *, device: str, resume: bool = False,
+    data: Path,
+    out: Path,
+    settings: TrainSettings,
+    *,
+    device: str,
+    resume: bool = False,
     max_seconds: float = math.inf,
 ) -> Trainer:
     """Trains until `settings.tokens` or `max_seconds`, then saves checkpoint and model."""
@@ -281,24 +288,36 @@ def train(
     log = Log(out / "log.jsonl")
     flops = count_flops(settings.model)
     peak = measured_peak(trainer.device)
-    log.write({
-        "event": "start", "step": trainer.step, "settings": asdict(settings),
-        "kernel": trainer.kernel, "device": _device_name(trainer.device),
-        "peak_tflops": peak / 1e12, "flops_per_token": flops.total,
-        "torch": torch.__version__, **describe(trainer.model),
-    })
+    log.write(
+        {
+            "event": "start",
+            "step": trainer.step,
+            "settings": asdict(settings),
+            "kernel": trainer.kernel,
+            "device": _device_name(trainer.device),
+            "peak_tflops": peak / 1e12,
+            "flops_per_token": flops.total,
+            "torch": torch.__version__,
+            **describe(trainer.model),
+        }
+    )
     loop(trainer, log, started, max_seconds, flops.total / peak)
     seconds = time.monotonic() - started
     trainer.save(seconds)
     checkpoint.export(trainer.model, out / "model", SHARD_BYTES)
-    log.write({"event": "stop", "step": trainer.step, "tokens": trainer.tokens,
-               "dev_loss": trainer.dev_loss(), "seconds": trainer.seconds_before + seconds})
+    log.write(
+        {
+            "event": "stop",
+            "step": trainer.step,
+            "tokens": trainer.tokens,
+            "dev_loss": trainer.dev_loss(),
+            "seconds": trainer.seconds_before + seconds,
+        }
+    )
     return trainer
 
 
-def loop(
-    trainer: Trainer, log: Log, started: float, max_seconds: float, full_speed: float
-) -> None:
+def loop(trainer: Trainer, log: Log, started: float, max_seconds: float, full_speed: float) -> None:
     """Steps and logs; `full_speed` is the seconds a token would take at the measured peak."""
     s = trainer.settings
     _wait(trainer.device)
@@ -311,9 +330,13 @@ def loop(
         now = time.monotonic()
         speed = (trainer.step - marked_step) * trainer.step_tokens / (now - mark)
         line = {
-            "step": trainer.step, "tokens": trainer.tokens, "loss": loss,
-            "norm": float(seen["norm"]), "balance": float(seen["balance"]),
-            "rate": rate_at(trainer.tokens, s.tokens, s.optimiser), "tokens_per_s": speed,
+            "step": trainer.step,
+            "tokens": trainer.tokens,
+            "loss": loss,
+            "norm": float(seen["norm"]),
+            "balance": float(seen["balance"]),
+            "rate": rate_at(trainer.tokens, s.tokens, s.optimiser),
+            "tokens_per_s": speed,
             "utilisation": speed * full_speed,
             "max_over_mean_load": [round(v, 3) for v in seen["violation"].tolist()],
         }
@@ -346,13 +369,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true")
     given = parser.parse_args(arguments)
     settings = replace(
-        d, tokens=given.tokens, sequences=given.sequences, experts=given.experts,
-        compile=given.compile, residual_dropout=given.residual_dropout,
+        d,
+        tokens=given.tokens,
+        sequences=given.sequences,
+        experts=given.experts,
+        compile=given.compile,
+        residual_dropout=given.residual_dropout,
         optimiser=replace(d.optimiser, learning_rate=given.learning_rate),
     )
     try:
-        train(given.data, given.out, settings, device=given.device, resume=given.resume,
-              max_seconds=given.max_seconds)
+        train(
+            given.data,
+            given.out,
+            settings,
+            device=given.device,
+            resume=given.resume,
+            max_seconds=given.max_seconds,
+        )
     except LeanMoeError as error:
         sys.exit(f"error: {error}")
 
