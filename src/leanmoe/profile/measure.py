@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leanmoe.errors import LeanMoeError
 from leanmoe.profile.replay import distinct_curve
 from leanmoe.profile.saved import Profile, Trace
 from leanmoe.profile.statistics import LayerStatistics
@@ -42,7 +41,7 @@ def profile(
     """
     shape = shape_of(model)
     layers = find_layers(model)
-    biases = [_ranking_bias(layer.router, shape.router.ranking_bias) for layer in layers]
+    biases = [layer.ranking_bias(shape.router) for layer in layers]
     statistics = [
         LayerStatistics(shape.router, shape.experts, shape.top_k, bias) for bias in biases
     ]
@@ -58,7 +57,6 @@ def profile(
             logits_LTE = [
                 caught.pop(n).reshape(-1, shape.experts)[real_T] for n in range(len(layers))
             ]
-            _require_finite(logits_LTE, batch, windows)
             for counts, logits_TE in zip(statistics, logits_LTE, strict=True):
                 counts.add(logits_TE)
             sample.add(batch, logits_LTE)
@@ -114,7 +112,7 @@ class _Sample:
 def _choose(windows: Windows, tokens: int, seed: int) -> Tensor:
     """True [N, L] at about `tokens` tokens: equally many of each document, while it has them."""
     draw = torch.Generator().manual_seed(seed)
-    possible_NL = windows.mask_NL.clone()
+    possible_NL = windows.mask.clone()
     possible_NL[:, 0] = False
     rows, positions = possible_NL.nonzero(as_tuple=True)
     shuffled = torch.randperm(len(rows), generator=draw)
@@ -129,22 +127,6 @@ def _choose(windows: Windows, tokens: int, seed: int) -> Tensor:
     return chosen_NL
 
 
-def _require_finite(logits_LTE: list[Tensor], batch: Batch, windows: Windows) -> None:
-    for layer, logits_TE in enumerate(logits_LTE):
-        bad_T = ~logits_TE.isfinite().all(-1).cpu()
-        if bool(bad_T.any()):
-            row = int(batch.mask_NL.nonzero()[bad_T][0, 0])
-            name = windows.names[int(windows.documents_N[batch.rows_N[row]])]
-            raise LeanMoeError(
-                f"router logits of MoE layer {layer} are not finite numbers in document {name!r}: "
-                "check the weights and the number type"
-            )
-
-
-def _ranking_bias(router: Any, name: str | None) -> Tensor | None:
-    return None if name is None else getattr(router, name).detach().float()
-
-
 def _stack(biases: list[Tensor | None]) -> Any:
-    found = [bias.cpu() for bias in biases if bias is not None]
+    found = [bias.detach().float().cpu() for bias in biases if bias is not None]
     return torch.stack(found).numpy() if found else None

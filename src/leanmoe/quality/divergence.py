@@ -120,7 +120,7 @@ class _Predicted:
 
     def __init__(self, batch: Batch, windows: Windows, hidden_NLD: Tensor) -> None:
         device = hidden_NLD.device
-        rows_T, positions_T = batch.predicted_NL.nonzero(as_tuple=True)
+        rows_T, positions_T = batch.predicted.nonzero(as_tuple=True)
         numbers_T = batch.rows_N[rows_T]
         self.names = windows.names
         self.documents_T = windows.documents_N[numbers_T]

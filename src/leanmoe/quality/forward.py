@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanmoe.progress import bar
 from leanmoe.quality.windows import BATCH_TOKENS, Batch, Windows
@@ -19,33 +19,19 @@ from leanmoe.quality.windows import BATCH_TOKENS, Batch, Windows
 def final_hidden(model: Any, batch: Batch) -> Tensor:
     """The hidden states [N, L, D] that the model's head would read, under whatever is applied.
 
-    Runs the model's own `forward`, so that what is hooked to it works, but its head on one
-    position of a window only: over the whole window the head costs as much as the layers.
+    Runs the model below its head. The head over whole windows costs as much as the layers and is
+    applied in slices elsewhere; asking the model for few logits instead would tell `apply` that
+    the other tokens are a prompt.
     """
-    caught: list[Tensor] = []
-
-    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        caught.append(output[0])
-
     device = model.device
     mask = batch.attention_mask
-    handle = body(model).register_forward_hook(catch)
-    try:
-        model(
-            input_ids=batch.ids_NL.to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            use_cache=False,
-            logits_to_keep=1,
-        )
-    finally:
-        handle.remove()
-    return caught[-1]
-
-
-def body(model: Any) -> nn.Module:
-    """The model below its head."""
-    below: nn.Module = getattr(model, model.base_model_prefix)
-    return below
+    done = model.base_model(
+        input_ids=batch.ids_NL.to(device),
+        attention_mask=None if mask is None else mask.to(device),
+        use_cache=False,
+    )
+    hidden_NLD: Tensor = done[0]
+    return hidden_NLD
 
 
 def hidden_of(

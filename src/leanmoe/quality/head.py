@@ -53,12 +53,15 @@ class Head:
     def of(cls, model: Any) -> Head:
         """The head of `model`, checked against the logits that the model itself computes.
 
-        Raises LeanMoeError when they differ by more than rounding: the head is not linear.
+        Raises LeanMoeError when they differ by more than rounding (the head is not linear) or the
+        output matrix is not finite.
         """
         output = model.get_output_embeddings()
         weight = output.weight
         bias = getattr(output, "bias", None)
         head = cls(weight.float(), None if bias is None else bias.float(), 1.0)
+        if not bool(weight.isfinite().all()):
+            raise LeanMoeError(f"the output matrix of {type(model).__name__} holds NaN or infinity")
         draw = torch.Generator().manual_seed(0)
         probes_TD = torch.randn((PROBES, weight.shape[1]), generator=draw).to(weight)
         theirs_TV = _own_logits(model, probes_TD).float()

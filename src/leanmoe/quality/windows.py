@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Batch:
         return None if bool(self.mask_NL.all()) else self.mask_NL.long()
 
     @property
-    def predicted_NL(self) -> Tensor:
+    def predicted(self) -> Tensor:
         """True [N, L-1] at positions whose next token exists and whose prediction counts."""
         read_L = torch.arange(self.ids_NL.shape[1] - 1) >= self.prompt_tokens
         return self.mask_NL[:, 1:] & self.scored_N[:, None] & read_L
@@ -84,9 +84,18 @@ class Windows:
         return len(self.names)
 
     @property
-    def mask_NL(self) -> Tensor:
-        """True where there is a token."""
+    def mask(self) -> Tensor:
+        """True [N, L] where there is a token."""
         return torch.arange(self.ids_NL.shape[1]) < self.lengths_N[:, None]
+
+    def after_prompt(self, tokens: int) -> Windows:
+        """The same windows with their first `tokens` tokens as a prompt, which is not scored."""
+        if not 0 <= tokens < self.ids_NL.shape[1] - 1:
+            raise LeanMoeError(
+                f"prompt is {tokens} tokens: it must be 0 to {self.ids_NL.shape[1] - 2}, so that "
+                f"windows of {self.ids_NL.shape[1]} have a token to predict after it"
+            )
+        return replace(self, prompt_tokens=tokens)
 
     def batches(
         self, batch_tokens: int = BATCH_TOKENS, decode_batch: int | None = None
@@ -135,7 +144,7 @@ class Windows:
         longest = int(self.lengths_N[rows_N].max())
         return Batch(
             self.ids_NL[rows_N, :longest],
-            self.mask_NL[rows_N, :longest],
+            self.mask[rows_N, :longest],
             rows_N,
             scored_N,
             self.prompt_tokens,
