@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -13,6 +14,10 @@ from leanmoe.kernels.reference import experts_reference
 from leanmoe.kernels.weights import ExpertWeights
 
 Experts = Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]
+
+
+SHARE_OF_FREE_MEMORY = 0.5
+"""A layer's packed copy may take this share of what is free; layers are chosen one by one."""
 
 
 class Choice(NamedTuple):
@@ -33,4 +38,17 @@ def choose_experts(weights: ExpertWeights, device: torch.device | str) -> Choice
         return Choice("reference", experts_reference, f"no kernel for {kind} yet")
     if reason := why_not_cpu(weights):
         return Choice("reference", experts_reference, reason)
+    if reason := _lacks_memory(weights):
+        return Choice("reference", experts_reference, reason)
     return Choice("cpu", experts_cpu, prepare(weights).describe())
+
+
+def _lacks_memory(weights: ExpertWeights) -> str | None:
+    needed = sum(w.numel() * w.element_size() for w in (weights.gate_up, weights.down))
+    free = psutil.virtual_memory().available
+    if needed <= free * SHARE_OF_FREE_MEMORY:
+        return None
+    return (
+        f"the kernel's packed copy of a layer needs {needed / 1e9:.1f} GB "
+        f"and {free / 1e9:.1f} GB are free"
+    )

@@ -38,8 +38,8 @@ from leanmoe.kernels.vector import LANES, PANEL, ROWS, floats_at, ints_at, longs
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 SILU, GELU, GELU_TANH, RELU, RELU2 = range(5)
 
-EXPERT_COST = 12
-"""Reading an expert's weights costs a thread about as much as this many rows."""
+EXPERT_COST = 4
+"""Reading an expert's weights costs a thread about as much as this many rows; docs/kernels.md."""
 ROWS_BY_TOKENS = 8
 """With this many rows an expert and thread, threads split the tokens and not the experts."""
 

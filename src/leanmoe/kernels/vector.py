@@ -24,6 +24,9 @@ from numba.extending import intrinsic
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BYTES = 4
 """Of a float32, and of a word of two bf16 weights."""
+CACHE_LINE = 64
+AHEAD = 4096
+"""How far before its use a weight is asked for: the processor's own prefetch ends with a page."""
 
 
 def _blocking() -> tuple[int, int, int]:
@@ -57,6 +60,17 @@ class _Emit:
 
     def plus(self, address, count):
         return self.builder.add(address, I64(count)) if count else address
+
+    def prefetch(self, address, size):
+        """Asks for the next `size` bytes; harmless beyond the end of the weights."""
+        byte = ir.IntType(8).as_pointer()
+        signature = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = cgutils.get_or_insert_function(
+            self.builder.module, signature, "llvm.prefetch.p0"
+        )
+        for line in range(0, size, CACHE_LINE):
+            where = self.builder.inttoptr(self.plus(address, line), byte)
+            self.builder.call(function, [where, I32(0), I32(3), I32(1)])
 
     def load(self, address, kind):
         return self.builder.load(self.pointer(address, kind), align=BYTES)
@@ -161,6 +175,8 @@ def _emit_product(builder, arguments, rows, vectors, is_bf16):
     builder.position_at_end(loop)
     index, row_address = builder.phi(I64), builder.phi(I64)
     sums = [[builder.phi(emit.vector) for _ in columns] for _ in range(rows)]
+    row_size = vectors * LANES * (BYTES // 2 if is_bf16 else BYTES)
+    emit.prefetch(emit.plus(row_address, AHEAD), row_size)
     w_row = emit.weights(row_address, vectors, is_bf16)
     offset = builder.mul(index, I64(BYTES))
     totals = []
@@ -168,7 +184,7 @@ def _emit_product(builder, arguments, rows, vectors, is_bf16):
         value = emit.everywhere(emit.load(builder.add(x_row[r], offset), F32))
         totals.append([emit.multiply_add(w_row[c], value, sums[r][c]) for c in range(vectors)])
     next_index = builder.add(index, I64(1))
-    next_row = emit.plus(row_address, vectors * LANES * (BYTES // 2 if is_bf16 else BYTES))
+    next_row = emit.plus(row_address, row_size)
     index.add_incoming(I64(0), before)
     index.add_incoming(next_index, loop)
     row_address.add_incoming(w, before)
