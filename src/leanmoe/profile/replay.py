@@ -63,7 +63,7 @@ def replay(
     if not 0 <= layer < len(profile.layers):
         raise LeanMoeError(f"layer is {layer}: it must be 0 to {len(profile.layers) - 1}")
     rule.check(profile.model, more_experts=True)
-    count = steps or max(MINIMUM_STEPS, REPLAYED_TOKENS // tokens_in_step)
+    count = steps or max(MINIMUM_STEPS, REPLAYED_TOKENS // max(tokens_in_step, 1))
     places_SB = draw_steps(profile.trace, tokens_in_step, count, seed)
     logits_TE = torch.from_numpy(profile.trace.logits_LTE[layer])
     bias_E = None if profile.bias_LE is None else torch.from_numpy(profile.bias_LE[layer])

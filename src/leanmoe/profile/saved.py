@@ -188,6 +188,8 @@ class Profile:
     @classmethod
     def _from_saved(cls, stored: Mapping[str, Any], arrays: Mapping[str, Any]) -> Profile:
         shown = stored["profile"]
+        model = Fingerprint(**stored["model"])
+        _require_shapes(model, len(shown["layers"]), arrays)
         layers = tuple(
             LayerCounts(
                 tokens=shown["tokens"],
@@ -196,7 +198,7 @@ class Profile:
             for n in range(len(shown["layers"]))
         )
         return cls(
-            model=Fingerprint(**stored["model"]),
+            model=model,
             router=Router(**stored["router"]),
             decoder_indices=tuple(layer["decoder_layer"] for layer in shown["layers"]),
             tokens=shown["tokens"],
@@ -224,6 +226,27 @@ class Profile:
             "document_T": self.trace.document_T,
             "position_T": self.trace.position_T,
         }
+
+
+def _require_shapes(model: Fingerprint, shown: int, arrays: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the arrays are those of such a model."""
+    layers, experts, top_k = model.moe_layers, model.experts, model.top_k
+    if shown != layers:
+        raise ValueError(f"{shown} layers are shown, the model has {layers}")
+    tokens = len(arrays["document_T"])
+    wanted = {
+        "use_E": (layers, experts),
+        "gate_E": (layers, experts),
+        "together_EE": (layers, experts, experts),
+        "mass_K": (layers, top_k),
+        "mass_quantiles_QK": (layers, len(QUANTILES), top_k),
+        "logits_LTE": (layers, tokens, experts),
+        "position_T": (tokens,),
+        **({"bias_LE": (layers, experts)} if "bias_LE" in arrays else {}),
+    }
+    for name, shape in wanted.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"{name} is {arrays[name].shape}, not {shape}")
 
 
 def _layer_to_json(

@@ -1,0 +1,99 @@
+"""Decode steps drawn from a profile's sample and routed again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.plan import Rule
+from leanmoe.profile.replay import distinct_curve, draw_steps, replay
+from leanmoe.profile.saved import Trace
+from leanmoe.shape import distinct_uniform
+from tests.profile.example import DOCUMENTS, EACH, EXPERTS, TOP_K, profile
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    tokens=st.integers(1, 20),
+    steps=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_a_step_has_a_token_of_each_of_as_many_documents_as_possible(
+    counts: list[int], tokens: int, steps: int, seed: int
+) -> None:
+    document_T = np.repeat(np.arange(len(counts), dtype=np.int32) * 3, counts)
+    trace = Trace(np.zeros((1, len(document_T), 4), np.float16), document_T, document_T)
+    if tokens > trace.tokens:
+        with pytest.raises(LeanMoeError, match=f"tokens in a step is {tokens}: it must be 1 to"):
+            draw_steps(trace, tokens, steps, seed)
+        return
+    places_SB = draw_steps(trace, tokens, steps, seed)
+    assert places_SB.shape == (steps, tokens)
+    assert torch.equal(places_SB, draw_steps(trace, tokens, steps, seed))
+    for step in places_SB.tolist():
+        times = np.bincount(document_T[step] // 3, minlength=len(counts))
+        assert times.max() - times.min() <= 1
+        if tokens <= len(counts) * min(counts):
+            assert len(set(step)) == tokens
+
+
+def test_every_token_comes_up_equally_often() -> None:
+    trace = profile().trace
+    drawn = draw_steps(trace, 4, 12_000).flatten()
+    times = torch.bincount(drawn, minlength=trace.tokens).double()
+    assert times.mean() == 100
+    assert times.std() < 13  # Poisson: 10
+
+
+def test_even_independent_use_is_the_uniform_formula() -> None:
+    for point in distinct_curve(profile(bias=False), 0):
+        assert point.uniform == distinct_uniform(EXPERTS, TOP_K, point.tokens)
+        assert point.measured == pytest.approx(point.uniform, abs=4 * point.error + 0.15)
+        assert point.documents == min(point.tokens, DOCUMENTS)
+
+
+def test_rules_activate_what_they_say() -> None:
+    made = profile()
+    full = replay(made, 1, Rule(), 8)
+    assert (full.slots, full.over_budget) == (TOP_K, 0.0)
+    assert replay(made, 1, Rule(top_k=2), 8).slots == 2
+    assert replay(made, 1, Rule(top_k=2), 8).distinct < full.distinct
+    few = replay(made, 1, Rule(budget=6), 8)
+    assert few.distinct <= 6 or few.over_budget > 0
+    assert replay(made, 1, Rule(budget=1), 8).over_budget == 1.0
+    company = replay(made, 1, Rule(guaranteed=1), 8)
+    assert company.distinct == pytest.approx(replay(made, 1, Rule(top_k=1), 8).distinct)
+    assert 1 < company.slots <= TOP_K
+    assert replay(made, 1, Rule(experts=(0, 3, 5, 7)), 64).distinct == 4
+
+
+def test_rules_are_compared_on_the_same_steps() -> None:
+    made = profile()
+    loose, tight = (replay(made, 0, Rule(threshold=t), 3, steps=2) for t in (1e-6, 1e-5))
+    assert (loose.slots, loose.distinct) == (tight.slots, tight.distinct)
+
+
+def test_more_steps_are_surer() -> None:
+    made = profile()
+    few, many = (replay(made, 0, Rule(), 4, steps=steps) for steps in (50, 5000))
+    assert few.distinct_error == pytest.approx(10 * many.distinct_error, rel=0.3)
+    assert few.distinct == pytest.approx(many.distinct, abs=4 * few.distinct_error)
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule", "tokens", "message"),
+    [
+        (2, Rule(), 1, "layer is 2: it must be 0 to 1"),
+        (0, Rule(budget=17), 1, "budget is 17"),
+        (0, Rule(), DOCUMENTS * EACH + 1, "tokens in a step is 481: it must be 1 to 480"),
+        (0, Rule(), 0, "tokens in a step is 0"),
+    ],
+)
+def test_what_is_out_of_range_is_named(layer: int, rule: Rule, tokens: int, message: str) -> None:
+    with pytest.raises(LeanMoeError, match=message):
+        replay(profile(), layer, rule, tokens)
