@@ -2,13 +2,14 @@
 
     python -m leanmoe.reference.evaluate --data EVAL [--model FOLDER] [--out evaluation.json]
 
-`EVAL` holds the files that tasks.py names. Results are written after every part, so an
-interrupted run leaves the parts it finished.
+`EVAL` holds the files that tasks.py names. Results are written after every part; an interrupted
+run, started again, goes on after the parts it finished.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -25,10 +26,11 @@ from leanmoe.errors import LeanMoeError
 from leanmoe.reference import path, tasks
 from leanmoe.reference.scoring import Row, Scorer
 from leanmoe.reference.tasks import Choice, Text
-from leanmoe.storage import write_json
+from leanmoe.storage import read_json, write_json
 
 EVALUATION_SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
+TRAINED_K_PARTS = ("texts", "expert_use", "lambada", "piqa", "qasc", "blimp")
 Floats = npt.NDArray[np.float64]
 
 
@@ -36,9 +38,9 @@ Floats = npt.NDArray[np.float64]
 class EvaluateSettings:
     """How much is evaluated at the k below the trained one; the trained k takes everything."""
 
-    tokens_per_text: int = 24_000
-    lambada_items: int = 500
-    blimp_pairs: int = 20
+    tokens_per_text: int = 10_000
+    lambada_items: int = 300
+    blimp_pairs: int = 10
     """Per paradigm."""
     resamples: int = 10_000
     seed: int = 0
@@ -148,6 +150,14 @@ def expert_use(counts_LE: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
     return layers
 
 
+def weights_sha256(folder: Path) -> str:
+    """One digest over the weight files, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 class Evaluation:
     """Collects the parts and writes them as they come."""
 
@@ -159,15 +169,31 @@ class Evaluation:
             for name, text in self.texts.items()
         }
         self.full_nlls: dict[str, Floats] = {}
+        """Of the chosen units, at the trained k."""
         described = provenance.collect("python -m leanmoe.reference.evaluate", settings.seed)
         self.results: dict[str, Any] = {
             "schema": EVALUATION_SCHEMA,
             "provenance": described.to_json(),
             "settings": asdict(settings),
+            "weights_sha256": weights_sha256(scorer.folder),
             "dtype": "bfloat16",
             "experts_implementation": scorer.model.config._experts_implementation,
             "trained_k": scorer.trained_k,
         }
+        self._take_over_finished_parts()
+
+    def _take_over_finished_parts(self) -> None:
+        """Those of an earlier run on the same weights; settings touch the uniform k alone."""
+        if not self.out.exists():
+            return
+        earlier = read_json(self.out, "evaluation results")
+        same = ("schema", "weights_sha256", "dtype", "trained_k")
+        if any(earlier.get(key) != self.results[key] for key in same):
+            return
+        parts = [*TRAINED_K_PARTS]
+        if earlier["settings"] == self.results["settings"]:
+            parts.append("uniform_k")
+        self.results |= {part: earlier[part] for part in parts if part in earlier}
 
     def keep(self, part: str, value: Any) -> None:
         """Adds a part and writes the file."""
@@ -175,11 +201,27 @@ class Evaluation:
         write_json(self.out, self.results)
 
     def run(self) -> None:
-        """All parts, those at the trained k first."""
-        self.held_out_text()
-        self.tasks()
-        by_k = [self.at_k(k) for k in range(self.scorer.trained_k, 0, -1)]
-        self.keep("uniform_k", by_k)
+        """All parts that are not there yet, those at the trained k first."""
+        scorer, data = self.scorer, self.data
+        if "expert_use" not in self.results:
+            self.held_out_text()
+        for name, found in (
+            (
+                "lambada",
+                lambda: evaluate_lambada(scorer, tasks.lambada_rows(scorer, data), "LAMBADA"),
+            ),
+            ("piqa", lambda: evaluate_choices(scorer, tasks.piqa_choices(scorer, data), "PIQA")),
+            ("qasc", lambda: evaluate_choices(scorer, tasks.qasc_choices(scorer, data), "QASC")),
+            ("blimp", lambda: evaluate_blimp(scorer, tasks.blimp_pairs(scorer, data), "BLiMP")),
+        ):
+            if name not in self.results:
+                self.keep(name, found())
+        for name, text in self.texts.items():
+            what = f"{name}, k={scorer.trained_k}"
+            self.full_nlls[name] = unit_nlls(scorer, text, self.chosen[name], what)
+        done = self.results.get("uniform_k", [])
+        for k in range(scorer.trained_k - len(done), 0, -1):
+            self.keep("uniform_k", [*self.results.get("uniform_k", []), self.at_k(k)])
 
     def held_out_text(self) -> None:
         """Bits per byte of every file, and which experts it used."""
@@ -187,18 +229,9 @@ class Evaluation:
         with self.scorer.counting_experts() as counts_LE:
             for name, text in self.texts.items():
                 every = range(len(text.unit_bytes))
-                self.full_nlls[name] = unit_nlls(self.scorer, text, every, f"{name}, full k")
-                texts[name] = evaluate_text(text, self.full_nlls[name])
+                texts[name] = evaluate_text(text, unit_nlls(self.scorer, text, every, name))
         self.keep("texts", texts)
         self.keep("expert_use", expert_use(counts_LE.numpy()))
-
-    def tasks(self) -> None:
-        """The tasks at the trained k, on every item."""
-        scorer, data = self.scorer, self.data
-        self.keep("lambada", evaluate_lambada(scorer, tasks.lambada_rows(scorer, data), "LAMBADA"))
-        self.keep("piqa", evaluate_choices(scorer, tasks.piqa_choices(scorer, data), "PIQA"))
-        self.keep("qasc", evaluate_choices(scorer, tasks.qasc_choices(scorer, data), "QASC"))
-        self.keep("blimp", evaluate_blimp(scorer, tasks.blimp_pairs(scorer, data), "BLiMP"))
 
     def at_k(self, k: int) -> dict[str, Any]:
         """The chosen units and items at uniform k, each paired with itself at the trained k."""
@@ -208,7 +241,7 @@ class Evaluation:
             for name, text in self.texts.items():
                 chosen = self.chosen[name]
                 sizes = np.array([text.unit_bytes[unit] for unit in chosen], dtype=np.float64)
-                full = self.full_nlls[name][chosen]
+                full = self.full_nlls[name]
                 same = k == scorer.trained_k
                 nlls = full if same else unit_nlls(scorer, text, chosen, f"{name}, k={k}")
                 low, high = paired_interval(nlls - full, sizes, s.resamples, s.seed)

@@ -44,7 +44,7 @@ class Scorer:
     """The model and tokenizer of a folder, ready to score; bf16, as trained."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        self.device = torch.device(device)
+        self.folder, self.device = folder, torch.device(device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16
