@@ -107,7 +107,7 @@ def non_inferior(
     if loss.ratio < margin:
         needed = documents_needed(loss.spread, margin, confidence, loss=max(loss.ratio, 0.0))
         reason += (
-            f"; if it truly loses {loss.ratio:.2%}, about {needed} documents like these would "
+            f"; if it truly loses {loss.ratio:.2%}, about {needed:,} documents like these would "
             f"show that it is within (there were {loss.documents})"
         )
     return Verdict(False, loss, margin, reason)
