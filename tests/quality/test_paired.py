@@ -170,6 +170,13 @@ def test_documents_without_a_prediction_are_left_out() -> None:
     assert paired.loss_increase(*more) == paired.loss_increase(full, plan)
 
 
+def test_a_document_that_is_not_a_number_is_not_left_out() -> None:
+    full, plan = some_losses(25, 0.01)
+    plan.loss_N[3] = np.nan
+    with pytest.raises(LeanMoeError, match="NaN"):
+        paired.loss_increase(full, plan)
+
+
 def test_two_plans_are_compared_document_by_document() -> None:
     full, one = some_losses(50, 0.01, seed=1)
     other = losses(one.loss_N + 0.001 * full.loss_N)

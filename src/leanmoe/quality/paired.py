@@ -118,8 +118,11 @@ def ratio_of_sums(
 ) -> Estimate:
     """Σ change / Σ base with intervals; each document is a unit, drawn from many like it.
 
-    Documents with base 0 (nothing predicted) are left out. Raises LeanMoeError when too few remain.
+    Documents with base 0 (nothing predicted) are left out. Raises LeanMoeError when too few remain
+    or a sum is not a finite number.
     """
+    if not (np.isfinite(change_N).all() and np.isfinite(base_N).all()):
+        raise LeanMoeError("losses hold NaN or infinity: they cannot be compared")
     measured_N = base_N > 0
     change_N, base_N = change_N[measured_N], base_N[measured_N]
     require_documents(len(base_N), confidence)
