@@ -109,6 +109,7 @@ class Kernel:
     ) -> None:
         # Imported here: numba alone takes half a second, and reading a config needs none of it.
         from leanmoe.kernels import cpu_program as program
+        from leanmoe.kernels.cpu_rows import ACTIVATIONS
         from leanmoe.kernels.packing import pack
 
         gate = weights.gate
@@ -120,10 +121,10 @@ class Kernel:
         arrays = (packed.gate_up, packed.down, packed.gate_up_bias, packed.down_bias)
         self._addresses = tuple(a.ctypes.data for a in (*arrays, self._numbers))
         self._sizes = (weights.experts, weights.hidden, weights.width)
-        activation = program.ACTIVATIONS.index(gate.activation)
+        activation = ACTIVATIONS.index(gate.activation)
         self._flags = (packed.has_bias, packed.is_bf16, weights.is_gated, activation)
         team = find_team()
-        self._team = (team.parallel, team.thread_number, team.barrier) if team else (0, 0, 0)
+        self._team = (team.parallel, team.thread_number) if team else (0, 0)
         self._has_team = team is not None
         self._scratch_bytes = functools.lru_cache(maxsize=256)(program.scratch_bytes)
         self._entry = program.entry()

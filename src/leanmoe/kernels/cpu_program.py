@@ -16,169 +16,37 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numba import carray, cfunc, njit, types
 from numba.extending import register_jitable
 
 from leanmoe.kernels import vector
-from leanmoe.kernels.vector import LANES, PANEL, ROWS, floats_at, ints_at, longs_at
+from leanmoe.kernels.cpu_rows import COMPILE, gate_rows, multiply_rows, padded_hidden, padded_width
+from leanmoe.kernels.vector import ROWS, floats_at, ints_at, longs_at
 
 (
     HIDDEN, IDS, GATES, OUT,
     GATE_UP, DOWN, GATE_UP_BIAS, DOWN_BIAS, NUMBERS, SCRATCH,
     TOKENS, SLOTS, EXPERTS, WIDTH_D, WIDTH_M, HAS_BIAS, IS_BF16, IS_GATED, ACTIVATION,
-    THREADS, TEAM, THREAD_NUMBER, BARRIER, ENTRY, IN_TEAM, BY_TOKENS, USED,
+    THREADS, TEAM, THREAD_NUMBER, ENTRY, TASK, BY_TOKENS, USED,
     FIELDS,
-) = range(28)  # fmt: skip
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-SILU, GELU, GELU_TANH, RELU, RELU2 = range(5)
+) = range(27)  # fmt: skip
 
 EXPERT_COST = 4
 """Reading an expert's weights costs a thread about as much as this many rows; docs/kernels.md."""
 ROWS_BY_TOKENS = 8
 """With this many rows an expert and thread, threads split the tokens and not the experts."""
 
+COST_WORTH_A_THREAD = 64
+"""In rows. With less for each, waiting for threads costs more than they save."""
+FLOATS_WORTH_A_TEAM = 1 << 16
+"""Fewer than these one thread adds up before the others have woken."""
+ROWS_TASK, SUMS_TASK = 1, 2
+"""What a thread of the team finds in TASK."""
 MOST_SUMS_BYTES = 1 << 26
 """When the threads' own sums would be larger than this, they split the tokens as well."""
-
-_compile = {"error_model": "numpy", "fastmath": {"contract"}, "nogil": True}
-
-
-@register_jitable
-def padded(count, lanes):
-    """`count` columns rounded up to whole groups of `lanes`."""
-    return (count + lanes - 1) // lanes * lanes
-
-
-@register_jitable
-def padded_width(width, is_gated):
-    """Columns that gate and up take up each; the packed first matrix has whole pairs of vectors."""
-    return padded(width, LANES if is_gated else 2 * LANES)
-
-
-@register_jitable
-def padded_hidden(hidden):
-    """Columns of the packed second matrix."""
-    return padded(hidden, 2 * LANES)
-
-
-@njit(**_compile)
-def _f32_block(rows, vectors, x_rows, w, count, initial, out, stride):
-    if vectors == 2:
-        if rows == 1:
-            vector.f32_1x2(x_rows, w, count, initial, out, stride)
-        elif rows == 2:
-            vector.f32_2x2(x_rows, w, count, initial, out, stride)
-        elif rows == 3:
-            vector.f32_3x2(x_rows, w, count, initial, out, stride)
-        elif rows == 4:
-            vector.f32_4x2(x_rows, w, count, initial, out, stride)
-        elif rows == 5:
-            vector.f32_5x2(x_rows, w, count, initial, out, stride)
-        else:
-            vector.f32_6x2(x_rows, w, count, initial, out, stride)
-    else:
-        if rows == 1:
-            vector.f32_1x4(x_rows, w, count, initial, out, stride)
-        elif rows == 2:
-            vector.f32_2x4(x_rows, w, count, initial, out, stride)
-        elif rows == 3:
-            vector.f32_3x4(x_rows, w, count, initial, out, stride)
-        elif rows == 4:
-            vector.f32_4x4(x_rows, w, count, initial, out, stride)
-        elif rows == 5:
-            vector.f32_5x4(x_rows, w, count, initial, out, stride)
-        else:
-            vector.f32_6x4(x_rows, w, count, initial, out, stride)
-
-
-@njit(**_compile)
-def _bf16_block(rows, vectors, x_rows, w, count, initial, out, stride):
-    if vectors == 2:
-        if rows == 1:
-            vector.bf16_1x2(x_rows, w, count, initial, out, stride)
-        elif rows == 2:
-            vector.bf16_2x2(x_rows, w, count, initial, out, stride)
-        elif rows == 3:
-            vector.bf16_3x2(x_rows, w, count, initial, out, stride)
-        elif rows == 4:
-            vector.bf16_4x2(x_rows, w, count, initial, out, stride)
-        elif rows == 5:
-            vector.bf16_5x2(x_rows, w, count, initial, out, stride)
-        else:
-            vector.bf16_6x2(x_rows, w, count, initial, out, stride)
-    else:
-        if rows == 1:
-            vector.bf16_1x4(x_rows, w, count, initial, out, stride)
-        elif rows == 2:
-            vector.bf16_2x4(x_rows, w, count, initial, out, stride)
-        elif rows == 3:
-            vector.bf16_3x4(x_rows, w, count, initial, out, stride)
-        elif rows == 4:
-            vector.bf16_4x4(x_rows, w, count, initial, out, stride)
-        elif rows == 5:
-            vector.bf16_5x4(x_rows, w, count, initial, out, stride)
-        else:
-            vector.bf16_6x4(x_rows, w, count, initial, out, stride)
-
-
-@njit(**_compile)
-def _product(is_bf16, rows, x_rows, w, count, initial, out, columns):
-    """`rows` rows times one expert's packed matrix of `count` x `columns`, panel by panel."""
-    vectors, done = columns // LANES, 0
-    while done < vectors:
-        panel = min(PANEL, vectors - done)
-        before = done * LANES
-        start, into = initial + before * 4, out + before * 4
-        if is_bf16:
-            _bf16_block(rows, panel, x_rows, w + before * count * 2, count, start, into, columns)
-        else:
-            _f32_block(rows, panel, x_rows, w + before * count * 4, count, start, into, columns)
-        done += panel
-
-
-@njit(**_compile)
-def _activate(kind, alpha, gate):
-    """The activation in place, over whole vectors."""
-    zero, half, address = np.float32(0.0), np.float32(0.5), gate.ctypes.data
-    if kind == SILU:
-        vector.silu(address, gate.size // LANES, alpha)
-    elif kind == GELU_TANH:
-        vector.gelu_tanh(address, gate.size // LANES, alpha)
-    elif kind == GELU:
-        for m in range(gate.size):
-            gate[m] = half * gate[m] * np.float32(1.0 + math.erf(gate[m] * math.sqrt(0.5)))
-    elif kind == RELU:
-        for m in range(gate.size):
-            gate[m] = zero if gate[m] < zero else gate[m]
-    else:
-        for m in range(gate.size):
-            x = zero if gate[m] < zero else gate[m]
-            gate[m] = x * x
-
-
-@njit(**_compile)
-def _gate_block(kind, is_gated, numbers, product, narrow, rows, width):
-    """(rows, gate and up) to (rows, width): activation(gate) * (up + offset)."""
-    limit, alpha, offset = numbers[0], numbers[1], numbers[2]
-    stride = 2 * width if is_gated else width
-    for r in range(rows):
-        for m in range(width):
-            value = product[r * stride + m]
-            narrow[r * width + m] = limit if value > limit and is_gated else value
-    _activate(kind, alpha, narrow[: rows * width])
-    if is_gated:
-        for r in range(rows):
-            for m in range(width):
-                value = product[r * stride + width + m]
-                value = limit if value > limit else value
-                value = -limit if value < -limit else value
-                narrow[r * width + m] *= value + offset
 
 
 def scratch_bytes(tokens, slots, experts, hidden, width, threads):
@@ -211,7 +79,7 @@ def _sums_bytes(tokens, hidden, threads):
     return size if size <= MOST_SUMS_BYTES else 0
 
 
-@njit(**_compile)
+@njit(**COMPILE)
 def _sort(field, starts, order):
     """Counting sort of the used slots by expert, tokens in order. The wrong id, or -1.
 
@@ -239,7 +107,7 @@ def _sort(field, starts, order):
     return -1
 
 
-@njit(**_compile)
+@njit(**COMPILE)
 def _token_at(field, share, parts):
     """The token before which `share` of `parts` equal parts of the used slots lie."""
     tokens, slots, experts = field[TOKENS], field[SLOTS], field[EXPERTS]
@@ -255,7 +123,7 @@ def _token_at(field, share, parts):
     return tokens
 
 
-@njit(**_compile)
+@njit(**COMPILE)
 def _first_not_before(order, low, high, slot):
     """Where in order[low:high], which ascends, the slots from `slot` on begin."""
     while low < high:
@@ -267,7 +135,7 @@ def _first_not_before(order, low, high, slot):
     return low
 
 
-@njit(**_compile)
+@njit(**COMPILE)
 def _rows_block(field, buffers, expert, order, start, rows, out):
     """One expert's product for `rows` slots of `order`, added to their tokens in `out`."""
     product, narrow, wide, wide_rows, narrow_rows = buffers
@@ -283,12 +151,12 @@ def _rows_block(field, buffers, expert, order, start, rows, out):
     for r in range(rows):
         wide_rows[r] = field[HIDDEN] + order[start + r] // slots * hidden * 4
     bias = expert * 4 if field[HAS_BIAS] == 1 else 0
-    _product(
+    multiply_rows(
         is_bf16, rows, wide_rows.ctypes.data, first, hidden,
         field[GATE_UP_BIAS] + bias * columns, product.ctypes.data, columns,
     )  # fmt: skip
-    _gate_block(field[ACTIVATION], is_gated, numbers, product, narrow, rows, inner)
-    _product(
+    gate_rows(field[ACTIVATION], is_gated, numbers, product, narrow, rows, inner)
+    multiply_rows(
         is_bf16, rows, narrow_rows.ctypes.data, second, width,
         field[DOWN_BIAS] + bias * wide_columns, wide.ctypes.data, wide_columns,
     )  # fmt: skip
@@ -301,12 +169,12 @@ def _rows_block(field, buffers, expert, order, start, rows, out):
             total[d] += gate * added[d]
 
 
-@njit(**_compile)
+@njit(**COMPILE)
 def _floats(address, count):
     return carray(floats_at(address), count), address + _whole_lines(count * 4)
 
 
-@njit(**_compile)
+@njit(**COMPILE)
 def _part(field, part, parts):
     """What one thread does."""
     tokens, slots, experts = field[TOKENS], field[SLOTS], field[EXPERTS]
@@ -322,10 +190,9 @@ def _part(field, part, parts):
     for r in range(ROWS):
         rows[ROWS + r] = narrow.ctypes.data + r * inner * 4
     buffers = (product, narrow, wide, rows[:ROWS], rows[ROWS:])
-    sums_at, size = blocks_at + field[THREADS] * each, tokens * hidden
-    target = field[OUT]
+    target, size = field[OUT], tokens * hidden
     if part > 0 and field[BY_TOKENS] == 0:
-        target = sums_at + (part - 1) * size * 4
+        target = _sums_at(field) + (part - 1) * size * 4
     out = carray(floats_at(target), size)
 
     first, last = 0, tokens
@@ -351,16 +218,26 @@ def _part(field, part, parts):
                     continue
             _rows_block(field, buffers, e, order, start, count, out)
 
-    if parts > 1 and field[BY_TOKENS] == 0:
-        vector.call_void(field[BARRIER])
-        result = carray(floats_at(field[OUT]), size)
-        for other in range(parts - 1):
-            sums = carray(floats_at(sums_at + other * size * 4), size)
-            for i in range(size * part // parts, size * (part + 1) // parts):
-                result[i] += sums[i]
+
+@njit(**COMPILE)
+def _sums_at(field):
+    """Where the sums of the threads after the first lie."""
+    blocks_at = field[SCRATCH] + _shared_bytes(field[TOKENS], field[SLOTS], field[EXPERTS])
+    return blocks_at + field[THREADS] * _block_bytes(field[WIDTH_D], field[WIDTH_M])
 
 
-@njit(**_compile)
+@njit(**COMPILE)
+def _add_sums(field, part, parts):
+    """Adds one part of the other threads' sums to the result, always in the same order."""
+    size = field[TOKENS] * field[WIDTH_D]
+    result = carray(floats_at(field[OUT]), size)
+    for other in range(field[THREADS] - 1):
+        sums = carray(floats_at(_sums_at(field) + other * size * 4), size)
+        for i in range(size * part // parts, size * (part + 1) // parts):
+            result[i] += sums[i]
+
+
+@njit(**COMPILE)
 def _cost(starts, experts):
     total = starts[experts] - starts[0]
     for e in range(experts):
@@ -368,7 +245,7 @@ def _cost(starts, experts):
     return total
 
 
-@njit(**_compile)
+@njit(**COMPILE)
 def _whole_call(field):
     """Experts awake + 2^32 x rows computed, or -1 - the slot with a wrong id."""
     tokens, slots, experts = field[TOKENS], field[SLOTS], field[EXPERTS]
@@ -381,14 +258,20 @@ def _whole_call(field):
     for e in range(experts):
         awake += starts[e + 1] > starts[e]
     field[USED] = rows
-    enough = rows >= ROWS_BY_TOKENS * awake * field[THREADS]
-    fits = _sums_bytes(tokens, field[WIDTH_D], field[THREADS]) > 0
-    field[BY_TOKENS] = enough or not fits
-    if field[THREADS] == 1 or rows <= 1:
+    worth = _cost(starts, experts) // COST_WORTH_A_THREAD
+    threads = field[THREADS] = max(1, min(field[THREADS], worth))
+    sums_bytes = _sums_bytes(tokens, field[WIDTH_D], threads)
+    field[BY_TOKENS] = rows >= ROWS_BY_TOKENS * awake * threads or sums_bytes == 0
+    if threads == 1:
         _part(field, 0, 1)
-    else:
-        field[IN_TEAM] = 1
-        vector.call_team(field[TEAM], field[ENTRY], field.ctypes.data, field[THREADS])
+        return (rows << 32) + awake
+    field[TASK] = ROWS_TASK
+    vector.call_team(field[TEAM], field[ENTRY], field.ctypes.data, threads)
+    if field[BY_TOKENS] == 0 and sums_bytes <= 4 * FLOATS_WORTH_A_TEAM:
+        _add_sums(field, 0, 1)
+    elif field[BY_TOKENS] == 0:
+        field[TASK] = SUMS_TASK
+        vector.call_team(field[TEAM], field[ENTRY], field.ctypes.data, threads)
     return (rows << 32) + awake
 
 
@@ -399,17 +282,22 @@ def entry() -> int:
     Compiled for this processor, or loaded where an earlier process could keep what it compiled.
     """
     folder = Path(__file__).parent
-    sources = [(folder / name).read_bytes() for name in ("cpu_program.py", "vector.py")]
+    sources = [
+        (folder / name).read_bytes() for name in ("cpu_program.py", "cpu_rows.py", "vector.py")
+    ]
     stamp = hashlib.sha256(b"".join(sources)).hexdigest()
 
     def program(argument):
         field = carray(argument, FIELDS)
-        if field[IN_TEAM] == 1:  # a thread of the team that the whole call started
+        if field[TASK] == ROWS_TASK:
             _part(field, vector.call_int(field[THREAD_NUMBER]), field[THREADS])
-            return len(stamp)  # numba's cache sees one file; what is closed over is in its key
-        return _whole_call(field)
+        elif field[TASK] == SUMS_TASK:
+            _add_sums(field, vector.call_int(field[THREAD_NUMBER]), field[THREADS])
+        else:
+            return _whole_call(field)
+        return len(stamp)  # numba's cache sees one file; what is closed over is in its key
 
-    compile_with = functools.partial(cfunc, types.int64(types.CPointer(types.int64)), **_compile)
+    compile_with = functools.partial(cfunc, types.int64(types.CPointer(types.int64)), **COMPILE)
     try:
         compiled = compile_with(cache=True)(program)
     except RuntimeError as error:

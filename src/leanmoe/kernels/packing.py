@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leanmoe.kernels import cpu_program
+from leanmoe.kernels import cpu_rows
 from leanmoe.kernels.vector import LANES, PANEL
 from leanmoe.kernels.weights import ExpertWeights
 
@@ -44,9 +44,9 @@ def pack(weights: ExpertWeights) -> Packed:
     """Packs one layer. Weights that bf16 holds exactly are kept in bf16, others in float32."""
     experts, width, hidden = weights.experts, weights.width, weights.hidden
     is_bf16 = all(_fits_bf16(w) for w in (weights.gate_up, weights.down))
-    inner = cpu_program.padded_width(width, weights.is_gated)
+    inner = cpu_rows.padded_width(width, weights.is_gated)
     columns = inner * (2 if weights.is_gated else 1)
-    wide = cpu_program.padded_hidden(hidden)
+    wide = cpu_rows.padded_hidden(hidden)
     kind = np.uint16 if is_bf16 else np.float32
     gate_up = np.empty((experts, hidden * columns), kind)
     down = np.empty((experts, width * wide), kind)

@@ -16,11 +16,10 @@ import torch
 
 @dataclass(frozen=True)
 class Team:
-    """Addresses of the C functions that start threads, tell them apart and let them meet."""
+    """Addresses of the C functions that run one function in all threads and tell them apart."""
 
     parallel: int
     thread_number: int
-    barrier: int
 
 
 @functools.cache
@@ -30,7 +29,7 @@ def find_team() -> Team | None:
         try:
             found = ctypes.CDLL(str(library))
             # Looked up in the library's own dependencies, so it is the pool torch itself uses.
-            names = ("GOMP_parallel", "omp_get_thread_num", "GOMP_barrier")
+            names = ("GOMP_parallel", "omp_get_thread_num")
             functions = [getattr(found, name) for name in names]
         except (OSError, AttributeError):
             continue

@@ -293,18 +293,6 @@ def call_int(_typing, function):
 
 
 @intrinsic
-def call_void(_typing, function):
-    """Calls the C function `void f(void)` at an address."""
-
-    def generate(context, builder, _signature, arguments):
-        kind = ir.FunctionType(ir.VoidType(), [])
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
 def call_team(_typing, function, worker, argument, threads):
     """Calls `GOMP_parallel(worker, argument, threads, 0)`, whose address is `function`."""
 
