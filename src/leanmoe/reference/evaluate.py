@@ -38,9 +38,10 @@ Floats = npt.NDArray[np.float64]
 class EvaluateSettings:
     """How much is evaluated at the k below the trained one; the trained k takes everything."""
 
-    tokens_per_text: int = 10_000
-    lambada_items: int = 300
-    blimp_pairs: int = 10
+    tokens_per_text: int = 24_000
+    """Of the first windows of as many documents: many documents tell more than long ones."""
+    lambada_items: int = 500
+    blimp_pairs: int = 20
     """Per paradigm."""
     resamples: int = 10_000
     seed: int = 0
@@ -69,23 +70,17 @@ def share(right: int, of: int) -> dict[str, Any]:
     return {"accuracy": p, "low": middle - half, "high": middle + half, "items": of}
 
 
-def unit_nlls(scorer: Scorer, text: Text, chosen: Sequence[int], what: str) -> Floats:
-    """Nats of each chosen unit, over its windows."""
-    place = {unit: position for position, unit in enumerate(chosen)}
-    rows = [(row, place[u]) for row, u in zip(text.rows, text.units, strict=True) if u in place]
-    nlls = np.zeros(len(chosen))
-    scores = scorer.score([row for row, _ in rows], what)
-    for (_, position), score in zip(rows, scores, strict=True):
-        nlls[position] += score.nll
-    return nlls
+def unit_nlls(scorer: Scorer, text: Text, what: str) -> Floats:
+    """Nats of each unit, over its windows."""
+    scores = scorer.score(text.rows, what)
+    return np.bincount(text.units, weights=[score.nll for score in scores])
 
 
 def evaluate_text(text: Text, nlls: Floats) -> dict[str, Any]:
     """Bits per byte and what it was measured over."""
-    sizes = np.array(text.unit_bytes, dtype=np.float64)
     return {
-        "bits_per_byte": bits_per_byte(nlls, sizes),
-        "bytes": int(sizes.sum()),
+        "bits_per_byte": bits_per_byte(nlls, text.unit_bytes),
+        "bytes": sum(text.row_bytes),
         "tokens": sum(len(row.ids) - 1 for row in text.rows),
         "documents": text.documents,
         "words": text.words,
@@ -164,12 +159,12 @@ class Evaluation:
     def __init__(self, scorer: Scorer, data: Path, out: Path, settings: EvaluateSettings) -> None:
         self.scorer, self.data, self.out, self.settings = scorer, data, out, settings
         self.texts = {name: tasks.text_rows(scorer, name, data) for name in tasks.TEXTS}
-        self.chosen = {
-            name: tasks.some_units(text, settings.tokens_per_text, settings.seed)
+        self.samples = {
+            name: tasks.first_windows(text, settings.tokens_per_text, settings.seed)
             for name, text in self.texts.items()
         }
         self.full_nlls: dict[str, Floats] = {}
-        """Of the chosen units, at the trained k."""
+        """Of the samples, at the trained k."""
         described = provenance.collect("python -m leanmoe.reference.evaluate", settings.seed)
         self.results: dict[str, Any] = {
             "schema": EVALUATION_SCHEMA,
@@ -216,9 +211,8 @@ class Evaluation:
         ):
             if name not in self.results:
                 self.keep(name, found())
-        for name, text in self.texts.items():
-            what = f"{name}, k={scorer.trained_k}"
-            self.full_nlls[name] = unit_nlls(scorer, text, self.chosen[name], what)
+        for name, sample in self.samples.items():
+            self.full_nlls[name] = unit_nlls(scorer, sample, f"{name}, k={scorer.trained_k}")
         done = self.results.get("uniform_k", [])
         for k in range(scorer.trained_k - len(done), 0, -1):
             self.keep("uniform_k", [*self.results.get("uniform_k", []), self.at_k(k)])
@@ -228,30 +222,28 @@ class Evaluation:
         texts: dict[str, Any] = {}
         with self.scorer.counting_experts() as counts_LE:
             for name, text in self.texts.items():
-                every = range(len(text.unit_bytes))
-                texts[name] = evaluate_text(text, unit_nlls(self.scorer, text, every, name))
+                texts[name] = evaluate_text(text, unit_nlls(self.scorer, text, name))
         self.keep("texts", texts)
         self.keep("expert_use", expert_use(counts_LE.numpy()))
 
     def at_k(self, k: int) -> dict[str, Any]:
-        """The chosen units and items at uniform k, each paired with itself at the trained k."""
+        """The samples and the first items at uniform k, each paired with itself at the trained k."""
         s, scorer = self.settings, self.scorer
         found: dict[str, Any] = {"k": k, "texts": {}}
         with scorer.uniform_k(k):
-            for name, text in self.texts.items():
-                chosen = self.chosen[name]
-                sizes = np.array([text.unit_bytes[unit] for unit in chosen], dtype=np.float64)
+            for name, sample in self.samples.items():
+                sizes = sample.unit_bytes
                 full = self.full_nlls[name]
                 same = k == scorer.trained_k
-                nlls = full if same else unit_nlls(scorer, text, chosen, f"{name}, k={k}")
+                nlls = full if same else unit_nlls(scorer, sample, f"{name}, k={k}")
                 low, high = paired_interval(nlls - full, sizes, s.resamples, s.seed)
                 found["texts"][name] = {
                     "bits_per_byte": bits_per_byte(nlls, sizes),
                     "change": bits_per_byte(nlls - full, sizes),
                     "low": low,
                     "high": high,
-                    "units": len(chosen),
-                    "unit_is": text.unit_is,
+                    "units": len(sizes),
+                    "unit_is": sample.unit_is,
                 }
             lambada = tasks.lambada_rows(scorer, self.data, s.lambada_items)
             found["lambada"] = evaluate_lambada(scorer, lambada, f"LAMBADA, k={k}")

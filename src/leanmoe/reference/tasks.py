@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from leanmoe.errors import LeanMoeError
 from leanmoe.reference.prepare import split_documents
@@ -45,13 +46,19 @@ class Text:
     """A held-out text cut into windows, each belonging to one unit (document or passage)."""
 
     rows: list[Row]
+    row_bytes: list[int]
+    """UTF-8 bytes of each row's predicted tokens."""
     units: list[int]
-    """Of each row, which unit it belongs to."""
-    unit_bytes: list[int]
+    """Of each row, which unit it belongs to: 0, 1, 2 and so on."""
     unit_is: str
     documents: int
     words: int
     """Separated by white space."""
+
+    @property
+    def unit_bytes(self) -> npt.NDArray[np.float64]:
+        """UTF-8 bytes of each unit."""
+        return np.bincount(self.units, weights=self.row_bytes)
 
 
 def text_rows(scorer: Scorer, name: str, folder: Path) -> Text:
@@ -66,18 +73,15 @@ def text_rows(scorer: Scorer, name: str, folder: Path) -> Text:
     by_passage = len(documents) < FEWEST_DOCUMENTS
     rows: list[Row] = []
     units: list[int] = []
-    unit_bytes: list[int] = []
     for document in documents:
         ids = [scorer.start_id, *scorer.encode(document)]
         for start in range(0, len(ids) - 1, scorer.context):
-            if by_passage or start == 0:
-                unit_bytes.append(0)
-            row = Row(tuple(ids[start : start + scorer.context + 1]))
-            rows.append(row)
-            units.append(len(unit_bytes) - 1)
-            unit_bytes[-1] += int(scorer.bytes_per_id[list(row.ids[1:])].sum())
+            new_unit = by_passage or start == 0
+            units.append((units[-1] if units else -1) + new_unit)
+            rows.append(Row(tuple(ids[start : start + scorer.context + 1])))
+    row_bytes = [int(scorer.bytes_per_id[list(row.ids[1:])].sum()) for row in rows]
     kind = "passage" if by_passage else "document"
-    return Text(rows, units, unit_bytes, kind, len(documents), len(text.split()))
+    return Text(rows, row_bytes, units, kind, len(documents), len(text.split()))
 
 
 def split_articles(text: str) -> list[str]:
@@ -86,17 +90,22 @@ def split_articles(text: str) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
-def some_units(text: Text, tokens: int, seed: int) -> list[int]:
-    """Whole units in a seeded order until they hold at least `tokens`; sorted."""
-    sizes = np.bincount(text.units, weights=[len(row.ids) - 1 for row in text.rows])
+def first_windows(text: Text, tokens: int, seed: int) -> Text:
+    """The first window of each unit, in a seeded order, until they hold `tokens` tokens."""
+    _, firsts = np.unique(text.units, return_index=True)
     chosen: list[int] = []
     held = 0
-    for unit in np.random.default_rng(seed).permutation(len(text.unit_bytes)).tolist():
+    for row in np.random.default_rng(seed).permutation(firsts).tolist():
         if held >= tokens:
             break
-        chosen.append(unit)
-        held += int(sizes[unit])
-    return sorted(chosen)
+        chosen.append(row)
+        held += len(text.rows[row].ids) - 1
+    return replace(
+        text,
+        rows=[text.rows[row] for row in chosen],
+        row_bytes=[text.row_bytes[row] for row in chosen],
+        units=list(range(len(chosen))),
+    )
 
 
 @dataclass(frozen=True)
