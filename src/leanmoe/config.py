@@ -31,8 +31,12 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "n_group": ("num_expert_group",),
     "first_k_dense_replace": ("num_dense_layers", "moe_layer_start_index"),
     "layer_types": ("layers_block_type",),
+    "full_attention_interval": ("layer_group_size",),
+    "linear_conv_kernel_dim": ("short_conv_kernel_size",),
 }
 """One setting, and the names it goes by in one family or another."""
+LAYER_LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
+"""Nemotron-H's published pattern of layers, one letter each."""
 
 
 class Settings:
@@ -120,6 +124,9 @@ def language_part(config: Mapping[str, Any]) -> dict[str, Any]:
             inherited = {key: config[key] for key in INHERITED if key in config}
             kind = {"model_type": part.get("model_type") or config.get("model_type")}
             return language_part({**part, **inherited, **kind})
+    pattern = config.get("hybrid_override_pattern")
+    if isinstance(pattern, str) and set(pattern) <= set(LAYER_LETTERS):
+        return {"layer_types": [LAYER_LETTERS[letter] for letter in pattern], **config}
     return dict(config)
 
 

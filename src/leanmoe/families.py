@@ -1,7 +1,7 @@
-"""How each model family's router turns logits into experts and weights: written down once.
+"""The table of model families: how each routes, and what its layers hold, written down once.
 
 Only what truly differs per family stands here; the sizes come from config.json (`shape.py`).
-Needs no torch. The table follows the router classes of Transformers 5.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from leanmoe.config import Settings
 from leanmoe.errors import LeanMoeError
@@ -27,40 +27,25 @@ from leanmoe.mixers import (
     short_convolution,
     window_and_full,
 )
+from leanmoe.routers import (
+    BIAS,
+    DEEPSEEK_V3,
+    SIGMOID,
+    SIGMOID_NORMALISED,
+    SOFTMAX,
+    SOFTMAX_AFTER_TOP_K,
+    SOFTMAX_NORMALISED,
+    GroupScore,
+    Router,
+    ScoreDtype,
+    Scoring,
+    cohere,
+    deepseek_v2,
+    lfm2,
+    routing,
+)
 
-Scoring = Literal["softmax", "sigmoid", "softmax_after_top_k"]
-GroupScore = Literal["max", "top2_sum"]
-ScoreDtype = Literal["float32", "logits"]
-
-
-@dataclass(frozen=True)
-class Router:
-    """How a router ranks experts and weighs the ones it picked.
-
-    A family's router casts its weights to the dtype it returns at the very end; that dtype is
-    the model's, not the table's, business.
-    """
-
-    scoring: Scoring = "softmax"
-    """softmax over all experts; sigmoid of each; or softmax over the picked logits alone."""
-    ranking_bias: str | None = None
-    """Name of the module's bias that is added to the scores for ranking, never for weighting."""
-    normalise: bool = False
-    """Whether the picked gates are divided by their sum (`norm_topk_prob`)."""
-    normalise_epsilon: float = 0.0
-    """Added to that sum before dividing, as the family does it."""
-    scaling: float = 1.0
-    """Factor on the gate weights, after normalising (`routed_scaling_factor`)."""
-    groups: int = 1
-    """Groups the experts are divided into for group-limited routing; 1 for none."""
-    groups_used: int = 1
-    """Groups a token may pick experts from."""
-    group_score: GroupScore = "top2_sum"
-    """How a group is ranked: by its best expert (V2) or by the sum of its best two (V3)."""
-    sorted_top_k: bool = True
-    """Whether the family sorts what it picks; an order of summation differs in the last bit."""
-    score_dtype: ScoreDtype = "float32"
-    """Whether scores are computed in float32 or in whatever dtype the logits have."""
+__all__ = ["FAMILIES", "Family", "GroupScore", "Router", "ScoreDtype", "Scoring", "family_of"]
 
 
 @dataclass(frozen=True)
@@ -109,66 +94,12 @@ def family_of(model_type: object) -> Family:
     )
 
 
-def _routing(
-    base: Router,
-    normalise: str | None = None,
-    scaling: str | None = None,
-    groups: bool = False,
-) -> Callable[[Settings], Router]:
-    """`base`, with what the config decides: keys of the flag and the factor, and groups."""
-
-    def router(settings: Settings) -> Router:
-        found = base
-        if normalise is not None:
-            found = replace(found, normalise=settings.flag(normalise))
-        if scaling is not None:
-            found = replace(found, scaling=settings.number(scaling, 1.0))
-        if groups:
-            found = replace(
-                found,
-                groups=settings.whole("n_group", 1, least=1),
-                groups_used=settings.whole("topk_group", 1, least=1),
-            )
-        return found if found.normalise else replace(found, normalise_epsilon=0.0)
-
-    return router
-
-
-def _deepseek_v2(settings: Settings) -> Router:
-    methods = ("greedy", "group_limited_greedy")
-    limited = settings.word("topk_method", "greedy", methods) == "group_limited_greedy"
-    base = Router(group_score="max", sorted_top_k=False)
-    return _routing(base, scaling="routed_scaling_factor", groups=limited)(settings)
-
-
-def _lfm2(settings: Settings) -> Router:
-    bias = "expert_bias" if settings.flag("use_expert_bias") else None
-    base = Router("sigmoid", bias, normalise_epsilon=1e-6, score_dtype="logits")
-    return _routing(base, "norm_topk_prob", "routed_scaling_factor")(settings)
-
-
-def _cohere(settings: Settings) -> Router:
-    function = settings.word("expert_selection_fn", "softmax", ("softmax", "sigmoid"))
-    if function == "softmax":
-        return Router("softmax_after_top_k")
-    return _routing(Router("sigmoid", score_dtype="logits"), "norm_topk_prob")(settings)
-
-
-_BIAS = "e_score_correction_bias"
-_SOFTMAX = _routing(Router(), "norm_topk_prob")
-_SOFTMAX_NORMALISED = _routing(Router(normalise=True))
-_SOFTMAX_AFTER_TOP_K = _routing(Router("softmax_after_top_k", score_dtype="logits"))
-_SIGMOID = Router("sigmoid", _BIAS, normalise_epsilon=1e-20, sorted_top_k=False)
-_SIGMOID_NORMALISED = Router("sigmoid", _BIAS, normalise=True)
-_DEEPSEEK_V3 = _routing(_SIGMOID, "norm_topk_prob", "routed_scaling_factor", groups=True)
-
-
 def _defaults(**values: Any) -> Mapping[str, Any]:
     return MappingProxyType(values)
 
 
 _V3 = Family(
-    _DEEPSEEK_V3,
+    DEEPSEEK_V3,
     latent_attention(),
     defaults=_defaults(
         first_k_dense_replace=3,
@@ -179,38 +110,39 @@ _V3 = Family(
         n_shared_experts=1,
     ),
 )
+_LINEAR = {"linear_conv_kernel_dim": 4, "full_attention_interval": 4}
 _GLM = replace(
     _V3,
     mixer=attention(norm="head", norm_flag="use_qk_norm"),
     defaults=_defaults(first_k_dense_replace=1, norm_topk_prob=True, n_shared_experts=1),
 )
 _QWEN2 = Family(
-    _SOFTMAX,
+    SOFTMAX,
     attention(bias="qkv_bias"),
     shared_width="shared_expert_intermediate_size",
     shared_gate=True,
     defaults=_defaults(qkv_bias=True),
 )
-_QWEN3 = Family(_SOFTMAX, attention(norm="head", output_bias=True))
+_QWEN3 = Family(SOFTMAX, attention(norm="head", output_bias=True))
 _QWEN3_NEXT = replace(
     _QWEN2,
     mixer=hybrid(attention(norm="head", gate="element"), gated_delta_net),
-    defaults=_defaults(norm_topk_prob=True, full_attention_interval=4),
+    defaults=_defaults(norm_topk_prob=True, **_LINEAR),
 )
-_QWEN3_5 = replace(_QWEN3_NEXT, router=_SOFTMAX_NORMALISED)
-_MIXTRAL = Family(_SOFTMAX_NORMALISED, attention(bias=False), width="intermediate_size")
-_GRANITE = Family(_SOFTMAX_AFTER_TOP_K, attention(output_bias=True), width="intermediate_size")
+_QWEN3_5 = replace(_QWEN3_NEXT, router=SOFTMAX_NORMALISED)
+_MIXTRAL = Family(SOFTMAX_NORMALISED, attention(bias=False), width="intermediate_size")
+_GRANITE = Family(SOFTMAX_AFTER_TOP_K, attention(output_bias=True), width="intermediate_size")
 _GRANITE_SHARED = replace(_GRANITE, shared_width="shared_intermediate_size")
 _M3 = replace(
     _MIXTRAL,
-    router=_routing(replace(_SIGMOID_NORMALISED, sorted_top_k=False)),
+    router=routing(replace(SIGMOID_NORMALISED, sorted_top_k=False)),
     mixer=attention(bias=False, norm="head"),
     dense_width="dense_intermediate_size",
     shared_width="shared_intermediate_size",
 )
 
 FAMILIES: Mapping[str, Family] = {
-    "deepseek_v2": replace(_V3, router=_deepseek_v2, defaults=_defaults(n_shared_experts=2)),
+    "deepseek_v2": replace(_V3, router=deepseek_v2, defaults=_defaults(n_shared_experts=2)),
     "deepseek_v3": _V3,
     "deepseek_v32": replace(_V3, mixer=latent_attention(indexer=True)),
     "kimi_k2": _V3,
@@ -218,16 +150,28 @@ FAMILIES: Mapping[str, Family] = {
         _V3, moe_norms=1, defaults=_defaults(**{**_V3.defaults, "first_k_dense_replace": 1})
     ),
     "glm4_moe": _GLM,
-    "glm4v_moe_text": replace(_GLM, mixer=attention()),
-    "glm4_moe_lite": replace(_GLM, mixer=latent_attention()),
+    "glm4v_moe_text": replace(
+        _GLM, mixer=attention(), defaults=_defaults(**{**_GLM.defaults, "attention_bias": True})
+    ),
+    "glm4_moe_lite": replace(
+        _GLM,
+        mixer=latent_attention(),
+        defaults=_defaults(**{**_GLM.defaults, "routed_scaling_factor": 1.8}),
+    ),
     "glm_moe_dsa": replace(
         _GLM,
         mixer=latent_attention(indexer=True),
         defaults=_defaults(**{**_V3.defaults, "n_group": 1, "topk_group": 1}),
     ),
-    "solar_open": replace(_GLM, mixer=attention(), defaults=_defaults(norm_topk_prob=True)),
+    "solar_open": replace(
+        _GLM, mixer=attention(), defaults=_defaults(norm_topk_prob=True, n_shared_experts=1)
+    ),
     "dots1": replace(_GLM, mixer=attention(norm="head", output_bias=True), defaults=_defaults()),
-    "exaone_moe": replace(_GLM, mixer=attention(bias=False, norm="head")),
+    "exaone_moe": replace(
+        _GLM,
+        mixer=attention(bias=False, norm="head"),
+        defaults=_defaults(**{**_GLM.defaults, "routed_scaling_factor": 2.5}),
+    ),
     "mimo_v2_flash": replace(
         _GLM,
         mixer=window_and_full,
@@ -235,7 +179,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mistral4": replace(
         _V3,
-        router=_routing(
+        router=routing(
             Router(normalise_epsilon=1e-20, sorted_top_k=False, score_dtype="logits"),
             "norm_topk_prob",
             "routed_scaling_factor",
@@ -246,47 +190,52 @@ FAMILIES: Mapping[str, Family] = {
     "kimi_linear": replace(
         _V3,
         mixer=hybrid(latent_attention(), kimi_delta()),
-        defaults=_defaults(first_k_dense_replace=1, norm_topk_prob=True, n_shared_experts=1),
+        defaults=_defaults(**{**_GLM.defaults, "routed_scaling_factor": 2.446}),
     ),
     "bailing_hybrid": replace(
         _V3,
         mixer=hybrid(latent_attention(gate="head"), kimi_delta(low_rank=False)),
-        defaults=_defaults(**{**_V3.defaults, "first_k_dense_replace": 2}),
+        defaults=_defaults(
+            **{**_V3.defaults, "first_k_dense_replace": 2, "full_attention_interval": 6}
+        ),
     ),
     "hy_v3": Family(
-        _routing(replace(_SIGMOID, normalise=True), scaling="routed_scaling_factor"),
+        routing(replace(SIGMOID, normalise=True), scaling="routed_scaling_factor"),
         attention(norm="head", output_bias=True),
-        defaults=_defaults(first_k_dense_replace=1, n_shared_experts=1),
+        defaults=_defaults(
+            first_k_dense_replace=1, n_shared_experts=1, routed_scaling_factor=2.826
+        ),
     ),
     "afmoe": Family(
-        _routing(
-            replace(_SIGMOID, ranking_bias="expert_bias", normalise=True, sorted_top_k=True),
+        routing(
+            replace(SIGMOID, ranking_bias="expert_bias", normalise=True, sorted_top_k=True),
             scaling="routed_scaling_factor",
         ),
         attention(norm="head", gate="element", output_bias=True),
         layer_norms=4,
-        defaults=_defaults(first_k_dense_replace=1),
+        defaults=_defaults(first_k_dense_replace=1, n_shared_experts=2),
     ),
     "laguna": Family(
-        _routing(_SIGMOID_NORMALISED),
+        routing(SIGMOID_NORMALISED),
         attention(norm="head", gate="head", output_bias=True),
         shared_width="shared_expert_intermediate_size",
         defaults=_defaults(first_k_dense_replace=1),
     ),
     "flint": Family(
-        _routing(Router("sigmoid"), "norm_topk_prob"),
+        routing(Router("sigmoid"), "norm_topk_prob"),
         attention(norm="head", sinks=True, output_bias=True),
         shared_width="shared_expert_intermediate_size",
         defaults=_defaults(norm_topk_prob=True, mlp_only_layers=[0, 1]),
     ),
     "lfm2_moe": Family(
-        _lfm2,
+        lfm2,
         hybrid(attention(bias=False, norm="head"), short_convolution),
         defaults=_defaults(
             first_k_dense_replace=2,
             norm_topk_prob=True,
             use_expert_bias=True,
             tie_word_embeddings=True,
+            conv_L_cache=3,
         ),
     ),
     "nemotron_h": replace(
@@ -296,38 +245,53 @@ FAMILIES: Mapping[str, Family] = {
         matrices=2,
         layer_norms=1,
         single=True,
-        defaults=_defaults(norm_topk_prob=True, n_shared_experts=1),
+        defaults=_defaults(
+            norm_topk_prob=True, n_shared_experts=1, n_groups=8, ssm_state_size=128, conv_kernel=4
+        ),
     ),
     "qwen2_moe": _QWEN2,
     "qwen3_moe": _QWEN3,
-    "qwen3_vl_moe_text": replace(_QWEN3, router=_SOFTMAX_NORMALISED),
+    "qwen3_vl_moe_text": replace(
+        _QWEN3, router=SOFTMAX_NORMALISED, defaults=_defaults(tie_word_embeddings=True)
+    ),
     "qwen3_omni_moe_text": replace(_QWEN3, defaults=_defaults(norm_topk_prob=True)),
     "qwen3_next": _QWEN3_NEXT,
     "qwen3_5_moe_text": _QWEN3_5,
     "mellum": replace(_QWEN3, defaults=_defaults(norm_topk_prob=True)),
-    "olmoe": Family(_SOFTMAX, attention(norm="full", output_bias=True), width="intermediate_size"),
+    "olmoe": Family(SOFTMAX, attention(norm="full", output_bias=True), width="intermediate_size"),
     "flex_olmo": Family(
-        _SOFTMAX, attention(norm="full", output_bias=True), width="intermediate_size"
+        SOFTMAX, attention(norm="full", output_bias=True), width="intermediate_size"
     ),
     "jamba": Family(
-        _routing(Router()),
+        routing(Router()),
         hybrid(attention(bias=False), mamba),
         width="intermediate_size",
         defaults=_defaults(
-            attn_layer_period=8, attn_layer_offset=4, expert_layer_period=2, expert_layer_offset=1
+            attn_layer_period=8,
+            attn_layer_offset=4,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            mamba_expand=2,
+            mamba_d_state=16,
+            mamba_d_conv=4,
+            mamba_dt_rank="auto",
         ),
     ),
     "hunyuan_v1_moe": Family(
-        _SOFTMAX_NORMALISED,
+        SOFTMAX_NORMALISED,
         attention(norm="head", output_bias=True),
         width="intermediate_size",
         shared_width="intermediate_size",
     ),
     "mixtral": _MIXTRAL,
-    "minimax": replace(_MIXTRAL, mixer=hybrid(attention(bias=False), lightning_attention)),
+    "minimax": replace(
+        _MIXTRAL,
+        mixer=hybrid(attention(bias=False), lightning_attention),
+        defaults=_defaults(attn_layer_period=2),
+    ),
     "minimax_m2": replace(
         _MIXTRAL,
-        router=_routing(replace(_SIGMOID_NORMALISED, sorted_top_k=False)),
+        router=routing(replace(SIGMOID_NORMALISED, sorted_top_k=False)),
         mixer=attention(bias=False, norm="full"),
     ),
     "minimax_m3_vl_text": _M3,
@@ -340,10 +304,25 @@ FAMILIES: Mapping[str, Family] = {
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE_SHARED,
     "granitemoe_swa": replace(_GRANITE_SHARED, mixer=attention(output_bias=True, sinks=True)),
-    "granitemoehybrid": replace(_GRANITE_SHARED, mixer=hybrid(attention(output_bias=True), mamba2)),
-    "aria_text": Family(_SOFTMAX_AFTER_TOP_K, attention(output_bias=True), "intermediate_size"),
+    "granitemoehybrid": replace(
+        _GRANITE_SHARED,
+        mixer=hybrid(attention(output_bias=True), mamba2),
+        defaults=_defaults(
+            shared_intermediate_size=1024,
+            mamba_n_heads=128,
+            mamba_expand=2,
+            mamba_d_state=256,
+            mamba_d_conv=4,
+        ),
+    ),
+    "aria_text": Family(
+        SOFTMAX_AFTER_TOP_K,
+        attention(output_bias=True),
+        width="intermediate_size",
+        defaults=_defaults(n_shared_experts=2),
+    ),
     "cohere2_moe": Family(
-        _cohere,
+        cohere,
         attention(output_bias=True),
         width="intermediate_size",
         dense_width="prefix_dense_intermediate_size",
@@ -351,12 +330,12 @@ FAMILIES: Mapping[str, Family] = {
         defaults=_defaults(norm_topk_prob=True, tie_word_embeddings=True),
     ),
     "ernie4_5_moe": Family(
-        _routing(Router(ranking_bias=f"moe_statics.{_BIAS}", normalise=True)),
+        routing(Router(ranking_bias=f"moe_statics.{BIAS}", normalise=True)),
         attention(bias="use_bias", output_bias=True),
         defaults=_defaults(first_k_dense_replace=1, n_shared_experts=2, tie_word_embeddings=True),
     ),
     "phimoe": Family(
-        _routing(Router()),
+        routing(Router()),
         attention(output_bias=True),
         width="intermediate_size",
         norm_biases=True,

@@ -113,9 +113,10 @@ def kimi_delta(low_rank: bool = True) -> Mixer:
     def count(settings: Settings, _layer: int) -> int:
         hidden = settings.whole("hidden_size", least=1)
         part = settings.part("linear_attn_config")
-        heads = part.whole("num_heads", settings.whole("linear_num_heads", 0))
-        width = part.whole("head_dim", settings.whole("linear_head_dim", 0))
-        kernel = settings.whole("linear_conv_kernel_dim", 0)
+        heads = settings.whole("linear_num_heads", settings.whole("num_attention_heads", least=1))
+        width = settings.whole("linear_head_dim", settings.whole("head_dim", 0))
+        kernel = settings.whole("linear_conv_kernel_dim", 4)
+        heads, width = part.whole("num_heads", heads), part.whole("head_dim", width, least=1)
         kernel = part.whole("short_conv_kernel_size", kernel)
         rows = heads * width
         gates = 2 * width * (hidden + rows) if low_rank else 2 * hidden * rows
