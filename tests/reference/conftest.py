@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from leanmoe.reference.architecture import ModelSettings
 from leanmoe.reference.optimiser import OptimiserSettings
@@ -35,6 +37,15 @@ TINY = TrainSettings(
     ),
     optimiser=OptimiserSettings(learning_rate=5e-3, warmup_tokens=512),
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from threads, and on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -176,8 +176,8 @@ def k_section(by_k: Sequence[dict[str, Any]]) -> str:
     return (
         table(("k", *(NAMES[name] for name in names)), change)
         + "\n\nBits per byte, and in brackets the 95% interval of the change from the trained k "
-        f"(bootstrap over units, paired: {units}; of each document its first window, and where a file "
-        "has too few documents, windows of the context length as passages).\n\n"
+        f"(bootstrap over units, paired: {units}; of each document its first window, and where a "
+        "file has too few documents, windows of the context length as passages).\n\n"
         + table(("k", "LAMBADA", "BLiMP"), tasks)
         + f"\n\nOn the first {first['lambada']['items']:,} LAMBADA passages and "
         f"{first['blimp']['items']:,} BLiMP pairs, so not the same as the full tables above."
@@ -299,14 +299,13 @@ with a correction bias, {m["heads"]} heads of latent attention, vocabulary {m["v
   a kind it never saw.
 - English only; old novels and technical documentation. No instruction tuning, no safety
   tuning: do not put its output before people.
-- Uniform k is a blunt lever and here without any retraining: a model of
-  {m["experts"]} experts {m["expert_intermediate"]} wide feels it more than a large one may.
 
 ## How these numbers were made
 
 Measured on {made["hardware"]}, {made["date"]}, torch {made["versions"]["torch"]}, Transformers
 {made["versions"]["transformers"]}, {found["dtype"]}, experts `{found["experts_implementation"]}`,
-commit {made["commit"]}, seed {made["seed"]}; training on {training["device"]}, torch
+commit {made["commit"]} (of the last of its runs: an interrupted evaluation goes on), seed
+{made["seed"]}; training on {training["device"]}, torch
 {training["torch"]}.
 
 ```

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ def share(right: int, of: int) -> dict[str, Any]:
 def unit_nlls(scorer: Scorer, text: Text, what: str) -> Floats:
     """Nats of each unit, over its windows."""
     scores = scorer.score(text.rows, what)
-    return np.bincount(text.units, weights=[score.nll for score in scores])
+    nlls = np.array([score.nll for score in scores], dtype=np.float64)
+    return np.bincount(text.units, weights=nlls).astype(np.float64)
 
 
 def evaluate_text(text: Text, nlls: Floats) -> dict[str, Any]:
@@ -200,17 +201,17 @@ class Evaluation:
         scorer, data = self.scorer, self.data
         if "expert_use" not in self.results:
             self.held_out_text()
-        for name, found in (
-            (
-                "lambada",
-                lambda: evaluate_lambada(scorer, tasks.lambada_rows(scorer, data), "LAMBADA"),
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "lambada": lambda: evaluate_lambada(
+                scorer, tasks.lambada_rows(scorer, data), "LAMBADA"
             ),
-            ("piqa", lambda: evaluate_choices(scorer, tasks.piqa_choices(scorer, data), "PIQA")),
-            ("qasc", lambda: evaluate_choices(scorer, tasks.qasc_choices(scorer, data), "QASC")),
-            ("blimp", lambda: evaluate_blimp(scorer, tasks.blimp_pairs(scorer, data), "BLiMP")),
-        ):
+            "piqa": lambda: evaluate_choices(scorer, tasks.piqa_choices(scorer, data), "PIQA"),
+            "qasc": lambda: evaluate_choices(scorer, tasks.qasc_choices(scorer, data), "QASC"),
+            "blimp": lambda: evaluate_blimp(scorer, tasks.blimp_pairs(scorer, data), "BLiMP"),
+        }
+        for name, part in parts.items():
             if name not in self.results:
-                self.keep(name, found())
+                self.keep(name, part())
         for name, sample in self.samples.items():
             self.full_nlls[name] = unit_nlls(scorer, sample, f"{name}, k={scorer.trained_k}")
         done = self.results.get("uniform_k", [])
@@ -227,7 +228,7 @@ class Evaluation:
         self.keep("expert_use", expert_use(counts_LE.numpy()))
 
     def at_k(self, k: int) -> dict[str, Any]:
-        """The samples and the first items at uniform k, each paired with itself at the trained k."""
+        """The samples and first items at uniform k; each sample paired with the trained k."""
         s, scorer = self.settings, self.scorer
         found: dict[str, Any] = {"k": k, "texts": {}}
         with scorer.uniform_k(k):

@@ -58,7 +58,8 @@ class Text:
     @property
     def unit_bytes(self) -> npt.NDArray[np.float64]:
         """UTF-8 bytes of each unit."""
-        return np.bincount(self.units, weights=self.row_bytes)
+        sizes = np.array(self.row_bytes, dtype=np.float64)
+        return np.bincount(self.units, weights=sizes).astype(np.float64)
 
 
 def text_rows(scorer: Scorer, name: str, folder: Path) -> Text:
