@@ -141,14 +141,14 @@ def read_config(source: str) -> dict[str, Any]:
 
         source = str(path())
     local = Path(source).expanduser()
-    if local.is_dir():
+    if source and local.is_dir():
         local = local / FILE
         if not local.is_file():
             raise LeanMoeError(f"folder {source} has no {FILE}: it is not a model's folder")
     if not local.is_file():
         if not _is_hub_name(source):
             raise LeanMoeError(
-                f"model {source} does not exist: give a folder, a {FILE}, owner/name on the "
+                f"model {source!r} does not exist: give a folder, a {FILE}, owner/name on the "
                 f"Hugging Face Hub, or {REFERENCE}"
             )
         local = _from_hub(source)

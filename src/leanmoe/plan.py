@@ -73,16 +73,18 @@ class Rule:
         `more_experts` allows a `top_k` above the one the model was trained with; `fewest` is the
         least `top_k` allowed.
         """
+        if self.experts is not None:
+            _require_experts(where, self.experts, model.experts)
         kept = model.experts if self.experts is None else len(self.experts)
         most = kept if more_experts else min(model.top_k, kept)
-        hint = "" if more_experts else f" (the model was trained with {model.top_k})"
+        hint = f" ({kept} experts remain)"
+        if most < kept:
+            hint = f" (the model was trained with {model.top_k})"
         _require_whole(where, "top_k", self.top_k, fewest, most, hint)
         _require_whole(where, "guaranteed", self.guaranteed, 1, self.top_k or most, "")
         _require_whole(where, "budget", self.budget, 1, kept, "")
         _require_share(where, "threshold", self.threshold)
         _require_share(where, "top_p", self.top_p)
-        if self.experts is not None:
-            _require_experts(where, self.experts, model.experts)
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are set."""
@@ -218,12 +220,12 @@ class Plan:
     @classmethod
     def from_json(cls, value: Any) -> Plan:
         """Reads what `to_json` wrote; anything malformed is a LeanMoeError naming the place."""
-        _require_keys(value, {"leanmoe_plan", "model", "bands", "prompt", "provenance"}, "plan")
-        version = value.get("leanmoe_plan")
+        version = value.get("leanmoe_plan") if isinstance(value, dict) else SCHEMA_VERSION
         if version != SCHEMA_VERSION:
             raise LeanMoeError(
                 f"plan has schema version {version!r}: this leanmoe reads {SCHEMA_VERSION}"
             )
+        _require_keys(value, {"leanmoe_plan", "model", "bands", "prompt", "provenance"}, "plan")
         model = _fingerprint_from_json(value.get("model"))
         bands = value.get("bands")
         if not isinstance(bands, list):
@@ -295,11 +297,13 @@ def _require_type(value: Any, types: tuple[type, ...], where: str, wanted: str) 
 def _require_whole(
     where: str, name: str, value: int | None, least: int, most: int, hint: str
 ) -> None:
+    _require_type(value, (int,), f"{where}.{name}", "a whole number")
     if value is not None and not least <= value <= most:
         raise LeanMoeError(f"{where}.{name} is {value}: it must be {least} to {most}{hint}")
 
 
 def _require_share(where: str, name: str, value: float | None) -> None:
+    _require_type(value, (int, float), f"{where}.{name}", "a number")
     if value is not None and not 0 < value <= 1:
         raise LeanMoeError(f"{where}.{name} is {value}: it must be above 0 and at most 1")
 

@@ -57,7 +57,7 @@ def _format(method: str, quantised: Settings) -> tuple[str, float] | None:
     if method == "mxfp4":
         return "mxfp4", 0.5 + 1 / 32
     if method in ("gptq", "awq"):
-        return _integer(quantised.whole("bits", 4, least=1), quantised.whole("group_size", 128))
+        return _integer(quantised.whole("bits", 4, least=1), quantised.whole("group_size", 128, -1))
     if method == "bitsandbytes":
         return ("int8", 1.0) if quantised.flag("load_in_8bit") else ("nf4", 0.5 + 4 / 64)
     if method == "compressed-tensors":
@@ -73,7 +73,7 @@ def _compressed(quantised: Settings) -> tuple[str, float] | None:
     bits = weights.whole("num_bits", 8, least=1)
     if weights.raw("type") == "float":
         return ("fp8", 1.0) if bits == 8 else ("nvfp4", 0.5 + 1 / 16)
-    return _integer(bits, weights.whole("group_size", 0))
+    return _integer(bits, weights.whole("group_size", 0, -1))
 
 
 def _integer(bits: int, group: int) -> tuple[str, float]:
