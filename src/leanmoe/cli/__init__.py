@@ -1,49 +1,119 @@
-"""The command line: one file a verb; a user's mistake is one line on standard error."""
+"""The command line: one file a verb; a user's mistake is one line on standard error.
+
+A verb is a function in the file of its name here, and a line in `VERBS`. Its file is imported
+when it runs, so that `leanmoe --help` needs nothing but typer.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from leanmoe.cli.inspect import inspect
-from leanmoe.cli.report import report
-from leanmoe.cli.tune import tune
+from leanmoe import __version__
 from leanmoe.errors import LeanMoeError
+
+VERBS = {
+    "inspect": "Show what a model is and what fewer experts could gain, from config.json alone.",
+    "tune": "Find a faster plan for a model, prove what it costs, measure what it gains.",
+    "report": "Write the page of a finished run again, from its saved results.",
+}
+MISTAKE, USAGE, INTERRUPTED = 1, 2, 130
+"""Exit codes: what LeanMoeError says, a wrong command line, Ctrl-C."""
+EXTRA = ("torch", "transformers", "safetensors", "numba", "scipy", "plotly", "psutil")
+"""Packages that come with leanmoe[tune]."""
+
+
+class _Verbs(TyperGroup):
+    """Lists every verb by its line in `VERBS`; imports the one that runs."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {verb: TyperCommand(verb, help=line) for verb, line in VERBS.items()}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and _load(str(name)), rest
+
+
+def _load(verb: str) -> Any:
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    app.command(verb)(getattr(import_module(f"leanmoe.cli.{verb}"), verb))
+    return typer.main.get_command(app)
+
 
 app = typer.Typer(
     name="leanmoe",
+    cls=_Verbs,
     help="Makes mixture-of-experts models faster by running fewer experts; proves what it costs.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command()(inspect)
-app.command()(tune)
-app.command()(report)
 
 
-@app.callback()
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"leanmoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Try: leanmoe inspect reference, then leanmoe tune reference")
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
 ) -> None:
-    """leanmoe."""
-    if debug:
-        sys.excepthook = sys.__excepthook__
+    del debug, version  # `main` reads the one, a callback the other
 
 
-def main() -> None:
-    """Runs the command line; exits with 1 for a LeanMoeError, 130 when interrupted."""
-    debug = "--debug" in sys.argv
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0, or a code of those above with one line that says why.
+
+    `--debug` may stand anywhere and lets errors through with their traceback.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
     try:
-        app()
-    except LeanMoeError as error:
+        code = app(
+            args=[word for word in given if word != "--debug"] or ["--help"],
+            prog_name="leanmoe",
+            standalone_mode=False,
+        )
+    except Exception as error:
         if debug:
             raise
-        print(f"leanmoe: {error}", file=sys.stderr)
-        sys.exit(1)
+        line, code = _explained(error)
+        if line is None:
+            raise
+        _say(line)
+        sys.exit(code)
     except KeyboardInterrupt:
-        print("leanmoe: interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        _say("interrupted")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explained(error: Exception) -> tuple[str | None, int]:
+    """One line about what a user can put right, and the exit code; None for anything else."""
+    if isinstance(error, LeanMoeError):
+        return str(error), MISTAKE
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRA:
+        return f"{error.name} is not installed: pip install 'leanmoe[tune]'", MISTAKE
+    if isinstance(error, typer.Abort):
+        return "interrupted", INTERRUPTED
+    if (message := getattr(error, "format_message", None)) is not None:
+        path = getattr(getattr(error, "ctx", None), "command_path", "leanmoe")
+        return f"{' '.join(message().split()).rstrip('.')} (see {path} --help)", USAGE
+    return None, MISTAKE
+
+
+def _say(line: str) -> None:
+    print(f"leanmoe: {line}", file=sys.stderr)

@@ -3,119 +3,208 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.shape import MoEShape, distinct_uniform, read_shape
+from leanmoe.shape import MoEShape, distinct_grouped, distinct_uniform, read_shape
 
-BATCHES = "1,2,4,8,16,32,64,128,256,512,1024"
+BATCH_SIZES = ",".join(str(2**n) for n in range(13))
+LOWER_SHARES = (0.75, 0.5, 0.25)
+"""The lower k that are shown, as shares of the model's own."""
+TOKENS_AT_THE_RIDGE = 200
+"""Tokens an expert that make it bound by compute: an H200's 989 TFLOP/s over 4.8 TB/s, bf16."""
+NOTE = (
+    "Modelled: tokens choose experts independently and evenly, each weight is read once a step, "
+    "and reading it is all that takes time; KV cache and activations are left out. It stops "
+    "holding where an awake expert has hundreds of tokens (about {ridge} on an H200; shown as "
+    "–): there time falls with k itself. Real tokens agree on experts and wake fewer of them, "
+    "which leanmoe tune measures."
+)
+GROUPS_NOTE = " 'groups agree': every token of a step uses the same groups, the lower end."
 
 
 def inspect(
     model: Annotated[
-        str, typer.Argument(help="A folder, a config.json, a hub name, or 'reference'.")
+        str,
+        typer.Argument(help="A folder, a config.json, owner/name on the Hub, or 'reference'."),
     ] = "reference",
     batch_sizes: Annotated[
-        str, typer.Option(help="Tokens in a decode step, comma separated.")
-    ] = BATCHES,
+        str, typer.Option(help="Tokens in a decode step, comma separated.", show_default=False)
+    ] = BATCH_SIZES,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(help="Memory bandwidth in GB/s; adds the least time a step can take."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """Shows layers, experts, sizes and the ideal gain at lower k. No weights are read.
+    """Show what a model is and what fewer experts could gain, from config.json alone.
 
-    Example: leanmoe inspect deepseek-ai/DeepSeek-V3
+    Example: leanmoe inspect deepseek-ai/DeepSeek-V3 --bandwidth 4800
     """
+    sizes = _sizes(batch_sizes)
+    if bandwidth is not None and not bandwidth > 0:
+        raise LeanMoeError(f"--bandwidth is {bandwidth:g}: it must be above 0")
     shape = read_shape(model)
-    summary = {**_facts(shape), "table": _rows(shape, _numbers(batch_sizes))}
+    steps = [_step(shape, tokens, bandwidth) for tokens in sizes]
     if as_json:
-        print(json.dumps(summary, indent=1))
+        print(json.dumps({"model": model, **_facts(shape), "label": "modelled", "steps": steps}))
         return
-    console = Console()
-    facts = Table.grid(padding=(0, 2))
-    for name, value in _facts(shape).items():
-        facts.add_row(f"[dim]{name.replace('_', ' ')}[/dim]", _shown(name, value))
-    console.print(facts)
-    console.print(_table(shape, summary["table"]))
-    console.print(
-        "[dim]Modelled: uniform routing, weights read once a step, KV cache not counted. Holds "
-        "while decoding is bound by memory; real routing wakes fewer experts (leanmoe tune "
-        "measures it).[/dim]"
-    )
+    console = Console(highlight=False)
+    console.print(_summary(model, shape), "")
+    console.print("A decode step by its tokens, and the ideal gain at lower k", style="bold")
+    console.print(_table(shape, steps))
+    note = NOTE.format(ridge=TOKENS_AT_THE_RIDGE)
+    limited = shape.router.groups_used < shape.router.groups
+    console.print(note + GROUPS_NOTE if limited else note, style="dim")
+    if shape.not_runnable is not None:
+        console.print(f"No plan can run on {shape.model_type}: {shape.not_runnable}.")
 
 
-def _numbers(text: str) -> list[int]:
+def _sizes(text: str) -> list[int]:
     try:
-        numbers = [int(part) for part in text.split(",")]
+        sizes = [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise LeanMoeError(f"batch-sizes is {text!r}: it must be numbers like 1,8,32") from error
-    if min(numbers) < 1:
-        raise LeanMoeError(f"batch-sizes holds {min(numbers)}: every size must be 1 or more")
-    return numbers
+        raise LeanMoeError(f"--batch-sizes is {text!r}: it must be numbers like 1,8,32") from error
+    if min(sizes) < 1:
+        raise LeanMoeError(f"--batch-sizes holds {min(sizes)}: every size must be 1 or more")
+    return sizes
 
 
 def _facts(shape: MoEShape) -> dict[str, Any]:
-    router = shape.router
+    """Everything that is read from the config, for JSON."""
     return {
         "architecture": shape.architecture,
+        "model_type": shape.model_type,
         "layers": shape.layers,
-        "moe_layers": len(shape.moe_layers),
+        "moe_layers": list(shape.moe_layers),
         "experts": shape.experts,
         "top_k": shape.top_k,
         "shared_experts": shape.shared_experts,
-        "groups": f"{router.groups_used} of {router.groups}" if router.groups > 1 else "none",
-        "scoring": router.scoring + (", ranking bias" if router.ranking_bias else ""),
         "hidden": shape.hidden,
         "expert_width": shape.expert_width,
+        "shared_width": shape.shared_width,
+        "dense_width": shape.dense_width,
+        "vocabulary": shape.vocabulary,
+        "router": asdict(shape.router),
+        "storage": asdict(shape.storage),
+        "expert_parameters": shape.expert_parameters,
         "expert_bytes": shape.expert_bytes,
-        "parameters": shape.total_parameters(),
+        "always_bytes": shape.always_bytes(),
+        "total_parameters": shape.total_parameters(),
         "active_parameters": shape.active_parameters(),
+        "parameters": asdict(shape.parameters),
+        "not_runnable": shape.not_runnable,
     }
 
 
-def _lower(shape: MoEShape) -> list[int]:
-    return sorted({max(1, round(shape.top_k * share)) for share in (0.75, 0.5, 0.25)}, reverse=True)
+def _step(shape: MoEShape, tokens: int, bandwidth: float | None) -> dict[str, Any]:
+    """A decode step of `tokens`: distinct experts, bytes, and the ratio of bytes at lower k."""
+    distinct = distinct_uniform(shape.experts, shape.top_k, tokens)
+    needed = shape.decode_bytes(distinct)
+    step: dict[str, Any] = {
+        "tokens": tokens,
+        "distinct": distinct,
+        "tokens_an_expert": tokens * shape.top_k / distinct,
+        "bytes": needed,
+        "gain": {
+            str(k): needed / shape.decode_bytes(distinct_uniform(shape.experts, k, tokens))
+            for k in _lower(shape.top_k)
+        },
+    }
+    groups, used = shape.router.groups, shape.router.groups_used
+    if used < groups:
+        agreed = distinct_grouped(shape.experts, shape.top_k, tokens, groups, used)
+        step["distinct_if_groups_agree"] = agreed
+    if bandwidth is not None:
+        step["milliseconds"] = needed / bandwidth / 1e6
+    return step
 
 
-def _rows(shape: MoEShape, batches: list[int]) -> list[dict[str, Any]]:
-    rows = []
-    for tokens in batches:
-        full = distinct_uniform(shape.experts, shape.top_k, tokens)
-        needed = shape.decode_bytes(full)
-        gains = {
-            k: needed / shape.decode_bytes(distinct_uniform(shape.experts, k, tokens))
-            for k in _lower(shape)
-            if k < shape.top_k
-        }
-        rows.append({"tokens": tokens, "distinct": full, "bytes": needed, "ideal_gain": gains})
-    return rows
+def _lower(top_k: int) -> list[int]:
+    lower = {max(1, round(top_k * share)) for share in LOWER_SHARES}
+    return sorted(lower - {top_k}, reverse=True)
 
 
-def _table(shape: MoEShape, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="A decode step, ideally", title_justify="left")
-    for name in ("tokens", "distinct experts", "bytes read"):
-        table.add_column(name, justify="right")
-    for k in rows[0]["ideal_gain"]:
-        table.add_column(f"gain at k={k}", justify="right")
-    for row in rows:
-        gains = [f"{100 * (gain - 1):+.0f}%" for gain in row["ideal_gain"].values()]
-        distinct = f"{row['distinct']:.1f} of {shape.experts}"
-        table.add_row(str(row["tokens"]), distinct, _bytes(row["bytes"]), *gains)
+def _summary(name: str, shape: MoEShape) -> Table:
+    """What the model is, in words."""
+    found, router = shape.parameters, shape.router
+    read = {
+        "attention": found.mixers,
+        "shared": found.shared,
+        "dense": found.dense,
+        "head": found.head or found.embedding,
+    }
+    experts = f"{shape.experts} a layer, {shape.top_k} a token"
+    if shape.shared_experts:
+        experts += f", {shape.shared_experts} shared"
+    if router.groups_used < router.groups:
+        experts += f"; from {router.groups_used} of {router.groups} groups"
+    lines = {
+        "model": f"{name} ({shape.architecture}, {shape.model_type})",
+        "layers": f"{shape.layers}, {len(shape.moe_layers)} of them with experts",
+        "experts": experts,
+        "router": _router(shape),
+        "one expert": f"width {shape.expert_width}, {_count(shape.expert_parameters)} parameters, "
+        f"{_bytes(shape.expert_bytes)} ({shape.storage.name})",
+        "parameters": f"{_count(shape.total_parameters())}, "
+        f"{_count(shape.active_parameters())} active",
+        "always read": f"{_bytes(shape.always_bytes())} a step: parameters of "
+        + ", ".join(f"{part} {_count(count)}" for part, count in read.items() if count),
+    }
+    table = Table.grid(padding=(0, 2))
+    for label, text in lines.items():
+        table.add_row(f"[dim]{label}[/dim]", text)
     return table
 
 
-def _shown(name: str, value: Any) -> str:
-    if name == "expert_bytes":
-        return _bytes(value)
-    if name.endswith("parameters"):
-        return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M"
-    return str(value)
+def _router(shape: MoEShape) -> str:
+    router = shape.router
+    words = [router.scoring.replace("_", " ").replace("top k", "top-k")]
+    if router.ranking_bias:
+        words.append("a bias ranks")
+    if router.normalise:
+        words.append("weights normalised")
+    if router.scaling != 1:
+        words.append(f"times {router.scaling:g}")
+    return ", ".join(words)
 
 
-def _bytes(count: float) -> str:
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
+def _table(shape: MoEShape, steps: list[dict[str, Any]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grouped, timed = "distinct_if_groups_agree" in steps[0], "milliseconds" in steps[0]
+    headings = ["tokens", "distinct\nexperts"]
+    headings += ["groups\nagree"] if grouped else []
+    headings += ["tokens\nan expert", "bytes\nread"] + (["at\nleast"] if timed else [])
+    for heading in headings + [f"k={k}" for k in _lower(shape.top_k)]:
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+    for step in steps:
+        bound = step["tokens_an_expert"] > TOKENS_AT_THE_RIDGE
+        row = [str(step["tokens"]), f"{step['distinct']:.1f}"]
+        row += [f"{step['distinct_if_groups_agree']:.1f}"] if grouped else []
+        row += [f"{step['tokens_an_expert']:.1f}", _bytes(step["bytes"])]
+        row += [f"{step['milliseconds']:.3g} ms"] if timed else []
+        row += ["–" if bound else f"{100 * (g - 1):+.0f}%" for g in step["gain"].values()]
+        table.add_row(*row)
+    return table
+
+
+def _count(number: float) -> str:
+    return _scaled(number, ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")), "")
+
+
+def _bytes(number: float) -> str:
+    return _scaled(number, ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB")), " B")
+
+
+def _scaled(number: float, units: tuple[tuple[float, str], ...], rest: str) -> str:
+    for size, unit in units:
+        if number >= size:
+            digits = 0 if number >= 99.95 * size else 1 if number >= 9.995 * size else 2
+            return f"{number / size:.{digits}f}{unit}"
+    return f"{number:.0f}{rest}"
