@@ -6,6 +6,14 @@ token, G groups of experts. An id equal to E is a skipped slot; its weight is 0.
 
 from leanmoe.routing.counting import count_distinct, count_slots
 from leanmoe.routing.route import Routing, route
-from leanmoe.routing.scores import Scores, score
+from leanmoe.routing.scores import Scores, check_logits, score
 
-__all__ = ["Routing", "Scores", "count_distinct", "count_slots", "route", "score"]
+__all__ = [
+    "Routing",
+    "Scores",
+    "check_logits",
+    "count_distinct",
+    "count_slots",
+    "route",
+    "score",
+]

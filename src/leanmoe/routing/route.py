@@ -1,4 +1,7 @@
-"""Router logits and a rule to expert ids and weights: the order in which a rule's fields apply."""
+"""Router logits and a rule to expert ids and weights: the order in which a rule's fields apply.
+
+Letters: S independent steps (may be absent), T tokens in a step, E experts, K slots a token.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,20 @@ from torch import Tensor
 from leanmoe.families import Router
 from leanmoe.plan import Rule
 from leanmoe.routing.company import budgeted_experts, guaranteed_experts
-from leanmoe.routing.scores import NEVER, Scores, score
-from leanmoe.routing.select import above_threshold, reaching_top_p
+from leanmoe.routing.ranking import NOT_USABLE, is_usable, order_keys, put_first
+from leanmoe.routing.scores import NEVER, Scores, limits_groups, score
+from leanmoe.routing.select import wanted
+from leanmoe.routing.weights import votes, weigh
 
 
 class Routing(NamedTuple):
     """The experts of each token; a skipped slot has id E and weight 0."""
 
     ids_STK: Tensor
+    """int64; best ranked first, skipped slots last. With no field set but `top_k` and `experts`,
+    in the order of the family's own top-k, which some leave unsorted."""
     weights_STK: Tensor
+    """In the router's score dtype: float32 but for families that compute in the logits' own."""
     over_budget_S: Tensor | None
     """Where `budget` is set: True for steps whose tokens' best experts alone exceed it."""
 
@@ -34,114 +42,147 @@ def route(
     """Picks and weighs each token's experts under `rule`.
 
     Args:
-        logits_STE: router logits; leading S are independent steps and may be absent.
+        logits_STE: router logits; leading S are independent steps and may be absent. Not checked
+            for NaN: see `check_logits`.
         top_k: the model's own number of experts a token.
+        rule: one that `Rule.check` accepts for the model.
         bias_E: the ranking bias, for routers that have one.
         padding_ST: True for tokens that are padding: they use no expert and wake none.
 
-    Fields apply in the plan's order: `experts`, the model's ranking, `top_k`, then `threshold`
-    and `top_p` decide how many slots a token wants, then `guaranteed` and `budget` decide which
-    experts are awake, and each token fills the slots it wants from those, in its own order. A
-    rule that only sets `top_k` computes what the family computes with that k.
+    The fields apply in the plan's order:
+
+    1. `experts` and the router's own group limits leave the experts a token may use, ranked by
+       the family's scores and bias.
+    2. `top_k`: the token's best that many. An empty rule, or one with `top_k` alone, computes what
+       the family computes with that k, in the same operations.
+    3. `threshold` and `top_p` drop some of these; how many are left is what the token wants.
+    4. `guaranteed` and `budget` decide which experts are awake in the step. A token keeps those of
+       its slots whose experts are awake and fills the number it wants with the awake experts that
+       follow in its own ranking, however far down it (OEA's algorithm 1 sets no lowest rank), so
+       it may use experts beyond its own top-k; with too few awake its last slots are skipped.
+       With both, the candidates for the budget are the guaranteed ones, and the budget prevails
+       over all of a token's guaranteed experts but its best. Equal rankings: lower id first.
+    5. Weights of the slots that remain, normalised and scaled as the family does it.
     """
     slots = top_k if rule.top_k is None else rule.top_k
-    scores = score(logits_STE, router, bias_E, rule.experts)
     if slots == 0:
         return _nothing(logits_STE)
-    only_top_k = not _selects(rule) and rule.experts is None and padding_ST is None
-    ranked_STK, ids_STK = scores.ranking_STE.topk(
-        slots, dim=-1, sorted=router.sorted_top_k or not only_top_k
-    )
-    if only_top_k:
-        return Routing(ids_STK, _weigh(scores, ids_STK, router, logits_STE, None), None)
-
-    kept_STK = ranked_STK > NEVER
-    if padding_ST is not None:
-        kept_STK = kept_STK & ~padding_ST.unsqueeze(-1)
-    if rule.threshold is not None or rule.top_p is not None:
-        kept_STK = kept_STK & _wanted(_gates(scores, ids_STK, router), rule)
+    scores = score(logits_STE, router, bias_E, rule.experts)
+    kept: Tensor | None
     over_budget = None
     if rule.depends_on_company:
-        ids_STK, kept_STK, over_budget = _shared(scores, ids_STK, kept_STK, rule, router)
-    weights_STK = _weigh(scores, ids_STK, router, logits_STE, kept_STK)
-    return Routing(ids_STK.masked_fill(~kept_STK, logits_STE.shape[-1]), weights_STK, over_budget)
+        has_bias = bias_E is not None
+        ids, kept, over_budget = _shared(scores, slots, rule, router, has_bias, padding_ST)
+        weights = weigh(scores.gates_STE.gather(-1, ids), router, kept)
+    elif rule.threshold is None and rule.top_p is None:
+        ids, weights, kept = _best(scores, slots, rule, router, padding_ST)
+    else:
+        ranked, ids = scores.ranking_STE.topk(slots, dim=-1)
+        kept = _without_padding(ranked > NEVER, padding_ST)
+        kept = _wanted(scores, ids, kept, rule, router)
+        if bias_E is not None:
+            ids, kept = _kept_first(ids, kept)
+        weights = weigh(scores.gates_STE.gather(-1, ids), router, kept)
+    if kept is not None:
+        ids = ids.masked_fill(~kept, logits_STE.shape[-1])
+    return Routing(ids, weights, over_budget)
 
 
-def _selects(rule: Rule) -> bool:
-    return rule.threshold is not None or rule.top_p is not None or rule.depends_on_company
+def _best(
+    scores: Scores, slots: int, rule: Rule, router: Router, padding_ST: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids and weights of `top_k` alone, by the family's own calls, and what is kept of them."""
+    all_usable = _all_usable(slots, scores.ranking_STE.shape[-1], rule, router)
+    in_order = router.sorted_top_k or not all_usable
+    ranked, ids = scores.ranking_STE.topk(slots, dim=-1, sorted=in_order)
+    plain = scores.ranking_STE is scores.gates_STE
+    gates = ranked if plain else scores.gates_STE.gather(-1, ids)
+    if all_usable:
+        weights = weigh(gates, router)
+        if padding_ST is None:
+            return ids, weights, None
+        padding_ST1 = padding_ST.unsqueeze(-1)
+        return ids, weights.masked_fill(padding_ST1, 0.0), (~padding_ST1).expand_as(ids)
+    kept = _without_padding(ranked > NEVER, padding_ST)
+    return ids, weigh(gates, router, kept), kept
 
 
-def _gates(scores: Scores, ids_STK: Tensor, router: Router) -> Tensor:
-    """Gates of the picked slots on a scale where they can be compared and added."""
-    gates_STK = scores.gates_STE.gather(-1, ids_STK)
-    if router.scoring == "softmax_after_top_k":
-        return torch.softmax(gates_STK.float(), dim=-1)
-    return gates_STK
-
-
-def _wanted(gates_STK: Tensor, rule: Rule) -> Tensor:
-    wanted = torch.ones_like(gates_STK, dtype=torch.bool)
-    if rule.threshold is not None:
-        wanted &= above_threshold(gates_STK, rule.threshold)
-    if rule.top_p is not None:
-        wanted &= reaching_top_p(gates_STK, rule.top_p)
-    return wanted
+def _all_usable(slots: int, experts: int, rule: Rule, router: Router) -> bool:
+    """Whether every token is sure to find `slots` experts that it may use."""
+    if limits_groups(router):
+        return rule.experts is None and slots <= experts // router.groups * router.groups_used
+    return slots <= (experts if rule.experts is None else len(rule.experts))
 
 
 def _shared(
-    scores: Scores, ids_STK: Tensor, kept_STK: Tensor, rule: Rule, router: Router
+    scores: Scores,
+    slots: int,
+    rule: Rule,
+    router: Router,
+    has_bias: bool,
+    padding_ST: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Each token's wanted number of slots, refilled in its order from the experts awake."""
-    experts, slots = scores.ranking_STE.shape[-1], ids_STK.shape[-1]
-    # Kept slots first: threshold may drop one in the middle, since the bias ranks, not the gate.
-    kept_STK, order_STK = kept_STK.sort(dim=-1, descending=True, stable=True)
-    ids_STK = ids_STK.gather(-1, order_STK)
-    awake_SE, over_budget = None, None
+    """Ids of the slots a token fills from the experts awake in its step, and which of them."""
+    experts = scores.ranking_STE.shape[-1]
+    keys_STE = order_keys(scores.ranking_STE)
+    first_STK, ids_STK = keys_STE.topk(slots, dim=-1)
+    kept_STK = _without_padding(is_usable(first_STK, experts), padding_ST)
+    fewer = rule.threshold is not None or rule.top_p is not None
+    if fewer:
+        kept_STK = _wanted(scores, ids_STK, kept_STK, rule, router)
+        if has_bias:
+            keys_STE = put_first(keys_STE, ids_STK, kept_STK)
+            ids_STK, kept_STK = _kept_first(ids_STK, kept_STK)
+
+    awake_SE, over_budget = _awake(scores, ids_STK, kept_STK, rule, router)
+    usable_STE = keys_STE.masked_fill(~awake_SE.unsqueeze(-2), NOT_USABLE)
+    found_STK, found_ids_STK = usable_STE.topk(slots, dim=-1)
+    filled_STK = is_usable(found_STK, experts)
+    if fewer or padding_ST is not None:
+        place_K = torch.arange(slots, device=ids_STK.device)
+        filled_STK = filled_STK & (place_K < kept_STK.sum(dim=-1, keepdim=True))
+    return found_ids_STK, filled_STK, over_budget
+
+
+def _awake(
+    scores: Scores, ids_STK: Tensor, kept_STK: Tensor, rule: Rule, router: Router
+) -> tuple[Tensor, Tensor | None]:
+    """The experts [S,E] awake in a step, and where a budget is set whether it is exceeded."""
+    experts = scores.ranking_STE.shape[-1]
+    votes_STK = None
+    if rule.budget is not None:
+        votes_STK = votes(scores.gates_STE.gather(-1, ids_STK), router, kept_STK)
     if rule.guaranteed is not None:
         awake_SE = guaranteed_experts(ids_STK, kept_STK, rule.guaranteed, experts)
-    if rule.budget is not None:
-        gates_STK = _gates(scores, ids_STK, router)
-        voters_STK = kept_STK
-        if awake_SE is not None:
-            voters_STK = kept_STK & awake_SE.unsqueeze(-2).expand_as(scores.gates_STE).gather(
-                -1, ids_STK
-            )
-        awake_SE, over_budget = budgeted_experts(
-            ids_STK, gates_STK, voters_STK, rule.budget, experts
-        )
-    assert awake_SE is not None
-    usable_STE = scores.ranking_STE.masked_fill(~awake_SE.unsqueeze(-2), NEVER)
-    ranked_STK, ids_STK = usable_STE.topk(slots, dim=-1)
-    wanted_ST1 = kept_STK.sum(dim=-1, keepdim=True)
-    place_K = torch.arange(slots, device=ids_STK.device)
-    return ids_STK, (ranked_STK > NEVER) & (place_K < wanted_ST1), over_budget
+        if votes_STK is None:
+            return awake_SE, None
+        awake_STE = awake_SE.unsqueeze(-2).expand(*ids_STK.shape[:-1], experts)
+        kept_STK = kept_STK & awake_STE.gather(-1, ids_STK)
+    assert votes_STK is not None
+    assert rule.budget is not None
+    return budgeted_experts(ids_STK, kept_STK, votes_STK, rule.budget, experts)
 
 
-def _weigh(
-    scores: Scores,
-    ids_STK: Tensor,
-    router: Router,
-    logits_STE: Tensor,
-    kept_STK: Tensor | None,
+def _wanted(
+    scores: Scores, ids_STK: Tensor, kept_STK: Tensor, rule: Rule, router: Router
 ) -> Tensor:
-    """Gate weights of the kept slots, normalised and scaled as the family does it."""
-    gates_STK = scores.gates_STE.gather(-1, ids_STK)
-    if router.scoring == "softmax_after_top_k":
-        if kept_STK is None:
-            return torch.softmax(gates_STK, dim=-1, dtype=logits_STE.dtype)
-        masked_STK = gates_STK.masked_fill(~kept_STK, NEVER)
-        weights_STK = torch.softmax(masked_STK, dim=-1, dtype=logits_STE.dtype)
-        return weights_STK.masked_fill(~kept_STK, 0.0)  # no slot kept: softmax gave NaN
-    if kept_STK is not None:
-        gates_STK = gates_STK.masked_fill(~kept_STK, 0.0)
-    if router.normalise:
-        total_ST1 = gates_STK.sum(dim=-1, keepdim=True)
-        if router.normalise_epsilon:
-            total_ST1 = total_ST1 + router.normalise_epsilon
-        elif kept_STK is not None:
-            total_ST1 = total_ST1.masked_fill(total_ST1 == 0, 1.0)
-        gates_STK = gates_STK / total_ST1
-    return gates_STK if router.scaling == 1.0 else gates_STK * router.scaling
+    """The usable slots that `threshold` and `top_p` keep; those of unusable experts weigh 0."""
+    unusable = NEVER if router.scoring == "softmax_after_top_k" else 0.0
+    gates_STK = scores.gates_STE.gather(-1, ids_STK).masked_fill(~kept_STK, unusable)
+    return kept_STK & wanted(gates_STK, rule, router)
+
+
+def _kept_first(ids_STK: Tensor, kept_STK: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots that are kept before those that are not.
+
+    A bias ranks but the gate is compared with the threshold: a slot in the middle may be dropped.
+    """
+    kept_STK, order_STK = kept_STK.sort(dim=-1, descending=True, stable=True)
+    return ids_STK.gather(-1, order_STK), kept_STK
+
+
+def _without_padding(kept_STK: Tensor, padding_ST: Tensor | None) -> Tensor:
+    return kept_STK if padding_ST is None else kept_STK & ~padding_ST.unsqueeze(-1)
 
 
 def _nothing(logits_STE: Tensor) -> Routing:

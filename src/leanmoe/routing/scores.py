@@ -1,19 +1,24 @@
-"""Router logits to gates (what an expert weighs) and ranking (what decides who is picked)."""
+"""Router logits to gates (what an expert weighs) and ranking (what decides who is picked).
+
+Letters: S independent steps (may be absent), T tokens, E experts, G groups of experts.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from leanmoe.errors import LeanMoeError
 from leanmoe.families import Router
 
 NEVER = float("-inf")
 
 
 class Scores(NamedTuple):
-    """One value per token and expert, both of the logits' shape."""
+    """One value per token and expert, both of the logits' shape, in the router's score dtype."""
 
     gates_STE: Tensor
     """What a picked expert weighs, before normalising and scaling."""
@@ -32,29 +37,66 @@ def score(
     The bias ranks and does not weigh (DeepSeek-V3 report, section 2.1.2). Group limits follow
     DeepSeek-V2 (a group is as good as its best expert) or V3 (as its best two together).
     """
+    dtype = score_dtype(router, logits_STE)
     if router.scoring == "softmax_after_top_k":
         gates = ranking = logits_STE
     elif router.scoring == "sigmoid":
-        gates = ranking = logits_STE.float().sigmoid()
+        gates = ranking = logits_STE.to(dtype).sigmoid()
     else:
-        gates = ranking = torch.softmax(logits_STE, dim=-1, dtype=torch.float32)
+        gates = ranking = torch.softmax(logits_STE, dim=-1, dtype=dtype)
     if bias_E is not None:
         ranking = ranking + bias_E
     if experts is not None:
-        kept_E = torch.zeros(logits_STE.shape[-1], dtype=torch.bool, device=logits_STE.device)
-        kept_E[list(experts)] = True
-        ranking = ranking.masked_fill(~kept_E, NEVER)
-    if router.groups > 1 and router.groups_used < router.groups:
-        ranking = _limit_groups(ranking, router)
+        pruned_E = _pruned(experts, logits_STE.shape[-1], logits_STE.device)
+        ranking = ranking.masked_fill(pruned_E, NEVER)
+    if limits_groups(router):
+        ranking = _limit_groups(ranking, router, experts is not None)
     return Scores(gates, ranking)
 
 
-def _limit_groups(ranking_STE: Tensor, router: Router) -> Tensor:
-    grouped_STGE = ranking_STE.unflatten(-1, (router.groups, -1))
+def score_dtype(router: Router, logits_STE: Tensor) -> torch.dtype:
+    """The dtype in which the family computes its scores."""
+    return torch.float32 if router.score_dtype == "float32" else logits_STE.dtype
+
+
+def limits_groups(router: Router) -> bool:
+    """Whether a token may use the experts of some groups only."""
+    return router.groups > 1 and router.groups_used < router.groups
+
+
+def check_logits(logits_STE: Tensor, where: str, padding_ST: Tensor | None = None) -> None:
+    """Raises LeanMoeError naming `where` if a token that is no padding has no usable logits.
+
+    That is NaN, positive infinity, or nothing but negative infinity. Waits for the device, so it
+    is the caller's to decide when: `route` itself never checks.
+    """
+    usable_ST = logits_STE.amax(dim=-1).isfinite()  # the maximum of anything and NaN is NaN
+    if padding_ST is not None:
+        usable_ST = usable_ST | padding_ST
+    if not bool(usable_ST.all()):
+        raise LeanMoeError(f"{where}: router logits are not finite (NaN or infinity)")
+
+
+@lru_cache(maxsize=256)
+def _pruned(experts: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """True [E] for experts that do not remain; kept, since each step asks for the same."""
+    with torch.inference_mode(False):
+        pruned_E = torch.ones(count, dtype=torch.bool, device=device)
+        pruned_E[list(experts)] = False
+        return pruned_E
+
+
+def _limit_groups(ranking_STE: Tensor, router: Router, some_pruned: bool) -> Tensor:
+    grouped_STGE = ranking_STE.reshape(*ranking_STE.shape[:-1], router.groups, -1)
     if router.group_score == "max":
         value_STG = grouped_STGE.amax(dim=-1)
     else:
-        value_STG = grouped_STGE.topk(2, dim=-1)[0].sum(dim=-1)
+        best_STG2 = grouped_STGE.topk(2, dim=-1)[0]
+        if some_pruned:  # a group with one expert left is as good as that one
+            best_STG, second_STG = best_STG2.unbind(-1)
+            value_STG = best_STG + second_STG.masked_fill(second_STG == NEVER, 0.0)
+        else:
+            value_STG = best_STG2.sum(dim=-1)
     used_STG = value_STG.topk(router.groups_used, dim=-1, sorted=False)[1]
     excluded_STG = torch.ones_like(value_STG, dtype=torch.bool).scatter_(-1, used_STG, False)
     return grouped_STGE.masked_fill(excluded_STG.unsqueeze(-1), NEVER).flatten(-2)

@@ -1,0 +1,52 @@
+"""Gate weights of the experts a token uses, normalised and scaled as its family does it.
+
+Letters: S independent steps (may be absent), T tokens, E experts, K slots a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leanmoe.families import Router
+from leanmoe.routing.scores import NEVER, score_dtype
+
+
+def weigh(gates_STK: Tensor, router: Router, kept_STK: Tensor | None = None) -> Tensor:
+    """Weights [S,T,K] from the gates of the picked slots; 0 where `kept_STK` is False.
+
+    With `norm_topk_prob` the kept gates are divided by their sum, then all are multiplied by
+    `routed_scaling_factor`; with softmax_after_top_k the softmax runs over the kept slots. Where
+    every slot is kept (None) these are the family's own operations in its own order.
+    """
+    weights_STK = _share(gates_STK, router, kept_STK)
+    return weights_STK if router.scaling == 1.0 else weights_STK * router.scaling
+
+
+def votes(gates_STK: Tensor, router: Router, kept_STK: Tensor) -> Tensor:
+    """How much [S,T,K], 0 to 1, a slot matters to its token: its weight before scaling."""
+    return _share(gates_STK, router, kept_STK)
+
+
+def _share(gates_STK: Tensor, router: Router, kept_STK: Tensor | None) -> Tensor:
+    if router.scoring == "softmax_after_top_k":
+        return _softmax(gates_STK, router, kept_STK)
+    if kept_STK is not None:
+        gates_STK = gates_STK.masked_fill(~kept_STK, 0.0)
+    if not router.normalise:
+        return gates_STK
+    total_ST1 = gates_STK.sum(dim=-1, keepdim=True)
+    if router.normalise_epsilon:
+        total_ST1 = total_ST1 + router.normalise_epsilon
+    elif kept_STK is not None:  # a token without any slot has nothing to divide by
+        total_ST1 = total_ST1.masked_fill(total_ST1 == 0, 1.0)
+    return gates_STK / total_ST1
+
+
+def _softmax(gates_STK: Tensor, router: Router, kept_STK: Tensor | None) -> Tensor:
+    dtype = score_dtype(router, gates_STK)
+    if kept_STK is None:
+        return torch.softmax(gates_STK, dim=-1, dtype=dtype)
+    kept_gates_STK = gates_STK.masked_fill(~kept_STK, NEVER)
+    weights_STK = torch.softmax(kept_gates_STK, dim=-1, dtype=dtype)
+    return weights_STK.masked_fill(~kept_STK, 0.0)  # softmax gives NaN where no slot is kept
