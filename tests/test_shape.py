@@ -139,6 +139,8 @@ def test_a_multimodal_models_language_part_is_read() -> None:
         ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types is .* one for each of 48 layers"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no': it must be true or false"),
         ({"model_type": "llama"}, "model_type 'llama' is not a known mixture-of-experts family"),
+        ({"model_type": "llama", "num_experts": None}, "'llama' has no routed experts"),
+        ({"model_type": ["x"]}, r"model_type \['x'\] is not a known"),
         ({"quantization_config": 4}, "quantization_config is 4: it must be an object"),
     ],
 )
@@ -173,7 +175,7 @@ def test_folders_and_files(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[]", "is not a JSON object"),
-        ("{}", "has no model_type"),
+        ("{}", "None has no routed experts in its config"),
         (None, "has no config.json: it is not a model's folder"),
     ],
 )

@@ -199,6 +199,13 @@ FAMILIES: Mapping[str, Family] = {
             **{**_V3.defaults, "first_k_dense_replace": 2, "full_attention_interval": 6}
         ),
     ),
+    "beam": Family(
+        routing(replace(SIGMOID, sorted_top_k=True), "norm_topk_prob", groups=True),
+        # A bias of its gates a head: as many weights as sinks.
+        attention(norm="head", gate="element", sinks=True, output_bias=True),
+        layer_norms=4,
+        defaults=_defaults(first_k_dense_replace=3, norm_topk_prob=True, n_group=8, topk_group=4),
+    ),
     "hy_v3": Family(
         routing(replace(SIGMOID, normalise=True), scaling="routed_scaling_factor"),
         attention(norm="head", output_bias=True),

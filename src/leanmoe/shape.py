@@ -12,7 +12,7 @@ from typing import Any
 
 from leanmoe.config import FILE, REFERENCE, Settings, language_part, read_config
 from leanmoe.errors import LeanMoeError
-from leanmoe.families import Family, Router, family_of
+from leanmoe.families import FAMILIES, Family, Router, family_of
 from leanmoe.plan import Fingerprint
 from leanmoe.quantisation import Storage, storage
 
@@ -170,6 +170,11 @@ def read_shape(source: str | Path | Mapping[str, Any]) -> MoEShape:
     config = source if isinstance(source, Mapping) else read_config(str(source))
     values = language_part(config)
     model_type = values.get("model_type")
+    if model_type not in tuple(FAMILIES) and Settings(values).raw("num_experts") in (None, 0, 1):
+        raise LeanMoeError(
+            f"model_type {model_type!r} has no routed experts in its {FILE}: "
+            "it is not a mixture-of-experts model"
+        )
     family = family_of(model_type)
     settings = Settings(values, family.defaults)
     layers = _layers(settings, family)
