@@ -202,19 +202,30 @@ def test_hub_names_stay_off_the_network_where_it_is_forbidden(
         read_shape("nobody/nothing")
 
 
+@pytest.mark.parametrize(
+    ("offline", "message"),
+    [
+        (False, r"could not be fetched: 404 for nobody/nothing$"),
+        (True, r"and https://\S+ cannot be reached to look for it$"),
+    ],
+)
 def test_hub_failures_are_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    offline: bool,
+    message: str,
 ) -> None:
     hub = pytest.importorskip("huggingface_hub")
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def download(name: str, _file: str, local_files_only: bool = False) -> str:
-        if local_files_only:
+        if local_files_only or offline:
             raise LocalEntryNotFoundError("not cached")
         raise OSError(f"404 for {name}\nand more lines")
 
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    with pytest.raises(LeanMoeError, match=r"could not be fetched: 404 for nobody/nothing$"):
+    with pytest.raises(LeanMoeError, match=message):
         read_shape("nobody/nothing")
     assert "fetching config.json of nobody/nothing from https://" in capsys.readouterr().err
 

@@ -186,6 +186,10 @@ def _from_hub(name: str) -> Path:
     print(f"leanmoe: fetching {FILE} of {name} from {endpoint}", file=sys.stderr)
     try:
         return Path(hf_hub_download(name, FILE))
+    except LocalEntryNotFoundError as error:
+        raise LeanMoeError(
+            f"model {name} is no local folder, and {endpoint} cannot be reached to look for it"
+        ) from error
     except Exception as error:  # not found, gated, no network: the client raises many kinds
         raise LeanMoeError(
             f"model {name} is no local folder and its {FILE} could not be fetched: "
