@@ -87,7 +87,8 @@ def _pruned(experts: tuple[int, ...], count: int, device: torch.device) -> Tenso
 
 
 def _limit_groups(ranking_STE: Tensor, router: Router, some_pruned: bool) -> Tensor:
-    grouped_STGE = ranking_STE.reshape(*ranking_STE.shape[:-1], router.groups, -1)
+    *tokens, experts = ranking_STE.shape
+    grouped_STGE = ranking_STE.reshape(*tokens, router.groups, experts // router.groups)
     if router.group_score == "max":
         value_STG = grouped_STGE.amax(dim=-1)
     else:

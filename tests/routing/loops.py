@@ -1,0 +1,92 @@
+"""The rules once more, as plain loops over tokens and experts: obviously right, and slow.
+
+Works in Python floats on one step of scores; ties go to the lower id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from leanmoe.plan import Rule
+
+NEVER = float("-inf")
+Matrix = Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What each token uses, best first, and whether the budget was too small."""
+
+    experts: list[list[int]]
+    over_budget: bool
+
+
+def run(
+    gates: Matrix,
+    ranking: Matrix,
+    slots: int,
+    rule: Rule,
+    padding: Sequence[bool],
+    normalise: bool,
+) -> Step:
+    """The experts of each token under the rule; `gates` are comparable and not negative."""
+    orders = [sorted(range(len(row)), key=lambda e, row=row: (-row[e], e)) for row in ranking]
+    usable = [
+        [e for e in order if row[e] > NEVER] for order, row in zip(orders, ranking, strict=True)
+    ]
+    own = [
+        [] if is_padding else keep(row, experts[:slots], rule)
+        for row, experts, is_padding in zip(gates, usable, padding, strict=True)
+    ]
+    if not rule.depends_on_company:
+        return Step(own, False)
+
+    awake = {expert for kept in own for expert in kept}
+    if rule.guaranteed is not None:
+        awake = {expert for kept in own for expert in kept[: rule.guaranteed]}
+    over_budget = False
+    if rule.budget is not None:
+        awake, over_budget = affordable(gates, own, awake, rule.budget, normalise)
+    filled = []
+    for kept, experts in zip(own, usable, strict=True):
+        following = kept + [expert for expert in experts if expert not in kept]
+        filled.append([expert for expert in following if expert in awake][: len(kept)])
+    return Step(filled, over_budget)
+
+
+def keep(gates: Sequence[float], picked: Sequence[int], rule: Rule) -> list[int]:
+    """Those of a token's picked experts that threshold and top_p leave."""
+    kept = list(picked)
+    if rule.threshold is not None:
+        best = max(gates[expert] for expert in picked)
+        kept = [expert for expert in kept if gates[expert] >= rule.threshold * best]
+    if rule.top_p is None:
+        return kept
+    total = sum(gates[expert] for expert in picked)
+    prefix: list[int] = []
+    for expert in kept:
+        mass = sum(gates[e] for e in prefix)
+        if mass == 0 or mass < rule.top_p * total:
+            prefix.append(expert)
+    return prefix
+
+
+def affordable(
+    gates: Matrix, own: list[list[int]], candidates: set[int], budget: int, normalise: bool
+) -> tuple[set[int], bool]:
+    """Every token's best, then the most voted-for candidates while the budget lasts."""
+    votes: dict[int, Fraction] = {}
+    for row, kept in zip(gates, own, strict=True):
+        total = sum(Fraction(row[expert]) for expert in kept) or Fraction(1)
+        for expert in kept:
+            if expert in candidates:
+                vote = Fraction(row[expert]) / (total if normalise else 1)
+                votes[expert] = votes.get(expert, Fraction(0)) + vote
+    awake = {kept[0] for kept in own if kept}
+    over_budget = len(awake) > budget
+    for expert in sorted(votes, key=lambda e: (-votes[e], e)):
+        if expert not in awake and len(awake) < budget:
+            awake.add(expert)
+    return awake, over_budget

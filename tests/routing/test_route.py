@@ -1,0 +1,269 @@
+"""route(): against the loops, and what must hold for any router, rule and logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from torch import Tensor
+
+from leanmoe.families import Router
+from leanmoe.plan import Rule
+from leanmoe.routing import Routing, count_distinct, count_slots, route, score
+from tests.routing import loops
+from tests.routing.cases import ROUTERS, Case, cases
+
+PATIENT = settings(deadline=None)  # a call's time says nothing on a busy machine
+
+
+def routed(case: Case) -> Routing:
+    return route(case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
+
+
+def steps(case: Case, routing: Routing) -> list[list[list[int]]]:
+    """The expert ids that each token of each step uses."""
+    return [
+        [[expert for expert in slots if expert < case.experts] for slots in step]
+        for step in routing.ids_STK.tolist()
+    ]
+
+
+def padding(case: Case) -> Tensor:
+    if case.padding_ST is None:
+        return torch.zeros(case.logits_STE.shape[:2], dtype=torch.bool)
+    return case.padding_ST
+
+
+def ranking(case: Case) -> Tensor:
+    return score(case.logits_STE, case.router, case.bias_E, case.rule.experts).ranking_STE
+
+
+def by_loops(case: Case) -> list[loops.Step]:
+    gates, ranks = score(case.logits_STE, case.router, case.bias_E, case.rule.experts)
+    after = case.router.scoring == "softmax_after_top_k"
+    if after:
+        gates = (gates.double() - gates.double().amax(dim=-1, keepdim=True)).exp()
+    return [
+        loops.run(g, r, case.slots, case.rule, p, case.router.normalise or after)
+        for g, r, p in zip(gates.tolist(), ranks.tolist(), padding(case).tolist(), strict=True)
+    ]
+
+
+@given(cases(company=True))
+@PATIENT
+def test_shared_experts_are_those_of_the_loops(case: Case) -> None:
+    assume(case.rule.budget is None)  # rounding of votes would decide ties: test_company has them
+    assert steps(case, routed(case)) == [step.experts for step in by_loops(case)]
+
+
+@given(cases(company=True, hostile=False))
+@PATIENT
+def test_budget_is_that_of_the_loops(case: Case) -> None:
+    assume(case.rule.budget is not None)
+    expected = by_loops(case)
+    routing = routed(case)
+    assert steps(case, routing) == [step.experts for step in expected]
+    assert routing.over_budget_S is not None
+    assert routing.over_budget_S.tolist() == [step.over_budget for step in expected]
+
+
+@given(cases(company=False, hostile=False))
+@PATIENT
+def test_a_tokens_own_experts_are_those_of_the_loops(case: Case) -> None:
+    found = [[sorted(token) for token in step] for step in steps(case, routed(case))]
+    assert found == [[sorted(token) for token in step.experts] for step in by_loops(case)]
+
+
+@given(cases())
+@PATIENT
+def test_only_usable_experts_each_once_and_never_more_than_top_k(case: Case) -> None:
+    routing, ranks = routed(case), ranking(case)
+    assert routing.ids_STK.shape == routing.weights_STK.shape
+    assert routing.ids_STK.shape == (*case.logits_STE.shape[:2], case.slots)
+    assert routing.ids_STK.dtype == torch.int64
+    for number, step in enumerate(steps(case, routing)):
+        for token, experts in enumerate(step):
+            assert len(set(experts)) == len(experts) <= case.slots
+            assert case.rule.experts is None or set(experts) <= set(case.rule.experts)
+            if experts:
+                assert ranks[number, token, experts].min() > float("-inf")
+            elif not padding(case)[number, token]:
+                pytest.fail("a token has no expert at all")
+
+
+@given(cases())
+@PATIENT
+def test_padding_uses_nothing_and_changes_nothing_for_others(case: Case) -> None:
+    routing = routed(case)
+    assert (routing.ids_STK[padding(case)] == case.experts).all()
+    assert (routing.weights_STK[padding(case)] == 0).all()
+    for number, is_padding in enumerate(padding(case)):
+        real = case.logits_STE[number, ~is_padding]
+        alone = route(real, case.router, case.top_k, case.rule, case.bias_E)
+        assert torch.equal(routing.ids_STK[number, ~is_padding], alone.ids_STK)
+        torch.testing.assert_close(routing.weights_STK[number, ~is_padding], alone.weights_STK)
+
+
+@given(cases(company=True))
+@PATIENT
+def test_each_token_keeps_its_best(case: Case) -> None:
+    own = route(
+        case.logits_STE,
+        case.router,
+        case.top_k,
+        Rule(case.slots, case.rule.threshold, case.rule.top_p, case.slots, None, case.rule.experts),
+        case.bias_E,
+        case.padding_ST,
+    )
+    surely = 1 if case.rule.budget is not None else case.rule.guaranteed
+    for kept, best in zip(steps(case, routed(case)), steps(case, own), strict=True):
+        for token, experts in zip(kept, best, strict=True):
+            assert token[:surely] == experts[:surely]
+
+
+@given(cases(company=True))
+@PATIENT
+def test_budget_holds_unless_bests_alone_exceed_it(case: Case) -> None:
+    routing = routed(case)
+    if case.rule.budget is None:
+        assert routing.over_budget_S is None
+        return
+    assert routing.over_budget_S is not None
+    distinct = count_distinct(routing.ids_STK, case.experts)
+    bests = count_distinct(routing.ids_STK[..., :1], case.experts)
+    assert torch.equal(routing.over_budget_S, bests > case.rule.budget)
+    assert (distinct <= bests.clamp(min=case.rule.budget)).all()
+
+
+@given(cases(company=True))
+@PATIENT
+def test_sharing_wakes_no_more_experts_and_no_more_slots(case: Case) -> None:
+    alone = Rule(
+        case.slots, case.rule.threshold, case.rule.top_p, case.slots, None, case.rule.experts
+    )
+    own = route(case.logits_STE, case.router, case.top_k, alone, case.bias_E, case.padding_ST)
+    routing = routed(case)
+    for count in (count_distinct, count_slots):
+        assert (count(routing.ids_STK, case.experts) <= count(own.ids_STK, case.experts)).all()
+
+
+@given(cases())
+@PATIENT
+def test_weights_are_the_gates_normalised_as_the_model_does_it(case: Case) -> None:
+    routing = routed(case)
+    gates = score(case.logits_STE, case.router).gates_STE
+    for number, step in enumerate(steps(case, routing)):
+        for token, experts in enumerate(step):
+            used = routing.ids_STK[number, token] < case.experts
+            weights = routing.weights_STK[number, token]
+            assert (weights[~used] == 0).all()
+            own = gates[number, token, routing.ids_STK[number, token, used]]
+            if case.router.scoring == "softmax_after_top_k":
+                own = own.softmax(dim=-1)
+            elif case.router.normalise and experts:
+                total = own.sum() + case.router.normalise_epsilon
+                own = own / total if total > 0 else own
+            torch.testing.assert_close(weights[used], own * case.router.scaling)
+
+
+@given(cases())
+@PATIENT
+def test_permuting_the_batch_permutes_the_result(case: Case) -> None:
+    tokens = case.logits_STE.shape[1]
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens))
+    moved = None if case.padding_ST is None else case.padding_ST[:, order]
+    routing = routed(case)
+    permuted = route(
+        case.logits_STE[:, order], case.router, case.top_k, case.rule, case.bias_E, moved
+    )
+    assert torch.equal(permuted.ids_STK, routing.ids_STK[:, order])
+    torch.testing.assert_close(permuted.weights_STK, routing.weights_STK[:, order])
+    if routing.over_budget_S is not None:
+        assert permuted.over_budget_S is not None
+        assert torch.equal(permuted.over_budget_S, routing.over_budget_S)
+
+
+@given(cases())
+@PATIENT
+def test_a_step_alone_is_routed_as_among_others(case: Case) -> None:
+    routing = routed(case)
+    for number, logits in enumerate(case.logits_STE):
+        pad = None if case.padding_ST is None else case.padding_ST[number]
+        alone = route(logits, case.router, case.top_k, case.rule, case.bias_E, pad)
+        assert torch.equal(alone.ids_STK, routing.ids_STK[number])
+        torch.testing.assert_close(alone.weights_STK, routing.weights_STK[number])
+        if routing.over_budget_S is not None:
+            assert alone.over_budget_S is not None
+            assert alone.over_budget_S.shape == ()
+            assert bool(alone.over_budget_S) == bool(routing.over_budget_S[number])
+
+
+@given(cases(company=True))
+@PATIENT
+def test_slots_come_best_first_and_skipped_last(case: Case) -> None:
+    assume(case.rule.threshold is None)  # keeps slots by gate, which a bias does not rank by
+    ids, ranks = routed(case).ids_STK, ranking(case)
+    used = ids < case.experts
+    assert (used[..., 1:] <= used[..., :-1]).all()
+    ranked = ranks.gather(-1, ids.clamp(max=case.experts - 1)).masked_fill(~used, float("-inf"))
+    assert (ranked[..., 1:] <= ranked[..., :-1])[~padding(case)].all()
+
+
+def test_oea_fills_from_far_down_a_tokens_own_ranking() -> None:
+    """Two tokens: each one's best is awake, though it is the other's last."""
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    routing = route(logits, Router(normalise=True), 2, Rule(guaranteed=1))
+    assert routing.ids_STK.tolist() == [[0, 3], [3, 0]]
+    torch.testing.assert_close(routing.weights_STK.sum(dim=-1), torch.ones(2))
+
+
+def test_a_token_with_too_few_experts_awake_skips_slots() -> None:
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 2)
+    routing = route(logits, Router(normalise=True), 3, Rule(guaranteed=1))
+    assert routing.ids_STK.tolist() == [[0, 4, 4]] * 2
+    assert routing.weights_STK.tolist() == [[1.0, 0.0, 0.0]] * 2
+
+
+def test_equal_rankings_go_to_the_lower_id() -> None:
+    routing = route(torch.zeros(3, 16), Router(), 4, Rule(guaranteed=4))
+    assert routing.ids_STK.tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_a_dropped_slot_in_the_middle_does_not_cost_a_guaranteed_one() -> None:
+    """The bias ranks expert 1 second, its gate is below the threshold; token 1 wakes it."""
+    logits = torch.tensor([[3.0, -3.0, 2.0, -4.0], [-4.0, 3.0, -4.0, -4.0]])
+    bias = torch.tensor([0.0, 0.9, 0.0, 0.0])
+    router = Router("sigmoid", "bias", normalise=True)
+    routing = route(logits, router, 3, Rule(threshold=0.5, guaranteed=2), bias)
+    assert routing.ids_STK[0, :2].tolist() == [0, 2]
+    assert routing.ids_STK[0, 2] == 4
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_guaranteeing_every_slot_is_the_model_itself(name: str) -> None:
+    logits = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    full = route(logits, ROUTERS[name], 4, Rule())
+    shared = route(logits, ROUTERS[name], 4, Rule(guaranteed=4))
+    assert torch.equal(full.ids_STK.sort(dim=-1)[0], shared.ids_STK.sort(dim=-1)[0])
+    torch.testing.assert_close(full.weights_STK.sort(dim=-1)[0], shared.weights_STK.sort(dim=-1)[0])
+
+
+def test_top_k_0_skips_everything() -> None:
+    routing = route(torch.randn(2, 3, 8), Router(), 4, Rule(top_k=0))
+    assert routing.ids_STK.tolist() == [[[8]] * 3] * 2
+    assert routing.weights_STK.eq(0).all()
+
+
+def test_more_slots_than_groups_hold_are_skipped() -> None:
+    routing = route(torch.randn(5, 16), ROUTERS["V2 groups"], 10, Rule())
+    assert (routing.ids_STK < 16).sum(dim=-1).tolist() == [8] * 5
+
+
+def test_every_rule_runs_under_inference_mode_and_outside_it() -> None:
+    rule = Rule(3, 0.5, 0.9, 2, 6, tuple(range(7)))
+    logits = torch.randn(4, 8)
+    with torch.inference_mode():
+        inside = route(logits, Router(), 4, rule)
+    outside = route(logits.requires_grad_(), Router(), 4, rule)
+    assert torch.equal(inside.ids_STK, outside.ids_STK)
+    outside.weights_STK.sum().backward()
