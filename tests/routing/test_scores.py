@@ -1,0 +1,77 @@
+"""Gates, ranking, group limits, remaining experts and the check of logits, by hand and by loops."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.families import Router
+from leanmoe.routing import check_logits, score
+from tests.routing.cases import ROUTERS
+
+NEVER = float("-inf")
+
+
+def test_bias_ranks_and_does_not_weigh() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    scores = score(logits, ROUTERS["sigmoid with a bias"], torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(scores.gates_STE, torch.tensor([[0.5, 0.75]]))
+    torch.testing.assert_close(scores.ranking_STE, torch.tensor([[1.5, 0.75]]))
+
+
+def test_softmax_gates_add_up_to_one_and_logits_rank_where_softmax_comes_after() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    torch.testing.assert_close(score(logits, Router()).gates_STE, torch.tensor([[0.25, 0.75]]))
+    assert score(logits, ROUTERS["softmax after top-k"]).ranking_STE is logits
+
+
+def test_experts_that_do_not_remain_never_rank() -> None:
+    ranking = score(torch.zeros(2, 4), Router(), experts=(1, 3)).ranking_STE
+    assert ranking.tolist() == [[NEVER, 0.25, NEVER, 0.25]] * 2
+
+
+@pytest.mark.parametrize("group_score", ["max", "top2_sum"])
+@pytest.mark.parametrize("experts", [None, tuple(range(2, 16)), (0, 5, 6, 7, 9, 14)])
+def test_group_limits_are_those_of_a_loop(
+    group_score: str, experts: tuple[int, ...] | None
+) -> None:
+    router = replace(ROUTERS["V3 groups"], group_score=group_score)
+    logits = torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
+    bias = torch.linspace(-2, 2, 16)
+    found = score(logits, router, bias, experts).ranking_STE
+    for row, ranking in zip(logits.sigmoid() + bias, found, strict=True):
+        remain = range(16) if experts is None else experts
+        groups = [[e for e in remain if e // 4 == group] for group in range(4)]
+        best = [sorted((float(row[e]) for e in group), reverse=True) for group in groups]
+        top = 1 if group_score == "max" else 2
+        value = [sum(scores[:top]) if scores else NEVER for scores in best]
+        used = sorted(range(4), key=lambda group, value=value: -value[group])[:2]
+        expected = [float(row[e]) if e in remain and e // 4 in used else NEVER for e in range(16)]
+        assert ranking.tolist() == pytest.approx(expected)
+
+
+def test_scores_are_computed_in_the_familys_dtype() -> None:
+    logits = torch.zeros(1, 4, dtype=torch.bfloat16)
+    assert score(logits, Router("sigmoid")).gates_STE.dtype == torch.float32
+    assert score(logits, Router(score_dtype="logits")).gates_STE.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused_by_name(value: float) -> None:
+    logits = torch.zeros(2, 3, 4)
+    logits[1, 2, 0] = value
+    with pytest.raises(LeanMoeError, match=r"layers\.3: router logits are not finite"):
+        check_logits(logits, "layers.3")
+    padding = torch.zeros(2, 3, dtype=torch.bool)
+    padding[1, 2] = True
+    check_logits(logits, "layers.3", padding)
+
+
+def test_a_router_may_rule_an_expert_out_but_not_all() -> None:
+    check_logits(torch.tensor([[NEVER, 0.0]]), "layer")
+    with pytest.raises(LeanMoeError, match="not finite"):
+        check_logits(torch.tensor([[NEVER, NEVER]]), "layer")
