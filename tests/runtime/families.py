@@ -102,6 +102,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+WIDE = ("experts", "gate.weight", "router", "e_score_correction_bias")
+
+
 def build(family: str, **changes: Any) -> Any:
     """The model, with the routers' weights wide enough that their choices differ."""
     name, settings = CONFIGS[family]
@@ -110,9 +113,7 @@ def build(family: str, **changes: Any) -> Any:
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(1)
     for parameter_name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if "experts" in parameter_name or "gate.weight" in parameter_name:
-            tensor.data = torch.randn(tensor.shape, generator=generator) * 0.3
-        elif "router" in parameter_name or "e_score_correction_bias" in parameter_name:
+        if any(part in parameter_name for part in WIDE):
             tensor.data = torch.randn(tensor.shape, generator=generator) * 0.3
     return model
 

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
     chosen = {load: _last_accepted(points) for load, points in proved.items()}
     proposal = assemble(inputs, chosen, settings)
     gain = [
-        folder.step(f"gain-{load}", lambda load=load: _gain(inputs, proposal, load, settings))
+        folder.step(f"gain-{load}", partial(_gain, inputs, proposal, load, settings))
         for load in settings.loads
     ]
     verdicts = [
@@ -101,7 +102,8 @@ def assemble(
     The prompt rules are shared by all loads: they stay only if some load was accepted with them.
     """
     fingerprint = inputs.shape.fingerprint()
-    bands, prompt = [], ()
+    bands: list[Band] = []
+    prompt: tuple[Rule, ...] = ()
     for load, up_to in zip(settings.loads, settings.bands(), strict=True):
         point = chosen.get(load)
         empty = (Rule(),) * fingerprint.moe_layers

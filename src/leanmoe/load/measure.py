@@ -86,11 +86,10 @@ def compare(
     """
     load.check()
     cut = [list(prompt[: load.input_tokens]) for prompt in prompts]
-    if short := [p for p in cut if len(p) < load.input_tokens] or not cut:
-        raise LeanMoeError(
-            f"{'no prompt' if not cut else f'a prompt of {len(short[0])} tokens'} was given: "
-            f"the load needs prompts of {load.input_tokens}"
-        )
+    shortest = min(map(len, cut), default=0)
+    if shortest < load.input_tokens:
+        given = f"a prompt of {shortest} tokens" if cut else "no prompt"
+        raise LeanMoeError(f"{given} was given: the load needs prompts of {load.input_tokens}")
     order = random.Random(seed)
     runs: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}
     what = f"Load, {load.concurrency} at once"

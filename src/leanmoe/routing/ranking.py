@@ -8,6 +8,8 @@ Letters: S independent steps (may be absent), T tokens, E experts.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,14 @@ def order_keys(ranking_STE: Tensor) -> Tensor:
     experts = ranking_STE.shape[-1]
     bits = (ranking_STE.float() + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    last_E = torch.arange(experts - 1, -1, -1, device=ranking_STE.device)
-    return torch.add(last_E, bits, alpha=experts)
+    return torch.add(lower_first(experts, ranking_STE.device), bits, alpha=experts)
+
+
+@lru_cache(maxsize=64)
+def lower_first(experts: int, device: torch.device) -> Tensor:
+    """E-1 to 0 [E]: added to a value times E, it decides between equal values."""
+    with torch.inference_mode(False):
+        return torch.arange(experts - 1, -1, -1, device=device)
 
 
 def is_usable(keys: Tensor, experts: int) -> Tensor:

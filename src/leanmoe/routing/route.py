@@ -126,9 +126,10 @@ def _shared(
     experts = scores.ranking_STE.shape[-1]
     keys_STE = order_keys(scores.ranking_STE)
     first_STK, ids_STK = keys_STE.topk(slots, dim=-1)
-    kept_STK = _without_padding(is_usable(first_STK, experts), padding_ST)
-    fewer = rule.threshold is not None or rule.top_p is not None
-    if fewer:
+    kept_STK = None  # every slot
+    if padding_ST is not None or not _all_usable(slots, experts, rule, router):
+        kept_STK = _without_padding(is_usable(first_STK, experts), padding_ST)
+    if rule.threshold is not None or rule.top_p is not None:
         kept_STK = _wanted(scores, ids_STK, kept_STK, rule, router)
         if has_bias:
             keys_STE = put_first(keys_STE, ids_STK, kept_STK)
@@ -138,14 +139,14 @@ def _shared(
     usable_STE = keys_STE.masked_fill(~awake_SE.unsqueeze(-2), NOT_USABLE)
     found_STK, found_ids_STK = usable_STE.topk(slots, dim=-1)
     filled_STK = is_usable(found_STK, experts)
-    if fewer or padding_ST is not None:
+    if kept_STK is not None:
         place_K = torch.arange(slots, device=ids_STK.device)
         filled_STK = filled_STK & (place_K < kept_STK.sum(dim=-1, keepdim=True))
     return found_ids_STK, filled_STK, over_budget
 
 
 def _awake(
-    scores: Scores, ids_STK: Tensor, kept_STK: Tensor, rule: Rule, router: Router
+    scores: Scores, ids_STK: Tensor, kept_STK: Tensor | None, rule: Rule, router: Router
 ) -> tuple[Tensor, Tensor | None]:
     """The experts [S,E] awake in a step, and where a budget is set whether it is exceeded."""
     experts = scores.ranking_STE.shape[-1]
@@ -157,19 +158,22 @@ def _awake(
         if votes_STK is None:
             return awake_SE, None
         awake_STE = awake_SE.unsqueeze(-2).expand(*ids_STK.shape[:-1], experts)
-        kept_STK = kept_STK & awake_STE.gather(-1, ids_STK)
+        candidates_STK = awake_STE.gather(-1, ids_STK)
+        kept_STK = candidates_STK if kept_STK is None else kept_STK & candidates_STK
     assert votes_STK is not None
     assert rule.budget is not None
     return budgeted_experts(ids_STK, kept_STK, votes_STK, rule.budget, experts)
 
 
 def _wanted(
-    scores: Scores, ids_STK: Tensor, kept_STK: Tensor, rule: Rule, router: Router
+    scores: Scores, ids_STK: Tensor, kept_STK: Tensor | None, rule: Rule, router: Router
 ) -> Tensor:
     """The usable slots that `threshold` and `top_p` keep; those of unusable experts weigh 0."""
+    gates_STK = scores.gates_STE.gather(-1, ids_STK)
+    if kept_STK is None:
+        return wanted(gates_STK, rule, router)
     unusable = NEVER if router.scoring == "softmax_after_top_k" else 0.0
-    gates_STK = scores.gates_STE.gather(-1, ids_STK).masked_fill(~kept_STK, unusable)
-    return kept_STK & wanted(gates_STK, rule, router)
+    return kept_STK & wanted(gates_STK.masked_fill(~kept_STK, unusable), rule, router)
 
 
 def _kept_first(ids_STK: Tensor, kept_STK: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ def weigh(gates_STK: Tensor, router: Router, kept_STK: Tensor | None = None) -> 
     return weights_STK if router.scaling == 1.0 else weights_STK * router.scaling
 
 
-def votes(gates_STK: Tensor, router: Router, kept_STK: Tensor) -> Tensor:
+def votes(gates_STK: Tensor, router: Router, kept_STK: Tensor | None = None) -> Tensor:
     """How much [S,T,K], 0 to 1, a slot matters to its token: its weight before scaling."""
     return _share(gates_STK, router, kept_STK)
 
@@ -38,8 +38,8 @@ def _share(gates_STK: Tensor, router: Router, kept_STK: Tensor | None) -> Tensor
     total_ST1 = gates_STK.sum(dim=-1, keepdim=True)
     if router.normalise_epsilon:
         total_ST1 = total_ST1 + router.normalise_epsilon
-    elif kept_STK is not None:  # a token without any slot has nothing to divide by
-        total_ST1 = total_ST1.masked_fill(total_ST1 == 0, 1.0)
+    else:  # no slot, or only ones whose gates underflow: nothing to divide by, weights of 0
+        total_ST1 = total_ST1.clamp(min=torch.finfo(total_ST1.dtype).tiny)
     return gates_STK / total_ST1
 
 

@@ -17,7 +17,7 @@ from leanmoe.plan import Plan
 from leanmoe.routing import route
 from leanmoe.runtime.counts import LayerCounts
 from leanmoe.runtime.experts import IMPLEMENTATION, prepared, register_experts
-from leanmoe.runtime.layers import MoELayer, find_layers, shape_of
+from leanmoe.runtime.layers import MoELayer, find_layers, router_logits, shape_of
 from leanmoe.runtime.step import Part, scoring_parts, served_parts
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,8 @@ def _hook(
     def note_step(_module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
         tokens = keywords.get("input_ids", inputs[0] if inputs else None)
         tokens = keywords.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise LeanMoeError("a plan needs input_ids or inputs_embeds in the model's call")
         shape_NL = (int(tokens.shape[0]), int(tokens.shape[1]))
         padding_NL = _padding(keywords.get("attention_mask"), shape_NL[1])
         call.logits.clear()
@@ -161,7 +163,7 @@ def _hook_layer(
     layer: MoELayer, router: Router, top_k: int, call: _Call, applied: Applied
 ) -> Callable[[], None]:
     def note_logits(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        call.logits[layer.number] = output[0] if isinstance(output, tuple) else output
+        call.logits[layer.number] = router_logits(output)
 
     stock: Experts = layer.experts.forward
 

@@ -7,7 +7,6 @@ router beside it makes the logits. Only these two are ever touched.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,8 +27,9 @@ class MoELayer:
     decoder_index: int
     """Its place among all decoder layers."""
     name: str
-    router: nn.Module
-    experts: nn.Module
+    router: Any
+    """This and the next are modules whose attributes differ by family."""
+    experts: Any
     block: nn.Module
     """What holds both."""
 
@@ -38,10 +38,9 @@ class MoELayer:
         if router.ranking_bias is None:
             return None
         for module in (self.router, self.block):
-            try:
-                found = reduce(getattr, router.ranking_bias.split("."), module)
-            except AttributeError:
-                continue
+            found: object = module
+            for name in router.ranking_bias.split("."):
+                found = getattr(found, name, None)
             if isinstance(found, Tensor):
                 return found.reshape(-1)
         raise LeanMoeError(
@@ -59,12 +58,12 @@ def shape_of(model: Any) -> MoEShape:
 def find_layers(model: Any) -> tuple[MoELayer, ...]:
     """The MoE layers in order; raises LeanMoeError where they do not match the config."""
     shape = shape_of(model)
-    layers = []
+    layers: list[MoELayer] = []
     for index, decoder in enumerate(decoder_layers(model)):
         for name, block in decoder.named_modules():
             experts = getattr(block, "experts", None)
             router = next((getattr(block, n) for n in ROUTER_NAMES if hasattr(block, n)), None)
-            if _is_experts(experts) and isinstance(router, nn.Module):
+            if experts is not None and _is_experts(experts) and isinstance(router, nn.Module):
                 layers.append(
                     MoELayer(len(layers), index, f"layers.{index}.{name}", router, experts, block)
                 )
@@ -75,6 +74,17 @@ def find_layers(model: Any) -> tuple[MoELayer, ...]:
             f"but its config says {list(shape.moe_layers)}: this family cannot be run yet"
         )
     return tuple(layers)
+
+
+def router_logits(output: Any) -> Tensor:
+    """The logits a router's forward returns, alone or in a tuple.
+
+    They come first, but for Granite's router in Transformers 5.17 (ids, weights, logits).
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits: Tensor = output[0] if output[0].is_floating_point() else output[-1]
+    return logits
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.runtime.layers import find_layers
+from leanmoe.runtime.layers import MoELayer, find_layers, router_logits
 
 Sink = Callable[[int, Tensor], None]
 
@@ -26,10 +26,9 @@ def record(model: Any, sink: Sink) -> Iterator[None]:
         yield
 
 
-def _pass_on(layer: Any, sink: Sink) -> Callable[[nn.Module, Any, Any], None]:
+def _pass_on(layer: MoELayer, sink: Sink) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        logits = output[0] if isinstance(output, tuple) else output
-        logits_TE = logits.flatten(0, -2).float()
+        logits_TE = router_logits(output).flatten(0, -2).float()
         if not bool(logits_TE.isfinite().all()):
             raise LeanMoeError(f"{layer.name}: router logits are not finite (NaN or infinity)")
         sink(layer.number, logits_TE)
