@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     **{name: set() for name in BASE},
     **{name: SHAPES | {"reference"} for name in SHAPES},
     "routing": SHAPES,
-    "kernels": SHAPES,
+    "kernels": SHAPES | {"routing"},
     "cost": SHAPES | {"routing", "profile"},
     "runtime": SHAPES | {"routing", "kernels", "reference"},
     "profile": SHAPES | {"routing", "runtime", "quality"},

@@ -15,15 +15,13 @@ products are padded to whole vectors. Numbers and addresses arrive in one array 
 from __future__ import annotations
 
 import functools
-import hashlib
-from pathlib import Path
-from typing import Any
 
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 from numba.extending import register_jitable
 
 from leanmoe.kernels import vector
-from leanmoe.kernels.cpu_rows import COMPILE, gate_rows, multiply_rows, padded_hidden, padded_width
+from leanmoe.kernels.compiled import COMPILE, compile_program, stamp_of
+from leanmoe.kernels.cpu_rows import gate_rows, multiply_rows, padded_hidden, padded_width
 from leanmoe.kernels.vector import ROWS, floats_at, ints_at, longs_at
 
 (
@@ -277,15 +275,8 @@ def _whole_call(field):
 
 @functools.cache
 def entry() -> int:
-    """Address of the program: a C function, int64 f(int64 fields[FIELDS]).
-
-    Compiled for this processor, or loaded where an earlier process could keep what it compiled.
-    """
-    folder = Path(__file__).parent
-    sources = [
-        (folder / name).read_bytes() for name in ("cpu_program.py", "cpu_rows.py", "vector.py")
-    ]
-    stamp = hashlib.sha256(b"".join(sources)).hexdigest()
+    """Address of the program: a C function, int64 f(int64 fields[FIELDS])."""
+    stamp = stamp_of("cpu_program.py", "cpu_rows.py", "vector.py")
 
     def program(argument):
         field = carray(argument, FIELDS)
@@ -297,16 +288,4 @@ def entry() -> int:
             return _whole_call(field)
         return len(stamp)  # numba's cache sees one file; what is closed over is in its key
 
-    compile_with = functools.partial(cfunc, types.int64(types.CPointer(types.int64)), **COMPILE)
-    try:
-        compiled = compile_with(cache=True)(program)
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):  # numba found no folder that it can write
-            raise
-        compiled = compile_with()(program)
-    _keep.append(compiled)
-    return int(compiled.address)
-
-
-_keep: list[Any] = []
-"""Compiled code lives as long as its Python object."""
+    return compile_program(program)

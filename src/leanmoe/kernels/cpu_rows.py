@@ -12,13 +12,11 @@ from numba import njit
 from numba.extending import register_jitable
 
 from leanmoe.kernels import vector
+from leanmoe.kernels.compiled import COMPILE
 from leanmoe.kernels.vector import LANES, PANEL
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 SILU, GELU, GELU_TANH, RELU, RELU2 = range(5)
-
-COMPILE = {"error_model": "numpy", "fastmath": {"contract"}, "nogil": True}
-"""How numba compiles: no assumption that numbers are finite; fused multiply-add allowed."""
 
 
 @register_jitable

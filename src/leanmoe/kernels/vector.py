@@ -251,6 +251,32 @@ def _tanh_slope(emit, x, _alpha):
 silu, gelu_tanh = _sigmoid_times(_scaled), _sigmoid_times(_tanh_slope)
 
 
+def _each(function):
+    """An intrinsic over `vectors` whole vectors at an address, in place."""
+
+    @intrinsic
+    def apply(_typing, address, vectors):
+        def generate(context, builder, _signature, arguments):
+            address, vectors = arguments
+            emit = _Emit(builder)
+            with cgutils.for_range(builder, vectors, intp=I64) as loop:
+                at = builder.add(address, builder.mul(loop.index, I64(LANES * BYTES)))
+                emit.store(function(emit, emit.load(at, emit.vector)), at)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return apply
+
+
+def _sigmoid(emit, x):
+    builder, one = emit.builder, emit.number(1.0)
+    return builder.fdiv(one, builder.fadd(one, emit.exp(builder.fsub(emit.number(0.0), x))))
+
+
+sigmoid, exponential = _each(_sigmoid), _each(_Emit.exp)
+
+
 @intrinsic
 def floats_at(_typing, address):
     """The float32 values at an address, as a pointer for `carray`."""
@@ -269,6 +295,16 @@ def ints_at(_typing, address):
         return builder.inttoptr(arguments[0], I32.as_pointer())
 
     return types.CPointer(types.int32)(types.int64), generate
+
+
+@intrinsic
+def bytes_at(_typing, address):
+    """The uint8 values at an address, as a pointer for `carray`."""
+
+    def generate(_context, builder, _signature, arguments):
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.CPointer(types.uint8)(types.int64), generate
 
 
 @intrinsic

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leanmoe.families import Router
 from leanmoe.plan import Rule
+from leanmoe.routers import Router
 from leanmoe.routing.company import budgeted_experts, guaranteed_experts
 from leanmoe.routing.ranking import NOT_USABLE, is_usable, order_keys, put_first
 from leanmoe.routing.scores import NEVER, Scores, limits_groups, score

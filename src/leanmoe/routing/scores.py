@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.families import Router
+from leanmoe.routers import Router
 
 NEVER = float("-inf")
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanmoe.families import Router
 from leanmoe.plan import Rule
+from leanmoe.routers import Router
 
 
 def wanted(gates_STK: Tensor, rule: Rule, router: Router) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanmoe.families import Router
+from leanmoe.routers import Router
 from leanmoe.routing.scores import NEVER, score_dtype
 
 

@@ -8,22 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.families import Router
 from leanmoe.plan import Plan
-from leanmoe.routing import route
+from leanmoe.routers import Router
+from leanmoe.runtime.choose import Experts, LayerRouting, without_skipped
 from leanmoe.runtime.counts import LayerCounts
 from leanmoe.runtime.experts import IMPLEMENTATION, prepared, register_experts
+from leanmoe.runtime.fast_router import FastRouter, fast_router
 from leanmoe.runtime.layers import MoELayer, find_layers, router_logits, shape_of
 from leanmoe.runtime.step import Part, scoring_parts, served_parts
 
 logger = logging.getLogger(__name__)
 _MARK = "_leanmoe_applied"
-
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -84,14 +82,8 @@ def apply(
     if getattr(model, _MARK, False):
         raise LeanMoeError("a plan is applied to this model already: leave its `with` first")
     layers = find_layers(model)
-    scoring = (
-        None
-        if decode_batch is None and prompt_tokens is None
-        else (
-            decode_batch,
-            prompt_tokens or 0,
-        )
-    )
+    scores = decode_batch is not None or prompt_tokens is not None
+    scoring = (decode_batch, prompt_tokens or 0) if scores else None
     before = model.config._experts_implementation
     setattr(model, _MARK, True)
     undo: list[Callable[[], object]] = [lambda: delattr(model, _MARK)]
@@ -104,7 +96,7 @@ def apply(
         if count:
             applied.generated = tuple(LayerCounts() for _ in layers)
             applied.prompt = tuple(LayerCounts() for _ in layers)
-        if count or not plan.is_empty:
+        if count or not plan.is_empty or experts == IMPLEMENTATION:
             _hook(model, plan, layers, shape.router, applied, scoring, undo)
         logger.info(
             "plan applied to %s, experts run by %s", type(model).__name__, applied.implementation
@@ -155,13 +147,27 @@ def _hook(
     undo.append(model.register_forward_pre_hook(note_read, with_kwargs=True).remove)
     undo.append(model.register_forward_hook(forget, always_call=True).remove)
     undo.append(model.base_model.register_forward_pre_hook(note_step, with_kwargs=True).remove)
+    is_fast = model.config._experts_implementation == IMPLEMENTATION
     for layer in layers:
-        undo.append(_hook_layer(layer, router, plan.model.top_k, call, applied))
+        how = LayerRouting(
+            layer.number,
+            router,
+            plan.model.top_k,
+            int(layer.experts.num_experts),
+            layer.ranking_bias(router),
+            is_fast,
+            (applied.generated[layer.number], applied.prompt[layer.number])
+            if applied.generated
+            else None,
+        )
+        undo.append(_hook_layer(layer, how, call))
 
 
-def _hook_layer(
-    layer: MoELayer, router: Router, top_k: int, call: _Call, applied: Applied
-) -> Callable[[], None]:
+def _hook_layer(layer: MoELayer, how: LayerRouting, call: _Call) -> Callable[[], None]:
+    fast = fast_router(layer, how.router, how.top_k) if how.is_fast else None
+    if fast is not None:
+        return _replace_router(layer, fast, how, call)
+
     def note_logits(_module: nn.Module, _inputs: Any, output: Any) -> None:
         call.logits[layer.number] = router_logits(output)
 
@@ -173,12 +179,10 @@ def _hook_layer(
                 f"{layer.name}: its experts ran without its router in the same forward call"
             )
         logits_TE = call.logits.pop(layer.number).flatten(0, -2)
-        ids_TK, weights_TK, skips = _choose(
-            layer, logits_TE, top_k_index, top_k_weights, router, top_k, call.parts, applied
-        )
-        if not skips or layer.experts.config._experts_implementation == IMPLEMENTATION:
+        ids_TK, weights_TK, skips = how.choose(logits_TE, (top_k_index, top_k_weights), call.parts)
+        if not skips or how.is_fast:
             return stock(hidden_states, ids_TK, weights_TK)
-        return _without_skipped(stock, hidden_states, ids_TK, weights_TK, top_k_experts(layer))
+        return without_skipped(stock, hidden_states, ids_TK, weights_TK, how.experts)
 
     handle = layer.router.register_forward_hook(note_logits)
     layer.experts.forward = forward
@@ -190,104 +194,26 @@ def _hook_layer(
     return undo
 
 
-def top_k_experts(layer: MoELayer) -> int:
-    """How many experts the layer's experts module holds: the id of a skipped slot."""
-    return int(layer.experts.num_experts)
+def _replace_router(
+    layer: MoELayer, fast: FastRouter, how: LayerRouting, call: _Call
+) -> Callable[[], None]:
+    """Our experts know skipped slots, so a plan's choice can come from the router itself."""
 
+    def choose(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        if call.parts is None:
+            raise LeanMoeError(f"{layer.name}: its router ran outside of the model's forward call")
+        ids_TK, weights_TK, _ = how.choose(logits_TE, None, call.parts)
+        return ids_TK, weights_TK
 
-def _choose(
-    layer: MoELayer,
-    logits_TE: Tensor,
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    router: Router,
-    top_k: int,
-    parts: tuple[Part, ...],
-    applied: Applied,
-) -> tuple[Tensor, Tensor, bool]:
-    """Ids and weights under the parts' rules, and whether any slot may be skipped."""
-    experts = logits_TE.shape[-1]
-    bias_E = layer.ranking_bias(router)
-    skips = False
-    chosen = []
-    for part in parts:
-        rule = part.rules[layer.number]
-        index = part.index_ST
-        if rule.is_empty:
-            routed = (ids_TK, weights_TK) if index is None else (ids_TK[index], weights_TK[index])
-        else:
-            logits = logits_TE if index is None else logits_TE[index]
-            routing = route(logits, router, top_k, rule, bias_E, part.padding_ST)
-            routed = (routing.ids_STK, routing.weights_STK.to(weights_TK.dtype))
-            skips = (
-                skips
-                or part.padding_ST is not None
-                or rule.top_k is None
-                or (len([v for v in rule.to_json() if v != "top_k"]) > 0)
-                or rule.top_k == 0
-            )
-            _note_budget(routing.over_budget_S, layer, part, applied)
-        chosen.append(routed)
-        _note_counts(routed[0], layer, part, applied, experts)
-    if len(parts) == 1 and parts[0].index_ST is None:
-        return (*chosen[0], skips)
-    return (*_joined(parts, chosen, ids_TK, weights_TK, experts), True)
+    def forward(hidden_states: Tensor) -> tuple[Tensor, ...]:
+        return fast.forward(hidden_states, choose)
 
+    layer.router.forward = forward
 
-def _joined(
-    parts: tuple[Part, ...],
-    chosen: list[tuple[Tensor, Tensor]],
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    experts: int,
-) -> tuple[Tensor, Tensor]:
-    """Puts the parts' slots back in token order, with as many slots as the widest part has."""
-    slots = max(ids.shape[-1] for ids, _ in chosen)
-    all_ids_TK = ids_TK.new_full((ids_TK.shape[0], slots), experts)
-    all_weights_TK = weights_TK.new_zeros((ids_TK.shape[0], slots))
-    for part, (ids, weights) in zip(parts, chosen, strict=True):
-        assert part.index_ST is not None
-        index = part.index_ST.flatten()
-        width = ids.shape[-1]
-        all_ids_TK[index, :width] = ids.reshape(-1, width)
-        all_weights_TK[index, :width] = weights.reshape(-1, width)
-    return all_ids_TK, all_weights_TK
+    def undo() -> None:
+        del layer.router.forward
 
-
-def _without_skipped(
-    stock: Experts, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int
-) -> Tensor:
-    """Runs an implementation that knows no skipped slots on the slots that are left.
-
-    Each is a token of its own with one slot, so that skipped ones cost no row and leak no NaN.
-    """
-    token_R, slot_R = (ids_TK < experts).nonzero(as_tuple=True)
-    out_TD = torch.zeros_like(hidden_TD)
-    if len(token_R):
-        rows_RD = stock(
-            hidden_TD[token_R],
-            ids_TK[token_R, slot_R].unsqueeze(-1),
-            weights_TK[token_R, slot_R].unsqueeze(-1),
-        )
-        out_TD.index_add_(0, token_R, rows_RD.to(out_TD.dtype))
-    return out_TD
-
-
-def _note_counts(ids: Tensor, layer: MoELayer, part: Part, applied: Applied, experts: int) -> None:
-    if not applied.generated:
-        return
-    counts = (applied.prompt if part.is_prompt else applied.generated)[layer.number]
-    ids_STK = ids if ids.dim() == 3 else ids.unsqueeze(0)
-    padding_ST = part.padding_ST
-    if padding_ST is not None and padding_ST.dim() == 1:
-        padding_ST = padding_ST.unsqueeze(0)
-    counts.add(ids_STK, padding_ST, experts)
-
-
-def _note_budget(over_S: Tensor | None, layer: MoELayer, part: Part, applied: Applied) -> None:
-    if over_S is not None and applied.generated:
-        counts = (applied.prompt if part.is_prompt else applied.generated)[layer.number]
-        counts.over_budget_steps += int(over_S.sum())
+    return undo
 
 
 def _padding(mask: Any, length: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.families import Router
+from leanmoe.routers import Router
 from leanmoe.shape import MoEShape, read_shape
 
 ROUTER_NAMES = ("gate", "router")
