@@ -8,7 +8,7 @@ model as it was trained.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -50,11 +50,14 @@ class Rule:
     """Distinct experts in the step at most, every token's best kept (XShare, 2602.07265)."""
     experts: tuple[int, ...] | None = None
     """The experts that remain; the others are pruned."""
+    keep_weights: bool | None = None
+    """True: experts weigh what they weigh beside all of the token's own top-k, although fewer run.
+    Not set: weights are normalised anew over those that run, as the model does with so few."""
 
     @property
     def is_empty(self) -> bool:
         """Whether the rule leaves the layer as it was trained."""
-        return self == Rule()
+        return replace(self, keep_weights=None) == Rule()
 
     @property
     def depends_on_company(self) -> bool:
@@ -85,6 +88,11 @@ class Rule:
         _require_whole(where, "budget", self.budget, 1, kept, "")
         _require_share(where, "threshold", self.threshold)
         _require_share(where, "top_p", self.top_p)
+        if self.keep_weights and (self.top_k or 0) > model.top_k:
+            raise LeanMoeError(
+                f"{where}.keep_weights is true with top_k {self.top_k}: there are no weights to "
+                f"keep beyond the model's own {model.top_k}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are set."""
@@ -103,6 +111,9 @@ class Rule:
         for name in ("threshold", "top_p"):
             _require_type(value.get(name), (int, float), f"{where}.{name}", "a number")
         _require_type(value.get("experts"), (list,), f"{where}.experts", "a list of expert ids")
+        keep = value.get("keep_weights")
+        if keep is not None and not isinstance(keep, bool):
+            raise LeanMoeError(f"{where}.keep_weights is {keep!r}: it must be true or false")
         experts = value.get("experts")
         if experts is not None:
             for expert in experts:

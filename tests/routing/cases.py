@@ -89,6 +89,7 @@ def rules(draw: st.DrawFn, experts: int, top_k: int, company: bool | None) -> Ru
     budget = None if company is False else maybe(st.integers(1, kept))
     if company and guaranteed is None and budget is None:
         guaranteed = draw(st.integers(1, slots))
-    rule = Rule(fewer, maybe(share), maybe(share), guaranteed, budget, remain)
+    keep = draw(st.sampled_from((None, False, True)))
+    rule = Rule(fewer, maybe(share), maybe(share), guaranteed, budget, remain, keep)
     rule.check(Fingerprint("Model", 1, 1, experts, top_k))
     return rule

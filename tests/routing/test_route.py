@@ -158,12 +158,25 @@ def test_weights_are_the_gates_normalised_as_the_model_does_it(case: Case) -> No
             weights = routing.weights_STK[number, token]
             assert (weights[~used] == 0).all()
             own = gates[number, token, routing.ids_STK[number, token, used]]
+            whole = own
+            if case.rule.keep_weights and experts:
+                ranked, best = ranking(case)[number, token].topk(case.top_k)
+                whole = gates[number, token, best[ranked > float("-inf")]]
             if case.router.scoring == "softmax_after_top_k":
-                own = own.softmax(dim=-1)
+                own = (own - whole.logsumexp(dim=-1)).exp() if experts else own
             elif case.router.normalise and experts:
-                total = own.sum() + case.router.normalise_epsilon
+                total = whole.sum() + case.router.normalise_epsilon
                 own = own / total if total > 0 else own
             torch.testing.assert_close(weights[used], own * case.router.scaling)
+
+
+def test_kept_weights_are_those_beside_the_whole_top_k() -> None:
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    full = route(logits, Router(normalise=True), 3, Rule()).weights_STK
+    fewer = route(logits, Router(normalise=True), 3, Rule(top_k=2, keep_weights=True)).weights_STK
+    torch.testing.assert_close(fewer, full[:, :2])
+    anew = route(logits, Router(normalise=True), 3, Rule(top_k=2)).weights_STK
+    assert (anew > fewer).all()
 
 
 @given(cases())

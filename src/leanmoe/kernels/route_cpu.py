@@ -55,13 +55,15 @@ def route_cpu(
     logits = logits_STE.to(torch.float32).contiguous()
     bias = None if bias_E is None else bias_E.to(torch.float32).contiguous()
     padding = None if padding_ST is None else padding_ST.contiguous()
+    full = top_k if rule.keep_weights else 0
+    listed = max(slots, full)
     constants = _constants(router, rule, experts)
     ids = torch.empty((*leading, tokens, slots), dtype=torch.int64)
     weights = torch.empty((*leading, tokens, slots), dtype=torch.float32)
     over = None if rule.budget is None else torch.zeros(tuple(leading), dtype=torch.bool)
     program = _program()
     threads = program.threads
-    size = program.scratch_bytes(steps * tokens, experts, slots, threads, rule.depends_on_company)
+    size = program.scratch_bytes(steps * tokens, experts, listed, threads, rule.depends_on_company)
     scratch = torch.empty(size, dtype=torch.uint8)
     if steps * tokens:
         program.run(
@@ -79,6 +81,8 @@ def route_cpu(
                 tokens,
                 experts,
                 slots,
+                full,
+                listed,
                 *constants.flags,
                 threads,
                 *program.team,

@@ -27,11 +27,12 @@ from leanmoe.kernels.vector import LANES, bytes_at, floats_at, ints_at, longs_at
 
 (
     LOGITS, BIAS, ALLOWED, PADDING, IDS, WEIGHTS, OVER, NUMBERS, SCRATCH,
-    STEPS, TOKENS, EXPERTS, SLOTS, SCORING, NORMALISE, GROUPS, GROUPS_USED, GROUP_MAX,
+    STEPS, TOKENS, EXPERTS, SLOTS, FULL, LISTED, SCORING, NORMALISE, GROUPS, GROUPS_USED, GROUP_MAX,
     GUARANTEED, BUDGET, THREADS, TEAM, THREAD_NUMBER, ENTRY, TASK,
     FIELDS,
-) = range(26)  # fmt: skip
-"""BIAS, ALLOWED, PADDING and OVER are 0 where there is none; so are GUARANTEED and BUDGET."""
+) = range(28)  # fmt: skip
+"""BIAS, ALLOWED, PADDING and OVER are 0 where there is none; so are GUARANTEED and BUDGET. FULL is
+the model's own top-k where its weights are kept, else 0; LISTED the larger of FULL and SLOTS."""
 
 SOFTMAX, SIGMOID, SOFTMAX_AFTER = range(3)
 THRESHOLD, TOP_P, EPSILON, SCALING = range(4)
@@ -46,11 +47,11 @@ NEVER = np.float32(-np.inf)
 TINY = np.float32(np.finfo(np.float32).tiny)
 
 
-def scratch_bytes(tokens, experts, slots, threads, has_company):
+def scratch_bytes(tokens, experts, listed, threads, has_company):
     """What `SCRATCH` must hold: a row of scores a thread, or a token where tokens share."""
     rows = tokens if has_company else threads
-    lines = 2 * rows * padded(experts, LANES) * 4 + 2 * tokens * slots * 4
-    return lines + tokens * 4 + 10 * padded(experts, LANES) + 256
+    lines = 2 * rows * padded(experts, LANES) * 4 + 2 * tokens * listed * 4
+    return lines + 2 * tokens * 4 + 10 * padded(experts, LANES) + 256
 
 
 @register_jitable
@@ -63,8 +64,8 @@ def _scores_at(field, row):
 
 @register_jitable
 def _lists_at(field, rows):
-    """Each token's own experts, their number, and a step's awake experts and votes."""
-    tokens, slots = field[STEPS] * field[TOKENS], field[SLOTS]
+    """Each token's own experts, their number and whole weight; a step's votes and awake experts."""
+    tokens, slots = field[STEPS] * field[TOKENS], field[LISTED]
     width = padded(field[EXPERTS], LANES)
     at = field[SCRATCH] + 2 * rows * width * 4
     own = carray(ints_at(at), tokens * slots)
@@ -72,10 +73,12 @@ def _lists_at(field, rows):
     own_gates = carray(floats_at(at), tokens * slots)
     at += tokens * slots * 4
     counts = carray(ints_at(at), tokens)
+    at += tokens * 4
+    wholes = carray(floats_at(at), tokens)
     at = (at + tokens * 4 + 63) // 64 * 64
     votes = carray(longs_at(at), width)
     awake = carray(bytes_at(at + width * 8), width)
-    return own, own_gates, counts, votes, awake
+    return own, own_gates, counts, wholes, votes, awake
 
 
 @njit(**COMPILE)
@@ -195,38 +198,45 @@ def _keep(field, ids, gates, found):
 
 
 @njit(**COMPILE)
-def _share(field, gates, kept, shares):
-    """What each kept slot weighs before scaling."""
-    numbers = carray(floats_at(field[NUMBERS]), 4)
+def _whole(field, gates, count):
+    """What the shares of these slots are taken of: their sum, or that of their exponentials."""
     if field[SCORING] == SOFTMAX_AFTER:
         best, total = NEVER, np.float32(0.0)
-        for k in range(kept):
+        for k in range(count):
             best = gates[k] if gates[k] > best else best
-        for k in range(kept):
-            shares[k] = np.exp(gates[k] - best)
-            total += shares[k]
-        for k in range(kept):
-            shares[k] /= total
-        return
-    total = np.float32(1.0)
-    if field[NORMALISE] == 1:
-        total = np.float32(0.0)
-        for k in range(kept):
-            total += gates[k]
-        total += numbers[EPSILON]
-        total = TINY if total < TINY else total
-    for k in range(kept):
-        shares[k] = gates[k] / total
+        for k in range(count):
+            total += np.exp(gates[k] - best)
+        return best + np.log(total)
+    if field[NORMALISE] == 0:
+        return np.float32(1.0)
+    total = np.float32(0.0)
+    for k in range(count):
+        total += gates[k]
+    total += carray(floats_at(field[NUMBERS]), 4)[EPSILON]
+    return TINY if total < TINY else total
 
 
 @njit(**COMPILE)
-def _write(field, token, ids, gates, kept, is_number):
+def _share(field, gates, kept, whole, shares):
+    """What each kept slot weighs before scaling."""
+    if field[SCORING] == SOFTMAX_AFTER:
+        for k in range(kept):
+            shares[k] = np.exp(gates[k] - whole)
+    else:
+        for k in range(kept):
+            shares[k] = gates[k] / whole
+
+
+@njit(**COMPILE)
+def _write(field, token, ids, gates, kept, whole, is_number):
     """The token's ids and weights; slots beyond `kept` are skipped ones."""
     slots, experts = field[SLOTS], field[EXPERTS]
     numbers = carray(floats_at(field[NUMBERS]), 4)
     out_ids = carray(longs_at(field[IDS] + token * slots * 8), slots)
     weights = carray(floats_at(field[WEIGHTS] + token * slots * 4), slots)
-    _share(field, gates, kept, weights)
+    if field[FULL] == 0:
+        whole = _whole(field, gates, kept)
+    _share(field, gates, kept, whole, weights)
     for k in range(kept):
         out_ids[k] = ids[k]
         weights[k] *= numbers[SCALING]
@@ -245,15 +255,16 @@ def _own(field, part, parts):
     experts, slots, tokens = field[EXPERTS], field[SLOTS], field[STEPS] * field[TOKENS]
     shares = field[GUARANTEED] > 0 or field[BUDGET] > 0
     rows = tokens if shares else field[THREADS]
-    own, own_gates, counts, _votes, _awake = _lists_at(field, rows)
+    own, own_gates, counts, wholes, _votes, _awake = _lists_at(field, rows)
+    listed = field[LISTED]
     padding = carray(bytes_at(field[PADDING]), tokens)
-    ranks = np.empty(slots, np.float32)
+    ranks = np.empty(listed, np.float32)
     for token in range(tokens * part // parts, tokens * (part + 1) // parts):
-        ids, picked = own[token * slots :], own_gates[token * slots :]
+        ids, picked = own[token * listed :], own_gates[token * listed :]
         if field[PADDING] != 0 and padding[token] != 0:
             counts[token] = 0
             if not shares:
-                _write(field, token, ids, picked, 0, True)
+                _write(field, token, ids, picked, 0, np.float32(1.0), True)
             continue
         gates, ranking = _scores_at(field, token if shares else part)
         is_number = _score(field, token, gates, ranking)
@@ -262,25 +273,27 @@ def _own(field, part, parts):
         found = 0
         for e in range(experts):
             if ranking[e] > NEVER:
-                found = _insert(ids, ranks, found, slots, e, ranking[e])
+                found = _insert(ids, ranks, found, listed, e, ranking[e])
         for k in range(found):
             picked[k] = gates[ids[k]]
-        kept = _keep(field, ids, picked, found)
+        if field[FULL] > 0:
+            wholes[token] = _whole(field, picked, min(found, field[FULL]))
+        kept = _keep(field, ids, picked, min(found, slots))
         counts[token] = kept if is_number else -1
         if not shares:
-            _write(field, token, ids, picked, kept, is_number)
+            _write(field, token, ids, picked, kept, wholes[token], is_number)
 
 
 @njit(**COMPILE)
 def _wake(field, step):
     """Adds up a step's guaranteed experts and votes: awake is 1 for guaranteed, 2 for a best."""
-    slots, tokens = field[SLOTS], field[TOKENS]
-    own, own_gates, counts, votes, awake = _lists_at(field, field[STEPS] * tokens)
-    shares = np.empty(slots, np.float32)
+    listed, tokens = field[LISTED], field[TOKENS]
+    own, own_gates, counts, _wholes, votes, awake = _lists_at(field, field[STEPS] * tokens)
+    shares = np.empty(listed, np.float32)
     awake[:] = 0
     votes[:] = 0
     for token in range(step * tokens, (step + 1) * tokens):
-        ids, gates = own[token * slots :], own_gates[token * slots :]
+        ids, gates = own[token * listed :], own_gates[token * listed :]
         kept = counts[token]
         if kept <= 0:
             continue
@@ -288,7 +301,7 @@ def _wake(field, step):
             awake[ids[k]] |= 1
         awake[ids[0]] |= 2
         if field[BUDGET] > 0:
-            _share(field, gates, kept, shares)
+            _share(field, gates, kept, _whole(field, gates, kept), shares)
             for k in range(kept):
                 votes[ids[k]] += np.int64(np.float32(shares[k]) * VOTE_UNIT) + 1
 
@@ -297,7 +310,7 @@ def _wake(field, step):
 def _afford(field, step):
     """Leaves awake every token's best and the most voted-for, while the budget lasts."""
     experts = field[EXPERTS]
-    _own_ids, _gates, _counts, votes, awake = _lists_at(field, field[STEPS] * field[TOKENS])
+    votes, awake = _lists_at(field, field[STEPS] * field[TOKENS])[4:]
     spent = 0
     for e in range(experts):
         if field[GUARANTEED] > 0 and awake[e] == 0:
@@ -321,20 +334,21 @@ def _afford(field, step):
 def _fill(field, step):
     """Every token's slots: its own experts that are awake, then the awake that follow."""
     experts, slots, tokens = field[EXPERTS], field[SLOTS], field[TOKENS]
-    own, own_gates, counts, _votes, awake = _lists_at(field, field[STEPS] * tokens)
+    own, own_gates, counts, wholes, _votes, awake = _lists_at(field, field[STEPS] * tokens)
+    listed = field[LISTED]
     ids, ranks = np.empty(slots, np.int32), np.empty(slots, np.float32)
     picked = np.empty(slots, np.float32)
     for token in range(step * tokens, (step + 1) * tokens):
         kept = counts[token]
         if kept < 0:
-            _write(field, token, ids, picked, 0, False)
+            _write(field, token, ids, picked, 0, wholes[token], False)
             continue
         found = 0
         for k in range(kept):
-            expert = own[token * slots + k]
+            expert = own[token * listed + k]
             if awake[expert] != 0:
                 ids[found] = expert
-                picked[found] = own_gates[token * slots + k]
+                picked[found] = own_gates[token * listed + k]
                 found += 1
         if found < kept:
             gates, ranking = _scores_at(field, token)
@@ -343,13 +357,13 @@ def _fill(field, step):
                 if awake[e] != 0 and ranking[e] > NEVER:
                     is_own = False
                     for k in range(kept):
-                        is_own |= own[token * slots + k] == e
+                        is_own |= own[token * listed + k] == e
                     if not is_own:
                         more = _insert(ids[found:], ranks, more, kept - found, e, ranking[e])
             for k in range(found, found + more):
                 picked[k] = gates[ids[k]]
             found += more
-        _write(field, token, ids, picked, found, True)
+        _write(field, token, ids, picked, found, wholes[token], True)
 
 
 @njit(**COMPILE)

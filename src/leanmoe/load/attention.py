@@ -1,11 +1,12 @@
-"""Attention for continuous batching without a GPU: each request attends to its own cache alone.
+"""Attention for continuous batching without a GPU: every request attends to its own, in place.
 
 Transformers' SDPA path for continuous batching scores every token of a step against the cached
 tokens of all requests and masks what is not its own, so a step's attention grows with the square
-of the load. Its variable-length path needs a flash kernel, which a CPU does not have. This is
-that path in plain torch: the same arguments, one product a request.
+of the load; and it copies all that is cached in every layer of every step. Its way around both
+needs a flash kernel, which a CPU does not have. This is that way in plain torch: the same
+arguments, keys and values kept where they were written, and one product a request.
 
-Letters: H heads, Q tokens of the step, C cached and new tokens of all its requests, W head width.
+Letters: H heads, Q tokens of the step, C cached and new tokens of a request, W head width.
 """
 
 from __future__ import annotations
@@ -18,22 +19,71 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from leanmoe.errors import LeanMoeError
+
 NAME = "leanmoe_flash_per_request"
 """Transformers gives an implementation sequence lengths instead of masks if its name says flash."""
 
 
+class RequestCache:
+    """Keys and values of all layers, by the slot numbers of Transformers' paged cache.
+
+    A request's slots follow one another if a page is as long as the longest request, which
+    `leanmoe.load.measure` sees to.
+    """
+
+    def __init__(self, page: int) -> None:
+        self.page = page
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(
+        self, layer: int, slots_Q: Tensor, last: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Stores (1,H,Q,W) keys and values; returns all that is stored of the layer, (H,slots,W).
+
+        `last` is the highest slot.
+        """
+        keys, values = self._room(layer, last, key, value)
+        keys.index_copy_(1, slots_Q, key[0])
+        values.index_copy_(1, slots_Q, value[0])
+        return keys, values
+
+    def _room(self, layer: int, last: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        known = self._layers.get(layer)
+        have = 0 if known is None else known[0].shape[1]
+        if known is not None and last < have:
+            return known
+        slots = max(2 * have, (last // self.page + 1) * self.page)
+        grown = []
+        for place, new in enumerate((key, value)):
+            room = new.new_empty(new.shape[1], slots, new.shape[3])
+            if known is not None:
+                room[:, :have] = known[place]
+            grown.append(room)
+        self._layers[layer] = (grown[0], grown[1])
+        return self._layers[layer]
+
+
+_serving: list[RequestCache] = []
+"""The cache of the model that is served now, if any."""
+
+
 @contextmanager
-def attention_per_request(model: Any) -> Iterator[None]:
+def attention_per_request(model: Any, page: int) -> Iterator[None]:
     """Switches the model's attention for the body of the `with`; as it was, afterwards."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if _serving:
+        raise LeanMoeError("a model is being served already: one at a time")
     if NAME not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(NAME, attend_per_request)
     before = model.config._attn_implementation
     model.config._attn_implementation = NAME
+    _serving.append(RequestCache(page))
     try:
         yield
     finally:
+        _serving.clear()
         model.config._attn_implementation = before
 
 
@@ -44,26 +94,29 @@ def attend_per_request(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    cache: Any = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: (1,H,Q,W) queries to (1,Q,H,W), request by request.
 
-    Keys and values are repeated for grouped queries by SDPA itself. Greater numbers of requests
-    cost one call each; every call reads only what its request cached.
+    Keys and values are repeated for grouped queries by SDPA itself. Every call reads only what
+    its request cached.
     """
     del attention_mask
-    if cache is not None:
-        key, value = cache.update(
-            key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=keywords
+    slots_Q = keywords["write_index"][0]
+    starts: list[int] = keywords["cu_seq_lens_q"].tolist()
+    lengths = keywords["cu_seq_lens_k"]
+    lengths = next(iter(lengths.values())) if isinstance(lengths, dict) else lengths
+    known = lengths.diff().tolist()
+    ends: list[int] = (slots_Q[keywords["cu_seq_lens_q"][1:].long() - 1] + 1).tolist()
+    keys, values = _serving[0].write(module.layer_idx, slots_Q, max(ends) - 1, key, value)
+    out = torch.empty(1, query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype)
+    for first, after, end, count in zip(starts, starts[1:], ends, known, strict=False):
+        here = slice(end - count, end)
+        attended = _attend(
+            query[:, :, first:after], keys[None, :, here], values[None, :, here], scaling
         )
-    queries: list[int] = keywords["cu_seq_lens_q"].tolist()
-    cached: list[int] = keywords["cu_seq_lens_k"].tolist()
-    parts = [
-        _attend(query[:, :, q0:q1], key[:, :, c0:c1], value[:, :, c0:c1], scaling)
-        for q0, q1, c0, c1 in zip(queries, queries[1:], cached, cached[1:], strict=False)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+        out[:, first:after] = attended.transpose(1, 2)
+    return out, None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:

@@ -16,6 +16,7 @@ from leanmoe.errors import LeanMoeError
 from leanmoe.load.attention import attention_per_request
 from leanmoe.load.metrics import Load, Measurement, Ratio, Timeline
 from leanmoe.progress import bar
+from leanmoe.runtime import release_threads
 
 PREFILL_TOKENS_A_STEP = 512
 """Tokens of a step at most: longer prompts are prefilled in chunks, beside what decodes."""
@@ -134,7 +135,7 @@ def _served(model: Any, load: Load) -> Iterator[Any]:
         stack.enter_context(_quiet("ContinuousBatchingLogger"))
         stack.enter_context(_cache_width(model.config))
         if model.device.type == "cpu":
-            stack.enter_context(attention_per_request(model))
+            stack.enter_context(attention_per_request(model, page))
         manager = stack.enter_context(
             model.continuous_batching_context_manager(
                 generation_config=generation,
@@ -185,6 +186,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 def _run(manager: Any, prompts: Sequence[list[int]], load: Load) -> list[Timeline]:
     """One closed loop: `concurrency` requests are always under way until all are done."""
+    release_threads()  # continuous batching computes in a thread of its own
     sent: dict[str, float] = {}
     timelines: list[Timeline] = []
 

@@ -62,34 +62,49 @@ def route(
        it may use experts beyond its own top-k; with too few awake its last slots are skipped.
        With both, the candidates for the budget are the guaranteed ones, and the budget prevails
        over all of a token's guaranteed experts but its best. Equal rankings: lower id first.
-    5. Weights of the slots that remain, normalised and scaled as the family does it.
+    5. Weights of the slots that remain, normalised and scaled as the family does it; with
+       `keep_weights` over the token's own best `top_k` slots, all of the model's, whichever run.
     """
     slots = top_k if rule.top_k is None else rule.top_k
     if slots == 0:
         return _nothing(logits_STE)
     scores = score(logits_STE, router, bias_E, rule.experts)
+    full = _full_gates(scores, top_k, router) if rule.keep_weights else None
     kept: Tensor | None
     over_budget = None
     if rule.depends_on_company:
         has_bias = bias_E is not None
         ids, kept, over_budget = _shared(scores, slots, rule, router, has_bias, padding_ST)
-        weights = weigh(scores.gates_STE.gather(-1, ids), router, kept)
+        weights = weigh(scores.gates_STE.gather(-1, ids), router, kept, full)
     elif rule.threshold is None and rule.top_p is None:
-        ids, weights, kept = _best(scores, slots, rule, router, padding_ST)
+        ids, weights, kept = _best(scores, slots, rule, router, padding_ST, full)
     else:
         ranked, ids = scores.ranking_STE.topk(slots, dim=-1)
         kept = _without_padding(ranked > NEVER, padding_ST)
         kept = _wanted(scores, ids, kept, rule, router)
         if bias_E is not None:
             ids, kept = _kept_first(ids, kept)
-        weights = weigh(scores.gates_STE.gather(-1, ids), router, kept)
+        weights = weigh(scores.gates_STE.gather(-1, ids), router, kept, full)
     if kept is not None:
         ids = ids.masked_fill(~kept, logits_STE.shape[-1])
     return Routing(ids, weights, over_budget)
 
 
+def _full_gates(scores: Scores, top_k: int, router: Router) -> Tensor:
+    """Gates of a token's best `top_k` experts among those it may use; nothing for the missing."""
+    slots = min(top_k, scores.ranking_STE.shape[-1])
+    ranked, ids = scores.ranking_STE.topk(slots, dim=-1)
+    nothing = NEVER if router.scoring == "softmax_after_top_k" else 0.0
+    return scores.gates_STE.gather(-1, ids).masked_fill(ranked == NEVER, nothing)
+
+
 def _best(
-    scores: Scores, slots: int, rule: Rule, router: Router, padding_ST: Tensor | None
+    scores: Scores,
+    slots: int,
+    rule: Rule,
+    router: Router,
+    padding_ST: Tensor | None,
+    full: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids and weights of `top_k` alone, by the family's own calls, and what is kept of them."""
     all_usable = _all_usable(slots, scores.ranking_STE.shape[-1], rule, router)
@@ -98,13 +113,13 @@ def _best(
     plain = scores.ranking_STE is scores.gates_STE
     gates = ranked if plain else scores.gates_STE.gather(-1, ids)
     if all_usable:
-        weights = weigh(gates, router)
+        weights = weigh(gates, router, None, full)
         if padding_ST is None:
             return ids, weights, None
         padding_ST1 = padding_ST.unsqueeze(-1)
         return ids, weights.masked_fill(padding_ST1, 0.0), (~padding_ST1).expand_as(ids)
     kept = _without_padding(ranked > NEVER, padding_ST)
-    return ids, weigh(gates, router, kept), kept
+    return ids, weigh(gates, router, kept, full), kept
 
 
 def _all_usable(slots: int, experts: int, rule: Rule, router: Router) -> bool:
