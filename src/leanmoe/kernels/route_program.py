@@ -44,6 +44,7 @@ TOKENS_WORTH_A_THREAD = 48
 VOTE_UNIT = 4294967296.0
 """Votes are added as whole numbers of 1/2^32, as the reference adds them."""
 NEVER = np.float32(-np.inf)
+INFINITE = np.float32(np.inf)
 TINY = np.float32(np.finfo(np.float32).tiny)
 
 
@@ -109,9 +110,9 @@ def _score(field, token, gates, ranking):
             total += gates[e]
         for e in range(experts):
             gates[e] /= total
-    total = np.float32(0.0)
+    not_numbers = 0
     for e in range(experts):
-        total += gates[e] * np.float32(0.0)
+        not_numbers += not np.abs(gates[e]) < INFINITE
         ranking[e] = gates[e]
     if field[BIAS] != 0:
         bias = carray(floats_at(field[BIAS]), experts)
@@ -122,7 +123,7 @@ def _score(field, token, gates, ranking):
         for e in range(experts):
             if allowed[e] == 0:
                 ranking[e] = NEVER
-    return total == total
+    return not_numbers == 0
 
 
 @njit(**COMPILE)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ NAME = "leanmoe_flash_per_request"
 """Transformers gives an implementation sequence lengths instead of masks if its name says flash."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """One request's part in a step."""
+
+    new: slice
+    """Which of the step's tokens."""
+    known: slice
+    """Which slots hold its cached and new tokens."""
+
+
 class RequestCache:
     """Keys and values of all layers, by the slot numbers of Transformers' paged cache.
 
@@ -35,25 +46,33 @@ class RequestCache:
     def __init__(self, page: int) -> None:
         self.page = page
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._pieces: list[Piece] = []
+        self._layer = -1
+
+    def pieces(self, layer: int, keywords: dict[str, Any]) -> list[Piece]:
+        """The requests of the step; read once a step, in its first layer."""
+        if layer <= self._layer or not self._pieces:
+            self._pieces = _pieces(keywords)
+        self._layer = layer
+        return self._pieces
 
     def write(
-        self, layer: int, slots_Q: Tensor, last: int, key: Tensor, value: Tensor
+        self, layer: int, pieces: list[Piece], key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Stores (1,H,Q,W) keys and values; returns all that is stored of the layer, (H,slots,W).
-
-        `last` is the highest slot.
-        """
-        keys, values = self._room(layer, last, key, value)
-        keys.index_copy_(1, slots_Q, key[0])
-        values.index_copy_(1, slots_Q, value[0])
+        """Stores (1,H,Q,W) keys and values; returns all that the layer holds, (H,slots,W)."""
+        keys, values = self._room(layer, max(piece.known.stop for piece in pieces), key, value)
+        for piece in pieces:
+            here = slice(piece.known.stop - (piece.new.stop - piece.new.start), piece.known.stop)
+            keys[:, here] = key[0, :, piece.new]
+            values[:, here] = value[0, :, piece.new]
         return keys, values
 
-    def _room(self, layer: int, last: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _room(self, layer: int, needed: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         known = self._layers.get(layer)
         have = 0 if known is None else known[0].shape[1]
-        if known is not None and last < have:
+        if known is not None and needed <= have:
             return known
-        slots = max(2 * have, (last // self.page + 1) * self.page)
+        slots = max(2 * have, (needed + self.page - 1) // self.page * self.page)
         grown = []
         for place, new in enumerate((key, value)):
             room = new.new_empty(new.shape[1], slots, new.shape[3])
@@ -70,7 +89,10 @@ _serving: list[RequestCache] = []
 
 @contextmanager
 def attention_per_request(model: Any, page: int) -> Iterator[None]:
-    """Switches the model's attention for the body of the `with`; as it was, afterwards."""
+    """Switches the model's attention for the body of the `with`; as it was, afterwards.
+
+    `page` is the page size of the cache: no request may be longer.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if _serving:
@@ -102,21 +124,32 @@ def attend_per_request(
     its request cached.
     """
     del attention_mask
-    slots_Q = keywords["write_index"][0]
-    starts: list[int] = keywords["cu_seq_lens_q"].tolist()
-    lengths = keywords["cu_seq_lens_k"]
-    lengths = next(iter(lengths.values())) if isinstance(lengths, dict) else lengths
-    known = lengths.diff().tolist()
-    ends: list[int] = (slots_Q[keywords["cu_seq_lens_q"][1:].long() - 1] + 1).tolist()
-    keys, values = _serving[0].write(module.layer_idx, slots_Q, max(ends) - 1, key, value)
-    out = torch.empty(1, query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype)
-    for first, after, end, count in zip(starts, starts[1:], ends, known, strict=False):
-        here = slice(end - count, end)
-        attended = _attend(
-            query[:, :, first:after], keys[None, :, here], values[None, :, here], scaling
-        )
-        out[:, first:after] = attended.transpose(1, 2)
+    cache = _serving[0]
+    pieces = cache.pieces(module.layer_idx, keywords)
+    keys, values = cache.write(module.layer_idx, pieces, key, value)
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    for piece in pieces:
+        new, known = piece.new, piece.known
+        if known.stop - known.start == new.stop - new.start:  # a whole prompt: nothing is cached
+            attended = _attend(query[:, :, new], key[:, :, new], value[:, :, new], scaling)
+        else:
+            past = keys[None, :, known], values[None, :, known]
+            attended = _attend(query[:, :, new], *past, scaling)
+        out[:, new] = attended.transpose(1, 2)
     return out, None
+
+
+def _pieces(keywords: dict[str, Any]) -> list[Piece]:
+    starts_R = keywords["cu_seq_lens_q"]
+    known_R = keywords["cu_seq_lens_k"]
+    known_R = next(iter(known_R.values())) if isinstance(known_R, dict) else known_R
+    starts: list[int] = starts_R.tolist()
+    lengths: list[int] = known_R.diff().tolist()
+    ends: list[int] = (keywords["write_index"][0][starts_R[1:].long() - 1] + 1).tolist()
+    return [
+        Piece(slice(first, after), slice(end - length, end))
+        for first, after, end, length in zip(starts, starts[1:], ends, lengths, strict=False)
+    ]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:

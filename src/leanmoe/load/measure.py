@@ -19,7 +19,8 @@ from leanmoe.progress import bar
 from leanmoe.runtime import release_threads
 
 PREFILL_TOKENS_A_STEP = 512
-"""Tokens of a step at most: longer prompts are prefilled in chunks, beside what decodes."""
+"""A step takes as many whole prompts as fit in this, beside what decodes; a longer prompt is
+prefilled in chunks of it."""
 SECONDS_WITHOUT_RESULT = 120.0
 WARM_UP_OUTPUT = 4
 
@@ -122,8 +123,8 @@ def _served(model: Any, load: Load) -> Iterator[Any]:
     page = max(64, 1 << (length - 1).bit_length())
     settings = ContinuousBatchingConfig(
         page_size=page,
-        num_blocks=2 * load.concurrency + 4,
-        max_batch_tokens=max(PREFILL_TOKENS_A_STEP, load.concurrency),
+        num_blocks=load.concurrency + 4,
+        max_batch_tokens=_step_tokens(load),
         max_requests_per_batch=load.concurrency,
         allow_block_sharing=False,  # shared prefixes would spare one variant's prefill
         use_async_batching=False if model.device.type == "cpu" else None,
@@ -146,6 +147,12 @@ def _served(model: Any, load: Load) -> Iterator[Any]:
             )
         )
         yield manager
+
+
+def _step_tokens(load: Load) -> int:
+    """Tokens of a step at most; chunks of prompts where whole ones would do cost attention."""
+    whole = PREFILL_TOKENS_A_STEP // load.input_tokens * load.input_tokens
+    return (whole or PREFILL_TOKENS_A_STEP) + load.concurrency
 
 
 @contextmanager

@@ -81,12 +81,16 @@ class LayerRouting:
         chosen = [(index, *self._part(logits_TE, stock, most, index))]
         chosen += [(p.index_ST, *self._part(logits_TE, stock, p, p.index_ST)) for p in others]
         slots = max(ids.shape[-1] for _, ids, _ in chosen)
-        all_ids_TK = chosen[0][1].new_empty((logits_TE.shape[0], slots))
-        all_weights_TK = chosen[0][2].new_empty((logits_TE.shape[0], slots))
+        all_ids_TK = chosen[0][1].new_full((logits_TE.shape[0], slots), self.experts)
+        all_weights_TK = chosen[0][2].new_zeros((logits_TE.shape[0], slots))
         for place, ids, weights in chosen:
-            at = slice(None) if place is None else place.flatten()
-            all_ids_TK[at] = _widened(ids, slots, self.experts)
-            all_weights_TK[at] = _widened(weights, slots, 0)
+            if place is None:
+                all_ids_TK[:, : ids.shape[-1]] = ids
+                all_weights_TK[:, : ids.shape[-1]] = weights
+            else:
+                at = place.flatten()
+                all_ids_TK[at] = _widened(ids, slots, self.experts)
+                all_weights_TK[at] = _widened(weights, slots, 0)
         return all_ids_TK, all_weights_TK
 
     def _fits_all(self, part: Part, tokens: int) -> bool:
