@@ -71,7 +71,7 @@ def test_pieces_survive_a_line_cut_short(tmp_path: Path) -> None:
         ({"margin": 0.0}, "margin is 0.0"),
         ({"confidence": 1.0}, "confidence is 1.0"),
         ({"repeats": 1}, "repeats is 1"),
-        ({"window_tokens": 4}, "window-tokens is 4"),
+        ({"input_tokens": 4}, "input-tokens is 4"),
     ],
 )
 def test_settings_out_of_range_are_named(changed: dict[str, object], message: str) -> None:

@@ -29,12 +29,13 @@ def compare_strategies(
     profile: Profile,
     sensitivities: Sequence[Sensitivity],
     together: int,
-    full: Losses,
     settings: TuneSettings,
     store: Callable[[str, Callable[[], Any]], Any],
 ) -> dict[str, Any]:
     """One table: what each strategy loses, and how it stands against leanmoe's own."""
     setting = _setting(inputs, profile, sensitivities, together)
+    nothing = (Rule(),) * len(profile.layers)
+    full = Losses.from_json(store("strategy-full", _losses_of(inputs, nothing, None, "full")))
     found: dict[str, tuple[tuple[Rule, ...], Losses]] = {}
     for name, each in STRATEGIES.items():
         if each.needs_company and together < 2:
@@ -54,11 +55,12 @@ def compare_strategies(
 
 
 def _losses_of(
-    inputs: Inputs, rules: tuple[Rule, ...], together: int, name: str
+    inputs: Inputs, rules: tuple[Rule, ...], together: int | None, name: str
 ) -> Callable[[], Any]:
     def compute() -> Any:
         plan = Plan.per_layer(inputs.shape.fingerprint(), rules)
-        return plan_losses(inputs, plan, together, f"Strategy {name}").to_json()
+        what = f"Strategy {name}"
+        return plan_losses(inputs, inputs.compared, plan, together, what).to_json()
 
     return compute
 

@@ -9,10 +9,13 @@ from typing import Any
 from leanmoe.errors import LeanMoeError
 from leanmoe.job.settings import TuneSettings
 from leanmoe.quality.paired import require_documents
+from leanmoe.quality.replies import why_not_branch
 from leanmoe.quality.windows import Windows, cut
 from leanmoe.runtime import find_layers, load_model, shape_of
 from leanmoe.shape import MoEShape
 from leanmoe.text import Document, read_corpus, split
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Inputs:
     """Calibration text for sensitivities; the first part of each window is its prompt."""
     proved: Windows
     """Held-out text; the search never sees it."""
+    compared: Windows
+    """Part of it, for the table of strategies."""
     prompts: list[list[int]]
     """Held-out prompts for the load."""
     counts: dict[str, dict[str, int]]
@@ -42,13 +47,17 @@ def read_inputs(settings: TuneSettings) -> Inputs:
     calibration, heldout = split(corpus.documents, settings.heldout_share, settings.seed)
     model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
     find_layers(model)
-    whole = settings.window_tokens
-    prompt = settings.prompt_share_tokens
+    reason = why_not_branch(model.config)
+    if reason:
+        logger.info("every reply is scored in a row of its own: %s", reason)
+    whole, prompt, reply = settings.scored_window(reason is None)
     searched = full_windows(calibration, tokenizer, whole, settings.sensitivity_tokens, settings)
     proved = full_windows(heldout, tokenizer, whole, settings.heldout_tokens, settings)
+    some = int(settings.compared_share * settings.heldout_tokens)
+    compared = full_windows(heldout, tokenizer, whole, some, settings)
     require_documents(proved.documents, settings.confidence)
     together = max(settings.loads)
-    for name, windows in (("calibration", searched), ("held-out", proved)):
+    for name, windows in (("calibration", searched), ("held-out", compared)):
         if len(windows.lengths_N) < together:
             raise LeanMoeError(
                 f"the {name} text gives {len(windows.lengths_N)} windows of {whole} tokens: "
@@ -59,8 +68,9 @@ def read_inputs(settings: TuneSettings) -> Inputs:
         shape=shape_of(model),
         source=corpus.source,
         profiled=cut(calibration, tokenizer, whole, settings.profile_tokens, settings.seed),
-        searched=searched.after_prompt(prompt),
-        proved=proved.after_prompt(prompt),
+        searched=searched.after_prompt(prompt, reply),
+        proved=proved.after_prompt(prompt, reply),
+        compared=compared.after_prompt(prompt, reply),
         prompts=_prompts(heldout, tokenizer, settings.input_tokens, 2 * together),
         counts={
             "calibration": {"documents": len(calibration), "tokens": searched.tokens},

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,11 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
     inputs = read_inputs(settings)
     profile = _profile(inputs, folder, settings, command)
     found = _sensitivities(inputs, folder, settings)
-    full = Losses.from_json(
-        folder.step("full", lambda: plan_losses(inputs, _empty(inputs), None, "Full").to_json())
-    )
+    full = Losses.from_json(folder.step("full", partial(_full_losses, inputs)))
     times = _times(inputs, profile, folder, settings)
     proved = _prove_all(inputs, profile, found, times, full, folder, settings)
     strategies = [
-        compare_strategies(inputs, profile, found, together, full, settings, folder.step)
+        compare_strategies(inputs, profile, found, together, settings, folder.step)
         for together in settings.loads
         if settings.strategy == "auto"
     ]
@@ -119,6 +118,10 @@ def peak_memory() -> int:
     return int(peak if sys.platform == "darwin" else 1024 * peak)
 
 
+def _full_losses(inputs: Inputs) -> Any:
+    return plan_losses(inputs, inputs.proved, _empty(inputs), None, "Full model").to_json()
+
+
 def _empty(inputs: Inputs) -> Plan:
     return Plan(inputs.shape.fingerprint())
 
@@ -139,7 +142,7 @@ def _profile(inputs: Inputs, folder: RunFolder, settings: TuneSettings, command:
 def _sensitivities(inputs: Inputs, folder: RunFolder, settings: TuneSettings) -> list[Sensitivity]:
     """Measured in one piece for each company and phase, each stored when it is done."""
     fingerprint = inputs.shape.fingerprint()
-    tried = candidates(fingerprint, settings.loads)
+    tried = candidates(fingerprint, settings.loads, inputs.shape.router)
     found: list[Sensitivity] = []
     for together, phase in sorted({(c.together, c.phase) for c in tried}):
         group = [c for c in tried if (c.together, c.phase) == (together, phase)]
@@ -192,9 +195,13 @@ def _prove_all(
     for load in reversed(settings.loads):
         points = points_for(load, found, profile, times[load], settings, full.mean, prompt)
         proved[load] = prove(inputs, points, load, full, settings, folder.step)
-        best = _last_accepted(proved[load])
-        if prompt is None and best is not None:
-            prompt = best.point.prompt
+        while prompt is None and (best := _last_accepted(proved[load])) is not None:
+            # At every load, with or without a band of its own, the prompt rules will be at work.
+            alone = replace(best.point, decode=(Rule(),) * len(best.point.decode))
+            if prove(inputs, [alone], load, full, settings, folder.step)[0].verdict.accepted:
+                prompt = best.point.prompt
+            else:
+                proved[load].remove(best)
     return proved
 
 
@@ -250,11 +257,11 @@ def _model(inputs: Inputs) -> dict[str, Any]:
 
 
 def _notes(verdicts: Sequence[Mapping[str, Any]], settings: TuneSettings) -> list[str]:
-    half = settings.prompt_share_tokens
+    replies = settings.output_tokens
     notes = [
-        f"Loss is measured on what a service reads: after a prompt of {half} tokens run under the "
-        "prompt rules, the next tokens under the decode rules, in the company of as many others "
-        "as the load has.",
+        f"Loss is measured on what a service at this load reads: replies of {replies} tokens to "
+        f"prompts of {settings.input_tokens} on average, the prompt under the prompt rules, the "
+        "reply under the decode rules in the company of as many others as the load has.",
         "Layer times on the fronts are modelled from timings of one layer on this machine; "
         "throughput is measured end to end.",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ from leanmoe.quality.divergence import losses
 from leanmoe.quality.documents import Losses
 from leanmoe.quality.paired import Verdict, non_inferior
 from leanmoe.quality.sequence import fixed_sequence
+from leanmoe.quality.windows import Windows
 from leanmoe.runtime import IMPLEMENTATION, apply
 from leanmoe.tune.candidates import Phase
 from leanmoe.tune.front import SHARES_OF_MARGIN, Point, Workload, front
@@ -25,16 +28,18 @@ PREFILL_STEP = 512
 BATCH_TOKENS = 8192
 
 
-def plan_losses(inputs: Inputs, plan: Plan, together: int | None, what: str) -> Losses:
-    """Next-token loss per held-out document under `plan`, `together` requests decoding at once."""
+def plan_losses(
+    inputs: Inputs, windows: Windows, plan: Plan, together: int | None, what: str
+) -> Losses:
+    """Next-token loss per document of `windows` under `plan`, `together` requests decoding."""
     with apply(
         inputs.model,
         plan,
         experts=IMPLEMENTATION,
         decode_batch=together,
-        prompt_tokens=inputs.proved.prompt_tokens,
+        prompt_tokens=windows.prompt_in_call,
     ):
-        return losses(inputs.model, inputs.proved, what, together, BATCH_TOKENS)
+        return losses(inputs.model, windows, what, together, BATCH_TOKENS)
 
 
 def workloads(
@@ -121,11 +126,13 @@ def prove(
 
     def accepts(point: Point) -> bool:
         name = f"validation-{together}-{numbers[id(point)]}"
+        if all(rule.is_empty for rule in point.decode):  # then company decides nothing
+            name = f"validation-prompt-{_digest(point.prompt)}"
 
         def compute() -> dict[str, Any]:
             plan = point_plan(inputs, point)
             what = f"Validate, {together} at once"
-            return plan_losses(inputs, plan, together, what).to_json()
+            return plan_losses(inputs, inputs.proved, plan, together, what).to_json()
 
         found = Losses.from_json(store(name, compute))
         verdict = non_inferior(full, found, settings.margin, settings.confidence, settings.seed)
@@ -134,6 +141,11 @@ def prove(
 
     fixed_sequence(points, accepts)
     return proved
+
+
+def _digest(rules: Sequence[Rule]) -> str:
+    text = json.dumps([rule.to_json() for rule in rules])
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def point_plan(inputs: Inputs, point: Point) -> Plan:

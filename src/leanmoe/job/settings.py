@@ -8,6 +8,9 @@ from typing import Any
 
 from leanmoe.errors import LeanMoeError
 
+PROMPT_SPREAD = 64
+"""Replies are scored after prompts up to this many tokens shorter or longer than the load's."""
+
 
 @dataclass(frozen=True)
 class TuneSettings:
@@ -29,10 +32,11 @@ class TuneSettings:
     profile_tokens: int = 200_000
     sensitivity_tokens: int = 20_000
     heldout_tokens: int = 60_000
+    """Tokens of text that each plan is proven on; about 40% of them are scored."""
     heldout_share: float = 0.4
     """Share of the documents that the search never sees."""
-    window_tokens: int = 256
-    """Tokens of a document that are scored together; the first half is the prompt."""
+    compared_share: float = 0.5
+    """Share of the held-out text that the table of strategies is measured on."""
     seed: int = 0
     dtype: str | None = None
     trust_remote_code: bool = False
@@ -52,16 +56,24 @@ class TuneSettings:
             "profile_tokens",
             "sensitivity_tokens",
             "heldout_tokens",
-            "window_tokens",
         ):
             value = getattr(self, name)
             _require(value >= 16, name.replace("_", "-"), value, "at least 16")
         _require(self.output_tokens >= 2, "output-tokens", self.output_tokens, "at least 2")
 
-    @property
-    def prompt_share_tokens(self) -> int:
-        """Tokens of a window that stand for a request's prompt; the rest for its output."""
-        return self.window_tokens // 2
+    def scored_window(self, can_branch: bool) -> tuple[int, int, int]:
+        """Tokens of a window that is scored, of its shortest prompt, and of each of its replies.
+
+        With branching, replies of the load's output length follow prompts whose mean length is
+        the load's; otherwise one reply follows a prompt of just that length, and 0 is returned
+        for the replies.
+        """
+        if not can_branch:
+            return self.input_tokens + self.output_tokens, self.input_tokens, 0
+        spread = min(PROMPT_SPREAD, self.input_tokens // 2)
+        replies = max(1, 2 * spread // self.output_tokens)
+        prompt = self.input_tokens - spread
+        return prompt + replies * self.output_tokens, prompt, self.output_tokens
 
     def bands(self) -> tuple[int | None, ...]:
         """The upper end of each load's band, in tokens of a forward step.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.progress import bar
+from leanmoe.quality.replies import branched_ids, branched_layout, unbranched
 from leanmoe.quality.windows import BATCH_TOKENS, Batch, Windows
 
 
@@ -24,6 +25,8 @@ def final_hidden(model: Any, batch: Batch) -> Tensor:
     the other tokens are a prompt.
     """
     device = model.device
+    if batch.reply_tokens:
+        return _branched(model, batch)
     mask = batch.attention_mask
     done = model.base_model(
         input_ids=batch.ids_NL.to(device),
@@ -32,6 +35,18 @@ def final_hidden(model: Any, batch: Batch) -> Tensor:
     )
     hidden_NLD: Tensor = done[0]
     return hidden_NLD
+
+
+def _branched(model: Any, batch: Batch) -> Tensor:
+    length, prompt = batch.ids_NL.shape[1], batch.prompt_tokens
+    positions, mask = branched_layout(length, prompt, batch.reply_tokens, model.dtype)
+    done = model.base_model(
+        input_ids=branched_ids(batch.ids_NL, prompt).to(model.device),
+        position_ids=positions.to(model.device),
+        attention_mask=mask.to(model.device),
+        use_cache=False,
+    )
+    return unbranched(done[0], length, prompt)
 
 
 def hidden_of(

@@ -35,6 +35,13 @@ class Batch:
     scored_N: Tensor
     """False for a window that only keeps the others company; it is scored in another batch."""
     prompt_tokens: int = 0
+    reply_tokens: int = 0
+    """Where above 0, the tokens after the prompt are replies of so many tokens; see `replies`."""
+
+    @property
+    def prompt_in_call(self) -> int:
+        """The first tokens of a row in the model's call that are a prompt: what `apply` takes."""
+        return self.ids_NL.shape[1] if self.reply_tokens else self.prompt_tokens
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -65,6 +72,8 @@ class Windows:
     seed: int = 0
     prompt_tokens: int = 0
     """The first tokens of each window whose next-token prediction nobody reads: not scored."""
+    reply_tokens: int = 0
+    """Where above 0, what follows are replies of so many tokens to ever longer prompts."""
 
     @classmethod
     def of_ids(cls, ids_NL: Tensor, names: Sequence[str] | None = None) -> Windows:
@@ -88,14 +97,31 @@ class Windows:
         """True [N, L] where there is a token."""
         return torch.arange(self.ids_NL.shape[1]) < self.lengths_N[:, None]
 
-    def after_prompt(self, tokens: int) -> Windows:
-        """The same windows with their first `tokens` tokens as a prompt, which is not scored."""
+    @property
+    def prompt_in_call(self) -> int:
+        """The first tokens of a row in the model's call that are a prompt: what `apply` takes."""
+        return self.ids_NL.shape[1] if self.reply_tokens else self.prompt_tokens
+
+    @property
+    def tokens_run(self) -> int:
+        """Tokens that one pass computes, padding not counted."""
+        twice = self.ids_NL.shape[1] - self.prompt_tokens if self.reply_tokens else 0
+        return self.tokens + twice * len(self.lengths_N)
+
+    def after_prompt(self, tokens: int, reply: int = 0) -> Windows:
+        """The same windows with their first `tokens` tokens as a prompt, which is not scored.
+
+        With `reply`, the rest is cut into replies of so many tokens, each to the prompt of all
+        tokens before it; windows must be full then.
+        """
         if not 0 <= tokens < self.ids_NL.shape[1] - 1:
             raise LeanMoeError(
                 f"prompt is {tokens} tokens: it must be 0 to {self.ids_NL.shape[1] - 2}, so that "
                 f"windows of {self.ids_NL.shape[1]} have a token to predict after it"
             )
-        return replace(self, prompt_tokens=tokens)
+        if reply and not bool((self.lengths_N == self.ids_NL.shape[1]).all()):
+            raise LeanMoeError("windows with replies must all be full: one of them is padded")
+        return replace(self, prompt_tokens=tokens, reply_tokens=reply)
 
     def batches(
         self, batch_tokens: int = BATCH_TOKENS, decode_batch: int | None = None
@@ -148,6 +174,7 @@ class Windows:
             rows_N,
             scored_N,
             self.prompt_tokens,
+            self.reply_tokens,
         )
 
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from leanmoe.plan import Fingerprint, Plan, Rule
+from leanmoe.routers import Router
 
 Phase = Literal["prompt", "decode"]
+PHASES: tuple[Phase, ...] = ("prompt", "decode")
 
 
 @dataclass(frozen=True)
@@ -43,39 +45,55 @@ class Candidate:
         return cls(value["phase"], value["layer"], Rule.from_json(value["rule"]), value["together"])
 
 
-def prompt_rules(top_k: int) -> tuple[Rule, ...]:
+def prompt_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
     """Fewer experts for prompt tokens, down to none: the last layer's feed nothing that is read."""
     steps = sorted({0, 1, 2, 3, top_k // 2, (3 * top_k) // 4}, reverse=True)
-    return tuple(Rule(top_k=k) for k in steps if k < top_k)
+    return tuple(Rule(top_k=k, keep_weights=keep if k else None) for k in steps if k < top_k)
 
 
-def own_rules(top_k: int) -> tuple[Rule, ...]:
+def own_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
     """Rules in which a token looks at its own gates only."""
-    fewer = tuple(Rule(top_k=k) for k in range(top_k - 1, max(top_k // 2 - 1, 0), -1))
-    gated = tuple(Rule(threshold=share) for share in (0.15, 0.2, 0.25, 0.3, 0.35))
-    mass = tuple(Rule(top_p=share) for share in (0.95, 0.9, 0.85))
+    counts = range(top_k - 1, max(top_k // 2 - 1, 0), -1)
+    fewer = tuple(Rule(top_k=k, keep_weights=keep) for k in counts)
+    gated = tuple(Rule(threshold=share, keep_weights=keep) for share in (0.15, 0.2, 0.25, 0.3))
+    mass = tuple(Rule(top_p=share, keep_weights=keep) for share in (0.95, 0.9))
     return (*fewer, *gated, *mass)
 
 
-def company_rules(top_k: int, experts: int, together: int) -> tuple[Rule, ...]:
+def company_rules(
+    top_k: int, experts: int, together: int, keep: bool | None = None
+) -> tuple[Rule, ...]:
     """Rules in which the tokens of a step share experts; none for a token on its own."""
     if together < 2:
         return ()
-    kept = tuple(Rule(guaranteed=k) for k in range(top_k - 1, max(top_k // 4, 0), -1))
+    counts = range(top_k - 2, max(top_k // 4, 0), -1)
+    kept = tuple(Rule(guaranteed=k, keep_weights=keep) for k in counts)
     expected = experts * (1 - (1 - top_k / experts) ** together)
-    budgets = {max(1, round(expected * share)) for share in (0.9, 0.8, 0.7, 0.6)}
-    return (*kept, *(Rule(budget=budget) for budget in sorted(budgets, reverse=True)))
+    budgets = sorted({max(1, round(expected * share)) for share in (0.8, 0.7, 0.6)}, reverse=True)
+    return (*kept, *(Rule(budget=budget, keep_weights=keep) for budget in budgets))
 
 
-def candidates(model: Fingerprint, loads: tuple[int, ...]) -> tuple[Candidate, ...]:
-    """Every candidate of a run, those that serve several loads once."""
+def candidates(
+    model: Fingerprint, loads: tuple[int, ...], router: Router | None = None
+) -> tuple[Candidate, ...]:
+    """Every candidate of a run, those that serve several loads once.
+
+    Where `router` normalises the weights of those it picks, the rules keep the weights of the
+    whole top-k: normalising anew over fewer loses several times as much (docs/quality.md).
+    """
     layers = range(model.moe_layers)
-    prompt = [Candidate("prompt", n, r) for n in layers for r in prompt_rules(model.top_k)]
-    own = [Candidate("decode", n, r) for n in layers for r in own_rules(model.top_k)]
+    keep = True if router is not None and normalises(router) else None
+    prompt = [Candidate("prompt", n, r) for n in layers for r in prompt_rules(model.top_k, keep)]
+    own = [Candidate("decode", n, r) for n in layers for r in own_rules(model.top_k, keep)]
     shared = [
         Candidate("decode", n, rule, together)
         for together in loads
         for n in layers
-        for rule in company_rules(model.top_k, model.experts, together)
+        for rule in company_rules(model.top_k, model.experts, together, keep)
     ]
     return (*prompt, *own, *shared)
+
+
+def normalises(router: Router) -> bool:
+    """Whether what an expert weighs depends on which others are picked beside it."""
+    return router.normalise or router.scoring == "softmax_after_top_k"

@@ -9,11 +9,11 @@ from leanmoe.plan import Rule
 from leanmoe.tune.allocate import Option, cheapest
 from leanmoe.tune.candidates import Phase
 from leanmoe.tune.layer_time import LayerTime
-from leanmoe.tune.sensitivity import Sensitivity
+from leanmoe.tune.sensitivity import Sensitivity, loss_rates
 
-SHARES_OF_MARGIN = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
-"""Predicted losses to aim at, as shares of the margin: single-layer losses add up to a little
-less than what a whole plan loses, and the verdict needs room for its interval."""
+SHARES_OF_MARGIN = (0.2, 0.45, 0.7, 1.0, 1.4)
+"""Predicted losses to aim at, as shares of the margin. Predictions miss both ways; the first plan
+that fails on held-out text ends the sequence."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Point:
     prompt: tuple[Rule, ...]
     decode: tuple[Rule, ...]
     predicted_loss: float
-    """Sum of single-layer divergences, nats per token."""
+    """Sum of single-layer losses, nats per token."""
     modelled_time: float
     """Time of all MoE layers, as a share of the full model's."""
 
@@ -66,16 +66,17 @@ def front(
     """The fastest plan for each loss budget (nats per token), without repeats, safest first.
 
     `full` gives the full model's slots and distinct experts by phase and layer. `prompt` fixes
-    the prompt rules; None lets them be chosen together with the rules for decoding.
+    the prompt rules, and puts the plan with nothing but them first; None lets them be chosen
+    together with the rules for decoding.
     """
     items = _items(sensitivities, full, workload, prompt)
+    if prompt is not None:
+        budgets = [0.0, *budgets]
     everything = sum(item.options[0].time for item in _items((), full, workload, None))
     points: list[Point] = []
     for budget in budgets:
         fixed = sum(min(o.loss for o in i.options) for i in items)
-        if fixed > budget:
-            continue
-        chosen = cheapest([item.options for item in items], budget)
+        chosen = cheapest([item.options for item in items], max(budget, fixed))
         point = _point(items, chosen, everything)
         if not points or (point.prompt, point.decode) != (points[-1].prompt, points[-1].decode):
             points.append(point)
@@ -89,6 +90,7 @@ def _items(
     prompt: tuple[Rule, ...] | None,
 ) -> list[_Item]:
     items = []
+    rates = loss_rates(sensitivities)
     for (phase, layer), (slots, distinct) in sorted(full.items()):
         item = _Item(phase, layer, [], [])
         _offer(item, Rule(), 0.0, workload.seconds(phase, slots, distinct, has_rule=False))
@@ -97,8 +99,11 @@ def _items(
             fits = not tried.rule.depends_on_company or tried.together == workload.together
             if (tried.phase, tried.layer) == (phase, layer) and fits:
                 seconds = workload.seconds(phase, found.slots, found.distinct, has_rule=True)
-                _offer(item, tried.rule, max(found.divergence, 0.0), seconds)
-        items.append(_only(item, prompt[layer]) if phase == "prompt" and prompt else item)
+                loss = rates[phase] * max(found.divergence, 0.0)
+                _offer(item, tried.rule, loss, seconds)
+        if phase == "prompt" and prompt is not None:
+            item = _only(item, prompt[layer] if prompt else Rule())
+        items.append(item)
     return items
 
 
@@ -119,8 +124,9 @@ def _point(items: Sequence[_Item], chosen: Sequence[int], everything: float) -> 
     for item, option in zip(items, chosen, strict=True):
         rules[item.phase].append(item.rules[option])
     taken = [item.options[option] for item, option in zip(items, chosen, strict=True)]
+    no_prompt = all(rule.is_empty for rule in rules["prompt"])
     return Point(
-        tuple(rules["prompt"]),
+        () if no_prompt else tuple(rules["prompt"]),
         tuple(rules["decode"]),
         sum(option.loss for option in taken),
         sum(option.time for option in taken) / everything,

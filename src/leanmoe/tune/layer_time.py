@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from leanmoe.kernels import choose_route
 from leanmoe.plan import Rule
 from leanmoe.profile.replay import draw_steps
 from leanmoe.profile.saved import Profile
-from leanmoe.routing import count_distinct, count_slots, route
+from leanmoe.routing import count_distinct, count_slots
 from leanmoe.runtime import find_layers
 from leanmoe.runtime.experts import experts_forward
 
@@ -75,7 +76,8 @@ def fit(
             rule, step = rules[case[0]], steps[case[1]]
             logits = logits_TE[step].float().to(weight.device)
             started = time.perf_counter()
-            routing = route(logits, profile.router, profile.model.top_k, rule, bias_E)
+            choose = choose_route(logits, profile.router, rule)
+            routing = choose(logits, profile.router, profile.model.top_k, rule, bias_E, None)
             routed = time.perf_counter()
             experts_forward(
                 layer.experts, hidden_TD, routing.ids_STK, routing.weights_STK.to(weight)
@@ -110,13 +112,12 @@ def _line(
     fitted = columns @ coefficients
     plain = [t for case in cases if rules[case[0]].is_empty for t in routing_times[case]]
     ruled = [t for case in cases if not rules[case[0]].is_empty for t in routing_times[case]]
-    # A layer without a rule keeps the model's own routing, which both would pay; a rule pays twice.
-    routing = statistics.median(ruled) if ruled else statistics.median(plain)
+    routing = statistics.median(ruled) - statistics.median(plain) if ruled and plain else 0.0
     return LayerTime(
         float(coefficients[0]),
         float(coefficients[1]),
         float(coefficients[2]),
-        float(routing),
+        float(max(routing, 0.0)),
         float(np.mean(np.abs(fitted - seen) / seen)),
     )
 

@@ -20,7 +20,7 @@ from leanmoe.quality.forward import final_hidden
 from leanmoe.quality.windows import Batch, Windows
 from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, resume_from
 from leanmoe.runtime.resume import keep_hidden
-from leanmoe.tune.candidates import Candidate
+from leanmoe.tune.candidates import PHASES, Candidate, Phase
 
 BATCH_TOKENS = 8192
 
@@ -54,6 +54,26 @@ class Sensitivity:
         """Reads what `to_json` wrote."""
         names = ("divergence", "loss_difference", "slots", "distinct")
         return cls(Candidate.from_json(value), *(float(value[name]) for name in names))
+
+
+LEAST_RATE = 0.1
+"""Nats of loss for a nat of divergence, at least: no rule is taken to be free."""
+
+
+def loss_rates(sensitivities: Sequence[Sensitivity]) -> dict[Phase, float]:
+    """Nats of next-token loss that a nat of divergence comes to, for either phase.
+
+    Divergence is far less noisy than loss over few tokens and ranks the rules; but it also counts
+    changes that do the loss no harm. The ratio of the sums over all candidates puts it in the
+    unit of the margin.
+    """
+    rates: dict[Phase, float] = {}
+    for phase in PHASES:
+        found = [s for s in sensitivities if s.candidate.phase == phase]
+        divergence = sum(max(s.divergence, 0.0) for s in found)
+        loss = sum(s.loss_difference for s in found)
+        rates[phase] = max(loss / divergence, LEAST_RATE) if divergence > 0 else 1.0
+    return rates
 
 
 def measure(
@@ -102,7 +122,7 @@ def _group(
                     candidate.plan(fingerprint),
                     experts=IMPLEMENTATION,
                     decode_batch=together,
-                    prompt_tokens=batch.prompt_tokens,
+                    prompt_tokens=batch.prompt_in_call,
                     count=True,
                 ) as applied,
             ):

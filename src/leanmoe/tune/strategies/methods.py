@@ -7,6 +7,7 @@ budget's. A method with whole numbers only takes the larger one in as many layer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from leanmoe.errors import LeanMoeError
@@ -23,6 +24,16 @@ MIDDLE_SHARE = 0.5
 def uniform(setting: Setting) -> tuple[Rule, ...]:
     """The same top-k in every layer; k and k + 1 in turn where the budget lies between."""
     return _whole_numbers(setting, lambda k: Rule(top_k=k), _evenly(setting.model.moe_layers))
+
+
+def uniform_kept(setting: Setting) -> tuple[Rule, ...]:
+    """Uniform top-k whose experts weigh what they weigh beside the whole top-k."""
+    return tuple(replace(rule, keep_weights=True) for rule in uniform(setting))
+
+
+def guaranteed_kept(setting: Setting) -> tuple[Rule, ...]:
+    """Guaranteed experts with the weights of the whole top-k."""
+    return tuple(replace(rule, keep_weights=True) for rule in guaranteed(setting))
 
 
 def begin_and_end(setting: Setting) -> tuple[Rule, ...]:

@@ -93,6 +93,19 @@ def _all() -> dict[str, Strategy]:
             methods.budget,
             needs_company=True,
         ),
+        Strategy(
+            "uniform_kept",
+            "the same top-k, weights of the whole top-k kept",
+            "leanmoe",
+            methods.uniform_kept,
+        ),
+        Strategy(
+            "guaranteed_kept",
+            "guaranteed, weights of the whole top-k kept",
+            "leanmoe",
+            methods.guaranteed_kept,
+            needs_company=True,
+        ),
         Strategy("leanmoe", "rules per layer by measured loss", "leanmoe", own.leanmoe),
     )
     return {each.name: each for each in known}
