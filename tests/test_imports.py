@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": SHAPES | {"routing"},
     "cost": SHAPES | {"routing", "profile"},
     "runtime": SHAPES | {"routing", "kernels", "reference"},
-    "profile": SHAPES | {"routing", "runtime", "quality"},
+    "profile": SHAPES | {"routing", "kernels", "runtime", "quality"},
     "quality": SHAPES | {"runtime"},
     "load": SHAPES | {"runtime"},
     "prune": SHAPES | {"runtime"},

@@ -92,23 +92,26 @@ def show(results: Results, folder: Path) -> None:
     from leanmoe.report.page import headline
 
     console = Console()
+    sure = f"{100 * results['settings']['confidence']:g}%"
     table = Table(title="Verdict per load", title_justify="left")
-    for name in ("at once", "verdict", "loss", "at most (95%)", "throughput", "why"):
-        table.add_column(name, justify="left" if name in ("verdict", "why") else "right")
+    table.add_column("requests at once", justify="right")
+    table.add_column("runs")
+    for name in ("loss", f"at most ({sure})", "throughput", f"interval ({sure})"):
+        table.add_column(name, justify="right")
     for verdict in results["verdicts"]:
         loss, gain = verdict["loss"], verdict["gain"]
         table.add_row(
             str(verdict["concurrency"]),
-            "[green]accepted[/green]" if verdict["accepted"] else "full model",
+            "[green]the plan[/green]" if verdict["accepted"] else "full model",
             percent(loss["ratio"]) if loss else "",
             percent(loss["upper_bound"]) if loss else "",
-            f"{percent(gain['median'] - 1, 1)} ({percent(gain['low'] - 1, 1)} to "
-            f"{percent(gain['high'] - 1, 1)})"
-            if gain
-            else "",
-            verdict["reason"],
+            percent(gain["median"] - 1, 1) if gain else "",
+            f"{percent(gain['low'] - 1, 1)} to {percent(gain['high'] - 1, 1)}" if gain else "",
         )
     console.print(table)
+    for verdict in results["verdicts"]:
+        console.print(f"{verdict['concurrency']} at once: {verdict['reason']}.", highlight=False)
+    console.print()
     console.print(headline(results))
     console.print(f"Plan: {folder / 'plan.json'}   Page: {folder / 'report.html'}")
 

@@ -81,8 +81,20 @@ def _setting(
         if together == 1
         else Budget("distinct", DISTINCT_SHARE * full)
     )
-    moved = perturbation(inputs.model)
-    return Setting(inputs.shape.fingerprint(), together, budget, cost, tuple(sensitivities), moved)
+
+    def measure(rules: tuple[Rule, ...]) -> float:
+        plan = Plan.per_layer(inputs.shape.fingerprint(), rules)
+        return plan_losses(inputs, inputs.searched, plan, together, "Calibration").mean
+
+    return Setting(
+        inputs.shape.fingerprint(),
+        together,
+        budget,
+        cost,
+        tuple(sensitivities),
+        perturbation(inputs.model),
+        measure,
+    )
 
 
 def _row(

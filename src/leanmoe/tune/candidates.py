@@ -9,7 +9,6 @@ from leanmoe.plan import Fingerprint, Plan, Rule
 from leanmoe.routers import Router
 
 Phase = Literal["prompt", "decode"]
-PHASES: tuple[Phase, ...] = ("prompt", "decode")
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ def prompt_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
 
 def own_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
     """Rules in which a token looks at its own gates only."""
-    counts = range(top_k - 1, max(top_k // 2 - 1, 0), -1)
+    counts = range(top_k - 1, max(top_k // 2, 0), -1)
     fewer = tuple(Rule(top_k=k, keep_weights=keep) for k in counts)
-    gated = tuple(Rule(threshold=share, keep_weights=keep) for share in (0.15, 0.2, 0.25, 0.3))
+    gated = tuple(Rule(threshold=share, keep_weights=keep) for share in (0.15, 0.25))
     mass = tuple(Rule(top_p=share, keep_weights=keep) for share in (0.95, 0.9))
     return (*fewer, *gated, *mass)
 
@@ -69,7 +68,7 @@ def company_rules(
     counts = range(top_k - 2, max(top_k // 4, 0), -1)
     kept = tuple(Rule(guaranteed=k, keep_weights=keep) for k in counts)
     expected = experts * (1 - (1 - top_k / experts) ** together)
-    budgets = sorted({max(1, round(expected * share)) for share in (0.8, 0.7, 0.6)}, reverse=True)
+    budgets = sorted({max(1, round(expected * share)) for share in (0.8, 0.65)}, reverse=True)
     return (*kept, *(Rule(budget=budget, keep_weights=keep) for budget in budgets))
 
 

@@ -11,7 +11,7 @@ from leanmoe.tune.candidates import Phase
 from leanmoe.tune.layer_time import LayerTime
 from leanmoe.tune.sensitivity import Sensitivity, loss_rates
 
-SHARES_OF_MARGIN = (0.2, 0.45, 0.7, 1.0, 1.4)
+SHARES_OF_MARGIN = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Predicted losses to aim at, as shares of the margin. Predictions miss both ways; the first plan
 that fails on held-out text ends the sequence."""
 
@@ -99,7 +99,7 @@ def _items(
             fits = not tried.rule.depends_on_company or tried.together == workload.together
             if (tried.phase, tried.layer) == (phase, layer) and fits:
                 seconds = workload.seconds(phase, found.slots, found.distinct, has_rule=True)
-                loss = rates[phase] * max(found.divergence, 0.0)
+                loss = rates[phase, layer] * max(found.divergence, 0.0)
                 _offer(item, tried.rule, loss, seconds)
         if phase == "prompt" and prompt is not None:
             item = _only(item, prompt[layer] if prompt else Rule())

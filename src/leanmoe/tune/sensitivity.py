@@ -6,6 +6,7 @@ and every candidate runs from its own layer on.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from leanmoe.quality.forward import final_hidden
 from leanmoe.quality.windows import Batch, Windows
 from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, resume_from
 from leanmoe.runtime.resume import keep_hidden
-from leanmoe.tune.candidates import PHASES, Candidate, Phase
+from leanmoe.tune.candidates import Candidate, Phase
 
 BATCH_TOKENS = 8192
 
@@ -60,20 +61,23 @@ LEAST_RATE = 0.1
 """Nats of loss for a nat of divergence, at least: no rule is taken to be free."""
 
 
-def loss_rates(sensitivities: Sequence[Sensitivity]) -> dict[Phase, float]:
-    """Nats of next-token loss that a nat of divergence comes to, for either phase.
+def loss_rates(sensitivities: Sequence[Sensitivity]) -> dict[tuple[Phase, int], float]:
+    """Nats of next-token loss that a nat of divergence comes to, by phase and layer.
 
-    Divergence is far less noisy than loss over few tokens and ranks the rules; but it also counts
-    changes that do the loss no harm. The ratio of the sums over all candidates puts it in the
-    unit of the margin.
+    Divergence is far less noisy than loss over few tokens and ranks the rules of a layer; but it
+    also counts changes that do the loss no harm, and in some layers it counts little else. The
+    median ratio over a layer's candidates puts its divergences in the unit of the margin.
     """
-    rates: dict[Phase, float] = {}
-    for phase in PHASES:
-        found = [s for s in sensitivities if s.candidate.phase == phase]
-        divergence = sum(max(s.divergence, 0.0) for s in found)
-        loss = sum(s.loss_difference for s in found)
-        rates[phase] = max(loss / divergence, LEAST_RATE) if divergence > 0 else 1.0
-    return rates
+    ratios: dict[tuple[Phase, int], list[float]] = {}
+    for found in sensitivities:
+        where = (found.candidate.phase, found.candidate.layer)
+        known = ratios.setdefault(where, [])
+        if found.divergence > 0:
+            known.append(found.loss_difference / found.divergence)
+    return {
+        where: max(statistics.median(found), LEAST_RATE) if found else 1.0
+        for where, found in ratios.items()
+    }
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""leanmoe's own: in every layer the rule that measured least loss for its cost."""
+"""leanmoe's own: in every layer the rule that loses least for its cost, as measured."""
 
 from __future__ import annotations
 
@@ -7,17 +7,30 @@ from typing import TYPE_CHECKING
 
 from leanmoe.plan import Rule
 from leanmoe.tune.allocate import Option, cheapest
-from leanmoe.tune.sensitivity import Sensitivity
+from leanmoe.tune.sensitivity import Sensitivity, loss_rates
+from leanmoe.tune.strategies import methods
 
 if TYPE_CHECKING:
     from leanmoe.tune.strategies.registry import Setting
 
 
 def leanmoe(setting: Setting) -> tuple[Rule, ...]:
-    """A knapsack over layers: measured divergence to lose least, the budget as its limit.
+    """A knapsack over layers: measured loss is least, the budget its limit.
 
-    Rules of every kind compete in every layer: an own top-k here, shared experts there.
+    Rules of every kind compete in every layer: an own top-k here, shared experts there. Losses of
+    single layers do not simply add, so the knapsack's choice is measured on calibration text
+    beside the simple ways to keep the weights of the whole top-k, and the best of them is taken.
     """
+    tried = {knapsack(setting), methods.uniform_kept(setting)}
+    if setting.together > 1:
+        tried.add(methods.guaranteed_kept(setting))
+    if setting.measure is None or len(tried) == 1:
+        return knapsack(setting)
+    return min(sorted(tried, key=str), key=setting.measure)
+
+
+def knapsack(setting: Setting) -> tuple[Rule, ...]:
+    """The rule of each layer for the least sum of single-layer losses within the budget."""
     options = layer_rules(setting.model.moe_layers, setting.sensitivities, setting.together)
     items = [
         [Option(setting.cost(n, rule), loss) for rule, loss in rules]
@@ -30,11 +43,13 @@ def leanmoe(setting: Setting) -> tuple[Rule, ...]:
 def layer_rules(
     layers: int, sensitivities: Sequence[Sensitivity], together: int
 ) -> list[list[tuple[Rule, float]]]:
-    """Per layer, every decode rule for this company with its measured divergence; full first."""
+    """Per layer, every decode rule for this company with its loss; full first."""
+    rates = loss_rates(sensitivities)
     options: list[list[tuple[Rule, float]]] = [[(Rule(), 0.0)] for _ in range(layers)]
     for found in sensitivities:
         tried = found.candidate
         fits = not tried.rule.depends_on_company or tried.together == together
         if tried.phase == "decode" and fits:
-            options[tried.layer].append((tried.rule, max(found.divergence, 0.0)))
+            loss = rates["decode", tried.layer] * max(found.divergence, 0.0)
+            options[tried.layer].append((tried.rule, loss))
     return options

@@ -35,6 +35,8 @@ class Setting:
     sensitivities: Sequence[Sensitivity] = ()
     perturbation: Mapping[tuple[int, int], float] | None = None
     """LExI's: how much layer l's output moves on random input with k experts, by (l, k)."""
+    measure: Callable[[tuple[Rule, ...]], float] | None = None
+    """Next-token loss under one rule per layer, on calibration text."""
 
     def mean_cost(self, rules: Sequence[Rule]) -> float:
         """Mean cost of one rule per layer."""
