@@ -8,19 +8,33 @@ from typing import Annotated
 
 import typer
 
+from leanmoe.storage import write_text
+
 
 def report(
     run: Annotated[Path, typer.Argument(help="The folder of a tune run.")],
     output: Annotated[
         Path | None, typer.Option(help="Where to write the page; RUN/report.html by default.")
     ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Also draw the verdict as an SVG picture here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Writes the page of a run from its saved results; nothing is measured.
 
-    Example: leanmoe report runs/demo
+    Example: leanmoe report runs/demo --svg verdict.svg
     """
     from leanmoe.report import write_report
+    from leanmoe.report.results import read_results
+    from leanmoe.report.svg import verdict_svg
 
     page = write_report(run, output)
-    print(json.dumps({"report": str(page)}) if as_json else f"The page: {page}")
+    if svg is not None:
+        write_text(svg, verdict_svg(read_results(run / "results.json")))
+    if as_json:
+        print(json.dumps({"report": str(page), "svg": None if svg is None else str(svg)}))
+        return
+    print(f"The page: {page}")
+    if svg is not None:
+        print(f"The picture: {svg}")

@@ -49,4 +49,6 @@ def describe_rule(rule: dict[str, Any]) -> str:
     ):
         if name in rule:
             parts.append(text.format(rule[name]))
+    if rule.get("keep_weights"):
+        parts.append("weights kept")
     return ", ".join(parts)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.tune.allocate import Option, cheapest
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
     from leanmoe.tune.strategies.registry import Setting
 
 BISECTIONS = 18
-MIDDLE_SHARE = 0.5
+BEST_TUPLE = (6 / 8, 8 / 8, 8 / 8, 61 / 61)
+"""arXiv 2505.03531: k in the first layer, at the turn, in the last; the turn's place in depth."""
+LOWER_STEP = 0.125
 
 
 def uniform(setting: Setting) -> tuple[Rule, ...]:
@@ -36,15 +40,22 @@ def guaranteed_kept(setting: Setting) -> tuple[Rule, ...]:
     return tuple(replace(rule, keep_weights=True) for rule in guaranteed(setting))
 
 
-def begin_and_end(setting: Setting) -> tuple[Rule, ...]:
-    """More experts in the first and last layers, fewer in the middle.
+def begin_high_end(setting: Setting) -> tuple[Rule, ...]:
+    """Experts by depth in two straight lines: the paper's (b, h, e, p), lowered to the budget.
 
-    The paper's (b,h,e,p) shapes keep full k where the model begins and ends. Here the middle half
-    of the layers gives up its experts first, mapped to this model's depth.
+    Read as: b experts in the first layer, h at layer p, e in the last. Its best tuple for the 61
+    layers of DeepSeek-V3, (6, 8, 8, 61), is mapped to this depth and this k in proportion.
     """
-    layers = setting.model.moe_layers
-    middle = sorted(range(layers), key=lambda n: abs(n - (layers - 1) / 2), reverse=True)
-    return _shaped(setting, middle)
+    begin, high, end, place = BEST_TUPLE
+    depth = np.linspace(0.0, 1.0, setting.model.moe_layers)
+    share = np.interp(depth, [0.0, place, 1.0 + 1e-9], np.array([begin, high, end]))
+    best: tuple[Rule, ...] = (Rule(top_k=1),) * setting.model.moe_layers
+    for lowered in np.arange(setting.model.top_k, -LOWER_STEP, -LOWER_STEP):
+        counts = np.clip(np.round(share * setting.model.top_k - lowered), 1, setting.model.top_k)
+        rules = tuple(Rule(top_k=int(count)) for count in counts)
+        if setting.mean_cost(rules) <= setting.budget.value:
+            best = rules
+    return best
 
 
 def threshold(setting: Setting) -> tuple[Rule, ...]:
@@ -108,28 +119,6 @@ def _whole_numbers(
             more = [*rules[:layer], rule(fitting + 1), *rules[layer + 1 :]]
             if setting.mean_cost(more) <= setting.budget.value:
                 rules = more
-    return tuple(rules)
-
-
-def _shaped(setting: Setting, outside_first: Sequence[int]) -> tuple[Rule, ...]:
-    """Full k from the outside in, as far as the budget goes over the least k inside."""
-    model = setting.model
-    inside = [
-        n for n in outside_first if n in outside_first[int(len(outside_first) * MIDDLE_SHARE) :]
-    ]
-    for k in range(model.top_k, 0, -1):
-        rules = [
-            Rule(top_k=k) if n in inside else Rule(top_k=model.top_k)
-            for n in range(model.moe_layers)
-        ]
-        if setting.mean_cost(rules) <= setting.budget.value:
-            return tuple(rules)
-    for outer in range(model.top_k, 0, -1):
-        rules = [
-            Rule(top_k=1) if n in inside else Rule(top_k=outer) for n in range(model.moe_layers)
-        ]
-        if setting.mean_cost(rules) <= setting.budget.value:
-            break
     return tuple(rules)
 
 

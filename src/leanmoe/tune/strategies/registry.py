@@ -70,9 +70,9 @@ def _all() -> dict[str, Strategy]:
         Strategy("uniform", "the same top-k everywhere", "arXiv 2505.03531", methods.uniform),
         Strategy(
             "bhep",
-            "more experts in the first and last layers",
+            "(b, h, e, p): experts in two straight lines over depth",
             "arXiv 2505.03531",
-            methods.begin_and_end,
+            methods.begin_high_end,
         ),
         Strategy(
             "threshold", "gates below a share of the best", "arXiv 2402.14800", methods.threshold

@@ -1,0 +1,70 @@
+"""The knapsack against every combination, tried one by one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.tune.allocate import Option, cheapest, pareto
+
+NUMBERS = st.floats(0, 10, allow_nan=False).map(lambda x: round(x, 2))
+ITEMS = st.lists(
+    st.lists(st.builds(Option, NUMBERS, NUMBERS), min_size=1, max_size=4), min_size=1, max_size=5
+)
+
+
+def totals(items: list[list[Option]]) -> list[tuple[float, float]]:
+    return [
+        (sum(option.loss for option in chosen), sum(option.time for option in chosen))
+        for chosen in itertools.product(*items)
+    ]
+
+
+@given(ITEMS, NUMBERS)
+def test_cheapest_is_the_best_of_all_combinations(items: list[list[Option]], budget: float) -> None:
+    within = [time for loss, time in totals(items) if loss <= budget * (1 + 1e-9)]
+    if not within:
+        with pytest.raises(LeanMoeError, match="no plan loses at most"):
+            cheapest(items, budget)
+        return
+    chosen = [item[n] for item, n in zip(items, cheapest(items, budget), strict=True)]
+    assert sum(option.loss for option in chosen) <= budget * (1 + 1e-9)
+    assert sum(option.time for option in chosen) == pytest.approx(min(within), abs=1e-9)
+
+
+@given(ITEMS)
+def test_no_combination_is_better_than_the_front(items: list[list[Option]]) -> None:
+    found = pareto(items)
+    for loss, time in totals(items):
+        assert any(a.loss <= loss + 1e-9 and a.time <= time + 1e-9 for a in found)
+    assert all(a.loss < b.loss and a.time > b.time for a, b in itertools.pairwise(found))
+
+
+@given(ITEMS)
+def test_a_thinned_front_keeps_its_ends(items: list[list[Option]]) -> None:
+    """What is dropped costs at most the stated share of the range of losses."""
+    whole, thinned = pareto(items), pareto(items, points=8)
+    assert thinned[-1].time == pytest.approx(whole[-1].time)
+    for allocation in thinned:
+        chosen = [item[n] for item, n in zip(items, allocation.chosen, strict=True)]
+        assert sum(option.loss for option in chosen) == pytest.approx(allocation.loss)
+        assert sum(option.time for option in chosen) == pytest.approx(allocation.time)
+
+
+def test_what_one_layer_seems_to_win_pays_for_nothing() -> None:
+    items = [[Option(0.0, 5.0), Option(-3.0, 4.0)], [Option(0.0, 5.0), Option(2.0, 1.0)]]
+    assert cheapest(items, 1.0) == (1, 0)
+
+
+@pytest.mark.parametrize("option", [Option(float("nan"), 1.0), Option(1.0, float("inf"))])
+def test_numbers_that_are_none_are_refused(option: Option) -> None:
+    with pytest.raises(LeanMoeError, match="not a finite number"):
+        cheapest([[option]], 1.0)
+    with pytest.raises(LeanMoeError, match="no option"):
+        cheapest([[]], 1.0)
+    with pytest.raises(LeanMoeError, match="must not be negative"):
+        cheapest([[Option(0, 1)]], -1.0)
