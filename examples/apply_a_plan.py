@@ -1,6 +1,6 @@
 """Run the reference model under a plan written by hand, and see what the plan did.
 
-    python examples/apply_a_plan.py
+python examples/apply_a_plan.py
 """
 
 import torch

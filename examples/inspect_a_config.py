@@ -1,6 +1,6 @@
 """What fewer experts could save on a model you have not downloaded: only its config is read.
 
-    python examples/inspect_a_config.py
+python examples/inspect_a_config.py
 """
 
 from leanmoe.config import read_config

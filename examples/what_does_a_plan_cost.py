@@ -1,10 +1,12 @@
 """Prove what a plan costs: next-token loss, paired by document, with an interval.
 
-    python examples/what_does_a_plan_cost.py
+python examples/what_does_a_plan_cost.py
 """
 
 from leanmoe import Plan, Rule, apply
-from leanmoe.quality import cut, losses, non_inferior
+from leanmoe.quality.divergence import losses
+from leanmoe.quality.paired import non_inferior
+from leanmoe.quality.windows import cut
 from leanmoe.runtime import load_model, shape_of
 from leanmoe.text import read_corpus
 

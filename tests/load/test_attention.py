@@ -77,10 +77,12 @@ def test_prompts_chunks_and_single_tokens_in_mixed_steps() -> None:
 
 
 def test_one_served_model_at_a_time() -> None:
-    with attention_per_request(Model(), PAGE):
-        with pytest.raises(LeanMoeError, match="one at a time"):
-            with attention_per_request(Model(), PAGE):
-                pass
+    with (
+        attention_per_request(Model(), PAGE),
+        pytest.raises(LeanMoeError, match="one at a time"),
+        attention_per_request(Model(), PAGE),
+    ):
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from leanmoe.tune.layer_time import LayerTime
 from leanmoe.tune.sensitivity import Sensitivity, measure
 
 REQUESTS_PER_USER = 2
-FEWEST_REQUESTS = 32
+FEWEST_REQUESTS = 24
 """In a throughput run: with fewer, a run is over before it says anything."""
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from typing import Any
 
 from leanmoe.job.inputs import Inputs
 from leanmoe.job.settings import TuneSettings
+from leanmoe.load.measure import PREFILL_TOKENS_A_STEP
 from leanmoe.plan import Plan, Rule
 from leanmoe.profile.replay import replay
 from leanmoe.profile.saved import Profile
@@ -24,7 +25,6 @@ from leanmoe.tune.front import SHARES_OF_MARGIN, Point, Workload, front
 from leanmoe.tune.layer_time import LayerTime, fit
 from leanmoe.tune.sensitivity import Sensitivity
 
-PREFILL_STEP = 512
 BATCH_TOKENS = 8192
 
 
@@ -48,7 +48,7 @@ def workloads(
     """Layer times by load, for prompt steps and for decode steps."""
     top_k = inputs.shape.top_k
     fewer = [Rule(), *(Rule(top_k=k) for k in {max(1, top_k // 2), max(1, top_k // 4)})]
-    prefill = fit(inputs.model, profile, PREFILL_STEP, fewer, settings.seed)
+    prefill = fit(inputs.model, profile, prefill_step(profile), fewer, settings.seed)
     found: dict[int, dict[Phase, LayerTime]] = {}
     for together in settings.loads:
         rules = [*fewer]
@@ -59,12 +59,17 @@ def workloads(
     return found
 
 
+def prefill_step(profile: Profile) -> int:
+    """Tokens of the prefill steps that are timed: those of service, as far as the trace goes."""
+    return min(PREFILL_TOKENS_A_STEP, profile.trace.tokens)
+
+
 def full_activity(profile: Profile, together: int) -> dict[tuple[Phase, int], tuple[float, float]]:
     """Slots a token and distinct experts a step of the full model, by phase and layer."""
     activity: dict[tuple[Phase, int], tuple[float, float]] = {}
     for layer in range(len(profile.layers)):
         decode = replay(profile, layer, Rule(), together)
-        prompt = replay(profile, layer, Rule(), min(PREFILL_STEP, profile.trace.tokens), steps=8)
+        prompt = replay(profile, layer, Rule(), prefill_step(profile), steps=8)
         activity["decode", layer] = (decode.slots, decode.distinct)
         activity["prompt", layer] = (prompt.slots, prompt.distinct)
     return activity
@@ -106,7 +111,7 @@ def points_for(
 ) -> list[Point]:
     """The plans to validate at one load, safest first."""
     workload = Workload(
-        together, settings.input_tokens, settings.output_tokens, PREFILL_STEP, times
+        together, settings.input_tokens, settings.output_tokens, prefill_step(profile), times
     )
     budgets = [share * settings.margin * full_loss for share in SHARES_OF_MARGIN]
     return front(sensitivities, full_activity(profile, together), workload, budgets, prompt)

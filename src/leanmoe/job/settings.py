@@ -31,11 +31,11 @@ class TuneSettings:
     """Interleaved repeats of each throughput measurement."""
     profile_tokens: int = 200_000
     sensitivity_tokens: int = 20_000
-    heldout_tokens: int = 60_000
+    heldout_tokens: int = 80_000
     """Tokens of text that each plan is proven on; about 40% of them are scored."""
     heldout_share: float = 0.4
     """Share of the documents that the search never sees."""
-    compared_share: float = 0.5
+    compared_share: float = 0.4
     """Share of the held-out text that the table of strategies is measured on."""
     seed: int = 0
     dtype: str | None = None

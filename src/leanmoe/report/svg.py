@@ -68,8 +68,9 @@ def verdict_svg(results: Results) -> str:
             parts += _row(panel, row, mark)
     for row, mark in enumerate(gains):
         parts.append(_text(12, left.y(row) + 4, mark.name, INK))
-    parts.append(_line(right.x(margin), right.top, right.x(margin), _base(right, len(gains)), MARGIN))
-    parts.append(_text(right.x(margin) - 4, _base(right, len(gains)) + 34, "margin", MARGIN, at="end"))
+    limit, base = right.x(margin), _base(right, len(gains))
+    parts.append(_line(limit, right.top, limit, base, MARGIN))
+    parts.append(_text(limit, base + 34, "margin", MARGIN, at="middle"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -101,7 +102,9 @@ def _axis(panel: Panel, rows: int) -> list[str]:
     for number in range(int(panel.low / step), int(panel.high / step) + 1):
         at = panel.x(number * step)
         parts.append(_line(at, panel.top, at, base, SOFT if number == 0 else LINE))
-        parts.append(_text(at, base + 18, f"{number * step:+g}%" if number else "0", SOFT, at="middle"))
+        parts.append(
+            _text(at, base + 18, f"{number * step:+g}%" if number else "0", SOFT, at="middle")
+        )
     return parts
 
 

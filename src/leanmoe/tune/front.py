@@ -11,7 +11,7 @@ from leanmoe.tune.candidates import Phase
 from leanmoe.tune.layer_time import LayerTime
 from leanmoe.tune.sensitivity import Sensitivity, loss_rates
 
-SHARES_OF_MARGIN = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+SHARES_OF_MARGIN = (0.5, 0.75, 1.0, 1.25, 1.5)
 """Predicted losses to aim at, as shares of the margin. Predictions miss both ways; the first plan
 that fails on held-out text ends the sequence."""
 
