@@ -14,7 +14,7 @@ RUN ?= runs/demo
 .PHONY: demo test lint clean
 
 demo: .venv/ready  ## tune the reference model on this machine, prove the cost, write the page
-	$(BIN)/leanmoe tune reference --output $(RUN) --overwrite
+	$(BIN)/leanmoe tune reference --output $(RUN) --overwrite --output-tokens 8
 	@echo
 	@echo "The page: $(RUN)/report.html    The plan: $(RUN)/plan.json"
 

@@ -36,15 +36,24 @@ def tune(
     ] = f"{100 * _DEFAULT.margin:g}%",
     confidence: Annotated[float, typer.Option(help="Of every claim.")] = _DEFAULT.confidence,
     strategy: Annotated[
-        str, typer.Option(help="'auto' compares every strategy; 'leanmoe' runs our own alone.")
+        str,
+        typer.Option(
+            help="'auto': leanmoe's own, compared with every other; or one of them by its name."
+        ),
     ] = _DEFAULT.strategy,
     input_tokens: Annotated[int, typer.Option(help="Prompt length.")] = _DEFAULT.input_tokens,
     output_tokens: Annotated[int, typer.Option(help="Output length.")] = _DEFAULT.output_tokens,
     repeats: Annotated[int, typer.Option(help="Of each throughput run.")] = _DEFAULT.repeats,
-    profile_tokens: Annotated[int, typer.Option()] = _DEFAULT.profile_tokens,
-    sensitivity_tokens: Annotated[int, typer.Option()] = _DEFAULT.sensitivity_tokens,
-    heldout_tokens: Annotated[int, typer.Option()] = _DEFAULT.heldout_tokens,
-    seed: Annotated[int, typer.Option()] = _DEFAULT.seed,
+    profile_tokens: Annotated[
+        int, typer.Option(help="Tokens of calibration text that the profile reads.")
+    ] = _DEFAULT.profile_tokens,
+    sensitivity_tokens: Annotated[
+        int, typer.Option(help="Tokens of calibration text for each candidate rule.")
+    ] = _DEFAULT.sensitivity_tokens,
+    heldout_tokens: Annotated[
+        int, typer.Option(help="Tokens of held-out text that plans are proven on.")
+    ] = _DEFAULT.heldout_tokens,
+    seed: Annotated[int, typer.Option(help="Of every shuffle and draw.")] = _DEFAULT.seed,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Allow the model's own Python code to run.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,14 +15,19 @@ from leanmoe.profile.replay import replay
 from leanmoe.profile.saved import Profile
 from leanmoe.quality.documents import Losses
 from leanmoe.quality.paired import loss_difference, loss_increase
+from leanmoe.tune.candidates import Phase
+from leanmoe.tune.front import Point
+from leanmoe.tune.layer_time import LayerTime
 from leanmoe.tune.perturbation import perturbation
 from leanmoe.tune.sensitivity import Sensitivity
-from leanmoe.tune.strategies import STRATEGIES, Budget, Setting, Strategy
+from leanmoe.tune.strategies import STRATEGIES, Budget, Kind, Setting, Strategy, strategy
 
 SLOTS_SHARE = 0.75
 """Of the full model's experts a token, for a request on its own: the paper's k = 6 of 8."""
 DISTINCT_SHARE = 0.8
 """Of the full model's distinct experts a step, for requests together."""
+BUDGET_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+"""Of the full model's cost, where one strategy is run by name; safest first."""
 
 
 def compare_strategies(
@@ -54,6 +60,42 @@ def compare_strategies(
     }
 
 
+def strategy_points(
+    inputs: Inputs,
+    profile: Profile,
+    sensitivities: Sequence[Sensitivity],
+    together: int,
+    times: Mapping[Phase, LayerTime],
+    settings: TuneSettings,
+) -> list[Point]:
+    """The strategy that `settings` names, at ever smaller budgets: plans to validate in turn."""
+    each = strategy(settings.strategy)
+    if each.needs_company and together < 2:
+        return []
+    whole = Budget("slots" if together == 1 else "distinct", float("inf"))
+    setting = _setting(inputs, profile, sensitivities, together, whole)
+    nothing = (Rule(),) * len(profile.layers)
+    full = setting.mean_cost(nothing)
+    points: list[Point] = []
+    for share in BUDGET_SHARES:
+        rules = each.rules(replace(setting, budget=Budget(whole.kind, share * full)))
+        time = _time(profile, rules, together, times) / _time(profile, nothing, together, times)
+        point = Point((), rules, 0.0, time, settings.strategy)
+        if not points or point.decode != points[-1].decode:
+            points.append(point)
+    return points
+
+
+def _time(
+    profile: Profile, rules: Sequence[Rule], together: int, times: Mapping[Phase, LayerTime]
+) -> float:
+    replays = [replay(profile, layer, rule, together) for layer, rule in enumerate(rules)]
+    return sum(
+        times["decode"].seconds(r.slots * together, r.distinct, not rule.is_empty)
+        for r, rule in zip(replays, rules, strict=True)
+    )
+
+
 def _losses_of(
     inputs: Inputs, rules: tuple[Rule, ...], together: int | None, name: str
 ) -> Callable[[], Any]:
@@ -66,7 +108,11 @@ def _losses_of(
 
 
 def _setting(
-    inputs: Inputs, profile: Profile, sensitivities: Sequence[Sensitivity], together: int
+    inputs: Inputs,
+    profile: Profile,
+    sensitivities: Sequence[Sensitivity],
+    together: int,
+    budget: Budget | None = None,
 ) -> Setting:
     layers = len(profile.layers)
 
@@ -75,12 +121,10 @@ def _setting(
         result = replay(profile, layer, rule, together)
         return result.slots if together == 1 else result.distinct
 
-    full = sum(cost(layer, Rule()) for layer in range(layers)) / layers
-    budget = (
-        Budget("slots", SLOTS_SHARE * full)
-        if together == 1
-        else Budget("distinct", DISTINCT_SHARE * full)
-    )
+    if budget is None:
+        full = sum(cost(layer, Rule()) for layer in range(layers)) / layers
+        kind: Kind = "slots" if together == 1 else "distinct"
+        budget = Budget(kind, full * (SLOTS_SHARE if together == 1 else DISTINCT_SHARE))
 
     def measure(rules: tuple[Rule, ...]) -> float:
         plan = Plan.per_layer(inputs.shape.fingerprint(), rules)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from leanmoe.job.compare import compare_strategies
+from leanmoe.job.compare import compare_strategies, strategy_points
 from leanmoe.job.folder import RunFolder
 from leanmoe.job.inputs import Inputs, read_inputs
 from leanmoe.job.search import Proved, plan_losses, points_for, prove, workloads
@@ -194,12 +194,16 @@ def _prove_all(
     proved: dict[int, list[Proved]] = {}
     prompt: tuple[Rule, ...] | None = None
     for load in reversed(settings.loads):
-        points = points_for(load, found, profile, times[load], settings, full.mean, prompt)
+        if settings.strategy in ("auto", "leanmoe"):
+            points = points_for(load, found, profile, times[load], settings, full.mean, prompt)
+        else:
+            points = strategy_points(inputs, profile, found, load, times[load], settings)
         proved[load] = prove(inputs, points, load, full, settings, folder.step)
         while prompt is None and (best := _last_accepted(proved[load])) is not None:
             # At every load, with or without a band of its own, the prompt rules will be at work.
             alone = replace(best.point, decode=(Rule(),) * len(best.point.decode))
-            if prove(inputs, [alone], load, full, settings, folder.step)[0].verdict.accepted:
+            found_alone = prove(inputs, [alone], load, full, settings, folder.step)
+            if found_alone[0].verdict.accepted:
                 prompt = best.point.prompt
             else:
                 proved[load].remove(best)

@@ -85,8 +85,9 @@ class Proved:
     def to_json(self, chosen: bool, slots: Sequence[float], distinct: float) -> dict[str, Any]:
         """As results.json holds it."""
         return {
-            "name": f"aimed at {self.point.predicted_loss:.2g} nats",
-            "strategy": "leanmoe",
+            "name": self.point.name,
+            "strategy": self.point.strategy,
+            "predicted_loss": self.point.predicted_loss,
             "modelled_time": self.point.modelled_time,
             "slots": sum(slots) / len(slots),
             "slots_per_layer": list(slots),

@@ -59,6 +59,10 @@ class TuneSettings:
         ):
             value = getattr(self, name)
             _require(value >= 16, name.replace("_", "-"), value, "at least 16")
+        if self.strategy != "auto":
+            from leanmoe.tune.strategies import strategy  # needs torch, and --help must not
+
+            strategy(self.strategy)
         _require(self.output_tokens >= 2, "output-tokens", self.output_tokens, "at least 2")
 
     def scored_window(self, can_branch: bool) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -171,8 +172,9 @@ def _plan(results: Results, plan: dict[str, Any]) -> str:
     return _section(
         "The plan",
         "",
-        "What each MoE layer may activate, by how many tokens a forward step holds. "
-        "“full” is the layer as it was trained.",
+        "What each MoE layer may activate: for prompt tokens, whose own prediction nobody reads, "
+        "and for others by how many of them a forward step holds. “full” is the layer as it was "
+        "trained.",
         _plot(plots.plan_heat_map(plan, slots)) if plan["bands"] else "<p>The plan is empty.</p>",
     )
 
@@ -270,8 +272,13 @@ def _section(title: str, label: str, text: str, body: str) -> str:
 
 
 def _plot(figure: Any) -> str:
+    # The same results give the same page, byte for byte: plotly's own ids are drawn at random.
+    name = hashlib.sha256(figure.to_json().encode()).hexdigest()[:12]
     html = figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+        full_html=False,
+        include_plotlyjs=False,
+        config={"displaylogo": False, "responsive": True},
+        div_id=f"plot-{name}",
     )
     return str(html)
 

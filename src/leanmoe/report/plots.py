@@ -84,7 +84,7 @@ def gain(results: Results) -> go.Figure:
 
 
 def plan_heat_map(plan: dict[str, Any], slots: dict[int, list[float]]) -> go.Figure:
-    """Each MoE layer's rule in each band; the colour is the slots a token uses there (mean)."""
+    """Each MoE layer's rule for prompts and in each band; the colour is a token's mean slots."""
     bands = plan["bands"]
     names, previous = [], 0
     for band in bands:
@@ -92,11 +92,14 @@ def plan_heat_map(plan: dict[str, Any], slots: dict[int, list[float]]) -> go.Fig
         previous = band["up_to"] or previous
     layers = list(range(plan["model"]["moe_layers"]))
     most = plan["model"]["top_k"]
-    values = [
-        [slots.get(b, [float(most)] * len(layers))[layer] for b in range(len(bands))]
-        for layer in layers
-    ]
-    texts = [[describe_rule(band["rules"][layer]) for band in bands] for layer in layers]
+    columns = [slots.get(b, [float(most)] * len(layers)) for b in range(len(bands))]
+    rules = [band["rules"] for band in bands]
+    if plan.get("prompt"):
+        names.insert(0, "prompt tokens")
+        columns.insert(0, [float(rule.get("top_k", most)) for rule in plan["prompt"]])
+        rules.insert(0, plan["prompt"])
+    values = [[column[layer] for column in columns] for layer in layers]
+    texts = [[describe_rule(column[layer]) for column in rules] for layer in layers]
     figure = _figure("tokens in a forward step", "MoE layer")
     figure.add_trace(
         go.Heatmap(
@@ -105,7 +108,7 @@ def plan_heat_map(plan: dict[str, Any], slots: dict[int, list[float]]) -> go.Fig
             z=values,
             text=texts,
             texttemplate="%{text}",
-            zmin=1,
+            zmin=0,
             zmax=most,
             xgap=3,
             ygap=3,

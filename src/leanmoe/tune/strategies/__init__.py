@@ -3,9 +3,10 @@
 from leanmoe.tune.strategies.registry import (
     STRATEGIES,
     Budget,
+    Kind,
     Setting,
     Strategy,
     strategy,
 )
 
-__all__ = ["STRATEGIES", "Budget", "Setting", "Strategy", "strategy"]
+__all__ = ["STRATEGIES", "Budget", "Kind", "Setting", "Strategy", "strategy"]
