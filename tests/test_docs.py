@@ -26,11 +26,10 @@ def test_links_lead_to_files(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_commands_have_the_verbs_and_options_that_are_shown(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for line in re.findall(r"^\s*(?:\$ )?leanmoe (\S.*)$", text, flags=re.MULTILINE):
+    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+    for line in re.findall(r"^leanmoe (\S.*)$", blocks, flags=re.MULTILINE):
         words = line.split("#")[0].split()
-        if words[0] not in VERBS:
-            assert words[0].startswith("-"), f"{page.name}: leanmoe {line}"
-            continue
+        assert words[0] in VERBS, f"{page.name}: leanmoe {line}"
         help_text = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200"}).output
         for option in [word for word in words if word.startswith("-")]:
             assert option in help_text, f"{page.name}: {option} is no option of {words[0]}"
