@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torch.nn import functional
 
 from leanmoe.errors import LeanMoeError
 
-NAME = "leanmoe_flash_per_request"
-"""Transformers gives an implementation sequence lengths instead of masks if its name says flash."""
+NAME, FLASH_NAME = "leanmoe_per_request", "leanmoe_flash_per_request"
+"""Newer Transformers serve only implementations whose names say flash; 5.17 looks for a kernel of
+such a name on the hub, and wants its own mark before the name."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,24 @@ def attention_per_request(model: Any, page: int) -> Iterator[None]:
 
     if _serving:
         raise LeanMoeError("a model is being served already: one at a time")
-    if NAME not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(NAME, attend_per_request)
+    for name in (FLASH_NAME, NAME, f"paged|{NAME}"):
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(name, attend_per_request)
     before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
+    model.config._attn_implementation = FLASH_NAME if has_pages() else NAME
     _serving.append(RequestCache(page))
     try:
         yield
     finally:
         _serving.clear()
         model.config._attn_implementation = before
+
+
+def has_pages() -> bool:
+    """Whether Transformers' continuous batching speaks of pages: it has since after 5.17."""
+    from transformers import ContinuousBatchingConfig
+
+    return "page_size" in {field.name for field in fields(ContinuousBatchingConfig)}
 
 
 def attend_per_request(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.load.attention import attention_per_request
+from leanmoe.load.attention import attention_per_request, has_pages
 from leanmoe.load.metrics import Load, Measurement, Ratio, Timeline
 from leanmoe.progress import bar
 from leanmoe.runtime import release_threads
@@ -123,7 +123,7 @@ def _served(model: Any, load: Load) -> Iterator[Any]:
     length = load.input_tokens + load.output_tokens
     page = max(64, 1 << (length - 1).bit_length())
     settings = ContinuousBatchingConfig(
-        page_size=page,
+        **{"page_size" if has_pages() else "block_size": page},
         num_blocks=load.concurrency + 4,
         max_batch_tokens=_step_tokens(load),
         max_requests_per_batch=load.concurrency,
