@@ -15,6 +15,8 @@ from leanmoe.runtime import find_layers, load_model, shape_of
 from leanmoe.shape import MoEShape
 from leanmoe.text import Document, read_corpus, split
 
+FEWEST_COMPARED = 40
+"""Windows for the table of strategies, if there are so many; each of the first has a document."""
 logger = logging.getLogger(__name__)
 
 
@@ -54,8 +56,9 @@ def read_inputs(settings: TuneSettings) -> Inputs:
     searched = full_windows(calibration, tokenizer, whole, settings.sensitivity_tokens, settings)
     proved = full_windows(heldout, tokenizer, whole, settings.heldout_tokens, settings)
     some = int(settings.compared_share * settings.heldout_tokens)
+    some = min(max(some, FEWEST_COMPARED * whole), settings.heldout_tokens)
     compared = full_windows(heldout, tokenizer, whole, some, settings)
-    require_documents(proved.documents, settings.confidence)
+    require_documents(compared.documents, settings.confidence)
     together = max(settings.loads)
     for name, windows in (("calibration", searched), ("held-out", compared)):
         if len(windows.lengths_N) < together:

@@ -35,7 +35,7 @@ class TuneSettings:
     """Tokens of text that each plan is proven on; about 40% of them are scored."""
     heldout_share: float = 0.4
     """Share of the documents that the search never sees."""
-    compared_share: float = 0.4
+    compared_share: float = 0.3
     """Share of the held-out text that the table of strategies is measured on."""
     seed: int = 0
     dtype: str | None = None

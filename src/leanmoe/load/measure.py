@@ -32,6 +32,8 @@ class Variant:
 
     name: str
     context: Callable[[], AbstractContextManager[Any]]
+    repeats: int | None = None
+    """At most so many of the repeats: for what only stands beside, and takes long."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def compare(
     order = random.Random(seed)
     runs: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}
     what = f"Load, {load.concurrency} at once"
-    total = (repeats + 1) * len(variants)
+    wanted = {v.name: repeats if v.repeats is None else min(v.repeats, repeats) for v in variants}
+    total = len(variants) + sum(wanted.values())
     with _served(model, load) as manager, bar(what, total, "runs") as advance:
         for variant in variants:  # memory, kernels and caches of every variant are warm
             with variant.context():
@@ -106,8 +109,9 @@ def compare(
                     Load(load.concurrency, load.input_tokens, WARM_UP_OUTPUT, load.concurrency),
                 )
             advance(1)
-        for _ in range(repeats):
-            for variant in order.sample(list(variants), len(variants)):
+        for repeat in range(repeats):
+            taking_part = [variant for variant in variants if repeat < wanted[variant.name]]
+            for variant in order.sample(taking_part, len(taking_part)):
                 with variant.context():
                     timelines = _run(manager, cut, load)
                 runs[variant.name].append(Measurement.of(load, timelines))

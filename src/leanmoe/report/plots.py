@@ -40,19 +40,29 @@ def front(results: Results, concurrency: int) -> go.Figure:
 
 
 def strategies(results: Results, concurrency: int) -> go.Figure:
-    """Loss against cost for every strategy by name, at one load, on the same held-out text."""
+    """What every strategy loses on one budget, at one load, on the same held-out text."""
     tables = [t for t in results.get("strategies", []) if t["concurrency"] == concurrency]
-    kind = tables[0]["budget"]["kind"] if tables else "slots"
-    unit = "experts a token activates (mean)" if kind == "slots" else "distinct experts in a step"
-    figure = _figure(unit, "next-token loss, increase over the full model")
-    names = list(dict.fromkeys(row["strategy"] for table in tables for row in table["rows"]))
-    for number, name in enumerate(names):
-        rows = [r for t in tables for r in t["rows"] if r["strategy"] == name]
-        rows.sort(key=lambda row: row[kind])
-        figure.add_trace(
-            _loss_points(rows, kind, name, COLOURS[number % len(COLOURS)], name == "leanmoe")
+    rows = [row for table in tables for row in table["rows"]]
+    rows.sort(key=lambda row: row["loss"]["ratio"], reverse=True)
+    losses = [row["loss"] for row in rows]
+    figure = _figure("next-token loss, increase over the full model", "")
+    figure.add_trace(
+        go.Bar(
+            x=[100 * loss["ratio"] for loss in losses],
+            y=[row["strategy"] for row in rows],
+            orientation="h",
+            marker_color=[OURS if row["strategy"] == "leanmoe" else FULL for row in rows],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [100 * (loss["high"] - loss["ratio"]) for loss in losses],
+                "arrayminus": [100 * (loss["ratio"] - loss["low"]) for loss in losses],
+                "color": INK,
+            },
+            hovertemplate="%{y}<br>%{x:+.2f}%<extra></extra>",
         )
-        figure.data[-1].mode = "lines+markers"
+    )
+    figure.update_xaxes(ticksuffix="%")
     return figure
 
 

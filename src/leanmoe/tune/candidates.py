@@ -47,7 +47,8 @@ class Candidate:
 def prompt_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
     """Fewer experts for prompt tokens, down to none: the last layer's feed nothing that is read."""
     steps = sorted({0, 1, 2, 3, top_k // 2, (3 * top_k) // 4}, reverse=True)
-    return tuple(Rule(top_k=k, keep_weights=keep if k else None) for k in steps if k < top_k)
+    fewer = tuple(Rule(top_k=k, keep_weights=keep if k else None) for k in steps if k < top_k)
+    return (*fewer, *(Rule(threshold=share, keep_weights=keep) for share in (0.5, 0.7)))
 
 
 def own_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
@@ -65,7 +66,7 @@ def company_rules(
     """Rules in which the tokens of a step share experts; none for a token on its own."""
     if together < 2:
         return ()
-    counts = range(top_k - 2, max(top_k // 4, 0), -1)
+    counts = range(top_k - 3, max(top_k // 4, 0), -1)
     kept = tuple(Rule(guaranteed=k, keep_weights=keep) for k in counts)
     expected = experts * (1 - (1 - top_k / experts) ** together)
     budgets = sorted({max(1, round(expected * share)) for share in (0.8, 0.65)}, reverse=True)
