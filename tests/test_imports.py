@@ -20,10 +20,10 @@ ALLOWED: dict[str, set[str]] = {
     **{name: set() for name in BASE},
     **{name: SHAPES | {"reference"} for name in SHAPES},
     "routing": SHAPES,
-    "kernels": SHAPES | {"routing"},
+    "kernels": SHAPES,
     "cost": SHAPES | {"routing", "profile"},
     "runtime": SHAPES | {"routing", "kernels", "reference"},
-    "profile": SHAPES | {"routing", "kernels", "runtime", "quality"},
+    "profile": SHAPES | {"routing", "runtime", "quality"},
     "quality": SHAPES | {"runtime"},
     "load": SHAPES | {"runtime"},
     "prune": SHAPES | {"runtime"},
@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "reference": SHAPES | {"routing", "runtime", "quality", "report"},
 }
 """What each part may import of leanmoe, itself and `BASE` aside. `cli` and `job` import all."""
-MEASURES = {"runtime", "quality", "kernels"}
+MEASURES = {"runtime", "quality"}
 MEASURING = {"tune/layer_time.py", "tune/perturbation.py", "tune/sensitivity.py"}
 """Files of the search that measure on a model, and so import `MEASURES` too; no others may."""
 EVERYTHING = {"cli", "job", "__init__", "__main__"}

@@ -63,7 +63,7 @@ def test_more_experts_go_where_a_strategy_says() -> None:
 
 
 def test_own_takes_what_measures_best_on_calibration_text() -> None:
-    given = setting(6.0)
+    given = setting(6.0)  # alone: uniform, threshold and top_p with kept weights take part
     kept = STRATEGIES["uniform_kept"].rules(given)
     measured = Setting(**{**vars(given), "measure": lambda rules: float(rules != kept)})
     assert STRATEGIES["leanmoe"].rules(measured) == kept

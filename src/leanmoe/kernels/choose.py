@@ -11,14 +11,9 @@ from torch import Tensor
 
 from leanmoe.kernels.cpu import experts_cpu, prepare, why_not_cpu
 from leanmoe.kernels.reference import experts_reference
-from leanmoe.kernels.route_cpu import route_cpu, why_not_route_cpu
 from leanmoe.kernels.weights import ExpertWeights
-from leanmoe.plan import Rule
-from leanmoe.routers import Router
-from leanmoe.routing import Routing, route
 
 Experts = Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]
-RouteFunction = Callable[[Tensor, Router, int, Rule, Tensor | None, Tensor | None], Routing]
 
 SHARE_OF_FREE_MEMORY = 0.5
 """A layer's packed copy may take this share of what is free; layers are chosen one by one."""
@@ -45,11 +40,6 @@ def choose_experts(weights: ExpertWeights, device: torch.device | str) -> Choice
     if reason := _lacks_memory(weights):
         return Choice("reference", experts_reference, reason)
     return Choice("cpu", experts_cpu, prepare(weights).describe())
-
-
-def choose_route(logits_STE: Tensor, router: Router, rule: Rule) -> RouteFunction:
-    """The fastest routing for these logits and this rule; all agree with `routing.route`."""
-    return route if why_not_route_cpu(logits_STE, router, rule) else route_cpu
 
 
 def _lacks_memory(weights: ExpertWeights) -> str | None:

@@ -17,9 +17,18 @@ from torch import Tensor
 from leanmoe.kernels.threads import find_team
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
-from leanmoe.routing import Routing
 
 MOST_GROUPS = 64
+
+
+class Routed(NamedTuple):
+    """As `leanmoe.routing.Routing`: a skipped slot has id E and weight 0."""
+
+    ids_STK: Tensor
+    """int64; best ranked first, skipped slots last."""
+    weights_STK: Tensor
+    """float32."""
+    over_budget_S: Tensor | None
 
 
 def why_not_route_cpu(logits_STE: Tensor, router: Router, rule: Rule) -> str | None:
@@ -42,7 +51,7 @@ def route_cpu(
     rule: Rule,
     bias_E: Tensor | None = None,
     padding_ST: Tensor | None = None,
-) -> Routing:
+) -> Routed:
     """As `leanmoe.routing.route`, for what `why_not_route_cpu` has nothing against.
 
     Scores may differ from torch's in the last bits, and with them the order of experts that are as
@@ -90,7 +99,7 @@ def route_cpu(
                 0,
             )
         )
-    return Routing(ids, weights, over)
+    return Routed(ids, weights, over)
 
 
 class _Constants(NamedTuple):

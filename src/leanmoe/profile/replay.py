@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.kernels import choose_route
 from leanmoe.plan import Rule
 from leanmoe.profile.saved import Distinct, Profile, Trace
 from leanmoe.routing import count_distinct, count_slots
+from leanmoe.runtime.routing import fast_route
 from leanmoe.shape import distinct_uniform
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -69,8 +69,7 @@ def replay(
     logits_TE = torch.from_numpy(profile.trace.logits_LTE[layer])
     bias_E = None if profile.bias_LE is None else torch.from_numpy(profile.bias_LE[layer])
     logits_SBE = logits_TE[places_SB].float()
-    route = choose_route(logits_SBE, profile.router, rule)
-    routing = route(logits_SBE, profile.router, profile.model.top_k, rule, bias_E, None)
+    routing = fast_route(logits_SBE, profile.router, profile.model.top_k, rule, bias_E)
     over = routing.over_budget_S
     distinct_S = count_distinct(routing.ids_STK, profile.model.experts).double()
     return Replay(

@@ -30,6 +30,8 @@ class Panel:
     width: float
     low: float
     high: float
+    labels_from: float = 0.0
+    """Values are written to the right of this, whatever they are."""
     top: float = 64
     row: float = 44
 
@@ -50,7 +52,7 @@ def verdict_svg(results: Results) -> str:
     low = min(0.0, *(mark.low for mark in gains))
     left = Panel(118, 320, 1.1 * low, 1.1 * max(1.0, *(mark.high for mark in gains)))
     seen = [mark.high for mark in losses if mark] + [margin]
-    right = Panel(502, 200, min(0.0, *(m.low for m in losses if m), 0.0), 1.15 * max(seen))
+    right = Panel(502, 206, min(0.0, *(m.low for m in losses if m), 0.0), 1.5 * max(seen), margin)
     height = left.top + left.row * len(gains) + 44
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height:.0f}" '
@@ -60,7 +62,7 @@ def verdict_svg(results: Results) -> str:
         _text(118, 26, "Output throughput over the full model's", INK, "600"),
         _text(502, 26, "Next-token loss over it", INK, "600"),
         _text(118, 44, "median and interval of interleaved repeats", SOFT),
-        _text(502, 44, "on held-out documents, with interval", SOFT),
+        _text(502, 44, "held-out documents, interval", SOFT),
     ]
     for panel, marks in ((left, gains), (right, losses)):
         parts += _axis(panel, len(gains))
@@ -97,7 +99,9 @@ def _base(panel: Panel, rows: int) -> float:
 
 def _axis(panel: Panel, rows: int) -> list[str]:
     span = panel.high - panel.low
-    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 1e9) if span / s <= 6)
+    step = next(
+        s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 1e9) if span / s <= panel.width / 55
+    )
     parts, base = [], _base(panel, rows)
     for number in range(int(panel.low / step), int(panel.high / step) + 1):
         at = panel.x(number * step)
@@ -117,7 +121,12 @@ def _row(panel: Panel, row: int, mark: Mark | None) -> list[str]:
         f'<rect x="{start:.1f}" y="{y - 9:.1f}" width="{end - start:.1f}" height="18" '
         f'fill="{PLAN}" opacity="0.75"/>',
         _line(panel.x(mark.low), y, panel.x(mark.high), y, INK, 2),
-        _text(panel.x(max(mark.high, 0)) + 6, y + 4, f"{mark.value:+.{_digits(mark)}f}%", INK),
+        _text(
+            panel.x(max(mark.high, panel.labels_from)) + 6,
+            y + 4,
+            f"{mark.value:+.{_digits(mark)}f}%",
+            INK,
+        ),
     ]
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from leanmoe.kernels import choose_route
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
 from leanmoe.routing import Routing, route
 from leanmoe.runtime.counts import LayerCounts
+from leanmoe.runtime.routing import fast_route
 from leanmoe.runtime.step import Part
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -68,7 +68,7 @@ class LayerRouting:
         return ids, weights
 
     def _route(self, logits: Tensor, rule: Rule, padding: Tensor | None) -> Routing:
-        function = choose_route(logits, self.router, rule) if self.is_fast else route
+        function = fast_route if self.is_fast else route
         return function(logits, self.router, self.top_k, rule, self.bias_E, padding)
 
     def _joined(

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from leanmoe.kernels import choose_route
 from leanmoe.plan import Rule
 from leanmoe.profile.replay import draw_steps
 from leanmoe.profile.saved import Profile
 from leanmoe.routing import count_distinct, count_slots
 from leanmoe.runtime import find_layers
 from leanmoe.runtime.experts import experts_forward
+from leanmoe.runtime.routing import fast_route
 
 REPEATS = 12
 STEPS = 4
@@ -76,8 +76,7 @@ def fit(
             rule, step = rules[case[0]], steps[case[1]]
             logits = logits_TE[step].float().to(weight.device)
             started = time.perf_counter()
-            choose = choose_route(logits, profile.router, rule)
-            routing = choose(logits, profile.router, profile.model.top_k, rule, bias_E, None)
+            routing = fast_route(logits, profile.router, profile.model.top_k, rule, bias_E)
             routed = time.perf_counter()
             experts_forward(
                 layer.experts, hidden_TD, routing.ids_STK, routing.weights_STK.to(weight)

@@ -32,12 +32,17 @@ def uniform(setting: Setting) -> tuple[Rule, ...]:
 
 def uniform_kept(setting: Setting) -> tuple[Rule, ...]:
     """Uniform top-k whose experts weigh what they weigh beside the whole top-k."""
-    return tuple(replace(rule, keep_weights=True) for rule in uniform(setting))
+    return kept(uniform(setting))
 
 
 def guaranteed_kept(setting: Setting) -> tuple[Rule, ...]:
     """Guaranteed experts with the weights of the whole top-k."""
-    return tuple(replace(rule, keep_weights=True) for rule in guaranteed(setting))
+    return kept(guaranteed(setting))
+
+
+def kept(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The same rules with the weights of the whole top-k."""
+    return tuple(replace(rule, keep_weights=True) for rule in rules)
 
 
 def begin_high_end(setting: Setting) -> tuple[Rule, ...]:

@@ -21,9 +21,12 @@ def leanmoe(setting: Setting) -> tuple[Rule, ...]:
     single layers do not simply add, so the knapsack's choice is measured on calibration text
     beside the simple ways to keep the weights of the whole top-k, and the best of them is taken.
     """
-    tried = {knapsack(setting), methods.uniform_kept(setting)}
+    simple = [methods.uniform]
     if setting.together > 1:
-        tried.add(methods.guaranteed_kept(setting))
+        simple.append(methods.guaranteed)
+    else:
+        simple += [methods.threshold, methods.top_p]
+    tried = {knapsack(setting), *(methods.kept(method(setting)) for method in simple)}
     if setting.measure is None or len(tried) == 1:
         return knapsack(setting)
     return min(sorted(tried, key=str), key=setting.measure)
