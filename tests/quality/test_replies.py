@@ -8,9 +8,8 @@ import torch
 from leanmoe import Plan, Rule, apply
 from leanmoe.errors import LeanMoeError
 from leanmoe.quality.forward import final_hidden
-from leanmoe.quality.replies import why_not_branch
 from leanmoe.quality.windows import Windows
-from leanmoe.runtime import shape_of
+from leanmoe.runtime import shape_of, why_not_full_attention
 from tests.runtime.families import build
 
 LENGTH, PROMPT, REPLY = 24, 10, 5
@@ -68,5 +67,5 @@ def test_replies_need_full_windows_and_full_attention() -> None:
     )
     with pytest.raises(LeanMoeError, match="padded"):
         padded.after_prompt(4, 2)
-    assert why_not_branch(build("deepseek_v3").config) is None
-    assert "sliding" in (why_not_branch(build("gpt_oss").config) or "")
+    assert why_not_full_attention(build("deepseek_v3").config) is None
+    assert "sliding" in (why_not_full_attention(build("gpt_oss").config) or "")

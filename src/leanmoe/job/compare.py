@@ -26,6 +26,7 @@ SLOTS_SHARE = 0.75
 """Of the full model's experts a token, for a request on its own: the paper's k = 6 of 8."""
 DISTINCT_SHARE = 0.8
 """Of the full model's distinct experts a step, for requests together."""
+CHOOSING = "Strategy leanmoe, choosing on calibration text"
 BUDGET_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 """Of the full model's cost, where one strategy is run by name; safest first."""
 
@@ -101,7 +102,7 @@ def _losses_of(
 ) -> Callable[[], Any]:
     def compute() -> Any:
         plan = Plan.per_layer(inputs.shape.fingerprint(), rules)
-        what = f"Strategy {name}"
+        what = f"Strategy {name}" + (f", {together} at once" if together else "")
         return plan_losses(inputs, inputs.compared, plan, together, what).to_json()
 
     return compute
@@ -128,7 +129,7 @@ def _setting(
 
     def measure(rules: tuple[Rule, ...]) -> float:
         plan = Plan.per_layer(inputs.shape.fingerprint(), rules)
-        return plan_losses(inputs, inputs.searched, plan, together, "Calibration").mean
+        return plan_losses(inputs, inputs.searched, plan, together, CHOOSING).mean
 
     return Setting(
         inputs.shape.fingerprint(),

@@ -9,9 +9,8 @@ from typing import Any
 from leanmoe.errors import LeanMoeError
 from leanmoe.job.settings import TuneSettings
 from leanmoe.quality.paired import require_documents
-from leanmoe.quality.replies import why_not_branch
 from leanmoe.quality.windows import Windows, cut
-from leanmoe.runtime import find_layers, load_model, shape_of
+from leanmoe.runtime import find_layers, load_model, shape_of, why_not_full_attention
 from leanmoe.shape import MoEShape
 from leanmoe.text import Document, read_corpus, split
 
@@ -49,7 +48,7 @@ def read_inputs(settings: TuneSettings) -> Inputs:
     calibration, heldout = split(corpus.documents, settings.heldout_share, settings.seed)
     model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
     find_layers(model)
-    reason = why_not_branch(model.config)
+    reason = why_not_full_attention(model.config)
     if reason:
         logger.info("every reply is scored in a row of its own: %s", reason)
     whole, prompt, reply = settings.scored_window(reason is None)

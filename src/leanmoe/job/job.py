@@ -26,7 +26,7 @@ from leanmoe.profile.saved import Profile
 from leanmoe.provenance import collect
 from leanmoe.quality.documents import Losses
 from leanmoe.report import write_report
-from leanmoe.runtime import IMPLEMENTATION, apply
+from leanmoe.runtime import IMPLEMENTATION, apply, has_kernel
 from leanmoe.storage import write_json
 from leanmoe.tune.candidates import Candidate, Phase, candidates
 from leanmoe.tune.layer_time import LayerTime
@@ -225,17 +225,27 @@ def _gain(inputs: Inputs, plan: Plan, load: int, settings: TuneSettings) -> dict
     def running(plan: Plan, experts: str) -> Callable[[], AbstractContextManager[Any]]:
         return lambda: apply(inputs.model, plan, experts=experts)
 
-    stock = f"transformers {inputs.model.config._experts_implementation}"
+    experts = served_experts(inputs.model)
     variants = [
-        Variant("full", running(_empty(inputs), IMPLEMENTATION)),
-        Variant("plan", running(plan, IMPLEMENTATION)),
-        Variant(stock, running(_empty(inputs), "stock"), STOCK_REPEATS),
+        Variant("full", running(_empty(inputs), experts)),
+        Variant("plan", running(plan, experts)),
     ]
+    if experts != "stock":
+        stock = f"transformers {inputs.model.config._experts_implementation}"
+        variants.append(Variant(stock, running(_empty(inputs), "stock"), STOCK_REPEATS))
     measured = compare(
         inputs.model, inputs.prompts, wanted, variants, settings.repeats, settings.seed
     )
     ratio = measured.ratio("plan", settings.confidence).to_json()
     return {**measured.to_json(), "ratio": ratio}
+
+
+def served_experts(model: Any) -> str:
+    """Our experts where a kernel computes them; else Transformers' own, for full model and plan.
+
+    Our plain reference would make a slow full model, and any plan look fast beside it.
+    """
+    return IMPLEMENTATION if has_kernel(model) else "stock"
 
 
 def _front(
@@ -252,7 +262,8 @@ def _front(
 
 
 def _model(inputs: Inputs, settings: TuneSettings) -> dict[str, Any]:
-    with apply(inputs.model, _empty(inputs), experts=IMPLEMENTATION) as applied:
+    experts = served_experts(inputs.model)
+    with apply(inputs.model, _empty(inputs), experts=experts) as applied:
         implementation = applied.implementation
     return {
         "name": settings.model,

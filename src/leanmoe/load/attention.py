@@ -133,6 +133,9 @@ def attend_per_request(
     its request cached.
     """
     del attention_mask
+    for name in ("s_aux", "sliding_window"):
+        if keywords.get(name) is not None:
+            raise LeanMoeError(f"attention by request was asked for {name}: it has none")
     cache = _serving[0]
     pieces = cache.pieces(module.layer_idx, keywords)
     keys, values = cache.write(module.layer_idx, pieces, key, value)

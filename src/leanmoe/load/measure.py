@@ -16,7 +16,7 @@ from leanmoe.errors import LeanMoeError
 from leanmoe.load.attention import attention_per_request, has_pages
 from leanmoe.load.metrics import Load, Measurement, Ratio, Timeline
 from leanmoe.progress import bar
-from leanmoe.runtime import release_threads
+from leanmoe.runtime import release_threads, why_not_full_attention
 
 PREFILL_TOKENS_A_STEP = 2048
 """A step takes as many whole prompts as fit in this, beside what decodes; a longer prompt is
@@ -140,7 +140,7 @@ def _served(model: Any, load: Load) -> Iterator[Any]:
     with ExitStack() as stack:
         stack.enter_context(_quiet("ContinuousBatchingLogger"))
         stack.enter_context(_cache_width(model.config))
-        if model.device.type == "cpu":
+        if model.device.type == "cpu" and why_not_full_attention(model.config) is None:
             stack.enter_context(attention_per_request(model, page))
         manager = stack.enter_context(
             model.continuous_batching_context_manager(

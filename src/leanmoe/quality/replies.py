@@ -7,28 +7,16 @@ the reply and the reply's own before itself, as it would in service.
 
 Letters: N windows, L tokens in a window, P of them before the first reply, R = L - P in replies,
 C = L + R tokens of a row in the call.
+
+Only for models whose tokens see all tokens before them: `runtime.why_not_full_attention`.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
-
-FULL_ATTENTION = ("full_attention", None)
-
-
-def why_not_branch(config: Any) -> str | None:
-    """Why replies of this model cannot branch off a prompt; None if they can."""
-    kinds = set(getattr(config, "layer_types", None) or [None]) - set(FULL_ATTENTION)
-    if kinds:
-        return f"it has layers of {', '.join(sorted(map(str, kinds)))}"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
-        return f"its attention reaches back {window} tokens only"
-    return None
 
 
 def branched_ids(ids_NL: Tensor, prompt: int) -> Tensor:

@@ -7,8 +7,8 @@ token, D hidden width, S independent forward steps, B sequences that decode toge
 from leanmoe.kernels.threads import release_threads
 from leanmoe.runtime.apply import Applied, apply
 from leanmoe.runtime.counts import LayerCounts
-from leanmoe.runtime.experts import IMPLEMENTATION, register_experts
-from leanmoe.runtime.layers import MoELayer, find_layers, shape_of
+from leanmoe.runtime.experts import IMPLEMENTATION, has_kernel, register_experts
+from leanmoe.runtime.layers import MoELayer, find_layers, shape_of, why_not_full_attention
 from leanmoe.runtime.loading import load_model
 from leanmoe.runtime.record import record
 from leanmoe.runtime.resume import hidden_before, resume_from
@@ -20,6 +20,7 @@ __all__ = [
     "MoELayer",
     "apply",
     "find_layers",
+    "has_kernel",
     "hidden_before",
     "load_model",
     "record",
@@ -27,4 +28,5 @@ __all__ = [
     "release_threads",
     "resume_from",
     "shape_of",
+    "why_not_full_attention",
 ]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from leanmoe.kernels import Choice, ExpertWeights, Gate, choose_experts
+from leanmoe.kernels.weights import ACTIVATIONS, Activation
+from leanmoe.runtime.layers import find_layers
 
 IMPLEMENTATION = "leanmoe"
+PROBE_ROWS, PROBE_WIDTH = 8, 16
 
 logger = logging.getLogger(__name__)
 _prepared: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], ExpertWeights, Choice]]
@@ -31,6 +35,11 @@ def experts_forward(
     """Transformers' experts interface: (T,D), (T,K) and (T,K) to (T,D)."""
     weights, choice = prepared(module)
     return choice.function(hidden_states, top_k_index, top_k_weights, weights)
+
+
+def has_kernel(model: Any) -> bool:
+    """Whether every MoE layer of the model is computed by a kernel and not by the reference."""
+    return all(prepared(layer.experts)[1].name != "reference" for layer in find_layers(model))
 
 
 def prepared(module: Any) -> tuple[ExpertWeights, Choice]:
@@ -59,9 +68,36 @@ def prepared(module: Any) -> tuple[ExpertWeights, Choice]:
 
 
 def _gate(module: Any) -> Gate | Any:
-    """silu(gate) * up where that is what the family does; else the family's own function."""
-    own = type(module)._apply_gate.__module__ != "transformers.integrations.moe"
-    activation = getattr(module.config, "hidden_act", None)
-    if not own and activation == "silu":
-        return Gate("silu")
-    return module._apply_gate if module.has_gate else module.act_fn
+    """The gate our kernels know that does what the family's own function does; else that function.
+
+    Told by a probe: names of activations and attributes differ by family, results do not.
+    """
+    own = module._apply_gate if module.has_gate else module.act_fn
+    draw = torch.Generator().manual_seed(0)
+    probe = 4.0 * torch.randn(PROBE_ROWS, 2 * PROBE_WIDTH, generator=draw)
+    try:
+        with torch.inference_mode():
+            wanted = own(probe)
+            for gate in _known_gates(module):
+                if torch.allclose(_gated(gate, module, probe), wanted, rtol=1e-4, atol=1e-5):
+                    return gate
+    except (RuntimeError, TypeError, AttributeError) as error:
+        logger.info("%s: its gate cannot be probed (%s)", type(module).__name__, error)
+    return own
+
+
+def _known_gates(module: Any) -> list[Gate]:
+    known = [Gate(cast(Activation, activation)) for activation in ACTIVATIONS]
+    limit, alpha = getattr(module, "limit", None), getattr(module, "alpha", 1.0)
+    if isinstance(limit, int | float) and isinstance(alpha, int | float):
+        known.append(Gate.gpt_oss(float(limit), float(alpha)))
+        known.append(Gate("silu", limit=float(limit), alpha=float(alpha)))
+    return known
+
+
+def _gated(gate: Gate, module: Any, probe: Tensor) -> Tensor:
+    if not module.has_gate:
+        return gate.activate(probe)
+    if getattr(module, "is_concatenated", True):
+        return gate.combine(*probe.chunk(2, dim=-1))
+    return gate.combine(probe[..., ::2], probe[..., 1::2])

@@ -87,6 +87,17 @@ def router_logits(output: Any) -> Tensor:
     return logits
 
 
+def why_not_full_attention(config: Any) -> str | None:
+    """Why a token of this model does not see all tokens before it; None if it does."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds:
+        return f"it has layers of {', '.join(sorted(map(str, kinds)))}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        return f"its attention reaches back {window} tokens only"
+    return None
+
+
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers, the longest list of modules below the model's head."""
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]

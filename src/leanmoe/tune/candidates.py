@@ -53,7 +53,7 @@ def prompt_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
 
 def own_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
     """Rules in which a token looks at its own gates only."""
-    counts = range(top_k - 1, max(top_k // 2, 0), -1)
+    counts = range(top_k - 1, max(5 * top_k // 8, 1) - 1, -1)
     fewer = tuple(Rule(top_k=k, keep_weights=keep) for k in counts)
     gated = tuple(Rule(threshold=share, keep_weights=keep) for share in (0.15, 0.25))
     mass = tuple(Rule(top_p=share, keep_weights=keep) for share in (0.95, 0.9))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.tune.allocate import Option, cheapest
 from leanmoe.tune.sensitivity import Sensitivity, loss_rates
@@ -12,6 +14,8 @@ from leanmoe.tune.strategies import methods
 
 if TYPE_CHECKING:
     from leanmoe.tune.strategies.registry import Setting
+
+logger = logging.getLogger(__name__)
 
 
 def leanmoe(setting: Setting) -> tuple[Rule, ...]:
@@ -26,10 +30,14 @@ def leanmoe(setting: Setting) -> tuple[Rule, ...]:
         simple.append(methods.guaranteed)
     else:
         simple += [methods.threshold, methods.top_p]
-    tried = {knapsack(setting), *(methods.kept(method(setting)) for method in simple)}
-    if setting.measure is None or len(tried) == 1:
-        return knapsack(setting)
-    return min(sorted(tried, key=str), key=setting.measure)
+    tried = [methods.kept(method(setting)) for method in simple]
+    try:
+        tried.insert(0, knapsack(setting))
+    except LeanMoeError:
+        logger.info("no combination of measured rules costs as little as the budget")
+    if setting.measure is None:
+        return tried[0]
+    return min(dict.fromkeys(tried), key=setting.measure)
 
 
 def knapsack(setting: Setting) -> tuple[Rule, ...]:
