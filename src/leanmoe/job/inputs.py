@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,7 @@ def full_windows(
     tokens: int,
     settings: TuneSettings,
 ) -> Windows:
-    """Windows without padding, about `tokens` in all; short documents are left out.
+    """Windows without padding, at least `tokens` in all if there are; no short documents.
 
     Raises LeanMoeError when no document is long enough.
     """
@@ -98,7 +99,7 @@ def full_windows(
         raise LeanMoeError(
             f"the text is too short: none of its {len(documents)} documents has {length} tokens"
         )
-    chosen = chosen[: max(1, tokens // length)]
+    chosen = chosen[: math.ceil(tokens / length)]
     used = sorted(set(found.documents_N[chosen].tolist()))
     renumbered = {number: n for n, number in enumerate(used)}
     numbers = [renumbered[number] for number in found.documents_N[chosen].tolist()]
