@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.kernels.weights import ExpertWeights
+from leanmoe.kernels.weights import SCALE_BLOCK, ExpertWeights
 from leanmoe.kernels.work import add_work
 
 
@@ -31,7 +31,9 @@ def experts_reference(
         refuse_ids(int(sorted_S[0]), int(sorted_S[-1]), experts)
     counts: list[int] = torch.bincount(sorted_S, minlength=experts)[:experts].tolist()
 
-    compute = torch.promote_types(hidden_TD.dtype, weights.gate_up.dtype)
+    compute = hidden_TD.dtype
+    if weights.gate_up_scale is None:
+        compute = torch.promote_types(compute, weights.gate_up.dtype)
     total_TD = torch.zeros_like(
         hidden_TD,
         dtype=torch.promote_types(compute, torch.float32),
@@ -81,16 +83,27 @@ def refuse_ids(least: int, most: int, experts: int) -> None:
 
 
 def _expert(rows_RD: Tensor, expert: int, weights: ExpertWeights) -> Tensor:
-    product_RN = _linear(rows_RD, expert, weights.gate_up, weights.gate_up_bias, weights)
+    up = _matrix(expert, weights.gate_up, weights.gate_up_scale, rows_RD.dtype, weights)
+    product_RN = functional.linear(rows_RD, up, _bias(expert, weights.gate_up_bias, up.dtype))
     activated_RM = weights.activated(product_RN)
-    out_RD = _linear(activated_RM, expert, weights.down, weights.down_bias, weights)
+    down = _matrix(expert, weights.down, weights.down_scale, rows_RD.dtype, weights)
+    out_RD = functional.linear(activated_RM, down, _bias(expert, weights.down_bias, up.dtype))
     return out_RD if weights.after is None else weights.after(out_RD)
 
 
-def _linear(
-    rows: Tensor, expert: int, weight: Tensor, bias: Tensor | None, weights: ExpertWeights
+def _matrix(
+    expert: int, weight: Tensor, scale: Tensor | None, dtype: torch.dtype, weights: ExpertWeights
 ) -> Tensor:
-    matrix = weight[expert].to(rows.dtype)
-    if weights.is_transposed:
-        matrix = matrix.transpose(0, 1)
-    return functional.linear(rows, matrix, None if bias is None else bias[expert].to(rows.dtype))
+    """One expert's matrix as `functional.linear` takes it, its block scales multiplied in."""
+    matrix = weight[expert]
+    if scale is not None:
+        blocks = scale[expert].double()
+        for axis in (0, 1):
+            blocks = blocks.repeat_interleave(SCALE_BLOCK, axis)
+        matrix = matrix.double() * blocks[: matrix.shape[0], : matrix.shape[1]]
+    matrix = matrix.to(dtype)
+    return matrix.transpose(0, 1) if weights.is_transposed else matrix
+
+
+def _bias(expert: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias[expert].to(dtype)

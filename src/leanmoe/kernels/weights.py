@@ -73,6 +73,14 @@ class Gate:
         return ACTIVATIONS[self.activation](gate_RM)
 
 
+SCALE_BLOCK = 128
+"""Rows and columns of fp8 weights that share a scale (DeepSeek-V3 report, section 3.3.2)."""
+
+
+def _blocks(experts: int, rows: int, columns: int) -> tuple[int, int, int]:
+    return (experts, -(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK))
+
+
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
     """The routed experts of one MoE layer.
@@ -96,6 +104,10 @@ class ExpertWeights:
     """A `Gate`, or any function from the first product (R,2M), in its own layout, to (R,M)."""
     after: Callable[[Tensor], Tensor] | None = None
     """Applied to each row of the second product (R,D) before the routing weight, if set."""
+    gate_up_scale: Tensor | None = None
+    """(E, 2M/128, D/128), rounded up: what each 128 x 128 block of fp8 weights is multiplied by."""
+    down_scale: Tensor | None = None
+    """(E, D/128, M/128), rounded up."""
 
     def __post_init__(self) -> None:
         for name, weight in (("gate_up", self.gate_up), ("down", self.down)):
@@ -111,6 +123,13 @@ class ExpertWeights:
             self._check("gate_up_bias", self.gate_up_bias, (experts, double))
         if self.down_bias is not None:
             self._check("down_bias", self.down_bias, (experts, hidden))
+        if (self.gate_up_scale is None) != (self.down_scale is None):
+            raise LeanMoeError("expert weights have one block scale of two: give both or neither")
+        if self.gate_up_scale is not None and self.down_scale is not None:
+            if self.is_transposed:
+                raise LeanMoeError("expert weights with block scales must not be transposed")
+            self._check("gate_up_scale", self.gate_up_scale, _blocks(experts, double, hidden))
+            self._check("down_scale", self.down_scale, _blocks(experts, hidden, width))
 
     @property
     def experts(self) -> int:

@@ -1,0 +1,84 @@
+"""How the GPU experts are cut into tiles: one small record for each shape and number of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from leanmoe.errors import LeanMoeError
+
+MOST_DIRECT_TOKENS = 32
+"""Above, looking through all ids in every program costs more than a work list."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one of the two products is tiled."""
+
+    columns: int = 64
+    """Columns of the result a program computes; the first product reads twice as many rows of
+    gated weights for them."""
+    depth: int = 64
+    """Columns of the operands read in one step."""
+    warps: int = 4
+    stages: int = 4
+    group: int = 1
+    """Blocks of rows that run side by side at each tile of columns."""
+    weights_left: bool = True
+    """Whether the weights are the left operand: the matrix unit's wide side, where rows are few."""
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """How the experts of one layer run for one number of tokens."""
+
+    rows: int = 16
+    """Token rows of a block; with `is_direct`, at least the number of tokens."""
+    tail: int = 0
+    """Rows more that a block may have, at the same tile of weights."""
+    is_direct: bool = False
+    """No work list: each program looks its expert's tokens up in the ids."""
+    gate_up: Tile = Tile()
+    down: Tile = Tile()
+    overlap: bool = True
+    """Whether the second product's programs start before the first's have all ended."""
+
+    @property
+    def block_rows(self) -> int:
+        """Rows in a full block of the work list."""
+        return self.rows + self.tail
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> ExpertsConfig:
+        """Reads what `to_json` wrote; anything else is a LeanMoeError naming the place."""
+        found = _record(cls, value, where)
+        for name in ("gate_up", "down"):
+            found[name] = Tile(**_record(Tile, found[name], f"{where}.{name}"))
+        config = cls(**found)
+        for name, number in (("rows", config.rows), ("tail", config.tail)):
+            if number < 0 or number & (number - 1) or (name == "rows" and number < 16):
+                raise LeanMoeError(f"{where}.{name} is {number}: it must be a power of two")
+        for name, tile in (("gate_up", config.gate_up), ("down", config.down)):
+            for size in ("columns", "depth", "warps"):
+                number = getattr(tile, size)
+                if number < 1 or number & (number - 1):
+                    raise LeanMoeError(
+                        f"{where}.{name}.{size} is {number}: it must be a power of two"
+                    )
+        return config
+
+
+def _record(kind: type, value: Any, where: str) -> dict[str, Any]:
+    """The fields of a dataclass, all of them and no other, each of its own type."""
+    names = {f.name: f.type for f in fields(kind)}
+    if not isinstance(value, dict) or set(value) != set(names):
+        raise LeanMoeError(f"{where} is {value!r}: it must have the fields {', '.join(names)}")
+    for name, type_name in names.items():
+        wanted = {"int": int, "bool": bool}.get(str(type_name), dict)
+        if type(value[name]) is not wanted:
+            raise LeanMoeError(f"{where}.{name} is {value[name]!r}: it must be {type_name}")
+    return dict(value)

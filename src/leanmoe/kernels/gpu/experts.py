@@ -1,0 +1,155 @@
+"""GPU experts: checked arguments in, two products and a sum out, as one op of torch.
+
+Letters: T tokens, K slots a token, N = T*K slots, E experts, D hidden width, M expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.kernels.gpu.config import MOST_DIRECT_TOKENS, ExpertsConfig, Tile
+from leanmoe.kernels.gpu.launch import ExpertsCall, interprets
+from leanmoe.kernels.gpu.work_list import WorkList, build_work_list
+from leanmoe.kernels.reference import check_call
+from leanmoe.kernels.weights import ACTIVATIONS, ExpertWeights, Gate
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = torch.float8_e4m3fn
+
+
+def why_not_gpu(weights: ExpertWeights) -> str | None:
+    """Why `experts_gpu` cannot compute these weights; None if it can."""
+    tensor, other = weights.gate_up, weights.down
+    if tensor.device.type != "cuda" and not interprets():
+        return f"the weights are on {tensor.device}"
+    if tensor.dtype != other.dtype or tensor.dtype not in (*FLOATS, FP8):
+        return f"no kernel for {tensor.dtype} and {other.dtype} weights"
+    if (tensor.dtype == FP8) != (weights.gate_up_scale is not None):
+        return "fp8 weights need block scales, and only they"
+    if not isinstance(weights.gate, Gate):
+        return "the gate is a function of the model's own"
+    if weights.after is not None:
+        return "the experts end in a function of the model's own"
+    if not (tensor.is_contiguous() and other.is_contiguous()):
+        return "the weights are not contiguous"
+    return None
+
+
+def experts_gpu(
+    hidden_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    weights: ExpertWeights,
+    *,
+    config: ExpertsConfig | None = None,
+    work: WorkList | None = None,
+) -> Tensor:
+    """Each token's weighted sum over its experts, (T,D), as `experts_reference` gives it.
+
+    Adds up in float32 and in the order of the slots: the same bits every time. Waits for nothing,
+    so it can be captured in a graph. Ids are not checked for range. `work` is the work list of the
+    same ids, where routing made it already, with the config's `block_rows`. Raises LeanMoeError
+    for what it cannot compute.
+    """
+    check_call(hidden_TD, ids_TK, weights_TK, weights)
+    if reason := why_not_gpu(weights):
+        raise LeanMoeError(f"experts_gpu cannot compute these experts: {reason}")
+    if weights.gate_up.dtype not in (hidden_TD.dtype, FP8) or hidden_TD.dtype not in FLOATS:
+        raise LeanMoeError(
+            f"experts_gpu got {hidden_TD.dtype} hidden states for {weights.gate_up.dtype} "
+            "weights: they must be of one dtype, or the weights fp8"
+        )
+    tokens, slots = ids_TK.shape
+    if tokens * slots == 0:
+        return torch.zeros_like(hidden_TD)
+    if config is None:
+        from leanmoe.kernels.gpu.tuned import config_for
+
+        config = config_for(weights, tokens, slots)
+    _check_config(config, tokens, work)
+    if work is None and not config.is_direct:
+        work = build_work_list(ids_TK, weights.experts, config.block_rows)
+    out: Tensor = _experts_op(
+        hidden_TD.contiguous(),
+        ids_TK.contiguous(),
+        weights_TK.contiguous(),
+        weights.gate_up,
+        weights.down,
+        *operands(weights, work if not config.is_direct else None),
+        _numbers(config),
+    )
+    return out
+
+
+def operands(weights: ExpertWeights, work: WorkList | None) -> tuple[Any, ...]:
+    """Biases and scales, work list, layout, activation and its numbers, as the op takes them."""
+    gate = weights.gate
+    assert isinstance(gate, Gate)
+    return (
+        [weights.gate_up_bias, weights.down_bias, weights.gate_up_scale, weights.down_scale],
+        [] if work is None else list(work[:3]),
+        [weights.is_transposed, weights.is_concatenated, weights.is_gated],
+        list(ACTIVATIONS).index(gate.activation),
+        [float("inf") if gate.limit is None else gate.limit, gate.alpha, gate.up_offset],
+    )
+
+
+def _check_config(config: ExpertsConfig, tokens: int, work: WorkList | None) -> None:
+    if config.is_direct and tokens > config.rows:
+        raise LeanMoeError(
+            f"experts config is direct with {config.rows} rows for {tokens} tokens: "
+            f"rows must be at least the tokens, which may be {MOST_DIRECT_TOKENS} at most"
+        )
+    if work is not None and work.block_rows != config.block_rows:
+        raise LeanMoeError(
+            f"work list has blocks of {work.block_rows} rows: the config wants {config.block_rows}"
+        )
+
+
+def _numbers(config: ExpertsConfig) -> list[int]:
+    """The config as the op takes it."""
+    tiles = [
+        int(n)
+        for t in (config.gate_up, config.down)
+        for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left)
+    ]
+    return [config.rows, config.tail, config.is_direct, config.overlap, *tiles]
+
+
+def _config(numbers: list[int]) -> ExpertsConfig:
+    rows, tail, direct, overlap, *rest = numbers
+    first, second = (Tile(t[0], t[1], t[2], t[3], t[4], bool(t[5])) for t in (rest[:6], rest[6:]))
+    return ExpertsConfig(rows, tail, bool(direct), first, second, bool(overlap))
+
+
+@torch.library.custom_op("leanmoe::experts_gpu", mutates_args=())
+def _experts_op(
+    hidden: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    extras: list[Tensor | None],
+    work: list[Tensor],
+    layout: list[bool],
+    activation: int,
+    numbers: list[float],
+    config: list[int],
+) -> Tensor:
+    call = ExpertsCall(
+        hidden, ids, gates, gate_up, down, extras, layout, activation, numbers, _config(config)
+    )
+    call.first_product(*work)
+    call.second_product(*work)
+    if not call.config.is_direct:
+        call.sum_slots()
+    return call.out
+
+
+@_experts_op.register_fake
+def _experts_fake(hidden: Tensor, *_rest: Any) -> Tensor:
+    return torch.empty_like(hidden)

@@ -1,0 +1,122 @@
+"""The experts of a small step, straight from the ids: two launches and no work list.
+
+Letters: T tokens, K slots a token, N = T*K slots, E experts, D hidden width, M expert width,
+R rows (all tokens of the step), C columns of one tile.
+"""
+
+# mypy: ignore-errors
+# Triton's language is not Python's: names are constexprs, tensors or pointers as they are used.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from leanmoe.kernels.gpu.tile_program import down_block, gate_up_block
+
+
+@triton.jit
+def _uses(ids_ptr, slot, tokens, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+          SLOTS: tl.constexpr):  # fmt: skip
+    """Of the expert at a slot: its id, whether the slot is its first, who uses it and where.
+
+    Without a work list: a step of few tokens is looked through by every program. A token that
+    names an expert twice counts once, with both weights.
+    """
+    r, k = tl.arange(0, ROWS), tl.arange(0, SLOTS)
+    number_RK = r[:, None] * K + k[None, :]
+    there_RK = (r < tokens)[:, None] & (k < K)[None, :]
+    ids_RK = tl.load(ids_ptr + number_RK, mask=there_RK, other=E)
+    expert = tl.load(ids_ptr + slot)
+    same_RK = there_RK & (ids_RK == expert)
+    here_RK = tl.where(same_RK, number_RK, ROWS * SLOTS * 2)
+    slots_R = tl.min(here_RK, axis=1)
+    is_first = (expert < E) & (tl.min(slots_R, axis=0) == slot)
+    return expert, is_first, slots_R, slots_R < ROWS * SLOTS * 2, same_RK, number_RK
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gate_up_direct(
+    x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, ids_ptr,
+    tokens, limit, alpha, up_offset,
+    E: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The first product of the expert at one slot, for all tokens of a small step."""
+    if PDL:
+        gdc_launch_dependents()
+    TILES: tl.constexpr = (M + BLOCK_C - 1) // BLOCK_C
+    slot, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    expert, is_first, slots_R, is_row, _same, _number = _uses(
+        ids_ptr, slot, tokens, E, K, ROWS, SLOTS
+    )
+    if is_first:
+        tokens_R = tl.arange(0, ROWS).to(tl.int64)
+        gate_up_block(
+            x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr,
+            expert, tokens_R, slots_R, is_row, tokens_R, slots_R, is_row,
+            tile, limit, alpha, up_offset,
+            D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
+            SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def down_direct(
+    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, ids_ptr, arrived_ptr, out_ptr,
+    tokens,
+    E: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The second product of the expert at one slot; the last at a tile adds up the tokens' slots.
+
+    `arrived_ptr` counts, tile by tile, how many slots are done; it is zero again at the end.
+    """
+    TILES: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
+    slot, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    expert, is_first, slots_R, is_row, same_RK, number_RK = _uses(
+        ids_ptr, slot, tokens, E, K, ROWS, SLOTS
+    )
+    if PDL:
+        gdc_wait()
+    if is_first:
+        gates_RK = tl.load(gates_ptr + number_RK, mask=same_RK, other=0.0).to(tl.float32)
+        weight_R = tl.sum(gates_RK, axis=1)
+        down_block(
+            act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
+            expert, slots_R, weight_R, is_row, slots_R, weight_R, is_row, tile,
+            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+        )  # fmt: skip
+    tl.debug_barrier()  # every thread's part is written before this program counts as arrived
+    before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel")
+    if before == tokens * K - 1:
+        _add_slots(part_ptr, ids_ptr, out_ptr, tokens, tile, E, K, D, ROWS, BLOCK_C)
+        tl.store(arrived_ptr + tile, 0)
+
+
+@triton.jit
+def _add_slots(
+    part_ptr, ids_ptr, out_ptr, tokens, tile,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A tile of columns of every token: its slots' parts in order, a doubled expert's once."""
+    r, d = tl.arange(0, ROWS), tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    total_RC = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
+    for k in range(K):
+        ids_R = tl.load(ids_ptr + r * K + k, mask=r < tokens, other=E)
+        used_R = ids_R < E
+        for other in range(k):
+            used_R = used_R & (tl.load(ids_ptr + r * K + other, mask=r < tokens, other=E) != ids_R)
+        at = part_ptr + (r * K + k)[:, None] * D + d[None, :]
+        inside = used_R[:, None] & (d < D)[None, :]
+        total_RC += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    inside = (r < tokens)[:, None] & (d < D)[None, :]
+    at = out_ptr + r[:, None] * D + d[None, :]
+    tl.store(at, total_RC.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,140 @@
+"""The experts over a work list: first product, second product, sum over each token's slots.
+
+Letters: T tokens, K slots a token, N = T*K slots, E experts, D hidden width, M expert width,
+R rows of one block, C columns of one tile.
+"""
+
+# mypy: ignore-errors
+# Triton's language is not Python's: names are constexprs, tensors or pointers as they are used.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from leanmoe.kernels.gpu.tile_program import down_block, gate_up_block
+
+
+@triton.jit
+def _rows_of(rows_ptr, first, count, skip, ROWS: tl.constexpr):
+    """Slot numbers of a block's rows from `skip` on, and which of them there are."""
+    r = skip + tl.arange(0, ROWS)
+    is_row = r < count
+    return tl.load(rows_ptr + first + r, mask=is_row, other=0), is_row
+
+
+@triton.jit
+def _place(used, TILES, GROUP: tl.constexpr):
+    """Block and tile of this program: `GROUP` blocks side by side at each tile of columns."""
+    pid = tl.program_id(0)
+    if GROUP == 1:
+        block, tile = pid // TILES, pid % TILES
+    else:
+        group = pid // (GROUP * TILES)
+        height = tl.minimum(used - group * GROUP, GROUP)
+        inside = pid - group * GROUP * TILES
+        if height > 0:
+            block, tile = group * GROUP + inside % height, inside // height
+        else:
+            block, tile = used, inside
+    return block, tile
+
+
+@triton.jit(do_not_specialize=["most_blocks"])
+def gate_up_listed(
+    x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, rows_ptr, blocks_ptr, used_ptr,
+    most_blocks, limit, alpha, up_offset,
+    K: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
+    WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The first product of one block of the work list and one tile of columns."""
+    if PDL:
+        gdc_launch_dependents()
+    used = tl.load(used_ptr)
+    block, tile = _place(used, (M + BLOCK_C - 1) // BLOCK_C, GROUP)
+    if block >= used:
+        return
+    expert = tl.load(blocks_ptr + block)
+    first = tl.load(blocks_ptr + most_blocks + block)
+    count = tl.load(blocks_ptr + 2 * most_blocks + block)
+    slots_R, is_row = _rows_of(rows_ptr, first, count, 0, ROWS)
+    tokens_R = (slots_R // K).to(tl.int64)
+    if TAIL > 0 and count > ROWS:
+        slots_tail, is_tail = _rows_of(rows_ptr, first, count, ROWS, TAIL)
+        gate_up_block(
+            x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr,
+            expert, tokens_R, slots_R, is_row,
+            (slots_tail // K).to(tl.int64), slots_tail, is_tail,
+            tile, limit, alpha, up_offset,
+            D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
+            SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+        )  # fmt: skip
+        return
+    gate_up_block(
+        x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr,
+        expert, tokens_R, slots_R, is_row, tokens_R, slots_R, is_row,
+        tile, limit, alpha, up_offset,
+        D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
+        SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["most_blocks"])
+def down_listed(
+    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr, blocks_ptr, used_ptr,
+    most_blocks,
+    D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
+    WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The second product of one block of the work list and one tile of columns."""
+    used = tl.load(used_ptr)
+    block, tile = _place(used, (D + BLOCK_C - 1) // BLOCK_C, GROUP)
+    if block >= used:
+        return
+    expert = tl.load(blocks_ptr + block)
+    first = tl.load(blocks_ptr + most_blocks + block)
+    count = tl.load(blocks_ptr + 2 * most_blocks + block)
+    slots_R, is_row = _rows_of(rows_ptr, first, count, 0, ROWS)
+    weight_R = tl.load(gates_ptr + slots_R, mask=is_row, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    if TAIL > 0 and count > ROWS:
+        slots_tail, is_tail = _rows_of(rows_ptr, first, count, ROWS, TAIL)
+        weight_tail = tl.load(gates_ptr + slots_tail, mask=is_tail, other=0.0).to(tl.float32)
+        down_block(
+            act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
+            expert, slots_R, weight_R, is_row, slots_tail, weight_tail, is_tail, tile,
+            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K,
+            SWAP, WIDEN,
+        )  # fmt: skip
+        return
+    down_block(
+        act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
+        expert, slots_R, weight_R, is_row, slots_R, weight_R, is_row, tile,
+        D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+    )  # fmt: skip
+
+
+@triton.jit
+def add_slots(
+    part_ptr, ids_ptr, out_ptr,
+    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token's slots, added up in their order; skipped slots are not read."""
+    if PDL:
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total_C = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for k in tl.static_range(K):
+        is_used = tl.load(ids_ptr + token * K + k) < E
+        at = part_ptr + (token * K + k) * D + d
+        total_C += tl.load(at, mask=is_used & (d < D), other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * D + d, total_C.to(out_ptr.dtype.element_ty), mask=d < D)

@@ -1,0 +1,165 @@
+"""How the experts' programs are launched: grids, arguments and what is fixed when they compile.
+
+Letters: T tokens, K slots a token, N = T*K slots, E experts, D hidden width, M expert width.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanmoe.kernels.gpu.config import ExpertsConfig, Tile
+from leanmoe.kernels.gpu.state import zeros_for
+
+SUM_COLUMNS = 1024
+MOST_FLOAT32_PARTS = 64
+"""Up to so many tokens the slots' parts are kept in float32: it costs nothing there."""
+
+
+def interprets() -> bool:
+    """Whether Triton interprets its programs, so that they run without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class ExpertsCall:
+    """One call of the experts, program by program; arguments are checked by `experts_gpu`."""
+
+    def __init__(
+        self,
+        hidden_TD: Tensor,
+        ids_TK: Tensor,
+        gates_TK: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        extras: list[Tensor | None],
+        layout: list[bool],
+        activation: int,
+        numbers: list[float],
+        config: ExpertsConfig,
+    ) -> None:
+        """`extras`: biases of both products, then block scales of both; `layout`: whether the
+        weights are transposed, concatenated, gated; `numbers`: limit, alpha and up_offset."""
+        transposed, concatenated, gated = layout
+        up_bias, down_bias, up_scale, down_scale = extras
+        self.hidden, self.ids, self.gates = hidden_TD, ids_TK, gates_TK
+        self.gate_up, self.down, self.config = gate_up, down, config
+        self.tokens, self.slots = ids_TK.shape
+        self.experts, self.width = gate_up.shape[0], hidden_TD.shape[1]
+        self.inner = down.shape[1] if transposed else down.shape[2]
+        rows, is_exact = self.tokens * self.slots, self.tokens <= MOST_FLOAT32_PARTS
+        kind = torch.float32 if is_exact else hidden_TD.dtype
+        self.act = hidden_TD.new_empty(rows, self.inner)
+        self.part = hidden_TD.new_empty(rows, self.width, dtype=kind)
+        self.out = torch.empty_like(hidden_TD)
+        self._limits = (min(numbers[0], 3e38), numbers[1], numbers[2])
+        # A program wants some pointer even where it never reads it.
+        self._up_extras = (_or(up_bias, gate_up), _or(up_scale, gate_up))
+        self._down_extras = (_or(down_bias, down), _or(down_scale, down))
+        self._has_overlap = config.overlap and not interprets()
+        common = {"M": self.inner, "D": self.width, "ROWS": config.rows, "WIDEN": interprets()}
+        if config.is_direct:
+            shape = {"E": self.experts, "K": self.slots, "SLOTS": power_of_two(self.slots)}
+        else:
+            shape = {"TAIL": config.tail}
+        both = self.inner * (2 if gated else 1)
+        self._up_options = {
+            **common,
+            **shape,
+            **_tile(config.gate_up, config.is_direct),
+            "K": self.slots,
+            "STRIDE_C": 1 if transposed else self.width,
+            "STRIDE_K": both if transposed else 1,
+            "GATED": gated,
+            "INTERLEAVED": not concatenated,
+            "HAS_BIAS": up_bias is not None,
+            "HAS_LIMIT": numbers[0] != float("inf"),
+            "ACTIVATION": activation,
+            "SCALED": up_scale is not None,
+            "PDL": self._has_overlap,
+        }
+        self._down_options = {
+            **common,
+            **shape,
+            **_tile(config.down, config.is_direct),
+            "STRIDE_C": 1 if transposed else self.inner,
+            "STRIDE_K": self.width if transposed else 1,
+            "HAS_BIAS": down_bias is not None,
+            "SCALED": down_scale is not None,
+            "PDL": self._has_overlap,
+            **self._after_another(),
+        }
+
+    def run(self, program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        """Launches a program; the tuner compiles here instead."""
+        program[grid](*arguments, **options)
+
+    def first_product(self, *work: Tensor) -> None:
+        """Fills in `act`; `work` is the work list's tensors, or nothing where it runs direct."""
+        tiles = -(-self.inner // self.config.gate_up.columns)
+        pointers = (self.hidden, self.gate_up, *self._up_extras, self.act)
+        if self.config.is_direct:
+            from leanmoe.kernels.gpu.experts_direct_program import gate_up_direct
+
+            grid = (self.tokens * self.slots * tiles,)
+            last = (self.ids, self.tokens, *self._limits)
+            self.run(gate_up_direct, grid, *pointers, *last, **self._up_options)
+        else:
+            from leanmoe.kernels.gpu.experts_program import gate_up_listed
+
+            most = work[1].shape[1]
+            last = (*work, most, *self._limits)
+            self.run(gate_up_listed, (most * tiles,), *pointers, *last, **self._up_options)
+
+    def second_product(self, *work: Tensor) -> None:
+        """Fills in `part`, and where it runs direct also `out`."""
+        tiles = -(-self.width // self.config.down.columns)
+        pointers = (self.act, self.down, *self._down_extras, self.part, self.gates)
+        if self.config.is_direct:
+            from leanmoe.kernels.gpu.experts_direct_program import down_direct
+
+            arrived = zeros_for("experts", tiles, self.hidden.device)
+            grid = (self.tokens * self.slots * tiles,)
+            last = (self.ids, arrived, self.out, self.tokens)
+            self.run(down_direct, grid, *pointers, *last, **self._down_options)
+        else:
+            from leanmoe.kernels.gpu.experts_program import down_listed
+
+            most = work[1].shape[1]
+            self.run(down_listed, (most * tiles,), *pointers, *work, most, **self._down_options)
+
+    def sum_slots(self) -> None:
+        """Fills in `out` from `part`."""
+        from leanmoe.kernels.gpu.experts_program import add_slots
+
+        columns = min(SUM_COLUMNS, power_of_two(self.width))
+        grid = (self.tokens, -(-self.width // columns))
+        sizes = {"E": self.experts, "K": self.slots, "D": self.width, "BLOCK_C": columns}
+        sizes |= {"PDL": self._has_overlap, **self._after_another()}
+        self.run(add_slots, grid, self.part, self.ids, self.out, **sizes)
+
+    def _after_another(self) -> dict[str, bool]:
+        """Lets a program be started while the one before is ending; it waits where it must."""
+        return {"launch_pdl": True} if self._has_overlap else {}
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
+
+
+def _tile(tile: Tile, is_direct: bool) -> dict[str, Any]:
+    return {
+        "BLOCK_C": tile.columns,
+        "BLOCK_K": tile.depth,
+        "SWAP": tile.weights_left,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        **({} if is_direct else {"GROUP": tile.group}),
+    }

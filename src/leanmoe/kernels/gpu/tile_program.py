@@ -1,0 +1,245 @@
+"""One tile of the experts' two products: what every way of running them is made of.
+
+Letters: T tokens, K slots a token, N = T*K slots, E experts, D hidden width, M expert width,
+R rows of one block, C columns of one tile.
+
+The first product reads a block's token rows and writes activation(gate) * up to `act_NM`, one row
+a slot. The second multiplies these, adds the bias, weighs and writes `part_ND`.
+"""
+
+# mypy: ignore-errors
+# Triton's language is not Python's: names are constexprs, tensors or pointers as they are used.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SILU, GELU, GELU_TANH, RELU, RELU2 = (tl.constexpr(i) for i in range(5))
+"""Numbers of the activations, in the order of `kernels.weights.ACTIVATIONS`."""
+SCALE_BLOCK = tl.constexpr(128)
+"""fp8 weights have one scale for so many rows and columns (DeepSeek-V3 report, section 3.3.2)."""
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr, alpha):
+    if ACTIVATION == SILU:
+        y = x * tl.sigmoid(alpha * x)
+    elif ACTIVATION == GELU:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == GELU_TANH:
+        # 0.5 x (1 + tanh z) is x sigmoid(2 z)
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == RELU:
+        y = tl.maximum(x, 0.0)
+    else:
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    return y
+
+
+@triton.jit
+def _tile_dot(w_CK, x_RK, SWAP: tl.constexpr, WIDEN: tl.constexpr):
+    """(R,C), or (C,R) with the weights on the left, where few rows need the wide side."""
+    w_CK = w_CK.to(x_RK.dtype)
+    if WIDEN:  # the interpreter's bfloat16 products are wrong; float32 has no tf32 there
+        w_CK, x_RK = w_CK.to(tl.float32), x_RK.to(tl.float32)
+    if SWAP:
+        found = tl.dot(w_CK, tl.trans(x_RK), input_precision="ieee")
+    else:
+        found = tl.dot(x_RK, tl.trans(w_CK), input_precision="ieee")
+    return found
+
+
+@triton.jit
+def _load_tile(pointers, is_row, column_k, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    if WIDTH % BLOCK_K == 0:
+        tile = tl.load(pointers, mask=is_row[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=is_row[:, None] & (column_k < WIDTH)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _load_weights(
+    pointers, is_column, column_k, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, ALL: tl.constexpr
+):
+    if ALL and WIDTH % BLOCK_K == 0:
+        tile = tl.load(pointers, eviction_policy="evict_first")
+    elif ALL:
+        tile = tl.load(pointers, mask=(column_k < WIDTH)[None, :], other=0.0)
+    else:
+        inside = is_column[:, None] & (column_k < WIDTH)[None, :]
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _product(
+    x_ptr, x_rows, is_row, tail_rows, is_tail,
+    w_ptr, columns, is_column, scale_ptr,
+    WIDTH: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
+    SCALED: tl.constexpr, SCALE_STRIDE: tl.constexpr, ALL: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """x (R, WIDTH) times the transposed weights, float32 (R,C); and as much for the tail's rows.
+
+    The tail shares the tile of weights: a block of 128 + 32 rows costs no second reading.
+    """
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + x_rows[:, None] * WIDTH + k[None, :]
+    w_at = w_ptr + columns[:, None] * STRIDE_C + k[None, :] * STRIDE_K
+    if SWAP:
+        acc = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
+    else:
+        acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    TAIL_SIZE: tl.constexpr = TAIL if TAIL > 0 else 16
+    if SWAP:
+        tail = tl.zeros((COLUMNS, TAIL_SIZE), dtype=tl.float32)
+    else:
+        tail = tl.zeros((TAIL_SIZE, COLUMNS), dtype=tl.float32)
+    tail_at = x_ptr + tail_rows[:, None] * WIDTH + k[None, :]
+    if SCALED:
+        scale_at = scale_ptr + (columns // SCALE_BLOCK) * SCALE_STRIDE
+        scale_C = tl.load(scale_at, mask=is_column, other=0.0)
+    for start in range(0, WIDTH, BLOCK_K):
+        w_CK = _load_weights(w_at, is_column, start + k, WIDTH, BLOCK_K, ALL)
+        x_RK = _load_tile(x_at, is_row, start + k, WIDTH, BLOCK_K)
+        if SCALED:
+            # The next step's scales are asked for before this step's product needs its own.
+            ahead = tl.minimum(start + BLOCK_K, WIDTH - 1) // SCALE_BLOCK
+            next_scale_C = tl.load(scale_at + ahead, mask=is_column, other=0.0)
+            found = _tile_dot(w_CK, x_RK, SWAP, WIDEN)
+            acc += found * (scale_C[:, None] if SWAP else scale_C[None, :])
+        else:
+            acc += _tile_dot(w_CK, x_RK, SWAP, WIDEN)
+        if TAIL > 0:
+            tail_RK = _load_tile(tail_at, is_tail, start + k, WIDTH, BLOCK_K)
+            if SCALED:
+                found = _tile_dot(w_CK, tail_RK, SWAP, WIDEN)
+                tail += found * (scale_C[:, None] if SWAP else scale_C[None, :])
+            else:
+                tail += _tile_dot(w_CK, tail_RK, SWAP, WIDEN)
+            tail_at += BLOCK_K
+        if SCALED:
+            scale_C = next_scale_C
+        x_at += BLOCK_K
+        w_at += BLOCK_K * STRIDE_K
+    if SWAP:
+        acc, tail = tl.trans(acc), tl.trans(tail)
+    return acc, tail
+
+
+@triton.jit
+def _store_gated(
+    product, rows, is_row, first, act_ptr, bias_C, limit, alpha, up_offset,
+    M: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The gate function on a tile of the first product; columns go gate, up, gate, up, ..."""
+    if HAS_BIAS:
+        product += bias_C[None, :]
+    if GATED:
+        gate, up = tl.split(tl.reshape(product, (ROWS, BLOCK_C, 2)))
+        if HAS_LIMIT:
+            gate = tl.minimum(gate, limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit)
+        found = _activate(gate, ACTIVATION, alpha) * (up + up_offset)
+    else:
+        found = _activate(product, ACTIVATION, alpha)
+    m = first + tl.arange(0, BLOCK_C)
+    at = act_ptr + rows.to(tl.int64)[:, None] * M + m[None, :]
+    inside = is_row[:, None] & (m < M)[None, :]
+    tl.store(at, found.to(act_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_up_block(
+    x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr,
+    expert, tokens_R, slots_R, is_row, tokens_tail, slots_tail, is_tail,
+    tile, limit, alpha, up_offset,
+    D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_LIMIT: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One tile of the first product: `BLOCK_C` columns of the result, twice that of weights."""
+    COLUMNS: tl.constexpr = 2 * BLOCK_C if GATED else BLOCK_C
+    WIDTH: tl.constexpr = 2 * M if GATED else M
+    first = tile * BLOCK_C
+    j = tl.arange(0, COLUMNS)
+    if GATED:
+        m = first + j // 2
+        columns = 2 * first + j if INTERLEAVED else m + (j % 2) * M
+    else:
+        m = first + j
+        columns = m
+    is_column = m < M
+    e = expert.to(tl.int64)
+    SCALE_STRIDE: tl.constexpr = (D + 127) // 128
+    product, tail = _product(
+        x_ptr, tokens_R, is_row, tokens_tail, is_tail,
+        w_ptr + e * (WIDTH * D), columns, is_column,
+        scale_ptr + e * (((WIDTH + 127) // 128) * SCALE_STRIDE),
+        D, STRIDE_C, STRIDE_K, SCALED, SCALE_STRIDE, M % BLOCK_C == 0,
+        ROWS, TAIL, COLUMNS, BLOCK_K, SWAP, WIDEN,
+    )  # fmt: skip
+    bias_C = tl.zeros((COLUMNS,), dtype=tl.float32)
+    if HAS_BIAS:
+        bias_C = tl.load(bias_ptr + e * WIDTH + columns, mask=is_column, other=0.0).to(tl.float32)
+    _store_gated(
+        product, slots_R, is_row, first, act_ptr, bias_C, limit, alpha, up_offset,
+        M, GATED, HAS_BIAS, HAS_LIMIT, ACTIVATION, ROWS, BLOCK_C,
+    )  # fmt: skip
+    if TAIL > 0:
+        _store_gated(
+            tail, slots_tail, is_tail, first, act_ptr, bias_C, limit, alpha, up_offset,
+            M, GATED, HAS_BIAS, HAS_LIMIT, ACTIVATION, TAIL, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_weighted(
+    product, weight_R, rows, is_row, first, part_ptr, bias_C,
+    D: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    if HAS_BIAS:
+        product += bias_C[None, :]
+    d = first + tl.arange(0, BLOCK_C)
+    at = part_ptr + rows.to(tl.int64)[:, None] * D + d[None, :]
+    found = (product * weight_R[:, None]).to(part_ptr.dtype.element_ty)
+    tl.store(at, found, mask=is_row[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def down_block(
+    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
+    expert, slots_R, weight_R, is_row, slots_tail, weight_tail, is_tail, tile,
+    D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One tile of the second product, weighed."""
+    first = tile * BLOCK_C
+    columns = first + tl.arange(0, BLOCK_C)
+    is_column = columns < D
+    e = expert.to(tl.int64)
+    SCALE_STRIDE: tl.constexpr = (M + 127) // 128
+    product, tail = _product(
+        act_ptr, slots_R.to(tl.int64), is_row, slots_tail.to(tl.int64), is_tail,
+        w_ptr + e * (D * M), columns, is_column,
+        scale_ptr + e * (((D + 127) // 128) * SCALE_STRIDE),
+        M, STRIDE_C, STRIDE_K, SCALED, SCALE_STRIDE, D % BLOCK_C == 0,
+        ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+    )  # fmt: skip
+    bias_C = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    if HAS_BIAS:
+        bias_C = tl.load(bias_ptr + e * D + columns, mask=is_column, other=0.0).to(tl.float32)
+    _store_weighted(
+        product, weight_R, slots_R, is_row, first, part_ptr, bias_C, D, HAS_BIAS, BLOCK_C
+    )
+    if TAIL > 0:
+        _store_weighted(
+            tail, weight_tail, slots_tail, is_tail, first, part_ptr, bias_C, D, HAS_BIAS, BLOCK_C
+        )

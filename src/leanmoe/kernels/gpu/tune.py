@@ -1,0 +1,230 @@
+"""Finds the fastest tiles for a shape on the GPU at hand: compiles in parallel, times in graphs.
+
+Letters: T tokens, K slots a token, E experts, D hidden width, M expert width.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.kernels.gpu.config import ExpertsConfig, Tile
+from leanmoe.kernels.gpu.experts import FP8, experts_gpu, operands
+from leanmoe.kernels.gpu.launch import MOST_FLOAT32_PARTS, ExpertsCall
+from leanmoe.kernels.gpu.search import tiles, ways
+from leanmoe.kernels.gpu.timing import time_calls
+from leanmoe.kernels.gpu.tuned import Shape
+from leanmoe.kernels.gpu.work_list import WorkList, work_list_reference
+from leanmoe.kernels.weights import ExpertWeights
+
+Product = str
+FIRST, SECOND = "gate_up", "down"
+Progress = Callable[[str, int, int], None]
+"""What is being done, how much of it is done, how much there is."""
+
+
+def random_weights(shape: Shape, device: str = "cuda", seed: int = 0) -> ExpertWeights:
+    """A gated layer of that shape, outputs of the order of 1, drawn expert by expert."""
+    dtype = getattr(torch, shape.dtype)
+    sizes = ((2 * shape.width, shape.hidden), (shape.hidden, shape.width))
+    drawn = [torch.empty(shape.experts, *size, dtype=dtype, device=device) for size in sizes]
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+    for weight in drawn if device != "meta" else []:
+        for matrix in weight:
+            values = torch.randn(matrix.shape, generator=generator, device=device)
+            matrix.copy_(values if dtype == FP8 else values / matrix.shape[1] ** 0.5)
+    scales: list[Tensor | None] = [None, None]
+    if dtype == FP8:
+        scales = [
+            torch.full(
+                (shape.experts, -(-rows // 128), -(-columns // 128)),
+                columns**-0.5,
+                device=device,
+            )
+            for rows, columns in sizes
+        ]
+    gate_up, down = drawn
+    return ExpertWeights(gate_up, down, gate_up_scale=scales[0], down_scale=scales[1])
+
+
+def random_call(
+    shape: Shape, tokens: int, seed: int, device: str = "cuda"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, distinct random experts for each token, and weights that sum to 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = torch.bfloat16 if shape.dtype.startswith("float8") else getattr(torch, shape.dtype)
+    hidden_TD = torch.randn(tokens, shape.hidden, generator=generator, device=device).to(dtype)
+    scores_TE = torch.rand(tokens, shape.experts, generator=generator, device=device)
+    picked_TK, ids_TK = scores_TE.topk(shape.slots, dim=-1)
+    return hidden_TD, ids_TK, (picked_TK / picked_TK.sum(dim=-1, keepdim=True)).float()
+
+
+class _Compiled(ExpertsCall):
+    """Compiles what a call would launch, into Triton's cache on disk."""
+
+    def run(self, program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        program.warmup(*arguments, grid=grid, **options)
+
+
+def _compile(shape: Shape, tokens: int, config: ExpertsConfig, product: Product) -> None:
+    """In a process of its own: the programs of one product."""
+    torch.cuda.current_device()  # Triton asks the driver for what to compile
+    call = _call(_Compiled, shape, tokens, config, random_weights(shape, "meta"), None, "meta")
+    work = _empty_work() if not config.is_direct else ()
+    (call.first_product if product == FIRST else call.second_product)(*work)
+
+
+def _empty_work() -> tuple[Tensor, Tensor, Tensor]:
+    integers = torch.empty(8, dtype=torch.int32, device="meta")
+    return integers, torch.empty(3, 8, dtype=torch.int32, device="meta"), integers
+
+
+def _call(
+    kind: type[ExpertsCall],
+    shape: Shape,
+    tokens: int,
+    config: ExpertsConfig,
+    weights: ExpertWeights,
+    inputs: tuple[Tensor, Tensor, Tensor] | None,
+    device: str = "cuda",
+) -> ExpertsCall:
+    if inputs is None:
+        dtype = torch.bfloat16 if weights.gate_up.dtype == FP8 else weights.gate_up.dtype
+        inputs = (
+            torch.empty(tokens, shape.hidden, dtype=dtype, device=device),
+            torch.empty(tokens, shape.slots, dtype=torch.int64, device=device),
+            torch.empty(tokens, shape.slots, device=device),
+        )
+    extras, _, layout, activation, numbers = operands(weights, None)
+    return kind(*inputs, weights.gate_up, weights.down, extras, layout, activation, numbers, config)
+
+
+class Tuner:
+    """Tunes one shape: what is compiled once serves every number of tokens."""
+
+    def __init__(self, shape: Shape, progress: Progress, processes: int | None = None) -> None:
+        if not torch.cuda.is_available():
+            raise LeanMoeError("kernels are tuned on a GPU, and torch finds none on this machine")
+        self.shape, self.progress = shape, progress
+        self.weights = random_weights(shape)
+        self.trials: list[dict[str, Any]] = []
+        self._processes = processes or max(1, (os.cpu_count() or 2) - 1)
+
+    def tune(self, tokens: Sequence[int]) -> list[tuple[int, ExpertsConfig, float]]:
+        """For each number of tokens the best config and its microseconds."""
+        self._compile_all(tokens)
+        found = []
+        for number, size in enumerate(tokens):
+            self.progress("timing", number, len(tokens))
+            found.append((size, *self._best(size)))
+        self.progress("timing", len(tokens), len(tokens))
+        return found
+
+    def _candidates(self, way: ExpertsConfig) -> list[tuple[Product, Tile]]:
+        return [
+            (product, tile)
+            for product in (FIRST, SECOND)
+            for tile in tiles(way, self.shape, product == FIRST)
+        ]
+
+    def _compile_all(self, tokens: Sequence[int]) -> None:
+        jobs = {
+            (size, _with(way, product, tile), product)
+            for size in tokens
+            for way in ways(self.shape, size)
+            for product, tile in self._candidates(way)
+        }
+        # What is compiled depends on the tokens only in how the parts are kept, and in `rows`.
+        once = {
+            (config, product, size > 64): (size, config, product) for size, config, product in jobs
+        }
+        jobs_left = list(once.values())
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self._processes, mp_context=context) as pool:
+            futures = [pool.submit(_compile, self.shape, *job) for job in jobs_left]
+            for number, future in enumerate(futures):
+                if error := future.exception():
+                    self.trials.append({"job": str(jobs_left[number]), "failed": repr(error)[:300]})
+                self.progress("compiling", number + 1, len(futures))
+
+    def _best(self, tokens: int) -> tuple[ExpertsConfig, float]:
+        sets = 8 if tokens <= 64 else 4 if tokens <= 1024 else 2
+        inputs = [random_call(self.shape, tokens, seed) for seed in range(sets)]
+        best: tuple[float, ExpertsConfig] | None = None
+        for way in ways(self.shape, tokens):
+            config = way
+            for product in (FIRST, SECOND):
+                tile = self._best_tile(config, product, inputs)
+                if tile is None:
+                    break
+                config = _with(config, product, tile)
+            else:
+                took = self._time(config, inputs)
+                if took is not None and (best is None or took < best[0]):
+                    best = (took, config)
+        if best is None:
+            raise LeanMoeError(f"no config ran for {self.shape} at {tokens} tokens")
+        return best[1], best[0]
+
+    def _best_tile(
+        self, way: ExpertsConfig, product: Product, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]
+    ) -> Tile | None:
+        lists = [_work(way, ids, self.shape) for _, ids, _ in inputs]
+        times: list[tuple[float, Tile]] = []
+        for candidate, tile in self._candidates(way):
+            if candidate != product:
+                continue
+            config = _with(way, product, tile)
+            trial = {"tokens": len(inputs[0][0]), "product": product, "config": config.to_json()}
+            try:
+                calls = [
+                    _product(
+                        _call(ExpertsCall, self.shape, len(i[0]), config, self.weights, i),
+                        product,
+                        work,
+                    )
+                    for i, work in zip(inputs, lists, strict=True)
+                ]
+                took = time_calls(calls, replays=3)
+            except Exception as error:  # one tile that does not fit must not end the search
+                self.trials.append({**trial, "failed": repr(error)[:300]})
+                continue
+            self.trials.append({**trial, "us": took})
+            times.append((took, tile))
+        return min(times, key=lambda t: t[0])[1] if times else None
+
+    def _time(
+        self, config: ExpertsConfig, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]
+    ) -> float | None:
+        def one(i: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
+            return lambda: experts_gpu(*i, self.weights, config=config)
+
+        trial = {"tokens": len(inputs[0][0]), "product": "whole", "config": config.to_json()}
+        try:
+            took = time_calls([one(i) for i in inputs])
+        except Exception as error:
+            self.trials.append({**trial, "failed": repr(error)[:300]})
+            return None
+        self.trials.append({**trial, "us": took})
+        return took
+
+
+def _with(config: ExpertsConfig, product: Product, tile: Tile) -> ExpertsConfig:
+    return replace(config, gate_up=tile) if product == FIRST else replace(config, down=tile)
+
+
+def _work(way: ExpertsConfig, ids_TK: Tensor, shape: Shape) -> WorkList | None:
+    return None if way.is_direct else work_list_reference(ids_TK, shape.experts, way.block_rows)
+
+
+def _product(call: ExpertsCall, product: Product, work: WorkList | None) -> Callable[[], object]:
+    run = call.first_product if product == FIRST else call.second_product
+    return lambda: run(*(() if work is None else work[:3]))
