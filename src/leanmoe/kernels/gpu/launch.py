@@ -110,8 +110,9 @@ class ExpertsCall:
             from leanmoe.kernels.gpu.experts_program import gate_up_listed
 
             most = work[1].shape[1]
-            last = (*work, most, *self._limits)
-            self.run(gate_up_listed, (most * tiles,), *pointers, *last, **self._up_options)
+            ends = (most, *self._limits)
+            grid = (most * tiles,)
+            self.run(gate_up_listed, grid, *pointers, *work, *ends, **self._up_options)
 
     def second_product(self, *work: Tensor) -> None:
         """Fills in `part`, and where it runs direct also `out`."""

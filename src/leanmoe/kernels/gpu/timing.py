@@ -30,12 +30,15 @@ class Captured:
 
     def time(self) -> float:
         """Microseconds a call in one replay."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
         start.record()
         self.graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e3 / self.count
+        return float(start.elapsed_time(end)) * 1e3 / self.count
 
 
 def time_calls(calls: Sequence[Call], replays: int = 5) -> float:

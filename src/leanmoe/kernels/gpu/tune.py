@@ -143,9 +143,7 @@ class Tuner:
             for product, tile in self._candidates(way)
         }
         # What is compiled depends on the tokens only in how the parts are kept, and in `rows`.
-        once = {
-            (config, product, size > 64): (size, config, product) for size, config, product in jobs
-        }
+        once = {(job[1], job[2], job[0] > MOST_FLOAT32_PARTS): job for job in jobs}
         jobs_left = list(once.values())
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self._processes, mp_context=context) as pool:
@@ -156,7 +154,7 @@ class Tuner:
                 self.progress("compiling", number + 1, len(futures))
 
     def _best(self, tokens: int) -> tuple[ExpertsConfig, float]:
-        sets = 8 if tokens <= 64 else 4 if tokens <= 1024 else 2
+        sets = 8 if tokens <= 8 else 4 if tokens <= 1024 else 2
         inputs = [random_call(self.shape, tokens, seed) for seed in range(sets)]
         best: tuple[float, ExpertsConfig] | None = None
         for way in ways(self.shape, tokens):
