@@ -16,7 +16,7 @@ class Captured:
     def __init__(self, calls: Sequence[Call]) -> None:
         """Runs each call once on a stream of its own (compiling, allocating), then captures."""
         self.count = len(calls)
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for call in calls:
@@ -24,9 +24,14 @@ class Captured:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            for call in calls:
-                call()
+        # torch.cuda.graph() collects garbage each time: the tuner captures thousands of graphs.
+        with torch.cuda.stream(stream):
+            self.graph.capture_begin()
+            try:
+                for call in calls:
+                    call()
+            finally:
+                self.graph.capture_end()
 
     def time(self) -> float:
         """Microseconds a call in one replay."""

@@ -1,0 +1,181 @@
+"""experts_gpu against the definition, in Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.kernels import ExpertWeights, Gate, experts_reference
+from leanmoe.kernels.weights import ACTIVATIONS
+from tests.kernels.layers import random_call, random_layer, slot_by_slot
+
+pytest.importorskip("triton")
+
+from leanmoe.kernels.gpu.config import ExpertsConfig, Tile
+from leanmoe.kernels.gpu.experts import experts_gpu, why_not_gpu
+from leanmoe.kernels.gpu.work_list import work_list_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
+LEFT, RIGHT = Tile(16, 32, 4, 2), Tile(32, 16, 4, 2, 2, weights_left=False)
+WAYS = {
+    "direct": ExpertsConfig(16, 0, True, LEFT, RIGHT),
+    "direct, weights right": ExpertsConfig(16, 0, True, RIGHT, LEFT),
+    "listed": ExpertsConfig(16, 0, False, RIGHT, LEFT),
+    "listed with a tail": ExpertsConfig(16, 16, False, LEFT, RIGHT),
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "concatenated": {},
+    "transposed": {"transposed": True},
+    "gpt-oss": {
+        "transposed": True,
+        "concatenated": False,
+        "biased": True,
+        "gate": Gate.gpt_oss(limit=1.0),
+    },
+    "interleaved": {"concatenated": False},
+    "without a gate": {"gated": False, "gate": Gate("relu2")},
+}
+
+
+def on_device(weights: ExpertWeights) -> ExpertWeights:
+    moved = {name: getattr(weights, name) for name in TENSORS}
+    return replace(weights, **{k: None if t is None else t.to(DEVICE) for k, t in moved.items()})
+
+
+def run(
+    call: tuple[Tensor, Tensor, Tensor], weights: ExpertWeights, config: ExpertsConfig
+) -> Tensor:
+    hidden, ids, gates = (t.to(DEVICE) for t in call)
+    return experts_gpu(hidden, ids, gates, on_device(weights), config=config).cpu()
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_every_way(layout: str, way: str) -> None:
+    weights = random_layer(**LAYOUTS[layout])
+    call = random_call(weights, 13, 3)
+    assert error(run(call, weights, WAYS[way]), slot_by_slot(*call, weights)) < 1e-5
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_every_activation(activation: Any) -> None:
+    weights = random_layer(gate=Gate(activation))
+    call = random_call(weights, 3, 2)
+    assert error(run(call, weights, WAYS["direct"]), slot_by_slot(*call, weights)) < 1e-5
+
+
+@given(st.integers(1, 40), st.integers(1, 4), st.sampled_from((0.0, 0.5, 1.0)), st.integers(0, 99))
+@settings(deadline=None, max_examples=12)
+def test_ragged_calls(tokens: int, slots: int, skipped: float, seed: int) -> None:
+    weights = random_layer(experts=9, hidden=24, width=20, seed=seed)
+    call = random_call(weights, tokens, slots, seed, skipped)
+    wanted = slot_by_slot(*call, weights)
+    for way, config in WAYS.items():
+        if not config.is_direct or tokens <= config.rows:
+            torch.testing.assert_close(
+                run(call, weights, config).double(), wanted, atol=1e-5, rtol=1e-4, msg=way
+            )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_tokens_on_one_expert(way: str) -> None:
+    weights = random_layer()
+    hidden, ids, gates = random_call(weights, 16, 2)
+    ids[:, 0], ids[:, 1] = 4, weights.experts
+    wanted = slot_by_slot(hidden, ids, gates, weights)
+    assert error(run((hidden, ids, gates), weights, WAYS[way]), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_skipped_leaks_nothing(way: str) -> None:
+    """0 x NaN is NaN: a skipped slot, a sleeping expert and another token's row are never read."""
+    weights = random_layer()
+    hidden, ids, gates = random_call(weights, 6, 3, skipped=0.5)
+    ids[ids == 2] = weights.experts
+    ids[5] = weights.experts
+    wanted = slot_by_slot(hidden, ids, gates, weights)
+    hidden[5] = float("nan")
+    gates[ids == weights.experts] = float("nan")
+    weights.gate_up[2], weights.down[2] = float("nan"), float("inf")
+    found = run((hidden, ids, gates), weights, WAYS[way])
+    assert bool((found[5] == 0).all())
+    assert error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", WAYS)
+def test_half_precision(way: str, dtype: torch.dtype) -> None:
+    weights = random_layer(dtype=dtype)
+    hidden, ids, gates = random_call(weights, 9, 3)
+    call = (hidden.to(dtype), ids, gates)
+    assert error(run(call, weights, WAYS[way]), slot_by_slot(*call, weights)) < 1e-2
+
+
+def fp8_layer(experts: int, hidden: int, width: int) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        values = torch.randn(experts, rows, columns, generator=generator)
+        scales = torch.rand(experts, -(-rows // 128), -(-columns // 128), generator=generator)
+        return values.to(torch.float8_e4m3fn), scales / columns**0.5
+
+    (up, up_scale), (down, down_scale) = draw(2 * width, hidden), draw(hidden, width)
+    return ExpertWeights(up, down, gate_up_scale=up_scale, down_scale=down_scale)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fp8_with_a_scale_for_each_block(way: str) -> None:
+    weights = fp8_layer(3, 200, 136)  # ends in the middle of a block
+    hidden, ids, gates = random_call(weights, 7, 2)
+    hidden = hidden.half()
+    wanted = experts_reference(hidden.double(), ids, gates, weights)
+    assert error(run((hidden, ids, gates), weights, WAYS[way]), wanted) < 2e-3
+
+
+def test_the_same_bits_every_time() -> None:
+    weights = random_layer()
+    call = random_call(weights, 16, 3)
+    for config in WAYS.values():
+        first = run(call, weights, config)
+        assert all(torch.equal(first, run(call, weights, config)) for _ in range(2))
+
+
+def test_a_work_list_made_before_is_used() -> None:
+    layer = random_layer()
+    weights, call = on_device(layer), random_call(layer, 20, 3)
+    hidden, ids, gates = (t.to(DEVICE) for t in call)
+    config = WAYS["listed"]
+    work = work_list_reference(ids, weights.experts, config.block_rows)
+    found = experts_gpu(hidden, ids, gates, weights, config=config, work=work)
+    assert error(found.cpu(), slot_by_slot(*call, layer)) < 1e-5
+    with pytest.raises(LeanMoeError, match="blocks of 16 rows: the config wants 32"):
+        experts_gpu(hidden, ids, gates, weights, config=WAYS["listed with a tail"], work=work)
+
+
+def test_no_tokens() -> None:
+    weights = random_layer()
+    call = random_call(weights, 0, 3)
+    assert run(call, weights, WAYS["listed"]).shape == (0, weights.hidden)
+
+
+def test_says_what_it_cannot_do() -> None:
+    weights = random_layer()
+    assert why_not_gpu(replace(weights, gate=lambda x: x)) is not None
+    assert why_not_gpu(replace(weights, after=lambda x: x)) is not None
+    hidden, ids, gates = random_call(weights, 20, 3)
+    with pytest.raises(LeanMoeError, match="rows must be at least the tokens"):
+        run((hidden, ids, gates), weights, WAYS["direct"])
+    with pytest.raises(LeanMoeError, match="must be of one dtype"):
+        run((hidden.half(), ids, gates), weights, WAYS["listed"])
