@@ -41,7 +41,9 @@ class ExpertsConfig:
     gate_up: Tile = Tile()
     down: Tile = Tile()
     overlap: bool = True
-    """Whether the second product's programs start before the first's have all ended."""
+    """Whether a program starts while the one before is ending, and waits for it inside."""
+    ahead: int = 0
+    """Lines of 128 bytes of each row of down weights that are asked for while waiting."""
 
     @property
     def block_rows(self) -> int:

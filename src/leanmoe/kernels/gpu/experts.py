@@ -118,13 +118,13 @@ def _numbers(config: ExpertsConfig) -> list[int]:
         for t in (config.gate_up, config.down)
         for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left)
     ]
-    return [config.rows, config.tail, config.is_direct, config.overlap, *tiles]
+    return [config.rows, config.tail, config.is_direct, config.overlap, config.ahead, *tiles]
 
 
 def _config(numbers: list[int]) -> ExpertsConfig:
-    rows, tail, direct, overlap, *rest = numbers
+    rows, tail, direct, overlap, ahead, *rest = numbers
     first, second = (Tile(t[0], t[1], t[2], t[3], t[4], bool(t[5])) for t in (rest[:6], rest[6:]))
-    return ExpertsConfig(rows, tail, bool(direct), first, second, bool(overlap))
+    return ExpertsConfig(rows, tail, bool(direct), first, second, bool(overlap), ahead)
 
 
 @torch.library.custom_op("leanmoe::experts_gpu", mutates_args=())

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from leanmoe.kernels.gpu.tile_program import down_block, gate_up_block
+from leanmoe.kernels.gpu.tile_program import ask_ahead, down_block, gate_up_block
 
 
 @triton.jit
@@ -49,7 +49,8 @@ def gate_up_direct(
 ):  # fmt: skip
     """The first product of the expert at one slot, for all tokens of a small step."""
     if PDL:
-        gdc_launch_dependents()
+        gdc_wait()
+        gdc_launch_dependents()  # not before: whoever comes next relies on what was waited for
     TILES: tl.constexpr = (M + BLOCK_C - 1) // BLOCK_C
     slot, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     expert, is_first, slots_R, is_row, _same, _number = _uses(
@@ -66,10 +67,10 @@ def gate_up_direct(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "ahead"])
 def down_direct(
     act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, ids_ptr, arrived_ptr, out_ptr,
-    tokens,
+    tokens, ahead,
     E: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -85,6 +86,9 @@ def down_direct(
         ids_ptr, slot, tokens, E, K, ROWS, SLOTS
     )
     if PDL:
+        gdc_launch_dependents()
+        if is_first:
+            ask_ahead(w_ptr, expert, tile, ahead, D, M, STRIDE_C, BLOCK_C)
         gdc_wait()
     if is_first:
         gates_RK = tl.load(gates_ptr + number_RK, mask=same_RK, other=0.0).to(tl.float32)

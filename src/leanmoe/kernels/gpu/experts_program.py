@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from leanmoe.kernels.gpu.tile_program import down_block, gate_up_block
+from leanmoe.kernels.gpu.tile_program import ask_ahead, down_block, gate_up_block
 
 
 @triton.jit
@@ -54,7 +54,8 @@ def gate_up_listed(
 ):  # fmt: skip
     """The first product of one block of the work list and one tile of columns."""
     if PDL:
-        gdc_launch_dependents()
+        gdc_wait()
+        gdc_launch_dependents()  # not before: whoever comes next relies on what was waited for
     used = tl.load(used_ptr)
     block, tile = _place(used, (M + BLOCK_C - 1) // BLOCK_C, GROUP)
     if block >= used:
@@ -84,10 +85,10 @@ def gate_up_listed(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["most_blocks"])
+@triton.jit(do_not_specialize=["most_blocks", "ahead"])
 def down_listed(
     act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr, blocks_ptr, used_ptr,
-    most_blocks,
+    most_blocks, ahead,
     D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
@@ -104,6 +105,8 @@ def down_listed(
     slots_R, is_row = _rows_of(rows_ptr, first, count, 0, ROWS)
     weight_R = tl.load(gates_ptr + slots_R, mask=is_row, other=0.0).to(tl.float32)
     if PDL:
+        gdc_launch_dependents()
+        ask_ahead(w_ptr, expert, tile, ahead, D, M, STRIDE_C, BLOCK_C)
         gdc_wait()
     if TAIL > 0 and count > ROWS:
         slots_tail, is_tail = _rows_of(rows_ptr, first, count, ROWS, TAIL)
@@ -125,16 +128,16 @@ def down_listed(
 @triton.jit
 def add_slots(
     part_ptr, ids_ptr, out_ptr,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr,
+    BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token's slots, added up in their order; skipped slots are not read."""
+    """One token's slots, added up in one order; skipped slots are not read."""
+    token = tl.program_id(0).to(tl.int64)
+    k, d = tl.arange(0, SLOTS), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_used = tl.load(ids_ptr + token * K + k, mask=k < K, other=E) < E
+    at = part_ptr + (token * K + k)[:, None] * D + d[None, :]
     if PDL:
         gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total_C = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for k in tl.static_range(K):
-        is_used = tl.load(ids_ptr + token * K + k) < E
-        at = part_ptr + (token * K + k) * D + d
-        total_C += tl.load(at, mask=is_used & (d < D), other=0.0).to(tl.float32)
+    part_KC = tl.load(at, mask=is_used[:, None] & (d < D)[None, :], other=0.0)
+    total_C = tl.sum(part_KC.to(tl.float32), axis=0)
     tl.store(out_ptr + token * D + d, total_C.to(out_ptr.dtype.element_ty), mask=d < D)

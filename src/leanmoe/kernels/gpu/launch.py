@@ -14,7 +14,7 @@ from torch import Tensor
 from leanmoe.kernels.gpu.config import ExpertsConfig, Tile
 from leanmoe.kernels.gpu.state import zeros_for
 
-SUM_COLUMNS = 1024
+SUM_COLUMNS = 512
 MOST_FLOAT32_PARTS = 64
 """Up to so many tokens the slots' parts are kept in float32: it costs nothing there."""
 
@@ -59,6 +59,7 @@ class ExpertsCall:
         self._up_extras = (_or(up_bias, gate_up), _or(up_scale, gate_up))
         self._down_extras = (_or(down_bias, down), _or(down_scale, down))
         self._has_overlap = config.overlap and not interprets()
+        self._ahead = 0 if transposed else config.ahead
         common = {"M": self.inner, "D": self.width, "ROWS": config.rows, "WIDEN": interprets()}
         if config.is_direct:
             shape = {"E": self.experts, "K": self.slots, "SLOTS": power_of_two(self.slots)}
@@ -79,6 +80,7 @@ class ExpertsCall:
             "ACTIVATION": activation,
             "SCALED": up_scale is not None,
             "PDL": self._has_overlap,
+            **self._after_another(),
         }
         self._down_options = {
             **common,
@@ -123,21 +125,24 @@ class ExpertsCall:
 
             arrived = zeros_for("experts", tiles, self.hidden.device)
             grid = (self.tokens * self.slots * tiles,)
-            last = (self.ids, arrived, self.out, self.tokens)
+            last = (self.ids, arrived, self.out, self.tokens, self._ahead)
             self.run(down_direct, grid, *pointers, *last, **self._down_options)
         else:
             from leanmoe.kernels.gpu.experts_program import down_listed
 
             most = work[1].shape[1]
-            self.run(down_listed, (most * tiles,), *pointers, *work, most, **self._down_options)
+            ends = (most, self._ahead)
+            grid = (most * tiles,)
+            self.run(down_listed, grid, *pointers, *work, *ends, **self._down_options)
 
     def sum_slots(self) -> None:
         """Fills in `out` from `part`."""
         from leanmoe.kernels.gpu.experts_program import add_slots
 
         columns = min(SUM_COLUMNS, power_of_two(self.width))
+        sizes = {"SLOTS": power_of_two(self.slots)}
         grid = (self.tokens, -(-self.width // columns))
-        sizes = {"E": self.experts, "K": self.slots, "D": self.width, "BLOCK_C": columns}
+        sizes |= {"E": self.experts, "K": self.slots, "D": self.width, "BLOCK_C": columns}
         sizes |= {"PDL": self._has_overlap, **self._after_another()}
         self.run(add_slots, grid, self.part, self.ids, self.out, **sizes)
 
