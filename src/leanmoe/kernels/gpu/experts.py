@@ -13,8 +13,7 @@ from torch import Tensor
 from leanmoe.errors import LeanMoeError
 from leanmoe.kernels.gpu.config import MOST_DIRECT_TOKENS, ExpertsConfig, Tile
 from leanmoe.kernels.gpu.launch import ExpertsCall, interprets
-from leanmoe.kernels.gpu.work_list import WorkList
-from leanmoe.kernels.gpu.work_list import work_list_reference as build_work_list
+from leanmoe.kernels.gpu.work_list import WorkList, build_work_list
 from leanmoe.kernels.reference import check_call
 from leanmoe.kernels.weights import ACTIVATIONS, ExpertWeights, Gate
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.kernels.gpu.config import ExpertsConfig, Tile
-from leanmoe.kernels.gpu.state import zeros_for
+from leanmoe.kernels.gpu.state import power_of_two, zeros_for
 
 SUM_COLUMNS = 512
 MOST_FLOAT32_PARTS = 64
@@ -149,11 +149,6 @@ class ExpertsCall:
     def _after_another(self) -> dict[str, bool]:
         """Lets a program be started while the one before is ending; it waits where it must."""
         return {"launch_pdl": True} if self._has_overlap else {}
-
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is not below."""
-    return 1 << (number - 1).bit_length()
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from leanmoe.kernels.gpu.config import MOST_DIRECT_TOKENS, ExpertsConfig, Tile
-from leanmoe.kernels.gpu.launch import power_of_two
+from leanmoe.kernels.gpu.state import power_of_two
 from leanmoe.kernels.gpu.tuned import Shape
 
 SHARED_BYTES = 227 * 1024

@@ -22,3 +22,8 @@ def zeros_for(
         with torch.inference_mode(False):
             _buffers[key] = torch.zeros(size, dtype=dtype, device=device)
     return _buffers[key]
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << (number - 1).bit_length()

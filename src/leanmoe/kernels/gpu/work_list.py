@@ -10,6 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leanmoe.kernels.gpu.state import power_of_two, zeros_for
+
+MOST_IN_ONE = 2048
+"""So many slots are grouped by one program, in one launch."""
+CHUNK = 512
+"""Slots a program groups where there are more."""
+
 
 class WorkList(NamedTuple):
     """Slots grouped by expert and cut into blocks; skipped slots and sleeping experts are in none.
@@ -50,3 +57,46 @@ def work_list_reference(ids_TK: Tensor, experts: int, block_rows: int) -> WorkLi
     device = ids_TK.device
     used_1 = torch.tensor([len(entries)], dtype=torch.int32, device=device)
     return WorkList(order_N.to(torch.int32), blocks_3B.to(device), used_1, block_rows)
+
+
+def build_work_list(ids_TK: Tensor, experts: int, block_rows: int) -> WorkList:
+    """The work list of ids from anywhere, (T,K); E for a skipped slot. Waits for nothing."""
+    rows, blocks_3B, used_1 = _work_list_op(ids_TK.contiguous(), experts, block_rows)
+    return WorkList(rows, blocks_3B, used_1, block_rows)
+
+
+@torch.library.custom_op("leanmoe::work_list", mutates_args=())
+def _work_list_op(ids_TK: Tensor, experts: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    from leanmoe.kernels.gpu.work_program import group_slots, scatter_slots
+
+    slots, (rows, blocks_3B, used_1) = ids_TK.numel(), _empty(ids_TK, experts, block_rows)
+    if not slots:
+        return rows, blocks_3B, used_1.zero_()
+    is_one = slots <= MOST_IN_ONE
+    chunk = max(32, power_of_two(slots)) if is_one else CHUNK
+    programs = 1 if is_one else -(-slots // chunk)
+    counts = zeros_for("work list", experts + 1, ids_TK.device)
+    places, starts = torch.empty_like(rows), rows.new_empty(experts)
+    group_slots[(programs,)](
+        ids_TK, counts, places, starts, rows, blocks_3B, used_1, slots, blocks_3B.shape[1],
+        E=experts, PADDED_E=power_of_two(experts), ROWS=block_rows, CHUNK=chunk, IS_ONE=is_one,
+        num_warps=8 if chunk > CHUNK else 4,
+    )  # fmt: skip
+    if not is_one:
+        scatter_slots[(programs,)](ids_TK, places, starts, rows, slots, E=experts, CHUNK=chunk)
+    return rows, blocks_3B, used_1
+
+
+@_work_list_op.register_fake
+def _work_list_fake(ids_TK: Tensor, experts: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(ids_TK, experts, block_rows)
+
+
+def _empty(ids_TK: Tensor, experts: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    slots = ids_TK.numel()
+    blocks = most_blocks(slots, experts, block_rows)
+    return (
+        ids_TK.new_empty(slots, dtype=torch.int32),
+        ids_TK.new_empty(3, blocks, dtype=torch.int32),
+        ids_TK.new_empty(1, dtype=torch.int32),
+    )
