@@ -1,0 +1,239 @@
+"""GPU routing: what `leanmoe.routing.route` computes for one step, and the work list with it.
+
+Letters: T tokens, K slots a token, E experts. One launch where a token's experts are its own
+business, two where tokens share them; sizes depend on T, K and E alone, nothing waits for the
+device: it can be captured in a graph and replayed with other logits and padding.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.kernels.gpu.launch import interprets
+from leanmoe.kernels.gpu.state import power_of_two, zeros_for
+from leanmoe.kernels.gpu.work_list import WorkList, most_blocks
+from leanmoe.plan import Rule
+from leanmoe.routers import Router
+
+MOST_EXPERTS = 512
+MOST_TOKENS = 16_384
+BLOCK_ROWS = 16
+SCORINGS = ("softmax", "sigmoid", "softmax_after_top_k")
+
+
+class RoutedGpu(NamedTuple):
+    """As `leanmoe.routing.Routing` for one step; a skipped slot has id E and weight 0."""
+
+    ids_TK: Tensor
+    """Best ranked first, skipped slots last."""
+    weights_TK: Tensor
+    """float32."""
+    over_budget: Tensor | None
+    """Where `budget` is set: a bool of no dimensions, on the device."""
+    work: WorkList
+
+
+def why_not_route_gpu(logits_TE: Tensor, router: Router, rule: Rule) -> str | None:
+    """Why `route_gpu` cannot route these tokens; None if it can."""
+    if logits_TE.device.type != "cuda" and not interprets():
+        return f"the logits are on {logits_TE.device}"
+    if logits_TE.dim() != 2:
+        return f"the logits have {logits_TE.dim()} dimensions: one step has 2"
+    if router.score_dtype == "logits" and logits_TE.dtype is not torch.float32:
+        return f"the family scores in {logits_TE.dtype}"
+    if rule.top_k == 0:
+        return "nothing is routed"
+    tokens, experts = logits_TE.shape
+    if experts > MOST_EXPERTS:
+        return f"{experts} experts are more than {MOST_EXPERTS}"
+    if tokens > MOST_TOKENS:
+        return f"{tokens} tokens are more than {MOST_TOKENS}"
+    return None
+
+
+def route_gpu(
+    logits_TE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None = None,
+    padding_T: Tensor | None = None,
+    *,
+    block_rows: int = BLOCK_ROWS,
+    ids_dtype: torch.dtype = torch.int64,
+) -> RoutedGpu:
+    """As `leanmoe.routing.route`, for what `why_not_route_gpu` has nothing against.
+
+    Scores may differ from torch's in the last bits, and with them the order of experts that are as
+    good as equal. Equal ones: the lower id first, and so for groups. A token whose logits are not
+    numbers gets NaN weights. `block_rows` are the rows of the work list's blocks (the experts'
+    config has them). Raises LeanMoeError for what it cannot route.
+    """
+    if reason := why_not_route_gpu(logits_TE, router, rule):
+        raise LeanMoeError(f"route_gpu cannot route these tokens: {reason}")
+    experts = logits_TE.shape[1]
+    ids, weights, over, rows, blocks_3B, used_1 = _route_op(
+        logits_TE.contiguous(),
+        None if bias_E is None else bias_E.to(torch.float32).contiguous(),
+        None if rule.experts is None else _allowed(rule.experts, experts, logits_TE.device),
+        None if padding_T is None else padding_T.contiguous().view(torch.int8),
+        _whole_numbers(router, rule, top_k, block_rows),
+        [_or(rule.threshold), _or(rule.top_p), router.normalise_epsilon, router.scaling],
+        ids_dtype,
+    )
+    over_budget = None if rule.budget is None else over.view(torch.bool)
+    return RoutedGpu(ids, weights, over_budget, WorkList(rows, blocks_3B, used_1, block_rows))
+
+
+def _or(share: float | None) -> float:
+    return 0.0 if share is None else share
+
+
+def _whole_numbers(router: Router, rule: Rule, top_k: int, block_rows: int) -> list[int]:
+    """What a router and a rule come to in whole numbers, as the op takes them."""
+    limits = router.groups > 1 and router.groups_used < router.groups
+    return [
+        SCORINGS.index(router.scoring),
+        router.normalise,
+        router.groups if limits else 1,
+        router.groups_used if limits else 1,
+        router.group_score == "max",
+        top_k if rule.top_k is None else rule.top_k,
+        top_k if rule.keep_weights else 0,
+        rule.threshold is not None,
+        rule.top_p is not None,
+        rule.guaranteed or 0,
+        rule.budget or 0,
+        block_rows,
+    ]
+
+
+@lru_cache(maxsize=1024)
+def _allowed(remaining: tuple[int, ...], experts: int, device: torch.device) -> Tensor:
+    """1 for experts that remain (int8, E); kept, since each step asks for the same."""
+    with torch.inference_mode(False):
+        allowed_E = torch.zeros(experts, dtype=torch.int8)
+        allowed_E[list(remaining)] = 1
+        return allowed_E.to(device)
+
+
+class RouteCall:
+    """One call of the route programs; arguments are checked by `route_gpu`."""
+
+    def __init__(
+        self,
+        logits_TE: Tensor,
+        bias_E: Tensor | None,
+        allowed_E: Tensor | None,
+        padding_T: Tensor | None,
+        wholes: list[int],
+        reals: list[float],
+        outputs: tuple[Tensor, ...],
+    ) -> None:
+        scoring, normalise, groups, used, by_best, slots, full, *rest = wholes
+        has_threshold, has_top_p, self.guaranteed, self.budget, self._block_rows = rest
+        self.tokens, self.experts = logits_TE.shape
+        self._inputs = (logits_TE, bias_E, allowed_E, padding_T)
+        self._wanted, self._reals, self._outputs = (slots, full), reals, outputs
+        size = self.experts // groups
+        self._options = {
+            "E": self.experts,
+            "SIZE": size,
+            "PADDED_SIZE": power_of_two(size),
+            "GROUPS": groups,
+            "PADDED_E": power_of_two(groups) * power_of_two(size),
+            "USED": used,
+            "BY_BEST": bool(by_best),
+            "SLOTS": power_of_two(max(slots, full)),
+            "SCORING": scoring,
+            "NORMALISE": bool(normalise),
+            "HAS_BIAS": bias_E is not None,
+            "HAS_ALLOWED": allowed_E is not None,
+            "HAS_PADDING": padding_T is not None,
+            "HAS_THRESHOLD": bool(has_threshold),
+            "HAS_TOP_P": bool(has_top_p),
+            "KEEP_WEIGHTS": full > 0,
+            "POWER_E": power_of_two(self.experts),
+            "num_warps": 1,
+        }
+
+    def run(self, program: Any, *arguments: Any, **options: Any) -> None:
+        """Launches a program over the tokens."""
+        program[(self.tokens,)](*arguments, **self._options, **options)
+
+    def route(self) -> None:
+        """Fills in the outputs."""
+        from leanmoe.kernels.gpu.route_program import route_alone, route_fill, route_wake
+
+        ids, weights, over, rows, blocks_3B, used_1 = self._outputs
+        device, experts = ids.device, self.experts
+        # A program wants some pointer even where it never reads it.
+        inputs = [self._inputs[0] if tensor is None else tensor for tensor in self._inputs]
+        counts = zeros_for("route", experts + 1, device)
+        outputs = (ids, weights, counts, rows, blocks_3B, used_1)
+        sizes = (self.tokens, blocks_3B.shape[1], *self._wanted)
+        if not (self.guaranteed or self.budget):
+            self.run(route_alone, *inputs, *outputs, *sizes, *self._reals, ROWS=self._block_rows)
+            return
+        votes = zeros_for("votes", experts, device, torch.int64)
+        marks = zeros_for("marks", experts + 1, device)
+        awake = torch.empty(experts, dtype=torch.int32, device=device)
+        company = {"HAS_GUARANTEED": self.guaranteed > 0, "HAS_BUDGET": self.budget > 0}
+        has_overlap = not interprets()
+        self.run(
+            route_wake, *inputs, votes, marks, awake, over, self.tokens, *self._wanted,
+            self.guaranteed, self.budget, *self._reals[:3], **company, PDL=has_overlap,
+        )  # fmt: skip
+        after = {"launch_pdl": True} if has_overlap else {}
+        self.run(
+            route_fill, *inputs, *outputs, awake, *sizes, *self._reals,
+            ROWS=self._block_rows, PDL=has_overlap, **after,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("leanmoe::route_gpu", mutates_args=())
+def _route_op(
+    logits: Tensor,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    padding: Tensor | None,
+    wholes: list[int],
+    reals: list[float],
+    ids_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _empty(logits, wholes, ids_dtype)
+    if not logits.shape[0]:
+        outputs[2].zero_()
+        outputs[5].zero_()
+    else:
+        RouteCall(logits, bias, allowed, padding, wholes, reals, outputs).route()
+    return outputs
+
+
+@_route_op.register_fake
+def _route_fake(
+    logits: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_inputs, wholes, _reals, ids_dtype = others
+    return _empty(logits, wholes, ids_dtype)
+
+
+def _empty(
+    logits: Tensor, wholes: list[int], ids_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, experts = logits.shape
+    slots, block_rows = wholes[5], wholes[-1]
+    blocks = most_blocks(tokens * slots, experts, block_rows)
+    return (
+        logits.new_empty(tokens, slots, dtype=ids_dtype),
+        logits.new_empty(tokens, slots, dtype=torch.float32),
+        logits.new_empty((), dtype=torch.int8),
+        logits.new_empty(experts * tokens, dtype=torch.int32),
+        logits.new_empty(3, blocks, dtype=torch.int32),
+        logits.new_empty(1, dtype=torch.int32),
+    )

@@ -1,0 +1,212 @@
+"""What one token wants of its experts: scores, group limits, its best, and what it keeps of them.
+
+Letters: K slots a token, L slots looked at (K, or the model's own top-k if that is more), E experts
+padded to a power of two (where groups are limited: each group padded), G groups, S of a group.
+
+A program is one token and one warp, so that no sum or maximum leaves the warp.
+"""
+
+# mypy: ignore-errors
+# Triton's language is not Python's: names are constexprs, tensors or pointers as they are used.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SOFTMAX, SIGMOID, SOFTMAX_AFTER = (tl.constexpr(i) for i in range(3))
+ASLEEP = tl.constexpr(-(1 << 31))
+"""A key below that of any expert that can be used."""
+FIRST = tl.constexpr((1 << 31) - 1)
+"""A key above that of any expert."""
+NOBODY = tl.constexpr(1 << 30)
+TINY = tl.constexpr(1.1754943508222875e-38)
+NEVER = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def expert_of(SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
+              PADDED_E: tl.constexpr):  # fmt: skip
+    """The expert at each place, and which places hold one."""
+    i = tl.arange(0, PADDED_E)
+    inside = i % PADDED_SIZE
+    return (i // PADDED_SIZE) * SIZE + inside, (inside < SIZE) & (i // PADDED_SIZE < GROUPS)
+
+
+@triton.jit
+def _gates(logits, top, total, SCORING: tl.constexpr):
+    """What experts weigh; `top` and `total` are those of a softmax over all of them."""
+    if SCORING == SOFTMAX_AFTER:
+        gates = logits
+    elif SCORING == SIGMOID:
+        gates = tl.sigmoid(logits)
+    else:
+        gates = tl.exp(logits - top) / total
+    return gates
+
+
+@triton.jit
+def _limit_groups(
+    ranking, GROUPS: tl.constexpr, PADDED_G: tl.constexpr, PADDED_SIZE: tl.constexpr,
+    USED: tl.constexpr, BY_BEST: tl.constexpr,
+):  # fmt: skip
+    """Rules out the experts of all but the token's best groups; equal groups: the lower first."""
+    ranking_GS = tl.reshape(ranking, (PADDED_G, PADDED_SIZE))
+    s, g = tl.arange(0, PADDED_SIZE), tl.arange(0, PADDED_G)
+    value_G = tl.max(ranking_GS, axis=1)
+    if not BY_BEST:
+        place_G = tl.argmax(ranking_GS, axis=1)
+        second_G = tl.max(tl.where(s[None, :] == place_G[:, None], NEVER, ranking_GS), axis=1)
+        value_G += tl.where(second_G == NEVER, 0.0, second_G)
+    value_G = tl.where(g < GROUPS, value_G, NEVER)
+    other_GG = tl.broadcast_to(tl.expand_dims(value_G, 0), (PADDED_G, PADDED_G))
+    own_GG = tl.broadcast_to(tl.expand_dims(value_G, 1), (PADDED_G, PADDED_G))
+    before_GG = (other_GG > own_GG) | ((other_GG == own_GG) & (g[None, :] < g[:, None]))
+    is_used_G = tl.sum(before_GG.to(tl.int32), axis=1) < USED
+    kept_GS = tl.where(is_used_G[:, None], ranking_GS, NEVER)
+    return tl.reshape(kept_GS, (PADDED_G * PADDED_SIZE,))
+
+
+@triton.jit
+def _keys(ranking):
+    """Whole numbers that order experts as the ranking does: a warp finds their maximum fast."""
+    bits = (ranking + 0.0).to(tl.int32, bitcast=True)  # + 0.0: minus zero equals zero
+    return tl.where(ranking > NEVER, bits ^ ((bits >> 31) & 0x7FFFFFFF), ASLEEP)
+
+
+@triton.jit
+def best_slots(keys, e, most, SLOTS: tl.constexpr):
+    """The `most` experts of highest key, equal ones by lower id: ids, and how many there are."""
+    k = tl.arange(0, SLOTS)
+    ids_L = tl.zeros((SLOTS,), dtype=tl.int32)
+    found, slot = 0, 0
+    while slot < most:
+        best = tl.max(keys, axis=0)
+        expert = tl.min(tl.where(keys == best, e, NOBODY), axis=0)
+        is_there = best > ASLEEP
+        ids_L = tl.where((k == slot) & is_there, expert, ids_L)
+        keys = tl.where(e == expert, ASLEEP, keys)
+        found += is_there.to(tl.int32)
+        slot += 1
+    return ids_L, found
+
+
+@triton.jit
+def gates_of(
+    logits_ptr, token, ids_L, is_found, top, total, E: tl.constexpr, SCORING: tl.constexpr
+):
+    """Gates of some of a token's experts, as `own_slots` computed them to rank."""
+    logits_L = tl.load(logits_ptr + token * E + ids_L, mask=is_found, other=0.0).to(tl.float32)
+    return tl.where(is_found, _gates(logits_L, top, total, SCORING), 0.0)
+
+
+@triton.jit
+def _kept(
+    gates_L, is_kept, threshold, top_p,
+    SCORING: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_TOP_P: tl.constexpr,
+):  # fmt: skip
+    """Which of a token's found slots threshold and top_p keep."""
+    best = tl.max(tl.where(is_kept, gates_L, NEVER), axis=0)
+    mass_L = tl.where(is_kept, gates_L, 0.0)
+    if SCORING == SOFTMAX_AFTER:
+        mass_L = tl.where(is_kept, tl.exp(gates_L - best), 0.0)
+        best = 1.0
+    total = tl.sum(mass_L, axis=0)
+    if HAS_THRESHOLD:
+        is_kept = is_kept & (mass_L >= threshold * best)
+    if HAS_TOP_P:
+        left_L = tl.where(is_kept, mass_L, 0.0)
+        earlier_L = tl.cumsum(is_kept.to(tl.int32), axis=0) - is_kept.to(tl.int32)
+        # Not the rounding of a running sum but nothing at all is before the first.
+        before_L = tl.where(earlier_L == 0, 0.0, tl.cumsum(left_L, axis=0) - left_L)
+        is_kept = is_kept & ((before_L < top_p * total) | (before_L == 0.0))
+    return is_kept
+
+
+@triton.jit
+def _kept_first(ids_L, gates_L, is_kept, SLOTS: tl.constexpr):
+    """The kept slots before all others, in their order."""
+    l = tl.arange(0, SLOTS)  # noqa: E741
+    to_L = tl.cumsum(is_kept.to(tl.int32), axis=0) - 1
+    moves_LL = is_kept[:, None] & (to_L[:, None] == l[None, :])
+    ids_L = tl.sum(tl.where(moves_LL, ids_L[:, None], 0), axis=0)
+    gates_L = tl.sum(tl.where(moves_LL, gates_L[:, None], 0.0), axis=0)
+    return ids_L, gates_L
+
+
+@triton.jit
+def whole_of(gates_L, is_counted, epsilon, SCORING: tl.constexpr, NORMALISE: tl.constexpr):
+    """What the shares of these slots are taken of: their sum, or that of their exponentials."""
+    if SCORING == SOFTMAX_AFTER:
+        best = tl.max(tl.where(is_counted, gates_L, NEVER), axis=0)
+        best = tl.where(best > NEVER, best, 0.0)
+        whole = best + tl.log(tl.sum(tl.where(is_counted, tl.exp(gates_L - best), 0.0), axis=0))
+    elif NORMALISE:
+        whole = tl.maximum(tl.sum(tl.where(is_counted, gates_L, 0.0), axis=0) + epsilon, TINY)
+    else:
+        whole = 1.0
+    return whole
+
+
+@triton.jit
+def shares_of(gates_L, is_kept, whole, SCORING: tl.constexpr):
+    """What each kept slot weighs before scaling."""
+    if SCORING == SOFTMAX_AFTER:  # noqa: SIM108, constexpr: one branch is compiled
+        shares_L = tl.exp(gates_L - whole)
+    else:
+        shares_L = gates_L / whole
+    return tl.where(is_kept, shares_L, 0.0)
+
+
+@triton.jit
+def own_slots(
+    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+    threshold, top_p, epsilon, slots, full,
+    E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
+    SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """A token's own experts under all fields of a rule but those that look at other tokens.
+
+    Returns keys of all its experts; ids and gates of its slots, the `kept` ones first; top and
+    total, which give any expert's gate; what shares are taken of where that is the model's own
+    top-k; and whether its gates are numbers.
+    """
+    k = tl.arange(0, SLOTS)
+    e, is_expert = expert_of(SIZE, PADDED_SIZE, GROUPS, PADDED_E)
+    logits = tl.load(logits_ptr + token * E + e, mask=is_expert, other=NEVER).to(tl.float32)
+    top, total = 0.0, 1.0
+    if SCORING == SOFTMAX:
+        top = tl.max(logits, axis=0)
+        total = tl.sum(tl.exp(logits - top), axis=0)
+    ranking = _gates(logits, top, total, SCORING)
+    is_odd = is_expert & ~(tl.abs(ranking) < float("inf")) & (logits != NEVER)
+    is_number = (tl.sum(is_odd.to(tl.int32), axis=0) == 0) & (total == total)
+    usable = is_expert
+    if HAS_BIAS:
+        ranking += tl.load(bias_ptr + e, mask=is_expert, other=0.0)
+    if HAS_ALLOWED:
+        usable = usable & (tl.load(allowed_ptr + e, mask=is_expert, other=0) != 0)
+    ranking = tl.where(usable, ranking, NEVER)
+    if USED < GROUPS:
+        ranking = _limit_groups(
+            ranking, GROUPS, PADDED_E // PADDED_SIZE, PADDED_SIZE, USED, BY_BEST
+        )
+    is_real = is_number
+    if HAS_PADDING:
+        is_real = is_real & (tl.load(padding_ptr + token) == 0)
+    keys = tl.where(is_real, _keys(ranking), ASLEEP)
+    ids_L, found = best_slots(keys, e, tl.maximum(slots, full), SLOTS)
+    gates_L = gates_of(logits_ptr, token, ids_L, k < found, top, total, E, SCORING)
+    whole = 1.0
+    if KEEP_WEIGHTS:
+        whole = whole_of(gates_L, k < tl.minimum(found, full), epsilon, SCORING, NORMALISE)
+    is_kept = k < tl.minimum(found, slots)
+    if HAS_THRESHOLD or HAS_TOP_P:
+        is_kept = _kept(gates_L, is_kept, threshold, top_p, SCORING, HAS_THRESHOLD, HAS_TOP_P)
+        if HAS_THRESHOLD and HAS_BIAS:  # a slot in the middle may go
+            ids_L, gates_L = _kept_first(ids_L, gates_L, is_kept, SLOTS)
+    kept = tl.sum(is_kept.to(tl.int32), axis=0)
+    return keys, ids_L, gates_L, kept, top, total, whole, is_number

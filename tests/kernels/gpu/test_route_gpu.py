@@ -1,0 +1,196 @@
+"""route_gpu: the programs against `route` and the work list against its reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from torch import Tensor
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.kernels.gpu.route import RoutedGpu, route_gpu, why_not_route_gpu
+from leanmoe.kernels.gpu.work_list import work_list_reference
+from leanmoe.plan import Rule
+from leanmoe.routers import Router
+from leanmoe.routing import Routing, route
+from tests.kernels.test_route_cpu import by_expert, is_clear
+from tests.routing.cases import ROUTERS, Case, cases
+
+FEW = settings(deadline=None, max_examples=25)
+"""The interpreter takes a tenth of a second for a token."""
+RULES = [
+    Rule(top_k=3),
+    Rule(threshold=0.4),
+    Rule(top_p=0.7),
+    Rule(threshold=0.2, top_p=0.8, keep_weights=True),
+    Rule(guaranteed=1),
+    Rule(guaranteed=2, threshold=0.3),
+    Rule(budget=6),
+    Rule(top_k=3, guaranteed=2, budget=5),
+    Rule(experts=tuple(range(1, 24)), guaranteed=1, keep_weights=True),
+]
+
+
+def one_step(case: Case) -> Case:
+    """The first of a case's steps."""
+    padding = None if case.padding_ST is None else case.padding_ST[0]
+    return replace(case, logits_STE=case.logits_STE[0], padding_ST=padding)
+
+
+def run(case: Case, block_rows: int = 16) -> RoutedGpu:
+    arguments = (case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
+    return route_gpu(*arguments, block_rows=block_rows)
+
+
+def expected(case: Case) -> Routing:
+    return route(case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
+
+
+def slots_by_expert(found: RoutedGpu, experts: int) -> list[set[int]]:
+    """Which slots the work list has for each expert; fails where one is listed twice."""
+    rows, blocks, used, block_rows = found.work
+    slots: list[list[int]] = [[] for _ in range(experts)]
+    for expert, first, count in blocks[:, : int(used)].T.tolist():
+        assert 0 < count <= block_rows
+        slots[expert] += rows[first : first + count].tolist()
+    assert all(len(set(listed)) == len(listed) for listed in slots)
+    return [set(listed) for listed in slots]
+
+
+def check_work(found: RoutedGpu, experts: int) -> None:
+    flat = found.ids_TK.flatten().tolist()
+    wanted: list[set[int]] = [set() for _ in range(experts)]
+    for slot, expert in enumerate(flat):
+        if expert < experts:
+            wanted[expert].add(slot)
+    assert slots_by_expert(found, experts) == wanted
+    reference = work_list_reference(found.ids_TK, experts, found.work.block_rows)
+    assert int(found.work.used_1) == int(reference.used_1)
+
+
+def check_same(found: RoutedGpu, wanted: Routing, experts: int) -> None:
+    routing = Routing(found.ids_TK, found.weights_TK, found.over_budget)
+    assert found.ids_TK.sort(dim=-1)[0].tolist() == wanted.ids_STK.sort(dim=-1)[0].tolist()
+    torch.testing.assert_close(
+        by_expert(routing, experts), by_expert(wanted, experts), atol=1e-5, rtol=1e-4
+    )
+    assert (found.over_budget is None) == (wanted.over_budget_S is None)
+    if found.over_budget is not None and wanted.over_budget_S is not None:
+        assert bool(found.over_budget) == bool(wanted.over_budget_S)
+
+
+@given(cases(hostile=False))
+@FEW
+def test_the_same_experts_and_weights_as_the_reference(drawn: Case) -> None:
+    case = one_step(drawn)
+    assume(is_clear(case))
+    found = run(case)
+    check_same(found, expected(case), case.experts)
+    check_work(found, case.experts)
+
+
+@given(cases())
+@FEW
+def test_hostile_scores_keep_every_promise(drawn: Case) -> None:
+    case = one_step(drawn)
+    found = run(case, block_rows=2)
+    used = found.ids_TK < case.experts
+    assert bool((found.weights_TK[~used] == 0).all())
+    assert bool(found.weights_TK.isfinite().all())
+    for token in found.ids_TK.tolist():
+        awake = [expert for expert in token if expert < case.experts]
+        assert len(set(awake)) == len(awake)
+        assert token == awake + [case.experts] * (len(token) - len(awake))
+        assert case.rule.experts is None or set(awake) <= set(case.rule.experts)
+    if case.padding_ST is not None:
+        assert not bool(used[case.padding_ST].any())
+    if case.rule.budget is not None:
+        distinct = len(set(found.ids_TK[used].tolist()))
+        assert bool(found.over_budget) or distinct <= case.rule.budget
+    check_work(found, case.experts)
+
+
+@given(cases())
+@FEW
+def test_logits_that_rank_as_they_are_give_the_reference_bit_for_bit(drawn: Case) -> None:
+    guaranteed = drawn.rule.guaranteed or 1  # then the reference breaks ties by the lower id too
+    rule = Rule(drawn.rule.top_k, guaranteed=guaranteed, experts=drawn.rule.experts)
+    case = one_step(replace(drawn, name="softmax after top-k", bias_E=None, rule=rule))
+    assert run(case).ids_TK.tolist() == expected(case).ids_STK.tolist()
+
+
+def draw(tokens: int, experts: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, experts, generator=generator)
+    return logits, torch.randn(experts, generator=generator) * 0.1
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_rule_with_every_router(name: str, rule: Rule) -> None:
+    logits, bias = draw(9, 32)
+    case = Case(
+        name, logits, bias if ROUTERS[name].ranking_bias else None,
+        torch.tensor([False, True, *[False] * 7]), 4, rule,
+    )  # fmt: skip
+    found = run(case, block_rows=4)
+    check_same(found, expected(case), 32)
+    check_work(found, 32)
+
+
+@pytest.mark.parametrize(
+    ("router", "experts"),
+    [
+        (Router("sigmoid", "bias", True, 1e-20, 2.5, 8, 4, "top2_sum", False), 160),
+        (Router(groups=6, groups_used=2, group_score="max"), 60),
+        (Router(normalise=True), 512),
+        (Router(normalise=True), 1),
+    ],
+    ids=["8 groups of 20", "6 groups of 10", "512", "1"],
+)
+@pytest.mark.parametrize("rule", [Rule(), Rule(guaranteed=1), Rule(budget=1)], ids=str)
+def test_any_number_of_experts(router: Router, experts: int, rule: Rule) -> None:
+    logits, bias = draw(5, experts)
+    bias_E = bias if router.ranking_bias else None
+    top_k = min(6, experts)
+    found = route_gpu(logits, router, top_k, rule, bias_E)
+    check_same(found, route(logits, router, top_k, rule, bias_E), experts)
+    check_work(found, experts)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("rule", [Rule(top_k=2), Rule(guaranteed=2), Rule(budget=5)], ids=str)
+def test_nan_in_a_token_is_nan_in_its_weights_and_in_no_other(name: str, rule: Rule) -> None:
+    logits, bias = draw(4, 32)
+    logits[1, 7] = float("nan")
+    bias_E = bias if ROUTERS[name].ranking_bias else None
+    weights = route_gpu(logits, ROUTERS[name], 4, rule, bias_E).weights_TK
+    assert weights.isnan().any(dim=-1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(guaranteed=1), Rule(budget=3)], ids=str)
+def test_one_call_leaves_nothing_to_the_next(rule: Rule) -> None:
+    for seed in range(3):
+        logits, _ = draw(6, 32, seed)
+        found = route_gpu(logits, Router(), 4, rule, ids_dtype=torch.int32)
+        assert found.ids_TK.dtype is torch.int32
+        check_same(found._replace(ids_TK=found.ids_TK.long()), route(logits, Router(), 4, rule), 32)
+        check_work(found, 32)
+
+
+def test_no_tokens() -> None:
+    found = route_gpu(torch.randn(0, 32), Router(), 4, Rule(budget=3))
+    assert found.ids_TK.shape == (0, 4)
+    assert int(found.work.used_1) == 0
+    assert not bool(found.over_budget)
+
+
+def test_says_what_it_cannot_do() -> None:
+    after = ROUTERS["softmax after top-k"]
+    assert "bfloat16" in str(why_not_route_gpu(torch.randn(2, 8).bfloat16(), after, Rule()))
+    assert "513 experts" in str(why_not_route_gpu(torch.randn(2, 513), Router(), Rule()))
+    assert "dimensions" in str(why_not_route_gpu(torch.randn(1, 2, 8), Router(), Rule()))
+    with pytest.raises(LeanMoeError, match="nothing is routed"):
+        route_gpu(torch.randn(2, 8), after, 4, Rule(top_k=0))
