@@ -25,11 +25,14 @@ from leanmoe.kernels.gpu.work_list import work_list_reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
 LEFT, RIGHT = Tile(16, 32, 4, 2), Tile(32, 16, 4, 2, 2, weights_left=False)
+COPIED, COPIED_RIGHT = replace(LEFT, described=True), replace(RIGHT, described=True)
 WAYS = {
     "direct": ExpertsConfig(16, 0, True, LEFT, RIGHT),
     "direct, weights right": ExpertsConfig(16, 0, True, RIGHT, LEFT),
     "listed": ExpertsConfig(16, 0, False, RIGHT, LEFT),
     "listed with a tail": ExpertsConfig(16, 16, False, LEFT, RIGHT),
+    "direct, described": ExpertsConfig(16, 0, True, COPIED, COPIED),
+    "listed with a tail, described": ExpertsConfig(16, 16, False, COPIED_RIGHT, COPIED),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "concatenated": {},

@@ -26,6 +26,9 @@ class Tile:
     """Blocks of rows that run side by side at each tile of columns."""
     weights_left: bool = True
     """Whether the weights are the left operand: the matrix unit's wide side, where rows are few."""
+    described: bool = False
+    """Whether the copy engine reads the weights, told by a descriptor, and not the threads. Needs
+    compute capability 9 and weights that lie in rows; others are read by the threads."""
 
 
 @dataclass(frozen=True)

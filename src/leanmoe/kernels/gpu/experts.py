@@ -115,14 +115,14 @@ def _numbers(config: ExpertsConfig) -> list[int]:
     tiles = [
         int(n)
         for t in (config.gate_up, config.down)
-        for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left)
+        for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left, t.described)
     ]
     return [config.rows, config.tail, config.is_direct, config.overlap, config.ahead, *tiles]
 
 
 def _config(numbers: list[int]) -> ExpertsConfig:
     rows, tail, direct, overlap, ahead, *rest = numbers
-    first, second = (Tile(t[0], t[1], t[2], t[3], t[4], bool(t[5])) for t in (rest[:6], rest[6:]))
+    first, second = (Tile(*t[:5], bool(t[5]), bool(t[6])) for t in (rest[:7], rest[7:]))
     return ExpertsConfig(rows, tail, bool(direct), first, second, bool(overlap), ahead)
 
 

@@ -45,7 +45,7 @@ def gate_up_direct(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-    WIDEN: tl.constexpr, PDL: tl.constexpr,
+    DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first product of the expert at one slot, for all tokens of a small step."""
     if PDL:
@@ -63,18 +63,18 @@ def gate_up_direct(
             expert, tokens_R, slots_R, is_row, tokens_R, slots_R, is_row,
             tile, limit, alpha, up_offset,
             D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+            SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "ahead"])
 def down_direct(
-    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, ids_ptr, arrived_ptr, out_ptr,
-    tokens, ahead,
+    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, ahead_ptr,
+    ids_ptr, arrived_ptr, out_ptr, tokens, ahead,
     E: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    SWAP: tl.constexpr, DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The second product of the expert at one slot; the last at a tile adds up the tokens' slots.
 
@@ -88,7 +88,7 @@ def down_direct(
     if PDL:
         gdc_launch_dependents()
         if is_first:
-            ask_ahead(w_ptr, expert, tile, ahead, D, M, STRIDE_C, BLOCK_C)
+            ask_ahead(ahead_ptr, expert, tile, ahead, D, M, STRIDE_C, BLOCK_C)
         gdc_wait()
     if is_first:
         gates_RK = tl.load(gates_ptr + number_RK, mask=same_RK, other=0.0).to(tl.float32)
@@ -96,7 +96,8 @@ def down_direct(
         down_block(
             act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
             expert, slots_R, weight_R, is_row, slots_R, weight_R, is_row, tile,
-            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP,
+            DESCRIBED, WIDEN,
         )  # fmt: skip
     tl.debug_barrier()  # every thread's part is written before this program counts as arrived
     before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel")

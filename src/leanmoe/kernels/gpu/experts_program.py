@@ -50,7 +50,7 @@ def gate_up_listed(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
-    WIDEN: tl.constexpr, PDL: tl.constexpr,
+    DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first product of one block of the work list and one tile of columns."""
     if PDL:
@@ -73,7 +73,7 @@ def gate_up_listed(
             (slots_tail // K).to(tl.int64), slots_tail, is_tail,
             tile, limit, alpha, up_offset,
             D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+            SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
         )  # fmt: skip
         return
     gate_up_block(
@@ -81,18 +81,18 @@ def gate_up_listed(
         expert, tokens_R, slots_R, is_row, tokens_R, slots_R, is_row,
         tile, limit, alpha, up_offset,
         D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-        SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+        SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["most_blocks", "ahead"])
 def down_listed(
-    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr, blocks_ptr, used_ptr,
-    most_blocks, ahead,
+    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, ahead_ptr,
+    rows_ptr, blocks_ptr, used_ptr, most_blocks, ahead,
     D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
-    WIDEN: tl.constexpr, PDL: tl.constexpr,
+    DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The second product of one block of the work list and one tile of columns."""
     used = tl.load(used_ptr)
@@ -106,7 +106,7 @@ def down_listed(
     weight_R = tl.load(gates_ptr + slots_R, mask=is_row, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
-        ask_ahead(w_ptr, expert, tile, ahead, D, M, STRIDE_C, BLOCK_C)
+        ask_ahead(ahead_ptr, expert, tile, ahead, D, M, STRIDE_C, BLOCK_C)
         gdc_wait()
     if TAIL > 0 and count > ROWS:
         slots_tail, is_tail = _rows_of(rows_ptr, first, count, ROWS, TAIL)
@@ -115,13 +115,14 @@ def down_listed(
             act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
             expert, slots_R, weight_R, is_row, slots_tail, weight_tail, is_tail, tile,
             D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K,
-            SWAP, WIDEN,
+            SWAP, DESCRIBED, WIDEN,
         )  # fmt: skip
         return
     down_block(
         act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
         expert, slots_R, weight_R, is_row, slots_R, weight_R, is_row, tile,
-        D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+        D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP,
+        DESCRIBED, WIDEN,
     )  # fmt: skip
 
 

@@ -66,10 +66,11 @@ class ExpertsCall:
         else:
             shape = {"TAIL": config.tail}
         both = self.inner * (2 if gated else 1)
+        lies_in_rows = not transposed and (concatenated or not gated)
         self._up_options = {
             **common,
             **shape,
-            **_tile(config.gate_up, config.is_direct),
+            **_tile(config.gate_up, config.is_direct, lies_in_rows and self.gate_up),
             "K": self.slots,
             "STRIDE_C": 1 if transposed else self.width,
             "STRIDE_K": both if transposed else 1,
@@ -85,7 +86,7 @@ class ExpertsCall:
         self._down_options = {
             **common,
             **shape,
-            **_tile(config.down, config.is_direct),
+            **_tile(config.down, config.is_direct, not transposed and self.down),
             "STRIDE_C": 1 if transposed else self.inner,
             "STRIDE_K": self.width if transposed else 1,
             "HAS_BIAS": down_bias is not None,
@@ -101,7 +102,8 @@ class ExpertsCall:
     def first_product(self, *work: Tensor) -> None:
         """Fills in `act`; `work` is the work list's tensors, or nothing where it runs direct."""
         tiles = -(-self.inner // self.config.gate_up.columns)
-        pointers = (self.hidden, self.gate_up, *self._up_extras, self.act)
+        weights = _described(self.gate_up, self.config.gate_up, self._up_options)
+        pointers = (self.hidden, weights, *self._up_extras, self.act)
         if self.config.is_direct:
             from leanmoe.kernels.gpu.experts_direct_program import gate_up_direct
 
@@ -119,7 +121,8 @@ class ExpertsCall:
     def second_product(self, *work: Tensor) -> None:
         """Fills in `part`, and where it runs direct also `out`."""
         tiles = -(-self.width // self.config.down.columns)
-        pointers = (self.act, self.down, *self._down_extras, self.part, self.gates)
+        weights = _described(self.down, self.config.down, self._down_options)
+        pointers = (self.act, weights, *self._down_extras, self.part, self.gates, self.down)
         if self.config.is_direct:
             from leanmoe.kernels.gpu.experts_direct_program import down_direct
 
@@ -155,12 +158,29 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def _tile(tile: Tile, is_direct: bool) -> dict[str, Any]:
+def _tile(tile: Tile, is_direct: bool, rows: Tensor | bool) -> dict[str, Any]:
+    """`rows` are the weights where they lie in rows that a descriptor can name, else False."""
     return {
         "BLOCK_C": tile.columns,
         "BLOCK_K": tile.depth,
         "SWAP": tile.weights_left,
+        "DESCRIBED": tile.described and rows is not False and _is_describable(rows),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **({} if is_direct else {"GROUP": tile.group}),
     }
+
+
+def _is_describable(weights: Tensor | bool) -> bool:
+    """The copy engine wants rows of whole 16 bytes."""
+    return isinstance(weights, Tensor) and weights.shape[-1] * weights.itemsize % 16 == 0
+
+
+def _described(weights: Tensor, tile: Tile, options: dict[str, Any]) -> Any:
+    """A descriptor of all experts' rows, one below the other, where the program wants one."""
+    if not options["DESCRIBED"]:
+        return weights
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    rows = weights.view(-1, weights.shape[-1])
+    return TensorDescriptor.from_tensor(rows, [tile.columns, tile.depth])

@@ -42,8 +42,8 @@ def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
     depths = (64, 128, 256) if few else (64, 128)
     groups = (1,) if few else (1, 4)
     stages = (2, 3, 4, 6) if few else (3, 4)
-    for cols, depth, warps, steps, group, left in product(
-        columns, depths, (4, 8), stages, groups, (True, False)
+    for cols, depth, warps, steps, group, left, described in product(
+        columns, depths, (4, 8), stages, groups, (True, False), (True, False)
     ):
         wide = cols * 2 if is_first else cols
         if bytes_each == 1 and depth > 128:
@@ -58,4 +58,4 @@ def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
             continue
         if not few and sums < 16:
             continue
-        yield Tile(cols, depth, warps, steps, group, left)
+        yield Tile(cols, depth, warps, steps, group, left, described)

@@ -131,22 +131,75 @@ def _product(
 
 
 @triton.jit
-def _store_gated(
-    product, rows, is_row, first, act_ptr, bias_C, limit, alpha, up_offset,
-    M: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+def _described(
+    x_ptr, x_rows, is_row, tail_rows, is_tail, w, above, first, second, is_column, scale_ptr,
+    WIDTH: tl.constexpr, SCALED: tl.constexpr, SCALE_STRIDE: tl.constexpr, PAIR: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The gate function on a tile of the first product; columns go gate, up, gate, up, ..."""
-    if HAS_BIAS:
-        product += bias_C[None, :]
+    """As `_product`, the copy engine reading the weights: `COLUMNS` rows of `w` from `first` on.
+
+    With `PAIR` those from `second` on, too, against the same x, so that gate and up come apart.
+    `above` are the rows of the experts before. Returns both products, then both of the tail's.
+    """
+    k, c = tl.arange(0, BLOCK_K), tl.arange(0, COLUMNS)
+    x_at = x_ptr + x_rows[:, None] * WIDTH + k[None, :]
+    tail_at = x_ptr + tail_rows[:, None] * WIDTH + k[None, :]
+    TAIL_SIZE: tl.constexpr = TAIL if TAIL > 0 else 16
+    one = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), dtype=tl.float32)
+    two = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), dtype=tl.float32)
+    one_tail = tl.zeros((COLUMNS, TAIL_SIZE) if SWAP else (TAIL_SIZE, COLUMNS), dtype=tl.float32)
+    two_tail = tl.zeros((COLUMNS, TAIL_SIZE) if SWAP else (TAIL_SIZE, COLUMNS), dtype=tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        x_RK = _load_tile(x_at, is_row, start + k, WIDTH, BLOCK_K)
+        one_CK = w.load([above + first, start])
+        if PAIR:
+            two_CK = w.load([above + second, start])
+        if TAIL > 0:
+            tail_RK = _load_tile(tail_at, is_tail, start + k, WIDTH, BLOCK_K)
+        if SCALED:
+            at_C = scale_ptr + start // SCALE_BLOCK
+            scale_C = tl.load(at_C + (first + c) // SCALE_BLOCK * SCALE_STRIDE, mask=is_column)
+            scale_CR = scale_C[:, None] if SWAP else scale_C[None, :]
+            one += _tile_dot(one_CK, x_RK, SWAP, WIDEN) * scale_CR
+            if TAIL > 0:
+                one_tail += _tile_dot(one_CK, tail_RK, SWAP, WIDEN) * scale_CR
+            if PAIR:
+                scale_C = tl.load(at_C + (second + c) // SCALE_BLOCK * SCALE_STRIDE, mask=is_column)
+                scale_CR = scale_C[:, None] if SWAP else scale_C[None, :]
+                two += _tile_dot(two_CK, x_RK, SWAP, WIDEN) * scale_CR
+                if TAIL > 0:
+                    two_tail += _tile_dot(two_CK, tail_RK, SWAP, WIDEN) * scale_CR
+        else:
+            one += _tile_dot(one_CK, x_RK, SWAP, WIDEN)
+            if PAIR:
+                two += _tile_dot(two_CK, x_RK, SWAP, WIDEN)
+            if TAIL > 0:
+                one_tail += _tile_dot(one_CK, tail_RK, SWAP, WIDEN)
+                if PAIR:
+                    two_tail += _tile_dot(two_CK, tail_RK, SWAP, WIDEN)
+        x_at += BLOCK_K
+        tail_at += BLOCK_K
+    if SWAP:
+        one, two = tl.trans(one), tl.trans(two)
+        one_tail, two_tail = tl.trans(one_tail), tl.trans(two_tail)
+    return one, two, one_tail, two_tail
+
+
+@triton.jit
+def _store_gated(
+    gate, up, rows, is_row, first, act_ptr, limit, alpha, up_offset,
+    M: tl.constexpr, GATED: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The gate function on a tile of the first product."""
     if GATED:
-        gate, up = tl.split(tl.reshape(product, (ROWS, BLOCK_C, 2)))
         if HAS_LIMIT:
             gate = tl.minimum(gate, limit)
             up = tl.minimum(tl.maximum(up, -limit), limit)
         found = _activate(gate, ACTIVATION, alpha) * (up + up_offset)
     else:
-        found = _activate(product, ACTIVATION, alpha)
+        found = _activate(gate, ACTIVATION, alpha)
     m = first + tl.arange(0, BLOCK_C)
     at = act_ptr + rows.to(tl.int64)[:, None] * M + m[None, :]
     inside = is_row[:, None] & (m < M)[None, :]
@@ -162,40 +215,63 @@ def gate_up_block(
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_LIMIT: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, TAIL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, WIDEN: tl.constexpr,
+    SWAP: tl.constexpr, DESCRIBED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the first product: `BLOCK_C` columns of the result, twice that of weights."""
-    COLUMNS: tl.constexpr = 2 * BLOCK_C if GATED else BLOCK_C
+    """One tile of the first product: `BLOCK_C` columns of the result, twice that of weights.
+
+    `w_ptr` is a descriptor of all experts' rows, one below the other, where it is `DESCRIBED`.
+    """
     WIDTH: tl.constexpr = 2 * M if GATED else M
-    first = tile * BLOCK_C
-    j = tl.arange(0, COLUMNS)
-    if GATED:
-        m = first + j // 2
-        columns = 2 * first + j if INTERLEAVED else m + (j % 2) * M
-    else:
-        m = first + j
-        columns = m
-    is_column = m < M
-    e = expert.to(tl.int64)
     SCALE_STRIDE: tl.constexpr = (D + 127) // 128
-    product, tail = _product(
-        x_ptr, tokens_R, is_row, tokens_tail, is_tail,
-        w_ptr + e * (WIDTH * D), columns, is_column,
-        scale_ptr + e * (((WIDTH + 127) // 128) * SCALE_STRIDE),
-        D, STRIDE_C, STRIDE_K, SCALED, SCALE_STRIDE, M % BLOCK_C == 0,
-        ROWS, TAIL, COLUMNS, BLOCK_K, SWAP, WIDEN,
-    )  # fmt: skip
-    bias_C = tl.zeros((COLUMNS,), dtype=tl.float32)
-    if HAS_BIAS:
-        bias_C = tl.load(bias_ptr + e * WIDTH + columns, mask=is_column, other=0.0).to(tl.float32)
+    TAIL_SIZE: tl.constexpr = TAIL if TAIL > 0 else 16
+    first = tile * BLOCK_C
+    e = expert.to(tl.int64)
+    own_scale_ptr = scale_ptr + e * (((WIDTH + 127) // 128) * SCALE_STRIDE)
+    if DESCRIBED:
+        m = first + tl.arange(0, BLOCK_C)
+        gate, up, gate_tail, up_tail = _described(
+            x_ptr, tokens_R, is_row, tokens_tail, is_tail,
+            w_ptr, expert.to(tl.int32) * WIDTH, first, first + M, m < M, own_scale_ptr,
+            D, SCALED, SCALE_STRIDE, GATED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+        )  # fmt: skip
+        if HAS_BIAS:
+            bias_at = bias_ptr + e * WIDTH + m
+            gate_bias_C = tl.load(bias_at, mask=m < M, other=0.0).to(tl.float32)
+            gate, gate_tail = gate + gate_bias_C[None, :], gate_tail + gate_bias_C[None, :]
+            if GATED:
+                up_bias_C = tl.load(bias_at + M, mask=m < M, other=0.0).to(tl.float32)
+                up, up_tail = up + up_bias_C[None, :], up_tail + up_bias_C[None, :]
+    else:
+        COLUMNS: tl.constexpr = 2 * BLOCK_C if GATED else BLOCK_C
+        j = tl.arange(0, COLUMNS)
+        if GATED:  # gate, up, gate, up, ...: both of a column land in one thread
+            m = first + j // 2
+            columns = 2 * first + j if INTERLEAVED else m + (j % 2) * M
+        else:
+            m = first + j
+            columns = m
+        product, tail = _product(
+            x_ptr, tokens_R, is_row, tokens_tail, is_tail,
+            w_ptr + e * (WIDTH * D), columns, m < M, own_scale_ptr,
+            D, STRIDE_C, STRIDE_K, SCALED, SCALE_STRIDE, M % BLOCK_C == 0,
+            ROWS, TAIL, COLUMNS, BLOCK_K, SWAP, WIDEN,
+        )  # fmt: skip
+        if HAS_BIAS:
+            bias_C = tl.load(bias_ptr + e * WIDTH + columns, mask=m < M, other=0.0).to(tl.float32)
+            product, tail = product + bias_C[None, :], tail + bias_C[None, :]
+        if GATED:
+            gate, up = tl.split(tl.reshape(product, (ROWS, BLOCK_C, 2)))
+            gate_tail, up_tail = tl.split(tl.reshape(tail, (TAIL_SIZE, BLOCK_C, 2)))
+        else:
+            gate, up, gate_tail, up_tail = product, product, tail, tail
     _store_gated(
-        product, slots_R, is_row, first, act_ptr, bias_C, limit, alpha, up_offset,
-        M, GATED, HAS_BIAS, HAS_LIMIT, ACTIVATION, ROWS, BLOCK_C,
+        gate, up, slots_R, is_row, first, act_ptr, limit, alpha, up_offset,
+        M, GATED, HAS_LIMIT, ACTIVATION, BLOCK_C,
     )  # fmt: skip
     if TAIL > 0:
         _store_gated(
-            tail, slots_tail, is_tail, first, act_ptr, bias_C, limit, alpha, up_offset,
-            M, GATED, HAS_BIAS, HAS_LIMIT, ACTIVATION, TAIL, BLOCK_C,
+            gate_tail, up_tail, slots_tail, is_tail, first, act_ptr, limit, alpha, up_offset,
+            M, GATED, HAS_LIMIT, ACTIVATION, BLOCK_C,
         )  # fmt: skip
 
 
@@ -207,6 +283,7 @@ def ask_ahead(
     """Asks for the first `ahead` lines of 128 bytes of a tile's down weights, into the L2 cache.
 
     They do not depend on the first product: memory need not stand still while that one ends.
+    `w_ptr` is a pointer, whoever reads the weights themselves.
     """
     LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
     columns = tl.minimum(tile * BLOCK_C + tl.arange(0, BLOCK_C), D - 1)
@@ -241,21 +318,30 @@ def down_block(
     expert, slots_R, weight_R, is_row, slots_tail, weight_tail, is_tail, tile,
     D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, DESCRIBED: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the second product, weighed."""
+    """One tile of the second product, weighed; `w_ptr` as in `gate_up_block`."""
     first = tile * BLOCK_C
     columns = first + tl.arange(0, BLOCK_C)
     is_column = columns < D
     e = expert.to(tl.int64)
     SCALE_STRIDE: tl.constexpr = (M + 127) // 128
-    product, tail = _product(
-        act_ptr, slots_R.to(tl.int64), is_row, slots_tail.to(tl.int64), is_tail,
-        w_ptr + e * (D * M), columns, is_column,
-        scale_ptr + e * (((D + 127) // 128) * SCALE_STRIDE),
-        M, STRIDE_C, STRIDE_K, SCALED, SCALE_STRIDE, D % BLOCK_C == 0,
-        ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
-    )  # fmt: skip
+    own_scale_ptr = scale_ptr + e * (((D + 127) // 128) * SCALE_STRIDE)
+    rows, tail_rows = slots_R.to(tl.int64), slots_tail.to(tl.int64)
+    if DESCRIBED:
+        product, _second, tail, _second_tail = _described(
+            act_ptr, rows, is_row, tail_rows, is_tail,
+            w_ptr, expert.to(tl.int32) * D, first, first, is_column, own_scale_ptr,
+            M, SCALED, SCALE_STRIDE, False, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+        )  # fmt: skip
+    else:
+        product, tail = _product(
+            act_ptr, rows, is_row, tail_rows, is_tail,
+            w_ptr + e * (D * M), columns, is_column, own_scale_ptr,
+            M, STRIDE_C, STRIDE_K, SCALED, SCALE_STRIDE, D % BLOCK_C == 0,
+            ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+        )  # fmt: skip
     bias_C = tl.zeros((BLOCK_C,), dtype=tl.float32)
     if HAS_BIAS:
         bias_C = tl.load(bias_ptr + e * D + columns, mask=is_column, other=0.0).to(tl.float32)

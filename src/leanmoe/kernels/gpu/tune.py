@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ from leanmoe.kernels.weights import ExpertWeights
 
 Product = str
 FIRST, SECOND = "gate_up", "down"
+AHEAD = (0, 2, 4, 8, 16)
+FINALISTS = 6
+"""So many of a product's tiles are timed with care."""
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""Hidden states (T,D), ids and weights (T,K)."""
 Progress = Callable[[str, int, int], None]
 """What is being done, how much of it is done, how much there is."""
 
@@ -55,9 +61,7 @@ def random_weights(shape: Shape, device: str = "cuda", seed: int = 0) -> ExpertW
     return ExpertWeights(gate_up, down, gate_up_scale=scales[0], down_scale=scales[1])
 
 
-def random_call(
-    shape: Shape, tokens: int, seed: int, device: str = "cuda"
-) -> tuple[Tensor, Tensor, Tensor]:
+def random_call(shape: Shape, tokens: int, seed: int, device: str = "cuda") -> Inputs:
     """Hidden states, distinct random experts for each token, and weights that sum to 1."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype = torch.bfloat16 if shape.dtype.startswith("float8") else getattr(torch, shape.dtype)
@@ -93,7 +97,7 @@ def _call(
     tokens: int,
     config: ExpertsConfig,
     weights: ExpertWeights,
-    inputs: tuple[Tensor, Tensor, Tensor] | None,
+    inputs: Inputs | None,
     device: str = "cuda",
 ) -> ExpertsCall:
     if inputs is None:
@@ -165,53 +169,65 @@ class Tuner:
                     break
                 config = _with(config, product, tile)
             else:
-                took = self._time(config, inputs)
-                if took is not None and (best is None or took < best[0]):
-                    best = (took, config)
+                for ahead in AHEAD:
+                    asking = replace(config, ahead=ahead)
+                    took = self._time(asking, inputs)
+                    if took is not None and (best is None or took < best[0]):
+                        best = (took, asking)
         if best is None:
             raise LeanMoeError(f"no config ran for {self.shape} at {tokens} tokens")
         return best[1], best[0]
 
     def _best_tile(
-        self, way: ExpertsConfig, product: Product, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]
+        self, way: ExpertsConfig, product: Product, inputs: Sequence[Inputs]
     ) -> Tile | None:
+        """A rough time for every tile, a careful one for the few that did best."""
         lists = [_work(way, ids, self.shape) for _, ids, _ in inputs]
-        times: list[tuple[float, Tile]] = []
-        for candidate, tile in self._candidates(way):
-            if candidate != product:
-                continue
-            config = _with(way, product, tile)
-            trial = {"tokens": len(inputs[0][0]), "product": product, "config": config.to_json()}
-            try:
-                calls = [
-                    _product(
-                        _call(ExpertsCall, self.shape, len(i[0]), config, self.weights, i),
-                        product,
-                        work,
-                    )
-                    for i, work in zip(inputs, lists, strict=True)
-                ]
-                took = time_calls(calls, replays=3)
-            except Exception as error:  # one tile that does not fit must not end the search
-                self.trials.append({**trial, "failed": repr(error)[:300]})
-                continue
-            self.trials.append({**trial, "us": took})
-            times.append((took, tile))
-        return min(times, key=lambda t: t[0])[1] if times else None
+        tiles_left = [tile for candidate, tile in self._candidates(way) if candidate == product]
+        for is_rough in (True, False):
+            times: list[tuple[float, int]] = []
+            for number, tile in enumerate(tiles_left):
+                config = _with(way, product, tile)
 
-    def _time(
-        self, config: ExpertsConfig, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]
+                def calls(config: ExpertsConfig = config) -> list[Callable[[], object]]:
+                    return [
+                        _product(self._call(config, i), product, work)
+                        for i, work in zip(inputs, lists, strict=True)
+                    ]
+
+                took = self._try(calls, len(inputs[0][0]), product, config, is_rough)
+                if took is not None:
+                    times.append((took, number))
+            tiles_left = [tiles_left[number] for _, number in sorted(times)[:FINALISTS]]
+        return tiles_left[0] if tiles_left else None
+
+    def _call(self, config: ExpertsConfig, inputs: Inputs) -> ExpertsCall:
+        return _call(ExpertsCall, self.shape, len(inputs[0]), config, self.weights, inputs)
+
+    def _time(self, config: ExpertsConfig, inputs: Sequence[Inputs]) -> float | None:
+        """The whole op, work list and all."""
+
+        def calls() -> list[Callable[[], object]]:
+            return [partial(experts_gpu, *i, self.weights, config=config) for i in inputs]
+
+        return self._try(calls, len(inputs[0][0]), "whole", config)
+
+    def _try(
+        self,
+        calls: Callable[[], list[Callable[[], object]]],
+        tokens: int,
+        product: Product,
+        config: ExpertsConfig,
+        is_rough: bool = False,
     ) -> float | None:
-        def one(i: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
-            return lambda: experts_gpu(*i, self.weights, config=config)
-
-        trial = {"tokens": len(inputs[0][0]), "product": "whole", "config": config.to_json()}
+        """Microseconds; None for what does not run: one tile that does not fit must not end it."""
+        trial = {"tokens": tokens, "product": product, "config": config.to_json()}
         try:
-            took = time_calls([one(i) for i in inputs])
+            took = time_calls(calls(), is_rough=is_rough)
         except Exception as error:
             self.trials.append({**trial, "failed": repr(error)[:300]})
             return None
-        self.trials.append({**trial, "us": took})
+        self.trials.append({**trial, "us": took, "is_rough": is_rough})
         return took
 
 
