@@ -122,8 +122,13 @@ def _numbers(config: ExpertsConfig) -> list[int]:
 
 def _config(numbers: list[int]) -> ExpertsConfig:
     rows, tail, direct, overlap, ahead, *rest = numbers
-    first, second = (Tile(*t[:5], bool(t[5]), bool(t[6])) for t in (rest[:7], rest[7:]))
+    first, second = (_tile(t) for t in (rest[: len(rest) // 2], rest[len(rest) // 2 :]))
     return ExpertsConfig(rows, tail, bool(direct), first, second, bool(overlap), ahead)
+
+
+def _tile(numbers: list[int]) -> Tile:
+    columns, depth, warps, stages, group, left, described = numbers
+    return Tile(columns, depth, warps, stages, group, bool(left), bool(described))
 
 
 @torch.library.custom_op("leanmoe::experts_gpu", mutates_args=())
