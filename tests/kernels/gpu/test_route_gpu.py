@@ -160,6 +160,16 @@ def test_any_number_of_experts(router: Router, experts: int, rule: Rule) -> None
     check_work(found, experts)
 
 
+@pytest.mark.parametrize("budget", [1, 8, 9, 13, 15, 16, 32])
+def test_equal_votes_go_to_the_lower_id(budget: int) -> None:
+    logits = torch.zeros(8, 32)
+    for token in range(8):
+        logits[token, 3 * token], logits[token, 31 - token] = 4.0, 3.0
+    rule, router = Rule(budget=budget), ROUTERS["softmax after top-k"]
+    found = route_gpu(logits, router, 2, rule)
+    check_same(found, route(logits, router, 2, rule), 32)
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("rule", [Rule(top_k=2), Rule(guaranteed=2), Rule(budget=5)], ids=str)
 def test_nan_in_a_token_is_nan_in_its_weights_and_in_no_other(name: str, rule: Rule) -> None:

@@ -180,19 +180,24 @@ class RouteCall:
         if not (self.guaranteed or self.budget):
             self.run(route_alone, *inputs, *outputs, *sizes, *self._reals, ROWS=self._block_rows)
             return
+        marks = zeros_for("marks", experts, device)
         votes = zeros_for("votes", experts, device, torch.int64)
-        marks = zeros_for("marks", experts + 1, device)
-        awake = torch.empty(experts, dtype=torch.int32, device=device)
-        company = {"HAS_GUARANTEED": self.guaranteed > 0, "HAS_BUDGET": self.budget > 0}
         has_overlap = not interprets()
+        company = {
+            "HAS_GUARANTEED": self.guaranteed > 0,
+            "HAS_BUDGET": self.budget > 0,
+            "PDL": has_overlap,
+        }
         self.run(
-            route_wake, *inputs, votes, marks, awake, over, self.tokens, *self._wanted,
-            self.guaranteed, self.budget, *self._reals[:3], **company, PDL=has_overlap,
+            route_wake, *inputs, marks, votes, *self._wanted, self.guaranteed, *self._reals[:3],
+            **company,
         )  # fmt: skip
+        # An expert's votes: 2^32 and one a token, and after them its id.
+        bits = 33 + (self.tokens - 1).bit_length() + (experts - 1).bit_length()
         after = {"launch_pdl": True} if has_overlap else {}
         self.run(
-            route_fill, *inputs, *outputs, awake, *sizes, *self._reals,
-            ROWS=self._block_rows, PDL=has_overlap, **after,
+            route_fill, *inputs, *outputs, marks, votes, over, *sizes, *self._reals, self.budget,
+            max(0, bits - 31), ROWS=self._block_rows, **company, **after,
         )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 Letters: T tokens, K slots a token, L slots looked at, E experts.
 
-Where tokens share experts the first launch marks whom they want, its last program decides who is
-awake, and the second launch chooses among these. Whatever is counted is zero again at the end.
+Where tokens share experts, the first launch marks whom they want and the second chooses among
+those that are awake by these marks. Whatever is counted is zero again at the end.
 """
 
 # mypy: ignore-errors
@@ -29,8 +29,6 @@ from leanmoe.kernels.gpu.work_program import is_last, write_blocks
 
 VOTE_UNIT = tl.constexpr(4294967296.0)
 """Votes are added as whole numbers: the order of the tokens cannot change a sum."""
-BEST = tl.constexpr(1 << 62)
-"""Above every expert's votes."""
 
 
 @triton.jit
@@ -104,49 +102,65 @@ def route_alone(
 
 
 @triton.jit
+def _least_of_best(keys, number, BITS: tl.constexpr):
+    """The largest value that at least `number` of the keys reach; 0 where fewer are above it."""
+    least = 0
+    for step in tl.static_range(BITS):
+        tried = least | (1 << (BITS - 1 - step))
+        reach = tl.sum((keys >= tried).to(tl.int32), axis=0)
+        least = tl.where(reach >= number, tried, least)
+    return least
+
+
+@triton.jit
 def _afford(
-    votes_ptr, marks_ptr, awake_ptr, over_ptr, budget,
-    E: tl.constexpr, POWER_E: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
+    marks, votes, is_expert, e, budget, low_bits,
+    E: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
 ):  # fmt: skip
-    """Every token's best stay awake, and the most voted-for while the budget lasts."""
-    e = tl.arange(0, POWER_E)
-    marks_E = tl.load(marks_ptr + e, mask=e < E, other=0, cache_modifier=".cg")
-    votes_E = tl.load(votes_ptr + e, mask=e < E, other=0, cache_modifier=".cg")
-    is_best_E = marks_E >= 2
+    """Every token's best stay awake, and the most voted-for while the budget lasts.
+
+    Whole numbers in order: votes, then the lower id. They have more than 32 bits, so the upper 31
+    are searched first and the `low_bits` only among equals there. Returns also whether the best
+    alone are more than the budget.
+    """
+    is_best = is_expert & (marks >= 2)
     if HAS_GUARANTEED:
-        votes_E = tl.where(marks_E > 0, votes_E, 0)
-    tl.store(over_ptr, (tl.sum(is_best_E.to(tl.int32), axis=0) > budget).to(tl.int8))
-    # All different, so the budget-th largest says who is in.
-    lower_E = (POWER_E - 1 - e).to(tl.int64)
-    order_E = tl.where(is_best_E, BEST + lower_E, votes_E * POWER_E + lower_E)
-    sorted_E = tl.sort(order_E, descending=True)
-    least = tl.sum(tl.where(e == budget - 1, sorted_E, 0), axis=0)
-    is_awake_E = is_best_E | ((order_E >= least) & (votes_E > 0))
-    tl.store(awake_ptr + e, is_awake_E.to(tl.int32), mask=e < E)
-    tl.store(votes_ptr + e, tl.zeros((POWER_E,), dtype=tl.int64), mask=e < E)
+        votes = tl.where(marks > 0, votes, 0)
+    order = votes * E + (E - 1 - e)
+    is_candidate = is_expert & (votes > 0) & (marks < 2)
+    upper = tl.where(is_candidate, (order >> low_bits).to(tl.int32), -1)
+    best = tl.sum(is_best.to(tl.int32), axis=0)
+    left = tl.maximum(budget - best, 0)
+    least = _least_of_best(upper, left, 31)
+    is_equal = upper == least
+    is_in = upper > least
+    missing = left - tl.sum(is_in.to(tl.int32), axis=0)
+    if tl.sum(is_equal.to(tl.int32), axis=0) > missing:
+        mask = (tl.zeros_like(order) + 1 << low_bits) - 1
+        lower = tl.where(is_equal, (order & mask).to(tl.int32), -1)
+        is_equal = is_equal & (lower >= _least_of_best(lower, missing, 31))
+    return is_best | (is_in | is_equal) & (left > 0), best > budget
 
 
-@triton.jit(do_not_specialize=["tokens", "slots", "full", "guaranteed", "budget"])
+@triton.jit(do_not_specialize=["slots", "full", "guaranteed"])
 def route_wake(
-    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, votes_ptr, marks_ptr, awake_ptr, over_ptr,
-    tokens, slots, full, guaranteed, budget, threshold, top_p, epsilon,
+    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, marks_ptr, votes_ptr,
+    slots, full, guaranteed, threshold, top_p, epsilon,
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
-    HAS_GUARANTEED: tl.constexpr, HAS_BUDGET: tl.constexpr, POWER_E: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_GUARANTEED: tl.constexpr, HAS_BUDGET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """First of two launches: each token marks the experts it wants; the last decides who wakes.
+    """First of two launches: each token marks the experts it wants and votes for its own.
 
-    `marks`: 1 for an expert guaranteed to a token, 2 more for a token's best; after the experts'
-    marks lies the counter of programs. Without a budget the marks themselves say who is awake.
+    `marks`: 1 for an expert guaranteed to some token, 2 more for the best of one.
     """
     if PDL:
         gdc_launch_dependents()
-    token = tl.program_id(0)
     k = tl.arange(0, SLOTS)
+    token = tl.program_id(0)
     _keys, ids_L, gates_L, kept, _top, _total, _whole, _is_number = own_slots(
         logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
         threshold, top_p, epsilon, slots, full,
@@ -162,32 +176,26 @@ def route_wake(
         tl.atomic_or(marks_ptr + ids_L, 2, mask=is_kept & (k == 0), sem="relaxed")
     if HAS_GUARANTEED:
         tl.atomic_or(marks_ptr + ids_L, 1, mask=is_kept & (k < guaranteed), sem="relaxed")
-    if is_last(marks_ptr + E, tokens):
-        e = tl.arange(0, POWER_E)
-        if HAS_BUDGET:
-            _afford(votes_ptr, marks_ptr, awake_ptr, over_ptr, budget, E, POWER_E, HAS_GUARANTEED)
-        else:
-            marks_E = tl.load(marks_ptr + e, mask=e < E, other=0, cache_modifier=".cg")
-            tl.store(awake_ptr + e, marks_E, mask=e < E)
-        tl.debug_barrier()
-        tl.store(marks_ptr + e, 0, mask=e < E)
 
 
-@triton.jit(do_not_specialize=["tokens", "most_blocks", "slots", "full"])
+@triton.jit(do_not_specialize=["tokens", "most_blocks", "slots", "full", "budget", "low_bits"])
 def route_fill(
     logits_ptr, bias_ptr, allowed_ptr, padding_ptr,
-    ids_ptr, weights_ptr, counts_ptr, rows_ptr, blocks_ptr, used_ptr, awake_ptr,
-    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling,
+    ids_ptr, weights_ptr, counts_ptr, rows_ptr, blocks_ptr, used_ptr,
+    marks_ptr, votes_ptr, over_ptr,
+    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling, budget, low_bits,
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
+    HAS_GUARANTEED: tl.constexpr, HAS_BUDGET: tl.constexpr,
     ROWS: tl.constexpr, POWER_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Second of two launches: each token's slots from its own awake experts, then from the others.
 
-    Its own experts are found again: that takes less than to write and read them.
+    Each program finds out for itself who is awake, and its own experts again: both take less than
+    to wait for one that writes them down. The last makes marks and votes zero again.
     """
     token = tl.program_id(0)
     keys, ids_L, _gates_L, wanted, top, total, whole, is_number = own_slots(
@@ -197,7 +205,7 @@ def route_fill(
         HAS_BIAS, HAS_ALLOWED, HAS_PADDING, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
     )  # fmt: skip
     k = tl.arange(0, SLOTS)
-    e, _is_expert = expert_of(SIZE, PADDED_SIZE, GROUPS, PADDED_E)
+    e, is_expert = expert_of(SIZE, PADDED_SIZE, GROUPS, PADDED_E)
     if HAS_THRESHOLD and HAS_BIAS:  # else what it keeps are its best anyway
         slot = 0
         while slot < wanted:
@@ -206,8 +214,13 @@ def route_fill(
             slot += 1
     if PDL:
         gdc_wait()
-    awake = tl.load(awake_ptr + e, mask=keys > ASLEEP, other=0, cache_modifier=".cg")
-    ids_L, found = best_slots(tl.where(awake != 0, keys, ASLEEP), e, wanted, SLOTS)
+    marks = tl.load(marks_ptr + e, mask=is_expert, other=0, cache_modifier=".cg")
+    is_awake = marks > 0
+    if HAS_BUDGET:
+        votes = tl.load(votes_ptr + e, mask=is_expert, other=0, cache_modifier=".cg")
+        is_awake, is_over = _afford(marks, votes, is_expert, e, budget, low_bits, E, HAS_GUARANTEED)
+        tl.store(over_ptr, is_over.to(tl.int8), mask=token == 0)
+    ids_L, found = best_slots(tl.where(is_awake, keys, ASLEEP), e, wanted, SLOTS)
     gates_L = gates_of(logits_ptr, token, ids_L, k < found, top, total, E, SCORING)
     _write(
         ids_L, gates_L, found, whole, is_number, token, tokens, scaling, epsilon, slots,
@@ -215,4 +228,7 @@ def route_fill(
         E, SLOTS, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS,
     )  # fmt: skip
     if is_last(counts_ptr + E, tokens):
+        tl.store(marks_ptr + e, 0, mask=is_expert)
+        if HAS_BUDGET:
+            tl.store(votes_ptr + e, tl.zeros((PADDED_E,), dtype=tl.int64), mask=is_expert)
         _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)

@@ -38,15 +38,17 @@ def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
     bytes_each = 1 if "float8" in shape.dtype else 4 if "32" in shape.dtype else 2
     rows = way.rows + way.tail
     few = rows <= 32
-    columns = (16, 32, 64, 128) if few else (32, 64, 128, 256)
-    depths = (64, 128, 256) if few else (64, 128)
+    columns = (16, 32, 64, 128) if few else (64, 128, 256)
+    depths = (64, 128, 256) if few else (64,) if bytes_each == 2 else (64, 128)
     groups = (1,) if few else (1, 4)
     stages = (2, 3, 4, 6) if few else (3, 4)
     for cols, depth, warps, steps, group, left, described in product(
         columns, depths, (4, 8), stages, groups, (True, False), (True, False)
     ):
         wide = cols * 2 if is_first else cols
-        if bytes_each == 1 and depth > 128:
+        if depth * bytes_each > 512 or (depth > 128 and bytes_each == 1):
+            continue
+        if steps > 4 and depth > 64:
             continue
         if left and wide < 16 * warps:  # a warpgroup takes 64 rows of the left operand
             continue

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 
 Call = Callable[[], object]
 
 
+@lru_cache(maxsize=1)
+def _shared() -> tuple[Any, Any]:
+    """One stream and one pool for all graphs: memory of one is given to the next."""
+    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+
+
 class Captured:
     """The same computation on several inputs in one graph, so that caches do not flatter."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        """Runs each call once on a stream of its own (compiling, allocating), then captures."""
+        """Runs each call once (compiling, allocating), then captures all."""
         self.count = len(calls)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream, pool = _shared()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for call in calls:
@@ -26,7 +34,7 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph() collects garbage each time: the tuner captures thousands of graphs.
         with torch.cuda.stream(stream):
-            self.graph.capture_begin()
+            self.graph.capture_begin(pool)
             try:
                 for call in calls:
                     call()
