@@ -31,6 +31,7 @@ WAYS = {
     "direct, weights right": ExpertsConfig(16, 0, True, RIGHT, LEFT),
     "listed": ExpertsConfig(16, 0, False, RIGHT, LEFT),
     "listed with a tail": ExpertsConfig(16, 16, False, LEFT, RIGHT),
+    "listed with a long tail": ExpertsConfig(16, 32, False, RIGHT, LEFT),
     "direct, described": ExpertsConfig(16, 0, True, COPIED, COPIED),
     "listed with a tail, described": ExpertsConfig(16, 16, False, COPIED_RIGHT, COPIED),
 }

@@ -38,15 +38,13 @@ class ExpertsConfig:
     rows: int = 16
     """Token rows of a block; with `is_direct`, at least the number of tokens."""
     tail: int = 0
-    """Rows more that a block may have, at the same tile of weights."""
+    """Rows more that a block may have at the same tile of weights; half of them where that does."""
     is_direct: bool = False
     """No work list: each program looks its expert's tokens up in the ids."""
     gate_up: Tile = Tile()
     down: Tile = Tile()
     overlap: bool = True
     """Whether a program starts while the one before is ending, and waits for it inside."""
-    ahead: int = 0
-    """Lines of 128 bytes of each row of down weights that are asked for while waiting."""
 
     @property
     def block_rows(self) -> int:

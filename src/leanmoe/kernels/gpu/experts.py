@@ -117,13 +117,13 @@ def _numbers(config: ExpertsConfig) -> list[int]:
         for t in (config.gate_up, config.down)
         for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left, t.described)
     ]
-    return [config.rows, config.tail, config.is_direct, config.overlap, config.ahead, *tiles]
+    return [config.rows, config.tail, config.is_direct, config.overlap, *tiles]
 
 
 def _config(numbers: list[int]) -> ExpertsConfig:
-    rows, tail, direct, overlap, ahead, *rest = numbers
+    rows, tail, direct, overlap, *rest = numbers
     first, second = (_tile(t) for t in (rest[: len(rest) // 2], rest[len(rest) // 2 :]))
-    return ExpertsConfig(rows, tail, bool(direct), first, second, bool(overlap), ahead)
+    return ExpertsConfig(rows, tail, bool(direct), first, second, bool(overlap))
 
 
 def _tile(numbers: list[int]) -> Tile:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from leanmoe.kernels.gpu.tile_program import ask_ahead, down_block, gate_up_block
+from leanmoe.kernels.gpu.tile_program import down_block, gate_up_block
 
 
 @triton.jit
@@ -67,10 +67,10 @@ def gate_up_direct(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "ahead"])
+@triton.jit(do_not_specialize=["tokens"])
 def down_direct(
-    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, ahead_ptr,
-    ids_ptr, arrived_ptr, out_ptr, tokens, ahead,
+    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr,
+    ids_ptr, arrived_ptr, out_ptr, tokens,
     E: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -87,8 +87,6 @@ def down_direct(
     )
     if PDL:
         gdc_launch_dependents()
-        if is_first:
-            ask_ahead(ahead_ptr, expert, tile, ahead, D, M, STRIDE_C, BLOCK_C)
         gdc_wait()
     if is_first:
         gates_RK = tl.load(gates_ptr + number_RK, mask=same_RK, other=0.0).to(tl.float32)

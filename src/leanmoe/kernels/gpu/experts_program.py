@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from leanmoe.kernels.gpu.tile_program import ask_ahead, down_block, gate_up_block
+from leanmoe.kernels.gpu.tile_program import down_block, gate_up_block
 
 
 @triton.jit
@@ -34,11 +34,37 @@ def _place(used, TILES, GROUP: tl.constexpr):
         group = pid // (GROUP * TILES)
         height = tl.minimum(used - group * GROUP, GROUP)
         inside = pid - group * GROUP * TILES
-        if height > 0:
+        if inside < height * TILES:
             block, tile = group * GROUP + inside % height, inside // height
-        else:
-            block, tile = used, inside
+        else:  # the last group has fewer blocks than programs for them
+            block, tile = used, 0
     return block, tile
+
+
+@triton.jit
+def _gate_up_rows(
+    x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, rows_ptr,
+    expert, first, count, tile, limit, alpha, up_offset,
+    K: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    DESCRIBED: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The first product of one block and one tile, with so long a tail."""
+    slots_R, is_row = _rows_of(rows_ptr, first, count, 0, ROWS)
+    slots_tail, is_tail = slots_R, is_row
+    if TAIL > 0:
+        slots_tail, is_tail = _rows_of(rows_ptr, first, count, ROWS, TAIL)
+    gate_up_block(
+        x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr,
+        expert, (slots_R // K).to(tl.int64), slots_R, is_row,
+        (slots_tail // K).to(tl.int64), slots_tail, is_tail,
+        tile, limit, alpha, up_offset,
+        D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
+        SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["most_blocks"])
@@ -63,32 +89,59 @@ def gate_up_listed(
     expert = tl.load(blocks_ptr + block)
     first = tl.load(blocks_ptr + most_blocks + block)
     count = tl.load(blocks_ptr + 2 * most_blocks + block)
-    slots_R, is_row = _rows_of(rows_ptr, first, count, 0, ROWS)
-    tokens_R = (slots_R // K).to(tl.int64)
-    if TAIL > 0 and count > ROWS:
-        slots_tail, is_tail = _rows_of(rows_ptr, first, count, ROWS, TAIL)
-        gate_up_block(
-            x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr,
-            expert, tokens_R, slots_R, is_row,
-            (slots_tail // K).to(tl.int64), slots_tail, is_tail,
-            tile, limit, alpha, up_offset,
-            D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
+    HALF: tl.constexpr = TAIL // 2 if TAIL > 16 else 0
+    if TAIL > 0 and count > ROWS + HALF:
+        _gate_up_rows(
+            x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, rows_ptr,
+            expert, first, count, tile, limit, alpha, up_offset,
+            K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
             SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
         )  # fmt: skip
         return
-    gate_up_block(
-        x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr,
-        expert, tokens_R, slots_R, is_row, tokens_R, slots_R, is_row,
-        tile, limit, alpha, up_offset,
-        D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
+    if HALF > 0 and count > ROWS:
+        _gate_up_rows(
+            x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, rows_ptr,
+            expert, first, count, tile, limit, alpha, up_offset,
+            K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
+            SCALED, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
+        )  # fmt: skip
+        return
+    _gate_up_rows(
+        x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, rows_ptr,
+        expert, first, count, tile, limit, alpha, up_offset,
+        K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
         SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["most_blocks", "ahead"])
+@triton.jit
+def _down_rows(
+    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
+    expert, first, count, tile,
+    D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    DESCRIBED: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The second product of one block and one tile, with so long a tail."""
+    slots_R, is_row = _rows_of(rows_ptr, first, count, 0, ROWS)
+    weight_R = tl.load(gates_ptr + slots_R, mask=is_row, other=0.0).to(tl.float32)
+    slots_tail, is_tail, weight_tail = slots_R, is_row, weight_R
+    if TAIL > 0:
+        slots_tail, is_tail = _rows_of(rows_ptr, first, count, ROWS, TAIL)
+        weight_tail = tl.load(gates_ptr + slots_tail, mask=is_tail, other=0.0).to(tl.float32)
+    down_block(
+        act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
+        expert, slots_R, weight_R, is_row, slots_tail, weight_tail, is_tail, tile,
+        D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP,
+        DESCRIBED, WIDEN,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["most_blocks"])
 def down_listed(
-    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, ahead_ptr,
-    rows_ptr, blocks_ptr, used_ptr, most_blocks, ahead,
+    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr, blocks_ptr, used_ptr,
+    most_blocks,
     D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
@@ -102,25 +155,29 @@ def down_listed(
     expert = tl.load(blocks_ptr + block)
     first = tl.load(blocks_ptr + most_blocks + block)
     count = tl.load(blocks_ptr + 2 * most_blocks + block)
-    slots_R, is_row = _rows_of(rows_ptr, first, count, 0, ROWS)
-    weight_R = tl.load(gates_ptr + slots_R, mask=is_row, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
-        ask_ahead(ahead_ptr, expert, tile, ahead, D, M, STRIDE_C, BLOCK_C)
         gdc_wait()
-    if TAIL > 0 and count > ROWS:
-        slots_tail, is_tail = _rows_of(rows_ptr, first, count, ROWS, TAIL)
-        weight_tail = tl.load(gates_ptr + slots_tail, mask=is_tail, other=0.0).to(tl.float32)
-        down_block(
-            act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
-            expert, slots_R, weight_R, is_row, slots_tail, weight_tail, is_tail, tile,
-            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K,
-            SWAP, DESCRIBED, WIDEN,
+    HALF: tl.constexpr = TAIL // 2 if TAIL > 16 else 0
+    if TAIL > 0 and count > ROWS + HALF:
+        _down_rows(
+            act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
+            expert, first, count, tile,
+            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP,
+            DESCRIBED, WIDEN,
         )  # fmt: skip
         return
-    down_block(
-        act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
-        expert, slots_R, weight_R, is_row, slots_R, weight_R, is_row, tile,
+    if HALF > 0 and count > ROWS:
+        _down_rows(
+            act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
+            expert, first, count, tile,
+            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP,
+            DESCRIBED, WIDEN,
+        )  # fmt: skip
+        return
+    _down_rows(
+        act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
+        expert, first, count, tile,
         D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP,
         DESCRIBED, WIDEN,
     )  # fmt: skip

@@ -6,6 +6,7 @@ Letters: T tokens, K slots a token, N = T*K slots, E experts, D hidden width, M 
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +23,27 @@ MOST_FLOAT32_PARTS = 64
 def interprets() -> bool:
     """Whether Triton interprets its programs, so that they run without a GPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=1)
+def settle_keys() -> None:
+    """Makes the names under which Triton keeps compiled programs the same in every process.
+
+    A program's name depends on which of the functions it calls were named before it. Without this
+    what the tuner's processes compile would be compiled again by whoever runs it.
+    """
+    from leanmoe.kernels.gpu import experts_direct_program, experts_program
+
+    if interprets():
+        return
+    for program in (
+        experts_direct_program.gate_up_direct,
+        experts_direct_program.down_direct,
+        experts_program.gate_up_listed,
+        experts_program.down_listed,
+        experts_program.add_slots,
+    ):
+        program.cache_key  # noqa: B018, named here
 
 
 class ExpertsCall:
@@ -59,7 +81,6 @@ class ExpertsCall:
         self._up_extras = (_or(up_bias, gate_up), _or(up_scale, gate_up))
         self._down_extras = (_or(down_bias, down), _or(down_scale, down))
         self._has_overlap = config.overlap and not interprets()
-        self._ahead = 0 if transposed else config.ahead
         common = {"M": self.inner, "D": self.width, "ROWS": config.rows, "WIDEN": interprets()}
         if config.is_direct:
             shape = {"E": self.experts, "K": self.slots, "SLOTS": power_of_two(self.slots)}
@@ -97,6 +118,7 @@ class ExpertsCall:
 
     def run(self, program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         """Launches a program; the tuner compiles here instead."""
+        settle_keys()
         program[grid](*arguments, **options)
 
     def first_product(self, *work: Tensor) -> None:
@@ -122,21 +144,20 @@ class ExpertsCall:
         """Fills in `part`, and where it runs direct also `out`."""
         tiles = -(-self.width // self.config.down.columns)
         weights = _described(self.down, self.config.down, self._down_options)
-        pointers = (self.act, weights, *self._down_extras, self.part, self.gates, self.down)
+        pointers = (self.act, weights, *self._down_extras, self.part, self.gates)
         if self.config.is_direct:
             from leanmoe.kernels.gpu.experts_direct_program import down_direct
 
             arrived = zeros_for("experts", tiles, self.hidden.device)
             grid = (self.tokens * self.slots * tiles,)
-            last = (self.ids, arrived, self.out, self.tokens, self._ahead)
+            last = (self.ids, arrived, self.out, self.tokens)
             self.run(down_direct, grid, *pointers, *last, **self._down_options)
         else:
             from leanmoe.kernels.gpu.experts_program import down_listed
 
             most = work[1].shape[1]
-            ends = (most, self._ahead)
             grid = (most * tiles,)
-            self.run(down_listed, grid, *pointers, *work, *ends, **self._down_options)
+            self.run(down_listed, grid, *pointers, *work, most, **self._down_options)
 
     def sum_slots(self) -> None:
         """Fills in `out` from `part`."""

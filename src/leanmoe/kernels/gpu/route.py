@@ -158,7 +158,6 @@ class RouteCall:
             "HAS_THRESHOLD": bool(has_threshold),
             "HAS_TOP_P": bool(has_top_p),
             "KEEP_WEIGHTS": full > 0,
-            "POWER_E": power_of_two(self.experts),
             "num_warps": 1,
         }
 
@@ -176,9 +175,10 @@ class RouteCall:
         inputs = [self._inputs[0] if tensor is None else tensor for tensor in self._inputs]
         counts = zeros_for("route", experts + 1, device)
         outputs = (ids, weights, counts, rows, blocks_3B, used_1)
+        blocks = {"ROWS": self._block_rows, "POWER_E": power_of_two(experts)}
         sizes = (self.tokens, blocks_3B.shape[1], *self._wanted)
         if not (self.guaranteed or self.budget):
-            self.run(route_alone, *inputs, *outputs, *sizes, *self._reals, ROWS=self._block_rows)
+            self.run(route_alone, *inputs, *outputs, *sizes, *self._reals, **blocks)
             return
         marks = zeros_for("marks", experts, device)
         votes = zeros_for("votes", experts, device, torch.int64)
@@ -197,7 +197,7 @@ class RouteCall:
         after = {"launch_pdl": True} if has_overlap else {}
         self.run(
             route_fill, *inputs, *outputs, marks, votes, over, *sizes, *self._reals, self.budget,
-            max(0, bits - 31), ROWS=self._block_rows, **company, **after,
+            max(0, bits - 31), **blocks, **company, **after,
         )  # fmt: skip
 
 

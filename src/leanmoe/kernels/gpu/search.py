@@ -1,4 +1,8 @@
-"""What `leanmoe kernels tune` tries: ways to cut a layer into tiles, by shape and tokens."""
+"""What `leanmoe kernels tune` tries: ways to cut a layer into tiles, by shape and tokens.
+
+Chosen from wide searches on an H200 (docs/kernels.md): what was within a few percent of the best
+for some shape, and no more, since each is compiled and timed.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,34 @@ SHARED_BYTES = 227 * 1024
 """Shared memory that a program may have on compute capability 9.0."""
 MOST_SUMS = 176
 """Float32 sums a thread can hold beside what else it needs."""
+FEW_ROWS = 32
+FEW = (
+    (16, 128, 4, 4),
+    (16, 256, 4, 3),
+    (32, 64, 4, 4),
+    (32, 128, 4, 4),
+    (32, 256, 4, 3),
+    (64, 64, 4, 3),
+    (64, 128, 4, 2),
+    (64, 128, 4, 3),
+    (64, 128, 8, 4),
+    (64, 256, 4, 3),
+    (128, 128, 4, 3),
+    (128, 128, 8, 3),
+)
+"""Columns, bytes / 2 of depth, warps and stages where rows are few: memory decides."""
+MANY = (
+    (64, 64, 4, 3),
+    (64, 64, 8, 3),
+    (64, 64, 8, 4),
+    (128, 64, 4, 3),
+    (128, 64, 4, 4),
+    (128, 64, 8, 3),
+    (128, 64, 8, 4),
+    (256, 64, 8, 3),
+    (256, 64, 8, 4),
+)
+"""The same where rows are many: the matrix unit decides."""
 
 
 def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
@@ -22,42 +54,39 @@ def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
         found.append(ExpertsConfig(max(16, power_of_two(tokens)), 0, True))
     mean = tokens * shape.slots / shape.experts
     if tokens > 4:
-        sizes = (16, 32, 64, 128)
-        least = next((s for s in sizes if s >= mean), 128)
-        near = [s for s in sizes if least // 2 <= s <= 2 * least]
-        found += [ExpertsConfig(rows, 0, False) for rows in near]
+        found += [
+            ExpertsConfig(r, 0, False) for r in (16, 32, 64, 128) if mean / 2 <= r <= 4 * mean
+        ]
+        if mean < 4:
+            found.append(ExpertsConfig(16, 0, False))
         if mean >= 48:
             found.append(ExpertsConfig(128, 32, False))
-        elif mean >= 24:
+        if 24 <= mean <= 128:
             found.append(ExpertsConfig(64, 16, False))
-    return found
+        if mean > 512:
+            found.append(ExpertsConfig(128, 0, False))
+    return list(dict.fromkeys(found))
 
 
 def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
     """Tiles worth a try for one product under a way of cutting rows."""
-    bytes_each = 1 if "float8" in shape.dtype else 4 if "32" in shape.dtype else 2
+    each = 1 if "float8" in shape.dtype else 4 if shape.dtype == "float32" else 2
     rows = way.rows + way.tail
-    few = rows <= 32
-    columns = (16, 32, 64, 128) if few else (64, 128, 256)
-    depths = (64, 128, 256) if few else (64,) if bytes_each == 2 else (64, 128)
-    groups = (1,) if few else (1, 4)
-    stages = (2, 3, 4, 6) if few else (3, 4)
-    for cols, depth, warps, steps, group, left, described in product(
-        columns, depths, (4, 8), stages, groups, (True, False), (True, False)
+    few = rows <= FEW_ROWS
+    for (columns, depth, warps, stages), left, described in product(
+        FEW if few else MANY, (True, False), (False, True)
     ):
-        wide = cols * 2 if is_first else cols
-        if depth * bytes_each > 512 or (depth > 128 and bytes_each == 1):
-            continue
-        if steps > 4 and depth > 64:
-            continue
-        if left and wide < 16 * warps:  # a warpgroup takes 64 rows of the left operand
+        depth = min(128, depth * 2 // each) if each < 2 else depth * 2 // each
+        wide = columns * 2 if is_first else columns
+        if left and wide < 16 * warps:  # a warp takes 16 rows of the left operand
             continue
         if not left and wide < 8 * warps:
             continue
-        shared = (wide * bytes_each + rows * max(bytes_each, 2)) * depth * steps
-        sums = rows * wide / (32 * warps)
-        if shared > SHARED_BYTES or shared < 24 * 1024 or sums > MOST_SUMS:
+        if described and shape.is_transposed:
             continue
-        if not few and sums < 16:
+        shared = (wide * each + rows * max(each, 2)) * depth * stages
+        if shared > SHARED_BYTES or rows * wide / (32 * warps) > MOST_SUMS:
             continue
-        yield Tile(cols, depth, warps, steps, group, left, described)
+        yield Tile(columns, depth, warps, stages, 1, left, described)
+        if not few and not described and not is_first:
+            yield Tile(columns, depth, warps, stages, 4, left, described)

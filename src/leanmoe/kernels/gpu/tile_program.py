@@ -276,30 +276,6 @@ def gate_up_block(
 
 
 @triton.jit
-def ask_ahead(
-    w_ptr, expert, tile, ahead,
-    D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Asks for the first `ahead` lines of 128 bytes of a tile's down weights, into the L2 cache.
-
-    They do not depend on the first product: memory need not stand still while that one ends.
-    `w_ptr` is a pointer, whoever reads the weights themselves.
-    """
-    LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-    columns = tl.minimum(tile * BLOCK_C + tl.arange(0, BLOCK_C), D - 1)
-    at_C = w_ptr + expert.to(tl.int64) * (D * M) + columns * STRIDE_C
-    for line in range(ahead):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [(at_C + line * LINE).to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def _store_weighted(
     product, weight_R, rows, is_row, first, part_ptr, bias_C,
     D: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr,

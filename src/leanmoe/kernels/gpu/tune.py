@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from leanmoe.errors import LeanMoeError
 from leanmoe.kernels.gpu.config import ExpertsConfig, Tile
 from leanmoe.kernels.gpu.experts import FP8, experts_gpu, operands
-from leanmoe.kernels.gpu.launch import MOST_FLOAT32_PARTS, ExpertsCall
+from leanmoe.kernels.gpu.launch import MOST_FLOAT32_PARTS, ExpertsCall, settle_keys
 from leanmoe.kernels.gpu.search import tiles, ways
 from leanmoe.kernels.gpu.timing import time_calls
 from leanmoe.kernels.gpu.tuned import Shape
@@ -28,9 +28,9 @@ from leanmoe.kernels.weights import ExpertWeights
 
 Product = str
 FIRST, SECOND = "gate_up", "down"
-AHEAD = (0, 2, 4, 8, 16)
 FINALISTS = 6
 """So many of a product's tiles are timed with care."""
+Found = tuple[Shape, list[tuple[int, ExpertsConfig, float]]]
 Inputs = tuple[Tensor, Tensor, Tensor]
 """Hidden states (T,D), ids and weights (T,K)."""
 Progress = Callable[[str, int, int], None]
@@ -40,13 +40,21 @@ Progress = Callable[[str, int, int], None]
 def random_weights(shape: Shape, device: str = "cuda", seed: int = 0) -> ExpertWeights:
     """A gated layer of that shape, outputs of the order of 1, drawn expert by expert."""
     dtype = getattr(torch, shape.dtype)
+    made: dict[str, Any] = {"dtype": dtype, "device": device}
     sizes = ((2 * shape.width, shape.hidden), (shape.hidden, shape.width))
-    drawn = [torch.empty(shape.experts, *size, dtype=dtype, device=device) for size in sizes]
+    drawn = [
+        torch.empty(shape.experts, *(size[::-1] if shape.is_transposed else size), **made)
+        for size in sizes
+    ]
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
     for weight in drawn if device != "meta" else []:
         for matrix in weight:
             values = torch.randn(matrix.shape, generator=generator, device=device)
-            matrix.copy_(values if dtype == FP8 else values / matrix.shape[1] ** 0.5)
+            matrix.copy_(
+                values
+                if dtype == FP8
+                else values / matrix.shape[0 if shape.is_transposed else 1] ** 0.5
+            )
     scales: list[Tensor | None] = [None, None]
     if dtype == FP8:
         scales = [
@@ -58,7 +66,13 @@ def random_weights(shape: Shape, device: str = "cuda", seed: int = 0) -> ExpertW
             for rows, columns in sizes
         ]
     gate_up, down = drawn
-    return ExpertWeights(gate_up, down, gate_up_scale=scales[0], down_scale=scales[1])
+    return ExpertWeights(
+        gate_up,
+        down,
+        is_transposed=shape.is_transposed,
+        gate_up_scale=scales[0],
+        down_scale=scales[1],
+    )
 
 
 def random_call(shape: Shape, tokens: int, seed: int, device: str = "cuda") -> Inputs:
@@ -75,6 +89,7 @@ class _Compiled(ExpertsCall):
     """Compiles what a call would launch, into Triton's cache on disk."""
 
     def run(self, program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        settle_keys()
         program.warmup(*arguments, grid=grid, **options)
 
 
@@ -112,53 +127,74 @@ def _call(
 
 
 class Tuner:
-    """Tunes one shape: what is compiled once serves every number of tokens."""
+    """Tunes shapes one after the other; those to come are compiled meanwhile."""
 
-    def __init__(self, shape: Shape, progress: Progress, processes: int | None = None) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        tokens: Sequence[int],
+        progress: Progress,
+        processes: int | None = None,
+    ) -> None:
+        """`processes` compile; as many as there are cores but one, where it is not said."""
         if not torch.cuda.is_available():
             raise LeanMoeError("kernels are tuned on a GPU, and torch finds none on this machine")
-        self.shape, self.progress = shape, progress
-        self.weights = random_weights(shape)
+        self.shapes, self.tokens, self.progress = list(shapes), sorted(set(tokens)), progress
         self.trials: list[dict[str, Any]] = []
         self._processes = processes or max(1, (os.cpu_count() or 2) - 1)
 
-    def tune(self, tokens: Sequence[int]) -> list[tuple[int, ExpertsConfig, float]]:
-        """For each number of tokens the best config and its microseconds."""
-        self._compile_all(tokens)
-        found = []
-        for number, size in enumerate(tokens):
-            self.progress("timing", number, len(tokens))
-            found.append((size, *self._best(size)))
-        self.progress("timing", len(tokens), len(tokens))
-        return found
-
-    def _candidates(self, way: ExpertsConfig) -> list[tuple[Product, Tile]]:
-        return [
-            (product, tile)
-            for product in (FIRST, SECOND)
-            for tile in tiles(way, self.shape, product == FIRST)
-        ]
-
-    def _compile_all(self, tokens: Sequence[int]) -> None:
-        jobs = {
-            (size, _with(way, product, tile), product)
-            for size in tokens
-            for way in ways(self.shape, size)
-            for product, tile in self._candidates(way)
-        }
-        # What is compiled depends on the tokens only in how the parts are kept, and in `rows`.
-        once = {(job[1], job[2], job[0] > MOST_FLOAT32_PARTS): job for job in jobs}
-        jobs_left = list(once.values())
+    def tune(self) -> Iterator[Found]:
+        """Each shape, and for each number of tokens the best config and its microseconds."""
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self._processes, mp_context=context) as pool:
-            futures = [pool.submit(_compile, self.shape, *job) for job in jobs_left]
-            for number, future in enumerate(futures):
-                if error := future.exception():
-                    self.trials.append({"job": str(jobs_left[number]), "failed": repr(error)[:300]})
-                self.progress("compiling", number + 1, len(futures))
+            compiled = [self._compile(pool, shape) for shape in self.shapes]
+            for shape, jobs in zip(self.shapes, compiled, strict=True):
+                self._wait(shape, jobs)
+                timed = _Timed(shape, self.trials)
+                found = []
+                for number, size in enumerate(self.tokens):
+                    self.progress(f"timing {shape}", number, len(self.tokens))
+                    found.append((size, *timed.best(size)))
+                self.progress(f"timing {shape}", len(self.tokens), len(self.tokens))
+                yield shape, found
 
-    def _best(self, tokens: int) -> tuple[ExpertsConfig, float]:
-        sets = 8 if tokens <= 8 else 4 if tokens <= 1024 else 2
+    def _compile(self, pool: ProcessPoolExecutor, shape: Shape) -> list[Future[None]]:
+        """What is compiled depends on the tokens only in how the parts are kept."""
+        once = {
+            (config, product, size > MOST_FLOAT32_PARTS): (size, config, product)
+            for size in self.tokens
+            for way in ways(shape, size)
+            for product, config in _candidates(way, shape)
+        }
+        return [pool.submit(_compile, shape, *job) for job in once.values()]
+
+    def _wait(self, shape: Shape, jobs: list[Future[None]]) -> None:
+        for number, job in enumerate(jobs):
+            self.progress(f"compiling {shape}", number, len(jobs))
+            if error := job.exception():
+                self.trials.append({"shape": shape.__dict__, "failed": repr(error)[:300]})
+        self.progress(f"compiling {shape}", len(jobs), len(jobs))
+
+
+def _candidates(way: ExpertsConfig, shape: Shape) -> list[tuple[Product, ExpertsConfig]]:
+    return [
+        (product, _with(way, product, tile))
+        for product in (FIRST, SECOND)
+        for tile in tiles(way, shape, product == FIRST)
+    ]
+
+
+class _Timed:
+    """Times configs of one shape."""
+
+    def __init__(self, shape: Shape, trials: list[dict[str, Any]]) -> None:
+        self.shape, self.trials = shape, trials
+        self.weights = random_weights(shape)
+
+    def best(self, tokens: int) -> tuple[ExpertsConfig, float]:
+        """The best config and its microseconds."""
+        # Inputs differ, so that caches do not flatter; many tokens read all weights anyway.
+        sets = 4 if tokens <= 8 else 2 if tokens <= 64 else 1
         inputs = [random_call(self.shape, tokens, seed) for seed in range(sets)]
         best: tuple[float, ExpertsConfig] | None = None
         for way in ways(self.shape, tokens):
@@ -169,11 +205,9 @@ class Tuner:
                     break
                 config = _with(config, product, tile)
             else:
-                for ahead in AHEAD:
-                    asking = replace(config, ahead=ahead)
-                    took = self._time(asking, inputs)
-                    if took is not None and (best is None or took < best[0]):
-                        best = (took, asking)
+                took = self._time(config, inputs)
+                if took is not None and (best is None or took < best[0]):
+                    best = (took, config)
         if best is None:
             raise LeanMoeError(f"no config ran for {self.shape} at {tokens} tokens")
         return best[1], best[0]
@@ -183,7 +217,7 @@ class Tuner:
     ) -> Tile | None:
         """A rough time for every tile, a careful one for the few that did best."""
         lists = [_work(way, ids, self.shape) for _, ids, _ in inputs]
-        tiles_left = [tile for candidate, tile in self._candidates(way) if candidate == product]
+        tiles_left = list(tiles(way, self.shape, product == FIRST))
         for is_rough in (True, False):
             times: list[tuple[float, int]] = []
             for number, tile in enumerate(tiles_left):
@@ -221,7 +255,12 @@ class Tuner:
         is_rough: bool = False,
     ) -> float | None:
         """Microseconds; None for what does not run: one tile that does not fit must not end it."""
-        trial = {"tokens": tokens, "product": product, "config": config.to_json()}
+        trial = {
+            "shape": self.shape.__dict__,
+            "tokens": tokens,
+            "product": product,
+            "config": config.to_json(),
+        }
         try:
             took = time_calls(calls(), is_rough=is_rough)
         except Exception as error:

@@ -30,19 +30,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shape:
-    """What a tuned config was found for; layout and gate hardly matter."""
+    """What a tuned config was found for; the gate hardly matters."""
 
     experts: int
     hidden: int
     width: int
     slots: int
     dtype: str
+    is_transposed: bool = False
+    """Whether the weights are (E,D,2M) and (E,M,D), as gpt-oss keeps them."""
 
     @classmethod
     def of(cls, weights: ExpertWeights, slots: int) -> Shape:
         """The shape of a layer's weights when each token uses `slots` experts."""
         name = str(weights.gate_up.dtype).removeprefix("torch.")
-        return cls(weights.experts, weights.hidden, weights.width, slots, name)
+        return cls(
+            weights.experts, weights.hidden, weights.width, slots, name, weights.is_transposed
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def file_name(gpu: str, shape: Shape) -> str:
     """Where the configs of a GPU and shape are kept."""
     plain = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     sizes = f"e{shape.experts}-d{shape.hidden}-m{shape.width}-k{shape.slots}"
-    return f"{plain}-{sizes}-{shape.dtype}.json"
+    layout = "-transposed" if shape.is_transposed else ""
+    return f"{plain}-{sizes}-{shape.dtype}{layout}.json"
 
 
 def config_for(weights: ExpertWeights, tokens: int, slots: int) -> ExpertsConfig:

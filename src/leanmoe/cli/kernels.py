@@ -1,0 +1,184 @@
+"""`leanmoe kernels`: find the fastest way to run the GPU kernels for a shape, or list those known.
+
+A GPU is needed to tune, none to list.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.progress import bar
+from leanmoe.provenance import collect
+from leanmoe.shape import read_shape
+from leanmoe.storage import write_json
+
+if TYPE_CHECKING:
+    from leanmoe.kernels.gpu.tuned import Shape, Tuned
+
+TOKENS = "1,4,8,16,32,64,128,256,512,1024,2048,4096"
+DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
+TRANSPOSED = ("gpt_oss",)
+"""Model types whose experts lie as (E,D,2M) and (E,M,D) in Transformers."""
+
+
+class Action(StrEnum):
+    """What to do."""
+
+    tune = "tune"
+    list = "list"
+
+
+def kernels(
+    action: Annotated[Action, typer.Argument(help="'tune' for this GPU, or 'list' what there is.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Folders, config.json files, hub names, or 'reference'."),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="experts,hidden,width,slots in place of a model; may be repeated."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: bfloat16, float16, float32 or float8_e4m3fn.")
+    ] = "bfloat16",
+    transposed: Annotated[
+        bool, typer.Option(help="Weights of --shape lie as gpt-oss has them.")
+    ] = False,
+    tokens: Annotated[
+        str, typer.Option(help="Tokens in a step to tune for, comma separated.")
+    ] = TOKENS,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder; LEANMOE_TUNED tells leanmoe of it.")
+    ] = Path("tuned"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Find the fastest tiles of the GPU kernels for a model's experts, or list what is known.
+
+    Example: leanmoe kernels tune deepseek-ai/DeepSeek-V3 --dtype float8_e4m3fn -o tuned
+    """
+    if action is Action.list:
+        _list(output, as_json)
+        return
+    if dtype not in DTYPES:
+        raise LeanMoeError(f"--dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    sizes = _numbers("--tokens", tokens)
+    shapes = [_of_model(name, dtype) for name in models or []]
+    shapes += [_of_text(text, dtype, transposed) for text in shape or []]
+    if not shapes:
+        raise LeanMoeError("nothing to tune: name a model, or give --shape")
+    _tune(shapes, sizes, output, as_json)
+
+
+def _numbers(option: str, text: str, count: int | None = None) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1 or (count is not None and len(numbers) != count):
+        many = "numbers" if count is None else f"{count} numbers"
+        raise LeanMoeError(f"{option} is {text!r}: it must be {many} of 1 or more, like 1,8,32")
+    return numbers
+
+
+def _of_model(name: str, dtype: str) -> Shape:
+    from leanmoe.kernels.gpu.tuned import Shape
+
+    found = read_shape(name)
+    transposed = found.model_type in TRANSPOSED
+    sizes = (found.experts, found.hidden, found.expert_width, found.top_k)
+    return Shape(*sizes, dtype, transposed)
+
+
+def _of_text(text: str, dtype: str, transposed: bool) -> Shape:
+    from leanmoe.kernels.gpu.tuned import Shape
+
+    experts, hidden, width, slots = _numbers("--shape", text, 4)
+    if slots > experts:
+        raise LeanMoeError(f"--shape is {text!r}: {slots} slots are more than {experts} experts")
+    return Shape(experts, hidden, width, slots, dtype, transposed)
+
+
+def _tune(shapes: list[Shape], sizes: list[int], output: Path, as_json: bool) -> None:
+    from leanmoe.kernels.gpu.tune import Tuner
+    from leanmoe.kernels.gpu.tuned import Tuned, file_name
+
+    progress = _Progress()
+    written: list[dict[str, Any]] = []
+    tuner = Tuner(shapes, sizes, progress)
+    for shape, found in tuner.tune():
+        provenance = collect(" ".join(sys.argv)).to_json()
+        buckets = tuple((size, config) for size, config, _ in found)
+        times = {str(size): round(took, 2) for size, _, took in found}
+        gpu = provenance["hardware"]
+        tuned = Tuned(gpu, shape, buckets, {**provenance, "microseconds": times})
+        path = output / file_name(gpu, shape)
+        write_json(path, tuned.to_json())
+        written.append({"file": str(path), "shape": shape.__dict__, "microseconds": times})
+    progress.close()
+    if as_json:
+        failed = sum("failed" in trial for trial in tuner.trials)
+        print(json.dumps({"written": written, "label": "measured", "failed_trials": failed}))
+        return
+    for entry in written:
+        print(entry["file"])
+    print(f"To use them: export LEANMOE_TUNED={output}")
+
+
+class _Progress:
+    """A bar for each stage, one after the other."""
+
+    def __init__(self) -> None:
+        self._stage, self._done = "", 0
+        self._bar: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self.close()
+            self._stage, self._done = stage, 0
+            self._bar = bar(stage, total)
+            self._advance = self._bar.__enter__()
+        self._advance(done - self._done)
+        self._done = done
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+
+def _list(output: Path, as_json: bool) -> None:
+    from leanmoe.kernels.gpu.tuned import SHIPPED, Tuned
+
+    folders = {"shipped": SHIPPED, str(output): output}
+    found = [
+        (name, path, Tuned.load(path))
+        for name, folder in folders.items()
+        for path in sorted(folder.glob("*.json"))
+    ]
+    if as_json:
+        print(json.dumps([{"from": name, **tuned.to_json()} for name, _, tuned in found]))
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("GPU", "experts", "hidden", "width", "slots", "dtype", "tokens", "from"):
+        table.add_column(heading, justify="right" if heading in ("experts", "slots") else "left")
+    for name, _, tuned in found:
+        table.add_row(*_row(tuned), name)
+    Console(highlight=False).print(table)
+
+
+def _row(tuned: Tuned) -> list[str]:
+    shape = tuned.shape
+    dtype = f"{shape.dtype}, transposed" if shape.is_transposed else shape.dtype
+    sizes = [shape.experts, shape.hidden, shape.width, shape.slots]
+    tokens = f"{tuned.buckets[0][0]} to {tuned.buckets[-1][0]}"
+    return [tuned.gpu, *map(str, sizes), dtype, tokens]
