@@ -20,7 +20,6 @@ MOST_SUMS = 176
 FEW_ROWS = 32
 FEW = (
     (16, 128, 4, 4),
-    (16, 256, 4, 3),
     (32, 64, 4, 4),
     (32, 128, 4, 4),
     (32, 256, 4, 3),
@@ -29,16 +28,12 @@ FEW = (
     (64, 128, 4, 3),
     (64, 128, 8, 4),
     (64, 256, 4, 3),
-    (128, 128, 4, 3),
     (128, 128, 8, 3),
 )
-"""Columns, bytes / 2 of depth, warps and stages where rows are few: memory decides."""
+"""Columns, depth in 2 bytes, warps and stages where rows are few: memory decides."""
 MANY = (
-    (64, 64, 4, 3),
-    (64, 64, 8, 3),
     (64, 64, 8, 4),
     (128, 64, 4, 3),
-    (128, 64, 4, 4),
     (128, 64, 8, 3),
     (128, 64, 8, 4),
     (256, 64, 8, 3),
@@ -53,19 +48,13 @@ def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
     if tokens <= MOST_DIRECT_TOKENS:
         found.append(ExpertsConfig(max(16, power_of_two(tokens)), 0, True))
     mean = tokens * shape.slots / shape.experts
-    if tokens > 4:
-        found += [
-            ExpertsConfig(r, 0, False) for r in (16, 32, 64, 128) if mean / 2 <= r <= 4 * mean
-        ]
-        if mean < 4:
-            found.append(ExpertsConfig(16, 0, False))
-        if mean >= 48:
-            found.append(ExpertsConfig(128, 32, False))
-        if 24 <= mean <= 128:
-            found.append(ExpertsConfig(64, 16, False))
-        if mean > 512:
-            found.append(ExpertsConfig(128, 0, False))
-    return list(dict.fromkeys(found))
+    if tokens > 4 and mean <= 24:
+        found += [ExpertsConfig(rows, 0, False) for rows in (16, 32) if rows <= max(16, 8 * mean)]
+    if 8 <= mean <= 96:
+        found.append(ExpertsConfig(64, 16, False))
+    if mean >= 48:
+        found.append(ExpertsConfig(128, 32, False))
+    return found
 
 
 def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
@@ -73,16 +62,15 @@ def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
     each = 1 if "float8" in shape.dtype else 4 if shape.dtype == "float32" else 2
     rows = way.rows + way.tail
     few = rows <= FEW_ROWS
+    kinds = (False, True) if each == 1 else (False,)
     for (columns, depth, warps, stages), left, described in product(
-        FEW if few else MANY, (True, False), (False, True)
+        FEW if few else MANY, (True, False), kinds
     ):
         depth = min(128, depth * 2 // each) if each < 2 else depth * 2 // each
         wide = columns * 2 if is_first else columns
         if left and wide < 16 * warps:  # a warp takes 16 rows of the left operand
             continue
         if not left and wide < 8 * warps:
-            continue
-        if described and shape.is_transposed:
             continue
         shared = (wide * each + rows * max(each, 2)) * depth * stages
         if shared > SHARED_BYTES or rows * wide / (32 * warps) > MOST_SUMS:

@@ -209,7 +209,8 @@ class _Timed:
                 if took is not None and (best is None or took < best[0]):
                     best = (took, config)
         if best is None:
-            raise LeanMoeError(f"no config ran for {self.shape} at {tokens} tokens")
+            reason = next((t["failed"] for t in reversed(self.trials) if "failed" in t), "")
+            raise LeanMoeError(f"no config ran for {self.shape} at {tokens} tokens: {reason}")
         return best[1], best[0]
 
     def _best_tile(
