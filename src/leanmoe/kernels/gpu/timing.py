@@ -13,9 +13,20 @@ Call = Callable[[], object]
 
 
 @lru_cache(maxsize=1)
-def _shared() -> tuple[Any, Any]:
-    """One stream and one pool for all graphs: memory of one is given to the next."""
-    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+def _shared() -> tuple[Any, Any, Any]:
+    """One stream and one pool for all graphs: memory of one is given to the next.
+
+    And a graph that does next to nothing: a pool that no graph uses cannot be used again.
+    """
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+    keeper = torch.cuda.CUDAGraph()
+    one = torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        keeper.capture_begin(pool)
+        one.add_(1)
+        keeper.capture_end()
+    return stream, pool, keeper
 
 
 class Captured:
@@ -24,7 +35,7 @@ class Captured:
     def __init__(self, calls: Sequence[Call]) -> None:
         """Runs each call once (compiling, allocating), then captures all."""
         self.count = len(calls)
-        stream, pool = _shared()
+        stream, pool, _ = _shared()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for call in calls:
