@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest.mock import patch
 
+import pytest
 import torch
 
 from leanmoe.kernels import ExpertWeights, choose_experts, experts_cpu, experts_reference
@@ -18,13 +19,15 @@ def test_kernel_where_it_can() -> None:
     assert "bfloat16" in choice.reason
 
 
-def test_reference_elsewhere_and_why() -> None:
+def test_reference_elsewhere_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     weights = random_layer()
     own = ExpertWeights(weights.gate_up, weights.down, gate=lambda both: both)
     for layer, device, reason in (
         (in_float64(weights), "cpu", "float64"),
         (own, "cpu", "function of the model's own"),
-        (weights, "cuda", "no kernel for cuda"),
+        (weights, "cuda", "the weights are on cpu"),
+        (weights, "mps", "no kernel for mps"),
     ):
         choice = choose_experts(layer, device)
         assert (choice.name, choice.function) == ("reference", experts_reference)

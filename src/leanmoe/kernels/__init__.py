@@ -6,6 +6,8 @@ Those that compute take `(hidden_TD, ids_TK, weights_TK, weights: ExpertWeights)
 
 from leanmoe.kernels.choose import Choice, Experts, choose_experts
 from leanmoe.kernels.cpu import experts_cpu
+from leanmoe.kernels.gpu.experts import experts_gpu, why_not_gpu
+from leanmoe.kernels.gpu.route import RoutedGpu, route_gpu, why_not_route_gpu
 from leanmoe.kernels.reference import experts_reference
 from leanmoe.kernels.route_cpu import Routed, route_cpu, why_not_route_cpu
 from leanmoe.kernels.weights import ExpertWeights, Gate
@@ -17,11 +19,16 @@ __all__ = [
     "Experts",
     "Gate",
     "Routed",
+    "RoutedGpu",
     "Work",
     "choose_experts",
     "count_work",
     "experts_cpu",
+    "experts_gpu",
     "experts_reference",
     "route_cpu",
+    "route_gpu",
+    "why_not_gpu",
     "why_not_route_cpu",
+    "why_not_route_gpu",
 ]

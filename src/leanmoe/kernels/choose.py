@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import psutil
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from leanmoe.kernels.cpu import experts_cpu, prepare, why_not_cpu
+from leanmoe.kernels.gpu.experts import experts_gpu, why_not_gpu
+from leanmoe.kernels.gpu.tuned import describe
 from leanmoe.kernels.reference import experts_reference
 from leanmoe.kernels.weights import ExpertWeights
 
@@ -33,13 +36,23 @@ def choose_experts(weights: ExpertWeights, device: torch.device | str) -> Choice
     Prepares it too (packs the weights, compiles), so that the first call is as fast as the rest.
     """
     kind = torch.device(device).type
+    if kind == "cuda":
+        return _choose_gpu(weights)
     if kind != "cpu":
-        return Choice("reference", experts_reference, f"no kernel for {kind} yet")
+        return Choice("reference", experts_reference, f"no kernel for {kind}")
     if reason := why_not_cpu(weights):
         return Choice("reference", experts_reference, reason)
     if reason := _lacks_memory(weights):
         return Choice("reference", experts_reference, reason)
     return Choice("cpu", experts_cpu, prepare(weights).describe())
+
+
+def _choose_gpu(weights: ExpertWeights) -> Choice:
+    if find_spec("triton") is None:
+        return Choice("reference", experts_reference, "triton is not installed")
+    if reason := why_not_gpu(weights):
+        return Choice("reference", experts_reference, reason)
+    return Choice("gpu", experts_gpu, describe(weights))
 
 
 def _lacks_memory(weights: ExpertWeights) -> str | None:

@@ -66,12 +66,12 @@ def fast_router(layer: MoELayer, router: Router, top_k: int) -> FastRouter | Non
     """The stand-in for a layer's router; None where it would not be the same."""
     module, experts = layer.router, int(layer.experts.num_experts)
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.device.type != "cpu" or weight.dim() != 2:
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.dim() != 2:
         return None
     if weight.shape[0] != experts or experts == top_k or not _takes_hidden_alone(module):
         return None
     draw = torch.Generator().manual_seed(0)
-    probe_TD = torch.randn(PROBE_TOKENS, weight.shape[1], generator=draw).to(weight.dtype)
+    probe_TD = torch.randn(PROBE_TOKENS, weight.shape[1], generator=draw).to(weight)
     output = module(probe_TD)
     places = _places(output, experts, top_k)
     if places is None or [o.shape for o in module(probe_TD[None])] != [o.shape for o in output]:
@@ -116,6 +116,7 @@ def _chooses_alike(
 ) -> bool:
     bias_E = layer.ranking_bias(router)
     ours = fast_route(logits_TE, router, top_k, Rule(), bias_E)
-    theirs_TE = torch.zeros(logits_TE.shape).scatter(-1, ids_TK, weights_TK.float())
-    ours_TE = torch.zeros(logits_TE.shape).scatter(-1, ours.ids_STK, ours.weights_STK.float())
+    nothing_TE = torch.zeros_like(logits_TE, dtype=torch.float32)
+    theirs_TE = nothing_TE.scatter(-1, ids_TK, weights_TK.float())
+    ours_TE = nothing_TE.scatter(-1, ours.ids_STK, ours.weights_STK.float())
     return torch.allclose(ours_TE, theirs_TE, rtol=2e-2 if weights_TK.dtype.itemsize < 4 else 1e-4)

@@ -108,13 +108,26 @@ def config_for(weights: ExpertWeights, tokens: int, slots: int) -> ExpertsConfig
 
     A tuned shape with another number of slots stands in: fewer of them are fewer rows.
     """
-    device = weights.gate_up.device
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    tuned = _find(gpu, Shape.of(weights, slots))
-    config = guess(tokens, weights) if tuned is None else tuned.nearest(tokens)
+    tuned = _find(_gpu(weights), Shape.of(weights, slots))
+    if tuned is None:
+        _say_once(_gpu(weights), Shape.of(weights, slots))
+        return guess(tokens, weights)
+    config = tuned.nearest(tokens)
     if config.is_direct and tokens > config.rows:
         config = guess(tokens, weights)
     return config
+
+
+def describe(weights: ExpertWeights) -> str:
+    """Where the configs for these weights come from, whatever the number of slots."""
+    tuned = _find(_gpu(weights), Shape.of(weights, 0))
+    source = "a guess" if tuned is None else f"tuned on {tuned.gpu}"
+    return f"{Shape.of(weights, 0).dtype} weights, tiles {source}"
+
+
+def _gpu(weights: ExpertWeights) -> str:
+    device = weights.gate_up.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 def guess(tokens: int, weights: ExpertWeights) -> ExpertsConfig:
@@ -142,9 +155,13 @@ def _find(gpu: str, shape: Shape) -> Tuned | None:
         pattern = file_name(gpu, shape).replace(f"-k{shape.slots}-", "-k*-")
         for path in sorted(folder.glob(pattern)):
             return Tuned.load(path)
+    return None
+
+
+@lru_cache(maxsize=256)
+def _say_once(gpu: str, shape: Shape) -> None:
     logger.warning(
         "no tuned kernels for %s and %s: a guess runs; `leanmoe kernels tune` finds better",
         gpu,
         shape,
     )
-    return None
