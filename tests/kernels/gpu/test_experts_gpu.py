@@ -139,13 +139,72 @@ def fp8_layer(experts: int, hidden: int, width: int) -> ExpertWeights:
     return ExpertWeights(up, down, gate_up_scale=up_scale, down_scale=down_scale)
 
 
-@pytest.mark.parametrize("way", WAYS)
+def rounded(values: Tensor, block: int) -> Tensor:
+    """As fp8 with a scale for every `block` columns of a row leaves them; float64."""
+    parts = values.double().split(block, dim=-1)
+    scales = [part.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / 448.0 for part in parts]
+    coded = [(p / s).float().to(torch.float8_e4m3fn) for p, s in zip(parts, scales, strict=True)]
+    return torch.cat([c.double() * s for c, s in zip(coded, scales, strict=True)], dim=-1)
+
+
+def fp8_reference(
+    call: tuple[Tensor, Tensor, Tensor], weights: ExpertWeights, block: int
+) -> Tensor:
+    """The definition with activations made fp8 where the kernel makes them so."""
+    hidden, ids, gates = call
+    scales = (weights.gate_up_scale, weights.down_scale)
+    up, down = (
+        w.double() * spread(s, w.shape)
+        for w, s in zip((weights.gate_up, weights.down), scales, strict=True)
+    )
+    out = torch.zeros(hidden.shape, dtype=torch.float64)
+    for token, row in enumerate(rounded(hidden, 128)):
+        for expert, gate in zip(ids[token].tolist(), gates[token].tolist(), strict=True):
+            if expert < weights.experts:
+                act = rounded(weights.activated((up[expert] @ row)[None]), block)[0]
+                out[token] += gate * (down[expert] @ act)
+    return out
+
+
+def spread(scale: Tensor | None, shape: torch.Size) -> Tensor:
+    assert scale is not None
+    whole = scale.double().repeat_interleave(128, 1).repeat_interleave(128, 2)
+    return whole[:, : shape[1], : shape[2]]
+
+
+WIDE = Tile(64, 64, 4, 2)
+WAYS_FP8 = {
+    "direct": ExpertsConfig(16, 0, True, WIDE, LEFT),
+    "listed": ExpertsConfig(16, 0, False, replace(WIDE, weights_left=False), RIGHT),
+    "listed with a long tail, described": ExpertsConfig(
+        16, 32, False, replace(WIDE, described=True), COPIED
+    ),
+    "described right": ExpertsConfig(
+        16, 16, False, replace(WIDE, weights_left=False, described=True), COPIED_RIGHT
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_FP8)
 def test_fp8_with_a_scale_for_each_block(way: str) -> None:
-    weights = fp8_layer(3, 200, 136)  # ends in the middle of a block
-    hidden, ids, gates = random_call(weights, 7, 2)
-    hidden = hidden.half()
-    wanted = experts_reference(hidden.double(), ids, gates, weights)
-    assert error(run((hidden, ids, gates), weights, WAYS[way]), wanted) < 2e-3
+    weights = fp8_layer(3, 208, 144)  # ends in the middle of a block
+    hidden, ids, gates = random_call(weights, 13, 2)
+    call = (hidden.half(), ids, gates)
+    found = run(call, weights, WAYS_FP8[way])
+    assert error(found, fp8_reference(call, weights, 64)) < 2e-3
+    whole = experts_reference(hidden.double(), ids, gates, weights)
+    assert error(found, whole) < 4e-2
+
+
+def test_fp8_config_must_fit_its_scales() -> None:
+    weights = fp8_layer(2, 128, 128)
+    call = random_call(weights, 3, 1)
+    config = ExpertsConfig(16, 0, False, Tile(32, 32, 4, 2), Tile(32, 64, 4, 2))
+    with pytest.raises(LeanMoeError, match="no more than the first's 32 columns"):
+        run(call, weights, config)
+    for tokens in (3, 20, 600):
+        hidden, ids, gates = random_call(weights, tokens, 1)
+        assert experts_gpu(hidden, ids, gates, weights).shape == hidden.shape
 
 
 def test_the_same_bits_every_time() -> None:

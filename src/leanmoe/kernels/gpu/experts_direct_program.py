@@ -38,7 +38,7 @@ def _uses(ids_ptr, slot, tokens, E: tl.constexpr, K: tl.constexpr, ROWS: tl.cons
 
 @triton.jit(do_not_specialize=["tokens"])
 def gate_up_direct(
-    x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, ids_ptr,
+    x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, ids_ptr,
     tokens, limit, alpha, up_offset,
     E: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, GATED: tl.constexpr,
@@ -59,7 +59,7 @@ def gate_up_direct(
     if is_first:
         tokens_R = tl.arange(0, ROWS).to(tl.int64)
         gate_up_block(
-            x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr,
+            x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr,
             expert, tokens_R, slots_R, is_row, tokens_R, slots_R, is_row,
             tile, limit, alpha, up_offset,
             D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
@@ -69,11 +69,12 @@ def gate_up_direct(
 
 @triton.jit(do_not_specialize=["tokens"])
 def down_direct(
-    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr,
+    act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr,
     ids_ptr, arrived_ptr, out_ptr, tokens,
     E: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALED: tl.constexpr, X_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr, DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The second product of the expert at one slot; the last at a tile adds up the tokens' slots.
@@ -92,9 +93,9 @@ def down_direct(
         gates_RK = tl.load(gates_ptr + number_RK, mask=same_RK, other=0.0).to(tl.float32)
         weight_R = tl.sum(gates_RK, axis=1)
         down_block(
-            act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
+            act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
             expert, slots_R, weight_R, is_row, slots_R, weight_R, is_row, tile,
-            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP,
+            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, ROWS, 0, BLOCK_C, BLOCK_K, SWAP,
             DESCRIBED, WIDEN,
         )  # fmt: skip
     tl.debug_barrier()  # every thread's part is written before this program counts as arrived

@@ -43,7 +43,7 @@ def _place(used, TILES, GROUP: tl.constexpr):
 
 @triton.jit
 def _gate_up_rows(
-    x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, rows_ptr,
+    x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
     expert, first, count, tile, limit, alpha, up_offset,
     K: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, GATED: tl.constexpr,
@@ -58,7 +58,7 @@ def _gate_up_rows(
     if TAIL > 0:
         slots_tail, is_tail = _rows_of(rows_ptr, first, count, ROWS, TAIL)
     gate_up_block(
-        x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr,
+        x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr,
         expert, (slots_R // K).to(tl.int64), slots_R, is_row,
         (slots_tail // K).to(tl.int64), slots_tail, is_tail,
         tile, limit, alpha, up_offset,
@@ -69,7 +69,8 @@ def _gate_up_rows(
 
 @triton.jit(do_not_specialize=["most_blocks"])
 def gate_up_listed(
-    x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, rows_ptr, blocks_ptr, used_ptr,
+    x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr,
+    rows_ptr, blocks_ptr, used_ptr,
     most_blocks, limit, alpha, up_offset,
     K: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, GATED: tl.constexpr,
@@ -92,7 +93,7 @@ def gate_up_listed(
     HALF: tl.constexpr = TAIL // 2 if TAIL > 16 else 0
     if TAIL > 0 and count > ROWS + HALF:
         _gate_up_rows(
-            x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, rows_ptr,
+            x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
             expert, first, count, tile, limit, alpha, up_offset,
             K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
             SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
@@ -100,14 +101,14 @@ def gate_up_listed(
         return
     if HALF > 0 and count > ROWS:
         _gate_up_rows(
-            x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, rows_ptr,
+            x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
             expert, first, count, tile, limit, alpha, up_offset,
             K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
             SCALED, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
         )  # fmt: skip
         return
     _gate_up_rows(
-        x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, rows_ptr,
+        x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
         expert, first, count, tile, limit, alpha, up_offset,
         K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
         SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
@@ -116,10 +117,11 @@ def gate_up_listed(
 
 @triton.jit
 def _down_rows(
-    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
+    act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
     expert, first, count, tile,
     D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, X_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
     DESCRIBED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -131,19 +133,21 @@ def _down_rows(
         slots_tail, is_tail = _rows_of(rows_ptr, first, count, ROWS, TAIL)
         weight_tail = tl.load(gates_ptr + slots_tail, mask=is_tail, other=0.0).to(tl.float32)
     down_block(
-        act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
+        act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
         expert, slots_R, weight_R, is_row, slots_tail, weight_tail, is_tail, tile,
-        D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP,
+        D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP,
         DESCRIBED, WIDEN,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["most_blocks"])
 def down_listed(
-    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr, blocks_ptr, used_ptr,
+    act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr,
+    rows_ptr, blocks_ptr, used_ptr,
     most_blocks,
     D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, X_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
     DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -161,24 +165,24 @@ def down_listed(
     HALF: tl.constexpr = TAIL // 2 if TAIL > 16 else 0
     if TAIL > 0 and count > ROWS + HALF:
         _down_rows(
-            act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
+            act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
             expert, first, count, tile,
-            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP,
+            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP,
             DESCRIBED, WIDEN,
         )  # fmt: skip
         return
     if HALF > 0 and count > ROWS:
         _down_rows(
-            act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
+            act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
             expert, first, count, tile,
-            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP,
+            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP,
             DESCRIBED, WIDEN,
         )  # fmt: skip
         return
     _down_rows(
-        act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
+        act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
         expert, first, count, tile,
-        D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP,
+        D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, ROWS, 0, BLOCK_C, BLOCK_K, SWAP,
         DESCRIBED, WIDEN,
     )  # fmt: skip
 

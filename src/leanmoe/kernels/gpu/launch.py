@@ -14,8 +14,11 @@ from torch import Tensor
 
 from leanmoe.kernels.gpu.config import ExpertsConfig, Tile
 from leanmoe.kernels.gpu.state import power_of_two, zeros_for
+from leanmoe.kernels.weights import SCALE_BLOCK
 
 SUM_COLUMNS = 512
+QUANTISE_BLOCKS = 8
+"""Blocks of 128 columns that one program makes fp8."""
 MOST_FLOAT32_PARTS = 64
 """Up to so many tokens the slots' parts are kept in float32: it costs nothing there."""
 
@@ -32,7 +35,7 @@ def settle_keys() -> None:
     A program's name depends on which of the functions it calls were named before it. Without this
     what the tuner's processes compile would be compiled again by whoever runs it.
     """
-    from leanmoe.kernels.gpu import experts_direct_program, experts_program
+    from leanmoe.kernels.gpu import experts_direct_program, experts_program, fp8_program
 
     if interprets():
         return
@@ -42,6 +45,7 @@ def settle_keys() -> None:
         experts_program.gate_up_listed,
         experts_program.down_listed,
         experts_program.add_slots,
+        fp8_program.quantise_rows,
     ):
         program.cache_key  # noqa: B018, named here
 
@@ -73,9 +77,18 @@ class ExpertsCall:
         self.inner = down.shape[1] if transposed else down.shape[2]
         rows, is_exact = self.tokens * self.slots, self.tokens <= MOST_FLOAT32_PARTS
         kind = torch.float32 if is_exact else hidden_TD.dtype
-        self.act = hidden_TD.new_empty(rows, self.inner)
+        self._is_scaled = up_scale is not None
+        coded = torch.float8_e4m3fn if self._is_scaled else hidden_TD.dtype
+        self.act = hidden_TD.new_empty(rows, self.inner, dtype=coded)
         self.part = hidden_TD.new_empty(rows, self.width, dtype=kind)
         self.out = torch.empty_like(hidden_TD)
+        self._read, self._read_scale, self._act_scale = hidden_TD, hidden_TD, hidden_TD
+        if self._is_scaled:
+            blocks = -(-self.width // SCALE_BLOCK)
+            tiles = -(-self.inner // config.gate_up.columns)
+            self._read = hidden_TD.new_empty(hidden_TD.shape, dtype=coded)
+            self._read_scale = hidden_TD.new_empty(self.tokens, blocks, dtype=torch.float32)
+            self._act_scale = hidden_TD.new_empty(rows, tiles, dtype=torch.float32)
         self._limits = (min(numbers[0], 3e38), numbers[1], numbers[2])
         # A program wants some pointer even where it never reads it.
         self._up_extras = (_or(up_bias, gate_up), _or(up_scale, gate_up))
@@ -112,6 +125,7 @@ class ExpertsCall:
             "STRIDE_K": self.width if transposed else 1,
             "HAS_BIAS": down_bias is not None,
             "SCALED": down_scale is not None,
+            "X_BLOCK": config.gate_up.columns,
             "PDL": self._has_overlap,
             **self._after_another(),
         }
@@ -121,11 +135,24 @@ class ExpertsCall:
         settle_keys()
         program[grid](*arguments, **options)
 
+    def quantise(self) -> None:
+        """Fills in what the first product reads, where that is not the hidden states themselves."""
+        if not self._is_scaled:
+            return
+        from leanmoe.kernels.gpu.fp8_program import quantise_rows
+
+        blocks = self._read_scale.shape[1]
+        sizes = {"WIDTH": self.width, "BLOCKS": blocks, "CHUNK": QUANTISE_BLOCKS}
+        options = {"WIDEN": interprets(), "PDL": self._has_overlap, **self._after_another()}
+        grid = (self.tokens, -(-blocks // QUANTISE_BLOCKS))
+        self.run(quantise_rows, grid, self.hidden, self._read, self._read_scale, **sizes, **options)
+
     def first_product(self, *work: Tensor) -> None:
         """Fills in `act`; `work` is the work list's tensors, or nothing where it runs direct."""
         tiles = -(-self.inner // self.config.gate_up.columns)
         weights = _described(self.gate_up, self.config.gate_up, self._up_options)
-        pointers = (self.hidden, weights, *self._up_extras, self.act)
+        inputs = (self._read, self._read_scale, weights, *self._up_extras)
+        pointers = (*inputs, self.act, self._act_scale)
         if self.config.is_direct:
             from leanmoe.kernels.gpu.experts_direct_program import gate_up_direct
 
@@ -144,7 +171,8 @@ class ExpertsCall:
         """Fills in `part`, and where it runs direct also `out`."""
         tiles = -(-self.width // self.config.down.columns)
         weights = _described(self.down, self.config.down, self._down_options)
-        pointers = (self.act, weights, *self._down_extras, self.part, self.gates)
+        inputs = (self.act, self._act_scale, weights, *self._down_extras)
+        pointers = (*inputs, self.part, self.gates)
         if self.config.is_direct:
             from leanmoe.kernels.gpu.experts_direct_program import down_direct
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
+import torch
+
 from leanmoe.kernels.gpu.config import MOST_DIRECT_TOKENS, ExpertsConfig, Tile
 from leanmoe.kernels.gpu.state import power_of_two
 from leanmoe.kernels.gpu.tuned import Shape
@@ -18,7 +20,7 @@ SHARED_BYTES = 227 * 1024
 MOST_SUMS = 176
 """Float32 sums a thread can hold beside what else it needs."""
 FEW_ROWS = 32
-FEW = (
+FEW: tuple[tuple[int, int, int, int], ...] = (
     (16, 128, 4, 4),
     (32, 64, 4, 4),
     (32, 128, 4, 4),
@@ -30,8 +32,8 @@ FEW = (
     (64, 256, 4, 3),
     (128, 128, 8, 3),
 )
-"""Columns, depth in 2 bytes, warps and stages where rows are few: memory decides."""
-MANY = (
+"""Columns, depth (half of it for float32), warps and stages where rows are few: memory decides."""
+MANY: tuple[tuple[int, int, int, int], ...] = (
     (64, 64, 8, 4),
     (128, 64, 4, 3),
     (128, 64, 8, 3),
@@ -40,6 +42,17 @@ MANY = (
     (256, 64, 8, 4),
 )
 """The same where rows are many: the matrix unit decides."""
+
+
+FP8_FIRST = tuple((128, 128, warps, stages) for warps in (4, 8) for stages in (3, 4, 5))
+"""The first product of fp8 weights: its columns are the second's columns of one scale."""
+FP8_SECOND = (
+    (64, 128, 4, 3),
+    (64, 128, 4, 5),
+    (128, 128, 4, 3),
+    (128, 128, 8, 4),
+    (256, 128, 8, 3),
+)
 
 
 def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
@@ -52,21 +65,25 @@ def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
         found += [ExpertsConfig(rows, 0, False) for rows in (16, 32) if rows <= max(16, 8 * mean)]
     if 8 <= mean <= 96:
         found.append(ExpertsConfig(64, 16, False))
-    if mean >= 48:
+    if mean >= 48 and not _is_fp8(shape):
         found.append(ExpertsConfig(128, 32, False))
+    if mean > 96 and _is_fp8(shape):
+        found.append(ExpertsConfig(64, 0, False))
     return found
 
 
 def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
     """Tiles worth a try for one product under a way of cutting rows."""
-    each = 1 if "float8" in shape.dtype else 4 if shape.dtype == "float32" else 2
+    each = getattr(torch, shape.dtype).itemsize
     rows = way.rows + way.tail
     few = rows <= FEW_ROWS
-    kinds = (False, True) if each == 1 else (False,)
+    cuts = FEW if few else MANY
+    if _is_fp8(shape):
+        cuts = FP8_FIRST if is_first else FP8_SECOND
     for (columns, depth, warps, stages), left, described in product(
-        FEW if few else MANY, (True, False), kinds
+        cuts, (True, False), (False, True) if _is_fp8(shape) else (False,)
     ):
-        depth = min(128, depth * 2 // each) if each < 2 else depth * 2 // each
+        depth = depth // 2 if each == 4 else depth
         wide = columns * 2 if is_first else columns
         if left and wide < 16 * warps:  # a warp takes 16 rows of the left operand
             continue
@@ -78,3 +95,7 @@ def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
         yield Tile(columns, depth, warps, stages, 1, left, described)
         if not few and not described and not is_first:
             yield Tile(columns, depth, warps, stages, 4, left, described)
+
+
+def _is_fp8(shape: Shape) -> bool:
+    return shape.dtype.startswith("float8")

@@ -20,6 +20,11 @@ SILU, GELU, GELU_TANH, RELU, RELU2 = (tl.constexpr(i) for i in range(5))
 SCALE_BLOCK = tl.constexpr(128)
 """fp8 weights have one scale for so many rows and columns (DeepSeek-V3 report, section 3.3.2)."""
 
+LARGEST = tl.constexpr(448.0)
+"""The largest number that fp8 e4m3 has."""
+SMALLEST = tl.constexpr(1e-10)
+"""A row of zeros is divided by something."""
+
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr, alpha):
@@ -40,7 +45,6 @@ def _activate(x, ACTIVATION: tl.constexpr, alpha):
 @triton.jit
 def _tile_dot(w_CK, x_RK, SWAP: tl.constexpr, WIDEN: tl.constexpr):
     """(R,C), or (C,R) with the weights on the left, where few rows need the wide side."""
-    w_CK = w_CK.to(x_RK.dtype)
     if WIDEN:  # the interpreter's bfloat16 products are wrong; float32 has no tf32 there
         w_CK, x_RK = w_CK.to(tl.float32), x_RK.to(tl.float32)
     if SWAP:
@@ -74,11 +78,28 @@ def _load_weights(
 
 
 @triton.jit
+def _scaled(product, scale_C, scale_R, SWAP: tl.constexpr):
+    """The product of two fp8 tiles, in what they stand for."""
+    if SWAP:
+        found = product * (scale_C[:, None] * scale_R[None, :])
+    else:
+        found = product * (scale_R[:, None] * scale_C[None, :])
+    return found
+
+
+@triton.jit
+def _row_scales(scale_ptr, rows, is_row, start, WIDTH: tl.constexpr, X_BLOCK: tl.constexpr):
+    """What each row's values from `start` on are multiplied by."""
+    STRIDE: tl.constexpr = (WIDTH + X_BLOCK - 1) // X_BLOCK
+    return tl.load(scale_ptr + rows * STRIDE + start // X_BLOCK, mask=is_row, other=0.0)
+
+
+@triton.jit
 def _product(
-    x_ptr, x_rows, is_row, tail_rows, is_tail,
+    x_ptr, x_scale_ptr, x_rows, is_row, tail_rows, is_tail,
     w_ptr, columns, is_column, scale_ptr,
     WIDTH: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
-    SCALED: tl.constexpr, SCALE_STRIDE: tl.constexpr, ALL: tl.constexpr,
+    SCALED: tl.constexpr, SCALE_STRIDE: tl.constexpr, X_BLOCK: tl.constexpr, ALL: tl.constexpr,
     ROWS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -88,41 +109,36 @@ def _product(
     """
     k = tl.arange(0, BLOCK_K)
     x_at = x_ptr + x_rows[:, None] * WIDTH + k[None, :]
-    w_at = w_ptr + columns[:, None] * STRIDE_C + k[None, :] * STRIDE_K
-    if SWAP:
-        acc = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
-    else:
-        acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    TAIL_SIZE: tl.constexpr = TAIL if TAIL > 0 else 16
-    if SWAP:
-        tail = tl.zeros((COLUMNS, TAIL_SIZE), dtype=tl.float32)
-    else:
-        tail = tl.zeros((TAIL_SIZE, COLUMNS), dtype=tl.float32)
     tail_at = x_ptr + tail_rows[:, None] * WIDTH + k[None, :]
+    w_at = w_ptr + columns[:, None] * STRIDE_C + k[None, :] * STRIDE_K
+    TAIL_SIZE: tl.constexpr = TAIL if TAIL > 0 else 16
+    acc = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), dtype=tl.float32)
+    tail = tl.zeros((COLUMNS, TAIL_SIZE) if SWAP else (TAIL_SIZE, COLUMNS), dtype=tl.float32)
     if SCALED:
         scale_at = scale_ptr + (columns // SCALE_BLOCK) * SCALE_STRIDE
         scale_C = tl.load(scale_at, mask=is_column, other=0.0)
+        scale_R = _row_scales(x_scale_ptr, x_rows, is_row, 0, WIDTH, X_BLOCK)
     for start in range(0, WIDTH, BLOCK_K):
         w_CK = _load_weights(w_at, is_column, start + k, WIDTH, BLOCK_K, ALL)
         x_RK = _load_tile(x_at, is_row, start + k, WIDTH, BLOCK_K)
         if SCALED:
             # The next step's scales are asked for before this step's product needs its own.
-            ahead = tl.minimum(start + BLOCK_K, WIDTH - 1) // SCALE_BLOCK
-            next_scale_C = tl.load(scale_at + ahead, mask=is_column, other=0.0)
-            found = _tile_dot(w_CK, x_RK, SWAP, WIDEN)
-            acc += found * (scale_C[:, None] if SWAP else scale_C[None, :])
+            ahead = tl.minimum(start + BLOCK_K, WIDTH - 1)
+            next_scale_C = tl.load(scale_at + ahead // SCALE_BLOCK, mask=is_column, other=0.0)
+            next_scale_R = _row_scales(x_scale_ptr, x_rows, is_row, ahead, WIDTH, X_BLOCK)
+            acc += _scaled(_tile_dot(w_CK, x_RK, SWAP, WIDEN), scale_C, scale_R, SWAP)
         else:
             acc += _tile_dot(w_CK, x_RK, SWAP, WIDEN)
         if TAIL > 0:
             tail_RK = _load_tile(tail_at, is_tail, start + k, WIDTH, BLOCK_K)
             if SCALED:
-                found = _tile_dot(w_CK, tail_RK, SWAP, WIDEN)
-                tail += found * (scale_C[:, None] if SWAP else scale_C[None, :])
+                tail_scale = _row_scales(x_scale_ptr, tail_rows, is_tail, start, WIDTH, X_BLOCK)
+                tail += _scaled(_tile_dot(w_CK, tail_RK, SWAP, WIDEN), scale_C, tail_scale, SWAP)
             else:
                 tail += _tile_dot(w_CK, tail_RK, SWAP, WIDEN)
             tail_at += BLOCK_K
         if SCALED:
-            scale_C = next_scale_C
+            scale_C, scale_R = next_scale_C, next_scale_R
         x_at += BLOCK_K
         w_at += BLOCK_K * STRIDE_K
     if SWAP:
@@ -132,8 +148,10 @@ def _product(
 
 @triton.jit
 def _described(
-    x_ptr, x_rows, is_row, tail_rows, is_tail, w, above, first, second, is_column, scale_ptr,
-    WIDTH: tl.constexpr, SCALED: tl.constexpr, SCALE_STRIDE: tl.constexpr, PAIR: tl.constexpr,
+    x_ptr, x_scale_ptr, x_rows, is_row, tail_rows, is_tail,
+    w, above, first, second, is_column, scale_ptr,
+    WIDTH: tl.constexpr, SCALED: tl.constexpr, SCALE_STRIDE: tl.constexpr,
+    X_BLOCK: tl.constexpr, PAIR: tl.constexpr,
     ROWS: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -150,6 +168,8 @@ def _described(
     two = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), dtype=tl.float32)
     one_tail = tl.zeros((COLUMNS, TAIL_SIZE) if SWAP else (TAIL_SIZE, COLUMNS), dtype=tl.float32)
     two_tail = tl.zeros((COLUMNS, TAIL_SIZE) if SWAP else (TAIL_SIZE, COLUMNS), dtype=tl.float32)
+    one_at = scale_ptr + (first + c) // SCALE_BLOCK * SCALE_STRIDE
+    two_at = scale_ptr + (second + c) // SCALE_BLOCK * SCALE_STRIDE
     for start in range(0, WIDTH, BLOCK_K):
         x_RK = _load_tile(x_at, is_row, start + k, WIDTH, BLOCK_K)
         one_CK = w.load([above + first, start])
@@ -158,18 +178,18 @@ def _described(
         if TAIL > 0:
             tail_RK = _load_tile(tail_at, is_tail, start + k, WIDTH, BLOCK_K)
         if SCALED:
-            at_C = scale_ptr + start // SCALE_BLOCK
-            scale_C = tl.load(at_C + (first + c) // SCALE_BLOCK * SCALE_STRIDE, mask=is_column)
-            scale_CR = scale_C[:, None] if SWAP else scale_C[None, :]
-            one += _tile_dot(one_CK, x_RK, SWAP, WIDEN) * scale_CR
-            if TAIL > 0:
-                one_tail += _tile_dot(one_CK, tail_RK, SWAP, WIDEN) * scale_CR
+            scale_R = _row_scales(x_scale_ptr, x_rows, is_row, start, WIDTH, X_BLOCK)
+            one_C = tl.load(one_at + start // SCALE_BLOCK, mask=is_column, other=0.0)
+            one += _scaled(_tile_dot(one_CK, x_RK, SWAP, WIDEN), one_C, scale_R, SWAP)
             if PAIR:
-                scale_C = tl.load(at_C + (second + c) // SCALE_BLOCK * SCALE_STRIDE, mask=is_column)
-                scale_CR = scale_C[:, None] if SWAP else scale_C[None, :]
-                two += _tile_dot(two_CK, x_RK, SWAP, WIDEN) * scale_CR
-                if TAIL > 0:
-                    two_tail += _tile_dot(two_CK, tail_RK, SWAP, WIDEN) * scale_CR
+                two_C = tl.load(two_at + start // SCALE_BLOCK, mask=is_column, other=0.0)
+                two += _scaled(_tile_dot(two_CK, x_RK, SWAP, WIDEN), two_C, scale_R, SWAP)
+            if TAIL > 0:
+                tail_R = _row_scales(x_scale_ptr, tail_rows, is_tail, start, WIDTH, X_BLOCK)
+                one_tail += _scaled(_tile_dot(one_CK, tail_RK, SWAP, WIDEN), one_C, tail_R, SWAP)
+                if PAIR:
+                    found = _tile_dot(two_CK, tail_RK, SWAP, WIDEN)
+                    two_tail += _scaled(found, two_C, tail_R, SWAP)
         else:
             one += _tile_dot(one_CK, x_RK, SWAP, WIDEN)
             if PAIR:
@@ -187,12 +207,24 @@ def _described(
 
 
 @triton.jit
+def to_fp8(x_RC, WIDEN: tl.constexpr):
+    """Each row as fp8 e4m3 and what it was divided by: its largest value becomes fp8's largest."""
+    scale_R = tl.maximum(tl.max(tl.abs(x_RC), axis=1), SMALLEST) / LARGEST
+    x_RC = x_RC / scale_R[:, None]
+    if WIDEN:  # the interpreter loses the carry where rounding up reaches a power of two
+        bits = x_RC.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF
+        x_RC = bits.to(tl.float32, bitcast=True)
+    return x_RC.to(tl.float8e4nv), scale_R
+
+
+@triton.jit
 def _store_gated(
-    gate, up, rows, is_row, first, act_ptr, limit, alpha, up_offset,
+    gate, up, rows, is_row, first, act_ptr, act_scale_ptr, limit, alpha, up_offset,
     M: tl.constexpr, GATED: tl.constexpr, HAS_LIMIT: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, SCALED: tl.constexpr, BLOCK_C: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The gate function on a tile of the first product."""
+    """The gate function on a tile of the first product; fp8 with a scale for a row of the tile."""
     if GATED:
         if HAS_LIMIT:
             gate = tl.minimum(gate, limit)
@@ -203,12 +235,17 @@ def _store_gated(
     m = first + tl.arange(0, BLOCK_C)
     at = act_ptr + rows.to(tl.int64)[:, None] * M + m[None, :]
     inside = is_row[:, None] & (m < M)[None, :]
+    if SCALED:
+        found = tl.where(inside, found, 0.0)
+        found, scale_R = to_fp8(found, WIDEN)
+        TILES: tl.constexpr = (M + BLOCK_C - 1) // BLOCK_C
+        tl.store(act_scale_ptr + rows * TILES + first // BLOCK_C, scale_R, mask=is_row)
     tl.store(at, found.to(act_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def gate_up_block(
-    x_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr,
+    x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr,
     expert, tokens_R, slots_R, is_row, tokens_tail, slots_tail, is_tail,
     tile, limit, alpha, up_offset,
     D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
@@ -230,9 +267,9 @@ def gate_up_block(
     if DESCRIBED:
         m = first + tl.arange(0, BLOCK_C)
         gate, up, gate_tail, up_tail = _described(
-            x_ptr, tokens_R, is_row, tokens_tail, is_tail,
+            x_ptr, x_scale_ptr, tokens_R, is_row, tokens_tail, is_tail,
             w_ptr, expert.to(tl.int32) * WIDTH, first, first + M, m < M, own_scale_ptr,
-            D, SCALED, SCALE_STRIDE, GATED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+            D, SCALED, SCALE_STRIDE, SCALE_BLOCK, GATED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
         )  # fmt: skip
         if HAS_BIAS:
             bias_at = bias_ptr + e * WIDTH + m
@@ -251,9 +288,9 @@ def gate_up_block(
             m = first + j
             columns = m
         product, tail = _product(
-            x_ptr, tokens_R, is_row, tokens_tail, is_tail,
+            x_ptr, x_scale_ptr, tokens_R, is_row, tokens_tail, is_tail,
             w_ptr + e * (WIDTH * D), columns, m < M, own_scale_ptr,
-            D, STRIDE_C, STRIDE_K, SCALED, SCALE_STRIDE, M % BLOCK_C == 0,
+            D, STRIDE_C, STRIDE_K, SCALED, SCALE_STRIDE, SCALE_BLOCK, M % BLOCK_C == 0,
             ROWS, TAIL, COLUMNS, BLOCK_K, SWAP, WIDEN,
         )  # fmt: skip
         if HAS_BIAS:
@@ -265,13 +302,13 @@ def gate_up_block(
         else:
             gate, up, gate_tail, up_tail = product, product, tail, tail
     _store_gated(
-        gate, up, slots_R, is_row, first, act_ptr, limit, alpha, up_offset,
-        M, GATED, HAS_LIMIT, ACTIVATION, BLOCK_C,
+        gate, up, slots_R, is_row, first, act_ptr, act_scale_ptr, limit, alpha, up_offset,
+        M, GATED, HAS_LIMIT, ACTIVATION, SCALED, BLOCK_C, WIDEN,
     )  # fmt: skip
     if TAIL > 0:
         _store_gated(
-            gate_tail, up_tail, slots_tail, is_tail, first, act_ptr, limit, alpha, up_offset,
-            M, GATED, HAS_LIMIT, ACTIVATION, BLOCK_C,
+            gate_tail, up_tail, slots_tail, is_tail, first, act_ptr, act_scale_ptr,
+            limit, alpha, up_offset, M, GATED, HAS_LIMIT, ACTIVATION, SCALED, BLOCK_C, WIDEN,
         )  # fmt: skip
 
 
@@ -290,10 +327,11 @@ def _store_weighted(
 
 @triton.jit
 def down_block(
-    act_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
+    act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
     expert, slots_R, weight_R, is_row, slots_tail, weight_tail, is_tail, tile,
     D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, X_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, DESCRIBED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -307,15 +345,15 @@ def down_block(
     rows, tail_rows = slots_R.to(tl.int64), slots_tail.to(tl.int64)
     if DESCRIBED:
         product, _second, tail, _second_tail = _described(
-            act_ptr, rows, is_row, tail_rows, is_tail,
+            act_ptr, act_scale_ptr, rows, is_row, tail_rows, is_tail,
             w_ptr, expert.to(tl.int32) * D, first, first, is_column, own_scale_ptr,
-            M, SCALED, SCALE_STRIDE, False, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
+            M, SCALED, SCALE_STRIDE, X_BLOCK, False, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
         )  # fmt: skip
     else:
         product, tail = _product(
-            act_ptr, rows, is_row, tail_rows, is_tail,
+            act_ptr, act_scale_ptr, rows, is_row, tail_rows, is_tail,
             w_ptr + e * (D * M), columns, is_column, own_scale_ptr,
-            M, STRIDE_C, STRIDE_K, SCALED, SCALE_STRIDE, D % BLOCK_C == 0,
+            M, STRIDE_C, STRIDE_K, SCALED, SCALE_STRIDE, X_BLOCK, D % BLOCK_C == 0,
             ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, WIDEN,
         )  # fmt: skip
     bias_C = tl.zeros((BLOCK_C,), dtype=tl.float32)

@@ -132,15 +132,17 @@ def _gpu(weights: ExpertWeights) -> str:
 
 def guess(tokens: int, weights: ExpertWeights) -> ExpertsConfig:
     """A config that runs on any GPU of compute capability 8 or more, for a shape nobody tuned."""
-    depth = 128 if weights.gate_up.dtype.itemsize == 1 else 64
-    depth = min(depth, 32 if weights.gate_up.dtype.itemsize == 4 else depth)
+    if weights.gate_up_scale is not None:
+        wide, rows = Tile(128, 128, 8, 3), 16 if tokens <= 512 else 64
+        return ExpertsConfig(rows, 0, tokens <= 16, wide, Tile(64, 128, 4, 3))
+    depth = 32 if weights.gate_up.dtype.itemsize == 4 else 64
     few = Tile(columns=32, depth=depth, warps=4, stages=3, weights_left=False)
     if tokens <= 16:
         return ExpertsConfig(16, 0, True, few, Tile(64, depth, 4, 3, weights_left=False))
     if tokens <= 512:
         return ExpertsConfig(16, 0, False, few, Tile(64, depth, 4, 3, weights_left=False))
-    many = Tile(64, min(depth, 64), 4, 3, 1, weights_left=False)
-    return ExpertsConfig(64, 0, False, many, Tile(128, min(depth, 64), 4, 3, 1, False))
+    many = Tile(64, depth, 4, 3, 1, weights_left=False)
+    return ExpertsConfig(64, 0, False, many, Tile(128, depth, 4, 3, 1, False))
 
 
 @lru_cache(maxsize=256)
