@@ -19,8 +19,8 @@ from leanmoe.kernels.gpu.route_token_program import (
     ASLEEP,
     FIRST,
     best_slots,
-    expert_of,
     gates_of,
+    own_keys,
     own_slots,
     shares_of,
     whole_of,
@@ -86,11 +86,15 @@ def route_alone(
 ):  # fmt: skip
     """Rules under which a token's experts are its own business: everything, in one launch."""
     token = tl.program_id(0)
-    _keys, ids_L, gates_L, kept, _top, _total, whole, is_number = own_slots(
+    keys, e, _is_expert, top, total, is_number = own_keys(
         logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
-        threshold, top_p, epsilon, slots, full,
-        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SLOTS, SCORING, NORMALISE,
-        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
+        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING,
+    )  # fmt: skip
+    most = tl.maximum(slots, full)
+    ids_L, gates_L, kept, whole = own_slots(
+        logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
+        E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
     )  # fmt: skip
     _write(
         ids_L, gates_L, kept, whole, is_number, token, tokens, scaling, epsilon, slots,
@@ -102,13 +106,28 @@ def route_alone(
 
 
 @triton.jit
-def _least_of_best(keys, number, BITS: tl.constexpr):
-    """The largest value that at least `number` of the keys reach; 0 where fewer are above it."""
-    least = 0
-    for step in tl.static_range(BITS):
-        tried = least | (1 << (BITS - 1 - step))
-        reach = tl.sum((keys >= tried).to(tl.int32), axis=0)
-        least = tl.where(reach >= number, tried, least)
+def _next_two_bits(keys, number, least, ONE: tl.constexpr):
+    """`least` and as many times `ONE`, up to 3, as at least `number` of the keys reach.
+
+    How many reach each of the three values is counted in one sum, ten bits each.
+    """
+    reach = (keys >= least + ONE).to(tl.int32)
+    reach += (keys >= least + 2 * ONE).to(tl.int32) << 10
+    reach += (keys >= least + 3 * ONE).to(tl.int32) << 20
+    counts = tl.sum(reach, axis=0)
+    times = ((counts & 1023) >= number).to(tl.int32)
+    times += (((counts >> 10) & 1023) >= number).to(tl.int32)
+    times += ((counts >> 20) >= number).to(tl.int32)
+    return least + times * ONE
+
+
+@triton.jit
+def _least_of_best(keys, number):
+    """The largest value of 31 bits that at least `number` of the keys reach, or 0."""
+    top: tl.constexpr = 1 << 30
+    least = tl.where(tl.sum((keys >= top).to(tl.int32), axis=0) >= number, top, 0)
+    for step in tl.static_range(15):
+        least = _next_two_bits(keys, number, least, 1 << (28 - 2 * step))
     return least
 
 
@@ -131,14 +150,14 @@ def _afford(
     upper = tl.where(is_candidate, (order >> low_bits).to(tl.int32), -1)
     best = tl.sum(is_best.to(tl.int32), axis=0)
     left = tl.maximum(budget - best, 0)
-    least = _least_of_best(upper, left, 31)
+    least = _least_of_best(upper, left)
     is_equal = upper == least
     is_in = upper > least
     missing = left - tl.sum(is_in.to(tl.int32), axis=0)
     if tl.sum(is_equal.to(tl.int32), axis=0) > missing:
         mask = (tl.zeros_like(order) + 1 << low_bits) - 1
         lower = tl.where(is_equal, (order & mask).to(tl.int32), -1)
-        is_equal = is_equal & (lower >= _least_of_best(lower, missing, 31))
+        is_equal = is_equal & (lower >= _least_of_best(lower, missing))
     return is_best | (is_in | is_equal) & (left > 0), best > budget
 
 
@@ -157,15 +176,20 @@ def route_wake(
 
     `marks`: 1 for an expert guaranteed to some token, 2 more for the best of one.
     """
+    LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P
     if PDL:
         gdc_launch_dependents()
     k = tl.arange(0, SLOTS)
     token = tl.program_id(0)
-    _keys, ids_L, gates_L, kept, _top, _total, _whole, _is_number = own_slots(
+    keys, e, _is_expert, top, total, _is_number = own_keys(
         logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
-        threshold, top_p, epsilon, slots, full,
-        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SLOTS, SCORING, NORMALISE,
-        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
+        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING,
+    )  # fmt: skip
+    most = slots if LOOKS_AT_ALL or HAS_BUDGET else guaranteed
+    ids_L, gates_L, kept, _whole = own_slots(
+        logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
+        E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
     )  # fmt: skip
     is_kept = k < kept
     if HAS_BUDGET:
@@ -197,15 +221,21 @@ def route_fill(
     Each program finds out for itself who is awake, and its own experts again: both take less than
     to wait for one that writes them down. The last makes marks and votes zero again.
     """
+    LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P
     token = tl.program_id(0)
-    keys, ids_L, _gates_L, wanted, top, total, whole, is_number = own_slots(
+    keys, e, is_expert, top, total, is_number = own_keys(
         logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
-        threshold, top_p, epsilon, slots, full,
-        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SLOTS, SCORING, NORMALISE,
-        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
+        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING,
     )  # fmt: skip
     k = tl.arange(0, SLOTS)
-    e, is_expert = expert_of(SIZE, PADDED_SIZE, GROUPS, PADDED_E)
+    wanted, whole = tl.minimum(tl.sum((keys > ASLEEP).to(tl.int32), axis=0), slots), 1.0
+    if LOOKS_AT_ALL or KEEP_WEIGHTS:
+        most = tl.maximum(slots, full)
+        ids_L, _gates_L, wanted, whole = own_slots(
+            logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
+            E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
+        )  # fmt: skip
     if HAS_THRESHOLD and HAS_BIAS:  # else what it keeps are its best anyway
         slot = 0
         while slot < wanted:

@@ -159,22 +159,16 @@ def shares_of(gates_L, is_kept, whole, SCORING: tl.constexpr):
 
 
 @triton.jit
-def own_slots(
+def own_keys(
     logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
-    threshold, top_p, epsilon, slots, full,
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
-    PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
-    SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
+    PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SCORING: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr,
 ):  # fmt: skip
-    """A token's own experts under all fields of a rule but those that look at other tokens.
+    """Keys of all of a token's experts, `ASLEEP` for those it may not use.
 
-    Returns keys of all its experts; ids and gates of its slots, the `kept` ones first; top and
-    total, which give any expert's gate; what shares are taken of where that is the model's own
-    top-k; and whether its gates are numbers.
+    Returns also top and total, which give any expert's gate, and whether the gates are numbers.
     """
-    k = tl.arange(0, SLOTS)
     e, is_expert = expert_of(SIZE, PADDED_SIZE, GROUPS, PADDED_E)
     logits = tl.load(logits_ptr + token * E + e, mask=is_expert, other=NEVER).to(tl.float32)
     top, total = 0.0, 1.0
@@ -197,8 +191,23 @@ def own_slots(
     is_real = is_number
     if HAS_PADDING:
         is_real = is_real & (tl.load(padding_ptr + token) == 0)
-    keys = tl.where(is_real, _keys(ranking), ASLEEP)
-    ids_L, found = best_slots(keys, e, tl.maximum(slots, full), SLOTS)
+    return tl.where(is_real, _keys(ranking), ASLEEP), e, is_expert, top, total, is_number
+
+
+@triton.jit
+def own_slots(
+    logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
+    E: tl.constexpr, SLOTS: tl.constexpr, SCORING: tl.constexpr, NORMALISE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_TOP_P: tl.constexpr,
+    KEEP_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """A token's own slots under all fields of a rule but those that look at other tokens.
+
+    Returns ids and gates of the best `most`, those it keeps first; how many it keeps; and what
+    shares are taken of where that is the model's own top-k, `full` of them.
+    """
+    k = tl.arange(0, SLOTS)
+    ids_L, found = best_slots(keys, e, most, SLOTS)
     gates_L = gates_of(logits_ptr, token, ids_L, k < found, top, total, E, SCORING)
     whole = 1.0
     if KEEP_WEIGHTS:
@@ -208,5 +217,4 @@ def own_slots(
         is_kept = _kept(gates_L, is_kept, threshold, top_p, SCORING, HAS_THRESHOLD, HAS_TOP_P)
         if HAS_THRESHOLD and HAS_BIAS:  # a slot in the middle may go
             ids_L, gates_L = _kept_first(ids_L, gates_L, is_kept, SLOTS)
-    kept = tl.sum(is_kept.to(tl.int32), axis=0)
-    return keys, ids_L, gates_L, kept, top, total, whole, is_number
+    return ids_L, gates_L, tl.sum(is_kept.to(tl.int32), axis=0), whole
