@@ -151,7 +151,7 @@ def test_sharing_wakes_no_more_experts_and_no_more_slots(case: Case) -> None:
 @PATIENT
 def test_weights_are_the_gates_normalised_as_the_model_does_it(case: Case) -> None:
     routing = routed(case)
-    gates = score(case.logits_STE, case.router).gates_STE
+    gates = score(case.logits_STE, case.router, experts=case.rule.experts).gates_STE
     for number, step in enumerate(steps(case, routing)):
         for token, experts in enumerate(step):
             used = routing.ids_STK[number, token] < case.experts

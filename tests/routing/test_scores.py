@@ -31,7 +31,15 @@ def test_softmax_gates_add_up_to_one_and_logits_rank_where_softmax_comes_after()
 
 def test_experts_that_do_not_remain_never_rank() -> None:
     ranking = score(torch.zeros(2, 4), Router(), experts=(1, 3)).ranking_STE
-    assert ranking.tolist() == [[NEVER, 0.25, NEVER, 0.25]] * 2
+    assert ranking.tolist() == [[NEVER, 0.5, NEVER, 0.5]] * 2
+
+
+def test_a_pruned_softmax_is_that_of_the_model_without_the_others() -> None:
+    logits = torch.randn(5, 12)
+    kept = (0, 3, 4, 9, 11)
+    gates = score(logits, Router(), experts=kept).gates_STE
+    assert torch.equal(gates[:, list(kept)], score(logits[:, list(kept)], Router()).gates_STE)
+    assert bool((gates.sum(dim=-1) - 1).abs().max() < 1e-6)
 
 
 @pytest.mark.parametrize("group_score", ["max", "top2_sum"])

@@ -82,6 +82,12 @@ def _lists_at(field, rows):
     return own, own_gates, counts, wholes, votes, awake
 
 
+@register_jitable
+def _remains(field, expert):
+    """Whether an expert is not pruned."""
+    return field[ALLOWED] == 0 or carray(bytes_at(field[ALLOWED]), field[EXPERTS])[expert] != 0
+
+
 @njit(**COMPILE)
 def _score(field, token, gates, ranking):
     """Fills in a token's gates and ranking; whether they are numbers."""
@@ -97,15 +103,18 @@ def _score(field, token, gates, ranking):
             gates[e] = 0.0
         vector.sigmoid(gates.ctypes.data, width // LANES)
     else:
-        best = logits[0]
+        # A pruned model's softmax knows nothing of the experts that are gone.
+        best = NEVER
         for e in range(experts):
-            best = logits[e] if logits[e] > best else best
+            best = logits[e] if _remains(field, e) and logits[e] > best else best
         for e in range(experts):
-            gates[e] = logits[e] - best
+            gates[e] = logits[e] - best if _remains(field, e) else 0.0
         for e in range(experts, width):
             gates[e] = 0.0
         vector.exponential(gates.ctypes.data, width // LANES)
         total = np.float32(0.0)
+        for e in range(experts):
+            gates[e] = gates[e] if _remains(field, e) else 0.0
         for e in range(experts):
             total += gates[e]
         for e in range(experts):

@@ -34,6 +34,9 @@ def score(
 ) -> Scores:
     """Scores as the family computes them; `experts` are those that remain, None for all.
 
+    With `experts` they are those of the same model without the others: its softmax runs over the
+    remaining ones.
+
     The bias ranks and does not weigh (DeepSeek-V3 report, section 2.1.2). Group limits follow
     DeepSeek-V2 (a group is as good as its best expert) or V3 (as its best two together).
     """
@@ -42,8 +45,12 @@ def score(
         gates = ranking = logits_STE
     elif router.scoring == "sigmoid":
         gates = ranking = logits_STE.to(dtype).sigmoid()
-    else:
+    elif experts is None:
         gates = ranking = torch.softmax(logits_STE, dim=-1, dtype=dtype)
+    else:  # a pruned model's softmax knows nothing of the experts that are gone
+        kept = _kept(experts, logits_STE.device)
+        shares = torch.softmax(logits_STE[..., kept], dim=-1, dtype=dtype)
+        gates = ranking = torch.zeros_like(logits_STE, dtype=dtype).index_copy(-1, kept, shares)
     if bias_E is not None:
         ranking = ranking + bias_E
     if experts is not None:
@@ -75,6 +82,12 @@ def check_logits(logits_STE: Tensor, where: str, padding_ST: Tensor | None = Non
         usable_ST = usable_ST | padding_ST
     if not bool(usable_ST.all()):
         raise LeanMoeError(f"{where}: router logits are not finite (NaN or infinity)")
+
+
+@lru_cache(maxsize=256)
+def _kept(experts: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(experts, device=device)
 
 
 @lru_cache(maxsize=256)

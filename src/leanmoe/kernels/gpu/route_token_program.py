@@ -171,18 +171,20 @@ def own_keys(
     """
     e, is_expert = expert_of(SIZE, PADDED_SIZE, GROUPS, PADDED_E)
     logits = tl.load(logits_ptr + token * E + e, mask=is_expert, other=NEVER).to(tl.float32)
+    usable = is_expert
+    if HAS_ALLOWED:
+        usable = usable & (tl.load(allowed_ptr + e, mask=is_expert, other=0) != 0)
     top, total = 0.0, 1.0
     if SCORING == SOFTMAX:
+        # A pruned model's softmax knows nothing of the experts that are gone.
+        logits = tl.where(usable, logits, NEVER)
         top = tl.max(logits, axis=0)
         total = tl.sum(tl.exp(logits - top), axis=0)
     ranking = _gates(logits, top, total, SCORING)
     is_odd = is_expert & ~(tl.abs(ranking) < float("inf")) & (logits != NEVER)
     is_number = (tl.sum(is_odd.to(tl.int32), axis=0) == 0) & (total == total)
-    usable = is_expert
     if HAS_BIAS:
         ranking += tl.load(bias_ptr + e, mask=is_expert, other=0.0)
-    if HAS_ALLOWED:
-        usable = usable & (tl.load(allowed_ptr + e, mask=is_expert, other=0) != 0)
     ranking = tl.where(usable, ranking, NEVER)
     if USED < GROUPS:
         ranking = _limit_groups(
