@@ -1,0 +1,322 @@
+"""A checkpoint without some of its experts, written shard by shard, never touching the source.
+
+At no time is more in memory than the tensors of one output shard. What is finished stays: a run
+that was stopped goes on where it was. The config is written last, so that nothing loads before
+everything is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from leanmoe.config import FILE, NAMES, TEXT_PARTS
+from leanmoe.errors import LeanMoeError
+from leanmoe.prune.choose import Kept, check_count
+from leanmoe.prune.names import Part, check_parts, expert_parts, renumbered
+from leanmoe.shape import MoEShape, read_shape
+from leanmoe.storage import read_json, write_json, write_with
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+STATE = ".leanmoe-prune.json"
+"""In an output folder that is not finished."""
+RECORD = "leanmoe_prune.json"
+"""In a finished one: what was kept, and why."""
+MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""Layers beyond the decoder's, which predict several tokens ahead, are left out."""
+
+Progress = Callable[[int], None]
+"""Called with the number of shards just done."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's files and tensors, read from the headers of its shards."""
+
+    folder: Path
+    config: dict[str, Any]
+    shape: MoEShape
+    shards: dict[str, tuple[str, ...]]
+    """Tensor names by file."""
+    sizes: dict[str, tuple[int, ...]]
+    bytes: dict[str, int]
+    parts: dict[str, Part]
+
+
+def read_source(folder: Path) -> Source:
+    """Reads and checks a checkpoint's headers; weights are not read.
+
+    Raises LeanMoeError, naming the file, for a shard that is missing or truncated, and for a
+    checkpoint whose experts are not found.
+    """
+    config = read_json(folder / FILE, "config")
+    shape = read_shape(config)
+    shards: dict[str, tuple[str, ...]] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
+    lengths: dict[str, int] = {}
+    for file in _shard_names(folder):
+        header = _header(folder / file)
+        shards[file] = tuple(header)
+        for name, (size, length) in header.items():
+            sizes[name], lengths[name] = size, length
+    _check_index(folder, sizes)
+    parts = expert_parts(sizes, shape.experts)
+    check_parts(parts, shape.moe_layers, shape.experts)
+    return Source(folder, config, shape, shards, sizes, lengths, parts)
+
+
+def write_pruned(
+    source: Source, kept: Kept, output: Path, record: Mapping[str, Any], progress: Progress
+) -> None:
+    """Writes the checkpoint with these experts alone to `output`.
+
+    Raises LeanMoeError before anything is written for an output folder that holds something else,
+    for too little space, and for counts that differ by layer or leave too few experts.
+    """
+    _check_kept(kept, source.shape)
+    chosen = dict(zip(source.shape.moe_layers, kept, strict=True))
+    state = {"kept": [list(experts) for experts in kept], "source": _fingerprint(source)}
+    _claim(output, state, source, chosen)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file, names in source.shards.items():
+        wanted = _wanted(names, source, chosen)
+        if wanted:
+            if not (output / file).is_file():
+                _write_shard(source.folder / file, output / file, wanted, source, chosen)
+            weight_map |= dict.fromkeys(wanted, file)
+            total += sum(_new_bytes(old, source, chosen) for old in wanted.values())
+        progress(1)
+    if (source.folder / INDEX).is_file():
+        write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _copy_others(source.folder, output)
+    write_json(output / RECORD, {**record, "kept": state["kept"]})
+    write_json(output / FILE, pruned_config(source.config, source.shape, len(kept[0]), chosen))
+    (output / STATE).unlink()
+
+
+def pruned_config(
+    config: Mapping[str, Any], shape: MoEShape, kept: int, chosen: Mapping[int, tuple[int, ...]]
+) -> dict[str, Any]:
+    """The config with `kept` experts: every key stays, those that count experts change."""
+    found = dict(config)
+    for part in TEXT_PARTS:
+        if isinstance(found.get(part), Mapping):
+            found[part] = pruned_config(found[part], shape, kept, chosen)
+    for name in ("num_experts", *NAMES["num_experts"]):
+        if found.get(name) == shape.experts:
+            found[name] = kept
+    for name in MTP_KEYS:
+        if found.get(name):
+            found[name] = 0
+    quantisation = found.get("quantization_config")
+    if isinstance(quantisation, Mapping):
+        found["quantization_config"] = {
+            key: _renamed(value, chosen) if isinstance(value, list) else value
+            for key, value in quantisation.items()
+        }
+    return found
+
+
+def _renamed(names: list[Any], chosen: Mapping[int, tuple[int, ...]]) -> list[Any]:
+    """A list of modules that are not quantised, under the experts' new numbers."""
+    found = []
+    for name in names:
+        parts = expert_parts({f"{name}.x": ()}, 0) if isinstance(name, str) else {}
+        part = next(iter(parts.values()), None)
+        if part is None or part.expert is None or part.decoder_index not in chosen:
+            found.append(name)
+        elif part.expert in chosen[part.decoder_index]:
+            found.append(renumbered(name + ".", chosen[part.decoder_index].index(part.expert))[:-1])
+    return found
+
+
+def _shard_names(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX, "index")
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not files:
+            raise LeanMoeError(f"{folder / INDEX} has no weight_map: it is no index of shards")
+        for file in files.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise LeanMoeError(f"{folder / INDEX} names the shard {file!r}: no plain file name")
+        return sorted(set(files.values()))
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    raise LeanMoeError(f"folder {folder} has neither {INDEX} nor {SINGLE}: no safetensors to prune")
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Size and bytes of each tensor of a shard, in the file's own order."""
+    if not path.is_file():
+        raise LeanMoeError(f"shard {path.name} of the checkpoint is missing")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= path.stat().st_size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if path.stat().st_size != 8 + length + end:
+            raise ValueError(f"{path.stat().st_size} bytes where {8 + length + end} are announced")
+        return {
+            str(name): (tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0])
+            for name, e in header.items()
+        }
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise LeanMoeError(f"shard {path.name} is truncated or damaged: {error}") from error
+
+
+def _check_index(folder: Path, sizes: Mapping[str, Any]) -> None:
+    if (folder / INDEX).is_file():
+        listed = set(read_json(folder / INDEX, "index")["weight_map"])
+        if lost := sorted(listed - set(sizes)):
+            raise LeanMoeError(f"the index lists {lost[0]}, which no shard holds")
+
+
+def _check_kept(kept: Kept, shape: MoEShape) -> None:
+    if len(kept) != len(shape.moe_layers):
+        raise LeanMoeError(f"{len(kept)} layers' experts for {len(shape.moe_layers)} MoE layers")
+    counts = sorted({len(experts) for experts in kept})
+    if len(counts) != 1:
+        raise LeanMoeError(
+            f"layers keep {counts[0]} to {counts[-1]} experts: a checkpoint has one "
+            "number for all layers; write a plan instead"
+        )
+    check_count(counts[0], shape)
+    groups = shape.router.groups if shape.router.groups_used < shape.router.groups else 1
+    size = shape.experts // groups
+    for layer, experts in enumerate(kept):
+        each = [sum(e // size == g for e in experts) for g in range(groups)]
+        if len(set(each)) != 1 or list(experts) != sorted(set(experts)):
+            raise LeanMoeError(
+                f"MoE layer {layer} keeps {each} experts of its {groups} groups: they must be equal"
+            )
+
+
+def _fingerprint(source: Source) -> str:
+    """Of the source's files by name, size and time: another source is not gone on with."""
+    text = [
+        f"{file} {(info := (source.folder / file).stat()).st_size} {info.st_mtime_ns}"
+        for file in sorted(source.shards)
+    ]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()
+
+
+def _claim(
+    output: Path, state: Mapping[str, Any], source: Source, chosen: Mapping[int, tuple[int, ...]]
+) -> None:
+    """Makes the output folder ours, or finds that it is already."""
+    if output.resolve() == source.folder.resolve():
+        raise LeanMoeError(f"output {output} is the source itself")
+    if (output / STATE).is_file():
+        if read_json(output / STATE, "state of an earlier run") != dict(state):
+            raise LeanMoeError(
+                f"output {output} holds an unfinished run with other settings: remove it first"
+            )
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise LeanMoeError(f"output {output} exists and is not empty: give another folder")
+    needed = sum(
+        _new_bytes(old, source, chosen)
+        for file, names in source.shards.items()
+        if not (output / file).is_file()
+        for old in _wanted(names, source, chosen).values()
+    )
+    existing = next(p for p in (output, *output.resolve().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise LeanMoeError(
+            f"the pruned checkpoint needs {needed / 1e9:.1f} GB in {output}, "
+            f"where {free / 1e9:.1f} GB are free"
+        )
+    write_json(output / STATE, dict(state))
+
+
+def _wanted(
+    names: tuple[str, ...], source: Source, chosen: Mapping[int, tuple[int, ...]]
+) -> dict[str, str]:
+    """Tensors of a shard that remain: new name to old."""
+    last = source.shape.layers
+    found = {}
+    for name in names:
+        part = source.parts.get(name)
+        if _layer_of(name) >= last:
+            continue
+        if part is None or part.expert is None or part.decoder_index not in chosen:
+            found[name] = name
+        elif part.expert in chosen[part.decoder_index]:
+            found[renumbered(name, chosen[part.decoder_index].index(part.expert))] = name
+    return found
+
+
+def _layer_of(name: str) -> int:
+    """A tensor's decoder layer, -1 for one of none."""
+    words = name.split(".")
+    at = words.index("layers") + 1 if "layers" in words else len(words)
+    return int(words[at]) if at < len(words) and words[at].isdigit() else -1
+
+
+def _new_bytes(name: str, source: Source, chosen: Mapping[int, tuple[int, ...]]) -> int:
+    part = source.parts.get(name)
+    if part is None or part.kind == "numbered" or part.decoder_index not in chosen:
+        return source.bytes[name]
+    return source.bytes[name] * len(chosen[part.decoder_index]) // source.shape.experts
+
+
+def _write_shard(
+    path: Path,
+    output: Path,
+    wanted: Mapping[str, str],
+    source: Source,
+    chosen: Mapping[int, tuple[int, ...]],
+) -> None:
+    try:
+        with safe_open(path, "pt") as shard:
+            tensors = {
+                new: _sliced(shard, old, source.parts.get(old), chosen)
+                for new, old in wanted.items()
+            }
+            metadata = shard.metadata()
+    except SafetensorError as error:
+        raise LeanMoeError(f"shard {path.name} cannot be read: {error}") from error
+    try:
+        write_with(output, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    except SafetensorError as error:
+        raise LeanMoeError(f"cannot write {output}: {error}") from error
+
+
+def _sliced(
+    shard: Any, name: str, part: Part | None, chosen: Mapping[int, tuple[int, ...]]
+) -> Tensor:
+    if part is None or part.kind == "numbered" or part.decoder_index not in chosen:
+        whole: Tensor = shard.get_tensor(name)
+        return whole
+    experts = chosen[part.decoder_index]
+    if part.kind == "last_axis":
+        return shard.get_tensor(name)[..., list(experts)].contiguous()  # type: ignore[no-any-return]
+    rows = shard.get_slice(name)  # row by row: the whole tensor may be larger than memory
+    return torch.cat([rows[expert : expert + 1] for expert in experts])
+
+
+def _copy_others(source: Path, output: Path) -> None:
+    """Tokenizer, generation settings and the like: every file that is not weights or the config."""
+    for path in sorted(source.iterdir()):
+        is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+        if not path.is_file() or is_weights or path.name in (FILE, INDEX, RECORD, STATE):
+            continue
+        if path.name.startswith(".") or path.name.endswith(".index.json"):
+            continue
+        write_with(output / path.name, partial(shutil.copyfile, path))

@@ -1,0 +1,100 @@
+"""Which experts remain: the best by a criterion, as many in each layer, and in each group.
+
+Letters: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.plan import Plan, Rule
+from leanmoe.shape import MoEShape
+
+Kept = tuple[tuple[int, ...], ...]
+"""For each MoE layer the experts that remain, ascending."""
+
+
+def kept_count(text: str, shape: MoEShape) -> int:
+    """How many experts of a layer remain: "75%" of them, or a number; rounded to whole groups.
+
+    Raises LeanMoeError for what is no such number, and where the model could not run with it.
+    """
+    try:
+        wanted = float(text[:-1]) / 100 * shape.experts if text.endswith("%") else int(text)
+    except ValueError as error:
+        raise LeanMoeError(
+            f"keep is {text!r}: it must be a share like 75% or a number of experts"
+        ) from error
+    groups = _groups(shape)
+    kept = round(wanted / groups) * groups
+    if not 0 < kept <= shape.experts:
+        raise LeanMoeError(f"keep is {text!r}: it must leave 1 to {shape.experts} experts a layer")
+    check_count(kept, shape)
+    return kept
+
+
+def check_count(kept: int, shape: MoEShape) -> None:
+    """Raises LeanMoeError unless stock engines can run the model with so many experts a layer."""
+    groups, used = _groups(shape), shape.router.groups_used
+    if kept % groups:
+        raise LeanMoeError(f"{kept} experts do not divide into the router's {groups} groups")
+    usable = kept if groups == 1 else kept // groups * used
+    if usable < shape.top_k:
+        where = "" if groups == 1 else f" in the {used} groups a token may use"
+        raise LeanMoeError(
+            f"keeping {kept} of {shape.experts} experts leaves {usable}{where}: "
+            f"a token needs {shape.top_k}"
+        )
+    if groups > 1 and shape.router.group_score == "top2_sum" and kept // groups < 2:
+        raise LeanMoeError(
+            f"keeping {kept} of {shape.experts} experts leaves 1 in each of {groups} groups: "
+            "the router ranks a group by its best 2"
+        )
+
+
+def best_experts(
+    scores_LE: NDArray[np.float64],
+    kept: int,
+    shape: MoEShape,
+    protected: Sequence[tuple[int, int]] = (),
+) -> Kept:
+    """The experts of highest score, `kept` in each layer and equally many in each group.
+
+    `protected` are pairs of layer and expert that stay whatever their score. Equal scores: the
+    lower id. Raises LeanMoeError where more are protected than may remain.
+    """
+    groups = _groups(shape)
+    size, each = shape.experts // groups, kept // groups
+    scores_LE = scores_LE.astype(np.float64, copy=True)
+    for layer, expert in protected:
+        scores_LE[layer, expert] = np.inf
+    found = []
+    for layer, scores_E in enumerate(scores_LE):
+        chosen: list[int] = []
+        for first in range(0, shape.experts, size):
+            scores_S = scores_E[first : first + size]
+            if int(np.isposinf(scores_S).sum()) > each:
+                raise LeanMoeError(
+                    f"MoE layer {layer} has {int(np.isposinf(scores_S).sum())} protected experts "
+                    f"where {each} may remain"
+                )
+            order = np.lexsort((np.arange(size), -scores_S))
+            chosen += [first + int(expert) for expert in order[:each]]
+        found.append(tuple(sorted(chosen)))
+    return tuple(found)
+
+
+def as_plan(kept: Kept, shape: MoEShape, provenance: dict[str, object] | None = None) -> Plan:
+    """A plan that uses these experts alone, at every load: no weights are touched."""
+    rules = tuple(Rule(experts=experts) for experts in kept)
+    plan = Plan.per_layer(shape.fingerprint(), rules)
+    return Plan(plan.model, plan.bands, provenance=provenance or {})
+
+
+def _groups(shape: MoEShape) -> int:
+    router = shape.router
+    return router.groups if router.groups_used < router.groups else 1
