@@ -44,7 +44,7 @@ def read_inputs(settings: TuneSettings) -> Inputs:
 
     Raises LeanMoeError for a model that cannot be run and for text that is too short.
     """
-    _quiet()
+    quiet()
     corpus = read_corpus(settings.text)
     calibration, heldout = split(corpus.documents, settings.heldout_share, settings.seed)
     model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
@@ -130,7 +130,7 @@ def _prompts(
     return prompts
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keeps loading bars and remarks of the libraries below off the screen."""
     from transformers.utils import logging as transformers_logging
 

@@ -8,7 +8,7 @@ from leanmoe.kernels.choose import Choice, Experts, choose_experts
 from leanmoe.kernels.cpu import experts_cpu
 from leanmoe.kernels.gpu.experts import experts_gpu, why_not_gpu
 from leanmoe.kernels.gpu.route import RoutedGpu, route_gpu, why_not_route_gpu
-from leanmoe.kernels.reference import experts_reference
+from leanmoe.kernels.reference import expert_rows, experts_reference
 from leanmoe.kernels.route_cpu import Routed, route_cpu, why_not_route_cpu
 from leanmoe.kernels.weights import ExpertWeights, Gate
 from leanmoe.kernels.work import Work, count_work
@@ -23,6 +23,7 @@ __all__ = [
     "Work",
     "choose_experts",
     "count_work",
+    "expert_rows",
     "experts_cpu",
     "experts_gpu",
     "experts_reference",

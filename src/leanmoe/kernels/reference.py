@@ -46,7 +46,7 @@ def experts_reference(
             continue
         slots_R = order_S[start : start + count]
         tokens_R = slots_R // slots
-        out_RD = _expert(hidden_TD[tokens_R].to(compute), expert, weights)
+        out_RD = expert_rows(hidden_TD[tokens_R].to(compute), expert, weights)
         total_TD.index_add_(0, tokens_R, out_RD.to(total_TD.dtype) * gates_S[slots_R, None])
         start, rows, distinct = start + count, rows + count, distinct + 1
     add_work(rows, distinct)
@@ -82,7 +82,8 @@ def refuse_ids(least: int, most: int, experts: int) -> None:
     )
 
 
-def _expert(rows_RD: Tensor, expert: int, weights: ExpertWeights) -> Tensor:
+def expert_rows(rows_RD: Tensor, expert: int, weights: ExpertWeights) -> Tensor:
+    """What one expert makes of rows (R,D), before the routing weight; in the rows' dtype."""
     up = _matrix(expert, weights.gate_up, weights.gate_up_scale, rows_RD.dtype, weights)
     product_RN = functional.linear(rows_RD, up, _bias(expert, weights.gate_up_bias, up.dtype))
     activated_RM = weights.activated(product_RN)

@@ -19,7 +19,7 @@ Kept = tuple[tuple[int, ...], ...]
 
 
 def kept_count(text: str, shape: MoEShape) -> int:
-    """How many experts of a layer remain: "75%" of them, or a number; rounded to whole groups.
+    """How many experts of a layer remain: "75%" of them, or a number; down to whole groups.
 
     Raises LeanMoeError for what is no such number, and where the model could not run with it.
     """
@@ -30,8 +30,9 @@ def kept_count(text: str, shape: MoEShape) -> int:
             f"keep is {text!r}: it must be a share like 75% or a number of experts"
         ) from error
     groups = _groups(shape)
-    kept = round(wanted / groups) * groups
-    if not 0 < kept <= shape.experts:
+    is_possible = 0 < wanted <= shape.experts
+    kept = int(wanted / groups + 1e-9) * groups if is_possible else 0
+    if not kept:
         raise LeanMoeError(f"keep is {text!r}: it must leave 1 to {shape.experts} experts a layer")
     check_count(kept, shape)
     return kept

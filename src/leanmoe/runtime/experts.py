@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from leanmoe.kernels import Choice, ExpertWeights, Gate, choose_experts
+from leanmoe.kernels import Choice, ExpertWeights, Gate, choose_experts, expert_rows
 from leanmoe.kernels.weights import ACTIVATIONS, Activation
 from leanmoe.runtime.layers import find_layers
 
@@ -101,3 +102,21 @@ def _gated(gate: Gate, module: Any, probe: Tensor) -> Tensor:
     if getattr(module, "is_concatenated", True):
         return gate.combine(*probe.chunk(2, dim=-1))
     return gate.combine(probe[..., ::2], probe[..., 1::2])
+
+
+def expert_outputs(
+    module: Any, hidden_TD: Tensor, ids_TK: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Each used expert with its tokens (R), their slots (R) and what it makes of them (R,D)."""
+    weights, _ = prepared(module)
+    for expert in sorted(set(ids_TK.flatten().tolist())):
+        if expert < weights.experts:
+            rows_R, slots_R = (ids_TK == expert).nonzero(as_tuple=True)
+            yield expert, rows_R, slots_R, expert_rows(hidden_TD[rows_R], expert, weights)
+
+
+def all_outputs(module: Any, hidden_TD: Tensor) -> Tensor:
+    """What every expert makes of every token, (T,E,D): for few tokens."""
+    weights, _ = prepared(module)
+    outputs = [expert_rows(hidden_TD, expert, weights) for expert in range(weights.experts)]
+    return torch.stack(outputs, dim=1)

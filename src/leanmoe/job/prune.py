@@ -1,0 +1,191 @@
+"""Ranking a model's experts on calibration text, and writing a checkpoint or a plan without some.
+
+Letters: L MoE layers, E experts, T tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.job.inputs import quiet
+from leanmoe.progress import bar
+from leanmoe.provenance import collect
+from leanmoe.prune.checkpoint import read_source, write_pruned
+from leanmoe.prune.choose import Kept, as_plan, best_experts, kept_count
+from leanmoe.prune.criteria import CRITERIA, Criterion, Scores, criterion, place_scores
+from leanmoe.prune.output_error import SAMPLE_TOKENS, removal_order
+from leanmoe.prune.statistics import ExpertStatistics, watch
+from leanmoe.quality.forward import hidden_of
+from leanmoe.quality.windows import Windows, cut
+from leanmoe.runtime import find_layers, load_model, record, shape_of
+from leanmoe.shape import REFERENCE, MoEShape, read_shape
+from leanmoe.storage import write_json
+from leanmoe.text import read_corpus, split
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What `leanmoe prune` was asked for; defaults in one place."""
+
+    model: str
+    keep: str = "75%"
+    criterion: str = "reap"
+    text: str | None = None
+    tokens: int = 32768
+    seed: int = 0
+    protect: bool = True
+    """Whether experts with extreme outputs stay whatever their score."""
+    as_plan: bool = False
+    dtype: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was done."""
+
+    output: Path
+    shape: MoEShape
+    kept: Kept
+    protected: tuple[tuple[int, int], ...]
+    bytes_before: int
+    bytes_after: int
+
+
+def prune(settings: PruneSettings, output: Path) -> Pruned:
+    """Ranks, chooses and writes. Raises LeanMoeError before any expensive work where it can."""
+    wanted = criterion(settings.criterion)
+    shape = read_shape(settings.model)
+    count = kept_count(settings.keep, shape)
+    source = None if settings.as_plan else read_source(checkpoint_folder(settings.model))
+    if output.exists() and settings.as_plan and (output / PLAN_FILE).exists():
+        raise LeanMoeError(f"output {output} holds a {PLAN_FILE}: give another folder")
+    scores_LE, protected, tokens = _rank(settings, wanted, shape, count)
+    if not settings.protect:
+        protected = ()
+    kept = best_experts(scores_LE, count, shape, protected)
+    provenance = collect(" ".join(["leanmoe", *sys.argv[1:]]), settings.seed).to_json()
+    record_of = {
+        "settings": asdict(settings),
+        "criterion": {"title": wanted.title, "source": wanted.source},
+        "calibration_tokens": tokens,
+        "protected": [list(pair) for pair in protected],
+        "provenance": provenance,
+    }
+    before = int(shape.total_parameters() * shape.weight_bytes)
+    after = before - int((shape.experts - count) * len(kept) * shape.expert_bytes)
+    if source is None:
+        write_json(output / PLAN_FILE, as_plan(kept, shape, record_of).to_json())
+        return Pruned(output / PLAN_FILE, shape, kept, protected, before, before)
+    with bar("Writing shards", len(source.shards), "shards") as advance:
+        write_pruned(source, kept, output, record_of, advance)
+    before = sum(source.bytes.values())
+    after = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    return Pruned(output, shape, kept, protected, before, after)
+
+
+def checkpoint_folder(name: str) -> Path:
+    """The folder of a checkpoint's files: local, the one that ships, or fetched from the hub."""
+    if name == REFERENCE:
+        from leanmoe.reference import path
+
+        return path()
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=files, local_files_only=True))
+    except LocalEntryNotFoundError:
+        print(f"leanmoe: fetching {name} from the Hugging Face Hub", file=sys.stderr)
+    except Exception as error:
+        raise LeanMoeError(f"model {name} is no local folder: {error}") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # not found, gated, no network: the client raises many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LeanMoeError(f"model {name} could not be fetched: {reason}") from error
+
+
+def _rank(
+    settings: PruneSettings, wanted: Criterion, shape: MoEShape, count: int
+) -> tuple[Scores, tuple[tuple[int, int], ...], int]:
+    """Scores [L,E], the experts with extreme outputs, and the tokens that were read."""
+    layers = len(shape.moe_layers)
+    if not wanted.needs_text:
+        return place_scores(wanted, layers, shape.experts, settings.seed), (), 0
+    corpus = read_corpus(settings.text)
+    quiet()
+    calibration, _ = split(corpus.documents, 0.5, settings.seed)
+    model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
+    windows = cut(calibration, tokenizer, tokens=settings.tokens, seed=settings.seed)
+    seen = observe(model, windows)
+    protected = tuple(seen.super_experts())
+    if wanted.by_statistics is not None:
+        return wanted.by_statistics(seen), protected, seen.tokens
+    return output_errors(model, windows, count), protected, seen.tokens
+
+
+def observe(model: Any, windows: Windows) -> ExpertStatistics:
+    """What the experts of a model do on the windows, padding left out."""
+    with watch(model) as watching:
+        batches = hidden_of(model, windows, "Watching experts")
+        pending = iter(windows.batches())
+        watching.real_T = next(pending).mask_NL.reshape(-1)
+        for _ in batches:
+            following = next(pending, None)
+            watching.real_T = None if following is None else following.mask_NL.reshape(-1)
+    return watching.result()
+
+
+def output_errors(model: Any, windows: Windows, least: int) -> Scores:
+    """Scores [L,E] by `output_error` on a sample of the windows' tokens."""
+    shape, layers = shape_of(model), find_layers(model)
+    hidden: dict[int, Tensor] = {}
+    logits: dict[int, Tensor] = {}
+    hooks = [
+        layer.experts.register_forward_hook(
+            lambda _m, inputs, _o, n=layer.number: hidden.__setitem__(n, inputs[0])
+        )
+        for layer in layers
+    ]
+    try:
+        with record(model, logits.__setitem__):
+            batch, _ = next(hidden_of(model, windows, "Sampling tokens"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    real = batch.mask_NL.reshape(-1).nonzero().flatten()
+    draw = torch.Generator().manual_seed(windows.seed)
+    chosen = real[torch.randperm(len(real), generator=draw)[:SAMPLE_TOKENS]]
+    with bar("Removing experts", len(layers) * (shape.experts - least), "experts") as advance:
+        found = [
+            removal_order(
+                layer,
+                shape.router,
+                shape.top_k,
+                hidden[layer.number][chosen],
+                logits[layer.number][chosen],
+                least,
+                advance,
+            )
+            for layer in layers
+        ]
+    return np.stack(found)
+
+
+def criteria_table() -> list[tuple[str, str, str]]:
+    """Name, title and source of every criterion."""
+    return [(found.name, found.title, found.source) for found in CRITERIA.values()]

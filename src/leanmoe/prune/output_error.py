@@ -1,0 +1,88 @@
+"""Experts by how much a layer's output changes without them, greedily (NAEE, arXiv 2402.14800).
+
+NAEE tries every subset of Mixtral's 8 experts; with 64 or 256 that is not possible. Here the one
+goes whose loss changes the layer's output on calibration tokens least, then the next.
+
+Letters: T tokens, K slots a token, E experts, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leanmoe.plan import Rule
+from leanmoe.routers import Router
+from leanmoe.runtime.experts import all_outputs
+from leanmoe.runtime.layers import MoELayer
+from leanmoe.runtime.routing import fast_route
+
+SAMPLE_TOKENS = 256
+
+
+@torch.inference_mode()
+def removal_order(
+    layer: MoELayer,
+    router: Router,
+    top_k: int,
+    hidden_TD: Tensor,
+    logits_TE: Tensor,
+    least: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> NDArray[np.float64]:
+    """Scores [E]: the later an expert goes, the higher; the last `least` are not told apart."""
+    bias_E = layer.ranking_bias(router)
+    outputs_TED = all_outputs(layer.experts, hidden_TD).float()
+    state = _Layer(outputs_TED, logits_TE, router, top_k, bias_E)
+    scores_E = np.full(logits_TE.shape[1], float(logits_TE.shape[1]))
+    kept = list(range(logits_TE.shape[1]))
+    for step in range(len(kept) - least):
+        gone = min(kept, key=lambda expert: (state.error_without(expert, kept), expert))
+        kept.remove(gone)
+        state.settle(kept)
+        scores_E[gone] = step
+        progress(1)
+    return scores_E
+
+
+class _Layer:
+    """A layer's output on the sample with the experts that are left, and how far it is off."""
+
+    def __init__(
+        self, outputs_TED: Tensor, logits_TE: Tensor, router: Router, top_k: int, bias_E: Any
+    ) -> None:
+        self._outputs, self._logits, self._bias = outputs_TED, logits_TE, bias_E
+        self._router, self._top_k = router, top_k
+        everyone = torch.arange(len(logits_TE))
+        self._ids, self._full = self._run(everyone, None)
+        self._error_T = torch.zeros(len(logits_TE))
+
+    def error_without(self, expert: int, kept: list[int]) -> float:
+        """Squared error of the layer's output if one more goes; only its tokens change."""
+        rows = (self._ids == expert).any(dim=-1).nonzero().flatten()
+        if not len(rows):
+            return float(self._error_T.sum())
+        _, out = self._run(rows, [other for other in kept if other != expert])
+        changed = (out - self._full[rows]).square().sum(dim=-1)
+        return float(self._error_T.sum() - self._error_T[rows].sum() + changed.sum())
+
+    def settle(self, kept: list[int]) -> None:
+        """Goes on from these experts."""
+        everyone = torch.arange(len(self._logits))
+        self._ids, out = self._run(everyone, kept)
+        self._error_T = (out - self._full).square().sum(dim=-1)
+
+    def _run(self, rows: Tensor, kept: list[int] | None) -> tuple[Tensor, Tensor]:
+        rule = Rule(experts=None if kept is None else tuple(kept))
+        routing = fast_route(self._logits[rows], self._router, self._top_k, rule, self._bias)
+        experts = self._logits.shape[1]
+        used = routing.ids_STK < experts
+        ids = routing.ids_STK.clamp(max=experts - 1)
+        parts_TKD = self._outputs[rows[:, None], ids]
+        weights_TK = routing.weights_STK.float() * used
+        return routing.ids_STK, torch.einsum("tkd,tk->td", parts_TKD, weights_TK)
