@@ -1,8 +1,20 @@
 """The one error that leanmoe raises for anything a user can put right."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class LeanMoeError(Exception):
     """Names the thing that is wrong, its value, and what is allowed, in one line.
 
     The command line prints the message alone and exits with status 1; `--debug` adds the traceback.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
+    """ "did you mean ...? " with the known names near an unknown one; nothing where none is."""
+    import difflib  # only where something is wrong
+
+    near = difflib.get_close_matches(name, list(known), n=most)
+    return f"did you mean {', '.join(near)}? " if near else ""

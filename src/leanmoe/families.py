@@ -6,14 +6,13 @@ Needs no torch.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from leanmoe.config import Settings
-from leanmoe.errors import LeanMoeError
+from leanmoe.errors import LeanMoeError, did_you_mean
 from leanmoe.mixers import (
     Mixer,
     attention,
@@ -86,8 +85,7 @@ def family_of(model_type: object) -> Family:
         return FAMILIES[model_type]
     if model_type is None:
         raise LeanMoeError("config.json has no model_type: it is not a model's config")
-    near = difflib.get_close_matches(str(model_type), FAMILIES, n=3)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
+    hint = did_you_mean(str(model_type), FAMILIES)
     raise LeanMoeError(
         f"model_type {model_type!r} is not a known mixture-of-experts family: {hint}"
         f"known are {', '.join(sorted(FAMILIES))}"

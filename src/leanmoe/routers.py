@@ -45,6 +45,11 @@ class Router:
     score_dtype: ScoreDtype = "float32"
     """Whether scores are computed in float32 or in whatever dtype the logits have."""
 
+    @property
+    def limits_groups(self) -> bool:
+        """Whether a token may use the experts of some groups only."""
+        return self.groups_used < self.groups
+
 
 def routing(
     base: Router,

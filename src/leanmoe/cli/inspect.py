@@ -60,7 +60,7 @@ def inspect(
     console.print("A decode step by its tokens, and the ideal gain at lower k", style="bold")
     console.print(_table(shape, steps))
     note = NOTE.format(ridge=TOKENS_AT_THE_RIDGE)
-    limited = shape.router.groups_used < shape.router.groups
+    limited = shape.router.limits_groups
     console.print(note + GROUPS_NOTE if limited else note, style="dim")
     if shape.not_runnable is not None:
         console.print(f"No plan can run on {shape.model_type}: {shape.not_runnable}.")
@@ -143,7 +143,7 @@ def _summary(name: str, shape: MoEShape) -> Table:
     experts = f"{shape.experts} a layer, {shape.top_k} a token"
     if shape.shared_experts:
         experts += f", {shape.shared_experts} shared"
-    if router.groups_used < router.groups:
+    if router.limits_groups:
         experts += f"; from {router.groups_used} of {router.groups} groups"
     lines = {
         "model": f"{name} ({shape.architecture}, {shape.model_type})",

@@ -118,11 +118,10 @@ def _constants(router: Router, rule: Rule, experts: int) -> _Constants:
     if rule.experts is not None:
         allowed = np.zeros(experts, np.uint8)
         allowed[list(rule.experts)] = 1
-    limits = router.groups > 1 and router.groups_used < router.groups
     flags = (
         ("softmax", "sigmoid", "softmax_after_top_k").index(router.scoring),
         int(router.normalise),
-        router.groups if limits else 1,
+        router.groups if router.limits_groups else 1,
         router.groups_used,
         int(router.group_score == "max"),
         rule.guaranteed or 0,

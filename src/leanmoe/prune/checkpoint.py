@@ -23,7 +23,7 @@ from torch import Tensor
 
 from leanmoe.config import FILE, NAMES, TEXT_PARTS
 from leanmoe.errors import LeanMoeError
-from leanmoe.prune.choose import Kept, check_count
+from leanmoe.prune.choose import Kept, check_count, groups_of
 from leanmoe.prune.names import Part, check_parts, expert_parts, renumbered
 from leanmoe.shape import MoEShape, read_shape
 from leanmoe.storage import read_json, write_json, write_with
@@ -197,7 +197,7 @@ def _check_kept(kept: Kept, shape: MoEShape) -> None:
             "number for all layers; write a plan instead"
         )
     check_count(counts[0], shape)
-    groups = shape.router.groups if shape.router.groups_used < shape.router.groups else 1
+    groups = groups_of(shape)
     size = shape.experts // groups
     for layer, experts in enumerate(kept):
         each = [sum(e // size == g for e in experts) for g in range(groups)]

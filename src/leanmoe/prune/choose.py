@@ -29,7 +29,7 @@ def kept_count(text: str, shape: MoEShape) -> int:
         raise LeanMoeError(
             f"keep is {text!r}: it must be a share like 75% or a number of experts"
         ) from error
-    groups = _groups(shape)
+    groups = groups_of(shape)
     is_possible = 0 < wanted <= shape.experts
     kept = int(wanted / groups + 1e-9) * groups if is_possible else 0
     if not kept:
@@ -40,7 +40,7 @@ def kept_count(text: str, shape: MoEShape) -> int:
 
 def check_count(kept: int, shape: MoEShape) -> None:
     """Raises LeanMoeError unless stock engines can run the model with so many experts a layer."""
-    groups, used = _groups(shape), shape.router.groups_used
+    groups, used = groups_of(shape), shape.router.groups_used
     if kept % groups:
         raise LeanMoeError(f"{kept} experts do not divide into the router's {groups} groups")
     usable = kept if groups == 1 else kept // groups * used
@@ -68,7 +68,7 @@ def best_experts(
     `protected` are pairs of layer and expert that stay whatever their score. Equal scores: the
     lower id. Raises LeanMoeError where more are protected than may remain.
     """
-    groups = _groups(shape)
+    groups = groups_of(shape)
     size, each = shape.experts // groups, kept // groups
     scores_LE = scores_LE.astype(np.float64, copy=True)
     for layer, expert in protected:
@@ -96,6 +96,6 @@ def as_plan(kept: Kept, shape: MoEShape, provenance: dict[str, object] | None = 
     return Plan(plan.model, plan.bands, provenance=provenance or {})
 
 
-def _groups(shape: MoEShape) -> int:
-    router = shape.router
-    return router.groups if router.groups_used < router.groups else 1
+def groups_of(shape: MoEShape) -> int:
+    """Groups that each keep as many experts; 1 where the router does not choose among groups."""
+    return shape.router.groups if shape.router.limits_groups else 1

@@ -5,14 +5,13 @@ Letters: L MoE layers, E experts.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.errors import LeanMoeError, did_you_mean
 from leanmoe.prune.statistics import ExpertStatistics
 
 Scores = NDArray[np.float64]
@@ -41,8 +40,7 @@ def criterion(name: str) -> Criterion:
     """The criterion of that name; raises LeanMoeError, naming near ones, for an unknown one."""
     if name in CRITERIA:
         return CRITERIA[name]
-    near = difflib.get_close_matches(name, CRITERIA, n=3)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
+    hint = did_you_mean(name, CRITERIA)
     raise LeanMoeError(f"criterion {name!r} is not known: {hint}known are {', '.join(CRITERIA)}")
 
 

@@ -14,7 +14,7 @@ from leanmoe.plan import Rule
 from leanmoe.routers import Router
 from leanmoe.routing.company import budgeted_experts, guaranteed_experts
 from leanmoe.routing.ranking import NOT_USABLE, is_usable, order_keys, put_first
-from leanmoe.routing.scores import NEVER, Scores, limits_groups, score
+from leanmoe.routing.scores import NEVER, Scores, score
 from leanmoe.routing.select import wanted
 from leanmoe.routing.weights import votes, weigh
 
@@ -124,7 +124,7 @@ def _best(
 
 def _all_usable(slots: int, experts: int, rule: Rule, router: Router) -> bool:
     """Whether every token is sure to find `slots` experts that it may use."""
-    if limits_groups(router):
+    if router.limits_groups:
         return rule.experts is None and slots <= experts // router.groups * router.groups_used
     return slots <= (experts if rule.experts is None else len(rule.experts))
 

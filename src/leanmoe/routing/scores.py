@@ -56,7 +56,7 @@ def score(
     if experts is not None:
         pruned_E = _pruned(experts, logits_STE.shape[-1], logits_STE.device)
         ranking = ranking.masked_fill(pruned_E, NEVER)
-    if limits_groups(router):
+    if router.limits_groups:
         ranking = _limit_groups(ranking, router, experts is not None)
     return Scores(gates, ranking)
 
@@ -64,11 +64,6 @@ def score(
 def score_dtype(router: Router, logits_STE: Tensor) -> torch.dtype:
     """The dtype in which the family computes its scores."""
     return torch.float32 if router.score_dtype == "float32" else logits_STE.dtype
-
-
-def limits_groups(router: Router) -> bool:
-    """Whether a token may use the experts of some groups only."""
-    return router.groups > 1 and router.groups_used < router.groups
 
 
 def check_logits(logits_STE: Tensor, where: str, padding_ST: Tensor | None = None) -> None:

@@ -96,12 +96,11 @@ def _or(share: float | None) -> float:
 
 def _whole_numbers(router: Router, rule: Rule, top_k: int, block_rows: int) -> list[int]:
     """What a router and a rule come to in whole numbers, as the op takes them."""
-    limits = router.groups > 1 and router.groups_used < router.groups
     return [
         SCORINGS.index(router.scoring),
         router.normalise,
-        router.groups if limits else 1,
-        router.groups_used if limits else 1,
+        router.groups if router.limits_groups else 1,
+        router.groups_used if router.limits_groups else 1,
         router.group_score == "max",
         top_k if rule.top_k is None else rule.top_k,
         top_k if rule.keep_weights else 0,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.errors import LeanMoeError, did_you_mean
 from leanmoe.plan import Fingerprint, Rule
 from leanmoe.tune.sensitivity import Sensitivity
 
@@ -58,8 +57,7 @@ def strategy(name: str) -> Strategy:
     """The strategy of that name; raises LeanMoeError, naming near ones, for an unknown one."""
     if name in STRATEGIES:
         return STRATEGIES[name]
-    near = difflib.get_close_matches(name, STRATEGIES, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(name, STRATEGIES, most=1)
     raise LeanMoeError(f"strategy is {name!r}: {hint}known are auto, {', '.join(STRATEGIES)}")
 
 
