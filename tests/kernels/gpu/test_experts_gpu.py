@@ -28,6 +28,7 @@ LEFT, RIGHT = Tile(16, 32, 4, 2), Tile(32, 16, 4, 2, 2, weights_left=False)
 COPIED, COPIED_RIGHT = replace(LEFT, described=True), replace(RIGHT, described=True)
 WAYS = {
     "direct": ExpertsConfig(16, 0, True, LEFT, RIGHT),
+    "joined": ExpertsConfig(16, 0, True, LEFT, Tile(8, 16), is_joined=True),
     "direct, weights right": ExpertsConfig(16, 0, True, RIGHT, LEFT),
     "listed": ExpertsConfig(16, 0, False, RIGHT, LEFT),
     "listed with a tail": ExpertsConfig(16, 16, False, LEFT, RIGHT),
@@ -175,6 +176,7 @@ def spread(scale: Tensor | None, shape: torch.Size) -> Tensor:
 WIDE = Tile(64, 64, 4, 2)
 WAYS_FP8 = {
     "direct": ExpertsConfig(16, 0, True, WIDE, LEFT),
+    "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True),
     "listed": ExpertsConfig(16, 0, False, replace(WIDE, weights_left=False), RIGHT),
     "listed with a long tail, described": ExpertsConfig(
         16, 32, False, replace(WIDE, described=True), COPIED

@@ -45,6 +45,9 @@ class ExpertsConfig:
     down: Tile = Tile()
     overlap: bool = True
     """Whether a program starts while the one before is ending, and waits for it inside."""
+    is_joined: bool = False
+    """The second product's programs each add up a token's slots, without the matrix unit; for one
+    token or a few, and only where `is_direct`. Of `down`, columns, depth and warps count."""
 
     @property
     def block_rows(self) -> int:
@@ -65,14 +68,21 @@ class ExpertsConfig:
         for name, number in (("rows", config.rows), ("tail", config.tail)):
             if number < 0 or number & (number - 1) or (name == "rows" and number < 16):
                 raise LeanMoeError(f"{where}.{name} is {number}: it must be a power of two")
+        if config.is_joined and not config.is_direct:
+            raise LeanMoeError(f"{where}.is_joined is true: is_direct must then be true, too")
         for name, tile in (("gate_up", config.gate_up), ("down", config.down)):
-            for size in ("columns", "depth", "warps"):
-                number = getattr(tile, size)
-                if number < 1 or number & (number - 1):
-                    raise LeanMoeError(
-                        f"{where}.{name}.{size} is {number}: it must be a power of two"
-                    )
+            _check_tile(tile, f"{where}.{name}")
         return config
+
+
+def _check_tile(tile: Tile, where: str) -> None:
+    for size in ("columns", "depth", "warps"):
+        number = getattr(tile, size)
+        if number < 1 or number & (number - 1):
+            raise LeanMoeError(f"{where}.{size} is {number}: it must be a power of two")
+    for count in ("stages", "group"):
+        if getattr(tile, count) < 1:
+            raise LeanMoeError(f"{where}.{count} is {getattr(tile, count)}: it must be 1 or more")
 
 
 def _record(kind: type, value: Any, where: str) -> dict[str, Any]:

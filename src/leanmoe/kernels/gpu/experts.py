@@ -108,11 +108,17 @@ def _check_config(
             f"experts config is direct with {config.rows} rows for {tokens} tokens: "
             f"rows must be at least the tokens, which may be {MOST_DIRECT_TOKENS} at most"
         )
-    columns, depths = config.gate_up.columns, (config.gate_up.depth, config.down.depth)
-    if is_scaled and (max(depths) > SCALE_BLOCK or depths[1] > columns):
+    columns, depths = config.gate_up.columns, [config.gate_up.depth]
+    if config.is_joined and is_scaled and config.down.columns > SCALE_BLOCK:
         raise LeanMoeError(
-            f"experts config for fp8 reads {depths} columns a step: at most {SCALE_BLOCK} have one "
-            f"scale, and in the second product no more than the first's {columns} columns"
+            f"experts config for fp8 joins {config.down.columns} columns: at most {SCALE_BLOCK}"
+        )
+    if not config.is_joined:  # there each value has its own scale at hand
+        depths.append(config.down.depth)
+    if is_scaled and (max(depths) > SCALE_BLOCK or depths[-1] > columns):
+        raise LeanMoeError(
+            f"experts config for fp8 reads {tuple(depths)} columns a step: at most {SCALE_BLOCK} "
+            f"have one scale, and in the second product no more than the first's {columns} columns"
         )
     if work is not None and work.block_rows != config.block_rows:
         raise LeanMoeError(
@@ -127,13 +133,14 @@ def _numbers(config: ExpertsConfig) -> list[int]:
         for t in (config.gate_up, config.down)
         for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left, t.described)
     ]
-    return [config.rows, config.tail, config.is_direct, config.overlap, *tiles]
+    ways = (config.is_direct, config.overlap, config.is_joined)
+    return [config.rows, config.tail, *ways, *tiles]
 
 
 def _config(numbers: list[int]) -> ExpertsConfig:
-    rows, tail, direct, overlap, *rest = numbers
+    rows, tail, direct, overlap, joined, *rest = numbers
     first, second = (_tile(t) for t in (rest[: len(rest) // 2], rest[len(rest) // 2 :]))
-    return ExpertsConfig(rows, tail, bool(direct), first, second, bool(overlap))
+    return ExpertsConfig(rows, tail, bool(direct), first, second, bool(overlap), bool(joined))
 
 
 def _tile(numbers: list[int]) -> Tile:

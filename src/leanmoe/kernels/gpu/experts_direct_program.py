@@ -124,3 +124,71 @@ def _add_slots(
     inside = (r < tokens)[:, None] & (d < D)[None, :]
     at = out_ptr + r[:, None] * D + d[None, :]
     tl.store(at, total_RC.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _slots_weights(
+    w_ptr, expert_S, is_used_S, d, start, D: tl.constexpr, M: tl.constexpr,
+    STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(C,S,K) of the second product: rows `d` of each slot's, `BLOCK_K` columns from `start` on.
+
+    Columns first: Triton spreads warps over the first axis, so that slots are added in a thread.
+    """
+    m = start + tl.arange(0, BLOCK_K)
+    expert_1S1 = (expert_S.to(tl.int64) * (D * M))[None, :, None]
+    at = w_ptr + expert_1S1 + d[:, None, None] * STRIDE_C + m[None, None, :] * STRIDE_K
+    inside = is_used_S[None, :, None] & (d < D)[:, None, None] & (m < M)[None, None, :]
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def down_joined(
+    act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, gates_ptr, ids_ptr, out_ptr, tokens,
+    E: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr, X_BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A tile of one token's output, all its slots: no parts to write, no other program to await.
+
+    Without the matrix unit, which one row would leave idle. Each step's weights are asked for a
+    step ahead, the first step's before the first product has ended: they need nothing from it.
+    """
+    token, tile = (tl.program_id(0) % tokens).to(tl.int64), tl.program_id(0) // tokens
+    s, d = tl.arange(0, SLOTS), tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    expert_S = tl.load(ids_ptr + token * K + s, mask=s < K, other=E)
+    is_used_S = expert_S < E
+    # An expert that a token names twice was computed at the first of the two.
+    same_SS = expert_S[:, None] == expert_S[None, :]
+    row_S = token * K + tl.min(tl.where(same_SS, s[None, :], SLOTS), axis=1)
+    gate_S = tl.load(gates_ptr + token * K + s, mask=is_used_S, other=0.0).to(tl.float32)
+    weights = _slots_weights(w_ptr, expert_S, is_used_S, d, 0, D, M, STRIDE_C, STRIDE_K, BLOCK_K)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    acc_CK = tl.zeros((BLOCK_C, BLOCK_K), dtype=tl.float32)
+    for start in range(0, M, BLOCK_K):
+        m = start + tl.arange(0, BLOCK_K)
+        inside_SK = is_used_S[:, None] & (m < M)[None, :]
+        x_SK = tl.load(act_ptr + row_S[:, None] * M + m[None, :], mask=inside_SK, other=0.0)
+        x_SK = x_SK.to(tl.float32) * gate_S[:, None]
+        if SCALED:
+            TILES: tl.constexpr = (M + X_BLOCK - 1) // X_BLOCK
+            BLOCKS: tl.constexpr = (M + 127) // 128
+            own = expert_S.to(tl.int64) * ((D + 127) // 128) + tile * BLOCK_C // 128
+            at = act_scale_ptr + row_S[:, None] * TILES + (m // X_BLOCK)[None, :]
+            x_SK *= tl.load(at, mask=inside_SK, other=0.0)
+            at = scale_ptr + (own * BLOCKS)[:, None] + (m // 128)[None, :]
+            x_SK *= tl.load(at, mask=inside_SK, other=0.0)
+        ahead = _slots_weights(
+            w_ptr, expert_S, is_used_S, d, start + BLOCK_K, D, M, STRIDE_C, STRIDE_K, BLOCK_K
+        )
+        acc_CK += tl.sum(weights.to(tl.float32) * x_SK[None, :, :], axis=1)
+        weights = ahead
+    total_C = tl.sum(acc_CK, axis=1)
+    if HAS_BIAS:
+        at = bias_ptr + (expert_S.to(tl.int64) * D)[:, None] + d[None, :]
+        bias_SC = tl.load(at, mask=is_used_S[:, None] & (d < D)[None, :], other=0.0)
+        total_C += tl.sum(bias_SC.to(tl.float32) * gate_S[:, None], axis=0)
+    tl.store(out_ptr + token * D + d, total_C.to(out_ptr.dtype.element_ty), mask=d < D)

@@ -42,6 +42,7 @@ def settle_keys() -> None:
     for program in (
         experts_direct_program.gate_up_direct,
         experts_direct_program.down_direct,
+        experts_direct_program.down_joined,
         experts_program.gate_up_listed,
         experts_program.down_listed,
         experts_program.add_slots,
@@ -168,12 +169,18 @@ class ExpertsCall:
             self.run(gate_up_listed, grid, *pointers, *work, *ends, **self._up_options)
 
     def second_product(self, *work: Tensor) -> None:
-        """Fills in `part`, and where it runs direct also `out`."""
+        """Fills in `part`, and where it runs direct also `out`; joined, `out` alone."""
         tiles = -(-self.width // self.config.down.columns)
         weights = _described(self.down, self.config.down, self._down_options)
         inputs = (self.act, self._act_scale, weights, *self._down_extras)
         pointers = (*inputs, self.part, self.gates)
-        if self.config.is_direct:
+        if self.config.is_joined:
+            from leanmoe.kernels.gpu.experts_direct_program import down_joined
+
+            grid = (self.tokens * tiles,)
+            last = (self.gates, self.ids, self.out, self.tokens)
+            self.run(down_joined, grid, *inputs, *last, **self._joined_options())
+        elif self.config.is_direct:
             from leanmoe.kernels.gpu.experts_direct_program import down_direct
 
             arrived = zeros_for("experts", tiles, self.hidden.device)
@@ -186,6 +193,11 @@ class ExpertsCall:
             most = work[1].shape[1]
             grid = (most * tiles,)
             self.run(down_listed, grid, *pointers, *work, most, **self._down_options)
+
+    def _joined_options(self) -> dict[str, Any]:
+        """Those of the second product that its joined way has."""
+        others = ("ROWS", "WIDEN", "SWAP", "DESCRIBED", "num_stages")
+        return {name: o for name, o in self._down_options.items() if name not in others}
 
     def sum_slots(self) -> None:
         """Fills in `out` from `part`."""

@@ -7,6 +7,7 @@ for some shape, and no more, since each is compiled and timed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -53,13 +54,32 @@ FP8_SECOND = (
     (128, 128, 8, 4),
     (256, 128, 8, 3),
 )
+MOST_JOINED_TOKENS = 4
+"""Above, tokens have experts in common, whose weights the joined way would read for each."""
+JOINED = (
+    (4, 256, 4),
+    (4, 512, 4),
+    (4, 512, 8),
+    (8, 128, 4),
+    (8, 256, 4),
+    (8, 256, 8),
+    (8, 512, 8),
+    (16, 128, 4),
+    (16, 128, 8),
+    (32, 64, 8),
+)
+"""Columns, depth and warps of the second product where it adds up the slots: eight experts' tiles
+are held in registers, twice."""
 
 
 def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
     """Rows of a block, and whether there is a work list; tiles come from `tiles`."""
     found = []
     if tokens <= MOST_DIRECT_TOKENS:
-        found.append(ExpertsConfig(max(16, power_of_two(tokens)), 0, True))
+        direct = ExpertsConfig(max(16, power_of_two(tokens)), 0, True)
+        found.append(direct)
+        if tokens <= MOST_JOINED_TOKENS:
+            found.append(replace(direct, is_joined=True))
     mean = tokens * shape.slots / shape.experts
     if tokens > 4 and mean <= 24:
         found += [ExpertsConfig(rows, 0, False) for rows in (16, 32) if rows <= max(16, 8 * mean)]
@@ -74,6 +94,9 @@ def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
 
 def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
     """Tiles worth a try for one product under a way of cutting rows."""
+    if way.is_joined and not is_first:
+        yield from (Tile(columns, depth, warps, 1) for columns, depth, warps in JOINED)
+        return
     each = getattr(torch, shape.dtype).itemsize
     rows = way.rows + way.tail
     few = rows <= FEW_ROWS

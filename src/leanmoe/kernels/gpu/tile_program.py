@@ -105,7 +105,8 @@ def _product(
 ):  # fmt: skip
     """x (R, WIDTH) times the transposed weights, float32 (R,C); and as much for the tail's rows.
 
-    The tail shares the tile of weights: a block of 128 + 32 rows costs no second reading.
+    The tail shares the tile of weights: a block of 128 + 32 rows costs no second reading. It always
+    has the weights on the left: the warp group's matrix unit wants 64 rows or more there.
     """
     k = tl.arange(0, BLOCK_K)
     x_at = x_ptr + x_rows[:, None] * WIDTH + k[None, :]
@@ -113,7 +114,7 @@ def _product(
     w_at = w_ptr + columns[:, None] * STRIDE_C + k[None, :] * STRIDE_K
     TAIL_SIZE: tl.constexpr = TAIL if TAIL > 0 else 16
     acc = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), dtype=tl.float32)
-    tail = tl.zeros((COLUMNS, TAIL_SIZE) if SWAP else (TAIL_SIZE, COLUMNS), dtype=tl.float32)
+    tail = tl.zeros((COLUMNS, TAIL_SIZE), dtype=tl.float32)
     if SCALED:
         scale_at = scale_ptr + (columns // SCALE_BLOCK) * SCALE_STRIDE
         scale_C = tl.load(scale_at, mask=is_column, other=0.0)
@@ -133,17 +134,17 @@ def _product(
             tail_RK = _load_tile(tail_at, is_tail, start + k, WIDTH, BLOCK_K)
             if SCALED:
                 tail_scale = _row_scales(x_scale_ptr, tail_rows, is_tail, start, WIDTH, X_BLOCK)
-                tail += _scaled(_tile_dot(w_CK, tail_RK, SWAP, WIDEN), scale_C, tail_scale, SWAP)
+                tail += _scaled(_tile_dot(w_CK, tail_RK, True, WIDEN), scale_C, tail_scale, True)
             else:
-                tail += _tile_dot(w_CK, tail_RK, SWAP, WIDEN)
+                tail += _tile_dot(w_CK, tail_RK, True, WIDEN)
             tail_at += BLOCK_K
         if SCALED:
             scale_C, scale_R = next_scale_C, next_scale_R
         x_at += BLOCK_K
         w_at += BLOCK_K * STRIDE_K
     if SWAP:
-        acc, tail = tl.trans(acc), tl.trans(tail)
-    return acc, tail
+        acc = tl.trans(acc)
+    return acc, tl.trans(tail)
 
 
 @triton.jit
@@ -166,8 +167,8 @@ def _described(
     TAIL_SIZE: tl.constexpr = TAIL if TAIL > 0 else 16
     one = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), dtype=tl.float32)
     two = tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), dtype=tl.float32)
-    one_tail = tl.zeros((COLUMNS, TAIL_SIZE) if SWAP else (TAIL_SIZE, COLUMNS), dtype=tl.float32)
-    two_tail = tl.zeros((COLUMNS, TAIL_SIZE) if SWAP else (TAIL_SIZE, COLUMNS), dtype=tl.float32)
+    one_tail = tl.zeros((COLUMNS, TAIL_SIZE), dtype=tl.float32)
+    two_tail = tl.zeros((COLUMNS, TAIL_SIZE), dtype=tl.float32)
     one_at = scale_ptr + (first + c) // SCALE_BLOCK * SCALE_STRIDE
     two_at = scale_ptr + (second + c) // SCALE_BLOCK * SCALE_STRIDE
     for start in range(0, WIDTH, BLOCK_K):
@@ -186,24 +187,23 @@ def _described(
                 two += _scaled(_tile_dot(two_CK, x_RK, SWAP, WIDEN), two_C, scale_R, SWAP)
             if TAIL > 0:
                 tail_R = _row_scales(x_scale_ptr, tail_rows, is_tail, start, WIDTH, X_BLOCK)
-                one_tail += _scaled(_tile_dot(one_CK, tail_RK, SWAP, WIDEN), one_C, tail_R, SWAP)
+                one_tail += _scaled(_tile_dot(one_CK, tail_RK, True, WIDEN), one_C, tail_R, True)
                 if PAIR:
-                    found = _tile_dot(two_CK, tail_RK, SWAP, WIDEN)
-                    two_tail += _scaled(found, two_C, tail_R, SWAP)
+                    found = _tile_dot(two_CK, tail_RK, True, WIDEN)
+                    two_tail += _scaled(found, two_C, tail_R, True)
         else:
             one += _tile_dot(one_CK, x_RK, SWAP, WIDEN)
             if PAIR:
                 two += _tile_dot(two_CK, x_RK, SWAP, WIDEN)
             if TAIL > 0:
-                one_tail += _tile_dot(one_CK, tail_RK, SWAP, WIDEN)
+                one_tail += _tile_dot(one_CK, tail_RK, True, WIDEN)
                 if PAIR:
-                    two_tail += _tile_dot(two_CK, tail_RK, SWAP, WIDEN)
+                    two_tail += _tile_dot(two_CK, tail_RK, True, WIDEN)
         x_at += BLOCK_K
         tail_at += BLOCK_K
     if SWAP:
         one, two = tl.trans(one), tl.trans(two)
-        one_tail, two_tail = tl.trans(one_tail), tl.trans(two_tail)
-    return one, two, one_tail, two_tail
+    return one, two, tl.trans(one_tail), tl.trans(two_tail)
 
 
 @triton.jit
