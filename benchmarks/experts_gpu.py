@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_peers import MOST_GATHERED, STOCK, Inputs, Stock, Vllm, torch_grouped
 
 from leanmoe import provenance
-from leanmoe.kernels import ExpertWeights, experts_gpu, route_gpu
+from leanmoe.kernels import ExpertWeights, experts_gpu, experts_reference, route_gpu
 from leanmoe.kernels.gpu.timing import Captured
 from leanmoe.kernels.gpu.tune import random_weights
 from leanmoe.kernels.gpu.tuned import Shape, config_for
@@ -66,6 +66,8 @@ ROUTERS = {
     "softmax": Router(normalise=True),
 }
 ROUTE_TOKENS = (1, 8, 32, 128, 512, 16384)
+EXACT_TOKENS = 2
+"""Errors are those of so many tokens: each expert is made float64 for them."""
 ROUNDS = 15
 DEVICE = "cuda"
 
@@ -98,48 +100,36 @@ def timed(calls: dict[str, list[Callable[[], object]]]) -> dict[str, list[float]
     return found
 
 
-def draw(shape: Shape, tokens: int, rule: Rule, seed: int) -> Inputs:
-    """Random hidden states, routed by random logits under the rule."""
+def draw(shape: Shape, tokens: int, rule: Rule, seed: int, asleep: Tensor | None = None) -> Inputs:
+    """Random hidden states, routed by random logits under the rule, to experts not `asleep`."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     dtype = torch.bfloat16
     hidden_TD = torch.randn(tokens, shape.hidden, generator=generator, device=DEVICE).to(dtype)
     logits_TE = torch.randn(tokens, shape.experts, generator=generator, device=DEVICE)
+    if asleep is not None:
+        logits_TE[:, asleep[asleep < shape.experts]] = -1e4
     routed = route_gpu(logits_TE, Router(normalise=True), shape.slots, rule)
     return hidden_TD, routed.ids_TK, routed.weights_TK
 
 
-def sets_for(tokens: int) -> int:
-    """So many inputs a graph: what is read once cannot lie in a cache when it is read again."""
-    return 4 if tokens <= 32 else 2 if tokens <= 512 else 1
+def draw_all(shape: Shape, tokens: int, rule: Rule) -> list[Inputs]:
+    """The inputs of one graph: many where calls are short, as layers follow each other in a step.
 
-
-def in_float64(inputs: Inputs, weights: ExpertWeights, tokens: int = 2) -> Tensor:
-    """The definition, slot by slot, for the first tokens."""
-    hidden_TD, ids_TK, gates_TK = inputs
-    out = torch.zeros(min(tokens, len(hidden_TD)), weights.hidden, dtype=torch.float64)
-    for token in range(len(out)):
-        for expert, gate in zip(ids_TK[token].tolist(), gates_TK[token].tolist(), strict=True):
-            if expert < weights.experts:
-                pair = [_dense(weights, name, expert) for name in ("gate_up", "down")]
-                act = weights.activated((pair[0] @ hidden_TD[token].double())[None])[0]
-                out[token] += (gate * (pair[1] @ act)).cpu()
-    return out
-
-
-def _dense(weights: ExpertWeights, name: str, expert: int) -> Tensor:
-    matrix = getattr(weights, name)[expert].double()
-    scale = getattr(weights, f"{name}_scale")
-    if scale is None:
-        return matrix
-    whole = scale[expert].double().repeat_interleave(128, 0).repeat_interleave(128, 1)
-    return matrix * whole[: matrix.shape[0], : matrix.shape[1]]
+    Where few experts are awake the next call wakes others, so that none can lie in the L2 cache.
+    """
+    count = 16 if tokens <= 8 else 4 if tokens <= 64 else 2 if tokens <= 512 else 1
+    found: list[Inputs] = []
+    for seed in range(count):
+        is_few = found and tokens * shape.slots <= shape.experts // 8
+        found.append(draw(shape, tokens, rule, seed, found[-1][1] if is_few else None))
+    return found
 
 
 def measure(
     shape: Shape, tokens: int, weights: ExpertWeights, stock: Stock | None, vllm: Vllm | None
 ) -> Line:
     """leanmoe and its peers at one point, the full model."""
-    inputs = [draw(shape, tokens, Rule(), seed) for seed in range(sets_for(tokens))]
+    inputs = draw_all(shape, tokens, Rule())
     calls: dict[str, list[Callable[[], object]]] = {
         "leanmoe": [partial(experts_gpu, *i, weights) for i in inputs]
     }
@@ -151,20 +141,18 @@ def measure(
     if vllm is not None:
         config = vllm.tune(f"{shape.dtype} {shape.width} T={tokens}", inputs, weights)
         calls["vLLM"] = [vllm.call(i, weights, config) for i in inputs]
-    exact = in_float64(inputs[0], weights)
+    hidden_TD, *routed = (tensor[:EXACT_TOKENS] for tensor in inputs[0])
+    exact = experts_reference(hidden_TD.double(), *routed, weights)
     errors = {}
     for name, group in calls.items():
-        got = group[0]()[: len(exact)].double().cpu()
+        got = group[0]()[: len(exact)].double()
         errors[name] = float((got - exact).norm() / exact.norm())
     return line(shape, tokens, "k=8", inputs, timed(calls), errors)
 
 
 def measure_rules(shape: Shape, tokens: int, weights: ExpertWeights) -> list[Line]:
     """leanmoe under plans, side by side."""
-    drawn = {
-        name: [draw(shape, tokens, rule, seed) for seed in range(sets_for(tokens))]
-        for name, rule in RULES.items()
-    }
+    drawn = {name: draw_all(shape, tokens, rule) for name, rule in RULES.items()}
     calls = {
         name: [partial(experts_gpu, *i, weights) for i in group] for name, group in drawn.items()
     }
@@ -267,10 +255,12 @@ def main() -> None:
     parser.add_argument("--vllm", help="'installed', or a folder with vLLM in it; left out without")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no point after so long")
     arguments = parser.parse_args()
-    started, where = time.monotonic(), provenance.collect("python " + " ".join(sys.argv), seed=0)
-    vllm = None
+    started, vllm = time.monotonic(), None
     if arguments.vllm:
         vllm = Vllm(None if arguments.vllm == "installed" else Path(arguments.vllm))
+        vllm.compile([(shape, tokens) for shape, sizes in POINTS for tokens in sizes])
+        print(f"vLLM {vllm.version} ready after {time.monotonic() - started:.0f} s", flush=True)
+    where = provenance.collect("python " + " ".join(sys.argv), seed=0)
     dense = dense_rate()
     result: dict[str, Any] = {
         "label": "measured",

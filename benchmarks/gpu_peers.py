@@ -9,10 +9,14 @@ measured here, so it is tuned first, over the settings that its own tables for t
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +26,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from leanmoe.kernels import ExpertWeights
 from leanmoe.kernels.gpu.timing import time_calls
+from leanmoe.kernels.gpu.tune import random_call, random_weights
+from leanmoe.kernels.gpu.tuned import Shape
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 """Hidden states (T,D), ids and weights (T,K)."""
@@ -86,6 +92,40 @@ class Vllm:
         self._fp8 = fp8_w8a8_moe_quant_config
         self.chosen: dict[str, Any] = {}
 
+    def compile(self, points: Sequence[tuple[Shape, int]]) -> None:
+        """Compiles what `tune` will try at these shapes and tokens, a process for each core.
+
+        Children are forked: vLLM takes a minute to import. So CUDA must not be in use yet.
+        """
+        if torch.cuda.is_initialized():
+            print("vLLM: CUDA is in use already, so tiles are compiled one by one", flush=True)
+            return
+        context = multiprocessing.get_context("fork")
+        parts = os.cpu_count() or 1
+        children = [
+            context.Process(target=self._compile_part, args=(points, part, parts))
+            for part in range(parts)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+
+    def _compile_part(self, points: Sequence[tuple[Shape, int]], part: int, parts: int) -> None:
+        for shape, tokens in points:
+            is_fp8 = "float8" in shape.dtype
+            configs = list(candidates(tokens * shape.slots / shape.experts, is_fp8))
+            mine = [c for c in configs if crc32(str(c).encode()) % parts == part]
+            if not mine:
+                continue
+            weights, inputs = _of_one_expert(shape), random_call(shape, tokens, 0)
+            for config in mine:
+                try:
+                    self.call(inputs, weights, config)()
+                    torch.cuda.synchronize()
+                except Exception as error:  # `tune` will say so
+                    print(f"vLLM {shape}: {config}: {str(error)[:80]}", file=sys.stderr)
+
     def call(self, inputs: Inputs, weights: ExpertWeights, config: Any) -> Call:
         """One call with these tiles; None for those of vLLM's own tables."""
         hidden_TD, ids_TK, gates_TK = inputs
@@ -117,6 +157,17 @@ class Vllm:
         best = min(found, key=lambda pair: pair[0])[1]
         self.chosen[name] = best or "its own table or default"
         return best
+
+
+def _of_one_expert(shape: Shape) -> ExpertWeights:
+    """As many experts as there are, all of them the same memory."""
+    one = random_weights(replace(shape, experts=1))
+    named = {
+        name: getattr(one, name).expand(shape.experts, -1, -1)
+        for name in ("gate_up", "down", "gate_up_scale", "down_scale")
+        if getattr(one, name) is not None
+    }
+    return replace(one, **named)
 
 
 def candidates(rows: float, is_fp8: bool) -> Iterator[dict[str, int]]:

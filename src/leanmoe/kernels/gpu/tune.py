@@ -194,7 +194,7 @@ class _Timed:
     def best(self, tokens: int) -> tuple[ExpertsConfig, float]:
         """The best config and its microseconds."""
         # Inputs differ, so that caches do not flatter; many tokens read all weights anyway.
-        sets = 4 if tokens <= 8 else 2 if tokens <= 64 else 1
+        sets = 16 if tokens <= 8 else 4 if tokens <= 64 else 1
         inputs = [random_call(self.shape, tokens, seed) for seed in range(sets)]
         best: tuple[float, ExpertsConfig] | None = None
         for way in ways(self.shape, tokens):
