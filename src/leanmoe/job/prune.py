@@ -20,10 +20,10 @@ from leanmoe.progress import bar
 from leanmoe.provenance import collect
 from leanmoe.prune.checkpoint import read_source, write_pruned
 from leanmoe.prune.choose import Kept, as_plan, best_experts, kept_count
-from leanmoe.prune.criteria import CRITERIA, Criterion, Scores, criterion, place_scores
+from leanmoe.prune.criteria import Criterion, Scores, criterion, place_scores
 from leanmoe.prune.output_error import SAMPLE_TOKENS, removal_order
 from leanmoe.prune.statistics import ExpertStatistics, watch
-from leanmoe.quality.forward import hidden_of
+from leanmoe.quality.forward import final_hidden, hidden_of
 from leanmoe.quality.windows import Windows, cut
 from leanmoe.runtime import find_layers, load_model, record, shape_of
 from leanmoe.shape import REFERENCE, MoEShape, read_shape
@@ -82,9 +82,8 @@ def prune(settings: PruneSettings, output: Path) -> Pruned:
         "protected": [list(pair) for pair in protected],
         "provenance": provenance,
     }
-    before = int(shape.total_parameters() * shape.weight_bytes)
-    after = before - int((shape.experts - count) * len(kept) * shape.expert_bytes)
     if source is None:
+        before = int(shape.total_parameters() * shape.weight_bytes)
         write_json(output / PLAN_FILE, as_plan(kept, shape, record_of).to_json())
         return Pruned(output / PLAN_FILE, shape, kept, protected, before, before)
     with bar("Writing shards", len(source.shards), "shards") as advance:
@@ -140,13 +139,11 @@ def _rank(
 
 def observe(model: Any, windows: Windows) -> ExpertStatistics:
     """What the experts of a model do on the windows, padding left out."""
-    with watch(model) as watching:
-        batches = hidden_of(model, windows, "Watching experts")
-        pending = iter(windows.batches())
-        watching.real_T = next(pending).mask_NL.reshape(-1)
-        for _ in batches:
-            following = next(pending, None)
-            watching.real_T = None if following is None else following.mask_NL.reshape(-1)
+    with watch(model) as watching, bar("Watching experts", windows.tokens, "tokens") as advance:
+        for batch in windows.batches():
+            watching.real_T = batch.mask_NL.reshape(-1)
+            final_hidden(model, batch)
+            advance(batch.tokens)
     return watching.result()
 
 
@@ -184,8 +181,3 @@ def output_errors(model: Any, windows: Windows, least: int) -> Scores:
             for layer in layers
         ]
     return np.stack(found)
-
-
-def criteria_table() -> list[tuple[str, str, str]]:
-    """Name, title and source of every criterion."""
-    return [(found.name, found.title, found.source) for found in CRITERIA.values()]

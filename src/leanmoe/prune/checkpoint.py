@@ -66,12 +66,14 @@ def read_source(folder: Path) -> Source:
     shards: dict[str, tuple[str, ...]] = {}
     sizes: dict[str, tuple[int, ...]] = {}
     lengths: dict[str, int] = {}
-    for file in _shard_names(folder):
+    index = _index(folder)
+    for file in _shard_names(folder, index):
         header = _header(folder / file)
         shards[file] = tuple(header)
         for name, (size, length) in header.items():
             sizes[name], lengths[name] = size, length
-    _check_index(folder, sizes)
+    if lost := sorted(set(index or ()) - set(sizes)):
+        raise LeanMoeError(f"the index lists {lost[0]}, which no shard holds")
     parts = expert_parts(sizes, shape.experts)
     check_parts(parts, shape.moe_layers, shape.experts)
     return Source(folder, config, shape, shards, sizes, lengths, parts)
@@ -88,19 +90,21 @@ def write_pruned(
     _check_kept(kept, source.shape)
     chosen = dict(zip(source.shape.moe_layers, kept, strict=True))
     state = {"kept": [list(experts) for experts in kept], "source": _fingerprint(source)}
-    _claim(output, state, source, chosen)
+    wanted = {file: _wanted(names, source, chosen) for file, names in source.shards.items()}
+    sizes = {
+        file: sum(_new_bytes(old, source, chosen) for old in renamed.values())
+        for file, renamed in wanted.items()
+    }
+    _claim(output, state, source, sizes)
     weight_map: dict[str, str] = {}
-    total = 0
-    for file, names in source.shards.items():
-        wanted = _wanted(names, source, chosen)
-        if wanted:
-            if not (output / file).is_file():
-                _write_shard(source.folder / file, output / file, wanted, source, chosen)
-            weight_map |= dict.fromkeys(wanted, file)
-            total += sum(_new_bytes(old, source, chosen) for old in wanted.values())
+    for file, renamed in wanted.items():
+        if renamed and not (output / file).is_file():
+            _write_shard(source.folder / file, output / file, renamed, source, chosen)
+        weight_map |= dict.fromkeys(renamed, file)
         progress(1)
     if (source.folder / INDEX).is_file():
-        write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        total = {"total_size": sum(sizes.values())}
+        write_json(output / INDEX, {"metadata": total, "weight_map": weight_map})
     _copy_others(source.folder, output)
     write_json(output / RECORD, {**record, "kept": state["kept"]})
     write_json(output / FILE, pruned_config(source.config, source.shape, len(kept[0]), chosen))
@@ -143,16 +147,23 @@ def _renamed(names: list[Any], chosen: Mapping[int, tuple[int, ...]]) -> list[An
     return found
 
 
-def _shard_names(folder: Path) -> list[str]:
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX, "index")
-        files = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(files, dict) or not files:
-            raise LeanMoeError(f"{folder / INDEX} has no weight_map: it is no index of shards")
-        for file in files.values():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise LeanMoeError(f"{folder / INDEX} names the shard {file!r}: no plain file name")
-        return sorted(set(files.values()))
+def _index(folder: Path) -> dict[str, str] | None:
+    """The shard of each tensor, None where there is no index."""
+    if not (folder / INDEX).is_file():
+        return None
+    index = read_json(folder / INDEX, "index")
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise LeanMoeError(f"{folder / INDEX} has no weight_map: it is no index of shards")
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise LeanMoeError(f"{folder / INDEX} names the shard {file!r}: no plain file name")
+    return files
+
+
+def _shard_names(folder: Path, index: Mapping[str, str] | None) -> list[str]:
+    if index is not None:
+        return sorted(set(index.values()))
     if (folder / SINGLE).is_file():
         return [SINGLE]
     raise LeanMoeError(f"folder {folder} has neither {INDEX} nor {SINGLE}: no safetensors to prune")
@@ -178,13 +189,6 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
         }
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise LeanMoeError(f"shard {path.name} is truncated or damaged: {error}") from error
-
-
-def _check_index(folder: Path, sizes: Mapping[str, Any]) -> None:
-    if (folder / INDEX).is_file():
-        listed = set(read_json(folder / INDEX, "index")["weight_map"])
-        if lost := sorted(listed - set(sizes)):
-            raise LeanMoeError(f"the index lists {lost[0]}, which no shard holds")
 
 
 def _check_kept(kept: Kept, shape: MoEShape) -> None:
@@ -217,9 +221,9 @@ def _fingerprint(source: Source) -> str:
 
 
 def _claim(
-    output: Path, state: Mapping[str, Any], source: Source, chosen: Mapping[int, tuple[int, ...]]
+    output: Path, state: Mapping[str, Any], source: Source, sizes: Mapping[str, int]
 ) -> None:
-    """Makes the output folder ours, or finds that it is already."""
+    """Makes the output folder ours, or finds that it is already; `sizes` are the shards' bytes."""
     if output.resolve() == source.folder.resolve():
         raise LeanMoeError(f"output {output} is the source itself")
     if (output / STATE).is_file():
@@ -229,12 +233,7 @@ def _claim(
             )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise LeanMoeError(f"output {output} exists and is not empty: give another folder")
-    needed = sum(
-        _new_bytes(old, source, chosen)
-        for file, names in source.shards.items()
-        if not (output / file).is_file()
-        for old in _wanted(names, source, chosen).values()
-    )
+    needed = sum(size for file, size in sizes.items() if not (output / file).is_file())
     existing = next(p for p in (output, *output.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -249,11 +248,12 @@ def _wanted(
     names: tuple[str, ...], source: Source, chosen: Mapping[int, tuple[int, ...]]
 ) -> dict[str, str]:
     """Tensors of a shard that remain: new name to old."""
-    last = source.shape.layers
+    stacks = {_stack_and_layer(name)[0] for name in source.parts}
     found = {}
     for name in names:
         part = source.parts.get(name)
-        if _layer_of(name) >= last:
+        stack, layer = _stack_and_layer(name)
+        if layer >= source.shape.layers and stack in stacks:
             continue
         if part is None or part.expert is None or part.decoder_index not in chosen:
             found[name] = name
@@ -262,11 +262,14 @@ def _wanted(
     return found
 
 
-def _layer_of(name: str) -> int:
-    """A tensor's decoder layer, -1 for one of none."""
-    words = name.split(".")
-    at = words.index("layers") + 1 if "layers" in words else len(words)
-    return int(words[at]) if at < len(words) and words[at].isdigit() else -1
+def _stack_and_layer(name: str) -> tuple[str, int]:
+    """What a tensor's layer is one of, and its number there; a vision tower has its own layers.
+
+    The number is -1 for a tensor of no layer.
+    """
+    stack, _, rest = f".{name}".partition(".layers.")
+    number = rest.split(".")[0]
+    return stack, int(number) if number.isdigit() else -1
 
 
 def _new_bytes(name: str, source: Source, chosen: Mapping[int, tuple[int, ...]]) -> int:

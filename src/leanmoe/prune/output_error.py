@@ -58,9 +58,9 @@ class _Layer:
     ) -> None:
         self._outputs, self._logits, self._bias = outputs_TED, logits_TE, bias_E
         self._router, self._top_k = router, top_k
-        everyone = torch.arange(len(logits_TE))
+        everyone = torch.arange(len(logits_TE), device=logits_TE.device)
         self._ids, self._full = self._run(everyone, None)
-        self._error_T = torch.zeros(len(logits_TE))
+        self._error_T = torch.zeros(len(logits_TE), device=logits_TE.device)
 
     def error_without(self, expert: int, kept: list[int]) -> float:
         """Squared error of the layer's output if one more goes; only its tokens change."""
@@ -73,7 +73,7 @@ class _Layer:
 
     def settle(self, kept: list[int]) -> None:
         """Goes on from these experts."""
-        everyone = torch.arange(len(self._logits))
+        everyone = torch.arange(len(self._logits), device=self._logits.device)
         self._ids, out = self._run(everyone, kept)
         self._error_T = (out - self._full).square().sum(dim=-1)
 

@@ -16,7 +16,7 @@ from leanmoe.kernels.gpu.config import ExpertsConfig, Tile
 from leanmoe.kernels.gpu.state import power_of_two, zeros_for
 from leanmoe.kernels.weights import SCALE_BLOCK
 
-SUM_COLUMNS = 512
+SUM_COLUMNS = 2048
 QUANTISE_BLOCKS = 8
 """Blocks of 128 columns that one program makes fp8."""
 MOST_FLOAT32_PARTS = 64

@@ -166,13 +166,18 @@ class RouteCall:
 
     def route(self) -> None:
         """Fills in the outputs."""
-        from leanmoe.kernels.gpu.route_program import route_alone, route_fill, route_wake
+        from leanmoe.kernels.gpu.route_program import (
+            COUNTER_STRIDE,
+            route_alone,
+            route_fill,
+            route_wake,
+        )
 
         ids, weights, over, rows, blocks_3B, used_1 = self._outputs
         device, experts = ids.device, self.experts
         # A program wants some pointer even where it never reads it.
         inputs = [self._inputs[0] if tensor is None else tensor for tensor in self._inputs]
-        counts = zeros_for("route", experts + 1, device)
+        counts = zeros_for("route", (experts + 1) * COUNTER_STRIDE.value, device)
         outputs = (ids, weights, counts, rows, blocks_3B, used_1)
         blocks = {"ROWS": self._block_rows, "POWER_E": power_of_two(experts)}
         sizes = (self.tokens, blocks_3B.shape[1], *self._wanted)
@@ -196,7 +201,7 @@ class RouteCall:
         after = {"launch_pdl": True} if has_overlap else {}
         self.run(
             route_fill, *inputs, *outputs, marks, votes, over, *sizes, *self._reals, self.budget,
-            max(0, bits - 31), **blocks, **company, **after,
+            max(0, bits - 30), **blocks, **company, **after,
         )  # fmt: skip
 
 

@@ -25,7 +25,10 @@ from leanmoe.kernels.gpu.route_token_program import (
     shares_of,
     whole_of,
 )
-from leanmoe.kernels.gpu.work_program import is_last, write_blocks
+from leanmoe.kernels.gpu.work_program import is_last_answered, write_blocks
+
+COUNTER_STRIDE = tl.constexpr(8)
+"""Counters of rows lie so far apart, 32 bytes: atomics on neighbours wait for each other."""
 
 VOTE_UNIT = tl.constexpr(4294967296.0)
 """Votes are added as whole numbers: the order of the tokens cannot change a sum."""
@@ -38,7 +41,10 @@ def _write(
     E: tl.constexpr, SLOTS: tl.constexpr, SCORING: tl.constexpr, NORMALISE: tl.constexpr,
     HAS_PADDING: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """A token's ids and weights, kept slots first, and its rows in the work list."""
+    """A token's ids and weights, kept slots first, and its rows in the work list.
+
+    Returns what the experts' counters answered.
+    """
     k = tl.arange(0, SLOTS)
     is_kept = k < kept
     if not KEEP_WEIGHTS:
@@ -55,8 +61,10 @@ def _write(
     tl.store(ids_ptr + at, tl.where(is_kept, ids_L, E).to(ids_ptr.dtype.element_ty), mask=k < slots)
     tl.store(weights_ptr + at, weights_L, mask=k < slots)
     is_row = is_kept & (k < slots)
-    place_L = tl.atomic_add(counts_ptr + ids_L, 1, mask=is_row, sem="relaxed")
+    count_at = counts_ptr + ids_L * COUNTER_STRIDE
+    place_L = tl.atomic_add(count_at, 1, mask=is_row, sem="relaxed")
     tl.store(rows_ptr + ids_L * tokens + place_L, at.to(tl.int32), mask=is_row)
+    return tl.where(is_row, place_L, 0)
 
 
 @triton.jit
@@ -66,10 +74,10 @@ def _finish(
 ):  # fmt: skip
     """The last program's: blocks from counts, and the counts zero again."""
     e = tl.arange(0, POWER_E)
-    counts_E = tl.load(counts_ptr + e, mask=e < E, other=0, cache_modifier=".cg")
+    count_at = counts_ptr + e * COUNTER_STRIDE
+    counts_E = tl.load(count_at, mask=e < E, other=0, cache_modifier=".cg")
+    tl.store(count_at, 0, mask=e < E)
     write_blocks(counts_E, e * tokens, blocks_ptr, used_ptr, most_blocks, ROWS, POWER_E)
-    tl.debug_barrier()
-    tl.store(counts_ptr + e, 0, mask=e < E)
 
 
 @triton.jit(do_not_specialize=["tokens", "most_blocks", "slots", "full"])
@@ -96,39 +104,38 @@ def route_alone(
         logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
         E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
     )  # fmt: skip
-    _write(
+    answers = _write(
         ids_L, gates_L, kept, whole, is_number, token, tokens, scaling, epsilon, slots,
         ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
         E, SLOTS, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS,
     )  # fmt: skip
-    if is_last(counts_ptr + E, tokens):
+    if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
         _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)
 
 
 @triton.jit
-def _next_two_bits(keys, number, least, ONE: tl.constexpr):
-    """`least` and as many times `ONE`, up to 3, as at least `number` of the keys reach.
-
-    How many reach each of the three values is counted in one sum, ten bits each.
-    """
-    reach = (keys >= least + ONE).to(tl.int32)
-    reach += (keys >= least + 2 * ONE).to(tl.int32) << 10
-    reach += (keys >= least + 3 * ONE).to(tl.int32) << 20
-    counts = tl.sum(reach, axis=0)
-    times = ((counts & 1023) >= number).to(tl.int32)
-    times += (((counts >> 10) & 1023) >= number).to(tl.int32)
-    times += ((counts >> 20) >= number).to(tl.int32)
-    return least + times * ONE
-
-
-@triton.jit
 def _least_of_best(keys, number):
-    """The largest value of 31 bits that at least `number` of the keys reach, or 0."""
-    top: tl.constexpr = 1 << 30
-    least = tl.where(tl.sum((keys >= top).to(tl.int32), axis=0) >= number, top, 0)
-    for step in tl.static_range(15):
-        least = _next_two_bits(keys, number, least, 1 << (28 - 2 * step))
-    return least
+    """A whole number that `number` of the keys reach, and how many do: more where keys are equal.
+
+    Found from the highest bit down, two bits a step: how many keys reach each of three values is
+    counted in one sum, ten bits each. Keys have 30 bits; negative ones are none.
+    """
+    least, reached = 0, tl.sum((keys >= 0).to(tl.int32), axis=0)
+    highest = tl.maximum(tl.max(keys, axis=0), 1).to(tl.float32)  # its exponent: where to begin
+    shift = tl.minimum(((highest.to(tl.int32, bitcast=True) >> 23) - 127) // 2 * 2, 28)
+    while (shift >= 0) & (reached > number):
+        one = 1 << shift
+        reach = (keys >= least + one).to(tl.int32)
+        reach += (keys >= least + 2 * one).to(tl.int32) << 10
+        reach += (keys >= least + 3 * one).to(tl.int32) << 20
+        counts = tl.sum(reach, axis=0)
+        times = ((counts & 1023) >= number).to(tl.int32)
+        times += (((counts >> 10) & 1023) >= number).to(tl.int32)
+        times += ((counts >> 20) >= number).to(tl.int32)
+        reached = tl.where(times > 0, (counts >> (10 * times - 10)) & 1023, reached)
+        least += times * one
+        shift -= 2
+    return least, reached
 
 
 @triton.jit
@@ -138,7 +145,7 @@ def _afford(
 ):  # fmt: skip
     """Every token's best stay awake, and the most voted-for while the budget lasts.
 
-    Whole numbers in order: votes, then the lower id. They have more than 32 bits, so the upper 31
+    Whole numbers in order: votes, then the lower id. They have more than 32 bits, so the upper 30
     are searched first and the `low_bits` only among equals there. Returns also whether the best
     alone are more than the budget.
     """
@@ -150,15 +157,17 @@ def _afford(
     upper = tl.where(is_candidate, (order >> low_bits).to(tl.int32), -1)
     best = tl.sum(is_best.to(tl.int32), axis=0)
     left = tl.maximum(budget - best, 0)
-    least = _least_of_best(upper, left)
-    is_equal = upper == least
-    is_in = upper > least
-    missing = left - tl.sum(is_in.to(tl.int32), axis=0)
-    if tl.sum(is_equal.to(tl.int32), axis=0) > missing:
+    least, reached = _least_of_best(upper, left)
+    is_in = is_candidate & (upper >= least)
+    if reached > left:
+        is_equal = is_candidate & (upper == least)
+        is_in = is_candidate & (upper > least)
         mask = (tl.zeros_like(order) + 1 << low_bits) - 1
         lower = tl.where(is_equal, (order & mask).to(tl.int32), -1)
-        is_equal = is_equal & (lower >= _least_of_best(lower, missing))
-    return is_best | (is_in | is_equal) & (left > 0), best > budget
+        missing = left - tl.sum(is_in.to(tl.int32), axis=0)
+        least, _reached = _least_of_best(lower, missing)
+        is_in = is_in | (is_equal & (lower >= least))
+    return is_best | is_in & (left > 0), best > budget
 
 
 @triton.jit(do_not_specialize=["slots", "full", "guaranteed"])
@@ -252,12 +261,12 @@ def route_fill(
         tl.store(over_ptr, is_over.to(tl.int8), mask=token == 0)
     ids_L, found = best_slots(tl.where(is_awake, keys, ASLEEP), e, wanted, SLOTS)
     gates_L = gates_of(logits_ptr, token, ids_L, k < found, top, total, E, SCORING)
-    _write(
+    answers = _write(
         ids_L, gates_L, found, whole, is_number, token, tokens, scaling, epsilon, slots,
         ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
         E, SLOTS, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS,
     )  # fmt: skip
-    if is_last(counts_ptr + E, tokens):
+    if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
         tl.store(marks_ptr + e, 0, mask=is_expert)
         if HAS_BUDGET:
             tl.store(votes_ptr + e, tl.zeros((PADDED_E,), dtype=tl.int64), mask=is_expert)

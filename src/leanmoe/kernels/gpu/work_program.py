@@ -30,6 +30,21 @@ def is_last(arrived_ptr, programs):
 
 
 @triton.jit
+def is_last_answered(arrived_ptr, programs, answers):
+    """As `is_last`, for programs that tell each other by atomics alone; these are their answers.
+
+    A count that was answered is where all others will read it, so no program need wait for what it
+    wrote besides: that is read in another launch. Answers are never negative, which the compiler
+    does not know: it cannot let a program arrive before them.
+    """
+    one = 1 + (tl.min(answers, axis=0) < 0).to(tl.int32)
+    last = tl.atomic_add(arrived_ptr, one, sem="relaxed") == programs - 1
+    if last:
+        tl.store(arrived_ptr, 0)
+    return last
+
+
+@triton.jit
 def write_blocks(
     counts_E, starts_E, blocks_ptr, used_ptr, most_blocks,
     ROWS: tl.constexpr, PADDED_E: tl.constexpr,
