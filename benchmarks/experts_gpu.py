@@ -231,7 +231,7 @@ def table(lines: Sequence[Line], shapes: dict[str, Shape], bandwidth: float, den
         shape = shapes[entry.shape]
         took = entry.microseconds["leanmoe"] * 1e-6
         share = entry.distinct * bytes_of(shape) / took / bandwidth
-        rate = entry.rows * 6 * shape.hidden * shape.width / took / dense
+        rate = entry.rows * 6 * shape.hidden * shape.width / took / dense  # fp8, too: of bf16's
         peers = {n: t for n, t in entry.microseconds.items() if n != "leanmoe"}
         others = ", ".join(f"{n} {t / took / 1e6:.2f}x" for n, t in peers.items())
         rows.append(
