@@ -23,6 +23,8 @@ from leanmoe.kernels.gpu.experts import experts_gpu, why_not_gpu
 from leanmoe.kernels.gpu.work_list import work_list_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP8_ROUNDING = 1e-2 if DEVICE == "cuda" else 2e-3
+"""Hopper's fp8 products keep fewer bits of their sums (DeepSeek-V3 report, section 3.3.2)."""
 TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
 LEFT, RIGHT = Tile(16, 32, 4, 2), Tile(32, 16, 4, 2, 2, weights_left=False)
 COPIED, COPIED_RIGHT = replace(LEFT, described=True), replace(RIGHT, described=True)
@@ -193,7 +195,7 @@ def test_fp8_with_a_scale_for_each_block(way: str) -> None:
     hidden, ids, gates = random_call(weights, 13, 2)
     call = (hidden.half(), ids, gates)
     found = run(call, weights, WAYS_FP8[way])
-    assert error(found, fp8_reference(call, weights, 64)) < 2e-3
+    assert error(found, fp8_reference(call, weights, 64)) < FP8_ROUNDING
     whole = experts_reference(hidden.double(), ids, gates, weights)
     assert error(found, whole) < 4e-2
 
