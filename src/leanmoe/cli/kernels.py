@@ -115,7 +115,7 @@ def _tune(
     shapes: list[Shape], sizes: list[int], output: Path, trials: Path | None, as_json: bool
 ) -> None:
     from leanmoe.kernels.gpu.tune import Tuner
-    from leanmoe.kernels.gpu.tuned import Tuned, file_name
+    from leanmoe.kernels.gpu.tuned import Tuned, capability_of, file_name
 
     progress = _Progress()
     written: list[dict[str, Any]] = []
@@ -125,13 +125,14 @@ def _tune(
         buckets = tuple((size, config) for size, config, _ in found)
         times = {str(size): round(took, 2) for size, _, took in found}
         gpu = provenance["hardware"]
-        tuned = Tuned(gpu, shape, buckets, {**provenance, "microseconds": times})
+        measured = {**provenance, "microseconds": times}
+        tuned = Tuned(gpu, capability_of(), shape, buckets, measured)
         path = output / file_name(gpu, shape)
         write_json(path, tuned.to_json())
         written.append({"file": str(path), "shape": shape.__dict__, "microseconds": times})
+        if trials is not None:
+            write_json(trials, {"label": "measured", "trials": tuner.trials})
     progress.close()
-    if trials is not None:
-        write_json(trials, {"label": "measured", "trials": tuner.trials})
     if as_json:
         failed = sum("failed" in trial for trial in tuner.trials)
         print(json.dumps({"written": written, "label": "measured", "failed_trials": failed}))

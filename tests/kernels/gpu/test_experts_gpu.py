@@ -175,16 +175,20 @@ def spread(scale: Tensor | None, shape: torch.Size) -> Tensor:
     return whole[:, : shape[1], : shape[2]]
 
 
-WIDE = Tile(64, 64, 4, 2)
+WIDE, DEEP, DEEP_RIGHT = Tile(64, 64, 4, 2), replace(LEFT, depth=64), replace(RIGHT, depth=32)
 WAYS_FP8 = {
-    "direct": ExpertsConfig(16, 0, True, WIDE, LEFT),
+    "direct": ExpertsConfig(16, 0, True, WIDE, DEEP),
     "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True),
-    "listed": ExpertsConfig(16, 0, False, replace(WIDE, weights_left=False), RIGHT),
+    "listed": ExpertsConfig(16, 0, False, replace(WIDE, weights_left=False), DEEP_RIGHT),
     "listed with a long tail, described": ExpertsConfig(
-        16, 32, False, replace(WIDE, described=True), COPIED
+        16, 32, False, replace(WIDE, described=True), replace(DEEP, described=True)
     ),
     "described right": ExpertsConfig(
-        16, 16, False, replace(WIDE, weights_left=False, described=True), COPIED_RIGHT
+        16,
+        16,
+        False,
+        replace(WIDE, weights_left=False, described=True),
+        replace(DEEP_RIGHT, described=True),
     ),
 }
 
@@ -206,9 +210,13 @@ def test_fp8_config_must_fit_its_scales() -> None:
     config = ExpertsConfig(16, 0, False, Tile(32, 32, 4, 2), Tile(32, 64, 4, 2))
     with pytest.raises(LeanMoeError, match="no more than the first's 32 columns"):
         run(call, weights, config)
+    shallow = ExpertsConfig(16, 0, False, Tile(32, 16, 4, 2), Tile(32, 32, 4, 2))
+    with pytest.raises(LeanMoeError, match="reads 16 columns a step"):
+        run(call, weights, shallow)
+    there = on_device(weights)
     for tokens in (3, 20, 600):
-        hidden, ids, gates = random_call(weights, tokens, 1)
-        assert experts_gpu(hidden, ids, gates, weights).shape == hidden.shape
+        hidden, ids, gates = (t.to(DEVICE) for t in random_call(weights, tokens, 1))
+        assert experts_gpu(hidden, ids, gates, there).shape == hidden.shape
 
 
 def test_the_same_bits_every_time() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_writes_a_file_that_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     command = ["kernels", "tune", "--shape", "8,256,128,2", "--dtype", "float16"]
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--tokens", "1,8", "-o", str(tmp_path), "--json"])
@@ -91,7 +93,7 @@ def test_writes_a_file_that_is_read_again(
 def test_a_users_own_config_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = random_weights(SMALL, "cpu")
     mine = ExpertsConfig(16, 0, False, Tile(32, 32), Tile(16, 64))
-    tuned = Tuned("interpreter", SMALL, ((64, mine),), {})
+    tuned = Tuned("interpreter", "", SMALL, ((64, mine),), {})
     (tmp_path / file_name("interpreter", SMALL)).write_text(json.dumps(tuned.to_json()))
     monkeypatch.setenv("LEANMOE_TUNED", str(tmp_path))
     from leanmoe.kernels.gpu import tuned as module
@@ -102,6 +104,32 @@ def test_a_users_own_config_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("LEANMOE_TUNED")
     module._find.cache_clear()
     assert config_for(weights, 3, 2) != mine
+
+
+def test_a_gpu_nobody_tuned_takes_the_tiles_of_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanmoe.kernels.gpu import tuned as module
+
+    def keep(gpu: str, capability: str, slots: int) -> None:
+        shape = replace(SMALL, slots=slots)
+        found = Tuned(gpu, capability, shape, ((64, ExpertsConfig()),), {})
+        (tmp_path / file_name(gpu, shape)).write_text(json.dumps(found.to_json()))
+
+    keep("NVIDIA H200", "9.0", 2)
+    keep("NVIDIA A100", "8.0", 2)
+    monkeypatch.setenv("LEANMOE_TUNED", str(tmp_path))
+    module._find.cache_clear()
+    found = module._find("NVIDIA H100", "9.0", SMALL)
+    assert found is not None
+    assert found.gpu == "NVIDIA H200"
+    assert module._find("NVIDIA L4", "8.9", SMALL) is None
+    keep("NVIDIA H100", "9.0", 4)
+    module._find.cache_clear()
+    found = module._find("NVIDIA H100", "9.0", SMALL)
+    assert found is not None
+    assert (found.gpu, found.shape.slots) == ("NVIDIA H100", 4)
+    module._find.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 500, 4096])
@@ -133,7 +161,7 @@ def test_shipped_files_are_whole(path: Path) -> None:
 def test_a_bad_file_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(
-        json.dumps({**Tuned("g", SMALL, ((1, ExpertsConfig()),), {}).to_json(), **change})
+        json.dumps({**Tuned("g", "9.0", SMALL, ((1, ExpertsConfig()),), {}).to_json(), **change})
     )
     with pytest.raises(LeanMoeError, match=message):
         Tuned.load(path)
