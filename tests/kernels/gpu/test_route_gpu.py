@@ -10,7 +10,12 @@ from hypothesis import assume, given, settings
 from torch import Tensor
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.kernels.gpu.route import RoutedGpu, route_gpu, why_not_route_gpu
+from leanmoe.kernels.gpu.route import (
+    RoutedGpu,
+    route_gpu,
+    route_gpu_repeating,
+    why_not_route_gpu,
+)
 from leanmoe.kernels.gpu.work_list import work_list_reference
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
@@ -188,6 +193,54 @@ def test_one_call_leaves_nothing_to_the_next(rule: Rule) -> None:
         assert found.ids_TK.dtype is torch.int32
         check_same(found._replace(ids_TK=found.ids_TK.long()), route(logits, Router(), 4, rule), 32)
         check_work(found, 32)
+
+
+def spelled_by_repeating(found: RoutedGpu, experts: int, padding_T: Tensor | None) -> Tensor:
+    """The ids of `route_gpu`, each skipped slot the token's best, or the first token's."""
+    best_T1 = found.ids_TK[:, :1]
+    fallback = torch.where(best_T1 < experts, best_T1, 0)
+    if padding_T is not None:
+        fallback = torch.where(padding_T[:, None], fallback[:1], fallback)
+    return torch.where(found.ids_TK < experts, found.ids_TK, fallback)
+
+
+def check_repeating(case: Case) -> None:
+    arguments = (case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
+    ids_TK, weights_TK = route_gpu_repeating(*arguments)
+    wanted = run(case)
+    assert ids_TK.dtype is torch.int32
+    expected_ids = spelled_by_repeating(wanted, case.experts, case.padding_ST)
+    assert ids_TK.tolist() == expected_ids.tolist()
+    assert weights_TK.tolist() == wanted.weights_TK.tolist()
+
+
+@given(cases(hostile=False))
+@FEW
+def test_repeating_spells_skipped_slots_by_experts_that_are_awake(drawn: Case) -> None:
+    case = one_step(drawn)
+    if case.padding_ST is not None:
+        assume(not bool(case.padding_ST[0]))  # else the first token has no routing of its own
+    check_repeating(case)
+
+
+@pytest.mark.parametrize("rule", [*RULES, Rule()], ids=str)
+@pytest.mark.parametrize("name", ["softmax, normalised", "V3 groups"])
+def test_repeating_of_bfloat16_logits_call_after_call(name: str, rule: Rule) -> None:
+    logits, bias = draw(7, 32)
+    padding = torch.tensor([False] * 5 + [True] * 2)
+    bias_E = bias if ROUTERS[name].ranking_bias else None
+    case = Case(name, logits.bfloat16(), bias_E, padding, 4, rule)
+    for _ in range(2):  # the second call finds the counters as it wants them
+        check_repeating(case)
+
+
+def test_repeating_of_padding_alone_names_experts_that_exist() -> None:
+    logits, _ = draw(4, 32)
+    padding = torch.ones(4, dtype=torch.bool)
+    for rule in (Rule(top_k=2), Rule(guaranteed=1), Rule(budget=3)):
+        ids, weights = route_gpu_repeating(logits, Router(), 4, rule, None, padding)
+        assert ids.tolist() == [[int(logits[0].argmax())] * ids.shape[1]] * 4
+        assert not bool(weights.any())
 
 
 def test_no_tokens() -> None:
