@@ -55,6 +55,43 @@ def test_finds_a_config_for_every_number_of_tokens(pretending: list[str]) -> Non
     assert any(stage.startswith("compiling") for stage in stages)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_all_that_is_timed_was_compiled_ahead(
+    pretending: list[str], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """A program that was not is compiled while its turn to be timed has come: seconds for each."""
+    compiled: set[str] = set()
+    launched: set[str] = set()
+
+    def named(seen: set[str]) -> Any:
+        def run(_: Any, program: Any, __: Any, *___: Any, **options: Any) -> None:
+            seen.add(f"{program.__name__} {sorted(options.items())}")
+
+        return run
+
+    def compile_(shape: Shape, tokens: int, config: ExpertsConfig, product: str) -> None:
+        call = tune._call(
+            tune._Compiled, shape, tokens, config, random_weights(shape, "meta"), None, "meta"
+        )
+        work = () if config.is_direct else tune._empty_work()
+        (call.first_product if product == tune.FIRST else call.second_product)(*work)
+
+    def time_calls(calls: Any, **_: Any) -> float:
+        if getattr(calls[0], "func", None) is None:  # a product, not the whole op
+            calls[0]()
+        pretending.append("x")
+        return 1000.0 - len(pretending)
+
+    monkeypatch.setattr(tune, "_compile", compile_)
+    monkeypatch.setattr(tune, "time_calls", time_calls)
+    monkeypatch.setattr(tune._Compiled, "run", named(compiled))
+    monkeypatch.setattr(tune.ExpertsCall, "run", named(launched))
+    shape = Shape(8, 512, 256, 2, dtype)
+    assert len(list(Tuner([shape], [1, 40, 700], lambda *_: None).tune())) == 1
+    assert launched
+    assert launched <= compiled
+
+
 def test_a_tile_that_fails_does_not_end_the_search(
     pretending: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
