@@ -1,0 +1,203 @@
+"""One MoE layer's experts under a plan: what stands in place of vLLM's `_compute_routing`.
+
+Letters: T rows of a step, E experts, K slots a token.
+
+On a GPU vLLM calls this from inside an operator of its own, so it runs as plain Python whenever a
+step is run or captured. On a CPU torch.compile traces it: there all of it is one operator, which
+looks the step up when it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from leanmoe.engines.spelling import repeat_best, widened
+from leanmoe.engines.vllm.padding import padding_rows
+from leanmoe.engines.vllm.router import ranking_bias, read_router
+from leanmoe.engines.vllm.statistics import Statistics
+from leanmoe.kernels import (
+    route_cpu,
+    route_gpu_repeating,
+    why_not_route_cpu,
+    why_not_route_gpu,
+)
+from leanmoe.plan import Plan, Rule
+from leanmoe.routers import Router
+from leanmoe.routing import route
+
+_layers: WeakValueDictionary[int, LayerRouting] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class LayerRouting:
+    """Routes one layer; an instance takes the place of its router's `_compute_routing`."""
+
+    def __init__(
+        self,
+        router: Any,
+        plan: Plan,
+        layer: int,
+        *,
+        sequence_parallel: tuple[int, int] | None = None,
+        is_full_width: bool = False,
+        statistics: Statistics | None = None,
+    ) -> None:
+        """`layer` counts MoE layers; `is_full_width` gives every step the model's own K slots."""
+        self.plan, self.layer = plan, layer
+        self._vllm = router
+        self._stock = router._compute_routing
+        self._sequence_parallel = sequence_parallel
+        self._is_full_width = is_full_width
+        self._statistics = statistics
+        self._number = next(_numbers)
+        _layers[self._number] = self
+
+    @property
+    def rules(self) -> list[Rule]:
+        """The layer's rule in each band, and the one beyond the last where that has an end."""
+        found = [band.rules[self.layer] for band in self.plan.bands]
+        ends = not self.plan.bands or self.plan.bands[-1].up_to is not None
+        return [*found, Rule()] if ends else found
+
+    @cached_property
+    def router(self) -> Router:
+        """How vLLM's own router chooses."""
+        return read_router(self._vllm)
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        indices_type: torch.dtype | None,
+        *,
+        input_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights (T,K), float32, and logical ids (T,K), as vLLM wants them."""
+        if torch.compiler.is_compiling():
+            bias, slots = ranking_bias(self._vllm), max(map(self._slots, self.rules))
+            ids_dtype = indices_type or torch.int32
+            found: tuple[Tensor, Tensor] = _route_op(
+                router_logits, bias, self._number, slots, ids_dtype
+            )
+            return found
+        rule = self._rule(router_logits.shape[0])
+        padding_T: Tensor | None = None
+        if is_plain(rule):
+            router = self._vllm
+            compute = self._stock
+            if rule.top_k not in (None, router.top_k):
+                router = copy.copy(router)
+                router.top_k = rule.top_k
+                compute = type(router)._compute_routing.__get__(router)
+            weights, ids = compute(hidden_states, router_logits, indices_type, input_ids=input_ids)
+        else:
+            ids_dtype = indices_type or torch.int32
+            padding_T = padding_rows(router_logits.shape[0], self._sequence_parallel)
+            ids, weights = self.choose(
+                router_logits, ranking_bias(self._vllm), rule, padding_T, ids_dtype
+            )
+        if self._is_full_width:
+            ids, weights = widened(ids, weights, self.plan.model.top_k)
+        if self._statistics is not None:
+            self._statistics.note(self.layer, ids, weights, padding_T)
+        return weights, ids
+
+    def choose(
+        self,
+        logits_TE: Tensor,
+        bias_E: Tensor | None,
+        rule: Rule,
+        padding_T: Tensor | None,
+        ids_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and weights under a rule, by the fastest function that can."""
+        bias_E = None if bias_E is None else bias_E.detach()
+        arguments = (logits_TE, self.router, self.plan.model.top_k, rule, bias_E, padding_T)
+        if implementation(logits_TE, self.router, rule) == "gpu":
+            return route_gpu_repeating(*arguments, ids_dtype=ids_dtype)
+        function: Any = route
+        if implementation(logits_TE, self.router, rule) == "cpu":
+            function = route_cpu
+        ids, weights, _over_budget = function(*arguments)
+        ids = repeat_best(ids, logits_TE.shape[1], padding_T)
+        return ids.to(ids_dtype), weights.float()
+
+    def routed(
+        self, logits_TE: Tensor, bias_E: Tensor | None, slots: int, ids_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and weights of a step, `slots` wide whatever its band: what the operator does."""
+        rule = self._rule(logits_TE.shape[0])
+        padding_T = padding_rows(logits_TE.shape[0], self._sequence_parallel)
+        ids, weights = self.choose(logits_TE, bias_E, rule, padding_T, ids_dtype)
+        ids, weights = widened(ids, weights, slots)
+        if self._statistics is not None:  # copies: the compiled step may write over what it got
+            self._statistics.note(self.layer, ids.clone(), weights.clone(), padding_T)
+        return ids, weights
+
+    def _rule(self, rows: int) -> Rule:
+        band = self.plan.band_for(max(1, step_rows(rows)))
+        return Rule() if band is None else band.rules[self.layer]
+
+    def _slots(self, rule: Rule) -> int:
+        return self.plan.model.top_k if rule.top_k is None else rule.top_k
+
+
+def is_plain(rule: Rule) -> bool:
+    """Whether vLLM's own routing, with another top-k at most, does what the rule says.
+
+    With fewer experts and `keep_weights` it does not: it normalises the weights anew.
+    """
+    return rule.is_empty or rule == Rule(top_k=rule.top_k)
+
+
+def step_rows(rows: int) -> int:
+    """The rows of a step that decide its band: this rank's, or all data-parallel ranks' together.
+
+    Padding counts: a captured step must not depend on what it is replayed with. That is the same
+    number on all ranks, since they agree on it before a step.
+    """
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    if not is_forward_context_available():
+        return rows
+    parallel = get_forward_context().dp_metadata
+    return rows if parallel is None else int(parallel.num_tokens_across_dp_cpu.sum())
+
+
+def implementation(logits_TE: Tensor, router: Router, rule: Rule) -> str:
+    """Which routing function runs: "gpu", "cpu" or "reference"."""
+    if logits_TE.is_cuda:
+        has_triton = find_spec("triton") is not None
+        can = has_triton and why_not_route_gpu(logits_TE, router, rule) is None
+        return "gpu" if can else "reference"
+    has_numba = find_spec("numba") is not None
+    can = has_numba and why_not_route_cpu(logits_TE, router, rule) is None
+    return "cpu" if can else "reference"
+
+
+@torch.library.custom_op("leanmoe::route_vllm", mutates_args=())
+def _route_op(
+    logits: Tensor, bias: Tensor | None, number: int, slots: int, ids_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    ids, weights = _layers[number].routed(logits, bias, slots, ids_dtype)
+    return weights, ids
+
+
+@_route_op.register_fake
+def _route_fake(
+    logits: Tensor, bias: Tensor | None, number: int, slots: int, ids_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    del bias, number
+    tokens = logits.shape[0]
+    return (
+        logits.new_empty(tokens, slots, dtype=torch.float32),
+        logits.new_empty(tokens, slots, dtype=ids_dtype),
+    )
