@@ -57,6 +57,7 @@ class LayerRouting:
         self._sequence_parallel = sequence_parallel
         self._is_full_width = is_full_width
         self._statistics = statistics
+        self._most_slots = max(self._slots(rule) for rule in self.rules)
         self._number = next(_numbers)
         _layers[self._number] = self
 
@@ -82,10 +83,9 @@ class LayerRouting:
     ) -> tuple[Tensor, Tensor]:
         """Weights (T,K), float32, and logical ids (T,K), as vLLM wants them."""
         if torch.compiler.is_compiling():
-            bias, slots = ranking_bias(self._vllm), max(map(self._slots, self.rules))
-            ids_dtype = indices_type or torch.int32
+            bias, ids_dtype = ranking_bias(self._vllm), indices_type or torch.int32
             found: tuple[Tensor, Tensor] = _route_op(
-                router_logits, bias, self._number, slots, ids_dtype
+                router_logits, bias, self._number, self._most_slots, ids_dtype
             )
             return found
         rule = self._rule(router_logits.shape[0])
