@@ -83,6 +83,24 @@ def check_runner(runner: Any, rules: list[Rule], name: str) -> None:
         )
 
 
+def check_padding(config: Any, rules: list[Rule]) -> None:
+    """Refuses settings under which an older vLLM does not say which rows are padding."""
+    from vllm.forward_context import ForwardContext
+
+    if hasattr(ForwardContext, "is_padding") or not any(r.depends_on_company for r in rules):
+        return
+    if getattr(config, "use_v2_model_runner", False):
+        raise LeanMoeError(
+            "this vLLM's newer model runner does not say which rows are padding, so rules that "
+            "share experts cannot run: set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if getattr(config.parallel_config, "decode_context_parallel_size", 1) > 1:
+        raise LeanMoeError(
+            "this vLLM does not say which rows are padding under decode context parallelism, so "
+            "rules that share experts cannot run: set --decode-context-parallel-size 1"
+        )
+
+
 def experts_class(method: Any) -> type:
     """The class that computes a layer's experts; that of its quantisation where it says no more."""
     kernel = getattr(method, "moe_kernel", None)

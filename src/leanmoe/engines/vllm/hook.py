@@ -76,6 +76,7 @@ class PlannedModel:
             sorted(self.shape.moe_layers[layer] for layer in self.runners),
             [index for index in self.shape.moe_layers if index in _own_layers(config)],
         )
+        checks.check_padding(config, [r for routing in self.layers.values() for r in routing.rules])
         for layer, routing in self.layers.items():
             runner = self.runners[layer]
             checks.check_runner(runner, routing.rules, runner.layer_name)
@@ -156,12 +157,19 @@ def use(plan: Plan, path: str = "", is_counted: bool = False) -> None:
     import vllm
 
     checks.check_version(vllm.__version__)
-    is_first = _Installed.plan is None
+    if not _patched:
+        _patch(vllm.__version__)
     _Installed.plan, _Installed.path, _Installed.is_counted = plan, path, is_counted
     _Installed.model = None
-    if is_first:
-        _patch(vllm.__version__)
     logger.info("leanmoe: plan %s read in process %d", path, os.getpid())
+
+
+def stop() -> None:
+    """Lets models that are built from now on run as they were trained."""
+    _Installed.plan = _Installed.model = None
+
+
+_patched: list[str] = []
 
 
 def _patch(version: str) -> None:
@@ -179,6 +187,7 @@ def _patch(version: str) -> None:
     for loader in [BaseModelLoader, *_below(BaseModelLoader)]:
         if "load_model" in vars(loader):
             _after(loader, "load_model", lambda *_: _check())
+    _patched.append(version)
 
 
 def _after(owner: Any, name: str, then: Any) -> None:
