@@ -76,7 +76,7 @@ def load() -> Iterator[Any]:
 
 
 def _shut_down(running: list[Any]) -> None:
-    """Ends the engine before another starts: what it shares with others goes when it is collected."""
+    """Ends an engine before another starts: it leaves what they share when it is collected."""
     import gc
 
     while running:

@@ -8,27 +8,16 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from leanmoe.engines.choose import is_plain
 from leanmoe.engines.vllm.router import why_not_read
-from leanmoe.engines.vllm.routing import is_plain
+from leanmoe.engines.vllm.version import TESTED
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Rule
 
-OLDEST = (0, 24)
-TESTED = ("0.24.0", "0.32.0")
 HOOK = ["self", "hidden_states", "router_logits", "indices_type", "input_ids"]
 """Parameters of `_compute_routing`, in whose place the plan is put."""
 SETS_OF_EXPERTS = "BaseOAITritonExperts"
 """The class of experts of vLLM that take a token's experts as a set: none may be named twice."""
-
-
-def check_version(version: str) -> None:
-    """Refuses a vLLM from before the hook."""
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if len(numbers) == 2 and numbers < OLDEST:
-        raise LeanMoeError(
-            f"vLLM is {version}: a plan needs {OLDEST[0]}.{OLDEST[1]} or newer; unset LEANMOE_PLAN "
-            "to run the full model"
-        )
 
 
 def check_hook(base_router: Any, version: str) -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from leanmoe.engines import honour
+from leanmoe.engines.choose import implementation, is_plain
 from leanmoe.engines.spelling import REPEATS
 from leanmoe.engines.vllm import checks
 from leanmoe.engines.vllm.plugin import DROP
-from leanmoe.engines.vllm.routing import LayerRouting, implementation, is_plain
+from leanmoe.engines.vllm.routing import LayerRouting
 from leanmoe.engines.vllm.statistics import Statistics
+from leanmoe.engines.vllm.version import TESTED, check_version
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Plan
 from leanmoe.shape import MoEShape, read_shape
@@ -156,7 +158,7 @@ def use(plan: Plan, path: str = "", is_counted: bool = False) -> None:
     """As `install`, for a plan that is no file."""
     import vllm
 
-    checks.check_version(vllm.__version__)
+    check_version(vllm.__version__)
     if not _patched:
         _patch(vllm.__version__)
     _Installed.plan, _Installed.path, _Installed.is_counted = plan, path, is_counted
@@ -180,7 +182,7 @@ def _patch(version: str) -> None:
     except ImportError as error:
         raise LeanMoeError(
             f"vLLM {version} has no {error.name}, where a plan is put: install one of "
-            f"{' to '.join(checks.TESTED)}, or unset LEANMOE_PLAN"
+            f"{' to '.join(TESTED)}, or unset LEANMOE_PLAN"
         ) from error
     checks.check_hook(BaseRouter, version)
     _after(MoERunner, "__init__", lambda runner, *_: _adopt(runner))

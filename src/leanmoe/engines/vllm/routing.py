@@ -12,26 +12,19 @@ from __future__ import annotations
 import copy
 import itertools
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from leanmoe.engines.spelling import repeat_best, widened
+from leanmoe.engines.choose import choose, is_plain
+from leanmoe.engines.spelling import widened
 from leanmoe.engines.vllm.padding import padding_rows
 from leanmoe.engines.vllm.router import ranking_bias, read_router
 from leanmoe.engines.vllm.statistics import Statistics
-from leanmoe.kernels import (
-    route_cpu,
-    route_gpu_repeating,
-    why_not_route_cpu,
-    why_not_route_gpu,
-)
 from leanmoe.plan import Plan, Rule
 from leanmoe.routers import Router
-from leanmoe.routing import route
 
 _layers: WeakValueDictionary[int, LayerRouting] = WeakValueDictionary()
 _numbers = itertools.count()
@@ -101,7 +94,7 @@ class LayerRouting:
         else:
             ids_dtype = indices_type or torch.int32
             padding_T = padding_rows(router_logits.shape[0], self._sequence_parallel)
-            ids, weights = self.choose(
+            ids, weights = self._choose(
                 router_logits, ranking_bias(self._vllm), rule, padding_T, ids_dtype
             )
         if self._is_full_width:
@@ -110,7 +103,7 @@ class LayerRouting:
             self._statistics.note(self.layer, ids, weights, padding_T)
         return weights, ids
 
-    def choose(
+    def _choose(
         self,
         logits_TE: Tensor,
         bias_E: Tensor | None,
@@ -118,17 +111,8 @@ class LayerRouting:
         padding_T: Tensor | None,
         ids_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Ids and weights under a rule, by the fastest function that can."""
-        bias_E = None if bias_E is None else bias_E.detach()
-        arguments = (logits_TE, self.router, self.plan.model.top_k, rule, bias_E, padding_T)
-        if implementation(logits_TE, self.router, rule) == "gpu":
-            return route_gpu_repeating(*arguments, ids_dtype=ids_dtype)
-        function: Any = route
-        if implementation(logits_TE, self.router, rule) == "cpu":
-            function = route_cpu
-        ids, weights, _over_budget = function(*arguments)
-        ids = repeat_best(ids, logits_TE.shape[1], padding_T)
-        return ids.to(ids_dtype), weights.float()
+        top_k = self.plan.model.top_k
+        return choose(logits_TE, self.router, top_k, rule, bias_E, padding_T, ids_dtype)
 
     def routed(
         self, logits_TE: Tensor, bias_E: Tensor | None, slots: int, ids_dtype: torch.dtype
@@ -136,7 +120,7 @@ class LayerRouting:
         """Ids and weights of a step, `slots` wide whatever its band: what the operator does."""
         rule = self._rule(logits_TE.shape[0])
         padding_T = padding_rows(logits_TE.shape[0], self._sequence_parallel)
-        ids, weights = self.choose(logits_TE, bias_E, rule, padding_T, ids_dtype)
+        ids, weights = self._choose(logits_TE, bias_E, rule, padding_T, ids_dtype)
         ids, weights = widened(ids, weights, slots)
         if self._statistics is not None:  # copies: the compiled step may write over what it got
             self._statistics.note(self.layer, ids.clone(), weights.clone(), padding_T)
@@ -148,14 +132,6 @@ class LayerRouting:
 
     def _slots(self, rule: Rule) -> int:
         return self.plan.model.top_k if rule.top_k is None else rule.top_k
-
-
-def is_plain(rule: Rule) -> bool:
-    """Whether vLLM's own routing, with another top-k at most, does what the rule says.
-
-    With fewer experts and `keep_weights` it does not: it normalises the weights anew.
-    """
-    return rule.is_empty or rule == Rule(top_k=rule.top_k)
 
 
 def step_rows(rows: int) -> int:
@@ -170,17 +146,6 @@ def step_rows(rows: int) -> int:
         return rows
     parallel = get_forward_context().dp_metadata
     return rows if parallel is None else int(parallel.num_tokens_across_dp_cpu.sum())
-
-
-def implementation(logits_TE: Tensor, router: Router, rule: Rule) -> str:
-    """Which routing function runs: "gpu", "cpu" or "reference"."""
-    if logits_TE.is_cuda:
-        has_triton = find_spec("triton") is not None
-        can = has_triton and why_not_route_gpu(logits_TE, router, rule) is None
-        return "gpu" if can else "reference"
-    has_numba = find_spec("numba") is not None
-    can = has_numba and why_not_route_cpu(logits_TE, router, rule) is None
-    return "cpu" if can else "reference"
 
 
 @torch.library.custom_op("leanmoe::route_vllm", mutates_args=())
