@@ -6,6 +6,7 @@ It is what `leanmoe serve` uses where vLLM is not installed.
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from typing import Any
 
 from leanmoe.engines.metrics import TokenRate, exposition
@@ -13,7 +14,7 @@ from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Plan
 
 logger = logging.getLogger(__name__)
-PACKAGES = "fastapi, uvicorn and openai: pip install 'transformers[serving]'"
+PACKAGES = "fastapi, uvicorn, openai and accelerate: pip install 'transformers[serving]' accelerate"
 
 
 class PlannedServer:
@@ -29,6 +30,7 @@ class PlannedServer:
         """The model, under the plan until the process ends."""
         from leanmoe.runtime import apply
 
+        widen_cached_heads(model.config)
         self._context = apply(model, self.plan, experts="leanmoe", count=True)
         self._applied = self._context.__enter__()
         logger.info("plan %s at work, experts run by %s", self._path, self._applied.implementation)
@@ -51,6 +53,23 @@ class PlannedServer:
         return exposition(self._path, "transformers", step, self._rate.per_second(tokens))
 
 
+def widen_cached_heads(config: Any) -> None:
+    """Tells continuous batching how wide a cached head of DeepSeek's is, for as long as it serves.
+
+    Its cache is as wide as `head_dim`, which Transformers sets to the rotary part of MLA. Raises
+    LeanMoeError where keys and values differ in width: the cache holds one width.
+    """
+    whole = getattr(config, "qk_head_dim", None)
+    if whole is None:
+        return
+    if whole != config.v_head_dim:
+        raise LeanMoeError(
+            f"this model caches keys {whole} wide and values {config.v_head_dim} wide: "
+            "Transformers' continuous batching cannot serve it; serve it with vLLM"
+        )
+    config.head_dim = whole
+
+
 def _band(plan: Plan, counts: Any) -> dict[str, Any]:
     """The band of a step of the mean size: Transformers tells steps apart only while they run."""
     mean = max(1, round(counts[0].tokens / max(counts[0].steps, 1))) if counts else 1
@@ -70,7 +89,7 @@ def serve(model: str, plan: Plan, path: str, host: str, port: int) -> None:
         from transformers.utils.import_utils import is_serve_available
     except ImportError as error:
         raise LeanMoeError(f"this Transformers has no server ({error.name}): 5.17 has") from error
-    if not is_serve_available():
+    if not is_serve_available() or find_spec("accelerate") is None:
         raise LeanMoeError(f"Transformers' server needs {PACKAGES}")
     planned = PlannedServer(plan, path)
     load, build = ModelManager._load_model, server.build_server
