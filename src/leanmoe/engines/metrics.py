@@ -33,11 +33,15 @@ def counted_tokens(exposition: str, name: str = TOKENS) -> float:
 
 
 def exposition(
-    plan: str, engine: str, step: Mapping[str, Any] | None, tokens_per_second: float | None
+    plan: str,
+    engine: str,
+    step: Mapping[str, Any] | None,
+    tokens_per_second: float | None,
+    of: str = "the last step",
 ) -> str:
-    """Gauges of the last step: its band, and per layer the experts it woke and a token used.
+    """Gauges of a step: its band, and per layer the experts it woke and a token used.
 
-    `step` is what `statistics` read, or None where nothing ran.
+    `step` is what `statistics` read, or None where nothing ran; `of` says which step that is.
     """
     lines = _gauge("leanmoe_plan", "The plan at work.", [({"plan": plan, "engine": engine}, 1)])
     if tokens_per_second is not None:
@@ -50,18 +54,16 @@ def exposition(
         up_to = "none" if step["up_to"] is None else str(step["up_to"])
         band = "full model" if step["band"] is None else str(step["band"])
         layers = [(n, found) for n, found in enumerate(step["layers"]) if found is not None]
-        lines += _gauge("leanmoe_step_rows", "Rows of the last step.", [({}, step["rows"])])
-        lines += _gauge(
-            "leanmoe_band", "The band of the last step.", [({"band": band, "up_to": up_to}, 1)]
-        )
+        lines += _gauge("leanmoe_step_rows", f"Rows of {of}.", [({}, step["rows"])])
+        lines += _gauge("leanmoe_band", f"The band of {of}.", [({"band": band, "up_to": up_to}, 1)])
         lines += _gauge(
             "leanmoe_distinct_experts",
-            "Distinct experts that the last step woke in a MoE layer.",
+            f"Distinct experts in a MoE layer, {of}.",
             [({"layer": str(n)}, found["distinct"]) for n, found in layers],
         )
         lines += _gauge(
             "leanmoe_activated_experts",
-            "Experts that a token of the last step used in a MoE layer, on average.",
+            f"Experts that a token used in a MoE layer on average, {of}.",
             [({"layer": str(n)}, found["activated"]) for n, found in layers],
         )
     return "\n".join(lines) + "\n"

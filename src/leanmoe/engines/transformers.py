@@ -50,7 +50,8 @@ class PlannedServer:
                 for layer in counts
             ],
         }
-        return exposition(self._path, "transformers", step, self._rate.per_second(tokens))
+        rate = self._rate.per_second(tokens)
+        return exposition(self._path, "transformers", step, rate, of="the mean of all steps")
 
 
 def widen_cached_heads(config: Any) -> None:
