@@ -163,9 +163,10 @@ class Run:
         use = [layer["use"] for layer in json.loads(USE.read_text())["profile"]["layers"]]
         rows = max(2048, max(self.loads) * self.options.prompt)
         folder = Path(tempfile.mkdtemp())
-        (folder / "config.json").write_text(json.dumps(self.config | {"torch_dtype": "bfloat16"}))
+        (folder / "config.json").write_text(json.dumps(self.config))
         settings: dict[str, Any] = {
-            "load_format": "dummy", "skip_tokenizer_init": True, "generation_config": "vllm",
+            "load_format": "dummy", "dtype": "bfloat16",
+            "skip_tokenizer_init": True, "generation_config": "vllm",
             "max_model_len": 512, "max_num_seqs": max(self.loads), "max_num_batched_tokens": rows,
             "enable_prefix_caching": False, "gpu_memory_utilization": self.options.memory,
         }  # fmt: skip
@@ -205,7 +206,7 @@ class Run:
             engine.select(way)
             took, tokens = engine.decode(load, self.options.prompt, self.options.steps)
             self._add(routing, load, way, "tokens_per_second", tokens / took)
-            self._add(routing, load, way, "tpot_ms", took / self.options.steps * 1e3)
+            self._add(routing, load, way, "tpot_ms", took * load / tokens * 1e3)
             if not engine.is_captured:
                 self._see(engine, routing, load, way)
         if engine.is_captured:  # all from the same state, the last request's

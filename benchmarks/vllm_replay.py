@@ -21,7 +21,7 @@ from leanmoe.plan import Plan
 STOCK = "stock"
 ROUTINGS = ("skewed", "uniform")
 KEPT_ROWS = 1024
-"""Steps of more rows are prefill: their ids are not kept."""
+"""Steps of more rows are prefill: their ids are not kept. On a GPU only captured steps' are."""
 
 
 class Replay:
@@ -64,7 +64,8 @@ class Replay:
 
     def keep(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
         """Holds on to what a layer chose; a captured step writes there each time it is replayed."""
-        if ids_TK.shape[0] <= KEPT_ROWS:
+        is_eager = ids_TK.is_cuda and not torch.cuda.is_current_stream_capturing()
+        if ids_TK.shape[0] <= KEPT_ROWS and not is_eager:
             self.kept.setdefault((self.way, ids_TK.shape[0]), {})[layer] = (ids_TK, weights_TK)
 
     def experts(self, way: str, rows: int, tokens: int) -> tuple[float, float]:
