@@ -78,8 +78,9 @@ def command(
 def lacks_mla_kernel(config: Mapping[str, Any], distribution: str) -> bool:
     """Whether vLLM on a CPU must do without MLA, since its kernels take no heads of this width."""
     latent, rotary = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
-    is_mla = isinstance(latent, int) and isinstance(rotary, int)
-    return distribution == ON_CPU and is_mla and latent + rotary not in MLA_WIDTHS
+    if not isinstance(latent, int) or not isinstance(rotary, int):
+        return False
+    return distribution == ON_CPU and latent + rotary not in MLA_WIDTHS
 
 
 def compilation(plan: Plan, has_no_mla: bool) -> dict[str, Any]:
