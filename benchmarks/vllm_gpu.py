@@ -96,6 +96,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--vllm", default="installed", help="'installed', or a folder to find it in"
     )
+    parser.add_argument(
+        "--tiles", type=Path, help="results of experts_gpu.py: the tiles found there for vLLM"
+    )
     parser.add_argument("--memory", type=float, default=0.86, help="share of the GPU's for vLLM")
     return parser.parse_args()
 
@@ -170,6 +173,10 @@ class Run:
         settings |= _on_gpu(self.loads, self.options.shape) if _has_gpu() else {
             "enforce_eager": True
         }  # fmt: skip
+        if self.options.tiles:
+            from leanmoe.provenance import hardware
+
+            give_tiles(self.options.tiles, self.shape.experts, self.shape.expert_width, hardware())
         llm = LLM(model=str(folder), **settings)
         self.say("engine loaded")
         engine = Engine(llm, self.plans, Replay(self.shape.experts, rows, use))
@@ -277,8 +284,10 @@ class Run:
         from leanmoe.storage import write_json
 
         provenance = collect(" ".join(sys.argv), seed=0).to_json()
-        name = f"{provenance['date'][:10]}-vllm-{self.options.shape}"
-        path = self.options.output / f"{name}{'-fp8' if self.options.fp8 else ''}.json"
+        hardware = provenance["hardware"].lower().replace(" ", "-")
+        name = f"{provenance['date'][:10]}-{hardware}-{provenance['commit']}"
+        shape = f"{self.options.shape}{'-fp8' if self.options.fp8 else ''}"
+        path = self.options.output / f"{name}-vllm-{shape}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "leanmoe_benchmark": "vllm_gpu",
@@ -315,6 +324,25 @@ class Run:
                     print(f"{load:>8} " + " ".join(f"{cell:>18}" for cell in cells))
         print(f"\nsame tokens as stock under the empty plan: {self.same_tokens}")
         print(self.path)
+
+
+def give_tiles(results: Path, experts: int, width: int, gpu: str) -> None:
+    """Gives vLLM the tiles that `experts_gpu.py` found fastest for bf16 experts of this width.
+
+    Tokens at which its own choice was the fastest are left out, so the nearest others serve them.
+    """
+    found = json.loads(results.read_text())["vllm"]["tiles"]
+    table = {
+        name.partition("T=")[2]: tiles
+        for name, tiles in found.items()
+        if name.startswith(f"bfloat16 {width} ") and isinstance(tiles, dict)
+    }
+    if not table:
+        sys.exit(f"{results} has no tiles for experts {width} wide")
+    folder = Path(tempfile.mkdtemp())
+    name = f"E={experts},N={width},device_name={gpu.replace(' ', '_')}.json"
+    (folder / name).write_text(json.dumps(table))
+    os.environ["VLLM_TUNED_CONFIG_FOLDER"] = str(folder)
 
 
 def interval(samples: list[float]) -> dict[str, Any]:
