@@ -3,7 +3,8 @@
     python benchmarks/vllm_gpu.py --shape qwen3-30b-a3b --output results --seconds 500
 
 One engine with dummy weights is loaded once; each plan's decode steps are captured anew, so that
-stock vLLM and all plans are measured in turn, in an order that changes from round to round. Two
+stock vLLM and all plans are measured in turn, in an order that changes from round to round. After
+the first round a plan with bands is made of the rules that were fastest, and joins the others. Two
 times are taken: that of the model's captured step alone, and that of whole engine steps with
 scheduler and sampler. Routing is replayed (vllm_replay.py): drawn evenly, and with the skew of the
 reference model. Written after each round, whatever comes next. Shown are medians with 95%
@@ -19,6 +20,7 @@ import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +40,8 @@ PLANS = (
     "k=6: top_k=6; k=4: top_k=4; guaranteed=3: guaranteed=3; guaranteed=4: guaranteed=4; "
     "guaranteed=5: guaranteed=5; budget: budget=3/8"
 )
-BANDED = "1: ; 96: guaranteed=3; : "
+BANDED = "banded"
+"""A plan of bands, each with the single rule that was fastest at that load in the first round."""
 USE = Path(__file__).parent / "results/2026-11-23-intel-r-xeon-r-processor-demo.json"
 """A committed run of the reference model, for how often its experts are used."""
 QWEN = {
@@ -82,7 +85,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fp8", action="store_true", help="weights in blocks of fp8")
     parser.add_argument("--loads", default=LOADS, help="requests at once, comma separated")
     parser.add_argument("--plans", default=PLANS, help="name: field=value field=value; ...")
-    parser.add_argument("--banded", default=BANDED, help="up_to: field=value ...; ...; : the rest")
     parser.add_argument("--routings", default="skewed,uniform")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=16, help="engine steps a measurement")
@@ -93,6 +95,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("results"))
     parser.add_argument(
         "--vllm", default="installed", help="'installed', or a folder to find it in"
+    )
+    parser.add_argument(
+        "--tiles", type=Path, help="results of experts_gpu.py: the tiles found there for vLLM"
     )
     parser.add_argument("--memory", type=float, default=0.86, help="share of the GPU's for vLLM")
     return parser.parse_args()
@@ -114,12 +119,14 @@ class Run:
             config["quantization_config"] = FP8
         self.config = config
         self.shape = read_shape(config)
+        self.same_tokens: bool | None = None
         self.plans = self._plans()
-        self.samples: dict[tuple[str, int, str], dict[str, list[float]]] = {}
+        self.samples: dict[tuple[str, int, str], dict[str, dict[int, list[float]]]] = {}
+        """By routing, requests and way: by name and round, what was measured."""
         self.seen: dict[tuple[str, int, str], list[tuple[float, float]]] = {}
 
     def _plans(self) -> dict[str, Any]:
-        from leanmoe.plan import Band, Plan
+        from leanmoe.plan import Plan
 
         model = self.shape.fingerprint()
         found: dict[str, Any] = {"empty plan": Plan.uniform(model, self.rule(""))}
@@ -127,12 +134,6 @@ class Run:
             name, _, fields = part.partition(":")
             if name.strip():
                 found[name.strip()] = Plan.uniform(model, self.rule(fields))
-        bands = []
-        for part in self.options.banded.split(";"):
-            end, _, fields = part.partition(":")
-            up_to = int(end) if end.strip() else None
-            bands.append(Band(up_to, (self.rule(fields),) * model.moe_layers))
-        found["banded"] = Plan(model, tuple(bands))
         for plan in found.values():
             plan.check(model)
         return found
@@ -173,6 +174,10 @@ class Run:
         settings |= _on_gpu(self.loads, self.options.shape) if _has_gpu() else {
             "enforce_eager": True
         }  # fmt: skip
+        if self.options.tiles:
+            from leanmoe.provenance import hardware
+
+            give_tiles(self.options.tiles, self.shape.experts, self.shape.expert_width, hardware())
         llm = LLM(model=str(folder), **settings)
         self.say("engine loaded")
         engine = Engine(llm, self.plans, Replay(self.shape.experts, rows, use))
@@ -184,6 +189,8 @@ class Run:
         for way in self.ways:
             engine.capture(way)
         self.say(f"{len(self.ways)} ways captured")
+        stock, empty = (engine.tokens(way, 8, 24) for way in self.ways[:2])
+        self.same_tokens = stock == empty
         return engine
 
     def measure(self, engine: Any) -> None:
@@ -194,25 +201,54 @@ class Run:
                 for load in self.loads:
                     if self.has_time:
                         self._point(engine, routing, load, number)
+            if number == 0 and self.has_time:
+                self._add_banded(engine)
             is_last = number == self.options.rounds - 1 or not self.has_time
             self.write(is_complete=is_last and self.has_time)
             self.say(f"round {number + 1} written")
             if not self.has_time:
                 return
 
+    def _add_banded(self, engine: Any) -> None:
+        """Puts the fastest single rule of each load into a plan of its own."""
+        from leanmoe.plan import Band, Plan
+
+        bands: list[Band] = []
+        for number, load in enumerate(self.loads):
+            fastest = min(self.plans, key=lambda way: self._mean_step(load, way))
+            up_to = load if number < len(self.loads) - 1 else None
+            rules = self.plans[fastest].bands[0].rules
+            if bands and bands[-1].rules == rules:
+                bands.pop()
+            bands.append(Band(up_to, rules))
+            self.say(f"fastest at {load}: {fastest}")
+        self.plans[BANDED] = Plan(self.shape.fingerprint(), tuple(bands))
+        engine.add(BANDED, self.plans[BANDED])
+        self.ways.append(BANDED)
+
+    def _mean_step(self, load: int, way: str) -> float:
+        """Milliseconds a step so far, over all routings."""
+        found = []
+        for routing in self.routings:
+            values = self.samples[routing, load, way]
+            rounds = values.get("step_ms", values["tpot_ms"])
+            found.append(median(sample for samples in rounds.values() for sample in samples))
+        return sum(found) / len(found)
+
     def _point(self, engine: Any, routing: str, load: int, number: int) -> None:
         order = random.Random(number * 1000 + load).sample(self.ways, len(self.ways))
         for way in order:
             engine.select(way)
             took, tokens = engine.decode(load, self.options.prompt, self.options.steps)
-            self._add(routing, load, way, "tokens_per_second", tokens / took)
-            self._add(routing, load, way, "tpot_ms", took * load / tokens * 1e3)
+            add = partial(self._add, number, routing, load, way)
+            add("tokens_per_second", tokens / took)
+            add("tpot_ms", took * load / tokens * 1e3)
             if not engine.is_captured:
                 self._see(engine, routing, load, way)
         if engine.is_captured:  # all from the same state, the last request's
             for way in order * self.options.samples:
                 took = engine.step_seconds(load, way, self.options.replays)
-                self._add(routing, load, way, "step_ms", took * 1e3)
+                self._add(number, routing, load, way, "step_ms", took * 1e3)
             for way in order:
                 self._see(engine, routing, load, way)
 
@@ -220,8 +256,9 @@ class Run:
         found = engine.replay.experts(way, load, load)
         self.seen.setdefault((routing, load, way), []).append(found)
 
-    def _add(self, routing: str, load: int, way: str, name: str, value: float) -> None:
-        self.samples.setdefault((routing, load, way), {}).setdefault(name, []).append(value)
+    def _add(self, number: int, routing: str, load: int, way: str, name: str, value: float) -> None:
+        point = self.samples.setdefault((routing, load, way), {})
+        point.setdefault(name, {}).setdefault(number, []).append(value)
 
     def lines(self) -> list[dict[str, Any]]:
         """One entry for each routing, load and way."""
@@ -229,12 +266,13 @@ class Run:
         for (routing, load, way), values in self.samples.items():
             stock = self.samples[routing, load, self.ways[0]]
             entry: dict[str, Any] = {"routing": routing, "requests": load, "plan": way}
-            for name, samples in values.items():
-                entry[name] = interval(samples)
-                pairs = zip(stock[name], samples, strict=False)
+            for name, rounds in values.items():
+                entry[name] = interval(
+                    [sample for samples in rounds.values() for sample in samples]
+                )
                 is_rate = name == "tokens_per_second"
-                gains = [(b / a if is_rate else a / b) for a, b in pairs]
-                entry[f"gain_{name}"] = interval(gains)
+                pairs = [p for n, s in rounds.items() for p in zip(stock[name][n], s, strict=False)]
+                entry[f"gain_{name}"] = interval([b / a if is_rate else a / b for a, b in pairs])
             if seen := self.seen.get((routing, load, way)):
                 entry["distinct"] = round(sum(d for d, _ in seen) / len(seen), 2)
                 entry["activated"] = round(sum(a for _, a in seen) / len(seen), 3)
@@ -247,13 +285,16 @@ class Run:
         from leanmoe.storage import write_json
 
         provenance = collect(" ".join(sys.argv), seed=0).to_json()
-        name = f"{provenance['date'][:10]}-vllm-{self.options.shape}"
-        path = self.options.output / f"{name}{'-fp8' if self.options.fp8 else ''}.json"
+        hardware = provenance["hardware"].lower().replace(" ", "-")
+        name = f"{provenance['date'][:10]}-{hardware}-{provenance['commit']}"
+        shape = f"{self.options.shape}{'-fp8' if self.options.fp8 else ''}"
+        path = self.options.output / f"{name}-vllm-{shape}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "leanmoe_benchmark": "vllm_gpu",
             "label": "measured",
             "is_complete": is_complete,
+            "same_tokens_under_empty_plan": self.same_tokens,
             "provenance": provenance,
             "settings": {n: str(v) for n, v in vars(self.options).items()},
             "config": self.config,
@@ -271,16 +312,38 @@ class Run:
         print(f"{time.perf_counter() - self.started:6.0f} s  {what}", flush=True)
 
     def table(self) -> None:
-        """The results on screen: times of the captured step, or of engine steps without one."""
+        """The results on screen: captured steps if there are any, then whole engine steps."""
         lines = {(e["routing"], e["requests"], e["plan"]): e for e in self.lines()}
-        for routing in self.routings:
-            name = "step_ms" if any("step_ms" in e for e in lines.values()) else "tpot_ms"
-            print(f"\n{routing} routing: ms a step ({name}), gain over stock [95%], distinct")
-            print(f"{'requests':>10} " + " ".join(f"{way:>26}" for way in self.ways))
-            for load in self.loads:
-                cells = [_cell(lines.get((routing, load, way)), name) for way in self.ways]
-                print(f"{load:>10} " + " ".join(f"{cell:>26}" for cell in cells))
-        print(f"\n{self.path}")
+        for name in ("step_ms", "tpot_ms", "tokens_per_second"):
+            if not any(name in entry for entry in lines.values()):
+                continue
+            for routing in self.routings:
+                print(f"\n{routing} routing: {name}, gain over stock, distinct experts a layer")
+                print(f"{'requests':>8} " + " ".join(f"{way:>18}" for way in self.ways))
+                for load in self.loads:
+                    cells = [_cell(lines.get((routing, load, way)), name) for way in self.ways]
+                    print(f"{load:>8} " + " ".join(f"{cell:>18}" for cell in cells))
+        print(f"\nsame tokens as stock under the empty plan: {self.same_tokens}")
+        print(self.path)
+
+
+def give_tiles(results: Path, experts: int, width: int, gpu: str) -> None:
+    """Gives vLLM the tiles that `experts_gpu.py` found fastest for bf16 experts of this width.
+
+    Tokens at which its own choice was the fastest are left out, so the nearest others serve them.
+    """
+    found = json.loads(results.read_text())["vllm"]["tiles"]
+    table = {
+        name.partition("T=")[2]: tiles
+        for name, tiles in found.items()
+        if name.startswith(f"bfloat16 {width} ") and isinstance(tiles, dict)
+    }
+    if not table:
+        sys.exit(f"{results} has no tiles for experts {width} wide")
+    folder = Path(tempfile.mkdtemp())
+    name = f"E={experts},N={width},device_name={gpu.replace(' ', '_')}.json"
+    (folder / name).write_text(json.dumps(table))
+    os.environ["VLLM_TUNED_CONFIG_FOLDER"] = str(folder)
 
 
 def interval(samples: list[float]) -> dict[str, Any]:
@@ -298,11 +361,8 @@ def _short(value: float) -> float:
 def _cell(entry: dict[str, Any] | None, name: str) -> str:
     if entry is None or name not in entry:
         return "-"
-    gain = entry[f"gain_{name}"]
-    return (
-        f"{entry[name]['median']:.3f} {gain['median']:.2f}x[{gain['low']:.2f},{gain['high']:.2f}]"
-        f" {entry.get('distinct', 0):.0f}"
-    )
+    gain = entry[f"gain_{name}"]["median"]
+    return f"{entry[name]['median']:.4g} {gain:.2f}x {entry.get('distinct', 0):.0f}"
 
 
 def _has_gpu() -> bool:

@@ -8,6 +8,7 @@ Letters: L MoE layers, T rows of a step, E experts, K slots a token.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,9 +84,14 @@ class Switch:
 
     def __init__(self, router: Any, layer: int, plans: dict[str, Plan], replay: Replay) -> None:
         self._layer, self._replay = layer, replay
-        ways: dict[str, Callable[..., Any]] = {STOCK: router._compute_routing}
-        ways |= {name: LayerRouting(router, plan, layer) for name, plan in plans.items()}
-        self._ways = ways
+        self._router = copy.copy(router)  # as it was: `router` gets this in its routing's place
+        self._ways: dict[str, Callable[..., Any]] = {STOCK: router._compute_routing}
+        for name, plan in plans.items():
+            self.add(name, plan)
+
+    def add(self, name: str, plan: Plan) -> None:
+        """One way more."""
+        self._ways[name] = LayerRouting(self._router, plan, self._layer)
 
     def __call__(
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any, **others: Any
@@ -110,11 +116,20 @@ class Engine:
         self._requests = 0
         forward = self._engine.vllm_config.compilation_config.static_forward_context
         runners = [layer for layer in forward.values() if hasattr(layer, "routed_experts")]
-        for number, layer in enumerate(runners):
-            layer.router._compute_routing = Switch(layer.router, number, plans, replay)
+        self._switches = [
+            Switch(layer.router, number, plans, replay) for number, layer in enumerate(runners)
+        ]
+        for layer, switch in zip(runners, self._switches, strict=True):
+            layer.router._compute_routing = switch
         self.layers = len(runners)
         self._runner._dummy_run(1)  # the buffers of drawn logits
         replay.draw("uniform", 0)
+
+    def add(self, way: str, plan: Plan) -> None:
+        """One way more, captured."""
+        for switch in self._switches:
+            switch.add(way, plan)
+        self.capture(way)
 
     def capture(self, way: str) -> None:
         """Captures the decode steps of all sizes under a way."""
@@ -161,6 +176,26 @@ class Engine:
         while self._engine.has_unfinished_requests():
             self._engine.step()
         return took, tokens
+
+    def tokens(self, way: str, requests: int, count: int) -> dict[str, list[int]]:
+        """Greedy replies to so many prompts of different lengths, by prompt."""
+        from vllm import SamplingParams
+
+        self.select(way)
+        parameters = SamplingParams(
+            max_tokens=count, ignore_eos=True, detokenize=False, temperature=0.0
+        )
+        generator, replies = np.random.default_rng(1), {}
+        for number in range(requests):
+            ids = generator.integers(1, 500, 5 + 3 * number).tolist()
+            self._requests += 1
+            self._engine.add_request(str(self._requests), {"prompt_token_ids": ids}, parameters)
+        while self._engine.has_unfinished_requests():
+            for found in self._engine.step():
+                if found.finished:
+                    prompt = ",".join(map(str, found.prompt_token_ids))
+                    replies[prompt] = list(found.outputs[0].token_ids)
+        return replies
 
     def step_seconds(self, rows: int, way: str, replays: int) -> float:
         """Seconds of one captured step of the model alone, replayed as the last request left it."""
