@@ -100,7 +100,6 @@ def prepare_guidellm() -> str:
     forked from a server that has imported it, 2.
     """
     os.environ.setdefault("GUIDELLM__MP_CONTEXT_TYPE", "forkserver")
-    os.environ.setdefault("GUIDELLM__LOGGING__CONSOLE_LOG_LEVEL", "ERROR")
     try:
         version = metadata.version("guidellm")
         import_module(PRELOADED)  # registers our backend
@@ -109,6 +108,7 @@ def prepare_guidellm() -> str:
             "GuideLLM is not installed, and it sends the load: pip install 'leanmoe[bench]'"
         ) from error
     multiprocessing.set_forkserver_preload([PRELOADED])
+    import_module("loguru").logger.disable("guidellm")  # its remarks; failures are raised
     return version
 
 

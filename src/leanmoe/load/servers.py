@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import json
 import urllib.error
@@ -111,7 +112,11 @@ def _models(server: Server) -> list[dict[str, Any]]:
         raise LeanMoeError(
             f"{server.url} is no OpenAI-compatible server: /v1/models gives HTTP {error.code}"
         ) from error
-    except (OSError, urllib.error.URLError) as error:
+    except http.client.HTTPException as error:
+        raise LeanMoeError(
+            f"{server.url} is no OpenAI-compatible server: it does not speak HTTP"
+        ) from error
+    except OSError as error:
         reason = getattr(error, "reason", error)
         raise LeanMoeError(
             f"{server.url} does not answer: {reason}; start the server first"

@@ -25,6 +25,7 @@ from leanmoe.plan import Plan
 FULL = "full"
 PLUGINS = "vllm.general_plugins"
 SECONDS_TO_LEAVE = 30.0
+WORKER = [sys.executable, "-m", "leanmoe.load.vllm_worker"]
 
 
 class VLLMOffline:
@@ -123,7 +124,7 @@ class _Engine:
             environment["LEANMOE_PLAN"] = str(plan.resolve())
         self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "leanmoe.load.vllm_worker"],
+            WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -51,8 +51,8 @@ def closed_loop(
     total = len(requests)
     while len(finished) < total:
         while len(sent) < total and len(sent) - len(finished) < together:
-            if time.perf_counter() - start > max_seconds:
-                total = max(len(sent), 1)
+            if sent and time.perf_counter() - start > max_seconds:
+                total = len(sent)
                 break
             request, name = requests[len(sent)], str(len(sent))
             came[name] = []
