@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.load.bench import Job, run_job
+from leanmoe.load.bench import Job, busy_machine, run_job
 from leanmoe.load.continuous import Room
 from leanmoe.load.in_process import InProcess, cache_bytes, require_memory
 from leanmoe.load.prompts import Supply
@@ -71,6 +72,13 @@ def test_an_open_loop_in_process(tmp_path: Path) -> None:
     (entry,) = bench(job(tmp_path, settings=settings))["loads"]
     assert entry["request_rate"] == 50.0
     assert "median_delay_ms" in entry["runs"]["full"][0]
+
+
+def test_a_busy_machine_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (100.0 * (os.cpu_count() or 1), 0.0, 0.0))
+    assert "The machine was busy" in busy_machine()[0]
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    assert busy_machine() == []
 
 
 def test_any_family_is_served() -> None:

@@ -151,6 +151,8 @@ def bench(
     if as_json:
         print(json.dumps(record.to_json()))
         return
+    for note in record.notes:
+        print(note)
     print(f"Results: {record.path}   Page: {page}")
 
 

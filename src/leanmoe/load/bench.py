@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from leanmoe.provenance import collect
 from leanmoe.shape import read_shape
 
 RESULTS = "results.json"
+BUSY_SHARE = 0.75
+"""Of the cores, as load average over a minute. Loading the model itself makes about half of one."""
 SMALLEST_VOCABULARY_SAMPLE = "leanmoe"
 
 
@@ -108,6 +111,7 @@ def run_job(job: Job, shown: Shown, closed: Closed) -> Record:
     else:
         runner, supply, source = _in_process(job)
     record = open_record(job, runner.variants(), runner.describe(), source)
+    record.notes += busy_machine()
     record.save()
     try:
         sweep(runner, supply, job.settings, record, lambda load: shown(record, load))
@@ -117,6 +121,18 @@ def run_job(job: Job, shown: Shown, closed: Closed) -> Record:
     finally:
         closed(record.path)
     return record
+
+
+def busy_machine() -> list[str]:
+    """A note where other work keeps this machine's cores busy before the bench begins."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    if load < BUSY_SHARE * cores:
+        return []
+    return [
+        f"The machine was busy when this began: load average {load:.1f} on {cores} cores. "
+        "Times are longer and intervals wider than on an idle one."
+    ]
 
 
 def open_record(
@@ -140,6 +156,7 @@ def _in_process(job: Job) -> tuple[Runner, Supply, str]:
     from leanmoe.load.in_process import InProcess
     from leanmoe.runtime import load_model
 
+    quiet()
     model, tokenizer = load_model(job.targets[0], job.dtype, job.trust_remote_code)
     source, supply = make_supply(job.settings, tokenizer)
     runner = InProcess(model, job.targets[0], plans, job.settings, supply, job.with_stock)
@@ -219,9 +236,8 @@ def make_supply(settings: BenchSettings, tokenizer: Any) -> tuple[str, Supply]:
 def load_tokenizer(job: Job, servers: Sequence[Server]) -> Any:
     """The tokenizer that cuts prompts to length: of --tokenizer, or of what is served."""
     from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
+    quiet()
     guesses = [job.tokenizer] if job.tokenizer else _guesses(job, servers)
     for guess in guesses:
         if guess == "reference":
@@ -241,6 +257,14 @@ def load_tokenizer(job: Job, servers: Sequence[Server]) -> Any:
         f"no tokenizer was found ({tried}): give a folder, a hub name or 'reference' with "
         "--tokenizer; prompts are cut to length with it"
     )
+
+
+def quiet() -> None:
+    """Keeps loading bars and remarks of Transformers off the screen."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _guesses(job: Job, servers: Sequence[Server]) -> list[str]:

@@ -61,7 +61,7 @@ def gain_line(entry: Mapping[str, Any], name: str, first: str) -> str:
     if not gain:
         return f"{name} over {first}: no interval from a single repeat, so no gain is claimed."
     parts = []
-    for figure, word in (("output_throughput", "output tokens/s"), ("median_tpot_ms", "TPOT")):
+    for figure, word in (("output_throughput", "output tokens/s"), ("median_tpot_ms", "median TPOT")):
         if found := gain.get(figure):
             parts.append(f"{word} {interval(found)}")
     said = "; ".join(parts)
@@ -73,7 +73,7 @@ def gain_line(entry: Mapping[str, Any], name: str, first: str) -> str:
 def interval(ratio: Mapping[str, float]) -> str:
     """A ratio as a change in percent with its 95% interval."""
     median, low, high = (100 * (ratio[key] - 1) for key in ("median", "low", "high"))
-    return f"{median:+.1f}% ({low:+.1f} to {high:+.1f})"
+    return f"{median:+.1f}% (95%: {low:+.1f} to {high:+.1f}%)"
 
 
 def verdict(ratio: Mapping[str, float], is_open: bool = False) -> str:

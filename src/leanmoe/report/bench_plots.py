@@ -60,6 +60,7 @@ def gain(bench: Bench) -> go.Figure:
         }
         figure.add_trace(trace)
     figure.update_yaxes(ticksuffix="%")
+    figure.update_layout(showlegend=True)
     return figure
 
 
