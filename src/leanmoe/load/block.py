@@ -61,7 +61,10 @@ def gain_line(entry: Mapping[str, Any], name: str, first: str) -> str:
     if not gain:
         return f"{name} over {first}: no interval from a single repeat, so no gain is claimed."
     parts = []
-    for figure, word in (("output_throughput", "output tokens/s"), ("median_tpot_ms", "median TPOT")):
+    for figure, word in (
+        ("output_throughput", "output tokens/s"),
+        ("median_tpot_ms", "median TPOT"),
+    ):
         if found := gain.get(figure):
             parts.append(f"{word} {interval(found)}")
     said = "; ".join(parts)

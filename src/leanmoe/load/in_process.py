@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from leanmoe.load.continuous import Arrivals, Room, run, served
 from leanmoe.load.prompts import Request, Supply
 from leanmoe.load.settings import BenchSettings, ServiceLoad
 from leanmoe.load.sweep import Outcome, RunOne
-from leanmoe.plan import Plan
+from leanmoe.plan import Plan, Rule
 from leanmoe.runtime import IMPLEMENTATION, apply, has_kernel, shape_of
 
 FULL = "full"
@@ -123,7 +124,10 @@ class InProcess:
         return Outcome(timelines)
 
     def routing(self, load: ServiceLoad, run_one: RunOne) -> dict[str, Any]:
-        """Experts a token used and distinct experts a step woke, means over layers and steps."""
+        """Experts a token used and distinct experts a step woke, means over layers and steps.
+
+        Of the tokens that decode: under every variant prompt tokens are counted apart.
+        """
         del run_one
         together = min(load.concurrency or self._settings.max_concurrency, load.requests)
         requests = [
@@ -132,7 +136,8 @@ class InProcess:
         ]
         found = {}
         for name in self._plans:
-            with self._applied(name, count=True) as applied:
+            watched = _with_prompt_apart(self._plans[name])
+            with apply(self._model, watched, experts=self._experts[name], count=True) as applied:
                 run(self._manager, requests, Arrivals(together), self._settings.max_seconds)
             layers = applied.generated
             found[name] = {
@@ -142,9 +147,14 @@ class InProcess:
             }
         return found
 
-    def _applied(self, name: str, count: bool = False) -> AbstractContextManager[Any]:
-        plan, experts = self._plans[name], self._experts[name]
-        return apply(self._model, plan, experts=experts, count=count)
+    def _applied(self, name: str) -> AbstractContextManager[Any]:
+        return apply(self._model, self._plans[name], experts=self._experts[name])
+
+
+def _with_prompt_apart(plan: Plan) -> Plan:
+    """The plan with rules for prompt tokens that change nothing, if it has none of its own."""
+    nothing = Rule(top_k=plan.model.top_k)
+    return replace(plan, prompt=plan.prompt or (nothing,) * plan.model.moe_layers)
 
 
 def served_experts(model: Any) -> str:
