@@ -11,7 +11,15 @@ from leanmoe.plan import Plan, Rule
 from leanmoe.shape import read_shape
 from tests.cli.test_main import run
 
-SMALL = ["--concurrency=2", "--input-len=6:10", "--output-len=3", "--requests=4", "--repeats=2"]
+TEXT = Path(__file__).parents[2] / "docs"
+SMALL = [
+    f"--text={TEXT}",
+    "--concurrency=2",
+    "--input-len=6:10",
+    "--output-len=3",
+    "--requests=4",
+    "--repeats=2",
+]
 
 
 def test_block_results_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

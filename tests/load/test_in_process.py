@@ -20,7 +20,10 @@ from leanmoe.runtime import shape_of
 from leanmoe.shape import read_shape
 from tests import tiny
 
+TEXT = Path(__file__).parents[2] / "docs"
+"""Enough for prompts; the built-in text takes seconds to read."""
 SETTINGS = BenchSettings(
+    text=str(TEXT),
     concurrency=(1, 3),
     input_len=Lengths(4, 12),
     output_len=Lengths(2, 6),
@@ -157,7 +160,7 @@ def test_plans_are_refused_before_weights_are_read(
 
 
 def test_lengths_beyond_the_model_are_refused(tmp_path: Path) -> None:
-    settings = BenchSettings(**{**vars(SETTINGS), "input_len": Lengths(100_000, 100_000)})
+    settings = BenchSettings(**{**vars(SETTINGS), "input_len": Lengths(5_000, 5_000)})
     with pytest.raises(LeanMoeError, match="reference takes at most"):
         bench(job(tmp_path, settings=settings))
 

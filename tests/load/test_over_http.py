@@ -29,6 +29,7 @@ def servers() -> Iterator[tuple[MockServer, MockServer]]:
 
 def job(output: Path, *targets: str, **changes: object) -> Job:
     settings: dict = {
+        "text": str(Path(__file__).parents[2] / "docs"),
         "concurrency": (3,),
         "input_len": Lengths(10, 20),
         "output_len": Lengths(OUTPUT, OUTPUT),
