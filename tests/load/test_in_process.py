@@ -116,6 +116,8 @@ def test_a_cache_that_cannot_fit_is_refused() -> None:
         ({"targets": ("http://127.0.0.1:1", "reference")}, "stands among addresses"),
         ({"allow_remote": True}, "--allow-remote are for the address"),
         ({"gpus": 0}, "--gpus is 0"),
+        ({"engine_args": "[1]"}, "--engine-args is '.1.'"),
+        ({"engine_args": '{"a": 1}'}, "--engine-args are for --engine vllm"),
         ({"settings": BenchSettings(repeats=0)}, "--repeats is 0"),
         (
             {"engine": "vllm", "settings": BenchSettings(rates=(1.0,), concurrency=())},

@@ -77,6 +77,9 @@ def bench(
     engine: Annotated[
         str, typer.Option(help="transformers (continuous batching here) or vllm (offline).")
     ] = ENGINES[0],
+    engine_args: Annotated[
+        str | None, typer.Option(help="For vLLM's engine, as JSON: '{\"enforce_eager\": true}'.")
+    ] = None,
     stock: Annotated[
         bool, typer.Option("--stock", help="Also run Transformers' own experts beside.")
     ] = False,
@@ -138,6 +141,7 @@ def bench(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
+        engine_args=engine_args,
     )
     from leanmoe.report.bench_page import write_bench_page
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Job:
     dtype: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+    engine_args: str | None = None
+    """JSON of arguments for vLLM's engine."""
 
     @property
     def over_http(self) -> bool:
@@ -84,6 +87,8 @@ class Job:
             )
         if self.served_model or self.allow_remote:
             raise LeanMoeError("--served-model and --allow-remote are for the address of a server")
+        if read_engine_args(self.engine_args) and self.engine != "vllm":
+            raise LeanMoeError("--engine-args are for --engine vllm")
         if self.engine == "vllm" and self.settings.rates:
             raise LeanMoeError(
                 "--rate with --engine vllm: the offline engine is measured as a closed loop; "
@@ -121,6 +126,19 @@ def run_job(job: Job, shown: Shown, closed: Closed) -> Record:
     finally:
         closed(record.path)
     return record
+
+
+def read_engine_args(text: str | None) -> dict[str, Any]:
+    """The arguments in --engine-args. Raises LeanMoeError unless they are a JSON object."""
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise LeanMoeError(
+            f'--engine-args is {text!r}: it must be a JSON object like {{"enforce_eager": true}}'
+        )
+    return found
 
 
 def busy_machine() -> list[str]:
@@ -201,6 +219,7 @@ def _vllm(job: Job) -> tuple[Runner, Supply, str]:
         job.gpus or 1,
         job.dtype,
         job.trust_remote_code,
+        read_engine_args(job.engine_args),
     )
     return runner, supply, source
 

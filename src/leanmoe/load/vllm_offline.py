@@ -46,8 +46,11 @@ class VLLMOffline:
         gpus: int = 1,
         dtype: str | None = None,
         trust_remote_code: bool = False,
+        engine_args: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raises LeanMoeError where vLLM, or leanmoe's plugin in it, is not installed."""
+        """`engine_args` are passed to `vllm.LLM` over ours, and stored with the results.
+
+        Raises LeanMoeError where vLLM, or leanmoe's plugin in it, is not installed."""
         self._model, self._supply, self._settings = model, supply, settings
         self._plans: dict[str, Path | None] = {FULL: None, **plans}
         self._version = require_vllm(bool(plans))
@@ -58,6 +61,7 @@ class VLLMOffline:
             "trust_remote_code": trust_remote_code,
             "max_model_len": supply.longest,
             "max_num_seqs": max((load.concurrency or 1) for load in settings.loads()),
+            **(engine_args or {}),
         }
         self._gpus = gpus
         self._running: _Engine | None = None
