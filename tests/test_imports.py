@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": SHAPES | {"routing", "kernels", "reference"},
     "profile": SHAPES | {"routing", "runtime", "quality"},
     "quality": SHAPES | {"runtime"},
-    "load": SHAPES | {"runtime"},
+    "load": SHAPES | {"runtime", "reference"},
     "prune": SHAPES | {"runtime"},
     "tune": SHAPES | {"routing", "cost", "profile"},
     "engines": SHAPES | {"routing", "kernels"},

@@ -94,6 +94,8 @@ def test_the_headline_says_gain_loss_and_tie() -> None:
 def test_an_incomplete_bench_says_so() -> None:
     stopped = {**bench(), "complete": False, "stopped": "the server <died>"}
     assert "Incomplete: the server &lt;died&gt;" in bench_page(stopped)
+    busy = {**bench(), "notes": ["The machine was busy."]}
+    assert bench_page(busy).index("The machine was busy.") < bench_page(busy).index("Gain against")
     nothing = {**stopped, "loads": []}
     assert "no gain is claimed" in bench_page(nothing)
 

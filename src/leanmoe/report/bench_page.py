@@ -93,6 +93,7 @@ def _head(bench: Bench) -> str:
     if not bench["complete"]:
         reason = escape(str(bench["stopped"]))
         warning = f'<p class="refused">Incomplete: {reason}. Below is what was measured.</p>'
+    warning += "".join(f"<p>{escape(note)}</p>" for note in bench.get("notes", []))
     return (
         f"<h1>leanmoe bench: {escape(_model(bench))}</h1>"
         f'<p class="lead">{escape(headline(bench))}</p>{warning}'
@@ -151,13 +152,13 @@ def _table(bench: Bench) -> str:
                 [
                     _load(entry),
                     escape(name),
+                    ratio_cell(gain) if gain else "",
                     *(number_cell(median.get(figure)) for _, figure in shown),
                     number_cell(distinct),
-                    ratio_cell(gain) if gain else "",
                     str(len(entry["runs"].get(name, []))),
                 ]
             )
-    titles = ["load", "variant", *(t for t, _ in shown), "distinct experts", "gain", "repeats"]
+    titles = ["load", "variant", "gain", *(t for t, _ in shown), "distinct experts", "repeats"]
     return section(
         "Every load",
         "measured",
@@ -214,8 +215,7 @@ def _provenance(bench: Bench) -> str:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in settings["goodput"].items())
         facts["goodput limits"] = limits
     items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
-    notes = "".join(f"<li>{escape(note)}</li>" for note in bench.get("notes", []))
-    return section("How this was made", "", "", f"<dl>{items}</dl><ul>{notes}</ul>")
+    return section("How this was made", "", "", f"<dl>{items}</dl>")
 
 
 def _model(bench: Bench) -> str:
