@@ -35,6 +35,7 @@ def job(output: Path, *targets: str, **changes: object) -> Job:
         "output_len": Lengths(OUTPUT, OUTPUT),
         "repeats": 2,
         "requests": 9,
+        "max_seconds": 30.0,
         "goodput": (("ttft", 1e3 * TTFT * 0.9),),
         **changes,
     }

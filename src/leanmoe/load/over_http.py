@@ -23,6 +23,8 @@ from leanmoe.load.sweep import Outcome, RunOne
 FAILED_SHARE = 0.1
 """A run ends early when more of its requests fail."""
 CONNECT_SECONDS = 10.0
+SECONDS_TO_END = 60.0
+"""For GuideLLM's processes to start and to leave, beside the run's own time."""
 PRELOADED = "leanmoe.load.guidellm_client"
 STREAMS_A_PROCESS = 64
 """Streams that one of GuideLLM's processes reads without falling behind."""
@@ -84,7 +86,7 @@ class OverHTTP:
             for request in requests
         ]
         wanted = scenario(server, load, rows, self._settings, zlib.crc32(seed.encode()))
-        outcome = run_scenario(wanted, server)
+        outcome = run_scenario(wanted, server, self._settings.max_seconds + SECONDS_TO_END)
         if not outcome.timelines or (outcome.failed and not answers(server)):
             raise LeanMoeError(
                 f"{server.url} ({name}) stopped answering at {load.name}: "
@@ -172,12 +174,20 @@ def scenario(
     return BenchmarkScenario(spec=spec)
 
 
-def run_scenario(wanted: Any, server: Server) -> Outcome:
-    """Runs it to its end. Raises LeanMoeError when GuideLLM itself fails."""
+def run_scenario(wanted: Any, server: Server, most_seconds: float) -> Outcome:
+    """Runs it to its end. Raises LeanMoeError when GuideLLM itself fails or does not end."""
     from guidellm.benchmark.entrypoints import benchmark_generative_text
 
+    async def bounded() -> Any:
+        running = benchmark_generative_text(wanted, progress=False, console=None)
+        return await asyncio.wait_for(running, most_seconds)
+
     try:
-        report, _ = asyncio.run(benchmark_generative_text(wanted, progress=False, console=None))
+        report, _ = asyncio.run(bounded())
+    except TimeoutError as error:
+        raise LeanMoeError(
+            f"the load on {server.url} did not end within {most_seconds:.0f} seconds"
+        ) from error
     except (RuntimeError, ValueError, OSError, EOFError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LeanMoeError(f"the load on {server.url} failed: {reason}") from error
