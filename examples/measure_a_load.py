@@ -13,6 +13,7 @@ from leanmoe.load.settings import BenchSettings, Lengths
 from leanmoe.shape import read_shape
 
 settings = BenchSettings(
+    text=str(Path(__file__).parents[1] / "docs"),  # prompts are cut from these files
     concurrency=(4,),
     input_len=Lengths(32, 96),  # any length between, each as likely
     output_len=Lengths(8, 8),
