@@ -1,0 +1,406 @@
+"""How far off is the cost model on layers it has not seen, and what are its constants?
+
+    python benchmarks/cost_fit.py --write-constants
+
+Reads AIConfigurator's measured tables from the installed package (pip install 'leanmoe[predict]').
+Per kernel and format: constants are fitted on half of the shapes, never on one with k = 6, and
+tested on the other half and on every row with k = 6. A shape is hidden and expert width, experts,
+k and both parallelisms, held out whole. The domain is fine-grained experts on a GPU as it would
+serve them; rows outside it are counted and shown, not fitted. `--write-constants` writes the
+constants, ours, that come with leanmoe (src/leanmoe/cost/fitted).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from leanmoe import provenance
+from leanmoe.cost.constants import (
+    FITTED,
+    Accuracy,
+    Constants,
+    KernelConstants,
+    Rates,
+    write_constants,
+)
+from leanmoe.cost.fit import Reading, accuracy, errors_of, fit
+from leanmoe.cost.hardware import GPUS, Gpu
+from leanmoe.cost.tables import (
+    PACKAGE,
+    TABLES,
+    UNGATED,
+    VERSION,
+    Measured,
+    Table,
+    read_columns,
+    read_table,
+)
+from leanmoe.cost.work import FEATURES, ExpertsShape, Rows
+from leanmoe.progress import bar
+from leanmoe.shape import distinct_uniform
+from leanmoe.storage import write_json
+
+MULTIPLE = 128
+"""Widths after tensor parallelism that no tile cuts."""
+LEAST_HERE, LEAST_EXPERTS, LEAST_SLOTS, MOST_SLOTS, MOST_GPUS = 8, 64, 4, 10, 16
+UNSEEN_K = 6
+OUR_LAYER = {1: 165.5, 8: 1075, 16: 1910, 32: 3036, 64: 4280, 128: 4795, 256: 4946}
+"""Microseconds of leanmoe's kernel on one DeepSeek-V3 layer (7168, 2048, 256 experts, k = 8, bf16,
+random draws) by tokens, on one H200, 2026-11-24 (docs/kernels.md)."""
+OUR_FIT = (1, 16, 64, 256)
+"""Points of those that constants are fitted to; the others are a test."""
+OUR_FEATURES = ("call", "weights")
+
+
+def in_domain(row: Measured, table: Table) -> bool:
+    """Whether a row is of fine-grained experts as a GPU would serve them."""
+    if table.dtype == "w4a16_mxfp4":  # gpt-oss alone: 2880 wide, in no multiple of 128
+        return row.tensor * row.expert <= MOST_GPUS and row.experts >= LEAST_EXPERTS
+    width = row.width // row.tensor
+    return (
+        width % MULTIPLE == 0
+        and row.width % row.tensor == 0
+        and row.experts // row.expert >= LEAST_HERE
+        and row.experts >= LEAST_EXPERTS
+        and LEAST_SLOTS <= row.top_k <= MOST_SLOTS
+        and row.tensor * row.expert <= MOST_GPUS
+        and (row.hidden, row.width) not in UNGATED
+    )
+
+
+def reading(row: Measured, table: Table) -> Reading:
+    """A row as the fit takes it."""
+    return Reading(row.shape(table.dtype), row.rows(table.kernel), row.seconds)
+
+
+def halves(rows: Sequence[Measured], seed: int) -> tuple[set[Any], set[Any]]:
+    """Keys of shapes to fit and to test; those with k = 6 are in neither."""
+    keys = sorted({row.key for row in rows if row.top_k != UNSEEN_K})
+    order = np.random.default_rng(seed).permutation(len(keys))
+    half = {keys[n] for n in order[: len(keys) // 2]}
+    return half, set(keys) - half
+
+
+def fit_table(gpu: Gpu, table: Table, seed: int) -> tuple[KernelConstants, dict[str, Any]]:
+    """Constants of a kernel, and the row of the results that says how far off they are."""
+    every = [r for r in read_table(gpu.name, table) if not r.is_grouped(table.kernel)]
+    rows = [row for row in every if in_domain(row, table)]
+    fitted, tested = halves(rows, seed)
+    constants = fit(
+        table.kernel,
+        gpu,
+        table.dtype,
+        [reading(r, table) for r in rows if r.key in fitted],
+        f"half of the shapes of {table.source}, {PACKAGE} {VERSION}, {gpu.name}",
+    )
+    sets: dict[str, list[Measured]] = {
+        "fitted": [r for r in rows if r.key in fitted],
+        "unseen half": [r for r in rows if r.key in tested],
+        "every k = 6 row": [r for r in rows if r.top_k == UNSEEN_K],
+        "decode of the unseen half, to 512 tokens": [
+            r for r in rows if r.key in tested and r.tokens <= 512
+        ],
+        "outside the domain": [r for r in every if not in_domain(r, table)],
+    }
+    found = []
+    worst: dict[str, Any] = {}
+    for name, group in sets.items():
+        if not group:
+            continue
+        errors = errors_of(constants, [reading(r, table) for r in group], gpu)
+        found.append(accuracy(name, errors))
+        place = int(np.abs(errors).argmax())
+        worst[name] = {
+            "shape": list(group[place].key),
+            "tokens": group[place].tokens,
+            "error": float(f"{errors[place]:.4g}"),
+        }
+    seen = tuple(a for a in found if a.what in ("unseen half", "every k = 6 row"))
+    constants = KernelConstants(
+        constants.kernel,
+        constants.gpu,
+        constants.dtype,
+        constants.regimes,
+        constants.fitted_to,
+        seen,
+    )
+    line = {
+        "kernel": table.kernel,
+        "dtype": table.dtype,
+        "gpu": gpu.name,
+        "shapes": {"fitted": len(fitted), "tested": len(tested)},
+        "accuracy": [vars(a) for a in found],
+        "worst": worst,
+        "grouped": _grouped(constants, gpu, table),
+    }
+    return constants, line
+
+
+def _grouped(constants: KernelConstants, gpu: Gpu, table: Table) -> dict[str, Any] | None:
+    """DeepSeek-V3's rows where the collector's router limited groups: as published, and as run."""
+    rows = [r for r in read_table(gpu.name, table) if r.is_grouped(table.kernel)]
+    rows = [r for r in rows if in_domain(r, table) and r.tokens >= 32]
+    if not rows:
+        return None
+    as_run = errors_of(constants, [reading(r, table) for r in rows], gpu)
+    plain = [Reading(r.shape(table.dtype), r.rows("trtllm"), r.seconds) for r in rows]
+    published = errors_of(constants, plain, gpu)
+    return {
+        "as published": vars(accuracy("every expert can wake", published)),
+        "as run": vars(accuracy("4 of 8 groups", as_run)),
+    }
+
+
+def transfer(constants: KernelConstants, table: Table, gpu: Gpu) -> dict[str, Any] | None:
+    """How far off one GPU's constants are on another GPU."""
+    try:
+        rows = [r for r in read_table(gpu.name, table) if not r.is_grouped(table.kernel)]
+    except Exception as error:  # a GPU without that table
+        print(f"no {table.kernel} {table.dtype} for {gpu.name}: {error}", file=sys.stderr)
+        return None
+    rows = [r for r in rows if in_domain(r, table)]
+    if not rows:
+        return None
+    found = accuracy(
+        f"{constants.gpu}'s constants on {gpu.name}",
+        errors_of(constants, [reading(r, table) for r in rows], gpu),
+    )
+    return {"kernel": table.kernel, "dtype": table.dtype, **vars(found)}
+
+
+def our_kernel(gpu: Gpu) -> tuple[KernelConstants, list[dict[str, float]]]:
+    """leanmoe's own kernel from our own readings, and its error at each."""
+    shape = ExpertsShape(7168, 2048, 256)
+
+    def at(tokens: int) -> Reading:
+        distinct = distinct_uniform(256, 8, tokens)
+        return Reading(shape, Rows(tokens, 8, tokens * 8, distinct), OUR_LAYER[tokens] * 1e-6)
+
+    constants = fit(
+        "leanmoe",
+        gpu,
+        "bfloat16",
+        [at(n) for n in OUR_FIT],
+        "four of seven readings of one DeepSeek-V3 layer, docs/kernels.md, h200",
+        edges=(16384,),
+        names=OUR_FEATURES,
+    )
+    readings = [at(n) for n in OUR_LAYER]
+    errors = errors_of(constants, readings, gpu)
+    unseen = np.array([e for n, e in zip(OUR_LAYER, errors, strict=True) if n not in OUR_FIT])
+    constants = KernelConstants(
+        *(getattr(constants, n) for n in ("kernel", "gpu", "dtype", "regimes", "fitted_to")),
+        (accuracy("our readings at tokens not fitted", unseen),),
+    )
+    lines = [
+        {
+            "tokens": n,
+            "microseconds": OUR_LAYER[n],
+            "predicted": round(OUR_LAYER[n] * (1 + e), 1),
+            "error": float(f"{e:.4g}"),
+            "fitted": n in OUR_FIT,
+        }
+        for n, e in zip(OUR_LAYER, errors, strict=True)
+    ]
+    return constants, lines
+
+
+def least(
+    predict: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    took: NDArray[np.float64],
+    start: Sequence[float],
+) -> tuple[NDArray[np.float64], Accuracy]:
+    """Positive constants with the least mean absolute log error on even rows, tested on odd ones."""
+
+    def loss(logs: NDArray[np.float64]) -> float:
+        return float(np.abs(np.log(predict(np.exp(logs)) / took))[::2].mean())
+
+    found = minimize(loss, np.log(start), method="Nelder-Mead", options={"maxiter": 4000})
+    constants = np.exp(found.x)
+    return constants, accuracy("rows not fitted", (predict(constants) / took - 1)[1::2])
+
+
+def products(gpu: Gpu, dtype: str, source: str) -> tuple[NDArray[np.float64], Accuracy]:
+    """Efficiencies and time of a call of a dense product."""
+    columns = read_columns(gpu.name, "gemm/vllm/0.24.0/gemm_perf.parquet")
+    m, n, k = (columns[name].astype(float) for name in ("m", "n", "k"))
+    wanted = (columns["kernel_source"] == source) & (columns["gemm_dtype"] == dtype)
+    wanted &= (n >= 512) & (k >= 512) & (m <= 8192) & (n <= 20000) & (k <= 20000)
+    m, n, k = m[wanted], n[wanted], k[wanted]
+    size = 2.0 if dtype == "bfloat16" else 1.0
+    rate = gpu.flops if dtype == "bfloat16" else gpu.flops_fp8
+    moved = size * n * k + 2 * m * (n + k)
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        longer = np.maximum(moved / gpu.bandwidth / c[0], 2 * m * n * k / rate / c[1])
+        return np.asarray(c[2] * 1e-6 + longer)
+
+    return least(predict, columns["latency"][wanted] / 1e3, (0.7, 0.6, 4.0))
+
+
+def decode_attention(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
+    """Bandwidth and time of a call of attention over the cache."""
+    columns = read_columns(gpu.name, "attention/vllm/0.24.0/generation_attention_perf.parquet")
+    wanted = (columns["window_size"] == 0) & (columns["kv_cache_dtype"] == "bfloat16")
+    wanted &= (columns["head_dim"] == 128) & (columns["step"] >= 127)
+    batch, context = columns["batch_size"][wanted], columns["step"][wanted] + 1
+    read = batch * context * columns["num_key_value_heads"][wanted] * 2 * 128 * 2.0
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(c[1] * 1e-6 + read / gpu.bandwidth / c[0])
+
+    return least(predict, columns["latency"][wanted] / 1e3, (0.7, 6.0))
+
+
+def prompt_attention(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
+    """Rate of attention among a prompt's tokens."""
+    columns = read_columns(gpu.name, "attention/vllm/0.24.0/context_attention_perf.parquet")
+    wanted = (columns["window_size"] == 0) & (columns["kv_cache_dtype"] == "bfloat16")
+    wanted &= (columns["head_dim"] == 128) & (columns["isl"] >= 512)
+    tokens = columns["isl"][wanted].astype(float)
+    work = columns["batch_size"][wanted] * columns["num_heads"][wanted] * tokens**2 * 2 * 128
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(c[1] * 1e-6 + work / gpu.flops / c[0])
+
+    return least(predict, columns["latency"][wanted] / 1e3, (0.6, 10.0))
+
+
+def all_reduce(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
+    """Bandwidth, time of a call and of a further hop of vLLM's all-reduce in a graph."""
+    columns = read_columns(gpu.name, "comm/vllm/0.24.0/custom_allreduce_perf.parquet")
+    wanted = (columns["backend"] == "vllm_graph") & (columns["message_size"] <= 2**27)
+    gpus = columns["num_gpus"][wanted].astype(float)
+    size = columns["message_size"][wanted].astype(float)
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        sent = 2 * (gpus - 1) / gpus * size
+        hops = (np.log2(gpus) - 1) * c[2] * 1e-6
+        return np.asarray(c[1] * 1e-6 + hops + sent / gpu.link / c[0])
+
+    return least(predict, columns["latency"][wanted] / 1e3, (0.6, 5.0, 1.0))
+
+
+def exchange(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
+    """Bandwidth and time of a call of DeepEP's low-latency dispatch and combine over 8 GPUs."""
+    from leanmoe.cost.routing import ranks_touched
+
+    columns = read_columns(gpu.name, "comm/vllm/0.24.0/moe_a2a_perf.parquet")
+    best = {}  # the faster of the two ways at each point, as an engine would choose
+    names = ("phase", "hidden_size", "topk", "num_experts", "num_tokens")
+    for row in zip(*(columns[n].tolist() for n in names), columns["latency"] / 1e6, strict=True):
+        key = row[:-1]
+        best[key] = min(best.get(key, np.inf), float(row[-1]))
+    tokens = np.array([key[4] for key in best], dtype=float)
+    sent = np.array([h * 2 * 7 / 8 * ranks_touched(e, k, 8, 1, 1) for _, h, k, e, _ in best])
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(c[1] * 1e-6 + tokens * sent / gpu.link / c[0])
+
+    return least(predict, np.array(list(best.values())), (0.4, 50.0))
+
+
+def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
+    """Rates of everything but the experts, with their errors on rows not fitted."""
+    dense, dense_error = products(gpu, "bfloat16", "torch.nn.functional.linear")
+    _, fp8_error = products(gpu, "fp8_block", "DeepGemmFp8BlockScaledMMKernel")
+    decode, decode_error = decode_attention(gpu)
+    prompt, prompt_error = prompt_attention(gpu)
+    reduced, reduced_error = all_reduce(gpu)
+    exchanged, exchanged_error = exchange(gpu)
+    found = Rates(
+        product_bandwidth=dense[0],
+        product_flops=dense[1],
+        product_seconds=dense[2] * 1e-6,
+        attention_bandwidth=decode[0],
+        attention_flops=prompt[0],
+        attention_seconds=decode[1] * 1e-6,
+        reduce_bandwidth=reduced[0],
+        reduce_seconds=reduced[1] * 1e-6,
+        reduce_hop=reduced[2] * 1e-6,
+        exchange_bandwidth=exchanged[0],
+        exchange_seconds=exchanged[1] * 1e-6,
+        step_seconds=STEP_SECONDS,
+        layer_seconds=LAYER_SECONDS,
+        fitted_to=f"vLLM 0.24's kernels in {PACKAGE} {VERSION}, {gpu.name}; a step's and a "
+        "layer's own time from one reading of Qwen3-30B-A3B at concurrency 1",
+    )
+    found = Rates(
+        **{n: v if isinstance(v, str) else float(f"{v:.4g}") for n, v in vars(found).items()}
+    )
+    errors = {
+        "dense products, bf16": dense_error,
+        "dense products, fp8 blocks (with their own constants)": fp8_error,
+        "attention, decode": decode_error,
+        "attention, prompt": prompt_error,
+        "all-reduce": reduced_error,
+        "dispatch and combine": exchanged_error,
+    }
+    return found, {name: vars(error) for name, error in errors.items()}
+
+
+STEP_SECONDS = 0.0
+LAYER_SECONDS = 0.0
+
+
+def main() -> None:
+    """Fits, tests, writes JSON, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seed", type=int, default=0, help="of the halves")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--write-constants", action="store_true")
+    arguments = parser.parse_args()
+    where = provenance.collect("python " + " ".join(sys.argv), seed=arguments.seed)
+    gpu = GPUS["h200"]
+    kernels, lines, moved = [], [], []
+    with bar("Fitting", len(TABLES), "kernels") as advance:
+        for table in TABLES:
+            constants, line = fit_table(gpu, table, arguments.seed)
+            kernels.append(constants)
+            lines.append(line)
+            if (found := transfer(constants, table, GPUS["h100"])) is not None:
+                moved.append(found)
+            advance(1)
+    ours, our_lines = our_kernel(gpu)
+    kernels.append(ours)
+    found_rates, rate_errors = rates(gpu)
+    result = {
+        "label": "modelled, against measured tables",
+        "provenance": where.to_json(),
+        "tables": f"{PACKAGE} {VERSION}",
+        "features": list(FEATURES),
+        "kernels": lines,
+        "carried over": moved,
+        "our layer": our_lines,
+        "rates": rate_errors,
+    }
+    write_json(arguments.output / f"{where.date[:10]}-{where.commit}-cost-fit.json", result)
+    if arguments.write_constants:
+        made = {**where.to_json(), "tables": f"{PACKAGE} {VERSION}", "label": "fitted"}
+        write_constants(FITTED / "h200.json", Constants(tuple(kernels), {"h200": found_rates}, made))
+    for line in lines:
+        print(f"{line['kernel']} {line['dtype']}")
+        for each in line["accuracy"]:
+            print(f"    {Accuracy(**each)}")
+        if line["grouped"]:
+            for name, each in line["grouped"].items():
+                print(f"    DeepSeek-V3 {name}: {Accuracy(**each)}")
+    for each in moved:
+        print(each)
+    for each in our_lines:
+        print(each)
+    print(found_rates)
+    for name, each in rate_errors.items():
+        print(f"{name}: {Accuracy(**each)}")
+
+
+if __name__ == "__main__":
+    main()
