@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from leanmoe import provenance
+from leanmoe.cost.activation import Activation, assumed_curves
 from leanmoe.cost.constants import (
     FITTED,
     Accuracy,
@@ -31,8 +33,12 @@ from leanmoe.cost.constants import (
     Rates,
     write_constants,
 )
+from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.fit import Reading, accuracy, errors_of, fit
 from leanmoe.cost.hardware import GPUS, Gpu
+from leanmoe.cost.models import published_model
+from leanmoe.cost.routing import Assumed
+from leanmoe.cost.step import Batch, StepTime
 from leanmoe.cost.tables import (
     PACKAGE,
     TABLES,
@@ -46,7 +52,7 @@ from leanmoe.cost.tables import (
 from leanmoe.cost.work import FEATURES, ExpertsShape, Rows
 from leanmoe.progress import bar
 from leanmoe.shape import distinct_uniform
-from leanmoe.storage import write_json
+from leanmoe.storage import read_json, write_json
 
 MULTIPLE = 128
 """Widths after tensor parallelism that no tile cuts."""
@@ -218,7 +224,7 @@ def least(
     took: NDArray[np.float64],
     start: Sequence[float],
 ) -> tuple[NDArray[np.float64], Accuracy]:
-    """Positive constants with the least mean absolute log error on even rows, tested on odd ones."""
+    """Positive constants with the least mean absolute log error on even rows; odd ones test."""
 
     def loss(logs: NDArray[np.float64]) -> float:
         return float(np.abs(np.log(predict(np.exp(logs)) / took))[::2].mean())
@@ -328,8 +334,6 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
         reduce_hop=reduced[2] * 1e-6,
         exchange_bandwidth=exchanged[0],
         exchange_seconds=exchanged[1] * 1e-6,
-        step_seconds=STEP_SECONDS,
-        layer_seconds=LAYER_SECONDS,
         fitted_to=f"vLLM 0.24's kernels in {PACKAGE} {VERSION}, {gpu.name}; a step's and a "
         "layer's own time from one reading of Qwen3-30B-A3B at concurrency 1",
     )
@@ -347,8 +351,18 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
     return found, {name: vars(error) for name, error in errors.items()}
 
 
-STEP_SECONDS = 0.0
-LAYER_SECONDS = 0.0
+READINGS = Path("benchmarks/readings/qwen3-30b-a3b-vllm-h200.json")
+
+
+def layer_seconds(constants: Constants) -> float:
+    """A layer's own time: what the reading at concurrency 1 leaves over, shared by the layers."""
+    readings = read_json(READINGS, "readings")
+    first = next(r for r in readings["rows"] if r["concurrency"] == 1 and not r["rule"])
+    model = published_model(readings["model"])
+    step = StepTime(model, Deployment(GPUS[readings["hardware"]]), constants, readings["kernel"])
+    activation = Activation(model, None, assumed_curves(model, Assumed()))
+    modelled = step.parts(Batch(1, readings["context"]), activation).total
+    return max(0.0, first["step_ms"] / 1e3 - modelled) / model.shape.layers
 
 
 def main() -> None:
@@ -372,6 +386,8 @@ def main() -> None:
     ours, our_lines = our_kernel(gpu)
     kernels.append(ours)
     found_rates, rate_errors = rates(gpu)
+    own = layer_seconds(Constants(tuple(kernels), {"h200": found_rates}))
+    found_rates = replace(found_rates, layer_seconds=float(f"{own:.4g}"))
     result = {
         "label": "modelled, against measured tables",
         "provenance": where.to_json(),
@@ -385,7 +401,9 @@ def main() -> None:
     write_json(arguments.output / f"{where.date[:10]}-{where.commit}-cost-fit.json", result)
     if arguments.write_constants:
         made = {**where.to_json(), "tables": f"{PACKAGE} {VERSION}", "label": "fitted"}
-        write_constants(FITTED / "h200.json", Constants(tuple(kernels), {"h200": found_rates}, made))
+        write_constants(
+            FITTED / "h200.json", Constants(tuple(kernels), {"h200": found_rates}, made)
+        )
     for line in lines:
         print(f"{line['kernel']} {line['dtype']}")
         for each in line["accuracy"]:

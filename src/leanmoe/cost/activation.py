@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from leanmoe.cost.model import Model
 from leanmoe.cost.routing import Assumed, Curve, assumed_curve, from_points
 from leanmoe.errors import LeanMoeError
-from leanmoe.plan import Fingerprint, Plan, Rule
+from leanmoe.plan import Band, Fingerprint, Plan, Rule
 
 CurveOf = Callable[[int, Rule], Curve]
 """A MoE layer's curve under a rule."""
@@ -41,7 +41,9 @@ class Activation:
     def layers(self, decoding: float, prompt: float) -> list[Awake]:
         """What a step activates with so many tokens that decode and so many of prompts."""
         if self._prompt is None:
-            return [_awake(curve, n, decoding + prompt) for curve, n in self._band(decoding + prompt)]
+            return [
+                _awake(curve, n, decoding + prompt) for curve, n in self._band(decoding + prompt)
+            ]
         number = next(
             (n for n, (up_to, _) in enumerate(self._bands) if up_to is None or decoding <= up_to),
             len(self._bands),
@@ -78,10 +80,10 @@ def _grouped(rules: tuple[Rule, ...], curve_of: CurveOf) -> list[tuple[Curve, in
 
 
 def _paired(
-    prompt: tuple[Rule, ...], bands: list[object], layers: int, curve_of: CurveOf
+    prompt: tuple[Rule, ...], bands: list[Band], layers: int, curve_of: CurveOf
 ) -> list[list[tuple[tuple[Curve, Curve], int]]]:
     """For each band, and for none, curves of decoding and of prompt tokens, layer by layer."""
-    every = [getattr(band, "rules") for band in bands] + [(Rule(),) * layers]  # noqa: B009
+    every = [band.rules for band in bands] + [(Rule(),) * layers]
     found = []
     for rules in every:
         counts: dict[tuple[Curve, Curve], int] = {}
@@ -137,7 +139,8 @@ def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: Mo
     lower = Rule(top_k=rule.top_k, keep_weights=rule.keep_weights)
     if rule != lower:
         raise LeanMoeError(
-            f"rule {rule.to_json()} needs the profile's traces replayed: pip install 'leanmoe[tune]'"
+            f"rule {rule.to_json()} needs the profile's traces replayed: "
+            "pip install 'leanmoe[tune]'"
         )
     slots = top_k if rule.top_k is None else rule.top_k
     share = slots / top_k

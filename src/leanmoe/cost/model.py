@@ -116,7 +116,7 @@ def read_model(source: str | Path | Mapping[str, Any], name: str | None = None) 
 def _attends(settings: Settings, layer: int) -> bool:
     kinds = settings.items("layer_types", str)
     if kinds and "moe" in kinds:  # a layer is a mixer or experts (Nemotron-H)
-        return kinds[layer] == "full_attention"
+        return bool(kinds[layer] == "full_attention")
     return attends(settings, layer)
 
 

@@ -2,9 +2,9 @@
 
 Letters: E experts, k experts a token, B tokens in a step, G groups, N GPUs that share the experts.
 
-Tokens that choose independently wake E(1-(1-k/E)^B) experts whether or not the router limits groups:
-every expert is still among a token's k with chance k/E. What makes group limits wake far fewer is
-that tokens of a step agree on their groups, as texts of one kind do. So a grouped router is drawn
+Tokens that choose independently wake E(1-(1-k/E)^B) experts whether or not the router limits
+groups: every expert is still among a token's k with chance k/E. What makes group limits wake far
+fewer is that tokens of a step agree on their groups, as texts of one kind do. So a grouped router is drawn
 with an `agreement` between the tokens: 0 is the plain formula, 1 is all tokens in the same groups.
 """
 
@@ -238,9 +238,7 @@ def ranks_touched(experts: int, slots: float, ranks: int, groups: int, groups_us
     return reachable * (1 - missed)
 
 
-def from_points(
-    points: Sequence[tuple[float, float, float]], experts: int, origin: str
-) -> Curve:
+def from_points(points: Sequence[tuple[float, float, float]], experts: int, origin: str) -> Curve:
     """A curve from (tokens, distinct, slots), as replayed traces give them."""
     if not points:
         raise LeanMoeError("a curve of distinct experts needs at least one point")

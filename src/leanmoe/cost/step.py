@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
 
 from leanmoe.cost.activation import Activation, Awake
-from leanmoe.cost.constants import Constants, KernelConstants, Rates
+from leanmoe.cost.constants import Constants, KernelConstants
 from leanmoe.cost.deployment import Deployment
+from leanmoe.cost.hardware import Gpu
 from leanmoe.cost.model import Model
 from leanmoe.cost.routing import busiest, ranks_touched
 from leanmoe.cost.tables import ACTIVATION_BYTES, VERSION, WEIGHT_BYTES, Measured, measured_curve
@@ -107,6 +109,12 @@ class ExpertsTime:
         modelled = self._kernel.seconds(row.shape(self._kernel.dtype), rows, self._gpu)
         return row.seconds / modelled if modelled > 0 else 1.0
 
+    def on(self, gpu: Gpu) -> ExpertsTime:
+        """The same with another GPU's rates."""
+        other = copy(self)
+        other._gpu = gpu
+        return other
+
     def seconds(self, rows: Rows) -> float:
         """Of one layer on one GPU."""
         found = self._kernel.seconds(self._shape, rows, self._gpu)
@@ -145,6 +153,14 @@ class StepTime:
             self._experts_of
         )
 
+    def on(self, gpu: Gpu) -> StepTime:
+        """The same with another GPU's rates, measured rows of this one's still holding."""
+        other = copy(self)
+        other.deployment = replace(self.deployment, gpu=gpu)
+        other._experts = self._experts.on(gpu)
+        other._experts_seconds = other._experts_of
+        return other
+
     @property
     def experts_origin(self) -> str:
         """What the experts' time stands on."""
@@ -164,7 +180,9 @@ class StepTime:
         return Parts(
             projections=self._projections(mine),
             attention=self._attention(batch, shared_by * here.data),
-            experts=sum(a.layers * self._experts_seconds(tokens, a.distinct, a.rows) for a in awake),
+            experts=sum(
+                a.layers * self._experts_seconds(tokens, a.distinct, a.rows) for a in awake
+            ),
             shared=self._shared(mine),
             communication=self._communication(mine, tokens, awake),
             head=self._head((batch.decoding + batch.ending) / shared_by / here.data),
@@ -193,7 +211,9 @@ class StepTime:
     def _shared(self, tokens: float) -> float:
         found, shape = self.model.shape.parameters, self.model.shape
         dense = shape.layers - self.model.moe_layers
-        calls = 2 * (self.model.moe_layers if found.shared else 0) + 2 * (dense if found.dense else 0)
+        calls = 2 * (self.model.moe_layers if found.shared else 0) + 2 * (
+            dense if found.dense else 0
+        )
         split = (found.shared + found.dense) / self.deployment.tensor
         return self._products(split, shape.storage.other_bytes, tokens, calls) + self._products(
             found.routers, shape.storage.plain_bytes, tokens, self.model.moe_layers
@@ -210,7 +230,9 @@ class StepTime:
         for kind, count in self.model.attention:
             if batch.decoding > 0:
                 read = kind.cached_width(tensor) * kind.reach(batch.context) * REPLICATED_BYTES
-                reading = batch.decoding / copies * read / (gpu.bandwidth * rates.attention_bandwidth)
+                reading = (
+                    batch.decoding / copies * read / (gpu.bandwidth * rates.attention_bandwidth)
+                )
                 products = batch.decoding / copies * kind.decode_products(batch.context, tensor)
                 computing = products / (gpu.flops * rates.attention_flops)
                 seconds += count * (rates.attention_seconds + max(reading, computing))
@@ -275,14 +297,3 @@ class StepTime:
         within = sent * inside / (gpu.link * rates.exchange_bandwidth)
         between = sent * (1 - inside) / (gpu.network * rates.exchange_bandwidth)
         return rates.exchange_seconds + max(within, between)
-
-
-def bound(parts: Parts) -> str:
-    """The part that takes longest, and its share."""
-    name = max(fields(parts), key=lambda f: float(getattr(parts, f.name))).name
-    return f"{name} ({getattr(parts, name) / parts.total:.0%})"
-
-
-def rates_of(step: StepTime) -> Rates:
-    """The rates that a step's other parts stand on."""
-    return step._rates

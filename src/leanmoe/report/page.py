@@ -44,9 +44,7 @@ def write_report(run: Path, target: Path | None = None) -> Path:
 
 
 def page(results: Results, plan: dict[str, Any]) -> str:
-    """The whole page as HTML; plotly's script is inlined once."""
-    from plotly.offline import get_plotlyjs
-
+    """The whole page as HTML."""
     body = "".join(
         [
             _head(results),
@@ -59,7 +57,14 @@ def page(results: Results, plan: dict[str, Any]) -> str:
             _provenance(results),
         ]
     )
-    title = escape(f"leanmoe: {results['model']['name']}")
+    return document(f"leanmoe: {results['model']['name']}", body)
+
+
+def document(title: str, body: str) -> str:
+    """A page from its sections' HTML; the title is escaped, plotly's script inlined once."""
+    from plotly.offline import get_plotlyjs
+
+    title = escape(title)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -106,18 +111,18 @@ def _verdicts(results: Results) -> str:
                 f'<span class="{kind}">{word}</span>',
                 _interval(loss, "ratio", 2) if loss else "",
                 percent(loss["upper_bound"]) if loss else "",
-                _ratio(gain) if gain else "",
+                ratio_cell(gain) if gain else "",
                 f'<span class="soft">{escape(verdict["reason"])}</span>',
             ]
         )
     names = ["load", "verdict", "loss", "loss at most (95%)", "throughput", "why"]
-    return _section(
+    return section(
         "Verdict per load",
         "measured",
         "Loss is the relative increase in next-token loss on documents the search never saw, "
         "paired by document. Throughput is output tokens per second, plan over full model, "
         "interleaved in the same run on the same kernels.",
-        _table(names, rows, words={1, 5}),
+        table_with(names, rows, words={1, 5}),
     )
 
 
@@ -128,15 +133,15 @@ def _gain(results: Results) -> list[str]:
     for entry in results["gain"]:
         for name, measured in entry["variants"].items():
             cells = [plots.load_name(entry).replace("<br>", ", "), escape(name)]
-            cells += [_number(value) for value in _metrics(measured)]
+            cells += [number_cell(value) for value in _metrics(measured)]
             rows.append(cells)
     names = ["load", "variant", "output tok/s", "TTFT ms", "TPOT ms", "E2EL ms"]
     return [
-        _section(
+        section(
             "Gain over load",
             "measured",
             "Medians over interleaved repeats; error bars are 95% intervals of the ratio.",
-            _plot(plots.gain(results)) + _table(names, rows, words={1}),
+            plot(plots.gain(results)) + table_with(names, rows, words={1}),
         )
     ]
 
@@ -150,12 +155,12 @@ def _metrics(measured: dict[str, Any]) -> list[float | None]:
 
 
 def _front(results: Results, concurrency: int) -> str:
-    return _section(
+    return section(
         f"Quality against speed at {concurrency} at once",
         "loss measured, layer time modelled",
         "Each point is a whole plan, run on held-out text; bars are 95% intervals. "
         "A plan is chosen only if even its upper bound is under the margin.",
-        _plot(plots.front(results, concurrency)),
+        plot(plots.front(results, concurrency)),
     )
 
 
@@ -169,13 +174,13 @@ def _plan(results: Results, plan: dict[str, Any]) -> str:
         point = next((p for p in chosen.values() if p and p.get("rules") == band["rules"]), None)
         if point and point.get("slots_per_layer"):
             slots[number] = point["slots_per_layer"]
-    return _section(
+    return section(
         "The plan",
         "",
         "What each MoE layer may activate: for prompt tokens, whose own prediction nobody reads, "
         "and for others by how many of them a forward step holds. “full” is the layer as it was "
         "trained.",
-        _plot(plots.plan_heat_map(plan, slots)) if plan["bands"] else "<p>The plan is empty.</p>",
+        plot(plots.plan_heat_map(plan, slots)) if plan["bands"] else "<p>The plan is empty.</p>",
     )
 
 
@@ -183,10 +188,10 @@ def _strategies(results: Results) -> list[str]:
     sections = []
     for concurrency in dict.fromkeys(t["concurrency"] for t in results.get("strategies", [])):
         tables = [t for t in results["strategies"] if t["concurrency"] == concurrency]
-        body = _plot(plots.strategies(results, concurrency))
+        body = plot(plots.strategies(results, concurrency))
         body += "".join(_strategy_table(table) for table in tables)
         sections.append(
-            _section(
+            section(
                 f"Every strategy on the same budget, {concurrency} at once",
                 "measured",
                 "Same held-out text, same mean cost. The last column is the loss over leanmoe's "
@@ -208,26 +213,26 @@ def _strategy_table(table: dict[str, Any]) -> str:
             [
                 escape(row["strategy"]),
                 escape(row.get("source", "")),
-                _number(row.get("slots")),
-                _number(row.get("distinct")),
+                number_cell(row.get("slots")),
+                number_cell(row.get("distinct")),
                 _interval(row["loss"], "ratio", 2),
                 _interval(against, "difference", 2) if against else "",
             ]
         )
     kind = "experts a token" if budget["kind"] == "slots" else "distinct experts a step"
     names = ["strategy", "source", "slots", "distinct", "loss (95%)", "over leanmoe (95%)"]
-    return f"<h3>{budget['value']:.3g} {kind}</h3>" + _table(names, rows, {1}, ours)
+    return f"<h3>{budget['value']:.3g} {kind}</h3>" + table_with(names, rows, {1}, ours)
 
 
 def _experts(results: Results) -> str:
     tokens = results["profile"]["tokens"]
-    return _section(
+    return section(
         "What the router does",
         "measured",
         f"On {tokens:,} tokens of calibration text. Top: how often each expert is chosen. "
         "Middle: distinct experts awake in a step. Bottom: gate mass of a token's best experts.",
         "".join(
-            _plot(figure)
+            plot(figure)
             for figure in (
                 plots.expert_use(results),
                 plots.distinct_experts(results),
@@ -258,20 +263,22 @@ def _provenance(results: Results) -> str:
         facts["peak memory"] = f"{results['peak_memory_bytes'] / 1e9:.2f} GB"
     items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     notes = "".join(f"<li>{escape(note)}</li>" for note in results.get("notes", []))
-    return _section("How this was made", "", "", f"<dl>{items}</dl><ul>{notes}</ul>")
+    return section("How this was made", "", "", f"<dl>{items}</dl><ul>{notes}</ul>")
 
 
 def _part(part: dict[str, Any]) -> str:
     return f"{part['documents']:,} documents, {part['tokens']:,} tokens"
 
 
-def _section(title: str, label: str, text: str, body: str) -> str:
+def section(title: str, label: str, text: str, body: str) -> str:
+    """A titled part of the page; `body` is HTML, the rest is escaped."""
     tag = f'<span class="label">{escape(label)}</span>' if label else ""
     prose = f'<p class="soft">{escape(text)}</p>' if text else ""
     return f"<section><h2>{escape(title)}{tag}</h2>{prose}{body}</section>"
 
 
-def _plot(figure: Any) -> str:
+def plot(figure: Any) -> str:
+    """A figure as HTML, without plotly's script."""
     # The same results give the same page, byte for byte: plotly's own ids are drawn at random.
     name = hashlib.sha256(figure.to_json().encode()).hexdigest()[:12]
     html = figure.to_html(
@@ -283,7 +290,7 @@ def _plot(figure: Any) -> str:
     return str(html)
 
 
-def _table(
+def table_with(
     names: Sequence[str],
     rows: Sequence[Sequence[str]],
     words: set[int] | None = None,
@@ -310,10 +317,12 @@ def _interval(value: dict[str, Any], name: str, digits: int) -> str:
     return f"{percent(value[name], digits)} <small>({low} to {high})</small>"
 
 
-def _ratio(gain: dict[str, Any]) -> str:
+def ratio_cell(gain: dict[str, Any]) -> str:
+    """A gain in percent with its interval."""
     low, high = percent(gain["low"] - 1, 1), percent(gain["high"] - 1, 1)
     return f"{percent(gain['median'] - 1, 1)} <small>({low} to {high})</small>"
 
 
-def _number(value: float | None) -> str:
+def number_cell(value: float | None) -> str:
+    """A figure to four digits; nothing where there is none."""
     return "" if value is None else f"{value:,.4g}"

@@ -19,7 +19,7 @@ COLOURS = ("#0b7a75", "#d08c60", "#5b5ea6", "#a23b72", "#4f772d", "#3a86c8", "#8
 def front(results: Results, concurrency: int) -> go.Figure:
     """Next-token loss against MoE-layer time for the plans validated at one load."""
     points = next(f for f in results["fronts"] if f["concurrency"] == concurrency)["points"]
-    figure = _figure(
+    figure = figure_with(
         "MoE layer time, share of the full model's (less is faster)",
         "next-token loss, increase over the full model",
     )
@@ -45,7 +45,7 @@ def strategies(results: Results, concurrency: int) -> go.Figure:
     rows = [row for table in tables for row in table["rows"]]
     rows.sort(key=lambda row: row["loss"]["ratio"], reverse=True)
     losses = [row["loss"] for row in rows]
-    figure = _figure("next-token loss, increase over the full model", "")
+    figure = figure_with("next-token loss, increase over the full model", "")
     figure.add_trace(
         go.Bar(
             x=[100 * loss["ratio"] for loss in losses],
@@ -71,7 +71,7 @@ def gain(results: Results) -> go.Figure:
     entries = results["gain"]
     names = [load_name(entry) for entry in entries]
     ratios = [entry["ratio"] for entry in entries]
-    figure = _figure("load", "output throughput, plan over full model")
+    figure = figure_with("load", "output throughput, plan over full model")
     figure.add_hline(y=0, line={"color": FULL, "width": 1.5})
     figure.add_trace(
         go.Bar(
@@ -110,7 +110,7 @@ def plan_heat_map(plan: dict[str, Any], slots: dict[int, list[float]]) -> go.Fig
         rules.insert(0, plan["prompt"])
     values = [[column[layer] for column in columns] for layer in layers]
     texts = [[describe_rule(column[layer]) for column in rules] for layer in layers]
-    figure = _figure("tokens in a forward step", "MoE layer")
+    figure = figure_with("tokens in a forward step", "MoE layer")
     figure.add_trace(
         go.Heatmap(
             x=names,
@@ -134,7 +134,7 @@ def plan_heat_map(plan: dict[str, Any], slots: dict[int, list[float]]) -> go.Fig
 def expert_use(results: Results) -> go.Figure:
     """How often each expert is chosen, layer by layer, most used first; even use would be 1."""
     layers = results["profile"]["layers"]
-    figure = _figure("expert, by rank in its layer", "MoE layer")
+    figure = figure_with("expert, by rank in its layer", "MoE layer")
     rows = [
         sorted((share * len(layer["use"]) for share in layer["use"]), reverse=True)
         for layer in layers
@@ -156,7 +156,7 @@ def expert_use(results: Results) -> go.Figure:
 def distinct_experts(results: Results) -> go.Figure:
     """Distinct experts a step wakes over its tokens: real routing against the uniform formula."""
     layers = results["profile"]["layers"]
-    figure = _figure("tokens in a forward step", "distinct experts awake")
+    figure = figure_with("tokens in a forward step", "distinct experts awake")
     for number, layer in enumerate(layers):
         figure.add_trace(
             go.Scatter(
@@ -184,7 +184,7 @@ def distinct_experts(results: Results) -> go.Figure:
 
 def gate_mass(results: Results) -> go.Figure:
     """The share of a token's gate mass that its best j experts carry, layer by layer."""
-    figure = _figure("best j of the token's experts", "share of the gate mass")
+    figure = figure_with("best j of the token's experts", "share of the gate mass")
     for number, layer in enumerate(results["profile"]["layers"]):
         figure.add_trace(
             go.Scatter(
@@ -235,7 +235,8 @@ def _rules_in_lines(row: dict[str, Any]) -> list[str]:
     return [f"layer {n}: {describe_rule(rule)}" for n, rule in enumerate(row.get("rules", []))]
 
 
-def _figure(x_title: str, y_title: str) -> go.Figure:
+def figure_with(x_title: str, y_title: str) -> go.Figure:
+    """An empty figure in the page's style."""
     figure = go.Figure()
     figure.update_layout(
         template="plotly_white",
