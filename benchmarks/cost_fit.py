@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,14 @@ from leanmoe.cost.constants import (
     write_constants,
 )
 from leanmoe.cost.deployment import Deployment
-from leanmoe.cost.fit import Reading, accuracy, errors_of, fit
+from leanmoe.cost.fit import (
+    OTHER_TILES,
+    TRITON_TILES,
+    Reading,
+    accuracy,
+    errors_of,
+    fit,
+)
 from leanmoe.cost.hardware import GPUS, Gpu
 from leanmoe.cost.models import published_model
 from leanmoe.cost.routing import Assumed
@@ -95,6 +102,12 @@ def halves(rows: Sequence[Measured], seed: int) -> tuple[set[Any], set[Any]]:
     return half, set(keys) - half
 
 
+def tiles_of(table: Table) -> Mapping[int, Sequence[int]]:
+    """Rows of a tile that the kernel may use, by range of tokens."""
+    is_default = "triton" in table.kernel and table.dtype == "bfloat16"
+    return TRITON_TILES if is_default else OTHER_TILES
+
+
 def fit_table(gpu: Gpu, table: Table, seed: int) -> tuple[KernelConstants, dict[str, Any]]:
     """Constants of a kernel, and the row of the results that says how far off they are."""
     every = [r for r in read_table(gpu.name, table) if not r.is_grouped(table.kernel)]
@@ -106,6 +119,7 @@ def fit_table(gpu: Gpu, table: Table, seed: int) -> tuple[KernelConstants, dict[
         table.dtype,
         [reading(r, table) for r in rows if r.key in fitted],
         f"half of the shapes of {table.source}, {PACKAGE} {VERSION}, {gpu.name}",
+        tiles=tiles_of(table),
     )
     sets: dict[str, list[Measured]] = {
         "fitted": [r for r in rows if r.key in fitted],

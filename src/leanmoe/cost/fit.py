@@ -7,7 +7,7 @@ that one broken measurement does not bend the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,18 @@ from leanmoe.errors import LeanMoeError
 
 EDGES = (4, 32, 64, 96, 512, 2048, 16384)
 """Ends of the ranges of tokens, where vLLM's and SGLang's default tiles change."""
+TRITON_TILES: Mapping[int, Sequence[int]] = {
+    4: (16,),
+    32: (16,),
+    64: (32,),
+    96: (32,),
+    512: (64,),
+    2048: (128,),
+    16384: (128,),
+}
+"""Rows of a tile in vLLM's and SGLang's default configurations for bf16, by range."""
+OTHER_TILES: Mapping[int, Sequence[int]] = dict.fromkeys(EDGES, (64, 128))
+"""CUTLASS's, and the fp8 block configurations': not known by range, so the better of two."""
 REWEIGHTED = 6
 NEAR = 0.02
 """Relative error below which a row has its full weight."""
@@ -45,8 +57,11 @@ def fit(
     fitted_to: str,
     edges: Sequence[int] = EDGES,
     names: Sequence[str] = FEATURES,
+    tiles: Mapping[int, Sequence[int]] | None = None,
 ) -> KernelConstants:
     """Constants of a kernel from `readings`, range by range of tokens; needs scipy.
+
+    `tiles` says which rows of a tile a range may have, by its edge; of several the best is taken.
 
     A range with fewer than three readings is left to the next one. Raises LeanMoeError when none
     has as many.
@@ -57,7 +72,8 @@ def fit(
         within = [r for r in readings if least < r.rows.tokens <= edge]
         if len(within) < FEWEST_ROWS:
             continue
-        regimes.append(_regime(edge, within, gpu, names))
+        allowed = TILE_ROWS if tiles is None else tiles[edge]
+        regimes.append(_regime(edge, within, gpu, names, allowed))
         least = edge
     if not regimes:
         raise LeanMoeError(
@@ -66,11 +82,17 @@ def fit(
     return KernelConstants(kernel, gpu.name, dtype, tuple(regimes), fitted_to)
 
 
-def _regime(edge: int, readings: Sequence[Reading], gpu: Gpu, names: Sequence[str]) -> Regime:
+def _regime(
+    edge: int,
+    readings: Sequence[Reading],
+    gpu: Gpu,
+    names: Sequence[str],
+    tiles: Sequence[int],
+) -> Regime:
     used = [FEATURES.index(name) for name in names]
     took = np.array([r.seconds for r in readings]) / MICROSECOND
     best: tuple[float, int, NDArray[np.float64]] | None = None
-    for tile in TILE_ROWS:
+    for tile in tiles:
         found = np.array([features(r.shape, r.rows, gpu, tile)[used] for r in readings])
         constants = _robust(found / took[:, None])
         errors = np.abs(found @ constants / took - 1)

@@ -4,8 +4,9 @@ Letters: E experts, k experts a token, B tokens in a step, G groups, N GPUs that
 
 Tokens that choose independently wake E(1-(1-k/E)^B) experts whether or not the router limits
 groups: every expert is still among a token's k with chance k/E. What makes group limits wake far
-fewer is that tokens of a step agree on their groups, as texts of one kind do. So a grouped router is drawn
-with an `agreement` between the tokens: 0 is the plain formula, 1 is all tokens in the same groups.
+fewer is that tokens of a step agree on their groups, as texts of one kind do. So a grouped router
+is drawn with an `agreement` between the tokens: 0 is the plain formula, 1 is all tokens in the same
+groups.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Parts:
     @property
     def total(self) -> float:
         """The whole step."""
-        return sum(getattr(self, f.name) for f in fields(self))
+        return float(sum(getattr(self, f.name) for f in fields(self)))
 
     def to_json(self) -> dict[str, float]:
         """The parts in milliseconds."""
