@@ -36,7 +36,10 @@ class Activation:
         self._full = _grouped((Rule(),) * layers, curve_of)
         prompt = () if plan is None else plan.prompt
         self._prompt = _paired(prompt, bands, layers, curve_of) if prompt else None
-        self.origins = sorted({curve.origin for curve, _ in self._full})
+        used = [curve for _, groups in self._bands for curve, _ in groups]
+        used += [curve for curve, _ in self._full]
+        used += [other for pairs in self._prompt or [] for (_, other), _ in pairs]
+        self.origins = sorted({curve.origin for curve in used})
 
     def layers(self, decoding: float, prompt: float) -> list[Awake]:
         """What a step activates with so many tokens that decode and so many of prompts."""

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,20 +204,24 @@ class Share:
 def busiest(distinct: float, rows: float, experts: int, ranks: int) -> Share:
     """Rows and distinct experts of the most loaded of `ranks` GPUs with `experts` / `ranks` each.
 
-    Experts lie at random, each rank's load is near normal, and the largest of N normals is about
-    sqrt(2 ln N) deviations above the mean. Which experts are awake is drawn without replacement, so
-    their number on a rank is hypergeometric; rows follow them.
+    Experts lie at random, so loads of ranks are near normal: of N normals the largest is, on
+    average, the quantile (N - 3/8) / (N + 1/4) (Blom). Which experts are awake is drawn without
+    replacement, rows fall on ranks independently.
     """
     if ranks == 1 or distinct <= 0:
         return Share(rows, distinct)
     here = experts / ranks
     share = min(distinct / experts, 1.0)
-    above = math.sqrt(2 * math.log(ranks))
+    above = _largest_of(ranks)
     spread = math.sqrt(max(here * share * (1 - share) * (experts - here) / max(experts - 1, 1), 0))
     most = min(here, distinct, max(distinct / ranks + above * spread, 1.0))
-    a_row = rows / distinct
-    noise = math.sqrt(most * a_row)
-    return Share(min(rows, most * a_row + above * noise * math.sqrt(1 - 1 / ranks)), most)
+    load = rows / ranks + above * math.sqrt(rows / ranks * (1 - 1 / ranks))
+    return Share(min(rows, max(load, most)), most)
+
+
+@cache
+def _largest_of(count: int) -> float:
+    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
 def ranks_touched(experts: int, slots: float, ranks: int, groups: int, groups_used: int) -> float:
