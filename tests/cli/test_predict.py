@@ -40,7 +40,7 @@ def test_the_table_says_what_it_stands_on(capsys: pytest.CaptureFixture[str]) ->
     code, out, _ = run(capsys, "predict", "reference", "--top-k", "6", *SMALL)
     assert code == 0
     words = " ".join(out.split())
-    for part in ("Modelled.", "experts have been off by:", "gain", "independent tokens"):
+    for part in ("Modelled; awake", "experts have been off by:", "gain", "independent tokens"):
         assert part in words
 
 

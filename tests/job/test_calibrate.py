@@ -50,7 +50,7 @@ def test_constants_come_back_and_say_how_far_off_they_are(tmp_path: Path) -> Non
     rates = found.rates["h200"]
     assert "dense products measured" in rates.fitted_to
     assert "attention and communication" in rates.fitted_to
-    shape, rows = ExpertsShape(512, 128, 64), Rows(16, 4, 64, 40)
+    shape, rows = ExpertsShape(256, 96, 24), Rows(16, 4, 64, 22)
     assert kernel.seconds(shape, rows, H200) == pytest.approx(
         TRUTH.seconds(shape, rows, H200), rel=0.1
     )

@@ -14,7 +14,7 @@ from rich.table import Table
 from leanmoe.errors import LeanMoeError
 
 CONCURRENCIES = "1,2,4,8,16,32,64,128,256,512"
-SWEPT = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
+SWEPT = ",".join(str(2**n) for n in range(15))
 
 
 def predict(
@@ -154,35 +154,35 @@ def _show(predictions: list[Any]) -> None:
         f"each GPU, {memory.cache / 1e9:.1f} GB left for the cache"
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    headings = ["load", "tok/s", "TTFT ms", "TPOT ms", "distinct\nexperts"]
+    opening = "load" if first.load.concurrency is None else "at\nonce"
+    headings = [opening, "tok/s", "TTFT\nms", "TPOT\nms", "awake"]
     planned = first.plan is not None
-    headings += ["plan\ntok/s", "plan\nTPOT ms", "plan\ndistinct", "gain"] if planned else []
-    for heading in [*headings, "a decode step is spent on"]:
-        table.add_column(heading, justify="right", vertical="bottom")
+    headings += ["plan\ntok/s", "plan\nawake", "gain"] if planned else []
+    for heading in [*headings, "longest part"]:
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for each in predictions:
-        row = [str(each.load).split(", ", 1)[0], *_cells(each.full)]
+        row = [str(each.load).split(", ", 1)[0].removesuffix(" at once"), *_cells(each.full)]
         row.insert(2, f"{1e3 * each.full.ttft:.0f}")
         if planned:
-            row += [*_cells(each.plan), f"{100 * (each.gain - 1):+.1f}%"]
-        table.add_row(*row, _parts(each.full))
+            tokens, _, awake = _cells(each.plan)
+            row += [tokens, awake, f"{100 * (each.gain - 1):+.1f}%"]
+        table.add_row(*row, _longest(each.full))
     console.print(table)
-    console.print("Modelled. It stands on:", style="dim")
+    console.print("Modelled; awake: distinct experts of a layer. It stands on:", style="dim")
     for name, words in first.stands_on.items():
         console.print(f"  {name}: {words}", style="dim")
 
 
 def _cells(found: Any) -> list[str]:
-    return [f"{found.throughput:.0f}", f"{1e3 * found.tpot:.2f}", f"{found.distinct:.1f}"]
+    return [f"{found.throughput:.0f}", f"{1e3 * found.tpot:.3g}", f"{found.distinct:.0f}"]
 
 
-def _parts(found: Any) -> str:
+def _longest(found: Any) -> str:
+    """The longest part of a decode step, and what bounds it."""
     step = found.served.step.to_json()
-    total = sum(step.values())
-    longest = sorted(step, key=lambda name: -step[name])[:2]
-    words = [
-        f"{name} {step[name] / total:.0%} ({found.bounds.get(name, 'latency')})" for name in longest
-    ]
-    return ", ".join(words)
+    name = max(step, key=lambda part: step[part])
+    share = step[name] / sum(step.values())
+    return f"{name} {share:.0%}, {found.bounds.get(name, 'latency')}"
 
 
 def _show_sweep(results: dict[str, Any], page: Path | None, as_json: bool) -> None:

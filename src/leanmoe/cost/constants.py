@@ -93,6 +93,8 @@ class Rates:
     exchange_bandwidth: float
     exchange_seconds: float
     """Of an all-to-all, dispatch or combine."""
+    network_bandwidth: float
+    """Share of the link between nodes that an all-to-all reaches."""
     step_seconds: float = 0.0
     """Of an engine's step beside the layers: scheduling, sampling, detokenising."""
     layer_seconds: float = 0.0

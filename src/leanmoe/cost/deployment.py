@@ -43,6 +43,11 @@ class Deployment:
         """GPUs over which one expert's width is split."""
         return self.stage // self.expert
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether tokens travel to their experts: attention is copied, experts are spread."""
+        return self.data > 1 and self.expert > 1
+
     def __str__(self) -> str:
         parts = [f"TP{self.tensor}"]
         parts += [f"EP{self.expert}"] if self.expert > 1 else []

@@ -15,8 +15,7 @@ from leanmoe.cost.model import Model
 from leanmoe.cost.routing import Assumed
 from leanmoe.cost.serve import Served, closed_loop
 from leanmoe.cost.simulate import Simulated, simulate
-from leanmoe.cost.step import Batch, Parts, StepTime
-from leanmoe.errors import LeanMoeError
+from leanmoe.cost.step import Batch, StepTime
 from leanmoe.plan import Plan
 
 DEFAULT_KERNELS: Mapping[str, str] = {
@@ -25,7 +24,6 @@ DEFAULT_KERNELS: Mapping[str, str] = {
     "w4a16_mxfp4": "vllm-triton",
 }
 """By format: a kernel an engine would run, and whose predictions are the closest."""
-RESOURCES = ("memory", "compute", "link", "latency")
 FASTER = 1.25
 """By how much a resource is made faster to see what it bounds."""
 
@@ -131,7 +129,7 @@ def predict(
     """
     load.check()
     if plan is not None:
-        plan.check(model.shape.fingerprint())
+        plan.check(model.shape.fingerprint(), more_experts=True)
     constants = constants or shipped()
     step = StepTime(model, deployment, constants, kernel or default_kernel(model))
     curves = curve_of or assumed_curves(model, assumed or Assumed())
@@ -232,15 +230,3 @@ def _stands_on(step: StepTime, origins: set[str]) -> dict[str, str]:
         "other parts": f"modelled: {step.rates_origin}",
         "distinct experts": "; ".join(sorted(origins)),
     }
-
-
-def longest_part(parts: Parts) -> str:
-    """The name of the part that takes longest."""
-    return max(asdict(parts), key=lambda name: float(getattr(parts, name)))
-
-
-def require_plan(plan: Plan | None) -> Plan:
-    """The plan; raises LeanMoeError where there is none."""
-    if plan is None:
-        raise LeanMoeError("a plan is needed here: give --plan, --top-k or --guaranteed")
-    return plan

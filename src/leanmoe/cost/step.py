@@ -23,6 +23,8 @@ from leanmoe.cost.work import ExpertsShape, Rows
 
 REPLICATED_BYTES = 2.0
 """Of an activation that is passed on: bf16."""
+EXCHANGED_BYTES = 1.5
+"""Of an activation on its way to an expert (fp8) and back (bf16), mean of both."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,12 @@ class ExpertsTime:
             deployment.expert_tensor,
             deployment.expert,
         )
-        measured = measured_curve(self._gpu.name, kernel.kernel, kernel.dtype, key)
+        # The tables' rows see all tokens of a step on each GPU, as without an exchange.
+        measured = (
+            []
+            if deployment.exchanges
+            else measured_curve(self._gpu.name, kernel.kernel, kernel.dtype, key)
+        )
         self._corrections = [(math.log(m.tokens), self._ratio(m)) for m in measured]
         self.origin = "modelled"
         if measured:
@@ -247,8 +254,26 @@ class StepTime:
             return 0.0
         here = self.deployment
         share = busiest(distinct, rows, self.model.shape.experts, here.expert)
+        if here.exchanges:
+            tokens = self._received(tokens, rows, share.rows)
+            rows = share.rows
         return self._experts.seconds(
             Rows(tokens, rows / tokens, share.rows, max(share.distinct, 1e-9))
+        )
+
+    def _received(self, tokens: float, rows: float, most: float) -> float:
+        """Tokens that reach the busiest GPU, of all that are sent; they hold `most` rows."""
+        touched = self._touched(rows / tokens)
+        return tokens * touched / self.deployment.expert * most * self.deployment.expert / rows
+
+    def _touched(self, slots: float) -> float:
+        router = self.model.shape.router
+        return ranks_touched(
+            self.model.shape.experts,
+            slots,
+            self.deployment.expert,
+            router.groups,
+            router.groups_used,
         )
 
     def _communication(self, mine: float, tokens: float, awake: list[Awake]) -> float:
@@ -261,7 +286,7 @@ class StepTime:
         if here.data == 1:
             if here.tensor > 1:
                 seconds += shape.layers * self.reduce_seconds(size, here.tensor)
-        elif here.expert > 1:
+        elif here.exchanges:
             for each in awake:
                 slots = each.rows / tokens if tokens else 0.0
                 seconds += each.layers * 2 * self.exchange_seconds(mine, slots)
@@ -284,16 +309,13 @@ class StepTime:
         """Dispatch or combine: a token goes once to each GPU that holds one of its experts.
 
         The paper's bound is 2 k L d for both ways; here a GPU that holds two of a token's experts
-        gets it once, and what stays on the GPU is not sent.
+        gets it once, and what stays on the GPU is not sent. Activations travel as fp8 to the
+        experts and as bf16 back (DeepEP): on average 1.5 bytes.
         """
         rates, gpu, here = self._rates, self.deployment.gpu, self.deployment
-        router = self.model.shape.router
-        ranks = here.expert
-        touched = ranks_touched(
-            self.model.shape.experts, slots, ranks, router.groups, router.groups_used
-        )
-        sent = tokens * touched * (ranks - 1) / ranks * self.model.shape.hidden * REPLICATED_BYTES
+        ranks, touched = here.expert, self._touched(slots)
+        sent = tokens * touched * (ranks - 1) / ranks * self.model.shape.hidden * EXCHANGED_BYTES
         inside = min(1.0, gpu.per_node / ranks)
         within = sent * inside / (gpu.link * rates.exchange_bandwidth)
-        between = sent * (1 - inside) / (gpu.network * rates.exchange_bandwidth)
+        between = sent * (1 - inside) / (gpu.network * rates.network_bandwidth)
         return rates.exchange_seconds + max(within, between)

@@ -23,6 +23,8 @@ from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Plan
 
 SECONDS_AN_HOUR = 3600.0
+LEAST_WIDTH = 64
+"""Of an expert on one GPU: narrower ones are measured nowhere and wasteful."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,20 @@ def deployments(
                     try:
                         here.check(model)
                         here.memory(model)
+                        _require_width(here, model)
                     except LeanMoeError as error:
                         notes[str(here)] = str(error)
                         continue
                     found.append(here)
     return found
+
+
+def _require_width(here: Deployment, model: Model) -> None:
+    width = model.shape.expert_width / here.expert_tensor
+    if width < LEAST_WIDTH:
+        raise LeanMoeError(
+            f"an expert's width of {width:.0f} on each GPU is less than a tile's {LEAST_WIDTH}"
+        )
 
 
 def _divisors(number: int) -> list[int]:

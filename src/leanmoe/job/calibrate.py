@@ -41,7 +41,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 LAYERS = ((64, 2048, 1024, 8), (128, 2048, 768, 8), (128, 4096, 1536, 8), (64, 4096, 1536, 8))
 """Experts, hidden width, expert width, slots. Every second one is fitted, so those differ in all
 three; a model's own layer is added, if it fits."""
-FEATURES = ("call", "weights", "products", "activations", "slots_hidden", "experts", "waves")
+FEATURES = ("call", "weights", "products", "activations", "slots_hidden", "waves")
 EDGES = (16, 256, 4096)
 """Fewer ranges and fewer constants than for the large tables: there are fewer readings."""
 INPUTS = 4
