@@ -181,19 +181,12 @@ def _grouped(constants: KernelConstants, gpu: Gpu, table: Table) -> dict[str, An
     }
 
 
-def transfer(constants: KernelConstants, table: Table, gpu: Gpu) -> dict[str, Any] | None:
+def transfer(constants: KernelConstants, table: Table, gpu: Gpu) -> dict[str, Any]:
     """How far off one GPU's constants are on another GPU."""
-    try:
-        rows = [r for r in read_table(gpu.name, table) if not r.is_grouped(table.kernel)]
-    except Exception as error:  # a GPU without that table
-        print(f"no {table.kernel} {table.dtype} for {gpu.name}: {error}", file=sys.stderr)
-        return None
-    rows = [r for r in rows if in_domain(r, table)]
-    if not rows:
-        return None
+    rows = [r for r in read_table(gpu.name, table) if not r.is_grouped(table.kernel)]
+    readings = [reading(r, table) for r in rows if in_domain(r, table)]
     found = accuracy(
-        f"{constants.gpu}'s constants on {gpu.name}",
-        errors_of(constants, [reading(r, table) for r in rows], gpu),
+        f"{constants.gpu}'s constants on {gpu.name}", errors_of(constants, readings, gpu)
     )
     return {"kernel": table.kernel, "dtype": table.dtype, **vars(found)}
 
@@ -388,21 +381,30 @@ def main() -> None:
     parser.add_argument("--write-constants", action="store_true")
     arguments = parser.parse_args()
     where = provenance.collect("python " + " ".join(sys.argv), seed=arguments.seed)
-    gpu = GPUS["h200"]
-    kernels, lines, moved = [], [], []
+    home, other = GPUS["h200"], GPUS["h100"]
+    kernels: dict[str, list[KernelConstants]] = {home.name: [], other.name: []}
+    lines, moved = [], []
     with bar("Fitting", len(TABLES), "kernels") as advance:
         for table in TABLES:
-            constants, line = fit_table(gpu, table, arguments.seed)
-            kernels.append(constants)
-            lines.append(line)
-            if (found := transfer(constants, table, GPUS["h100"])) is not None:
-                moved.append(found)
+            constants, line = fit_table(home, table, arguments.seed)
+            there, line_there = fit_table(other, table, arguments.seed)
+            kernels[home.name].append(constants)
+            kernels[other.name].append(there)
+            lines += [line, line_there]
+            moved.append(transfer(constants, table, other))
             advance(1)
-    ours, our_lines = our_kernel(gpu)
-    kernels.append(ours)
-    found_rates, rate_errors = rates(gpu)
-    own = layer_seconds(Constants(tuple(kernels), {"h200": found_rates}))
-    found_rates = replace(found_rates, layer_seconds=float(f"{own:.4g}"))
+    ours, our_lines = our_kernel(home)
+    kernels[home.name].append(ours)
+    found_rates, rate_errors = {}, {}
+    for gpu in (home, other):
+        found_rates[gpu.name], rate_errors[gpu.name] = rates(gpu)
+    own = layer_seconds(Constants(tuple(kernels["h200"]), {"h200": found_rates["h200"]}))
+    made = {**where.to_json(), "tables": f"{PACKAGE} {VERSION}", "label": "fitted"}
+    for name, each in found_rates.items():
+        complete = replace(each, layer_seconds=float(f"{own:.4g}"))
+        constants_of = Constants(tuple(kernels[name]), {name: complete}, made)
+        if arguments.write_constants:
+            write_constants(FITTED / f"{name}.json", constants_of)
     result = {
         "label": "modelled, against measured tables",
         "provenance": where.to_json(),
@@ -414,13 +416,8 @@ def main() -> None:
         "rates": rate_errors,
     }
     write_json(arguments.output / f"{where.date[:10]}-{where.commit}-cost-fit.json", result)
-    if arguments.write_constants:
-        made = {**where.to_json(), "tables": f"{PACKAGE} {VERSION}", "label": "fitted"}
-        write_constants(
-            FITTED / "h200.json", Constants(tuple(kernels), {"h200": found_rates}, made)
-        )
     for line in lines:
-        print(f"{line['kernel']} {line['dtype']}")
+        print(f"{line['gpu']} {line['kernel']} {line['dtype']}")
         for each in line["accuracy"]:
             print(f"    {Accuracy(**each)}")
         if line["grouped"]:
@@ -430,9 +427,9 @@ def main() -> None:
         print(each)
     for each in our_lines:
         print(each)
-    print(found_rates)
-    for name, each in rate_errors.items():
-        print(f"{name}: {Accuracy(**each)}")
+    for name, errors in rate_errors.items():
+        for part, each in errors.items():
+            print(f"{name} {part}: {Accuracy(**each)}")
 
 
 if __name__ == "__main__":

@@ -125,9 +125,8 @@ def test_communication_follows_the_parallelism() -> None:
     tensor = parts(Deployment(H200, 8), batch).communication
     spread = parts(Deployment(H200, 1, 8, 8), batch).communication
     across = parts(Deployment(H200, 8, 64, 8), batch).communication
-    assert tensor > 0
-    assert spread > tensor  # dispatch and combine have a long latency
-    assert across > spread
+    assert min(tensor, spread) > 0
+    assert across > 2 * spread  # between nodes
 
 
 def test_prompt_rules_spare_prompt_tokens_alone() -> None:
