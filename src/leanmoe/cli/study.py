@@ -43,9 +43,9 @@ def study(
 
     section: dict[str, Any] | None = None
     if quality == "measured":
-        from leanmoe.job.study_quality import QualitySettings, measure_quality
+        from leanmoe.job.study_quality import QualitySettings, saved_quality
 
-        section = measure_quality(QualitySettings(model, text, quick=quick, seed=seed))
+        section = saved_quality(QualitySettings(model, text, quick=quick, seed=seed), output)
     elif quality.endswith(".json"):
         section = earlier_quality(Path(quality))
     elif quality != "none":

@@ -5,8 +5,10 @@ Next-token loss on held-out documents, paired by document with the full model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from leanmoe.errors import LeanMoeError
 from leanmoe.job.inputs import quiet
 from leanmoe.job.prune import observe, output_errors
 from leanmoe.plan import Fingerprint, Plan, Rule
+from leanmoe.provenance import collect
 from leanmoe.prune.choose import Kept, as_plan, best_experts, kept_count
 from leanmoe.prune.criteria import CRITERIA, place_scores
 from leanmoe.quality.divergence import losses
@@ -23,12 +26,15 @@ from leanmoe.quality.paired import loss_increase
 from leanmoe.quality.windows import Windows, cut
 from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.shape import MoEShape
+from leanmoe.storage import read_json, write_json
 from leanmoe.text import read_corpus, split
 
+FILE = "quality.json"
 KEEP = ("75%", "50%", "25%")
 """The paper's 48, 32 and 16 of 64."""
 GRID_CRITERION = "reap"
-GRID_KEEP = ("75%", "50%")
+GRID_FILE = "quality.json"
+KEEP = ("75%", "50%")
 QUICK_TOKENS = 6144
 """Enough documents for an interval, and no more."""
 QUICK_CRITERIA = ("random", "activate-count", "reap")
@@ -98,8 +104,26 @@ def shape_rules(model: Fingerprint, shape: tuple[float, float, float, float]) ->
     return tuple(Rule(top_k=max(1, round(value * model.top_k))) for value in share)
 
 
+def saved_quality(settings: QualitySettings, output: Path) -> dict[str, Any]:
+    """Losses under every setting, as JSON values; minutes on two cores.
+
+    Kept in folder `output` as soon as they are measured, and taken from there by a later run with
+    the same settings.
+    """
+    settings.check()
+    path = output / FILE
+    if path.exists():
+        found = read_json(path, "quality")
+        if isinstance(found, dict) and found.get("settings") == asdict(settings):
+            print(f"leanmoe: {path} holds these settings' losses already", file=sys.stderr)
+            return found
+    found = measure_quality(settings)
+    write_json(path, found)
+    return found
+
+
 def measure_quality(settings: QualitySettings) -> dict[str, Any]:
-    """Losses under every setting, as JSON values; minutes on two cores."""
+    """Measures them all."""
     settings.check()
     quiet()
     corpus = read_corpus(settings.text)
@@ -125,8 +149,10 @@ def measure_quality(settings: QualitySettings) -> dict[str, Any]:
         )
     return {
         "label": "measured",
+        "settings": asdict(settings),
         "model": settings.model,
         "text": corpus.source,
+        "provenance": collect(" ".join(["leanmoe", *sys.argv[1:]]), settings.seed).to_json(),
         "quick": settings.quick,
         "heldout": {"documents": windows.documents, "tokens": windows.tokens},
         "rows": rows,
