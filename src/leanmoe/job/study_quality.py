@@ -33,8 +33,7 @@ FILE = "quality.json"
 KEEP = ("75%", "50%", "25%")
 """The paper's 48, 32 and 16 of 64."""
 GRID_CRITERION = "reap"
-GRID_FILE = "quality.json"
-KEEP = ("75%", "50%")
+GRID_KEEP = ("75%", "50%")
 QUICK_TOKENS = 6144
 """Enough documents for an interval, and no more."""
 QUICK_CRITERIA = ("random", "activate-count", "reap")
