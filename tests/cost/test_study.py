@@ -55,7 +55,9 @@ def test_the_analysis_has_the_right_width() -> None:
     assert found["too_much"] == 9
     first = found["rows"][0]
     assert first["fine"]["weight_bytes"] == pytest.approx(8 * 3 * 7168 * 2048, rel=0.001)
-    assert first["fine"]["flops"] == first["coarse"]["flops"]
+    assert first["fine"]["flops"] == 2 * 8 * 3 * 7168 * 2048
+    starts = found["compute_bound_from"]
+    assert starts["coarse"] < starts["fine"]
 
 
 def test_a_banded_plan_gains_more_than_uniform_k_where_few_tokens_decode() -> None:

@@ -35,6 +35,8 @@ U_SHAPES: Mapping[str, Deployment] = {
     "openai/gpt-oss-120b": Deployment(GPUS["h200"], 1),
 }
 """Models and the machines that their experts' time is modelled on."""
+COARSE = (8, 2, 4096, 14336)
+"""Experts, k, hidden and expert width of Mixtral 8x7B."""
 FLAT = 1 / 3
 """A load is in the flat middle where the gain is below this share of the largest before it."""
 LOWER = 0.5
@@ -51,26 +53,23 @@ def plan_of(model: Model, rule: Rule) -> Plan:
 
 
 def analysis() -> dict[str, Any]:
-    """Intensity and bytes of one MoE layer over load: fine-grained, and as coarse as was usual.
+    """Intensity and bytes of one MoE layer over load: fine-grained experts and coarse ones.
 
-    Coarse is the same weights and the same products a token in experts eight times as wide: 32 of
-    which 1 is chosen. `as_the_paper` takes the dense layers' width for an expert's, as its analysis
-    does: bytes and products both nine times too many, the intensity the same at every load, but the
-    share of a step that experts take, and the load where they stop being bound by memory, not.
+    DeepSeek-V3's layer beside Mixtral 8x7B's, both with a byte a weight. `as_the_paper` takes the
+    dense layers' width for an expert's, as the paper's analysis does: nine times too many bytes and
+    products, so that a layer seems to take nine times as long; the intensity stays the same.
     """
     model = published_model(paper.V3)
     shape, gpu = model.shape, GPUS["h200"]
+    fine = (shape.experts, shape.top_k, shape.hidden, shape.expert_width)
     rows = []
     for tokens in LOADS:
         row: dict[str, Any] = {"tokens": tokens}
-        for name, experts, k, width in (
-            ("fine", shape.experts, shape.top_k, shape.expert_width),
-            ("coarse", shape.experts // 8, 1, shape.expert_width * 8),
-        ):
+        for name, (experts, k, hidden, width) in (("fine", fine), ("coarse", COARSE)):
             distinct = distinct_uniform(experts, k, tokens)
-            weights = distinct * 3 * shape.hidden * width * shape.weight_bytes
-            products = 2 * tokens * k * 3 * shape.hidden * width
-            passed = 2.0 * tokens * (2 * shape.hidden + k * width)
+            weights = distinct * 3 * hidden * width * shape.weight_bytes
+            products = 2 * tokens * k * 3 * hidden * width
+            passed = 2.0 * tokens * (2 * hidden + k * width)
             row[name] = {
                 "distinct": distinct,
                 "weight_bytes": weights,
