@@ -182,9 +182,7 @@ def _analysis(found: Section) -> str:
             go.Scatter(
                 x=[r["tokens"] for r in found["rows"]],
                 y=[r[name]["intensity"] for r in found["rows"]],
-                name={"fine": "256 experts, 8 a token", "coarse": "32 eight times as wide, 1"}[
-                    name
-                ],
+                name={"fine": "DeepSeek-V3: 8 of 256", "coarse": "Mixtral 8x7B: 2 of 8"}[name],
                 line_color=colour,
             )
         )
@@ -208,7 +206,7 @@ def _analysis(found: Section) -> str:
     return section(
         "Intensity and bytes of a MoE layer",
         found["label"],
-        "DeepSeek-V3's layer, fine-grained as it is and with the same weights in coarse experts. "
+        "DeepSeek-V3's layer beside a coarse-grained one, Mixtral 8x7B's, both a byte a weight. "
         f"The paper's analysis takes the dense layers' width: {found['too_much']:.0f} times too "
         "many bytes. The dashed line is an H200's ridge in fp8.",
         plot(figure) + table_with(names, rows),
@@ -276,13 +274,13 @@ def _accuracy(found: Sequence[Section]) -> str:
         for each in kernel["accuracy"]:
             rows.append(
                 [
-                    f"{escape(kernel['kernel'])}, {escape(kernel['dtype'])}",
+                    escape(f"{kernel['gpu']}, {kernel['kernel']}, {kernel['dtype']}"),
                     escape(each["what"]),
                     str(each["rows"]),
                     *[f"{100 * each[n]:.1f}%" for n in ("mean", "p99", "worst")],
                 ]
             )
-    names = ["kernel", "rows not fitted", "rows", "mean", "99% within", "worst"]
+    names = ["GPU, kernel, format", "rows not fitted", "rows", "mean", "99% within", "worst"]
     return section(
         "How far off the model has been",
         "modelled against measured",
