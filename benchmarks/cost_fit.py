@@ -61,9 +61,7 @@ from leanmoe.progress import bar
 from leanmoe.shape import distinct_uniform
 from leanmoe.storage import read_json, write_json
 
-MULTIPLE = 128
-"""Widths after tensor parallelism that no tile cuts."""
-LEAST_HERE, LEAST_EXPERTS, LEAST_SLOTS, MOST_SLOTS, MOST_GPUS = 8, 64, 4, 10, 16
+LEAST_EXPERTS, LEAST_SLOTS, MOST_SLOTS, MOST_GPUS = 64, 4, 10, 16
 UNSEEN_K = 6
 OUR_LAYER = {1: 165.5, 8: 1075, 16: 1910, 32: 3036, 64: 4280, 128: 4795, 256: 4946}
 """Microseconds of leanmoe's kernel on one DeepSeek-V3 layer (7168, 2048, 256 experts, k = 8, bf16,
@@ -79,11 +77,8 @@ def in_domain(row: Measured, table: Table) -> bool:
     """Whether a row is of fine-grained experts as a GPU would serve them."""
     if table.dtype == "w4a16_mxfp4":  # gpt-oss alone: 2880 wide, in no multiple of 128
         return row.tensor * row.expert <= MOST_GPUS and row.experts >= LEAST_EXPERTS
-    width = row.width // row.tensor
     return (
-        width % MULTIPLE == 0
-        and row.width % row.tensor == 0
-        and row.experts // row.expert >= LEAST_HERE
+        row.shape(table.dtype).is_as_tested
         and row.experts >= LEAST_EXPERTS
         and LEAST_SLOTS <= row.top_k <= MOST_SLOTS
         and row.tensor * row.expert <= MOST_GPUS

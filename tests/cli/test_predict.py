@@ -40,7 +40,13 @@ def test_the_table_says_what_it_stands_on(capsys: pytest.CaptureFixture[str]) ->
     code, out, _ = run(capsys, "predict", "reference", "--top-k", "6", *SMALL)
     assert code == 0
     words = " ".join(out.split())
-    for part in ("Modelled; awake", "experts have been off by:", "gain", "independent tokens"):
+    for part in (
+        "Modelled; awake",
+        "experts have been off by:",
+        "gain",
+        "expect more",
+        "independent",
+    ):
         assert part in words
 
 
@@ -136,6 +142,10 @@ def test_the_study_without_quality(tmp_path: Path, capsys: pytest.CaptureFixture
     page = (tmp_path / "out/study.html").read_text()
     for part in ("The paper&#x27;s claims", "The U: where a lower k gains", "cited"):
         assert part in page
+    tuned = ["--tuned", str(tmp_path / "out/study.json"), "-o", str(tmp_path / "x")]
+    code, _, err = run(capsys, "study", "--quality", "none", *tuned)
+    assert code == 1
+    assert "is not the results.json of leanmoe tune" in err
     code, _, err = run(capsys, "study", "--quality", "guessed", "-o", str(tmp_path / "x"))
     assert code == 1
     assert "--quality is 'guessed'" in err

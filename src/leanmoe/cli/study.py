@@ -31,6 +31,10 @@ def study(
     quick: Annotated[
         bool, typer.Option("--quick", help="Quality on little text, to see that it runs.")
     ] = False,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(help="results.json of a leanmoe tune: what a searched plan gave, measured."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of every shuffle and draw.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
@@ -52,7 +56,7 @@ def study(
         raise LeanMoeError(
             f"--quality is {quality!r}: it must be 'measured', 'none' or a study.json"
         )
-    results = run(output, section, " ".join(["leanmoe", *sys.argv[1:]]), seed)
+    results = run(output, section, " ".join(["leanmoe", *sys.argv[1:]]), seed, tuned)
     if as_json:
         print(json.dumps(results))
         return

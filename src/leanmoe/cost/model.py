@@ -18,6 +18,13 @@ from leanmoe.shape import MoEShape, read_shape
 
 CACHE_BYTES = 2.0
 """Of a value in the KV cache: bf16, what engines do unless told otherwise."""
+KERNEL_FORMATS: Mapping[str, str] = {
+    "bfloat16": "bfloat16",
+    "float16": "bfloat16",
+    "fp8": "fp8_block",
+    "mxfp4": "w4a16_mxfp4",
+}
+"""Formats of stored experts whose kernels were measured, and the tables' names."""
 ALTERNATE = ("gpt_oss",)
 """Model types whose layers have a window in turn where the config lists no layer types."""
 
@@ -87,13 +94,13 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """The experts' format, as kernels are named."""
-        name = self.shape.storage.name
-        if name == "fp8":
-            return "fp8_block"
-        if name == "mxfp4":
-            return "w4a16_mxfp4"
-        return "bfloat16"
+        """The format of the kernel that computes the experts: bf16's where none is known."""
+        return KERNEL_FORMATS.get(self.shape.storage.name, "bfloat16")
+
+    @property
+    def is_as_if(self) -> bool:
+        """Whether no kernel for the experts' format is known, and bf16's stands in for it."""
+        return self.shape.storage.name not in KERNEL_FORMATS
 
 
 def read_model(source: str | Path | Mapping[str, Any], name: str | None = None) -> Model:

@@ -16,6 +16,7 @@ from leanmoe.cost.routing import Assumed
 from leanmoe.cost.serve import Served, closed_loop
 from leanmoe.cost.simulate import Simulated, simulate
 from leanmoe.cost.step import Batch, StepTime
+from leanmoe.cost.work import TESTED_EXPERTS, TESTED_MULTIPLE
 from leanmoe.plan import Plan
 
 DEFAULT_KERNELS: Mapping[str, str] = {
@@ -224,6 +225,11 @@ def bounds(step: StepTime, batch: Batch, activation: Activation) -> dict[str, st
 def _stands_on(step: StepTime, origins: set[str]) -> dict[str, str]:
     kernel: KernelConstants = step.kernel
     off = "; ".join(str(each) for each in kernel.accuracy) or "not known"
+    if not step.is_as_tested:
+        off += (
+            f"; this layer is unlike those (widths in multiples of {TESTED_MULTIPLE}, "
+            f"{TESTED_EXPERTS} experts or more on a GPU): expect more"
+        )
     return {
         "experts": f"{step.experts_origin}; {step.kernel_origin} ({kernel.fitted_to})",
         "experts have been off by": off,

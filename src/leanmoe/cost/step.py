@@ -18,7 +18,7 @@ from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import Gpu
 from leanmoe.cost.model import Model
 from leanmoe.cost.routing import busiest, ranks_touched
-from leanmoe.cost.tables import ACTIVATION_BYTES, VERSION, WEIGHT_BYTES, Measured, measured_curve
+from leanmoe.cost.tables import ACTIVATION_BYTES, VERSION, Measured, measured_curve
 from leanmoe.cost.work import ExpertsShape, Rows
 
 REPLICATED_BYTES = 2.0
@@ -81,12 +81,12 @@ class ExpertsTime:
     def __init__(self, model: Model, deployment: Deployment, kernel: KernelConstants) -> None:
         shape, self._gpu = model.shape, deployment.gpu
         self._kernel = kernel
-        self._shape = ExpertsShape(
+        self.shape = ExpertsShape(
             shape.hidden,
             shape.expert_width / deployment.expert_tensor,
             shape.experts // deployment.expert,
             model.matrices,
-            WEIGHT_BYTES.get(kernel.dtype, shape.storage.expert_bytes),
+            shape.storage.expert_bytes,
             ACTIVATION_BYTES.get(kernel.dtype, 2.0),
         )
         key = (
@@ -110,6 +110,10 @@ class ExpertsTime:
                 f"interpolated: {len(measured)} measured rows of this layer "
                 f"(aiconfigurator-core {VERSION})"
             )
+        if model.is_as_if:
+            self.origin += f", {shape.storage.name} weights read, computed as if by bf16's kernel"
+        elif kernel.dtype in ACTIVATION_BYTES and self._gpu.flops_fp8 <= self._gpu.flops:
+            self.origin += f", as if {self._gpu.name} computed fp8 at its bf16 rate"
 
     def _ratio(self, row: Measured) -> float:
         rows = row.rows(self._kernel.kernel)
@@ -124,7 +128,7 @@ class ExpertsTime:
 
     def seconds(self, rows: Rows) -> float:
         """Of one layer on one GPU."""
-        found = self._kernel.seconds(self._shape, rows, self._gpu)
+        found = self._kernel.seconds(self.shape, rows, self._gpu)
         return found * self._correction(math.log(max(rows.tokens, 1.0)))
 
     def _correction(self, place: float) -> float:
@@ -156,9 +160,9 @@ class StepTime:
         self.kernel = found
         self._experts = ExpertsTime(model, deployment, found)
         self._rates, self.rates_origin = constants.rates_for(deployment.gpu.name)
-        self._experts_seconds: Callable[[float, float, float], float] = lru_cache(maxsize=65536)(
-            self._experts_of
-        )
+        self._experts_seconds: Callable[[float, float, float, int], float] = lru_cache(
+            maxsize=65536
+        )(self._experts_of)
 
     def on(self, gpu: Gpu) -> StepTime:
         """The same with another GPU's rates, measured rows of this one's still holding."""
@@ -167,6 +171,11 @@ class StepTime:
         other._experts = self._experts.on(gpu)
         other._experts_seconds = other._experts_of
         return other
+
+    @property
+    def is_as_tested(self) -> bool:
+        """Whether the stated accuracy is that of layers like this one."""
+        return self._experts.shape.is_as_tested
 
     @property
     def experts_origin(self) -> str:
@@ -188,7 +197,8 @@ class StepTime:
             projections=self._projections(mine),
             attention=self._attention(batch, shared_by * here.data),
             experts=sum(
-                a.layers * self._experts_seconds(tokens, a.distinct, a.rows) for a in awake
+                a.layers * self._experts_seconds(tokens, a.distinct, a.rows, a.experts)
+                for a in awake
             ),
             shared=self._shared(mine),
             communication=self._communication(mine, tokens, awake),
@@ -249,11 +259,11 @@ class StepTime:
                 seconds += count * (rates.attention_seconds + computing)
         return seconds
 
-    def _experts_of(self, tokens: float, distinct: float, rows: float) -> float:
+    def _experts_of(self, tokens: float, distinct: float, rows: float, experts: int) -> float:
         if tokens <= 0 or rows <= 0:
             return 0.0
         here = self.deployment
-        share = busiest(distinct, rows, self.model.shape.experts, here.expert)
+        share = busiest(distinct, rows, experts, here.expert)
         if here.exchanges:
             tokens = self._received(tokens, rows, share.rows)
             rows = share.rows

@@ -19,6 +19,8 @@ TILE_ROWS = (16, 32, 64, 128)
 NARROW, WIDE = 64, 128
 """Columns of a tile: narrow beside few rows."""
 MICROSECOND = 1e-6
+TESTED_MULTIPLE, TESTED_EXPERTS = 128, 8
+"""Widths, and experts on a GPU, that the stated accuracy is of."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class ExpertsShape:
     """3 with a gate, 2 without."""
     weight_bytes: float = 2.0
     activation_bytes: float = 2.0
+
+    @property
+    def is_as_tested(self) -> bool:
+        """Whether the layer is like those that constants were tested on."""
+        return self.width % TESTED_MULTIPLE == 0 and self.experts >= TESTED_EXPERTS
 
     @property
     def expert_bytes(self) -> float:

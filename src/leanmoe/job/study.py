@@ -23,8 +23,10 @@ def study(
     quality: dict[str, Any] | None,
     command: str,
     seed: int = 0,
+    tuned: Path | None = None,
 ) -> dict[str, Any]:
     """Runs everything, writes results and page into folder `output`, returns the results."""
+    searched = None if tuned is None else searched_plan(tuned)
     nine = table_9()
     overhead = nine["step_overhead_ms"] / 1e3
     results: dict[str, Any] = {
@@ -36,6 +38,7 @@ def study(
         "u_shapes": u_shapes(),
         "banded": banded(overhead),
         "quality": quality,
+        "searched": searched,
         "accuracy": accuracy(),
     }
     results["claims"] = claims(results)
@@ -68,6 +71,32 @@ def earlier_quality(path: Path) -> dict[str, Any]:
     if not isinstance(section, dict) or "rows" not in section:
         raise LeanMoeError(f"study {path} holds no measured quality")
     return section
+
+
+def searched_plan(path: Path) -> dict[str, Any]:
+    """What a plan that `leanmoe tune` found gave where it was measured, load by load.
+
+    Raises LeanMoeError for a file that is not a tune run's results.
+    """
+    found = read_json(path, "results")
+    try:
+        return {
+            "label": "measured",
+            "model": found["model"]["name"],
+            "hardware": found["provenance"]["hardware"],
+            "commit": found["provenance"]["commit"],
+            "rows": [
+                {
+                    "concurrency": verdict["concurrency"],
+                    "accepted": verdict["accepted"],
+                    "gain": verdict["gain"],
+                    "loss": verdict["loss"],
+                }
+                for verdict in found["verdicts"]
+            ],
+        }
+    except (KeyError, TypeError) as error:
+        raise LeanMoeError(f"{path} is not the results.json of leanmoe tune ({error})") from error
 
 
 def claims(results: dict[str, Any]) -> list[dict[str, str]]:

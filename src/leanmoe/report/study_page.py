@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from leanmoe.report.page import document, number_cell, plot, section, table_with
+from leanmoe.report.page import document, number_cell, plot, ratio_cell, section, table_with
 from leanmoe.report.plots import COLOURS, FULL, figure_with
 from leanmoe.storage import write_text
 
@@ -28,6 +28,7 @@ def write_study_page(results: Section, target: Path) -> None:
         _u_shapes(results["u_shapes"]),
         _analysis(results["analysis"]),
         *([_quality(results["quality"])] if results["quality"] is not None else []),
+        *([_searched(results["searched"])] if results["searched"] is not None else []),
         _banded(results["banded"]),
         _accuracy(results["accuracy"]),
         _provenance(results["provenance"]),
@@ -246,6 +247,29 @@ def _quality(found: Section) -> str:
         f"Increase of next-token loss on {held['tokens']:,} tokens of {held['documents']} held-out "
         f"documents ({found['text']}), paired by document.{note}",
         "".join(bodies),
+    )
+
+
+def _searched(found: Section) -> str:
+    rows = []
+    for row in found["rows"]:
+        gain, loss = row["gain"], row["loss"]
+        rows.append(
+            [
+                str(row["concurrency"]),
+                "accepted" if row["accepted"] else "full model",
+                ratio_cell(gain) if gain else "",
+                f"{100 * loss['ratio']:+.2f}%" if loss else "",
+                f"{100 * loss['upper_bound']:+.2f}%" if loss else "",
+            ]
+        )
+    names = ["at once", "verdict", "throughput (95%)", "loss", "loss at most (95%)"]
+    return section(
+        "What a searched plan gave where it was measured",
+        found["label"],
+        f"leanmoe tune on {found['model']}, {found['hardware']}, commit {found['commit']}; "
+        "against the full model on the same kernels.",
+        table_with(names, rows, words={1}),
     )
 
 
