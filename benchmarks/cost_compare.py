@@ -3,10 +3,11 @@
     python benchmarks/cost_compare.py
 
 Reads every committed results/*-experts-gpu.json (one layer by tokens and rule; `experts_gpu.py`
-writes them) and every list of steps in readings/ and results/*-vllm-gpu.json: a model, a machine,
+writes them; leanmoe's constants of that GPU are fitted to its rows of the full model, which count as
+fitted) and every list of steps in readings/ and results/*-vllm-gpu.json: a model, a machine,
 and rows of concurrency, k, rule, distinct experts (or null), microseconds that the rule itself took
-a layer, and milliseconds a step. Nothing is fitted to the rows here, but concurrency 1 of the
-readings, which gave a layer's own time.
+a layer, and milliseconds a step. Of the steps, concurrency 1 gave a layer's own
+time; nothing else here was fitted to.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from leanmoe.storage import read_json, write_json
 
 KERNELS = {
     ("leanmoe", "bfloat16"): ("leanmoe", "bfloat16"),
+    ("leanmoe", "float8_e4m3fn"): ("leanmoe", "fp8_block"),
     ("vLLM", "bfloat16"): ("vllm-triton", "bfloat16"),
     ("vLLM", "float8_e4m3fn"): ("vllm-triton", "fp8_block"),
 }
@@ -81,6 +83,7 @@ def layers(path: Path) -> Iterator[dict[str, Any]]:
                 "measured_us": took,
                 "predicted_us": round(1e6 * seconds, 1),
                 "error": float(f"{1e6 * seconds / took - 1:.4g}"),
+                "fitted": name == "leanmoe" and line["rule"] == "k=8",
                 "stands_on": origin,
             }
 
@@ -134,14 +137,17 @@ def main() -> None:
     lists += sorted(results.glob("*-vllm-gpu.json"))
     found_steps = [row for path in lists for row in steps(path)]
     for row in found_layers:
-        print(f"{row['gpu']} {row['what']:60s} T={row['tokens']:<5d} {row['error']:+7.1%}")
+        end = " (fitted)" if row["fitted"] else ""
+        print(f"{row['gpu']} {row['what']:60s} T={row['tokens']:<5d} {row['error']:+7.1%}{end}")
     for row in found_steps:
         print(
             f"{row['what']:44s} {row['concurrency']:4d} {row['measured_ms']:7.2f} ms "
             f"{row['predicted_ms']:7.2f} {row['error']:+6.1%}{' (fitted)' if row['fitted'] else ''}"
         )
+    unseen = [row for row in found_layers if not row["fitted"]]
     for name, rows, limit in (
-        ("layers", found_layers, LAYER_LIMIT),
+        ("leanmoe's layers", [r for r in unseen if r["what"].startswith("leanmoe")], LAYER_LIMIT),
+        ("vLLM's layers", [r for r in unseen if r["what"].startswith("vLLM")], LAYER_LIMIT),
         ("steps", [r for r in found_steps if not r["fitted"]], STEP_LIMIT),
     ):
         if rows:

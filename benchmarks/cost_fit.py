@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,12 @@ from leanmoe.cost.models import published_model
 from leanmoe.cost.routing import Assumed, ranks_touched
 from leanmoe.cost.step import EXCHANGED_BYTES, Batch, StepTime
 from leanmoe.cost.tables import (
+    ACTIVATION_BYTES,
     PACKAGE,
     TABLES,
     UNGATED,
     VERSION,
+    WEIGHT_BYTES,
     Measured,
     Table,
     read_columns,
@@ -69,6 +71,10 @@ random draws) by tokens, on one H200, 2026-11-24 (docs/kernels.md)."""
 OUR_FIT = (1, 16, 64, 256)
 """Points of those that constants are fitted to; the others are a test."""
 OUR_FEATURES = ("call", "weights")
+OUR_MANY_FEATURES = ("call", "weights", "products", "longer", "activations", "waves")
+OUR_FEW_FEATURES = ("call", "weights", "products")
+"""Of one shape alone; more would be fitted to its noise."""
+OUR_EDGES = (256, 16384)
 NETWORK = 0.88
 """Cited: DeepEP's own figures, 43 to 46 of 50 GB/s for 64 ranks (its README, low latency)."""
 
@@ -221,6 +227,75 @@ def our_kernel(gpu: Gpu) -> tuple[KernelConstants, list[dict[str, float]]]:
         for n, e in zip(OUR_LAYER, errors, strict=True)
     ]
     return constants, lines
+
+
+def our_benchmark(gpu: Gpu, folder: Path) -> tuple[list[KernelConstants], list[dict[str, Any]]]:
+    """leanmoe's kernel from committed results of `experts_gpu.py` on that GPU.
+
+    Constants are fitted to the full model's rows (k = 8) alone; the test is what a plan makes of
+    them: k = 6, k = 4 and guaranteed = 3. fp8 has rows of the full model and of one shape alone: every
+    second number of tokens is the test there.
+    """
+    rows = [
+        row for path in sorted(folder.glob("*-experts-gpu.json")) for row in _our_rows(path, gpu)
+    ]
+    kernels, lines = [], []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        mine = [row for row in rows if row["dtype"] == dtype]
+        names, edges = OUR_MANY_FEATURES, OUR_EDGES
+        if all(row["rule"] == "k=8" for row in mine):
+            held = set(sorted({row["tokens"] for row in mine})[1:-1:2])
+            names, edges = OUR_FEW_FEATURES, OUR_EDGES[-1:]
+            fitted = [row for row in mine if row["tokens"] not in held]
+        else:
+            fitted = [row for row in mine if row["rule"] == "k=8"]
+        tested = [row for row in mine if row not in fitted]
+        found = fit(
+            "leanmoe",
+            gpu,
+            dtype,
+            [row["reading"] for row in fitted],
+            f"the full model's rows of leanmoe's benchmark on {gpu.name} (benchmarks/results)",
+            edges,
+            names,
+        )
+        groups = {
+            "plans and tokens not fitted, to 256 tokens": [r for r in tested if r["tokens"] <= 256],
+            "plans and tokens not fitted, 4,096 tokens": [r for r in tested if r["tokens"] > 256],
+        }
+        off = tuple(
+            accuracy(what, errors_of(found, [row["reading"] for row in group], gpu))
+            for what, group in groups.items()
+            if group
+        )
+        kernels.append(replace(found, accuracy=off))
+        lines += [{"dtype": dtype, "gpu": gpu.name, **vars(each)} for each in off]
+    return kernels, lines
+
+
+def _our_rows(path: Path, gpu: Gpu) -> Iterator[dict[str, Any]]:
+    found = read_json(path, "results")
+    if gpu.name not in found["provenance"]["hardware"].lower():
+        return
+    for line in [*found["lines"], *found["rules"]]:
+        experts, hidden, rest = line["shape"].split(" x ")
+        width, dtype = rest.split(" ")
+        name = "fp8_block" if "float8" in dtype else dtype
+        shape = ExpertsShape(
+            int(hidden),
+            int(width),
+            int(experts),
+            weight_bytes=WEIGHT_BYTES[name],
+            activation_bytes=ACTIVATION_BYTES.get(name, 2.0),
+        )
+        tokens = line["tokens"]
+        rows = Rows(tokens, line["rows"] / tokens, line["rows"], line["distinct"])
+        yield {
+            "dtype": name,
+            "rule": line["rule"],
+            "tokens": tokens,
+            "reading": Reading(shape, rows, line["microseconds"]["leanmoe"] * 1e-6),
+        }
 
 
 def least(
@@ -390,6 +465,8 @@ def main() -> None:
             advance(1)
     ours, our_lines = our_kernel(home)
     kernels[home.name].append(ours)
+    benchmarked, benchmark_lines = our_benchmark(other, arguments.output)
+    kernels[other.name] += benchmarked
     found_rates, rate_errors = {}, {}
     for gpu in (home, other):
         found_rates[gpu.name], rate_errors[gpu.name] = rates(gpu)
@@ -408,6 +485,7 @@ def main() -> None:
         "kernels": lines,
         "carried over": moved,
         "our layer": our_lines,
+        "our benchmark": benchmark_lines,
         "rates": rate_errors,
     }
     write_json(arguments.output / f"{where.date[:10]}-{where.commit}-cost-fit.json", result)
@@ -420,7 +498,7 @@ def main() -> None:
                 print(f"    DeepSeek-V3 {name}: {Accuracy(**each)}")
     for each in moved:
         print(each)
-    for each in our_lines:
+    for each in [*our_lines, *benchmark_lines]:
         print(each)
     for name, errors in rate_errors.items():
         for part, each in errors.items():
