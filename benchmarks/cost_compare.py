@@ -3,11 +3,11 @@
     python benchmarks/cost_compare.py
 
 Reads every committed results/*-experts-gpu.json (one layer by tokens and rule; `experts_gpu.py`
-writes them; leanmoe's constants of that GPU are fitted to its rows of the full model, which count as
-fitted) and every list of steps in readings/ and results/*-vllm-gpu.json: a model, a machine,
-and rows of concurrency, k, rule, distinct experts (or null), microseconds that the rule itself took
-a layer, and milliseconds a step. Of the steps, concurrency 1 gave a layer's own
-time; nothing else here was fitted to.
+writes them; leanmoe's constants of that GPU are fitted to its rows of the full model, which count
+as fitted) and every list of steps in readings/ and results/*-vllm-gpu.json: a model, a machine, and
+rows of concurrency, k, rule, distinct experts (or null), microseconds that the rule itself took a
+layer, and milliseconds a step. Of the steps, concurrency 1 gave a layer's own time; nothing else
+here was fitted to.
 """
 
 from __future__ import annotations

@@ -233,8 +233,8 @@ def our_benchmark(gpu: Gpu, folder: Path) -> tuple[list[KernelConstants], list[d
     """leanmoe's kernel from committed results of `experts_gpu.py` on that GPU.
 
     Constants are fitted to the full model's rows (k = 8) alone; the test is what a plan makes of
-    them: k = 6, k = 4 and guaranteed = 3. fp8 has rows of the full model and of one shape alone: every
-    second number of tokens is the test there.
+    them: k = 6, k = 4 and guaranteed = 3. fp8 has rows of the full model and of one shape alone:
+    every second number of tokens is the test there.
     """
     rows = [
         row for path in sorted(folder.glob("*-experts-gpu.json")) for row in _our_rows(path, gpu)
