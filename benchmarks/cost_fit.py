@@ -227,6 +227,17 @@ def our_kernel(gpu: Gpu) -> tuple[KernelConstants, list[dict[str, float]]]:
     return constants, lines
 
 
+def beyond(ours: KernelConstants, others: Sequence[KernelConstants]) -> KernelConstants:
+    """The readings end at 256 tokens; what is longer is carried over from the other GPU's rows."""
+    same = next((each for each in others if each.dtype == ours.dtype), None)
+    if same is None:
+        return ours
+    longer = tuple(r for r in same.regimes if r.up_to > OUR_EDGES[0])
+    regimes = (replace(ours.regimes[0], up_to=OUR_EDGES[0]), *longer)
+    words = f"{ours.fitted_to}; beyond {OUR_EDGES[0]} tokens {same.gpu}'s constants"
+    return replace(ours, regimes=regimes, fitted_to=words)
+
+
 def our_benchmark(gpu: Gpu, folder: Path) -> tuple[list[KernelConstants], list[dict[str, Any]]]:
     """leanmoe's kernel from committed results of `experts_gpu.py` on that GPU.
 
@@ -331,10 +342,10 @@ def main() -> None:
             lines += [line, line_there]
             moved.append(transfer(constants, table, other))
             advance(1)
-    ours, our_lines = our_kernel(home)
-    kernels[home.name].append(ours)
     benchmarked, benchmark_lines = our_benchmark(other, RESULTS)
     kernels[other.name] += benchmarked
+    ours, our_lines = our_kernel(home)
+    kernels[home.name].append(beyond(ours, benchmarked))
     found_rates, rate_errors = {}, {}
     for gpu in (home, other):
         found_rates[gpu.name], rate_errors[gpu.name] = rates(gpu)

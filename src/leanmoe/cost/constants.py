@@ -116,7 +116,7 @@ class Constants:
         Raises LeanMoeError that lists the kernels there are for that format.
         """
         here = [k for k in self.kernels if k.dtype == dtype and k.kernel == kernel]
-        for name in (gpu, ANY_GPU):
+        for name in (gpu, ANY_GPU, *(k.gpu for k in here)):
             for found in here:
                 if found.gpu == name:
                     borrowed = f"{kernel} {dtype}, as measured on {name}"
