@@ -154,18 +154,21 @@ def _show(predictions: list[Any]) -> None:
         f"each GPU, {memory.cache / 1e9:.1f} GB left for the cache"
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    opening = "load" if first.load.concurrency is None else "at\nonce"
-    headings = [opening, "tok/s", "TTFT\nms", "TPOT\nms", "awake"]
+    arrives = first.load.concurrency is None
+    headings = ["load" if arrives else "at\nonce", "tok/s", "TTFT\nms", "TPOT\nms", "awake"]
     planned = first.plan is not None
-    headings += ["plan\ntok/s", "plan\nawake", "gain"] if planned else []
+    kind = "plan\nTPOT" if arrives else "plan\ntok/s"
+    headings += [kind, "plan\nawake", "gain"] if planned else []
     for heading in [*headings, "longest part"]:
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for each in predictions:
-        row = [str(each.load).split(", ", 1)[0].removesuffix(" at once"), *_cells(each.full)]
-        row.insert(2, f"{1e3 * each.full.ttft:.0f}")
+        load = f"{each.load.rate:g}/s" if arrives else str(each.load.concurrency)
+        tokens, tpot, awake = _cells(each.full)
+        row = [load, tokens, f"{1e3 * each.full.ttft:.0f}", tpot, awake]
         if planned:
-            tokens, _, awake = _cells(each.plan)
-            row += [tokens, awake, f"{100 * (each.gain - 1):+.1f}%"]
+            tokens, tpot, awake = _cells(each.plan)
+            gain = each.tpot_gain if arrives else each.gain
+            row += [tpot if arrives else tokens, awake, f"{100 * (gain - 1):+.1f}%"]
         table.add_row(*row, _longest(each.full))
     console.print(table)
     console.print("Modelled; awake: distinct experts of a layer. It stands on:", style="dim")

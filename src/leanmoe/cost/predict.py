@@ -76,6 +76,11 @@ class Prediction:
         """Output throughput of the plan over the full model's."""
         return None if self.plan is None else self.plan.throughput / self.full.throughput
 
+    @property
+    def tpot_gain(self) -> float | None:
+        """TPOT of the full model over the plan's: what counts where arrivals bound throughput."""
+        return None if self.plan is None else self.full.tpot / self.plan.tpot
+
     def to_json(self) -> dict[str, Any]:
         """Everything, for a results file."""
         return {
@@ -86,6 +91,7 @@ class Prediction:
             "full": _to_json(self.full),
             "plan": None if self.plan is None else _to_json(self.plan),
             "gain": self.gain,
+            "tpot_gain": self.tpot_gain,
             "stands_on": dict(self.stands_on),
         }
 
