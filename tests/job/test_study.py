@@ -10,7 +10,7 @@ import pytest
 
 from leanmoe.errors import LeanMoeError
 from leanmoe.job import study_quality
-from leanmoe.job.study import _quality_claims
+from leanmoe.job.study import _quality_claims, earlier_quality
 from leanmoe.job.study_quality import SHAPES, Case, QualitySettings, saved_quality, shape_rules
 from leanmoe.plan import Fingerprint, Plan, Rule
 
@@ -46,6 +46,16 @@ def test_losses_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.M
     assert found["heldout"]["documents"] >= 20
     monkeypatch.setattr(study_quality, "measure_quality", lambda _settings: pytest.fail("again"))
     assert saved_quality(settings, tmp_path) == found
+
+
+def test_the_pruning_benchmarks_losses_can_stand_in() -> None:
+    path = next((Path(__file__).parents[2] / "benchmarks/results").glob("*-pruning.json"))
+    found = earlier_quality(path)
+    groups = {row["group"] for row in found["rows"]}
+    assert groups == {"k", "pruning"}
+    assert found["heldout"]["documents"] > 20
+    verdicts = [claim["verdict"] for claim in _quality_claims(found)]
+    assert len(verdicts) == 1  # pruning by count; nothing of shapes or of weights that are kept
 
 
 def test_too_little_text() -> None:

@@ -19,7 +19,7 @@ def study(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path("runs/study"),
     quality: Annotated[
         str,
-        typer.Option(help="'measured' here (minutes), 'none', or an earlier study.json to reuse."),
+        typer.Option(help="'measured' here (minutes), 'none', or an earlier study's JSON."),
     ] = "measured",
     model: Annotated[
         str, typer.Option(help="That quality is measured on: a folder, a hub name, 'reference'.")

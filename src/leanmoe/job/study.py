@@ -66,12 +66,38 @@ def accuracy() -> list[dict[str, Any]]:
 
 
 def earlier_quality(path: Path) -> dict[str, Any]:
-    """The quality section of an earlier study; raises LeanMoeError where there is none."""
+    """Measured quality of an earlier study, or of benchmarks/pruning.py (k and criteria alone).
+
+    Raises LeanMoeError where there is none.
+    """
     found = read_json(path, "study")
     section = found.get("quality") if isinstance(found, dict) else None
-    if not isinstance(section, dict) or "rows" not in section:
-        raise LeanMoeError(f"study {path} holds no measured quality")
-    return section
+    if isinstance(section, dict) and "rows" in section:
+        return section
+    try:
+        return {
+            "label": "measured",
+            "model": "reference",
+            "text": found["text"],
+            "quick": False,
+            "provenance": found["provenance"],
+            "heldout": found["heldout"],
+            "rows": [_pruning_row(row) for row in found["rows"]],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise LeanMoeError(f"study {path} holds no measured quality") from error
+
+
+def _pruning_row(row: dict[str, Any]) -> dict[str, Any]:
+    name = str(row["criterion"])
+    is_k = name.startswith("k=")
+    return {
+        "group": "k" if is_k else "pruning",
+        "name": name,
+        "slots": float(name.removeprefix("k=")) if is_k else None,
+        "share": float(str(row["keep"]).removesuffix("%")) / 100,
+        "increase": row["increase"],
+    }
 
 
 def searched_plan(path: Path) -> dict[str, Any]:

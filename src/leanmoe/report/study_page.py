@@ -230,7 +230,7 @@ def _quality(found: Section) -> str:
         cells = [
             [
                 escape(r["name"]),
-                f"{r['slots']:.3g}",
+                "all" if r["slots"] is None else f"{r['slots']:.3g}",
                 f"{r['share']:.0%}",
                 f"{100 * r['increase']['ratio']:+.2f}%",
                 f"{100 * r['increase']['low']:+.2f} to {100 * r['increase']['high']:+.2f}%",
