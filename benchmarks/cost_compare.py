@@ -4,10 +4,10 @@
 
 Reads every committed results/*-experts-gpu.json (one layer by tokens and rule; `experts_gpu.py`
 writes them; leanmoe's constants of that GPU are fitted to its rows of the full model, which count
-as fitted) and every list of steps in readings/ and results/*-vllm-gpu.json: a model, a machine, and
-rows of concurrency, k, rule, distinct experts (or null), microseconds that the rule itself took a
-layer, and milliseconds a step. Of the steps, concurrency 1 gave a layer's own time; nothing else
-here was fitted to.
+as fitted), every results/*-vllm-*.json (decode steps under plans; `vllm_gpu.py` writes them) and
+every list in readings/: a model, a machine, and rows of concurrency, k, rule, distinct experts (or
+null), microseconds that the rule itself took a layer, and milliseconds a step. Of the steps,
+concurrency 1 of the readings gave a layer's own time; no other step was fitted to.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from leanmoe.cost.activation import Activation, CurveOf, assumed_curves
 from leanmoe.cost.constants import shipped
 from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import GPUS
+from leanmoe.cost.model import read_model
 from leanmoe.cost.models import published_model
-from leanmoe.cost.routing import Assumed, from_points
+from leanmoe.cost.routing import Assumed, Curve, from_points
 from leanmoe.cost.step import Batch, StepTime
 from leanmoe.cost.tables import WEIGHT_BYTES
 from leanmoe.cost.work import ExpertsShape, Rows
@@ -117,11 +119,57 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
         }
 
 
+def engine_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Each decode step of `vllm_gpu.py` with what is predicted from the experts that it woke.
+
+    The run says how many distinct experts and slots each plan had, so nothing of routing is
+    assumed; what a plan's routing itself takes is not modelled.
+    """
+    found = read_json(path, "results")
+    model = read_model(found["config"], found["settings"]["shape"])
+    gpu = GPUS[gpu_of(found["provenance"]["hardware"])]
+    step = StepTime(model, Deployment(gpu), shipped(), "vllm-triton")
+    settings = found["settings"]
+    context = int(settings["prompt"]) + int(settings["steps"]) / 2
+    for line in found["lines"]:
+        if line.get("step_ms") is None or line.get("distinct") is None:
+            continue
+        tokens = line["requests"]
+        point = (float(tokens), float(line["distinct"]), float(line["activated"]))
+        curve = from_points([point], model.shape.experts, "measured in the run")
+        activation = Activation(model, None, partial(_always, curve))
+        seconds = step.parts(Batch(tokens, context), activation).total
+        took = line["step_ms"]["median"]
+        yield {
+            "file": path.name,
+            "what": f"{model.name}, {line['routing']}, {line['plan']}",
+            "gpu": gpu.name,
+            "plan": line["plan"],
+            "concurrency": tokens,
+            "distinct": line["distinct"],
+            "measured_ms": took,
+            "predicted_ms": round(1e3 * seconds, 3),
+            "error": float(f"{1e3 * seconds / took - 1:.4g}"),
+            "fitted": False,
+        }
+
+
+def _always(curve: Curve, _layer: int, _rule: Rule) -> Curve:
+    return curve
+
+
 def _measured_curve(row: dict[str, Any], experts: int) -> CurveOf:
     slots = row.get("slots") or row["k"]
     point = (float(row["concurrency"]), float(row["distinct"]), float(slots))
     curve = from_points([point], experts, "measured in the run")
     return lambda _layer, _rule: curve
+
+
+def _by_plan(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    return [
+        ("full model", [row for row in rows if row["plan"] == "empty plan"]),
+        ("plans", [row for row in rows if row["plan"] != "empty plan"]),
+    ]
 
 
 def main() -> None:
@@ -134,21 +182,27 @@ def main() -> None:
     results = arguments.folder / "results"
     found_layers = [r for p in sorted(results.glob("*-experts-gpu.json")) for r in layers(p)]
     lists = sorted((arguments.folder / "readings").glob("*.json"))
-    lists += sorted(results.glob("*-vllm-gpu.json"))
     found_steps = [row for path in lists for row in steps(path)]
+    runs = sorted(results.glob("*-vllm-*.json"))
+    found_engine = [row for path in runs for row in engine_steps(path)]
     for row in found_layers:
         end = " (fitted)" if row["fitted"] else ""
         print(f"{row['gpu']} {row['what']:60s} T={row['tokens']:<5d} {row['error']:+7.1%}{end}")
-    for row in found_steps:
+    for row in [*found_steps, *found_engine]:
         print(
-            f"{row['what']:44s} {row['concurrency']:4d} {row['measured_ms']:7.2f} ms "
+            f"{row['what']:52s} {row['concurrency']:4d} {row['measured_ms']:7.2f} ms "
             f"{row['predicted_ms']:7.2f} {row['error']:+6.1%}{' (fitted)' if row['fitted'] else ''}"
         )
     unseen = [row for row in found_layers if not row["fitted"]]
     for name, rows, limit in (
         ("leanmoe's layers", [r for r in unseen if r["what"].startswith("leanmoe")], LAYER_LIMIT),
         ("vLLM's layers", [r for r in unseen if r["what"].startswith("vLLM")], LAYER_LIMIT),
-        ("steps", [r for r in found_steps if not r["fitted"]], STEP_LIMIT),
+        ("steps of the readings", [r for r in found_steps if not r["fitted"]], STEP_LIMIT),
+        *(
+            (f"steps of {path.stem[11:]}, {kind}", rows, STEP_LIMIT)
+            for path in runs
+            for kind, rows in _by_plan([r for r in found_engine if r["file"] == path.name])
+        ),
     ):
         if rows:
             off = np.abs([row["error"] for row in rows])
@@ -165,6 +219,7 @@ def main() -> None:
             "provenance": where.to_json(),
             "layers": found_layers,
             "steps": found_steps,
+            "engine steps": found_engine,
         },
     )
 

@@ -152,9 +152,9 @@ def test_little_is_loaded_when_little_is_asked_for(code: str) -> None:
     assert loaded(code) == set()
 
 
-@pytest.mark.parametrize("verb", ["tune", "report", "kernels", "prune", "serve", "export"])
 @pytest.mark.parametrize(
-    "verb", ["tune", "report", "kernels", "prune", "predict", "calibrate", "study"]
+    "verb",
+    ["tune", "report", "kernels", "prune", "serve", "export", "predict", "calibrate", "study"],
 )
 def test_a_verbs_help_loads_no_model_code(verb: str) -> None:
     code = f"from leanmoe.cli import main; main(['{verb}', '--help'])"
