@@ -43,6 +43,8 @@ KERNELS = {
     ("vLLM", "float8_e4m3fn"): ("vllm-triton", "fp8_block"),
 }
 """Implementation and dtype in a results file: kernel and format of our constants."""
+FULL = ("stock", "empty plan")
+"""Names of the full model in `vllm_gpu.py`'s results."""
 LAYER_LIMIT, STEP_LIMIT = 0.04, 0.10
 """What the model is held to: of a layer of ours, of a whole step."""
 
@@ -167,8 +169,8 @@ def _measured_curve(row: dict[str, Any], experts: int) -> CurveOf:
 
 def _by_plan(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     return [
-        ("full model", [row for row in rows if row["plan"] == "empty plan"]),
-        ("plans", [row for row in rows if row["plan"] != "empty plan"]),
+        ("full model", [row for row in rows if row["plan"] in FULL]),
+        ("plans", [row for row in rows if row["plan"] not in FULL]),
     ]
 
 
