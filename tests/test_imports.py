@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": SHAPES | {"routing", "kernels", "reference"},
     "profile": SHAPES | {"routing", "runtime", "quality"},
     "quality": SHAPES | {"runtime"},
-    "load": SHAPES | {"runtime"},
+    "load": SHAPES | {"runtime", "reference"},
     "prune": SHAPES | {"runtime"},
     "tune": SHAPES | {"routing", "cost", "profile"},
     "engines": SHAPES | {"routing", "kernels", "runtime", "reference"},
@@ -37,7 +37,17 @@ MEASURES = {"runtime", "quality"}
 MEASURING = {"tune/layer_time.py", "tune/perturbation.py", "tune/sensitivity.py"}
 """Files of the search that measure on a model, and so import `MEASURES` too; no others may."""
 EVERYTHING = {"cli", "job", "__init__", "__main__"}
-HEAVY = ("torch", "transformers", "numba", "scipy", "plotly", "datasets", "vllm", "triton")
+HEAVY = (
+    "torch",
+    "transformers",
+    "numba",
+    "scipy",
+    "plotly",
+    "datasets",
+    "vllm",
+    "triton",
+    "guidellm",
+)
 TABLES = ("pyarrow", "pandas", "aiconfigurator_core")
 """Packages of leanmoe[predict]: read where they are installed, never needed."""
 
@@ -152,10 +162,21 @@ def test_little_is_loaded_when_little_is_asked_for(code: str) -> None:
     assert loaded(code) == set()
 
 
-@pytest.mark.parametrize(
-    "verb",
-    ["tune", "report", "kernels", "prune", "serve", "export", "predict", "calibrate", "study"],
-)
+VERBS = [
+    "tune",
+    "report",
+    "kernels",
+    "prune",
+    "bench",
+    "serve",
+    "export",
+    "predict",
+    "calibrate",
+    "study",
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_verbs_help_loads_no_model_code(verb: str) -> None:
     code = f"from leanmoe.cli import main; main(['{verb}', '--help'])"
     assert not loaded(code) & {"torch", "transformers", "numba"}

@@ -8,7 +8,8 @@ import torch
 from leanmoe.errors import LeanMoeError
 from leanmoe.load import Load, Variant, compare
 from leanmoe.load.attention import attend_per_request, attention_per_request
-from leanmoe.load.measure import _run, _served
+from leanmoe.load.continuous import Arrivals, Room, run, served
+from leanmoe.load.prompts import Request
 from leanmoe.runtime import load_model
 
 PAGE, WIDTH = 64, 8
@@ -95,9 +96,9 @@ def test_the_service_writes_what_generate_writes(reference_model) -> None:
     text = "The list methods make it very easy to use a list as a stack, where the last element"
     ids = tokenizer(text)["input_ids"]
     prompts = [ids[:12], ids[2:14], ids[4:16]]
-    load = Load(2, 12, 6, 3)
+    requests = [Request(tuple(prompt), 6) for prompt in prompts]
     made: dict[str, list[int]] = {}
-    with _served(model, load) as manager:
+    with served(model, Room(2, 12, 18), 6) as manager:
         real = manager.get_result
 
         def keep(**settings):
@@ -107,7 +108,7 @@ def test_the_service_writes_what_generate_writes(reference_model) -> None:
             return output
 
         manager.get_result = keep
-        timelines = _run(manager, prompts, load)
+        timelines = run(manager, requests, Arrivals(2))
     assert len(timelines) == 3
     for prompt, tokens in zip(prompts, [made[name] for name in sorted(made)], strict=True):
         expected = model.generate(

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from leanmoe.storage import write_text
+from leanmoe.errors import LeanMoeError
+from leanmoe.storage import read_json, write_text
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a tune run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a tune run or a bench.")],
     output: Annotated[
         Path | None, typer.Option(help="Where to write the page; RUN/report.html by default.")
     ] = None,
@@ -29,7 +30,14 @@ def report(
     from leanmoe.report.results import read_results
     from leanmoe.report.svg import verdict_svg
 
-    page = write_report(run, output)
+    if _is_bench(run):
+        if svg is not None:
+            raise LeanMoeError(f"--svg draws the verdict of a tune run: {run} holds a bench")
+        from leanmoe.report.bench_page import write_bench_page
+
+        page = write_bench_page(run / "results.json", output or run / "report.html")
+    else:
+        page = write_report(run, output)
     if svg is not None:
         write_text(svg, verdict_svg(read_results(run / "results.json")))
     if as_json:
@@ -38,3 +46,8 @@ def report(
     print(f"The page: {page}")
     if svg is not None:
         print(f"The picture: {svg}")
+
+
+def _is_bench(run: Path) -> bool:
+    results = read_json(run / "results.json", "results")
+    return isinstance(results, dict) and "leanmoe_bench" in results

@@ -20,13 +20,14 @@ from leanmoe.job.search import Proved, plan_losses, points_for, prove, workloads
 from leanmoe.job.settings import TuneSettings
 from leanmoe.job.verdict import verdict_on
 from leanmoe.load import Load, Variant, compare
+from leanmoe.load.in_process import served_experts
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.profile.measure import profile as measure_profile
 from leanmoe.profile.saved import Profile
 from leanmoe.provenance import collect
 from leanmoe.quality.documents import Losses
 from leanmoe.report import write_report
-from leanmoe.runtime import IMPLEMENTATION, apply, has_kernel
+from leanmoe.runtime import IMPLEMENTATION, apply
 from leanmoe.storage import write_json
 from leanmoe.tune.candidates import Candidate, Phase, candidates
 from leanmoe.tune.layer_time import LayerTime
@@ -238,14 +239,6 @@ def _gain(inputs: Inputs, plan: Plan, load: int, settings: TuneSettings) -> dict
     )
     ratio = measured.ratio("plan", settings.confidence).to_json()
     return {**measured.to_json(), "ratio": ratio}
-
-
-def served_experts(model: Any) -> str:
-    """Our experts where a kernel computes them; else Transformers' own, for full model and plan.
-
-    Our plain reference would make a slow full model, and any plan look fast beside it.
-    """
-    return IMPLEMENTATION if has_kernel(model) else "stock"
 
 
 def _front(

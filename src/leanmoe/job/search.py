@@ -10,7 +10,7 @@ from typing import Any
 
 from leanmoe.job.inputs import Inputs
 from leanmoe.job.settings import TuneSettings
-from leanmoe.load.measure import PREFILL_TOKENS_A_STEP
+from leanmoe.load.continuous import PREFILL_TOKENS_A_STEP
 from leanmoe.plan import Plan, Rule
 from leanmoe.profile.replay import replay
 from leanmoe.profile.saved import Profile

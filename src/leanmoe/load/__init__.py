@@ -1,6 +1,24 @@
-"""What a plan gains: service load measured in process, full model and plans interleaved."""
+"""What a plan gains: service load in process and against servers, full model and plans in turn.
 
-from leanmoe.load.measure import Comparison, Variant, compare
-from leanmoe.load.metrics import Load, Measurement, Ratio, Timeline
+The public names load on first use: the settings of a bench need no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from leanmoe.load.measure import Comparison, Variant, compare
+    from leanmoe.load.metrics import Load, Measurement, Ratio, Timeline
 
 __all__ = ["Comparison", "Load", "Measurement", "Ratio", "Timeline", "Variant", "compare"]
+_MEASURE = {"Comparison", "Variant", "compare"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'leanmoe.load' has no attribute {name!r}")
+    from importlib import import_module
+
+    module = "measure" if name in _MEASURE else "metrics"
+    return getattr(import_module(f"leanmoe.load.{module}"), name)

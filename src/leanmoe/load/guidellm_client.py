@@ -1,0 +1,80 @@
+"""GuideLLM's HTTP backend, with the arrival of every token kept.
+
+GuideLLM stores when a request's first and last token came, which gives TTFT, TPOT and E2EL but not
+the gaps between tokens (ITL). Its registries take a backend and a request handler of one's own:
+these are its own, and they also note each arrival. Importing this module registers them; GuideLLM's
+worker processes do so when they receive the backend.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+from guidellm.backends.backend import Backend
+from guidellm.backends.openai.http import OpenAIHTTPBackend
+from guidellm.backends.openai.request_handlers import (
+    OpenAIRequestHandlerFactory,
+    TextCompletionsRequestHandler,
+)
+from guidellm.schemas.backends import BackendArgs, OpenAIHTTPBackendArgs
+from pydantic import Field
+
+KIND: Literal["leanmoe_http"] = "leanmoe_http"
+FORMAT: Literal["leanmoe_completions"] = "leanmoe_completions"
+ARRIVALS = "arrivals"
+"""Where a response's `response_metrics` holds its tokens' arrivals, in seconds since the epoch."""
+
+
+@BackendArgs.register(KIND)
+class TimedArgs(OpenAIHTTPBackendArgs):  # type: ignore[misc]
+    """Arguments of the backend: GuideLLM's, with our request handler."""
+
+    kind: Literal["leanmoe_http"] = KIND
+    request_format: Literal["leanmoe_completions"] = FORMAT
+    api_routes: dict[str, str] = Field(
+        default_factory=lambda: {FORMAT: "v1/completions"}, validate_default=True
+    )
+
+
+@Backend.register(KIND)
+class TimedBackend(OpenAIHTTPBackend):  # type: ignore[misc]
+    """GuideLLM's backend; being ours, it brings this module into the workers."""
+
+
+@OpenAIRequestHandlerFactory.register(FORMAT)
+class TimedCompletions(TextCompletionsRequestHandler):  # type: ignore[misc]
+    """GuideLLM's handler of /v1/completions, noting when each token came.
+
+    A token without text of its own (part of a character) counts where the server sends its usage
+    with each piece, as vLLM does; GuideLLM's own handler counts pieces with text only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._arrivals: list[float] = []
+        self._counted = 0
+
+    def add_streaming_line(self, line: str) -> int | None:
+        """1 for a piece that brought a token, 0 for another, None at the end."""
+        now = time.time()
+        found: int | None = super().add_streaming_line(line)
+        if found is None:
+            return None
+        counted = _completion_tokens(self.streaming_usage)
+        grew = counted > self._counted and bool(self.extract_line_data(line).get("choices"))
+        self._counted = max(counted, self._counted)
+        if found or grew:
+            self._arrivals.append(now)
+            return 1
+        return 0
+
+    def compile_streaming(self, request: Any, arguments: Any) -> Any:
+        """GuideLLM's response, with the arrivals."""
+        self.response_metrics = {ARRIVALS: self._arrivals}
+        return super().compile_streaming(request, arguments)
+
+
+def _completion_tokens(usage: Any) -> int:
+    counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return counted if isinstance(counted, int) else 0

@@ -1,0 +1,130 @@
+"""An OpenAI-compatible server on the loopback whose latencies are known, and which can die."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Seen:
+    """One request as the server saw it."""
+
+    received: float
+    prompt: str
+    max_tokens: int
+    tokens: list[float] = field(default_factory=list)
+
+
+class MockServer:
+    """Waits `ttft` seconds, then sends a token every `itl` seconds; keeps what it did."""
+
+    def __init__(
+        self, ttft: float = 0.05, itl: float = 0.01, dies_after: int | None = None
+    ) -> None:
+        self.ttft, self.itl, self.dies_after = ttft, itl, dies_after
+        self.seen: list[Seen] = []
+        self.lock = threading.Lock()
+        self.dead = False
+        self.server = _Server(("127.0.0.1", 0), _Handler)
+        self.server.daemon_threads = True
+        self.server.mock = self
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def timed(self) -> list[Seen]:
+        """The requests of the timed runs: a warm-up asks for at most 4 tokens."""
+        return [seen for seen in self.seen if seen.max_tokens > 4]
+
+
+class _Server(ThreadingHTTPServer):
+    mock: MockServer
+    request_queue_size = 128
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that leaves early is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        if self.server.mock.dead:
+            self._drop()
+            return
+        models = {"data": [{"id": "mock", "root": None, "max_model_len": 4096}]}
+        self._json(models if self.path == "/v1/models" else {"status": "ok"})
+
+    def do_POST(self) -> None:
+        mock = self.server.mock
+        received = time.time()
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with mock.lock:
+            seen = Seen(received, body["prompt"], body["max_tokens"])
+            mock.seen.append(seen)
+            if mock.dies_after is not None and len(mock.seen) > mock.dies_after:
+                mock.dead = True
+        if mock.dead:
+            self._drop()
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        count = len(body["prompt"].split())
+        for number in range(body["max_tokens"]):
+            time.sleep(mock.itl if number else mock.ttft)
+            seen.tokens.append(time.time())
+            # Every third token has no text of its own, as parts of a character have none.
+            text = "" if number % 3 == 2 else f"w{number} "
+            usage = {"prompt_tokens": count, "completion_tokens": number + 1}
+            self._event({"id": "c", "choices": [{"text": text, "index": 0}], "usage": usage})
+        usage = {"prompt_tokens": count, "completion_tokens": body["max_tokens"]}
+        self._event({"id": "c", "choices": [], "usage": usage})
+        self._chunk(b"data: [DONE]\n\n")
+        self._chunk(b"")
+
+    def _event(self, value: Any) -> None:
+        self._chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def _json(self, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _drop(self) -> None:
+        self.close_connection = True
+        self.connection.close()
+
+
+@contextmanager
+def serving(**settings: Any) -> Iterator[MockServer]:
+    """A mock server that answers until the `with` ends."""
+    mock = MockServer(**settings)
+    thread = threading.Thread(target=mock.server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield mock
+    finally:
+        mock.server.shutdown()
+        mock.server.server_close()
+        thread.join(5)
