@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     **{name: SHAPES | {"reference"} for name in SHAPES},
     "routing": SHAPES,
     "kernels": SHAPES,
-    "cost": SHAPES | {"routing", "profile"},
+    "cost": SHAPES,
     "runtime": SHAPES | {"routing", "kernels", "reference"},
     "profile": SHAPES | {"routing", "runtime", "quality"},
     "quality": SHAPES | {"runtime"},
@@ -48,6 +48,8 @@ HEAVY = (
     "triton",
     "guidellm",
 )
+TABLES = ("pyarrow", "pandas", "aiconfigurator_core")
+"""Packages of leanmoe[predict]: read where they are installed, never needed."""
 
 
 def part(path: Path) -> str:
@@ -125,6 +127,14 @@ def test_kernels_and_routing_never_import_transformers() -> None:
             assert "transformers" not in found, path
 
 
+def test_cost_imports_heavy_packages_only_where_it_fits_or_reads_tables() -> None:
+    allowed = {"fit.py": {"scipy"}, "tables.py": {"pyarrow"}}
+    for path in (SOURCE / "cost").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {name.split(".")[0] for name in imported(tree, "leanmoe.cost")}
+        assert found & {*HEAVY, *TABLES} <= allowed.get(path.name, set()), path
+
+
 def loaded(code: str) -> set[str]:
     """Which heavy packages a fresh interpreter holds after running `code`."""
     script = (
@@ -144,13 +154,29 @@ def loaded(code: str) -> set[str]:
         "import leanmoe.plan, leanmoe.shape",
         "from leanmoe.cli import main; main(['--help'])",
         "from leanmoe.cli import main; main(['inspect', 'reference'])",
+        "import leanmoe.cost.predict, leanmoe.cost.sweep, leanmoe.cost.study",
+        "from leanmoe.cli import main; main(['predict', 'reference', '--concurrency', '1'])",
     ],
 )
 def test_little_is_loaded_when_little_is_asked_for(code: str) -> None:
     assert loaded(code) == set()
 
 
-@pytest.mark.parametrize("verb", ["tune", "report", "kernels", "prune", "bench", "serve", "export"])
+VERBS = [
+    "tune",
+    "report",
+    "kernels",
+    "prune",
+    "bench",
+    "serve",
+    "export",
+    "predict",
+    "calibrate",
+    "study",
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_verbs_help_loads_no_model_code(verb: str) -> None:
     code = f"from leanmoe.cli import main; main(['{verb}', '--help'])"
     assert not loaded(code) & {"torch", "transformers", "numba"}

@@ -25,6 +25,9 @@ VERBS = {
     "bench": "Measure throughput and latency over service load, full model and plans in turn.",
     "serve": "Serve a model under a plan, as OpenAI's API.",
     "export": "Say how to run a plan in vLLM, SGLang, llama.cpp or Transformers.",
+    "predict": "Predict what a plan gains on hardware one does not have.",
+    "calibrate": "Measure this GPU's constants, so that predictions for it are its own.",
+    "study": "Repeat the paper's study, and put its claims in a table.",
     "report": "Write the page of a finished run again, from its saved results.",
 }
 MISTAKE, USAGE, INTERRUPTED = 1, 2, 130

@@ -1,0 +1,230 @@
+"""How far is the cost model from what was measured: layers of ours, and whole steps of vLLM?
+
+    python benchmarks/cost_compare.py
+
+Reads every committed results/*-experts-gpu.json (one layer by tokens and rule; `experts_gpu.py`
+writes them; leanmoe's constants of that GPU are fitted to its rows of the full model, which count
+as fitted), every results/*-vllm-*.json (decode steps under plans; `vllm_gpu.py` writes them) and
+every list in readings/: a model, a machine, and rows of concurrency, k, rule, distinct experts (or
+null), microseconds that the rule itself took a layer, and milliseconds a step. Of the steps,
+concurrency 1 of the readings gave a layer's own time; no other step was fitted to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leanmoe import provenance
+from leanmoe.cost.activation import Activation, CurveOf, assumed_curves
+from leanmoe.cost.constants import shipped
+from leanmoe.cost.deployment import Deployment
+from leanmoe.cost.hardware import GPUS
+from leanmoe.cost.model import read_model
+from leanmoe.cost.models import published_model
+from leanmoe.cost.routing import Assumed, Curve, from_points
+from leanmoe.cost.step import Batch, StepTime
+from leanmoe.cost.tables import WEIGHT_BYTES
+from leanmoe.cost.work import ExpertsShape, Rows
+from leanmoe.errors import LeanMoeError
+from leanmoe.plan import Plan, Rule
+from leanmoe.storage import read_json, write_json
+
+KERNELS = {
+    ("leanmoe", "bfloat16"): ("leanmoe", "bfloat16"),
+    ("leanmoe", "float8_e4m3fn"): ("leanmoe", "fp8_block"),
+    ("vLLM", "bfloat16"): ("vllm-triton", "bfloat16"),
+    ("vLLM", "float8_e4m3fn"): ("vllm-triton", "fp8_block"),
+}
+"""Implementation and dtype in a results file: kernel and format of our constants."""
+FULL = ("stock", "empty plan")
+"""Names of the full model in `vllm_gpu.py`'s results."""
+LAYER_LIMIT, STEP_LIMIT = 0.04, 0.10
+"""What the model is held to: of a layer of ours, of a whole step."""
+
+
+def gpu_of(hardware: str) -> str:
+    """Our name of the GPU that a results file names."""
+    for name in GPUS:
+        if name in hardware.lower().replace(" ", ""):
+            return name
+    raise LeanMoeError(f"hardware {hardware!r} is none of {', '.join(GPUS)}")
+
+
+def layers(path: Path) -> Iterator[dict[str, Any]]:
+    """Each measured layer of a results file with what is predicted."""
+    found = read_json(path, "results")
+    gpu = GPUS[gpu_of(found["provenance"]["hardware"])]
+    for line in [*found["lines"], *found["rules"]]:
+        experts, hidden, rest = line["shape"].split(" x ")
+        width, dtype = rest.split(" ")
+        for name, took in line["microseconds"].items():
+            known = KERNELS.get((name, dtype))
+            if known is None:
+                continue
+            constants, origin = shipped().find(known[0], gpu.name, known[1])
+            shape = ExpertsShape(
+                int(hidden),
+                int(width),
+                int(experts),
+                weight_bytes=WEIGHT_BYTES[known[1]],
+                activation_bytes=1.0 if "fp8" in known[1] else 2.0,
+            )
+            tokens = line["tokens"]
+            rows = Rows(tokens, line["rows"] / tokens, line["rows"], line["distinct"])
+            seconds = constants.seconds(shape, rows, gpu)
+            yield {
+                "file": path.name,
+                "what": f"{name}, {line['shape']}, {line['rule']}",
+                "gpu": gpu.name,
+                "tokens": tokens,
+                "measured_us": took,
+                "predicted_us": round(1e6 * seconds, 1),
+                "error": float(f"{1e6 * seconds / took - 1:.4g}"),
+                "fitted": name == "leanmoe" and line["rule"] == "k=8",
+                "stands_on": origin,
+            }
+
+
+def steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Each measured step of a list with what is predicted."""
+    found = read_json(path, "readings")
+    if not {"model", "hardware", "kernel", "context", "rows"} <= set(found):
+        print(f"{path} is no list of steps: left out", file=sys.stderr)
+        return
+    model = published_model(found["model"])
+    place = Deployment(GPUS[found["hardware"]], found.get("tensor", 1))
+    step = StepTime(model, place, shipped(), found["kernel"])
+    for row in found["rows"]:
+        rule = Rule(top_k=row["k"] if row["k"] != model.shape.top_k else None, **row["rule"])
+        plan = None if rule.is_empty else Plan.uniform(model.shape.fingerprint(), rule)
+        curves = assumed_curves(model, Assumed())
+        if row["distinct"] is not None:
+            curves = _measured_curve(row, model.shape.experts)
+        batch = Batch(row["concurrency"], found["context"])
+        seconds = step.parts(batch, Activation(model, plan, curves)).total
+        seconds += model.moe_layers * row["layer_us"] * 1e-6
+        yield {
+            "file": path.name,
+            "what": f"{found['model']}, {rule.to_json() or 'full model'}",
+            "concurrency": row["concurrency"],
+            "measured_ms": row["step_ms"],
+            "predicted_ms": round(1e3 * seconds, 2),
+            "error": float(f"{1e3 * seconds / row['step_ms'] - 1:.4g}"),
+            "fitted": row["concurrency"] == 1 and plan is None,
+        }
+
+
+def engine_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Each decode step of `vllm_gpu.py` with what is predicted from the experts that it woke.
+
+    The run says how many distinct experts and slots each plan had, so nothing of routing is
+    assumed; what a plan's routing itself takes is not modelled.
+    """
+    found = read_json(path, "results")
+    model = read_model(found["config"], found["settings"]["shape"])
+    gpu = GPUS[gpu_of(found["provenance"]["hardware"])]
+    step = StepTime(model, Deployment(gpu), shipped(), "vllm-triton")
+    settings = found["settings"]
+    context = int(settings["prompt"]) + int(settings["steps"]) / 2
+    for line in found["lines"]:
+        if line.get("step_ms") is None or line.get("distinct") is None:
+            continue
+        tokens = line["requests"]
+        point = (float(tokens), float(line["distinct"]), float(line["activated"]))
+        curve = from_points([point], model.shape.experts, "measured in the run")
+        activation = Activation(model, None, partial(_always, curve))
+        seconds = step.parts(Batch(tokens, context), activation).total
+        took = line["step_ms"]["median"]
+        yield {
+            "file": path.name,
+            "what": f"{model.name}, {line['routing']}, {line['plan']}",
+            "gpu": gpu.name,
+            "plan": line["plan"],
+            "concurrency": tokens,
+            "distinct": line["distinct"],
+            "measured_ms": took,
+            "predicted_ms": round(1e3 * seconds, 3),
+            "error": float(f"{1e3 * seconds / took - 1:.4g}"),
+            "fitted": False,
+        }
+
+
+def _always(curve: Curve, _layer: int, _rule: Rule) -> Curve:
+    return curve
+
+
+def _measured_curve(row: dict[str, Any], experts: int) -> CurveOf:
+    slots = row.get("slots") or row["k"]
+    point = (float(row["concurrency"]), float(row["distinct"]), float(slots))
+    curve = from_points([point], experts, "measured in the run")
+    return lambda _layer, _rule: curve
+
+
+def _by_plan(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    return [
+        ("full model", [row for row in rows if row["plan"] in FULL]),
+        ("plans", [row for row in rows if row["plan"] not in FULL]),
+    ]
+
+
+def main() -> None:
+    """Compares, writes JSON, prints tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    where = provenance.collect("python " + " ".join(sys.argv))
+    results = arguments.folder / "results"
+    found_layers = [r for p in sorted(results.glob("*-experts-gpu.json")) for r in layers(p)]
+    lists = sorted((arguments.folder / "readings").glob("*.json"))
+    found_steps = [row for path in lists for row in steps(path)]
+    runs = sorted(results.glob("*-vllm-*.json"))
+    found_engine = [row for path in runs for row in engine_steps(path)]
+    for row in found_layers:
+        end = " (fitted)" if row["fitted"] else ""
+        print(f"{row['gpu']} {row['what']:60s} T={row['tokens']:<5d} {row['error']:+7.1%}{end}")
+    for row in [*found_steps, *found_engine]:
+        print(
+            f"{row['what']:52s} {row['concurrency']:4d} {row['measured_ms']:7.2f} ms "
+            f"{row['predicted_ms']:7.2f} {row['error']:+6.1%}{' (fitted)' if row['fitted'] else ''}"
+        )
+    unseen = [row for row in found_layers if not row["fitted"]]
+    for name, rows, limit in (
+        ("leanmoe's layers", [r for r in unseen if r["what"].startswith("leanmoe")], LAYER_LIMIT),
+        ("vLLM's layers", [r for r in unseen if r["what"].startswith("vLLM")], LAYER_LIMIT),
+        ("steps of the readings", [r for r in found_steps if not r["fitted"]], STEP_LIMIT),
+        *(
+            (f"steps of {path.stem[11:]}, {kind}", rows, STEP_LIMIT)
+            for path in runs
+            for kind, rows in _by_plan([r for r in found_engine if r["file"] == path.name])
+        ),
+    ):
+        if rows:
+            off = np.abs([row["error"] for row in rows])
+            print(
+                f"{name}: mean {off.mean():.1%}, worst {off.max():.1%}, "
+                f"{(off <= limit).sum()} of {len(off)} within {limit:.0%}"
+            )
+        else:
+            print(f"{name}: nothing measured is there to compare with")
+    write_json(
+        arguments.output / f"{where.date[:10]}-{where.commit}-cost-compare.json",
+        {
+            "label": "modelled, against measured",
+            "provenance": where.to_json(),
+            "layers": found_layers,
+            "steps": found_steps,
+            "engine steps": found_engine,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

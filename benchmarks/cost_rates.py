@@ -1,0 +1,154 @@
+"""Rates of everything in a step but the experts, fitted to AIConfigurator's measured tables.
+
+Even rows are fitted, odd ones tell how far off that is. Part of `cost_fit.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from leanmoe.cost.constants import Accuracy, Rates
+from leanmoe.cost.fit import accuracy
+from leanmoe.cost.hardware import Gpu
+from leanmoe.cost.routing import ranks_touched
+from leanmoe.cost.step import EXCHANGED_BYTES
+from leanmoe.cost.tables import PACKAGE, VERSION, read_columns
+
+NETWORK = 0.88
+"""Cited: DeepEP's own figures, 43 to 46 of 50 GB/s for 64 ranks (its README, low latency)."""
+
+
+def least(
+    predict: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    took: NDArray[np.float64],
+    start: Sequence[float],
+) -> tuple[NDArray[np.float64], Accuracy]:
+    """Positive constants with the least mean absolute log error on even rows; odd ones test."""
+
+    def loss(logs: NDArray[np.float64]) -> float:
+        return float(np.abs(np.log(predict(np.exp(logs)) / took))[::2].mean())
+
+    found = minimize(loss, np.log(start), method="Nelder-Mead", options={"maxiter": 4000})
+    constants = np.exp(found.x)
+    return constants, accuracy("rows not fitted", (predict(constants) / took - 1)[1::2])
+
+
+def products(gpu: Gpu, dtype: str, source: str) -> tuple[NDArray[np.float64], Accuracy]:
+    """Efficiencies and time of a call of a dense product."""
+    columns = read_columns(gpu.name, "gemm/vllm/0.24.0/gemm_perf.parquet")
+    m, n, k = (columns[name].astype(float) for name in ("m", "n", "k"))
+    wanted = (columns["kernel_source"] == source) & (columns["gemm_dtype"] == dtype)
+    wanted &= (n >= 512) & (k >= 512) & (m <= 8192) & (n <= 20000) & (k <= 20000)
+    m, n, k = m[wanted], n[wanted], k[wanted]
+    size = 2.0 if dtype == "bfloat16" else 1.0
+    rate = gpu.flops if dtype == "bfloat16" else gpu.flops_fp8
+    moved = size * n * k + 2 * m * (n + k)
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        longer = np.maximum(moved / gpu.bandwidth / c[0], 2 * m * n * k / rate / c[1])
+        return np.asarray(c[2] * 1e-6 + longer)
+
+    return least(predict, columns["latency"][wanted] / 1e3, (0.7, 0.6, 4.0))
+
+
+def decode_attention(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
+    """Bandwidth and time of a call of attention over the cache."""
+    columns = read_columns(gpu.name, "attention/vllm/0.24.0/generation_attention_perf.parquet")
+    wanted = (columns["window_size"] == 0) & (columns["kv_cache_dtype"] == "bfloat16")
+    wanted &= (columns["head_dim"] == 128) & (columns["step"] >= 127)
+    batch, context = columns["batch_size"][wanted], columns["step"][wanted] + 1
+    read = batch * context * columns["num_key_value_heads"][wanted] * 2 * 128 * 2.0
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(c[1] * 1e-6 + read / gpu.bandwidth / c[0])
+
+    return least(predict, columns["latency"][wanted] / 1e3, (0.7, 6.0))
+
+
+def prompt_attention(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
+    """Rate of attention among a prompt's tokens."""
+    columns = read_columns(gpu.name, "attention/vllm/0.24.0/context_attention_perf.parquet")
+    wanted = (columns["window_size"] == 0) & (columns["kv_cache_dtype"] == "bfloat16")
+    wanted &= (columns["head_dim"] == 128) & (columns["isl"] >= 512)
+    tokens = columns["isl"][wanted].astype(float)
+    work = columns["batch_size"][wanted] * columns["num_heads"][wanted] * tokens**2 * 2 * 128
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(c[1] * 1e-6 + work / gpu.flops / c[0])
+
+    return least(predict, columns["latency"][wanted] / 1e3, (0.6, 10.0))
+
+
+def all_reduce(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
+    """Bandwidth, time of a call and of a further hop of vLLM's all-reduce in a graph."""
+    columns = read_columns(gpu.name, "comm/vllm/0.24.0/custom_allreduce_perf.parquet")
+    wanted = (columns["backend"] == "vllm_graph") & (columns["message_size"] <= 2**27)
+    gpus = columns["num_gpus"][wanted].astype(float)
+    size = columns["message_size"][wanted].astype(float)
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        sent = 2 * (gpus - 1) / gpus * size
+        hops = (np.log2(gpus) - 1) * c[2] * 1e-6
+        return np.asarray(c[1] * 1e-6 + hops + sent / gpu.link / c[0])
+
+    return least(predict, columns["latency"][wanted] / 1e3, (0.6, 5.0, 1.0))
+
+
+def exchange(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
+    """Bandwidth and time of a call of DeepEP's low-latency dispatch and combine over 8 GPUs."""
+    columns = read_columns(gpu.name, "comm/sglang/0.5.12/wideep_deepep_ll_perf.parquet")
+    names = ("num_token", "num_topk", "num_experts", "hidden_size")
+    tokens, slots, experts, hidden = (columns[n].astype(float) for n in names)
+    touched = np.array(
+        [ranks_touched(int(e), k, 8, 1, 1) for e, k in zip(experts, slots, strict=True)]
+    )
+    sent = tokens * touched * 7 / 8 * hidden * EXCHANGED_BYTES
+    took = (columns["dispatch_avg_t_us"] + columns["combine_avg_t_us"]) / 2e6
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(c[1] * 1e-6 + sent / gpu.link / c[0])
+
+    return least(predict, took, (0.4, 10.0))
+
+
+def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
+    """Rates of everything but the experts, with their errors on rows not fitted."""
+    dense, dense_error = products(gpu, "bfloat16", "torch.nn.functional.linear")
+    _, fp8_error = products(gpu, "fp8_block", "DeepGemmFp8BlockScaledMMKernel")
+    decode, decode_error = decode_attention(gpu)
+    prompt, prompt_error = prompt_attention(gpu)
+    reduced, reduced_error = all_reduce(gpu)
+    exchanged, exchanged_error = exchange(gpu)
+    found = Rates(
+        product_bandwidth=dense[0],
+        product_flops=dense[1],
+        product_seconds=dense[2] * 1e-6,
+        attention_bandwidth=decode[0],
+        attention_flops=prompt[0],
+        attention_seconds=decode[1] * 1e-6,
+        reduce_bandwidth=reduced[0],
+        reduce_seconds=reduced[1] * 1e-6,
+        reduce_hop=reduced[2] * 1e-6,
+        exchange_bandwidth=exchanged[0],
+        exchange_seconds=exchanged[1] * 1e-6,
+        network_bandwidth=NETWORK,
+        fitted_to=f"vLLM 0.24's kernels and DeepEP in {PACKAGE} {VERSION}, {gpu.name}; between "
+        "nodes as DeepEP states; a layer's own time from a reading of Qwen3-30B-A3B",
+    )
+    found = Rates(
+        **{n: v if isinstance(v, str) else float(f"{v:.4g}") for n, v in vars(found).items()}
+    )
+    errors = {
+        "dense products, bf16": dense_error,
+        "dense products, fp8 blocks (with their own constants)": fp8_error,
+        "attention, decode": decode_error,
+        "attention, prompt": prompt_error,
+        "all-reduce": reduced_error,
+        "dispatch and combine": exchanged_error,
+    }
+    return found, {name: vars(error) for name, error in errors.items()}

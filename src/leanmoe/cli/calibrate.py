@@ -1,0 +1,51 @@
+"""`leanmoe calibrate`: constants of this machine's GPU for `leanmoe predict`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from leanmoe.errors import LeanMoeError
+
+
+def calibrate(
+    gpu: Annotated[str, typer.Argument(help="This GPU by name, or a JSON file that says it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file of constants.")] = Path(
+        "constants.json"
+    ),
+    model: Annotated[
+        list[str] | None, typer.Option(help="Models whose layers to measure, too; repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Measure how fast this GPU runs experts and products, and fit constants to it.
+
+    Needs an NVIDIA GPU. Example: leanmoe calibrate h200 --model Qwen/Qwen3-30B-A3B -o h200.json
+    """
+    from leanmoe.cost.hardware import read_gpu
+    from leanmoe.job.calibrate import LAYERS, Layer, gpu_at_hand, require_gpu
+    from leanmoe.job.calibrate import calibrate as run
+    from leanmoe.job.predict import find_model
+
+    described = read_gpu(gpu)
+    layers = [Layer(*sizes) for sizes in LAYERS]
+    for name in model or []:
+        shape = find_model(name).shape
+        layers.append(Layer(shape.experts, shape.hidden, shape.expert_width, shape.top_k))
+    if output.exists():
+        raise LeanMoeError(f"{output} is there already: give another --output, or remove it")
+    require_gpu("cuda")
+    command = " ".join(["leanmoe", *sys.argv[1:]])
+    constants = run(gpu_at_hand(described), layers, output, command)
+    kernel = constants.kernels[0]
+    if as_json:
+        print(json.dumps({"output": str(output), "label": "measured", **asdict(kernel)}))
+        return
+    for each in kernel.accuracy:
+        print(f"{kernel.kernel} {kernel.dtype} on {kernel.gpu}: {each}")
+    print(f"{output}; to use it: leanmoe predict MODEL --constants {output} --kernel leanmoe")

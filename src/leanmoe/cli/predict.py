@@ -1,0 +1,241 @@
+"""`leanmoe predict`: what a plan would gain on hardware that one does not have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from leanmoe.errors import LeanMoeError
+
+CONCURRENCIES = "1,2,4,8,16,32,64,128,256,512"
+SWEPT = ",".join(str(2**n) for n in range(15))
+
+
+def predict(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a config.json, owner/name on the Hub, or 'reference'.")
+    ],
+    plan: Annotated[Path | None, typer.Option(help="A plan.json, as leanmoe tune writes.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="In place of a plan: so many a token.")] = None,
+    guaranteed: Annotated[
+        int | None, typer.Option(help="In place of a plan: k0, the rest from the step's own.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="A known GPU, or a JSON file that says one.")] = "h200",
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="How many; with --sweep several, like 8,16,64. Default: what it takes."),
+    ] = None,
+    tensor: Annotated[int | None, typer.Option(help="GPUs of tensor parallelism.")] = None,
+    expert: Annotated[int, typer.Option(help="GPUs that share the experts whole.")] = 1,
+    data: Annotated[int, typer.Option(help="Copies of attention.")] = 1,
+    pipeline: Annotated[int, typer.Option(help="Stages of layers.")] = 1,
+    concurrency: Annotated[
+        str | None, typer.Option(help=f"Requests at once, comma separated; {CONCURRENCIES}.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second, arriving at random (Poisson).")
+    ] = None,
+    input_len: Annotated[
+        str, typer.Option(help="Prompt tokens: 1024, 512-2048, 1024~0.8 (log-normal), or a file.")
+    ] = "1024",
+    output_len: Annotated[str, typer.Option(help="Reply tokens, likewise.")] = "1024",
+    kernel: Annotated[
+        str | None, typer.Option(help="Whose experts kernel; the error lists them.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="A folder with profile.json: real routing, replayed.")
+    ] = None,
+    skew: Annotated[
+        float, typer.Option(help="Without a profile: popularity of experts as rank^-skew.")
+    ] = 0.0,
+    agreement: Annotated[
+        float, typer.Option(help="Without a profile: 0 to 1, how far tokens share their groups.")
+    ] = 0.0,
+    constants: Annotated[
+        Path | None, typer.Option(help="Of your own GPU, from leanmoe calibrate.")
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Compare every split of --gpus at every load.")
+    ] = False,
+    tpot: Annotated[float | None, typer.Option(help="Sweep: most ms a token.")] = None,
+    ttft: Annotated[float | None, typer.Option(help="Sweep: most ms to the first token.")] = None,
+    price: Annotated[float | None, typer.Option(help="Sweep: of a GPU and hour.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Sweep: write a page here.")] = None,
+    seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Predict throughput, latency and memory, with and without a plan, and what bounds them.
+
+    Example: leanmoe predict deepseek-ai/DeepSeek-V3 --top-k 6 --gpus 8 --concurrency 1,32,512
+    """
+    from leanmoe.cost.hardware import read_gpu
+    from leanmoe.cost.load import Load, read_lengths
+    from leanmoe.cost.predict import default_kernel
+    from leanmoe.cost.predict import predict as predicted
+    from leanmoe.cost.routing import Assumed
+    from leanmoe.job.predict import (
+        Limits,
+        find_constants,
+        find_curves,
+        find_deployment,
+        find_model,
+        find_plan,
+    )
+
+    found = find_model(model)
+    machine = read_gpu(gpu)
+    own = find_constants(constants)
+    assumed = Assumed(skew, agreement)
+    chosen = find_plan(found, plan, top_k, guaranteed)
+    curves = find_curves(found, chosen, profile, assumed)
+    lengths = read_lengths(input_len, "--input-len"), read_lengths(output_len, "--output-len")
+    if rate is not None and (concurrency is not None or sweep):
+        raise LeanMoeError("--rate goes with neither --concurrency nor --sweep")
+    counts = None if gpus is None else _whole(gpus, "--gpus")
+    if sweep:
+        from leanmoe.job.sweep import sweep_results
+
+        results = sweep_results(
+            found,
+            {} if chosen is None else {"plan": chosen},
+            machine,
+            counts or [8],
+            Load(*lengths, concurrency=1),
+            _whole(concurrency or SWEPT, "--concurrency"),
+            own,
+            kernel or default_kernel(found),
+            curves,
+            Limits(tpot, ttft, price),
+        )
+        _show_sweep(results, page, as_json)
+        return
+    if page is not None or price is not None or tpot is not None or ttft is not None:
+        raise LeanMoeError("--page, --price, --tpot and --ttft go with --sweep")
+    if counts is not None and len(counts) != 1:
+        raise LeanMoeError(f"--gpus is {gpus!r}: several numbers go with --sweep")
+    place = find_deployment(
+        found, machine, counts[0] if counts else None, tensor, expert, data, pipeline
+    )
+    sizes = [None] if rate is not None else _whole(concurrency or CONCURRENCIES, "--concurrency")
+    predictions = [
+        predicted(
+            found, chosen, place, Load(*lengths, size, rate), kernel, None, curves, own, seed=seed
+        )
+        for size in sizes
+    ]
+    if as_json:
+        print(json.dumps([each.to_json() for each in predictions]))
+        return
+    _show(predictions)
+
+
+def _whole(text: str, flag: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise LeanMoeError(f"{flag} is {text!r}: it must be numbers like 1,8,32") from error
+    if min(values) < 1:
+        raise LeanMoeError(f"{flag} holds {min(values)}: each must be 1 or more")
+    return values
+
+
+def _show(predictions: list[Any]) -> None:
+    console = Console(highlight=False)
+    first = predictions[0]
+    memory = first.full.memory
+    console.print(
+        f"{first.model.name} on {first.deployment}: {memory.weights / 1e9:.1f} GB of weights on "
+        f"each GPU, {memory.cache / 1e9:.1f} GB left for the cache"
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    arrives = first.load.concurrency is None
+    headings = ["load" if arrives else "at\nonce", "tok/s", "TTFT\nms", "TPOT\nms", "awake"]
+    planned = first.plan is not None
+    kind = "plan\nTPOT" if arrives else "plan\ntok/s"
+    headings += [kind, "plan\nawake", "gain"] if planned else []
+    for heading in [*headings, "longest part"]:
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+    for each in predictions:
+        load = f"{each.load.rate:g}/s" if arrives else str(each.load.concurrency)
+        tokens, tpot, awake = _cells(each.full)
+        row = [load, tokens, f"{1e3 * each.full.ttft:.0f}", tpot, awake]
+        if planned:
+            tokens, tpot, awake = _cells(each.plan)
+            gain = each.tpot_gain if arrives else each.gain
+            row += [tpot if arrives else tokens, awake, f"{100 * (gain - 1):+.1f}%"]
+        table.add_row(*row, _longest(each.full))
+    console.print(table)
+    console.print("Modelled; awake: distinct experts of a layer. It stands on:", style="dim")
+    for name, words in first.stands_on.items():
+        console.print(f"  {name}: {words}", style="dim")
+
+
+def _cells(found: Any) -> list[str]:
+    return [f"{found.throughput:.0f}", f"{1e3 * found.tpot:.3g}", f"{found.distinct:.0f}"]
+
+
+def _longest(found: Any) -> str:
+    """The longest part of a decode step, and what bounds it."""
+    step = found.served.step.to_json()
+    name = max(step, key=lambda part: step[part])
+    share = step[name] / sum(step.values())
+    return f"{name} {share:.0%}, {found.bounds.get(name, 'latency')}"
+
+
+def _show_sweep(results: dict[str, Any], page: Path | None, as_json: bool) -> None:
+    if page is not None:
+        from leanmoe.report.sweep_page import write_sweep_page
+
+        write_sweep_page(results, page)
+    if as_json:
+        print(json.dumps(results))
+        return
+    console = Console(highlight=False)
+    console.print(
+        f"{results['configurations']} configurations of {results['model']} on {results['gpu']} in "
+        f"{results['seconds']:.1f} s ({results['how']}); {len(results['refused'])} splits do not "
+        "fit (--json says why)"
+    )
+    for name, points in results["fronts"].items():
+        console.print(f"\n{name}: nothing is better in both", style="bold")
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for heading in ("deployment", "at once", "tok/s\na user", "tok/s\na GPU", "TTFT ms"):
+            table.add_column(heading, justify="right", vertical="bottom")
+        for point in points:
+            figures = (point["per_user"], point["per_gpu"], point["ttft_ms"])
+            table.add_row(
+                _place(point), str(point["concurrency"]), *(f"{value:.1f}" for value in figures)
+            )
+        console.print(table)
+    for row in results["cheapest"]:
+        console.print(_cheapest_line(row))
+    if page is not None:
+        console.print(f"The page: {page}")
+
+
+def _place(point: dict[str, Any]) -> str:
+    parts = {"TP": "tensor", "EP": "expert", "DP": "data", "PP": "pipeline"}
+    named = [f"{k}{point[v]}" for k, v in parts.items() if point[v] > 1 or k == "TP"]
+    return f"{point['gpus']} GPUs, {' '.join(named)}"
+
+
+def _cheapest_line(row: dict[str, Any]) -> str:
+    point = row["point"]
+    if point is None:
+        return f"Cheapest, {row['plan']}: no configuration meets the limits"
+    words = (
+        f"Cheapest, {row['plan']}: {_place(point)}, {point['concurrency']} at once, "
+        f"{point['per_gpu']:.0f} tok/s a GPU at {point['tpot_ms']:.1f} ms a token"
+    )
+    if "cost_a_million" in row:
+        words += f", {row['cost_a_million']:.2f} a million tokens"
+    if "gpus" in row:
+        words += f"; {row['target_throughput']:.0f} tok/s take {row['gpus']} GPUs"
+        words += f" ({row['gpus_saved']:+d} saved)" if row["gpus_saved"] else ""
+    return words

@@ -1,0 +1,34 @@
+"""Figures of *Faster MoE LLM Inference for Extremely Large Models*, cited (arXiv 2505.03531)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+SOURCE = "arXiv 2505.03531"
+V3, V2_LITE = "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-V2-Lite"
+
+TABLE_9: Mapping[int, Mapping[int, float]] = {
+    2: {8: 163, 6: 164, 4: 167, 3: 170},
+    4: {8: 300, 6: 308, 4: 312, 3: 323},
+    8: {8: 526, 6: 537, 4: 554, 3: 575},
+    16: {8: 769, 6: 793, 4: 820, 3: 979},
+    32: {8: 1204, 6: 1331, 4: 1401, 3: 1705},
+    64: {8: 1666, 6: 1751, 4: 1851, 3: 1900},
+    128: {8: 2751, 6: 2806, 4: 2985, 3: 3100},
+}
+"""Tokens a second of DeepSeek-V3 on 8 H200 by concurrency and k, 1,024 tokens in and out."""
+BROKEN = frozenset({(16, 3), (32, 3), (32, 6)})
+"""Concurrency and k of the points that break Table 9's own trend."""
+V2_LITE_GAINS: Mapping[int, float] = {2: 13.6, 8: 18.5, 32: 7.8, 128: 4.0, 256: 2.3, 512: 6.1}
+"""Percent that k = 4 for 6 gains on DeepSeek-V2-Lite on 2 A800, by concurrency."""
+QUALITY: Mapping[str, float] = {
+    "full, k = 8": 73.0,
+    "k = 6": 72.9,
+    "k = 4": 70.6,
+    "k = 2": 60.8,
+    "(6, 8, 8, 61)": 73.3,
+}
+"""Mean over six tasks of DeepSeek-V3."""
+WRONG_WIDTH, RIGHT_WIDTH = 18432, 2048
+"""The dense layers' width that the paper's analysis takes for an expert's, and an expert's."""
+EXPERTS_KEPT = (64, 48, 32, 16)

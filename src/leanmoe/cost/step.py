@@ -1,0 +1,331 @@
+"""The time of one forward step of a whole model on a deployment, part by part.
+
+Letters: T tokens of the step, D hidden width, N GPUs of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from itertools import pairwise
+
+from leanmoe.cost.activation import Activation, Awake
+from leanmoe.cost.constants import Constants, KernelConstants
+from leanmoe.cost.deployment import Deployment
+from leanmoe.cost.hardware import Gpu
+from leanmoe.cost.model import Model
+from leanmoe.cost.routing import busiest, ranks_touched
+from leanmoe.cost.tables import ACTIVATION_BYTES, VERSION, Measured, measured_curve
+from leanmoe.cost.work import ExpertsShape, Rows
+
+REPLICATED_BYTES = 2.0
+"""Of an activation that is passed on: bf16."""
+EXCHANGED_BYTES = 1.5
+"""Of an activation on its way to an expert (fp8) and back (bf16), mean of both."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of a step, by what takes them."""
+
+    projections: float = 0.0
+    """Attention's matrices, and what stands in their place in linear mixers."""
+    attention: float = 0.0
+    """Over the cache, and among a prompt's tokens."""
+    experts: float = 0.0
+    shared: float = 0.0
+    """Shared experts, dense layers, routers."""
+    communication: float = 0.0
+    head: float = 0.0
+    layers: float = 0.0
+    """Norms, rotations, routing and launches of every layer."""
+    engine: float = 0.0
+    """Once a step: scheduling, sampling."""
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return float(sum(getattr(self, f.name) for f in fields(self)))
+
+    def to_json(self) -> dict[str, float]:
+        """The parts in milliseconds."""
+        return {name: 1e3 * value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step computes: sequences that decode, and tokens of prompts."""
+
+    decoding: float
+    context: float = 0.0
+    """Mean tokens that a decoding sequence has."""
+    prompt: float = 0.0
+    """Tokens of prompts."""
+    before: float = 0.0
+    """Mean tokens of their prompts that came in earlier steps."""
+    ending: float = 0.0
+    """Prompts whose last token is among them: each is sampled too."""
+
+    @property
+    def tokens(self) -> float:
+        """All of them."""
+        return self.decoding + self.prompt
+
+
+class ExpertsTime:
+    """The time of one layer's experts: constants, held to measured rows of the same layer."""
+
+    def __init__(self, model: Model, deployment: Deployment, kernel: KernelConstants) -> None:
+        shape, self._gpu = model.shape, deployment.gpu
+        self._kernel = kernel
+        self.shape = ExpertsShape(
+            shape.hidden,
+            shape.expert_width / deployment.expert_tensor,
+            shape.experts // deployment.expert,
+            model.matrices,
+            shape.storage.expert_bytes,
+            ACTIVATION_BYTES.get(kernel.dtype, 2.0),
+        )
+        key = (
+            shape.hidden,
+            shape.expert_width,
+            shape.experts,
+            shape.top_k,
+            deployment.expert_tensor,
+            deployment.expert,
+        )
+        # The tables' rows see all tokens of a step on each GPU, as without an exchange.
+        measured = (
+            []
+            if deployment.exchanges
+            else measured_curve(self._gpu.name, kernel.kernel, kernel.dtype, key)
+        )
+        self._corrections = [(math.log(m.tokens), self._ratio(m)) for m in measured]
+        self.origin = "modelled"
+        if measured:
+            self.origin = (
+                f"interpolated: {len(measured)} measured rows of this layer "
+                f"(aiconfigurator-core {VERSION})"
+            )
+        if model.is_as_if:
+            self.origin += f", {shape.storage.name} weights read, computed as if by bf16's kernel"
+        elif kernel.dtype in ACTIVATION_BYTES and self._gpu.flops_fp8 <= self._gpu.flops:
+            self.origin += f", as if {self._gpu.name} computed fp8 at its bf16 rate"
+
+    def _ratio(self, row: Measured) -> float:
+        rows = row.rows(self._kernel.kernel)
+        modelled = self._kernel.seconds(row.shape(self._kernel.dtype), rows, self._gpu)
+        return row.seconds / modelled if modelled > 0 else 1.0
+
+    def on(self, gpu: Gpu) -> ExpertsTime:
+        """The same with another GPU's rates."""
+        other = copy(self)
+        other._gpu = gpu
+        return other
+
+    def seconds(self, rows: Rows) -> float:
+        """Of one layer on one GPU."""
+        found = self._kernel.seconds(self.shape, rows, self._gpu)
+        return found * self._correction(math.log(max(rows.tokens, 1.0)))
+
+    def _correction(self, place: float) -> float:
+        points = self._corrections
+        if not points:
+            return 1.0
+        if place <= points[0][0]:
+            return points[0][1]
+        for (low, one), (high, other) in pairwise(points):
+            if place <= high:
+                share = (place - low) / (high - low)
+                return one + share * (other - one)
+        return points[-1][1]
+
+
+class StepTime:
+    """Times of steps of one model on one deployment, under any activation."""
+
+    def __init__(
+        self,
+        model: Model,
+        deployment: Deployment,
+        constants: Constants,
+        kernel: str,
+    ) -> None:
+        deployment.check(model)
+        self.model, self.deployment = model, deployment
+        found, self.kernel_origin = constants.find(kernel, deployment.gpu.name, model.dtype)
+        self.kernel = found
+        self._experts = ExpertsTime(model, deployment, found)
+        self._rates, self.rates_origin = constants.rates_for(deployment.gpu.name)
+        self._experts_seconds: Callable[[float, float, float, int], float] = lru_cache(
+            maxsize=65536
+        )(self._experts_of)
+
+    def on(self, gpu: Gpu) -> StepTime:
+        """The same with another GPU's rates, measured rows of this one's still holding."""
+        other = copy(self)
+        other.deployment = replace(self.deployment, gpu=gpu)
+        other._experts = self._experts.on(gpu)
+        other._experts_seconds = other._experts_of
+        return other
+
+    @property
+    def is_as_tested(self) -> bool:
+        """Whether the stated accuracy is that of layers like this one."""
+        return self._experts.shape.is_as_tested
+
+    @property
+    def experts_origin(self) -> str:
+        """What the experts' time stands on."""
+        return self._experts.origin
+
+    def parts(self, batch: Batch, activation: Activation) -> Parts:
+        """Seconds of a step by part. With pipeline stages, of one part of the batch through all.
+
+        Attention and its matrices see a copy's share of the tokens; the experts see all tokens.
+        """
+        here, rates = self.deployment, self._rates
+        shared_by = here.pipeline
+        tokens = batch.tokens / shared_by
+        mine = tokens / here.data
+        layers = self.model.shape.layers
+        awake = activation.layers(batch.decoding / shared_by, batch.prompt / shared_by)
+        return Parts(
+            projections=self._projections(mine),
+            attention=self._attention(batch, shared_by * here.data),
+            experts=sum(
+                a.layers * self._experts_seconds(tokens, a.distinct, a.rows, a.experts)
+                for a in awake
+            ),
+            shared=self._shared(mine),
+            communication=self._communication(mine, tokens, awake),
+            head=self._head((batch.decoding + batch.ending) / shared_by / here.data),
+            layers=layers * rates.layer_seconds,
+            engine=rates.step_seconds,
+        )
+
+    def _products(self, weights: float, weight_bytes: float, tokens: float, calls: float) -> float:
+        """Dense products with `weights` values in all, in so many calls."""
+        if weights <= 0 or tokens <= 0:
+            return 0.0
+        gpu, rates = self.deployment.gpu, self._rates
+        rate = gpu.flops_fp8 if weight_bytes < 1.5 else gpu.flops
+        reading = weights * weight_bytes / (gpu.bandwidth * rates.product_bandwidth)
+        computing = 2 * weights * tokens / (rate * rates.product_flops)
+        return calls * rates.product_seconds + max(reading, computing)
+
+    def _projections(self, tokens: float) -> float:
+        found, storage = self.model.shape.parameters, self.model.shape.storage
+        latent = any(kind.latent for kind, _ in self.model.attention)
+        calls = self.model.shape.layers * (5 if latent else 2)
+        return self._products(
+            found.mixers / self.deployment.tensor, storage.other_bytes, tokens, calls
+        )
+
+    def _shared(self, tokens: float) -> float:
+        found, shape = self.model.shape.parameters, self.model.shape
+        dense = shape.layers - self.model.moe_layers
+        calls = 2 * (self.model.moe_layers if found.shared else 0) + 2 * (
+            dense if found.dense else 0
+        )
+        split = (found.shared + found.dense) / self.deployment.tensor
+        return self._products(split, shape.storage.other_bytes, tokens, calls) + self._products(
+            found.routers, shape.storage.plain_bytes, tokens, self.model.moe_layers
+        )
+
+    def _head(self, tokens: float) -> float:
+        found = self.model.shape.parameters
+        weights = (found.head or found.embedding) / self.deployment.tensor
+        return self._products(weights, self.model.shape.storage.plain_bytes, tokens, 1)
+
+    def _attention(self, batch: Batch, copies: float) -> float:
+        gpu, rates, tensor = self.deployment.gpu, self._rates, self.deployment.tensor
+        seconds = 0.0
+        for kind, count in self.model.attention:
+            if batch.decoding > 0:
+                read = kind.cached_width(tensor) * kind.reach(batch.context) * REPLICATED_BYTES
+                reading = (
+                    batch.decoding / copies * read / (gpu.bandwidth * rates.attention_bandwidth)
+                )
+                products = batch.decoding / copies * kind.decode_products(batch.context, tensor)
+                computing = products / (gpu.flops * rates.attention_flops)
+                seconds += count * (rates.attention_seconds + max(reading, computing))
+            if batch.prompt > 0:
+                products = kind.prefill_products(batch.prompt / copies, batch.before, tensor)
+                computing = products / (gpu.flops * rates.attention_flops)
+                seconds += count * (rates.attention_seconds + computing)
+        return seconds
+
+    def _experts_of(self, tokens: float, distinct: float, rows: float, experts: int) -> float:
+        if tokens <= 0 or rows <= 0:
+            return 0.0
+        here = self.deployment
+        share = busiest(distinct, rows, experts, here.expert)
+        if here.exchanges:
+            tokens = self._received(tokens, rows, share.rows)
+            rows = share.rows
+        return self._experts.seconds(
+            Rows(tokens, rows / tokens, share.rows, max(share.distinct, 1e-9))
+        )
+
+    def _received(self, tokens: float, rows: float, most: float) -> float:
+        """Tokens that reach the busiest GPU, of all that are sent; they hold `most` rows."""
+        touched = self._touched(rows / tokens)
+        return tokens * touched / self.deployment.expert * most * self.deployment.expert / rows
+
+    def _touched(self, slots: float) -> float:
+        router = self.model.shape.router
+        return ranks_touched(
+            self.model.shape.experts,
+            slots,
+            self.deployment.expert,
+            router.groups,
+            router.groups_used,
+        )
+
+    def _communication(self, mine: float, tokens: float, awake: list[Awake]) -> float:
+        """All-reduces of tensor parallelism; dispatch and combine where attention is copied."""
+        here, shape = self.deployment, self.model.shape
+        seconds = 0.0
+        size = mine * shape.hidden * REPLICATED_BYTES
+        if here.tensor > 1:
+            seconds += shape.layers * self.reduce_seconds(size, here.tensor)
+        if here.data == 1:
+            if here.tensor > 1:
+                seconds += shape.layers * self.reduce_seconds(size, here.tensor)
+        elif here.exchanges:
+            for each in awake:
+                slots = each.rows / tokens if tokens else 0.0
+                seconds += each.layers * 2 * self.exchange_seconds(mine, slots)
+        else:
+            gathered = tokens * shape.hidden * REPLICATED_BYTES
+            seconds += self.model.moe_layers * self.reduce_seconds(gathered, here.stage)
+        if here.pipeline > 1:
+            hop = size / here.gpu.network + self._rates.exchange_seconds
+            seconds += (here.pipeline - 1) * hop
+        return seconds
+
+    def reduce_seconds(self, size: float, gpus: int) -> float:
+        """An all-reduce of `size` bytes: a ring sends 2(N-1)/N of them (arXiv 2505.03531, TP)."""
+        rates, gpu = self._rates, self.deployment.gpu
+        link = gpu.link_between(gpus) * rates.reduce_bandwidth
+        hops = math.log2(gpus) - 1
+        return rates.reduce_seconds + hops * rates.reduce_hop + 2 * (gpus - 1) / gpus * size / link
+
+    def exchange_seconds(self, tokens: float, slots: float) -> float:
+        """Dispatch or combine: a token goes once to each GPU that holds one of its experts.
+
+        The paper's bound is 2 k L d for both ways; here a GPU that holds two of a token's experts
+        gets it once, and what stays on the GPU is not sent. Activations travel as fp8 to the
+        experts and as bf16 back (DeepEP): on average 1.5 bytes.
+        """
+        rates, gpu, here = self._rates, self.deployment.gpu, self.deployment
+        ranks, touched = here.expert, self._touched(slots)
+        sent = tokens * touched * (ranks - 1) / ranks * self.model.shape.hidden * EXCHANGED_BYTES
+        inside = min(1.0, gpu.per_node / ranks)
+        within = sent * inside / (gpu.link * rates.exchange_bandwidth)
+        between = sent * (1 - inside) / (gpu.network * rates.network_bandwidth)
+        return rates.exchange_seconds + max(within, between)

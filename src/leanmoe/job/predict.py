@@ -1,0 +1,173 @@
+"""`leanmoe predict`: from what a user names to what `cost` computes with. Needs no torch, unless a
+profile's traces have to be replayed under a plan.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leanmoe.cost.activation import CurveOf, assumed_curves, saved_curves
+from leanmoe.cost.constants import Constants, read_constants, shipped
+from leanmoe.cost.deployment import Deployment
+from leanmoe.cost.hardware import Gpu
+from leanmoe.cost.model import Model, read_model
+from leanmoe.cost.models import CONFIGS
+from leanmoe.cost.routing import Assumed, Curve, from_points
+from leanmoe.errors import LeanMoeError
+from leanmoe.plan import Plan, Rule
+from leanmoe.progress import bar
+from leanmoe.storage import read_json
+
+PROFILE = "profile.json"
+MOST_CHOSEN = 64
+"""GPUs that are tried before a user has to say how many."""
+
+
+def find_model(name: str) -> Model:
+    """A model by name: one of the study's by its facts here, else as `leanmoe inspect` finds it."""
+    if name in CONFIGS and not Path(name).exists():
+        print(f"leanmoe: {name}'s shape is known here; nothing is fetched", file=sys.stderr)
+        return read_model(CONFIGS[name], name)
+    return read_model(name)
+
+
+def find_plan(
+    model: Model, path: Path | None, top_k: int | None, guaranteed: int | None
+) -> Plan | None:
+    """A saved plan, or a uniform one; raises LeanMoeError where both are asked for or none fits."""
+    if path is not None and (top_k is not None or guaranteed is not None):
+        raise LeanMoeError("give --plan, or --top-k and --guaranteed, not both")
+    fingerprint = model.shape.fingerprint()
+    if path is not None:
+        plan = Plan.load(path)
+        plan.check(fingerprint, more_experts=True)
+        return plan
+    if top_k is None and guaranteed is None:
+        return None
+    plan = Plan.uniform(fingerprint, Rule(top_k=top_k, guaranteed=guaranteed))
+    plan.check(fingerprint)
+    return plan
+
+
+def find_constants(path: Path | None) -> Constants:
+    """The shipped constants, a user's own before them."""
+    return shipped() if path is None else shipped().merged(read_constants(path))
+
+
+def find_deployment(
+    model: Model,
+    gpu: Gpu,
+    gpus: int | None,
+    tensor: int | None,
+    expert: int,
+    data: int,
+    pipeline: int,
+) -> Deployment:
+    """What the user asked for; with nothing said, the fewest GPUs (a power of 2) that hold it."""
+    if tensor is None and gpus is None and data == pipeline == 1:
+        return _fewest(model, gpu, expert)
+    if tensor is None:
+        shared = data * pipeline
+        if gpus is not None and gpus % shared:
+            raise LeanMoeError(f"--gpus {gpus} is no multiple of --data x --pipeline, {shared}")
+        tensor = max(1, (gpus or shared) // shared)
+    here = Deployment(gpu, tensor, expert, data, pipeline)
+    if gpus is not None and here.gpus != gpus:
+        raise LeanMoeError(
+            f"--tensor {tensor} x --data {data} x --pipeline {pipeline} are {here.gpus} GPUs, "
+            f"--gpus says {gpus}"
+        )
+    here.check(model)
+    here.memory(model)
+    return here
+
+
+def _fewest(model: Model, gpu: Gpu, expert: int) -> Deployment:
+    last: LeanMoeError | None = None
+    count = max(1, expert)
+    while count <= MOST_CHOSEN:
+        tensor = min(count, gpu.per_node)
+        here = Deployment(gpu, tensor, expert, count // tensor)
+        try:
+            here.check(model)
+            here.memory(model)
+        except LeanMoeError as error:
+            last = error
+            count *= 2
+            continue
+        return here
+    raise last or LeanMoeError(f"--expert {expert}: say how the model lies on GPUs")
+
+
+def find_curves(model: Model, plan: Plan | None, profile: Path | None, assumed: Assumed) -> CurveOf:
+    """Distinct experts from a profile where one is given, else as assumed.
+
+    Rules that the saved curves do not cover are replayed, which needs torch.
+    """
+    if profile is None:
+        assumed.check()
+        return assumed_curves(model, assumed)
+    saved: Any = read_json(profile / PROFILE, "profile")
+    simple = saved_curves(saved, model)
+    rules = {rule for rule in _rules_of(plan) if not _is_simple(rule)}
+    if not rules:
+        return simple
+    replayed = _replayed(profile, plan, rules)
+
+    def curve_of(layer: int, rule: Rule) -> Curve:
+        found = replayed.get((layer, rule))
+        return simple(layer, rule) if found is None else found
+
+    return curve_of
+
+
+def _rules_of(plan: Plan | None) -> set[Rule]:
+    if plan is None:
+        return set()
+    return {rule for band in plan.bands for rule in band.rules} | set(plan.prompt)
+
+
+def _is_simple(rule: Rule) -> bool:
+    return rule == Rule(top_k=rule.top_k, keep_weights=rule.keep_weights)
+
+
+def _replayed(folder: Path, plan: Plan | None, rules: set[Rule]) -> dict[tuple[int, Rule], Curve]:
+    from leanmoe.profile.replay import BATCH_SIZES, replay
+    from leanmoe.profile.saved import Profile
+
+    profile = Profile.load(folder)
+    assert plan is not None
+    every: Sequence[Sequence[Rule]] = [band.rules for band in plan.bands]
+    every = [*every, plan.prompt] if plan.prompt else every
+    wanted = {(n, rule) for layers in every for n, rule in enumerate(layers) if rule in rules}
+    sizes = [size for size in BATCH_SIZES if size <= profile.trace.tokens]
+    found = {}
+    with bar("Replaying traces", len(wanted), "layers and rules") as advance:
+        for layer, rule in sorted(wanted, key=lambda pair: (pair[0], str(pair[1]))):
+            runs = [replay(profile, layer, rule, size) for size in sizes]
+            points = [(float(run.tokens), run.distinct, run.slots) for run in runs]
+            origin = "measured: the profile's traces, replayed under the plan"
+            found[layer, rule] = from_points(points, profile.model.experts, origin)
+            advance(1)
+    return found
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a deployment must keep to, and what a GPU costs."""
+
+    tpot_ms: float | None = None
+    ttft_ms: float | None = None
+    price: float | None = None
+    """Of a GPU and hour."""
+
+    def check(self) -> None:
+        """Raises LeanMoeError for a value that is not above 0."""
+        flags = {"--tpot": self.tpot_ms, "--ttft": self.ttft_ms, "--price": self.price}
+        for flag, value in flags.items():
+            if value is not None and not value > 0:
+                raise LeanMoeError(f"{flag} is {value:g}: it must be above 0")
