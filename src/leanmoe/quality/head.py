@@ -82,6 +82,14 @@ class Head:
         """log Z [T] of the next-token distribution; not finite where a logit is not."""
         return torch.cat([_log_sum_exp_in_place(part)[0] for part in self._slices(hidden_TD)])
 
+    def log_normaliser_and_likeliest(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(log Z [T], the token [T] with the largest logit)."""
+        normalisers, tokens = [], []
+        for logits_TV in self._slices(hidden_TD):
+            tokens.append(logits_TV.argmax(-1))
+            normalisers.append(_log_sum_exp_in_place(logits_TV)[0])
+        return torch.cat(normalisers), torch.cat(tokens)
+
     def expected(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(log Z [T], mean output vector [T, D] under the next-token distribution)."""
         normalisers, means = [], []
