@@ -22,6 +22,7 @@ VERBS = {
     "tune": "Find a faster plan for a model, prove what it costs, measure what it gains.",
     "kernels": "Tune the GPU kernels for a model's experts, or list what is tuned.",
     "prune": "Write a checkpoint or a plan with fewer experts in total.",
+    "eval": "Compare plans with the full model on tasks, replies and texts.",
     "report": "Write the page of a finished run again, from its saved results.",
 }
 MISTAKE, USAGE, INTERRUPTED = 1, 2, 130

@@ -69,6 +69,12 @@ class EvalSettings:
         for folder in (self.data, self.tasks_dir):
             if folder is not None and not Path(folder).is_dir():
                 raise LeanMoeError(f"{folder} is no folder")
+        if self.calibrate is not None:
+            from leanmoe.job.domains import calibration  # needs torch, and --help must not
+
+            calibration(self.calibrate)
+        if self.prompts is not None and not Path(self.prompts).is_file():
+            raise LeanMoeError(f"prompts {self.prompts} is no file")
         for name, file in self.domains:
             if not Path(file).exists():
                 raise LeanMoeError(f"domain {name}: {file} does not exist")

@@ -17,7 +17,7 @@ from leanmoe.job.eval_settings import EvalSettings
 from leanmoe.job.folder import RunFolder
 from leanmoe.job.generate import generation
 from leanmoe.job.inputs import quiet
-from leanmoe.job.variants import FULL, Named, read_plans, require_at_work
+from leanmoe.job.variants import FULL, read_plans, require_at_work
 from leanmoe.plan import Plan
 from leanmoe.provenance import collect
 from leanmoe.quality.local_tasks import LOCAL, Encoder, Task, read_task
@@ -130,7 +130,9 @@ def _row(
     plan: str, task: str, found: Difference, settings: EvalSettings, **more: Any
 ) -> dict[str, Any]:
     verdict = non_inferior_accuracy(found, settings.margin, settings.confidence)
-    return {"plan": plan, "task": task, **found.to_json(), "verdict": asdict(verdict), **more}
+    values = found.to_json()
+    values["accuracy"] = values.pop("plan")
+    return {"plan": plan, "task": task, **values, "verdict": asdict(verdict), **more}
 
 
 def _sorted_out(settings: EvalSettings) -> tuple[list[str], list[str]]:
@@ -160,5 +162,3 @@ def _implementation(model: Any) -> str:
     plan = Plan(shape_of(model).fingerprint())
     with apply(model, plan, experts=served_experts(model)) as applied:
         return applied.implementation
-
-

@@ -30,15 +30,13 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def open(
-        cls, path: Path, settings: Settings, overwrite: bool, kind: str = "tune"
-    ) -> RunFolder:
+    def open(cls, path: Path, settings: Settings, overwrite: bool, kind: str = "tune") -> RunFolder:
         """Creates the folder, or takes up the run in it if its settings are the same.
 
         Raises LeanMoeError when it holds another run (unless `overwrite`), something that is no
         run, or its disk is full.
         """
-        require_space(path, SPACE_BYTES, f"a run of {kind}")
+        require_space(path, SPACE_BYTES, f"{kind} results")
         folder = cls(path)
         if path.exists() and not path.is_dir():
             raise LeanMoeError(f"output {path} is a file: give a folder")
@@ -50,7 +48,7 @@ class RunFolder:
     def _take_up(self, settings: Settings, overwrite: bool, kind: str) -> None:
         stored = self.path / SETTINGS
         if not stored.exists():
-            raise LeanMoeError(f"output {self.path} is not empty and holds no run of {kind}")
+            raise LeanMoeError(f"output {self.path} is not empty and holds no {kind} run")
         found = read_json(stored, "settings")
         if found == settings.to_json():
             return

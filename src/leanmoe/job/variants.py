@@ -72,9 +72,7 @@ def parse_rule(text: str) -> Rule:
         name, _, given = part.strip().partition("=")
         if name not in known:
             hint = did_you_mean(name, known)
-            raise LeanMoeError(
-                f"rule {text!r} sets {name!r}: {hint}known are {', '.join(known)}"
-            )
+            raise LeanMoeError(f"rule {text!r} sets {name!r}: {hint}known are {', '.join(known)}")
         try:
             value[name] = json.loads(given) if given else True
         except json.JSONDecodeError as error:
