@@ -59,22 +59,25 @@ def check_count(kept: int, shape: MoEShape) -> None:
 
 def best_experts(
     scores_LE: NDArray[np.float64],
-    kept: int,
+    kept: int | Sequence[int],
     shape: MoEShape,
     protected: Sequence[tuple[int, int]] = (),
 ) -> Kept:
     """The experts of highest score, `kept` in each layer and equally many in each group.
 
+    `kept` is a number for every layer, or one for each: engines need equal ones, a plan does not.
     `protected` are pairs of layer and expert that stay whatever their score. Equal scores: the
     lower id. Raises LeanMoeError where more are protected than may remain.
     """
     groups = groups_of(shape)
-    size, each = shape.experts // groups, kept // groups
+    size = shape.experts // groups
+    counts = [kept] * len(scores_LE) if isinstance(kept, int) else list(kept)
     scores_LE = scores_LE.astype(np.float64, copy=True)
     for layer, expert in protected:
         scores_LE[layer, expert] = np.inf
     found = []
-    for layer, scores_E in enumerate(scores_LE):
+    for layer, (scores_E, count) in enumerate(zip(scores_LE, counts, strict=True)):
+        each = count // groups
         chosen: list[int] = []
         for first in range(0, shape.experts, size):
             scores_S = scores_E[first : first + size]

@@ -18,7 +18,7 @@ from torch import Tensor
 from leanmoe.errors import LeanMoeError
 from leanmoe.progress import bar
 from leanmoe.quality.head import Head
-from leanmoe.quality.rows import Applying, Laid, Row, calls
+from leanmoe.quality.rows import Applying, Laid, Row, bundled, calls
 
 REQUESTS_AT_ONCE = 32
 """In one call, unless those that decode together are more."""
@@ -139,18 +139,20 @@ def divergence_by_position(
         raise LeanMoeError("replies of different lengths have no common positions")
     head = Head.of(model)
     kl = np.zeros((len(rows), rows[0].reply))
+    bundles = bundled(rows, range(len(rows)))
     with bar(what, sum(len(row.ids) for row in rows), "tokens") as advance:
-        for call in calls(rows, range(len(rows)), decode_batch, seed):
-            laid = Laid.of([rows[row] for row in call.rows])
+        for call in calls(bundles, decode_batch, seed):
+            laid = Laid.of(call.bundles)
             hidden = []
             for applying in (full, plan):
                 with applying(laid.prompt_tokens):
-                    hidden.append(laid.run(model)[laid.read_NL.to(model.device)])
-            kl_NT = _kl(head, *hidden).reshape(len(call.rows), -1)
-            for row, is_scored, kl_T in zip(call.rows, call.scored, kl_NT, strict=True):
+                    hidden_NLD = laid.run(model)
+                hidden.append(hidden_NLD.flatten(0, 1)[laid.place_T.to(model.device)])
+            kl_NT = _kl(head, *hidden).reshape(len(call.bundles), -1)
+            for bundle, is_scored, kl_T in zip(call.bundles, call.scored, kl_NT, strict=True):
                 if is_scored:
-                    kl[row] = kl_T
-                    advance(len(rows[row].ids))
+                    kl[bundle.numbers[0]] = kl_T
+                    advance(len(bundle.rows[0].ids))
     return kl
 
 
