@@ -89,7 +89,7 @@ def loaded(source: str, kept: dict[Pair, Kept]) -> Iterator[dict[Pair, Any]]:
     with tempfile.TemporaryDirectory() as temporary, bar("Pruning", len(kept)) as advance:
         for number, (pair, chosen) in enumerate(kept.items()):
             target = Path(temporary) / str(number)
-            write_pruned(read_source(folder), chosen, target, {})
+            write_pruned(read_source(folder), chosen, target, {}, lambda _: None)
             found[pair], _ = load_model(str(target))
             advance(1)
         yield found
