@@ -140,7 +140,7 @@ def test_little_is_loaded_when_little_is_asked_for(code: str) -> None:
     assert loaded(code) == set()
 
 
-@pytest.mark.parametrize("verb", ["tune", "report", "kernels", "prune"])
+@pytest.mark.parametrize("verb", ["tune", "report", "kernels", "prune", "eval"])
 def test_a_verbs_help_loads_no_model_code(verb: str) -> None:
     code = f"from leanmoe.cli import main; main(['{verb}', '--help'])"
     assert not loaded(code) & {"torch", "transformers", "numba"}

@@ -55,6 +55,7 @@ def page(results: Results, plan: dict[str, Any]) -> str:
             *[_front(results, f["concurrency"]) for f in results["fronts"]],
             _plan(results, plan),
             *_strategies(results),
+            *_totals(results),
             _experts(results),
             _provenance(results),
         ]
@@ -217,6 +218,36 @@ def _strategy_table(table: dict[str, Any]) -> str:
     kind = "experts a token" if budget["kind"] == "slots" else "distinct experts a step"
     names = ["strategy", "source", "slots", "distinct", "loss (95%)", "over leanmoe (95%)"]
     return f"<h3>{budget['value']:.3g} {kind}</h3>" + _table(names, rows, {1}, ours)
+
+
+def _totals(results: Results) -> list[str]:
+    """Fewer experts in total beside fewer a token, where there was a memory budget."""
+    found = results.get("total_or_activated")
+    if not found:
+        return []
+    rows = [
+        [
+            str(row["concurrency"]),
+            escape(row["budget"]),
+            escape(row["way"]),
+            f"{row['memory']:.0%}",
+            f"{row['time']:.0%}",
+            _interval(row["loss"], "ratio", 2),
+            escape(row.get("against", {}).get("verdict", "")),
+        ]
+        for row in found
+    ]
+    names = ["at once", "experts kept", "way", "memory", "time", "loss (95%)", "verdict"]
+    return [
+        _section(
+            "Fewer experts in total, or fewer a token?",
+            "loss measured, layer time modelled",
+            "At each load and memory budget: the experts kept alone, skipping that takes no longer "
+            "with all of them in memory, and both. The verdict compares the first two, paired by "
+            "document.",
+            _table(names, rows, words={2, 6}),
+        )
+    ]
 
 
 def _experts(results: Results) -> str:
