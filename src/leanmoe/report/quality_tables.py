@@ -37,7 +37,7 @@ def sheets(results: Results) -> list[Sheet]:
     """Every table of the results."""
     found: list[Sheet] = []
     if "tasks" in results:
-        found.append(_tasks(results))
+        found += _tasks(results)
     if "generation" in results:
         found += _generation(results["generation"])
     if "domains" in results:
@@ -45,11 +45,11 @@ def sheets(results: Results) -> list[Sheet]:
     return found
 
 
-def _tasks(results: Results) -> Sheet:
+def _tasks(results: Results) -> list[Sheet]:
     settings = results["settings"]
-    rows = []
+    sure = f"{100 * settings['confidence']:g}%"
+    rows, details = [], []
     for row in results["tasks"]:
-        loss = row.get("loss")
         rows.append(
             (
                 row["plan"],
@@ -58,33 +58,51 @@ def _tasks(results: Results) -> Sheet:
                 f"{100 * row['full']:.2f}",
                 f"{100 * row['accuracy']:.2f}",
                 _points(row["difference"], row["low"], row["high"]),
-                f"{row['lost']}/{row['gained']}",
-                f"{row['mcnemar']:.2g}",
-                f"{100 * row['smallest_seen']:.2f}",
-                "" if loss is None else _percent(loss["ratio"], loss["low"], loss["high"]),
                 "yes" if row["verdict"]["accepted"] else "no",
             )
         )
-    sure = f"{100 * settings['confidence']:g}%"
-    return Sheet(
-        "Tasks: accuracy in percent, plan less full model in points",
-        f"Paired by question; {settings['decode_batch']} requests decode together. "
-        "Intervals and bounds: see docs/eval.md.",
-        (
-            "plan",
-            "task",
-            "questions",
-            "full",
-            "plan's",
-            f"difference [{sure}]",
-            "lost/gained",
-            "McNemar p",
-            "smallest seen",
-            "loss of right answers",
-            f"within {100 * settings['margin']:g}",
+        loss = row.get("loss")
+        details.append(
+            (
+                row["plan"],
+                row["task"],
+                f"{row['lost']}/{row['gained']}",
+                f"{row['mcnemar']:.2g}",
+                f"{100 * row['smallest_seen']:.2f}",
+                _mixes(row),
+                "" if loss is None else _percent(loss["ratio"], loss["low"], loss["high"]),
+            )
+        )
+    return [
+        Sheet(
+            f"Tasks: accuracy in percent, plan less full model in points [{sure}]",
+            f"Paired by question; {settings['decode_batch']} requests decode together.",
+            (
+                "plan",
+                "task",
+                "questions",
+                "full",
+                "plan's",
+                "difference",
+                f"within {100 * settings['margin']:g}",
+            ),
+            tuple(rows),
         ),
-        tuple(rows),
-    )
+        Sheet(
+            "Tasks: how sure",
+            "Questions lost and gained; McNemar's exact p; the smallest loss, in points, that so "
+            "many questions show with power 0.8; the worst and the best mix of company; and how "
+            "much the loss of the right answers rises.",
+            ("plan", "task", "lost/gained", "p", "smallest seen", "mixes", "loss of answers"),
+            tuple(details),
+        ),
+    ]
+
+
+def _mixes(row: Results) -> str:
+    if row["mixes"] == 1:
+        return "1"
+    return f"{row['mixes']}: {100 * row['lowest_mix']:+.2f} to {100 * row['highest_mix']:+.2f}"
 
 
 def _generation(found: Results) -> list[Sheet]:
