@@ -128,13 +128,14 @@ def eval(
 def _show(results: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
 
+    from leanmoe.job.evaluate import MEAN
     from leanmoe.report.quality_tables import console_tables
 
     console = Console(highlight=False)
     for table in console_tables(results):
         console.print(table)
     for row in results.get("tasks", []):
-        if row["task"] in ("mean of tasks",) or len(_tasks_of(results)) == 1:
+        if row["task"] == MEAN or len(_tasks_of(results)) == 1:
             console.print(f"{row['plan']}, {row['task']}: {row['verdict']['reason']}.")
     console.print(f"Results: {folder / 'results.json'}   Page: {folder / 'report.html'}")
 

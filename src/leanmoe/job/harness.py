@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.errors import LeanMoeError, did_you_mean
 from leanmoe.job.answers import Answers
 from leanmoe.job.eval_settings import EvalSettings
 from leanmoe.job.folder import RunFolder
@@ -42,8 +42,6 @@ def require_harness(names: Sequence[str], settings: EvalSettings) -> None:
         raise LeanMoeError("--engine vllm needs vLLM: pip install 'leanmoe[vllm]'")
     known = set(_manager(settings).all_tasks)
     if unknown := [name for name in names if name not in known]:
-        from leanmoe.errors import did_you_mean
-
         raise LeanMoeError(
             f"task {unknown[0]!r} is not known to lm-evaluation-harness: "
             f"{did_you_mean(unknown[0], known)}own task files go in --tasks-dir FOLDER"

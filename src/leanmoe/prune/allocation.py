@@ -25,8 +25,8 @@ Counts = tuple[int, ...]
 class Evolution:
     """How long the search goes on: 1 + generations x children measurements."""
 
-    generations: int = 12
-    children: int = 8
+    generations: int = 8
+    children: int = 6
     parents: int = 3
     moves: int = 3
     """Moves between layers that a child may make at most."""
