@@ -69,10 +69,21 @@ def page(results: Results, plan: dict[str, Any]) -> str:
     )
 
 
+def is_restricted(results: Results) -> bool:
+    """Whether a memory budget is met: every rule uses the experts kept alone."""
+    has_budget = results["settings"].get("keep") is not None
+    return has_budget and any(p["chosen"] for f in results["fronts"] for p in f["points"])
+
+
 def headline(results: Results) -> str:
     """The verdict in one sentence, losses and ties as plainly as wins."""
     accepted = [v for v in results["verdicts"] if v["accepted"] and v.get("gain")]
     margin = percent(results["settings"]["margin"], 1)
+    if not accepted and is_restricted(results):
+        return (
+            f"No plan is surely faster: the plan is {results['settings']['keep']} of the experts "
+            f"alone, whose loss is proven within {margin}."
+        )
     if not accepted:
         return (
             f"No plan is faster with a loss proven within {margin}: the plan stays empty and the "
