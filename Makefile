@@ -9,17 +9,21 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
 	echo $$p && break; done)
 BIN := .venv/bin
+VLLM := .venv-vllm/bin
 RUN ?= runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-engines lint clean
 
 demo: .venv/ready  ## tune the reference model on this machine, prove the cost, write the page
 	$(BIN)/leanmoe tune reference --output $(RUN) --overwrite --output-tokens 8
 	@echo
 	@echo "The page: $(RUN)/report.html    The plan: $(RUN)/plan.json"
 
-test: .venv/ready lint  ## style, types and every test
+test: .venv/ready lint test-engines  ## style, types and every test
 	$(BIN)/python -m pytest
+
+test-engines: .venv-vllm/ready  ## the tests that need vLLM, which has an environment of its own
+	$(VLLM)/python -m pytest tests/engines/vllm
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -33,5 +37,13 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch .venv/ready
 
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt
+	@test -n "$(PYTHON)" || { echo "leanmoe needs Python 3.11 or newer"; exit 1; }
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install --quiet $(TORCH)
+	$(VLLM)/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/python -m pip install --quiet --no-deps --editable .
+	@touch .venv-vllm/ready
+
 clean:
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-vllm runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

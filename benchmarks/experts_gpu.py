@@ -5,8 +5,8 @@
 Every implementation computes the same calls in the same run. A call is captured in a CUDA graph on
 several inputs, so that caches do not flatter; graphs are replayed one after the other, in an order
 that changes from round to round; shown are medians. Weights and inputs are random. Shares are of
-the memory bandwidth given (`--bandwidth`, 4.8 TB/s on an H200) for the weights of the distinct
-experts, or of the rate this GPU reaches in a dense product in the same run.
+the GPU's memory bandwidth by its datasheet (or `--bandwidth`) for the weights of the distinct
+experts, and of the rate it reaches in a dense product in the same run.
 
 Shapes: T tokens, K slots a token, E experts, D hidden width, M expert width.
 """
@@ -66,6 +66,8 @@ ROUTERS = {
     "softmax": Router(normalise=True),
 }
 ROUTE_TOKENS = (1, 8, 32, 128, 512, 16384)
+BANDWIDTHS = {"H200": 4.8e12, "H100 80GB HBM3": 3.35e12}
+"""Bytes a second by NVIDIA's datasheets, by what is in the GPU's name."""
 EXACT_TOKENS = 2
 """Errors are those of so many tokens: each expert is made float64 for them."""
 ROUNDS = 15
@@ -209,6 +211,14 @@ def dense_rate() -> float:
     return 2 * 8192**3 / (median(took) * 1e-6)
 
 
+def known_bandwidth(gpu: str) -> float:
+    """Bytes a second of a GPU by its name."""
+    found = [rate for part, rate in BANDWIDTHS.items() if part in gpu]
+    if not found:
+        raise SystemExit(f"the bandwidth of {gpu} is not known here: give --bandwidth")
+    return found[0]
+
+
 def bytes_of(shape: Shape) -> float:
     """Of one expert's weights."""
     return 3.0 * shape.hidden * shape.width * getattr(torch, shape.dtype).itemsize
@@ -221,7 +231,7 @@ def table(lines: Sequence[Line], shapes: dict[str, Shape], bandwidth: float, den
         shape = shapes[entry.shape]
         took = entry.microseconds["leanmoe"] * 1e-6
         share = entry.distinct * bytes_of(shape) / took / bandwidth
-        rate = entry.rows * 6 * shape.hidden * shape.width / took / dense
+        rate = entry.rows * 6 * shape.hidden * shape.width / took / dense  # fp8, too: of bf16's
         peers = {n: t for n, t in entry.microseconds.items() if n != "leanmoe"}
         others = ", ".join(f"{n} {t / took / 1e6:.2f}x" for n, t in peers.items())
         rows.append(
@@ -251,7 +261,7 @@ def main() -> None:
     """Measures everything, writes JSON, prints tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--bandwidth", type=float, default=4.8e12, help="of the GPU, bytes/s")
+    parser.add_argument("--bandwidth", type=float, help="of the GPU, bytes/s; known for H100, H200")
     parser.add_argument("--vllm", help="'installed', or a folder with vLLM in it; left out without")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no point after so long")
     arguments = parser.parse_args()
@@ -261,11 +271,12 @@ def main() -> None:
         vllm.compile([(shape, tokens) for shape, sizes in POINTS for tokens in sizes])
         print(f"vLLM {vllm.version} ready after {time.monotonic() - started:.0f} s", flush=True)
     where = provenance.collect("python " + " ".join(sys.argv), seed=0)
+    bandwidth = arguments.bandwidth or known_bandwidth(where.hardware)
     dense = dense_rate()
     result: dict[str, Any] = {
         "label": "measured",
         "provenance": where.to_json(),
-        "bandwidth": arguments.bandwidth,
+        "bandwidth": bandwidth,
         "dense_flops": dense,
         "routes": measure_routes(),
     }
@@ -287,7 +298,7 @@ def main() -> None:
             configs[f"{lines[-1].shape} T={tokens}"] = used
             if shape in (V3, QWEN) and tokens >= 8:
                 rules += measure_rules(shape, tokens, weights)
-            print(table(lines[-1:], shapes, arguments.bandwidth, dense), flush=True)
+            print(table(lines[-1:], shapes, bandwidth, dense), flush=True)
         del weights, stock
     result |= {
         "lines": [asdict(entry) for entry in lines],
@@ -304,7 +315,7 @@ def main() -> None:
     print("\nunder plans")
     print(plan_table(rules))
     print("\nagainst peers: how much longer they take")
-    print(table(lines, shapes, arguments.bandwidth, dense))
+    print(table(lines, shapes, bandwidth, dense))
 
 
 if __name__ == "__main__":

@@ -2,4 +2,5 @@
 
 from leanmoe.cli import main
 
-main()
+if __name__ == "__main__":  # processes that are started anew import this file, too
+    main()

@@ -66,7 +66,12 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout leanmoe runs from, "+dirty" if changed; "release" elsewhere."""
+    """The commit of the checkout leanmoe runs from, "+dirty" if changed; "release" elsewhere.
+
+    LEANMOE_COMMIT says it where a tree was copied without its history.
+    """
+    if told := os.environ.get("LEANMOE_COMMIT"):
+        return told
     folder = Path(__file__).parent
     try:
         head = _git(folder, "rev-parse", "--short=12", "HEAD")

@@ -23,6 +23,8 @@ VERBS = {
     "kernels": "Tune the GPU kernels for a model's experts, or list what is tuned.",
     "prune": "Write a checkpoint or a plan with fewer experts in total.",
     "eval": "Compare plans with the full model on tasks, replies and texts.",
+    "serve": "Serve a model under a plan, as OpenAI's API.",
+    "export": "Say how to run a plan in vLLM, SGLang, llama.cpp or Transformers.",
     "report": "Write the page of a finished run again, from its saved results.",
 }
 MISTAKE, USAGE, INTERRUPTED = 1, 2, 130

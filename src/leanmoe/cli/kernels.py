@@ -60,6 +60,9 @@ def kernels(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder; LEANMOE_TUNED tells leanmoe of it.")
     ] = Path("tuned"),
+    trials: Annotated[
+        Path | None, typer.Option(help="Write every config tried and its time to this file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Find the fastest tiles of the GPU kernels for a model's experts, or list what is known.
@@ -76,7 +79,7 @@ def kernels(
     shapes += [_of_text(text, dtype, transposed) for text in shape or []]
     if not shapes:
         raise LeanMoeError("nothing to tune: name a model, or give --shape")
-    _tune(shapes, sizes, output, as_json)
+    _tune(shapes, sizes, output, trials, as_json)
 
 
 def _numbers(option: str, text: str, count: int | None = None) -> list[int]:
@@ -108,9 +111,11 @@ def _of_text(text: str, dtype: str, transposed: bool) -> Shape:
     return Shape(experts, hidden, width, slots, dtype, transposed)
 
 
-def _tune(shapes: list[Shape], sizes: list[int], output: Path, as_json: bool) -> None:
+def _tune(
+    shapes: list[Shape], sizes: list[int], output: Path, trials: Path | None, as_json: bool
+) -> None:
     from leanmoe.kernels.gpu.tune import Tuner
-    from leanmoe.kernels.gpu.tuned import Tuned, file_name
+    from leanmoe.kernels.gpu.tuned import Tuned, capability_of, file_name
 
     progress = _Progress()
     written: list[dict[str, Any]] = []
@@ -120,10 +125,13 @@ def _tune(shapes: list[Shape], sizes: list[int], output: Path, as_json: bool) ->
         buckets = tuple((size, config) for size, config, _ in found)
         times = {str(size): round(took, 2) for size, _, took in found}
         gpu = provenance["hardware"]
-        tuned = Tuned(gpu, shape, buckets, {**provenance, "microseconds": times})
+        measured = {**provenance, "microseconds": times}
+        tuned = Tuned(gpu, capability_of(), shape, buckets, measured)
         path = output / file_name(gpu, shape)
         write_json(path, tuned.to_json())
         written.append({"file": str(path), "shape": shape.__dict__, "microseconds": times})
+        if trials is not None:
+            write_json(trials, {"label": "measured", "trials": tuner.trials})
     progress.close()
     if as_json:
         failed = sum("failed" in trial for trial in tuner.trials)

@@ -10,6 +10,7 @@ from leanmoe.plan import Rule
 from leanmoe.routers import Router
 from leanmoe.routing import route
 from leanmoe.runtime.routing import _on_gpu
+from tests.kernels.gpu.test_experts_gpu import DEVICE, on_device
 from tests.kernels.layers import random_layer
 
 
@@ -20,7 +21,7 @@ def test_one_step_or_many(rule: Rule, steps: int | None) -> None:
     logits = torch.randn(*leading, 5, 16, generator=torch.Generator().manual_seed(1))
     padding = torch.zeros(*leading, 5, dtype=torch.bool)
     padding[..., 2] = True
-    found = _on_gpu(logits, Router(), 4, rule, None, padding)
+    found = _on_gpu(logits.to(DEVICE), Router(), 4, rule, None, padding.to(DEVICE))
     wanted = route(logits, Router(), 4, rule, None, padding)
     assert found.ids_STK.shape == wanted.ids_STK.shape
     assert found.ids_STK.sort(dim=-1)[0].tolist() == wanted.ids_STK.sort(dim=-1)[0].tolist()
@@ -30,7 +31,7 @@ def test_one_step_or_many(rule: Rule, steps: int | None) -> None:
 
 
 def test_the_kernel_is_chosen_and_says_how_it_is_tuned() -> None:
-    weights = random_layer()
+    weights = on_device(random_layer())
     choice = choose_experts(weights, "cuda")
     assert (choice.name, choice.function) == ("gpu", experts_gpu)
     assert "a guess" in choice.reason

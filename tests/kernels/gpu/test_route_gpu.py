@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,12 @@ from hypothesis import assume, given, settings
 from torch import Tensor
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.kernels.gpu.route import RoutedGpu, route_gpu, why_not_route_gpu
+from leanmoe.kernels.gpu.route import (
+    RoutedGpu,
+    route_gpu,
+    route_gpu_repeating,
+    why_not_route_gpu,
+)
 from leanmoe.kernels.gpu.work_list import work_list_reference
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
@@ -20,6 +26,7 @@ from tests.routing.cases import ROUTERS, Case, cases
 
 FEW = settings(deadline=None, max_examples=25)
 """The interpreter takes a tenth of a second for a token."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RULES = [
     Rule(top_k=3),
     Rule(threshold=0.4),
@@ -33,6 +40,25 @@ RULES = [
 ]
 
 
+def _there(values: Any) -> Any:
+    return [v.to(DEVICE) if isinstance(v, Tensor) else v for v in values]
+
+
+def route_here(*arguments: Any, **options: Any) -> RoutedGpu:
+    """`route_gpu` on the GPU where there is one, what it finds back on the CPU."""
+    found = route_gpu(*_there(arguments), **options)
+    work = found.work._replace(
+        **{name: getattr(found.work, name).cpu() for name in ("rows", "blocks_3B", "used_1")}
+    )
+    over = None if found.over_budget is None else found.over_budget.cpu()
+    return RoutedGpu(found.ids_TK.cpu(), found.weights_TK.cpu(), over, work)
+
+
+def repeating_here(*arguments: Any) -> tuple[Tensor, Tensor]:
+    ids_TK, weights_TK = route_gpu_repeating(*_there(arguments))
+    return ids_TK.cpu(), weights_TK.cpu()
+
+
 def one_step(case: Case) -> Case:
     """The first of a case's steps."""
     padding = None if case.padding_ST is None else case.padding_ST[0]
@@ -41,7 +67,7 @@ def one_step(case: Case) -> Case:
 
 def run(case: Case, block_rows: int = 16) -> RoutedGpu:
     arguments = (case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
-    return route_gpu(*arguments, block_rows=block_rows)
+    return route_here(*arguments, block_rows=block_rows)
 
 
 def expected(case: Case) -> Routing:
@@ -155,7 +181,7 @@ def test_any_number_of_experts(router: Router, experts: int, rule: Rule) -> None
     logits, bias = draw(5, experts)
     bias_E = bias if router.ranking_bias else None
     top_k = min(6, experts)
-    found = route_gpu(logits, router, top_k, rule, bias_E)
+    found = route_here(logits, router, top_k, rule, bias_E)
     check_same(found, route(logits, router, top_k, rule, bias_E), experts)
     check_work(found, experts)
 
@@ -166,7 +192,7 @@ def test_equal_votes_go_to_the_lower_id(budget: int) -> None:
     for token in range(8):
         logits[token, 3 * token], logits[token, 31 - token] = 4.0, 3.0
     rule, router = Rule(budget=budget), ROUTERS["softmax after top-k"]
-    found = route_gpu(logits, router, 2, rule)
+    found = route_here(logits, router, 2, rule)
     check_same(found, route(logits, router, 2, rule), 32)
 
 
@@ -176,7 +202,7 @@ def test_nan_in_a_token_is_nan_in_its_weights_and_in_no_other(name: str, rule: R
     logits, bias = draw(4, 32)
     logits[1, 7] = float("nan")
     bias_E = bias if ROUTERS[name].ranking_bias else None
-    weights = route_gpu(logits, ROUTERS[name], 4, rule, bias_E).weights_TK
+    weights = route_here(logits, ROUTERS[name], 4, rule, bias_E).weights_TK
     assert weights.isnan().any(dim=-1).tolist() == [False, True, False, False]
 
 
@@ -184,14 +210,62 @@ def test_nan_in_a_token_is_nan_in_its_weights_and_in_no_other(name: str, rule: R
 def test_one_call_leaves_nothing_to_the_next(rule: Rule) -> None:
     for seed in range(3):
         logits, _ = draw(6, 32, seed)
-        found = route_gpu(logits, Router(), 4, rule, ids_dtype=torch.int32)
+        found = route_here(logits, Router(), 4, rule, ids_dtype=torch.int32)
         assert found.ids_TK.dtype is torch.int32
         check_same(found._replace(ids_TK=found.ids_TK.long()), route(logits, Router(), 4, rule), 32)
         check_work(found, 32)
 
 
+def spelled_by_repeating(found: RoutedGpu, experts: int, padding_T: Tensor | None) -> Tensor:
+    """The ids of `route_gpu`, each skipped slot the token's best, or the first token's."""
+    best_T1 = found.ids_TK[:, :1]
+    fallback = torch.where(best_T1 < experts, best_T1, 0)
+    if padding_T is not None:
+        fallback = torch.where(padding_T[:, None], fallback[:1], fallback)
+    return torch.where(found.ids_TK < experts, found.ids_TK, fallback)
+
+
+def check_repeating(case: Case) -> None:
+    arguments = (case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
+    ids_TK, weights_TK = repeating_here(*arguments)
+    wanted = run(case)
+    assert ids_TK.dtype is torch.int32
+    expected_ids = spelled_by_repeating(wanted, case.experts, case.padding_ST)
+    assert ids_TK.tolist() == expected_ids.tolist()
+    assert weights_TK.tolist() == wanted.weights_TK.tolist()
+
+
+@given(cases(hostile=False))
+@FEW
+def test_repeating_spells_skipped_slots_by_experts_that_are_awake(drawn: Case) -> None:
+    case = one_step(drawn)
+    if case.padding_ST is not None:
+        assume(not bool(case.padding_ST[0]))  # else the first token has no routing of its own
+    check_repeating(case)
+
+
+@pytest.mark.parametrize("rule", [*RULES, Rule()], ids=str)
+@pytest.mark.parametrize("name", ["softmax, normalised", "V3 groups"])
+def test_repeating_of_bfloat16_logits_call_after_call(name: str, rule: Rule) -> None:
+    logits, bias = draw(7, 32)
+    padding = torch.tensor([False] * 5 + [True] * 2)
+    bias_E = bias if ROUTERS[name].ranking_bias else None
+    case = Case(name, logits.bfloat16(), bias_E, padding, 4, rule)
+    for _ in range(2):  # the second call finds the counters as it wants them
+        check_repeating(case)
+
+
+def test_repeating_of_padding_alone_names_experts_that_exist() -> None:
+    logits, _ = draw(4, 32)
+    padding = torch.ones(4, dtype=torch.bool)
+    for rule in (Rule(top_k=2), Rule(guaranteed=1), Rule(budget=3)):
+        ids, weights = repeating_here(logits, Router(), 4, rule, None, padding)
+        assert ids.tolist() == [[int(logits[0].argmax())] * ids.shape[1]] * 4
+        assert not bool(weights.any())
+
+
 def test_no_tokens() -> None:
-    found = route_gpu(torch.randn(0, 32), Router(), 4, Rule(budget=3))
+    found = route_here(torch.randn(0, 32), Router(), 4, Rule(budget=3))
     assert found.ids_TK.shape == (0, 4)
     assert int(found.work.used_1) == 0
     assert not bool(found.over_budget)
@@ -199,8 +273,12 @@ def test_no_tokens() -> None:
 
 def test_says_what_it_cannot_do() -> None:
     after = ROUTERS["softmax after top-k"]
-    assert "bfloat16" in str(why_not_route_gpu(torch.randn(2, 8).bfloat16(), after, Rule()))
-    assert "513 experts" in str(why_not_route_gpu(torch.randn(2, 513), Router(), Rule()))
-    assert "dimensions" in str(why_not_route_gpu(torch.randn(1, 2, 8), Router(), Rule()))
+    for shape, dtype, router, reason in (
+        ((2, 8), torch.bfloat16, after, "bfloat16"),
+        ((2, 513), torch.float32, Router(), "513 experts"),
+        ((1, 2, 8), torch.float32, Router(), "dimensions"),
+    ):
+        logits = torch.randn(shape, dtype=dtype, device=DEVICE)
+        assert reason in str(why_not_route_gpu(logits, router, Rule()))
     with pytest.raises(LeanMoeError, match="nothing is routed"):
-        route_gpu(torch.randn(2, 8), after, 4, Rule(top_k=0))
+        route_here(torch.randn(2, 8), after, 4, Rule(top_k=0))

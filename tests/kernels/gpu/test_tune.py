@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,43 @@ def test_finds_a_config_for_every_number_of_tokens(pretending: list[str]) -> Non
     assert any(stage.startswith("compiling") for stage in stages)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_all_that_is_timed_was_compiled_ahead(
+    pretending: list[str], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """A program that was not is compiled while its turn to be timed has come: seconds for each."""
+    compiled: set[str] = set()
+    launched: set[str] = set()
+
+    def named(seen: set[str]) -> Any:
+        def run(_: Any, program: Any, __: Any, *___: Any, **options: Any) -> None:
+            seen.add(f"{program.__name__} {sorted(options.items())}")
+
+        return run
+
+    def compile_(shape: Shape, tokens: int, config: ExpertsConfig, product: str) -> None:
+        call = tune._call(
+            tune._Compiled, shape, tokens, config, random_weights(shape, "meta"), None, "meta"
+        )
+        work = () if config.is_direct else tune._empty_work()
+        (call.first_product if product == tune.FIRST else call.second_product)(*work)
+
+    def time_calls(calls: Any, **_: Any) -> float:
+        if getattr(calls[0], "func", None) is None:  # a product, not the whole op
+            calls[0]()
+        pretending.append("x")
+        return 1000.0 - len(pretending)
+
+    monkeypatch.setattr(tune, "_compile", compile_)
+    monkeypatch.setattr(tune, "time_calls", time_calls)
+    monkeypatch.setattr(tune._Compiled, "run", named(compiled))
+    monkeypatch.setattr(tune.ExpertsCall, "run", named(launched))
+    shape = Shape(8, 512, 256, 2, dtype)
+    assert len(list(Tuner([shape], [1, 40, 700], lambda *_: None).tune())) == 1
+    assert launched
+    assert launched <= compiled
+
+
 def test_a_tile_that_fails_does_not_end_the_search(
     pretending: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +112,7 @@ def test_writes_a_file_that_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     command = ["kernels", "tune", "--shape", "8,256,128,2", "--dtype", "float16"]
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--tokens", "1,8", "-o", str(tmp_path), "--json"])
@@ -91,7 +130,7 @@ def test_writes_a_file_that_is_read_again(
 def test_a_users_own_config_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = random_weights(SMALL, "cpu")
     mine = ExpertsConfig(16, 0, False, Tile(32, 32), Tile(16, 64))
-    tuned = Tuned("interpreter", SMALL, ((64, mine),), {})
+    tuned = Tuned("interpreter", "", SMALL, ((64, mine),), {})
     (tmp_path / file_name("interpreter", SMALL)).write_text(json.dumps(tuned.to_json()))
     monkeypatch.setenv("LEANMOE_TUNED", str(tmp_path))
     from leanmoe.kernels.gpu import tuned as module
@@ -102,6 +141,32 @@ def test_a_users_own_config_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("LEANMOE_TUNED")
     module._find.cache_clear()
     assert config_for(weights, 3, 2) != mine
+
+
+def test_a_gpu_nobody_tuned_takes_the_tiles_of_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanmoe.kernels.gpu import tuned as module
+
+    def keep(gpu: str, capability: str, slots: int) -> None:
+        shape = replace(SMALL, slots=slots)
+        found = Tuned(gpu, capability, shape, ((64, ExpertsConfig()),), {})
+        (tmp_path / file_name(gpu, shape)).write_text(json.dumps(found.to_json()))
+
+    keep("NVIDIA H200", "9.0", 2)
+    keep("NVIDIA A100", "8.0", 2)
+    monkeypatch.setenv("LEANMOE_TUNED", str(tmp_path))
+    module._find.cache_clear()
+    found = module._find("NVIDIA H100", "9.0", SMALL)
+    assert found is not None
+    assert found.gpu == "NVIDIA H200"
+    assert module._find("NVIDIA L4", "8.9", SMALL) is None
+    keep("NVIDIA H100", "9.0", 4)
+    module._find.cache_clear()
+    found = module._find("NVIDIA H100", "9.0", SMALL)
+    assert found is not None
+    assert (found.gpu, found.shape.slots) == ("NVIDIA H100", 4)
+    module._find.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 500, 4096])
@@ -133,7 +198,7 @@ def test_shipped_files_are_whole(path: Path) -> None:
 def test_a_bad_file_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(
-        json.dumps({**Tuned("g", SMALL, ((1, ExpertsConfig()),), {}).to_json(), **change})
+        json.dumps({**Tuned("g", "9.0", SMALL, ((1, ExpertsConfig()),), {}).to_json(), **change})
     )
     with pytest.raises(LeanMoeError, match=message):
         Tuned.load(path)

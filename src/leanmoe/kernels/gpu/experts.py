@@ -19,6 +19,7 @@ from leanmoe.kernels.weights import ACTIVATIONS, SCALE_BLOCK, ExpertWeights, Gat
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
+LEAST_FP8_DEPTH = 32
 
 
 def why_not_gpu(weights: ExpertWeights) -> str | None:
@@ -119,6 +120,11 @@ def _check_config(
         raise LeanMoeError(
             f"experts config for fp8 reads {tuple(depths)} columns a step: at most {SCALE_BLOCK} "
             f"have one scale, and in the second product no more than the first's {columns} columns"
+        )
+    if is_scaled and min(depths) < LEAST_FP8_DEPTH:
+        raise LeanMoeError(
+            f"experts config for fp8 reads {min(depths)} columns a step: the matrix unit takes "
+            f"{LEAST_FP8_DEPTH} at least"
         )
     if work is not None and work.block_rows != config.block_rows:
         raise LeanMoeError(

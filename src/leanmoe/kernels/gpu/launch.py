@@ -126,7 +126,8 @@ class ExpertsCall:
             "STRIDE_K": self.width if transposed else 1,
             "HAS_BIAS": down_bias is not None,
             "SCALED": down_scale is not None,
-            "X_BLOCK": config.gate_up.columns,
+            # Without scales it changes nothing, and must not make a program anew.
+            "X_BLOCK": config.gate_up.columns if self._is_scaled else SCALE_BLOCK,
             "PDL": self._has_overlap,
             **self._after_another(),
         }

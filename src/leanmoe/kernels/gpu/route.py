@@ -23,6 +23,7 @@ from leanmoe.routers import Router
 MOST_EXPERTS = 512
 MOST_TOKENS = 16_384
 BLOCK_ROWS = 16
+NO_WORK_LIST = 0
 SCORINGS = ("softmax", "sigmoid", "softmax_after_top_k")
 
 
@@ -74,27 +75,64 @@ def route_gpu(
     numbers gets NaN weights. `block_rows` are the rows of the work list's blocks (the experts'
     config has them). Raises LeanMoeError for what it cannot route.
     """
+    numbers = _whole_numbers(router, rule, top_k, block_rows, repeat=False)
+    found = _call(logits_TE, router, rule, bias_E, padding_T, numbers, ids_dtype)
+    ids, weights, over, rows, blocks_3B, used_1 = found
+    over_budget = None if rule.budget is None else over.view(torch.bool)
+    return RoutedGpu(ids, weights, over_budget, WorkList(rows, blocks_3B, used_1, block_rows))
+
+
+def route_gpu_repeating(
+    logits_TE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None = None,
+    padding_T: Tensor | None = None,
+    *,
+    ids_dtype: torch.dtype = torch.int32,
+) -> tuple[Tensor, Tensor]:
+    """Ids and weights (T,K) of `route_gpu`, for kernels that want an expert in every slot.
+
+    A skipped slot repeats the token's best expert with weight 0, and a padding token's slots that
+    of the first token: neither wakes an expert. There is no work list.
+    """
+    numbers = _whole_numbers(router, rule, top_k, NO_WORK_LIST, repeat=True)
+    ids, weights, *_others = _call(logits_TE, router, rule, bias_E, padding_T, numbers, ids_dtype)
+    return ids, weights
+
+
+def _call(
+    logits_TE: Tensor,
+    router: Router,
+    rule: Rule,
+    bias_E: Tensor | None,
+    padding_T: Tensor | None,
+    numbers: list[int],
+    ids_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
     if reason := why_not_route_gpu(logits_TE, router, rule):
         raise LeanMoeError(f"route_gpu cannot route these tokens: {reason}")
     experts = logits_TE.shape[1]
-    ids, weights, over, rows, blocks_3B, used_1 = _route_op(
+    found: tuple[Tensor, ...] = _route_op(
         logits_TE.contiguous(),
         None if bias_E is None else bias_E.to(torch.float32).contiguous(),
         None if rule.experts is None else _allowed(rule.experts, experts, logits_TE.device),
         None if padding_T is None else padding_T.contiguous().view(torch.int8),
-        _whole_numbers(router, rule, top_k, block_rows),
+        numbers,
         [_or(rule.threshold), _or(rule.top_p), router.normalise_epsilon, router.scaling],
         ids_dtype,
     )
-    over_budget = None if rule.budget is None else over.view(torch.bool)
-    return RoutedGpu(ids, weights, over_budget, WorkList(rows, blocks_3B, used_1, block_rows))
+    return found
 
 
 def _or(share: float | None) -> float:
     return 0.0 if share is None else share
 
 
-def _whole_numbers(router: Router, rule: Rule, top_k: int, block_rows: int) -> list[int]:
+def _whole_numbers(
+    router: Router, rule: Rule, top_k: int, block_rows: int, repeat: bool
+) -> list[int]:
     """What a router and a rule come to in whole numbers, as the op takes them."""
     return [
         SCORINGS.index(router.scoring),
@@ -108,6 +146,7 @@ def _whole_numbers(router: Router, rule: Rule, top_k: int, block_rows: int) -> l
         rule.top_p is not None,
         rule.guaranteed or 0,
         rule.budget or 0,
+        repeat,
         block_rows,
     ]
 
@@ -135,9 +174,10 @@ class RouteCall:
         outputs: tuple[Tensor, ...],
     ) -> None:
         scoring, normalise, groups, used, by_best, slots, full, *rest = wholes
-        has_threshold, has_top_p, self.guaranteed, self.budget, self._block_rows = rest
+        has_threshold, has_top_p, self.guaranteed, self.budget, repeat, self._block_rows = rest
         self.tokens, self.experts = logits_TE.shape
         self._inputs = (logits_TE, bias_E, allowed_E, padding_T)
+        self._spelling = {"REPEAT": bool(repeat), "HAS_WORK": self._block_rows > 0}
         self._wanted, self._reals, self._outputs = (slots, full), reals, outputs
         size = self.experts // groups
         self._options = {
@@ -179,7 +219,7 @@ class RouteCall:
         inputs = [self._inputs[0] if tensor is None else tensor for tensor in self._inputs]
         counts = zeros_for("route", (experts + 1) * COUNTER_STRIDE.value, device)
         outputs = (ids, weights, counts, rows, blocks_3B, used_1)
-        blocks = {"ROWS": self._block_rows, "POWER_E": power_of_two(experts)}
+        blocks = {"ROWS": self._block_rows, "POWER_E": power_of_two(experts), **self._spelling}
         sizes = (self.tokens, blocks_3B.shape[1], *self._wanted)
         if not (self.guaranteed or self.budget):
             self.run(route_alone, *inputs, *outputs, *sizes, *self._reals, **blocks)
@@ -237,12 +277,14 @@ def _empty(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     slots, block_rows = wholes[5], wholes[-1]
-    blocks = most_blocks(tokens * slots, experts, block_rows)
+    rows, blocks = 0, 0
+    if block_rows != NO_WORK_LIST:
+        rows, blocks = experts * tokens, most_blocks(tokens * slots, experts, block_rows)
     return (
         logits.new_empty(tokens, slots, dtype=ids_dtype),
         logits.new_empty(tokens, slots, dtype=torch.float32),
         logits.new_empty((), dtype=torch.int8),
-        logits.new_empty(experts * tokens, dtype=torch.int32),
+        logits.new_empty(rows, dtype=torch.int32),
         logits.new_empty(3, blocks, dtype=torch.int32),
         logits.new_empty(1, dtype=torch.int32),
     )

@@ -36,14 +36,15 @@ VOTE_UNIT = tl.constexpr(4294967296.0)
 
 @triton.jit
 def _write(
-    ids_L, gates_L, kept, whole, is_number, token, tokens, scaling, epsilon, slots,
+    ids_L, gates_L, kept, whole, is_number, filler, token, tokens, scaling, epsilon, slots,
     ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
     E: tl.constexpr, SLOTS: tl.constexpr, SCORING: tl.constexpr, NORMALISE: tl.constexpr,
-    HAS_PADDING: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
+    HAS_PADDING: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, HAS_WORK: tl.constexpr,
 ):  # fmt: skip
     """A token's ids and weights, kept slots first, and its rows in the work list.
 
-    Returns what the experts' counters answered.
+    `filler` is the id of a skipped slot. Returns what the experts' counters answered; without a
+    work list the ids, which are known no earlier than whatever they were chosen by.
     """
     k = tl.arange(0, SLOTS)
     is_kept = k < kept
@@ -58,13 +59,43 @@ def _write(
     is_kept = is_kept | is_nan
     ids_L = tl.where(is_nan, k % E, ids_L)
     at = token * slots + k
-    tl.store(ids_ptr + at, tl.where(is_kept, ids_L, E).to(ids_ptr.dtype.element_ty), mask=k < slots)
+    written_L = tl.where(is_kept, ids_L, filler).to(ids_ptr.dtype.element_ty)
+    tl.store(ids_ptr + at, written_L, mask=k < slots)
     tl.store(weights_ptr + at, weights_L, mask=k < slots)
     is_row = is_kept & (k < slots)
-    count_at = counts_ptr + ids_L * COUNTER_STRIDE
-    place_L = tl.atomic_add(count_at, 1, mask=is_row, sem="relaxed")
-    tl.store(rows_ptr + ids_L * tokens + place_L, at.to(tl.int32), mask=is_row)
+    if HAS_WORK:
+        count_at = counts_ptr + ids_L * COUNTER_STRIDE
+        place_L = tl.atomic_add(count_at, 1, mask=is_row, sem="relaxed")
+        tl.store(rows_ptr + ids_L * tokens + place_L, at.to(tl.int32), mask=is_row)
+    else:
+        place_L = ids_L
     return tl.where(is_row, place_L, 0)
+
+
+@triton.jit
+def _filler(
+    ids_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+    E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
+    SCORING: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    HAS_PADDING: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    """The id of a token's skipped slots: E, or with `REPEAT` that of an expert awake anyway.
+
+    It is the token's best; for padding, that of the first token.
+    """
+    filler = E
+    if REPEAT:
+        filler = tl.sum(tl.where(tl.arange(0, SLOTS) == 0, ids_L, 0), axis=0)
+        if HAS_PADDING:  # noqa: SIM102, constexpr: there is a pointer only with it
+            if tl.load(padding_ptr + token) != 0:
+                keys, e, _is_expert, _top, _total, _is_number = own_keys(
+                    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, 0,
+                    E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
+                    HAS_BIAS, HAS_ALLOWED, False,
+                )  # fmt: skip
+                filler = tl.min(tl.where(keys == tl.max(keys, axis=0), e, E - 1), axis=0)
+    return filler
 
 
 @triton.jit
@@ -89,8 +120,8 @@ def route_alone(
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
-    ROWS: tl.constexpr, POWER_E: tl.constexpr,
+    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, REPEAT: tl.constexpr,
+    HAS_WORK: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr,
 ):  # fmt: skip
     """Rules under which a token's experts are its own business: everything, in one launch."""
     token = tl.program_id(0)
@@ -104,13 +135,19 @@ def route_alone(
         logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
         E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
     )  # fmt: skip
-    answers = _write(
-        ids_L, gates_L, kept, whole, is_number, token, tokens, scaling, epsilon, slots,
-        ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
-        E, SLOTS, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS,
+    filler = _filler(
+        ids_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SLOTS, SCORING,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT,
     )  # fmt: skip
-    if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
-        _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)
+    answers = _write(
+        ids_L, gates_L, kept, whole, is_number, filler, token, tokens, scaling, epsilon, slots,
+        ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
+        E, SLOTS, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_WORK,
+    )  # fmt: skip
+    if HAS_WORK:  # noqa: SIM102, constexpr: nothing is counted without it
+        if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
+            _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)
 
 
 @triton.jit
@@ -222,6 +259,7 @@ def route_fill(
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
+    REPEAT: tl.constexpr, HAS_WORK: tl.constexpr,
     HAS_GUARANTEED: tl.constexpr, HAS_BUDGET: tl.constexpr,
     ROWS: tl.constexpr, POWER_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -261,13 +299,19 @@ def route_fill(
         tl.store(over_ptr, is_over.to(tl.int8), mask=token == 0)
     ids_L, found = best_slots(tl.where(is_awake, keys, ASLEEP), e, wanted, SLOTS)
     gates_L = gates_of(logits_ptr, token, ids_L, k < found, top, total, E, SCORING)
+    filler = _filler(
+        ids_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SLOTS, SCORING,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT,
+    )  # fmt: skip
     answers = _write(
-        ids_L, gates_L, found, whole, is_number, token, tokens, scaling, epsilon, slots,
+        ids_L, gates_L, found, whole, is_number, filler, token, tokens, scaling, epsilon, slots,
         ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
-        E, SLOTS, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS,
+        E, SLOTS, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_WORK,
     )  # fmt: skip
     if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
         tl.store(marks_ptr + e, 0, mask=is_expert)
         if HAS_BUDGET:
             tl.store(votes_ptr + e, tl.zeros((PADDED_E,), dtype=tl.int64), mask=is_expert)
-        _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)
+        if HAS_WORK:
+            _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)

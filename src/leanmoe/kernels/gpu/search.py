@@ -85,9 +85,9 @@ def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
         found += [ExpertsConfig(rows, 0, False) for rows in (16, 32) if rows <= max(16, 8 * mean)]
     if 8 <= mean <= 96:
         found.append(ExpertsConfig(64, 16, False))
-    if mean >= 48 and not _is_fp8(shape):
+    if mean >= 48 and not is_fp8(shape):
         found.append(ExpertsConfig(128, 32, False))
-    if mean > 96 and _is_fp8(shape):
+    if mean > 96 and is_fp8(shape):
         found.append(ExpertsConfig(64, 0, False))
     return found
 
@@ -101,10 +101,10 @@ def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
     rows = way.rows + way.tail
     few = rows <= FEW_ROWS
     cuts = FEW if few else MANY
-    if _is_fp8(shape):
+    if is_fp8(shape):
         cuts = FP8_FIRST if is_first else FP8_SECOND
     for (columns, depth, warps, stages), left, described in product(
-        cuts, (True, False), (False, True) if _is_fp8(shape) else (False,)
+        cuts, (True, False), (False, True) if is_fp8(shape) else (False,)
     ):
         depth = depth // 2 if each == 4 else depth
         wide = columns * 2 if is_first else columns
@@ -120,5 +120,6 @@ def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
             yield Tile(columns, depth, warps, stages, 4, left, described)
 
 
-def _is_fp8(shape: Shape) -> bool:
+def is_fp8(shape: Shape) -> bool:
+    """Whether the weights are fp8 with block scales."""
     return shape.dtype.startswith("float8")

@@ -20,7 +20,7 @@ from leanmoe.errors import LeanMoeError
 from leanmoe.kernels.gpu.config import ExpertsConfig, Tile
 from leanmoe.kernels.gpu.experts import FP8, experts_gpu, operands
 from leanmoe.kernels.gpu.launch import MOST_FLOAT32_PARTS, ExpertsCall, settle_keys
-from leanmoe.kernels.gpu.search import tiles, ways
+from leanmoe.kernels.gpu.search import is_fp8, tiles, ways
 from leanmoe.kernels.gpu.timing import time_calls
 from leanmoe.kernels.gpu.tuned import Shape
 from leanmoe.kernels.gpu.work_list import WorkList, work_list_reference
@@ -177,11 +177,12 @@ class Tuner:
 
 
 def _candidates(way: ExpertsConfig, shape: Shape) -> list[tuple[Product, ExpertsConfig]]:
-    return [
-        (product, _with(way, product, tile))
-        for product in (FIRST, SECOND)
-        for tile in tiles(way, shape, product == FIRST)
-    ]
+    """What is compiled ahead. The second product knows of the first its columns, if anything."""
+    first = [_with(way, FIRST, tile) for tile in tiles(way, shape, True)]
+    columns = {config.gate_up.columns: config for config in first}
+    before = columns.values() if is_fp8(shape) else [way]
+    second = [_with(c, SECOND, tile) for c in before for tile in tiles(way, shape, False)]
+    return [(FIRST, config) for config in first] + [(SECOND, config) for config in second]
 
 
 class _Timed:

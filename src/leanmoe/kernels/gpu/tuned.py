@@ -1,7 +1,8 @@
 """Which config runs: one found by `leanmoe kernels tune` for this GPU and shape, or a guess.
 
 The files in `tuned/` are one for each GPU, shape and dtype; a user's own lie in the folder that
-LEANMOE_TUNED names and come first.
+LEANMOE_TUNED names and come first. A GPU that nobody tuned takes the tiles of another with the same
+compute capability: the H100 and H200, say, differ in their memory alone.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Tuned:
     """The best configs found for one shape on one GPU, by number of tokens."""
 
     gpu: str
+    capability: str
+    """The GPU's compute capability, like "9.0"."""
     shape: Shape
     buckets: tuple[tuple[int, ExpertsConfig], ...]
     """Tokens and the config found for them, tokens ascending."""
@@ -69,6 +72,7 @@ class Tuned:
         return {
             "leanmoe_kernels": SCHEMA_VERSION,
             "gpu": self.gpu,
+            "capability": self.capability,
             "shape": self.shape.__dict__,
             "buckets": [{"tokens": n, "config": c.to_json()} for n, c in self.buckets],
             "provenance": self.provenance,
@@ -86,7 +90,8 @@ class Tuned:
                 for b in value["buckets"]
             )
             shape = Shape(**value["shape"])
-            found = cls(str(value["gpu"]), shape, buckets, dict(value["provenance"]))
+            gpu, capability = str(value["gpu"]), str(value["capability"])
+            found = cls(gpu, capability, shape, buckets, dict(value["provenance"]))
         except (KeyError, TypeError, ValueError) as error:
             raise LeanMoeError(f"{path} is no tuned-kernels file: {error!r}") from error
         sizes = [size for size, _ in buckets]
@@ -104,13 +109,12 @@ def file_name(gpu: str, shape: Shape) -> str:
 
 
 def config_for(weights: ExpertWeights, tokens: int, slots: int) -> ExpertsConfig:
-    """The config to run: tuned for this GPU and shape if there is one, else `guess`.
+    """The config to run: tuned for this shape if there is one, else `guess`.
 
     A tuned shape with another number of slots stands in: fewer of them are fewer rows.
     """
-    tuned = _find(_gpu(weights), Shape.of(weights, slots))
+    tuned = _find(*_gpu(weights), Shape.of(weights, slots))
     if tuned is None:
-        _say_once(_gpu(weights), Shape.of(weights, slots))
         return guess(tokens, weights)
     config = tuned.nearest(tokens)
     if config.is_direct and tokens > config.rows:
@@ -120,14 +124,26 @@ def config_for(weights: ExpertWeights, tokens: int, slots: int) -> ExpertsConfig
 
 def describe(weights: ExpertWeights) -> str:
     """Where the configs for these weights come from, whatever the number of slots."""
-    tuned = _find(_gpu(weights), Shape.of(weights, 0))
+    tuned = _find(*_gpu(weights), Shape.of(weights, 0))
     source = "a guess" if tuned is None else f"tuned on {tuned.gpu}"
     return f"{Shape.of(weights, 0).dtype} weights, tiles {source}"
 
 
-def _gpu(weights: ExpertWeights) -> str:
-    device = weights.gate_up.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+def capability_of(device: torch.device | None = None) -> str:
+    """A CUDA device's compute capability, like "9.0"."""
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
+def _gpu(weights: ExpertWeights) -> tuple[str, str]:
+    """Name and compute capability of the GPU that has the weights."""
+    return _named(weights.gate_up.device)
+
+
+@lru_cache(maxsize=64)
+def _named(device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "interpreter", ""
+    return torch.cuda.get_device_name(device), capability_of(device)
 
 
 def guess(tokens: int, weights: ExpertWeights) -> ExpertsConfig:
@@ -146,24 +162,22 @@ def guess(tokens: int, weights: ExpertWeights) -> ExpertsConfig:
 
 
 @lru_cache(maxsize=256)
-def _find(gpu: str, shape: Shape) -> Tuned | None:
+def _find(gpu: str, capability: str, shape: Shape) -> Tuned | None:
+    """The nearest that is known of a shape: of this GPU before another, of these slots before."""
     folders = [SHIPPED]
     if own := os.environ.get(OWN):
         folders.insert(0, Path(own))
-    for folder in folders:
-        exact = folder / file_name(gpu, shape)
-        if exact.is_file():
-            return Tuned.load(exact)
-        pattern = file_name(gpu, shape).replace(f"-k{shape.slots}-", "-k*-")
-        for path in sorted(folder.glob(pattern)):
-            return Tuned.load(path)
-    return None
-
-
-@lru_cache(maxsize=256)
-def _say_once(gpu: str, shape: Shape) -> None:
-    logger.warning(
-        "no tuned kernels for %s and %s: a guess runs; `leanmoe kernels tune` finds better",
-        gpu,
-        shape,
-    )
+    any_slots = file_name("*", shape).replace(f"-k{shape.slots}-", "-k*-").removeprefix("-")
+    known = [Tuned.load(path) for f in folders for path in sorted(f.glob(f"*{any_slots}"))]
+    near = [tuned for tuned in known if tuned.gpu == gpu or tuned.capability == capability]
+    if not near:
+        logger.warning(
+            "no tuned kernels for %s and %s: a guess runs; `leanmoe kernels tune` finds better",
+            gpu,
+            shape,
+        )
+        return None
+    best = min(near, key=lambda tuned: (tuned.gpu != gpu, tuned.shape.slots != shape.slots))
+    if best.gpu != gpu:
+        logger.info("no tuned kernels for %s: those of %s run, for %s", gpu, best.gpu, shape)
+    return best

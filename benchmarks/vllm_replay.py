@@ -1,0 +1,227 @@
+"""vLLM's layers routed by drawn logits, in one of several ways that can be switched.
+
+Dummy weights give all tokens the same experts, so their routing says nothing: each layer is given
+logits of its own in place of its router's, the same for every way, at no cost in a captured step.
+
+Letters: L MoE layers, T rows of a step, E experts, K slots a token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leanmoe.engines.vllm.routing import LayerRouting
+from leanmoe.plan import Plan
+
+STOCK = "stock"
+ROUTINGS = ("skewed", "uniform")
+KEPT_ROWS = 1024
+"""Steps of more rows are prefill: their ids are not kept. On a GPU only captured steps' are."""
+
+
+class Replay:
+    """The drawn logits of all layers, the way that is in use, and what it chose."""
+
+    def __init__(self, experts: int, rows: int, use_LE: Sequence[Sequence[float]]) -> None:
+        """`use_LE`: how often each expert of each layer of some model is chosen, any E."""
+        self.way = STOCK
+        self._experts, self._rows = experts, rows
+        self._use_LE = use_LE
+        self._logits: dict[int, Tensor] = {}
+        self.kept: dict[tuple[str, int], dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def logits(self, layer: int, own_TE: Tensor) -> Tensor:
+        """A layer's drawn logits, as many and of the dtype of its own."""
+        if layer not in self._logits:
+            shape = (self._rows, own_TE.shape[1])
+            with torch.inference_mode(False):
+                self._logits[layer] = torch.zeros(shape, dtype=own_TE.dtype, device=own_TE.device)
+        return self._logits[layer][: own_TE.shape[0]]
+
+    def draw(self, routing: str, seed: int) -> None:
+        """Draws anew, in place, so that captured steps see it.
+
+        Each token's experts are drawn without replacement (logits are the logarithm of an expert's
+        share of use plus Gumbel noise): "uniform" with equal shares, "skewed" with those of the
+        reference model's layers, stretched to as many experts and shuffled.
+        """
+        generator = np.random.default_rng(seed)
+        for layer, buffer in self._logits.items():
+            shares_E = np.full(self._experts, 1 / self._experts)
+            if routing == "skewed":
+                use_E = np.sort(np.asarray(self._use_LE[layer % len(self._use_LE)]))
+                places = (np.arange(self._experts) + 0.5) / self._experts * len(use_E) - 0.5
+                shares_E = np.interp(places, np.arange(len(use_E)), use_E)
+                shares_E = generator.permutation(shares_E / shares_E.sum())
+            noise_TE = generator.gumbel(size=tuple(buffer.shape))
+            drawn_TE = torch.from_numpy(np.log(shares_E) + noise_TE).float()
+            buffer.copy_(drawn_TE.to(buffer.dtype))
+
+    def keep(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        """Holds on to what a layer chose; a captured step writes there each time it is replayed."""
+        is_eager = ids_TK.is_cuda and not torch.cuda.is_current_stream_capturing()
+        if ids_TK.shape[0] <= KEPT_ROWS and not is_eager:
+            self.kept.setdefault((self.way, ids_TK.shape[0]), {})[layer] = (ids_TK, weights_TK)
+
+    def experts(self, way: str, rows: int, tokens: int) -> tuple[float, float]:
+        """Distinct experts a layer, and experts a token, in the last step of so many rows."""
+        distinct, used = [], []
+        for ids_TK, weights_TK in self.kept[way, rows].values():
+            is_used_TK = weights_TK[:tokens] != 0
+            distinct.append(len(ids_TK[:tokens][is_used_TK].unique()))
+            used.append(float(is_used_TK.sum()) / tokens)
+        return float(np.mean(distinct)), float(np.mean(used))
+
+
+class Switch:
+    """Stands in the place of a layer's routing: drawn logits, and the way that is in use."""
+
+    def __init__(self, router: Any, layer: int, plans: dict[str, Plan], replay: Replay) -> None:
+        self._layer, self._replay = layer, replay
+        self._router = copy.copy(router)  # as it was: `router` gets this in its routing's place
+        self._ways: dict[str, Callable[..., Any]] = {STOCK: router._compute_routing}
+        for name, plan in plans.items():
+            self.add(name, plan)
+
+    def add(self, name: str, plan: Plan) -> None:
+        """One way more."""
+        self._ways[name] = LayerRouting(self._router, plan, self._layer)
+
+    def __call__(
+        self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any, **others: Any
+    ) -> tuple[Tensor, Tensor]:
+        logits_TE = self._replay.logits(self._layer, router_logits)
+        way = self._ways[self._replay.way]
+        weights, ids = way(hidden_states, logits_TE, indices_type, **others)
+        self._replay.keep(self._layer, ids, weights)
+        return weights, ids
+
+
+class Engine:
+    """A vLLM engine in this process whose captured steps can be exchanged, one set per way."""
+
+    def __init__(self, llm: Any, plans: dict[str, Plan], replay: Replay) -> None:
+        self._engine, self.replay = llm.llm_engine, replay
+        core = self._engine.engine_core.engine_core
+        self._runner = core.model_executor.driver_worker.worker.model_runner
+        self.sizes = sorted(llm.llm_engine.vllm_config.compilation_config.cudagraph_capture_sizes)
+        self.is_captured = hasattr(self._runner.model, "concrete_cudagraph_entries")
+        self._entries: dict[str, Any] = {}
+        self._requests = 0
+        forward = self._engine.vllm_config.compilation_config.static_forward_context
+        runners = [layer for layer in forward.values() if hasattr(layer, "routed_experts")]
+        self._switches = [
+            Switch(layer.router, number, plans, replay) for number, layer in enumerate(runners)
+        ]
+        for layer, switch in zip(runners, self._switches, strict=True):
+            layer.router._compute_routing = switch
+        self.layers = len(runners)
+        self._runner._dummy_run(1)  # the buffers of drawn logits
+        replay.draw("uniform", 0)
+
+    def add(self, way: str, plan: Plan) -> None:
+        """One way more, captured."""
+        for switch in self._switches:
+            switch.add(way, plan)
+        self.capture(way)
+
+    def capture(self, way: str) -> None:
+        """Captures the decode steps of all sizes under a way."""
+        self.replay.way = way
+        if self.is_captured:
+            self._runner.model.concrete_cudagraph_entries = {}
+            self._runner.capture_model()
+            self._entries[way] = self._runner.model.concrete_cudagraph_entries
+
+    def select(self, way: str) -> None:
+        """Lets the next steps run under a way."""
+        self.replay.way = way
+        if self.is_captured:
+            self._runner.model.concrete_cudagraph_entries = self._entries[way]
+
+    def decode(self, requests: int, prompt: int, steps: int) -> tuple[float, int]:
+        """Seconds and tokens of decode steps of so many requests, the engine's work included."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        generator = np.random.default_rng(requests)
+        parameters = SamplingParams(
+            max_tokens=steps + 6, ignore_eos=True, detokenize=False, temperature=0.0,
+            output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
+        waiting = set()
+        for _ in range(requests):
+            self._requests += 1
+            name = str(self._requests)
+            ids = generator.integers(1, 500, prompt).tolist()
+            self._engine.add_request(name, {"prompt_token_ids": ids}, parameters)
+            waiting.add(name)
+        names = set(waiting)
+        while waiting:
+            waiting -= {self._base(found.request_id, names) for found in self._engine.step()}
+        for _ in range(2):
+            self._engine.step()
+        self._wait()
+        started, tokens = time_now(), 0
+        for _ in range(steps):
+            tokens += sum(len(found.outputs[0].token_ids) for found in self._engine.step())
+        self._wait()
+        took = time_now() - started
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        return took, tokens
+
+    def tokens(self, way: str, requests: int, count: int) -> dict[str, list[int]]:
+        """Greedy replies to so many prompts of different lengths, by prompt."""
+        from vllm import SamplingParams
+
+        self.select(way)
+        parameters = SamplingParams(
+            max_tokens=count, ignore_eos=True, detokenize=False, temperature=0.0
+        )
+        generator, replies = np.random.default_rng(1), {}
+        for number in range(requests):
+            ids = generator.integers(1, 500, 5 + 3 * number).tolist()
+            self._requests += 1
+            self._engine.add_request(str(self._requests), {"prompt_token_ids": ids}, parameters)
+        while self._engine.has_unfinished_requests():
+            for found in self._engine.step():
+                if found.finished:
+                    prompt = ",".join(map(str, found.prompt_token_ids))
+                    replies[prompt] = list(found.outputs[0].token_ids)
+        return replies
+
+    def step_seconds(self, rows: int, way: str, replays: int) -> float:
+        """Seconds of one captured step of the model alone, replayed as the last request left it."""
+        entries = self._entries[way]
+        graph = next(e.cudagraph for key, e in entries.items() if key.num_tokens == rows)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / replays
+
+    @staticmethod
+    def _base(name: str, names: set[str]) -> str:
+        """The name a request was given; vLLM may add to it."""
+        return name if name in names else name.split("-")[0]
+
+    def _wait(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def time_now() -> float:
+    """Seconds on the clock that measures."""
+    import time
+
+    return time.perf_counter()

@@ -1,0 +1,63 @@
+"""Which function routes for an engine, and one step's routing as its kernels want it.
+
+Letters: T rows of a step, E experts, K slots a token.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanmoe.engines.spelling import repeat_best
+from leanmoe.kernels import (
+    route_cpu,
+    route_gpu_repeating,
+    why_not_route_cpu,
+    why_not_route_gpu,
+)
+from leanmoe.plan import Rule
+from leanmoe.routers import Router
+from leanmoe.routing import route
+
+
+def implementation(logits_TE: Tensor, router: Router, rule: Rule) -> str:
+    """Which routing function runs: "gpu", "cpu" or "reference"."""
+    if logits_TE.is_cuda:
+        has_triton = find_spec("triton") is not None
+        can = has_triton and why_not_route_gpu(logits_TE, router, rule) is None
+        return "gpu" if can else "reference"
+    has_numba = find_spec("numba") is not None
+    can = has_numba and why_not_route_cpu(logits_TE, router, rule) is None
+    return "cpu" if can else "reference"
+
+
+def is_plain(rule: Rule) -> bool:
+    """Whether an engine's own routing, with another top-k at most, does what the rule says.
+
+    With fewer experts and `keep_weights` it does not: it normalises the weights anew.
+    """
+    return rule.is_empty or rule == Rule(top_k=rule.top_k)
+
+
+def choose(
+    logits_TE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None,
+    padding_T: Tensor | None,
+    ids_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Ids and float32 weights (T,K) under a rule, a skipped slot as in `spelling`."""
+    bias_E = None if bias_E is None else bias_E.detach()
+    arguments = (logits_TE, router, top_k, rule, bias_E, padding_T)
+    name = implementation(logits_TE, router, rule)
+    if name == "gpu":
+        return route_gpu_repeating(*arguments, ids_dtype=ids_dtype)
+    function: Any = route_cpu if name == "cpu" else route
+    ids, weights, _over_budget = function(*arguments)
+    ids = repeat_best(ids, logits_TE.shape[1], padding_T)
+    return ids.to(ids_dtype), weights.float()

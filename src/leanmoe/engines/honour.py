@@ -1,0 +1,60 @@
+"""Which parts of a plan an engine can honour; needs no torch.
+
+A part that an engine cannot honour is refused, unless the user drops it by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.plan import Plan
+
+PROMPT = "prompt"
+DROPPABLE = (PROMPT,)
+"""Parts that a user can consent to run without."""
+PROMPT_REASON = (
+    "rules for prompt tokens cannot be honoured: a captured step does not know which of its "
+    "tokens are a prompt's"
+)
+
+
+def without(plan: Plan, parts: Sequence[str]) -> Plan:
+    """The plan less the parts named; raises LeanMoeError for a name that is none of `DROPPABLE`."""
+    for part in parts:
+        if part not in DROPPABLE:
+            raise LeanMoeError(f"cannot drop {part!r}: it must be {' or '.join(DROPPABLE)}")
+    return replace(plan, prompt=()) if PROMPT in parts else plan
+
+
+def check_parts(plan: Plan, engine: str, consent: str) -> None:
+    """Raises LeanMoeError if `engine`, vLLM or SGLang, would leave out a part of the plan.
+
+    `consent` is what the user can write to run without it.
+    """
+    if any(not rule.is_empty for rule in plan.prompt):
+        raise LeanMoeError(f"{engine}: {PROMPT_REASON}; {consent} runs the bands without them")
+
+
+def notes(plan: Plan, engine: str) -> tuple[str, ...]:
+    """What an engine makes of the plan that its user should know, one sentence each."""
+    rules = [rule for band in plan.bands for rule in band.rules]
+    skips = any(
+        rule.threshold or rule.top_p or rule.depends_on_company or rule.experts for rule in rules
+    )
+    found = []
+    if skips:
+        found.append(
+            f"{engine}'s kernels compute a skipped slot as a row of the token's best expert with "
+            "weight 0: no further weights are read, but the row's products are not saved"
+        )
+    ends = [band.up_to for band in plan.bands if band.up_to is not None]
+    if ends:
+        found.append(
+            f"a band is picked by the rows that a step computes, padding of captured graphs "
+            f"included: make {', '.join(map(str, ends))} capture sizes"
+        )
+    if any(rule.depends_on_company for rule in rules):
+        found.append("a token's company is that of its own data-parallel rank")
+    return tuple(found)

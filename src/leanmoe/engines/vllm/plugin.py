@@ -1,0 +1,26 @@
+"""The entry point that vLLM calls in each of its processes; without LEANMOE_PLAN it does nothing.
+
+vLLM swallows what an import raises, not what the function does: so this file imports nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+PLAN = "LEANMOE_PLAN"
+"""Path of the plan to run."""
+DROP = "LEANMOE_DROP"
+"""Parts of the plan to leave out, comma separated: see `honour.DROPPABLE`."""
+STATISTICS = "LEANMOE_STATISTICS"
+"""1 keeps each step's ids, so that `statistics` can say what ran."""
+
+
+def activate() -> None:
+    """Puts the plan of LEANMOE_PLAN to work in this process; raises LeanMoeError if it cannot."""
+    path = os.environ.get(PLAN)
+    if not path:
+        return
+    from leanmoe.engines.vllm.hook import install
+
+    drop = [part.strip() for part in os.environ.get(DROP, "").split(",") if part.strip()]
+    install(path, drop, is_counted=os.environ.get(STATISTICS) == "1")

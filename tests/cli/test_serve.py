@@ -1,0 +1,119 @@
+"""`leanmoe serve` and `leanmoe export` up to the point where an engine starts."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leanmoe.cli import main
+from leanmoe.engines.vllm import launch
+from leanmoe.plan import Fingerprint, Plan, Rule
+from leanmoe.shape import read_shape
+
+MODEL = read_shape("reference").fingerprint()
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.json"
+    Plan.uniform(MODEL, Rule(guaranteed=3)).save(path)
+    return path
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    found = capsys.readouterr()
+    return int(end.value.code or 0), found.out, found.err
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, found: tuple[str, str] | None) -> None:
+    monkeypatch.setattr(launch, "installed", lambda: found)
+
+
+def test_the_command_is_checked_and_shown(
+    plan: Path, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, ("vllm", "0.24.0"))
+    code, out, _ = run(
+        capsys, "serve", "reference", "--plan", plan, "--port", port, "--dry-run", "--json",
+        "--", "--max-model-len", "512",
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(out)
+    assert code == 0
+    assert found["environment"]["LEANMOE_PLAN"] == str(plan)
+    assert found["command"][-2:] == ["--max-model-len", "512"]
+    assert "leanmoe.engines.vllm.worker.PlanWorker" in found["command"]
+
+
+def test_auto_takes_transformers_where_there_is_no_vllm(
+    plan: Path, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, None)
+    words = ("serve", "reference", "--plan", plan, "--port", port, "--dry-run", "--json")
+    assert json.loads(run(capsys, *words)[1])["engine"] == "transformers"
+    assert "vllm is not installed" in run(capsys, *words, "--engine", "vllm")[2]
+    assert "takes none" in run(capsys, *words, "--", "--max-model-len", "512")[2]
+
+
+def test_what_cannot_run_is_one_line(
+    plan: Path,
+    port: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretend(monkeypatch, ("vllm", "0.19.1"))
+    words = ("serve", "reference", "--dry-run", "--port", port)
+    assert "0.24 or newer" in run(capsys, *words, "--plan", plan)[2]
+    pretend(monkeypatch, ("vllm", "0.24.0"))
+    other, prompt = tmp_path / "other.json", tmp_path / "prompt.json"
+    Plan(Fingerprint("Qwen3MoeForCausalLM", 48, 48, 128, 8)).save(other)
+    Plan(MODEL, prompt=(Rule(top_k=2),) * MODEL.moe_layers).save(prompt)
+    for words_, message in (
+        (("--plan", other), "made for another model"),
+        (("--plan", prompt), "--drop prompt"),
+        (("--plan", plan, "--engine", "vlm"), "--engine is 'vlm'"),
+        (("--plan", plan, "--port", 70000), "--port is 70000"),
+    ):
+        code, _, error = run(capsys, *words, *words_)
+        assert code == 1
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
+    assert run(capsys, *words, "--plan", prompt, "--drop", "prompt")[0] == 0
+
+
+def test_a_port_that_is_taken_is_said_so(
+    plan: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, ("vllm", "0.24.0"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ("serve", "reference", "--plan", plan, "--port", port, "--dry-run")
+        assert f"cannot listen at 127.0.0.1:{port}" in run(capsys, *words)[2]
+
+
+def test_export_prints_or_writes(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "export", plan, "--engine", "vllm", "--model", "m")
+    assert code == 0
+    assert f"LEANMOE_PLAN={plan} vllm serve m" in out
+    target = tmp_path / "run.sh"
+    run(capsys, "export", plan, "--engine", "sglang", "-o", target)
+    assert "sglang.launch_server" in target.read_text()
+    assert json.loads(run(capsys, "export", plan, "--json")[1])["engine"] == "vllm"
+    assert "guaranteed" in run(capsys, "export", plan, "--engine", "llama.cpp")[2]

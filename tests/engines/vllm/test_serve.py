@@ -1,0 +1,96 @@
+"""`leanmoe serve` with vLLM: the plugin found by its entry point, a reply, the plan in /metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leanmoe.plan import Band, Plan, Rule
+from leanmoe.reference import path
+from leanmoe.shape import read_shape
+
+MODEL = read_shape("reference").fingerprint()
+PLAN = Plan(MODEL, (Band(8, (Rule(guaranteed=3),) * 6), Band(None, (Rule(top_k=6),) * 6)))
+PATIENCE = 240
+"""Seconds until a server on two busy cores must answer."""
+
+
+def fetch(url: str, data: Any = None) -> str:
+    body = None if data is None else json.dumps(data).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        return str(answer.read().decode())
+
+
+@pytest.fixture(params=["vllm", "transformers"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """The address of a server under the plan, and its engine; it ends with the test."""
+    if not any(found.name == "leanmoe" for found in entry_points(group="vllm.general_plugins")):
+        pytest.skip("leanmoe is not installed here, so vLLM does not find it: make test-engines")
+    PLAN.save(tmp_path / "plan.json")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "leanmoe", "serve", "reference", "--plan",
+        str(tmp_path / "plan.json"), "--port", str(port), "--engine", request.param,
+    ]  # fmt: skip
+    if request.param == "vllm":
+        command += ["--", "--enforce-eager", "--max-model-len", "256", "--dtype", "float32"]
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + PATIENCE
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < end, log.read_text()[-4000:]
+            try:
+                fetch(f"{url}/health")
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        yield url, request.param
+        if request.param == "vllm":
+            assert "6 of 6 MoE layers under it" in log.read_text()
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_a_server_answers_and_says_what_the_plan_does(server: tuple[str, str]) -> None:
+    url, engine = server
+    name = str(path())  # Transformers' server lists the hub's cache, which may not be there
+    if engine == "vllm":
+        name = json.loads(fetch(f"{url}/v1/models"))["data"][0]["id"]
+        assert name == "reference"
+    question = {
+        "model": name, "prompt": "The river flows through", "max_tokens": 8,
+        "temperature": 0,
+    }  # fmt: skip
+    fetch(f"{url}/metrics")
+    reply = json.loads(fetch(f"{url}/v1/completions", question))
+    assert reply["choices"][0]["text"].strip()
+    metrics = fetch(f"{url}/metrics")
+    assert f'engine="{engine}"' in metrics
+    assert 'leanmoe_band{band="0",up_to="8"} 1' in metrics
+    assert 'leanmoe_distinct_experts{layer="5"}' in metrics
+    assert "leanmoe_generation_tokens_per_second" in metrics
+    if engine == "vllm":
+        # A step of one token has only its own three guaranteed experts to choose from.
+        assert 'leanmoe_activated_experts{layer="0"} 3' in metrics
+        assert "vllm:generation_tokens_total" in metrics

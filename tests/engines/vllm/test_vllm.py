@@ -1,0 +1,240 @@
+"""The plugin in vLLM itself: tokens, routing layer by layer, likelihoods, refusals.
+
+Letters: N requests, L tokens of each, T rows of a step, K slots a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.shape import read_shape
+
+MODEL = read_shape("reference").fingerprint()
+PROMPTS = (
+    "The river flows through the old town and then turns to the",
+    "In 1923 the city council decided to build a new bridge over",
+    "Water is made of two elements, hydrogen and oxygen, and it",
+    "The list of the kings of the island begins with a man who",
+)
+TOKENS = 12
+REPLY = 8
+FEW = Rule(guaranteed=3, threshold=0.2, keep_weights=True)
+SEARCHED = Plan(
+    MODEL,
+    (
+        Band(8, (FEW, Rule(budget=14), Rule(), Rule(top_k=6), Rule(guaranteed=2), FEW)),
+        Band(
+            64,
+            (
+                Rule(top_k=6, keep_weights=True),
+                Rule(budget=40, keep_weights=True),
+                Rule(top_p=0.8),
+                Rule(threshold=0.5),
+                Rule(top_k=7, guaranteed=4, budget=30),
+                Rule(experts=tuple(range(3, 64))),
+            ),
+        ),
+    ),
+)
+"""Of the kind that a search finds: other rules in each layer and band, the full model beyond."""
+UNIFORM = Plan.uniform(MODEL, Rule(top_k=6))
+EMPTY = Plan(MODEL)
+SCALING = read_shape("reference").router.scaling
+"""vLLM multiplies the experts' sum by it, Transformers each weight."""
+PLANS = {"empty": EMPTY, "uniform": UNIFORM, "searched": SEARCHED}
+
+
+def ids() -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    from leanmoe.reference import path
+
+    tokenizer = AutoTokenizer.from_pretrained(path())
+    found = [tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS] for text in PROMPTS]
+    assert {len(prompt) for prompt in found} == {TOKENS}
+    return found
+
+
+def replies(llm: Any, tokens: int = REPLY) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    prompts = [{"prompt_token_ids": prompt} for prompt in ids()]
+    found = llm.generate(prompts, parameters, use_tqdm=False)
+    return [list(one.outputs[0].token_ids) for one in found]
+
+
+def test_an_empty_plan_gives_the_tokens_of_stock_vllm(load: Callable[..., Any]) -> None:
+    assert replies(load(EMPTY), 24) == replies(load(), 24)
+
+
+def test_a_uniform_plan_gives_the_tokens_of_a_config_with_fewer_experts(
+    load: Callable[..., Any],
+) -> None:
+    planned = replies(load(UNIFORM), 24)
+    assert planned == replies(load(hf_overrides={"num_experts_per_tok": 6}), 24)
+    assert planned != replies(load(), 24)  # else the test says nothing
+
+
+@dataclass
+class Steps:
+    """Each step's ids and weights, layer by layer, in the order they ran."""
+
+    seen: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+
+    def note(self, layer: int, ids_TK: Tensor, weights_TK: Tensor, *_: Any) -> None:
+        self.seen.append((layer, ids_TK.clone(), weights_TK.clone()))
+
+    def of(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        return [(chosen, weights) for number, chosen, weights in self.seen if number == layer]
+
+
+def by_expert(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Weights (T,E) of a step, whatever the order and spelling of its slots."""
+    spread = torch.zeros(ids_TK.shape[0], MODEL.experts + 1)
+    return spread.scatter_add(1, ids_TK.long(), weights_TK.float())[:, : MODEL.experts]
+
+
+@pytest.fixture(scope="module")
+def transformers_model() -> Any:
+    from leanmoe.runtime.loading import load_model
+
+    return load_model("reference", "float32")[0]
+
+
+def test_a_searched_plan_routes_as_in_transformers_layer_by_layer(
+    load: Callable[..., Any], transformers_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanmoe import apply
+    from leanmoe.engines.vllm.statistics import Statistics
+    from leanmoe.runtime.choose import LayerRouting
+
+    ours, theirs = Steps(), Steps()
+    stock = LayerRouting.choose
+
+    def choose(how: LayerRouting, *arguments: Any) -> Any:
+        chosen, weights, skips = stock(how, *arguments)
+        ours.note(how.number, chosen, weights)
+        return chosen, weights, skips
+
+    monkeypatch.setattr(LayerRouting, "choose", choose)
+    prompts = torch.tensor(ids())
+    with apply(transformers_model, SEARCHED), torch.no_grad():
+        found = transformers_model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=REPLY,
+            do_sample=False, eos_token_id=None,
+        )  # fmt: skip
+    llm = load(SEARCHED)
+    monkeypatch.setattr(Statistics, "note", lambda _self, *step: theirs.note(*step))
+    assert replies(llm) == found[:, TOKENS:].tolist()
+    for layer in range(MODEL.moe_layers):
+        steps, wanted = theirs.of(layer), ours.of(layer)
+        assert [len(chosen) for chosen, _ in wanted] == [4 * TOKENS] + [4] * (REPLY - 1)
+        assert len(steps) == len(wanted)
+        for step, (chosen, weights) in enumerate(wanted):
+            torch.testing.assert_close(
+                by_expert(*steps[step]) * SCALING, by_expert(chosen, weights), atol=1e-3, rtol=1e-3,
+                msg=lambda text, at=(layer, step): f"layer and step {at}: {text}",
+            )  # fmt: skip
+            used = (chosen < MODEL.experts) & (weights != 0)
+            assert len(chosen[used].unique()) == len(steps[step][0][steps[step][1] != 0].unique())
+
+
+def likelihoods(llm: Any) -> Tensor:
+    """Log-likelihood of each prompt's tokens but the first, one after the other."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    prompts = [{"prompt_token_ids": prompt} for prompt in ids()]
+    found = llm.generate(prompts, parameters, use_tqdm=False)
+    return torch.tensor(
+        [
+            [one.prompt_logprobs[place][prompt[place]].logprob for place in range(1, TOKENS)]
+            for one, prompt in zip(found, ids(), strict=True)
+        ]
+    )
+
+
+def likelihoods_in_transformers(model: Any, plan: Plan) -> Tensor:
+    from leanmoe import apply
+
+    prompts = torch.tensor(ids())
+    with apply(model, plan), torch.no_grad():
+        logits = model(prompts).logits.float().log_softmax(-1)
+    return logits[:, :-1].gather(-1, prompts[:, 1:, None])[..., 0]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_likelihoods_agree_with_transformers(
+    load: Callable[..., Any], transformers_model: Any, name: str
+) -> None:
+    wanted = likelihoods_in_transformers(transformers_model, PLANS[name])
+    torch.testing.assert_close(likelihoods(load(PLANS[name])), wanted, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_likelihoods_in_bfloat16_are_within_its_noise(
+    load: Callable[..., Any], transformers_model: Any, name: str
+) -> None:
+    """vLLM in bfloat16 is at most three times as far from float32 as Transformers in bfloat16.
+
+    Without a plan it is 1.6 times: its router's logits are bfloat16, Transformers' float32.
+    """
+    from leanmoe.runtime.loading import load_model
+
+    exact = likelihoods_in_transformers(transformers_model, PLANS[name])
+    rounded = likelihoods_in_transformers(load_model("reference", "bfloat16")[0], PLANS[name])
+    noise = float((rounded - exact).abs().mean())
+    found = likelihoods(load(PLANS[name], dtype="bfloat16"))
+    assert 0 < noise < 0.3
+    assert float((found - exact).abs().mean()) < 3 * noise
+    assert abs(float((found - exact).mean())) < 2 * noise
+
+
+def test_statistics_name_the_band_and_the_experts(load: Callable[..., Any]) -> None:
+    from leanmoe.engines.vllm.worker import PlanWorker
+
+    replies(load(SEARCHED), 4)
+    found = PlanWorker().leanmoe_statistics()
+    assert found is not None
+    assert (found["rows"], found["band"], found["up_to"]) == (4, 0, 8)
+    assert found["layers"][2]["activated"] == MODEL.top_k
+    assert found["layers"][1]["distinct"] <= 14
+    assert found["layers"][3]["activated"] == 6
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("architecture", "Qwen3MoeForCausalLM"), ("moe_layers", 5), ("top_k", 4)]
+)
+def test_a_plan_of_another_model_is_refused_before_weights_are_read(
+    load: Callable[..., Any], field: str, value: Any
+) -> None:
+    from dataclasses import asdict
+
+    other = Fingerprint(**{**asdict(MODEL), field: value})
+    with pytest.raises(LeanMoeError, match=f"its {field} is {value}"):
+        load(Plan(other))
+
+
+def test_a_plan_under_an_override_of_the_experts_is_refused(load: Callable[..., Any]) -> None:
+    with pytest.raises(LeanMoeError, match="top_k is 8"):
+        load(UNIFORM, hf_overrides={"num_experts_per_tok": 6})
+
+
+def test_a_router_that_bypasses_the_hook_is_refused(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+    monkeypatch.setattr(FusedMoEMethodBase, "is_monolithic", property(lambda _: True))
+    with pytest.raises((LeanMoeError, AssertionError, NotImplementedError)) as caught:
+        load(UNIFORM)
+    assert "inside its kernel" in str(caught.value)
