@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pruning_speed import Timed, Variant, loaded, read_prompts, speeds
+from pruning_speed import PROMPT, Timed, Variant, loaded, read_prompts, speeds
 from pruning_svg import picture
 
 from leanmoe import apply, provenance
@@ -23,7 +24,7 @@ from leanmoe.job.inputs import quiet
 from leanmoe.job.prune import ALLOCATION_TOKENS, allocate, first_windows, observe, output_errors
 from leanmoe.plan import Plan, Rule
 from leanmoe.prune.choose import Kept, as_plan, best_experts, kept_count
-from leanmoe.prune.criteria import CRITERIA, Scores, place_scores
+from leanmoe.prune.criteria import CRITERIA, Scores, criterion, place_scores
 from leanmoe.quality.divergence import losses
 from leanmoe.quality.documents import Losses
 from leanmoe.quality.paired import Estimate, loss_difference, loss_increase
@@ -40,6 +41,7 @@ BY_OUTPUT = ("reap", "easy-ep", "output-sum", "output-error")
 UNEVEN = ("75%", "50%")
 UNEVEN_CRITERION = "easy-ep"
 LOADS = (1, 8, 32)
+STEPS = (PROMPT, *map(str, LOADS))
 AS_FAST = 0.97
 
 
@@ -54,14 +56,14 @@ def main() -> None:
     shape = shape_of(model)
     ranked_on = cut(calibration, tokenizer, tokens=arguments.calibration_tokens)
     windows = cut(heldout, tokenizer, tokens=arguments.heldout_tokens)
-    scores = rank(model, ranked_on, shape)
+    scores = rank(model, ranked_on, shape, arguments.criteria.split(","))
     kept = {
         (name, keep): best_experts(scores_LE, kept_count(keep, shape), shape)
         for name, scores_LE in scores.items()
         for keep in KEEP
     }
     uneven = {}
-    for keep in UNEVEN:
+    for keep in UNEVEN if arguments.uneven and UNEVEN_CRITERION in scores else ():
         found = allocate(
             model,
             scores[UNEVEN_CRITERION],
@@ -77,7 +79,7 @@ def main() -> None:
     plans |= {(name, "100%"): plan for name, plan in skipping(shape).items()}
     full, lost = measure(model, windows, plans, shape)
     timed = None
-    if arguments.repeats:
+    if arguments.rounds:
         ids_NL = read_prompts(heldout, tokenizer, max(LOADS))
         timed = time_all(model, kept, plans, ids_NL, arguments)
     result = {
@@ -90,7 +92,8 @@ def main() -> None:
         "uneven": {keep: asdict(found) for keep, found in uneven.items()},
         "ordering": [] if timed is None else ordering(full, lost, timed),
     }
-    name = f"{where.date[:10]}-{where.commit}-pruning.json"
+    every = len(scores) == len(CRITERIA)
+    name = f"{where.date[:10]}-{where.commit}-pruning{'' if every else '-some'}.json"
     write_json(arguments.output / name, result)
     if arguments.svg and timed is not None:
         write_text(arguments.svg, picture(result))
@@ -103,14 +106,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--heldout-tokens", type=int, default=16384)
-    parser.add_argument("--repeats", type=int, default=5, help="of each timing; 0 times nothing")
+    parser.add_argument("--rounds", type=int, default=24, help="of each timing; 0 times nothing")
+    parser.add_argument("--criteria", default=",".join(CRITERIA), help="to time and to measure")
+    parser.add_argument("--uneven", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()
 
 
-def rank(model: Any, windows: Windows, shape: MoEShape) -> dict[str, Scores]:
-    """Scores by every criterion."""
+def rank(model: Any, windows: Windows, shape: MoEShape, names: Sequence[str]) -> dict[str, Scores]:
+    """Scores by each criterion."""
     seen = observe(model, windows)
     least = min(kept_count(keep, shape) for keep in KEEP)
     return {
@@ -119,7 +124,7 @@ def rank(model: Any, windows: Windows, shape: MoEShape) -> dict[str, Scores]:
         else each.by_statistics(seen)
         if each.by_statistics is not None
         else output_errors(model, windows, least)
-        for name, each in CRITERIA.items()
+        for name, each in ((name, criterion(name)) for name in names)
     }
 
 
@@ -161,7 +166,7 @@ def time_all(
         for pair, plan in plans.items():
             if pair[1] == "100%":
                 variants.append(Variant(pair, model, plan))
-        return speeds(variants, ids_NL, LOADS, arguments.repeats)
+        return speeds(variants, ids_NL, LOADS, arguments.rounds)
 
 
 def rows_of(
@@ -199,6 +204,7 @@ def against(full: Losses, lost: dict[tuple[str, str], Losses]) -> list[dict[str,
             "difference": loss_difference(full, lost[name, keep], lost[rival, keep]).to_json(),
         }
         for name, rival, keep in pairs
+        if (name, keep) in lost and (rival, keep) in lost
     ]
 
 
@@ -212,9 +218,12 @@ def ordering(
     anew as in the paper, and kept as in leanmoe.
     """
     rows = []
-    for load in LOADS:
+    for load in STEPS:
         for keep in KEEP:
-            pruned = min(((n, keep) for n in CRITERIA), key=lambda pair: lost[pair].mean)
+            pruned = min(
+                (pair for pair in timed.seconds if pair[1] == keep),
+                key=lambda pair: lost[pair].mean,
+            )
             for way, marked in (("normalised anew", False), ("weights kept", True)):
                 row: dict[str, Any] = {
                     "load": load,
@@ -238,7 +247,7 @@ def ordering(
                     {
                         **row,
                         "setting": best[0],
-                        "speed": timed.ratio(pruned, best, load).to_json(),
+                        "speed": asdict(timed.ratio(pruned, best, load)),
                         "difference": found.to_json(),
                         "verdict": _verdict(found),
                     }
@@ -273,7 +282,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"{names:32s} {row['keep']:>6s}  {shown(row['difference'])}")
     print("\nskipping against pruning at equal speed or better")
     for row in result["ordering"]:
-        line = f"{row['load']:>3d} {row['keep']:>6s} {row['criterion']:14s} {row['skipping']:16s}"
+        line = f"{row['load']:>7s} {row['keep']:>6s} {row['criterion']:14s} {row['skipping']:16s}"
         if "setting" in row:
             line += f" {row['setting']:18s} {shown(row['difference'])}"
         print(f"{line}  {row['verdict']}")

@@ -1,8 +1,10 @@
 """How fast are pruned checkpoints, and skipping, at each load, and how large? Used by pruning.py.
 
-A load of B requests: their prompts run in one step, then replies are written, all B in each step.
-Variants take turns in an order drawn anew for each repeat; speed is output tokens over the whole
-time, and its ratio to the full model's is paired by repeat.
+Single steps are timed: a decode step of B requests that have 128 tokens each behind them, and a
+step with 8 prompts of 128. In each round every variant takes one step, in an order drawn anew;
+speed is the full model's time over the variant's in the same round. What is shown is the median
+over rounds with the interval of order statistics, which some slow rounds do not move. All variants
+attend to what the full model cached: what is in a cache does not change how long it takes.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import stats
 from transformers import DynamicCache
 
 from leanmoe import apply
 from leanmoe.job.prune import checkpoint_folder
-from leanmoe.load.metrics import Ratio
 from leanmoe.plan import Plan
 from leanmoe.progress import bar
 from leanmoe.prune.checkpoint import read_source, write_pruned
@@ -31,7 +33,9 @@ from leanmoe.runtime import load_model
 from leanmoe.text import Document
 
 PROMPT_TOKENS = 128
-REPLY_TOKENS = 16
+PROMPTS = 8
+"""In the step of prompts."""
+PROMPT = "prompts"
 Pair = tuple[str, str]
 
 
@@ -44,40 +48,42 @@ class Variant:
     plan: Plan
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Median of paired ratios with its interval."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, first: Sequence[float], other: Sequence[float]) -> Speed:
+        """Seconds of `first` over seconds of `other`, round by round, with 95% confidence."""
+        ratios = sorted(a / b for a, b in zip(first, other, strict=True))
+        place = int(stats.binom.ppf(0.025, len(ratios), 0.5))
+        outer = max(place - 1, 0)
+        return cls(statistics.median(ratios), ratios[outer], ratios[-1 - outer], len(ratios))
+
+
 @dataclass
 class Timed:
-    """Seconds of prompts and of replies by variant, load and repeat; and bytes of the weights."""
+    """Seconds of a step by variant, load and round; and bytes of the weights."""
 
-    seconds: dict[Pair, dict[int, list[tuple[float, float]]]] = field(default_factory=dict)
+    seconds: dict[Pair, dict[str, list[float]]] = field(default_factory=dict)
     bytes: dict[Pair, int] = field(default_factory=dict)
 
-    def rates(self, pair: Pair, load: int) -> list[float]:
-        """Output tokens a second, by repeat."""
-        return [load * REPLY_TOKENS / (a + b) for a, b in self.seconds[pair][load]]
-
-    def median(self, pair: Pair, load: int) -> float:
-        """Output tokens a second."""
-        return statistics.median(self.rates(pair, load))
-
-    def ratio(self, first: Pair, other: Pair, load: int) -> Ratio:
+    def ratio(self, first: Pair, other: Pair, load: str) -> Speed:
         """Speed of the other over the first's."""
-        return Ratio.of(self.rates(first, load), self.rates(other, load))
+        return Speed.of(self.seconds[first][load], self.seconds[other][load])
 
     def row(self, pair: Pair) -> dict[str, Any]:
         """As the results hold it."""
-        full = ("full", "100%")
+        loads, full = self.seconds[pair], ("full", "100%")
         return {
             "bytes": self.bytes[pair],
-            "tokens_per_second": {str(b): self.median(pair, b) for b in self.seconds[pair]},
-            "prompt_seconds": {
-                str(b): statistics.median(a for a, _ in runs)
-                for b, runs in self.seconds[pair].items()
-            },
-            "reply_seconds": {
-                str(b): statistics.median(c for _, c in runs)
-                for b, runs in self.seconds[pair].items()
-            },
-            "speed": {str(b): self.ratio(full, pair, b).to_json() for b in self.seconds[pair]},
+            "step_ms": {load: 1e3 * statistics.median(t) for load, t in loads.items()},
+            "speed": {load: asdict(self.ratio(full, pair, load)) for load in loads},
         }
 
 
@@ -106,23 +112,23 @@ def read_prompts(documents: Sequence[Document], tokenizer: Any, count: int) -> t
 
 
 def speeds(
-    variants: Sequence[Variant], ids_NL: torch.Tensor, loads: Sequence[int], repeats: int
+    variants: Sequence[Variant], ids_NL: torch.Tensor, loads: Sequence[int], rounds: int
 ) -> Timed:
-    """Times every variant at every load."""
+    """Times every variant at every load; the first variant is the full model."""
     timed = Timed()
     order = random.Random(0)
-    with bar("Timing", len(variants) * len(loads) * (repeats + 1), "runs") as advance:
+    steps = {PROMPT: (ids_NL[:PROMPTS], None)}
+    steps |= {str(load): _behind(variants[0], ids_NL[:load]) for load in loads}
+    with bar("Timing", len(variants) * len(steps) * (rounds + 1), "steps") as advance:
         for variant in variants:
-            timed.seconds[variant.name] = {load: [] for load in loads}
+            timed.seconds[variant.name] = {load: [] for load in steps}
             timed.bytes[variant.name] = weight_bytes(variant.model)
-            for load in loads:  # kernels and memory are warm
-                _serve(variant, ids_NL[:load], 2)
-                advance(1)
-        for load in loads:
-            for _ in range(repeats):
+        for load, (ids, cache) in steps.items():
+            for turn in range(rounds + 1):
                 for variant in order.sample(list(variants), len(variants)):
-                    found = _serve(variant, ids_NL[:load], REPLY_TOKENS)
-                    timed.seconds[variant.name][load].append(found)
+                    took = _step(variant, ids, cache)
+                    if turn:  # the first warms kernels and memory
+                        timed.seconds[variant.name][load].append(took)
                     advance(1)
     return timed
 
@@ -133,14 +139,21 @@ def weight_bytes(model: Any) -> int:
 
 
 @torch.inference_mode()
-def _serve(variant: Variant, ids_NL: torch.Tensor, reply: int) -> tuple[float, float]:
-    """Seconds of the prompts and of the replies."""
-    model, cache = variant.model, DynamicCache(config=variant.model.config)
+def _behind(full: Variant, ids_NL: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """The next token of each request, and what is cached of its prompt."""
+    cache = DynamicCache(config=full.model.config)
+    done = full.model(input_ids=ids_NL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return done.logits[:, -1].argmax(-1, keepdim=True), cache
+
+
+@torch.inference_mode()
+def _step(variant: Variant, ids: torch.Tensor, cache: Any) -> float:
+    """Seconds of one step; what it caches is forgotten again."""
+    model = variant.model
     with apply(model, variant.plan, experts="leanmoe"):
         started = time.perf_counter()
-        done = model(input_ids=ids_NL, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        prompted = time.perf_counter()
-        for _ in range(reply - 1):
-            ids = done.logits[:, -1].argmax(-1, keepdim=True)
-            done = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return prompted - started, time.perf_counter() - prompted
+        model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        took = time.perf_counter() - started
+    if cache is not None:
+        cache.crop(-1)
+    return took

@@ -14,6 +14,8 @@ GROUPS = {
     "pruning, the paper's counts": "#8e7cc3",
 }
 WIDTH, HEIGHT, TOP, LEFT, GAP = 250, 260, 70, 60, 50
+TITLE = "Increase of next-token loss (%) against the speed of a step"
+ACROSS = "speed over the full model's"
 MOST_LOSS = 32.0
 """Percent; what loses more is left out of the picture, not of the results."""
 
@@ -37,7 +39,13 @@ def picture(result: dict[str, Any]) -> str:
         'font-family="system-ui, sans-serif" font-size="12" '
         'aria-label="Loss against speed: skipping beside pruning">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        _text(LEFT, 20, "Increase of next-token loss (%) against output speed", INK, weight="600"),
+        _text(
+            LEFT,
+            20,
+            "Increase of next-token loss (%) against the speed of a step",
+            INK,
+            weight="600",
+        ),
     ]
     for number, (name, colour) in enumerate(GROUPS.items()):
         at = LEFT + 200 * number
@@ -93,8 +101,9 @@ def _panel(left: float, load: str, groups: dict[str, list[Point]]) -> list[str]:
     def y(loss: float) -> float:
         return TOP + HEIGHT * (1 - (min(loss, MOST_LOSS) + 2) / (MOST_LOSS + 2))
 
-    many = "request" if load == "1" else "requests"
-    parts = [_text(left, TOP - 8, f"{load} {many} at once", INK, weight="600")]
+    shown = {"1": "1 request decodes", "prompts": "prompts"}
+    title = shown.get(load, f"{load} requests decode")
+    parts = [_text(left, TOP - 8, title, INK, weight="600")]
     for loss in (0, 10, 20, 30):
         parts.append(_line(left, y(loss), left + WIDTH, y(loss), SOFT if loss == 0 else LINE))
         parts.append(_text(left - 6, y(loss) + 4, f"{loss}", SOFT, at="end"))
@@ -106,7 +115,13 @@ def _panel(left: float, load: str, groups: dict[str, list[Point]]) -> list[str]:
         parts.append(_text(at, TOP + HEIGHT + 16, f"{number * step:.2f}", SOFT, at="middle"))
         number += 1
     parts.append(
-        _text(left + WIDTH / 2, TOP + HEIGHT + 36, "speed over the full model's", SOFT, at="middle")
+        _text(
+            left + WIDTH / 2,
+            TOP + HEIGHT + 36,
+            "speed of a step over the full model's",
+            SOFT,
+            at="middle",
+        )
     )
     for name, points in groups.items():
         colour = GROUPS[name]
