@@ -23,7 +23,7 @@ test: .venv/ready lint test-engines  ## style, types and every test
 	$(BIN)/python -m pytest
 
 test-engines: .venv-vllm/ready  ## the tests that need vLLM, which has an environment of its own
-	$(VLLM)/python -m pytest tests/engines/vllm
+	$(VLLM)/python -m pytest tests/engines/vllm tests/engines/test_pruned_checkpoint.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

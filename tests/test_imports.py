@@ -168,6 +168,7 @@ VERBS = [
     "kernels",
     "prune",
     "bench",
+    "eval",
     "serve",
     "export",
     "predict",

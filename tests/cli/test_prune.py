@@ -37,6 +37,24 @@ def test_a_plan_touches_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_layers_of_a_plan_may_keep_different_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanmoe.job import prune
+    from leanmoe.prune.allocation import Evolution
+
+    monkeypatch.setattr(prune, "Evolution", lambda: Evolution(generations=2, children=3))
+    monkeypatch.setattr(prune, "ALLOCATION_TOKENS", 300)
+    command = ["prune", "reference", "--keep", "50%", "--tokens", "1024", "--plan", "--json"]
+    code, out, _ = run(capsys, *command, "--allocation", "evoesap", "-o", str(tmp_path))
+    assert code == 0
+    counts = [len(experts) for experts in json.loads(out)["kept"]]
+    assert sum(counts) == 6 * 32
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.provenance["allocation"]["counts"] == counts
+    assert plan.provenance["allocation"]["fitness"] >= plan.provenance["allocation"]["even_fitness"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -44,6 +62,9 @@ def test_a_plan_touches_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--keep", "half"], "a share like 75%"),
         (["--criterion", "reep"], "did you mean reap"),
         (["--tokens", "3"], "at least 16"),
+        (["--allocation", "evoesap"], "no stock engine loads"),
+        (["--allocation", "evoesap", "--plan", "--criterion", "odd"], "reads none"),
+        (["--allocation", "odd"], "even or evoesap"),
         (["--text", "/no/such.txt"], "does not exist"),
     ],
 )

@@ -94,6 +94,28 @@ def test_the_plan_is_one_for_this_model_and_claims_what_was_proven(run: Path) ->
         assert verdicts[:-1] == [True] * (len(verdicts) - 1), "the first failure ends the sequence"
 
 
+def test_a_memory_budget_restricts_every_rule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = ["--loads", "2", "--margin", "60%", "--keep", "50%", "--criterion", "soft-count"]
+    assert tune(tmp_path / "run", *budget) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = results["total_or_activated"]
+    assert [row["budget"] for row in rows] == ["50%"] * 3 + ["87.5%"] * 3 + ["75%"] * 3
+    for pruned, skipped, both in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert pruned["way"] == "fewer in total"
+        assert pruned["memory"] == both["memory"] < skipped["memory"] == 1
+        assert skipped["against"]["verdict"]
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    rules = [rule for band in plan.bands for rule in band.rules] + list(plan.prompt)
+    assert plan.bands[-1].up_to is None
+    assert {len(rule.experts or ()) for rule in rules} == {32}
+    assert "Fewer experts in total" in (tmp_path / "run" / "report.html").read_text()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Fewer experts in total" in shown
+    assert "the plan stays empty" not in shown
+
+
 def test_report_is_written_again_without_measuring(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +156,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     "loads": (lambda _: ("reference", "--loads", "8,1"), "loads is [8, 1]"),
     "margin": (lambda _: ("reference", "--margin", "lots"), "margin is 'lots'"),
     "no repeats": (lambda _: ("reference", "--repeats", "1"), "repeats is 1"),
+    "keep": (lambda _: ("reference", "--keep", "5%"), "keep"),
+    "criterion": (lambda _: ("reference", "--keep", "75%", "--criterion", "reep"), "mean reap"),
     "strategy": (lambda _: ("reference", "--strategy", "unifrom"), "did you mean uniform"),
 }
 

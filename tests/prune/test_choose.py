@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.prune.choose import as_plan, best_experts, kept_count
+from leanmoe.plan import Band, Plan, Rule
+from leanmoe.prune.choose import as_plan, best_experts, kept_count, restricted
 from leanmoe.shape import MoEShape, read_shape
 from tests import tiny
 
@@ -74,3 +75,25 @@ def test_as_a_plan(plain: MoEShape) -> None:
     plan = as_plan(kept, plain)
     plan.check(plain.fingerprint())
     assert [rule.experts for rule in plan.rules_for(1)] == list(kept)
+
+
+def test_a_plan_restricted_to_experts_uses_no_others_at_any_load(plain: MoEShape) -> None:
+    kept = ((0, 1, 2, 3, 9), (4, 5, 6, 7, 8)) * 2
+    rules = (Rule(top_k=3, keep_weights=True), Rule(budget=7)) * 2
+    plan = Plan(plain.fingerprint(), (Band(8, rules),), (Rule(top_k=0), Rule()) * 2)
+    found = restricted(plan, kept)
+    found.check(plain.fingerprint())
+    assert found.rules_for(4)[:2] == (
+        Rule(top_k=3, keep_weights=True, experts=kept[0]),
+        Rule(budget=5, experts=kept[1]),
+    )
+    assert found.rules_for(999) == tuple(Rule(experts=experts) for experts in kept)
+    assert found.prompt[:2] == (Rule(top_k=0, experts=kept[0]), Rule(experts=kept[1]))
+
+
+def test_layers_may_keep_different_numbers(grouped: MoEShape) -> None:
+    layers = len(grouped.moe_layers)
+    scores = np.random.default_rng(0).random((layers, 16))
+    counts = [8, 16, 12, 8][:layers]
+    kept = best_experts(scores, counts, grouped)
+    assert [len(experts) for experts in kept] == counts

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from leanmoe.errors import LeanMoeError
+from leanmoe.quality.local_tasks import Item
+from leanmoe.quality.rows import Row, Score
 from leanmoe.reference import tasks
 from leanmoe.reference.card import card, write_card
 from leanmoe.reference.evaluate import (
@@ -24,8 +26,6 @@ from leanmoe.reference.evaluate import (
     paired_interval,
     share,
 )
-from leanmoe.reference.scoring import Row, Score, batches
-from leanmoe.reference.tasks import Choice
 from leanmoe.storage import write_json
 
 LN2 = math.log(2)
@@ -75,7 +75,7 @@ def test_wilson_interval() -> None:
 
 def test_choices_by_byte_and_by_sum() -> None:
     # Summed, the short wrong answer wins; per byte the long right one does.
-    question = Choice([ROW, ROW], answer_bytes=[4, 20], right=1)
+    question = Item((ROW, ROW), answer_bytes=(4, 20), right=1)
     found = evaluate_choices(fixed(8.0, 10.0), [question], "")
     assert found["summed"]["accuracy"] == 0.0
     assert found["per_byte"]["accuracy"] == 1.0
@@ -96,14 +96,6 @@ def test_expert_use_of_even_and_dead_experts() -> None:
     assert even["entropy_share"] == pytest.approx(1.0)
     assert (dead["least"], dead["most"], dead["unused"]) == (0.0, 2.0, 2)
     assert dead["entropy_share"] == pytest.approx(0.5)
-
-
-def test_batches_hold_every_row_once_and_stay_in_budget() -> None:
-    lengths = [3, 50, 7, 7, 20, 1]
-    groups = batches(lengths, 40)
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    for group in groups:
-        assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= 40
 
 
 def test_wikitext_is_split_at_article_titles_only() -> None:

@@ -23,6 +23,7 @@ VERBS = {
     "kernels": "Tune the GPU kernels for a model's experts, or list what is tuned.",
     "prune": "Write a checkpoint or a plan with fewer experts in total.",
     "bench": "Measure throughput and latency over service load, full model and plans in turn.",
+    "eval": "Compare plans with the full model on tasks, replies and texts.",
     "serve": "Serve a model under a plan, as OpenAI's API.",
     "export": "Say how to run a plan in vLLM, SGLang, llama.cpp or Transformers.",
     "predict": "Predict what a plan gains on hardware one does not have.",

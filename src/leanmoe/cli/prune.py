@@ -34,6 +34,9 @@ def prune(
     plan: Annotated[
         bool, typer.Option("--plan", help="Write plan.json and touch no weights.")
     ] = False,
+    allocation: Annotated[
+        str, typer.Option(help="even, or evoesap: layers of a plan keep different numbers.")
+    ] = "even",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Allow the model's own Python code to run.")
@@ -51,10 +54,21 @@ def prune(
     from leanmoe.job.prune import prune as run
 
     settings = PruneSettings(
-        model, keep, criterion, text, tokens, seed, protect, plan, dtype, trust_remote_code
+        model,
+        keep,
+        criterion,
+        text,
+        tokens,
+        seed,
+        protect,
+        plan,
+        allocation,
+        dtype,
+        trust_remote_code,
     )
     found = run(settings, output)
-    count = len(found.kept[0])
+    counts = sorted({len(experts) for experts in found.kept})
+    count = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     if as_json:
         print(
             json.dumps(

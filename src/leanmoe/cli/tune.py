@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -41,6 +41,13 @@ def tune(
             help="'auto': leanmoe's own, compared with every other; or one of them by its name."
         ),
     ] = _DEFAULT.strategy,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="A memory budget: the share or number of experts a plan may use."),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="How experts are ranked for --keep; see leanmoe prune.")
+    ] = _DEFAULT.criterion,
     input_tokens: Annotated[int, typer.Option(help="Prompt length.")] = _DEFAULT.input_tokens,
     output_tokens: Annotated[int, typer.Option(help="Output length.")] = _DEFAULT.output_tokens,
     repeats: Annotated[int, typer.Option(help="Of each throughput run.")] = _DEFAULT.repeats,
@@ -73,6 +80,8 @@ def tune(
         margin=_margin(margin),
         confidence=confidence,
         strategy=strategy,
+        keep=keep,
+        criterion=criterion,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         repeats=repeats,
@@ -118,11 +127,31 @@ def show(results: Results, folder: Path) -> None:
             f"{percent(gain['low'] - 1, 1)} to {percent(gain['high'] - 1, 1)}" if gain else "",
         )
     console.print(table)
+    if "total_or_activated" in results:
+        console.print(_totals(results["total_or_activated"]))
     for verdict in results["verdicts"]:
         console.print(f"{verdict['concurrency']} at once: {verdict['reason']}.", highlight=False)
     console.print()
     console.print(headline(results))
     console.print(f"Plan: {folder / 'plan.json'}   Page: {folder / 'report.html'}")
+
+
+def _totals(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Fewer experts in total, or a token, where as fast", title_justify="left")
+    for name in ("at once", "budget", "way", "memory", "time in experts", "loss", "verdict"):
+        table.add_column(name, justify="left" if name in ("way", "verdict") else "right")
+    for row in rows:
+        loss = row["loss"]
+        table.add_row(
+            str(row["concurrency"]),
+            row["budget"],
+            row["way"],
+            f"{row['memory']:.0%}",
+            f"{row['time']:.0%}",
+            f"{percent(loss['ratio'])} [{percent(loss['low'])}, {percent(loss['high'])}]",
+            row.get("against", {}).get("verdict", ""),
+        )
+    return table
 
 
 def _loads(text: str) -> tuple[int, ...]:

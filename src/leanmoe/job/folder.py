@@ -7,14 +7,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.job.settings import TuneSettings
 from leanmoe.storage import read_json, require_space, write_json, write_text
 
 SETTINGS = "settings.json"
 SPACE_BYTES = 200_000_000
+
+
+class Settings(Protocol):
+    """What a run was asked to do."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All that its results depend on."""
 
 
 @dataclass(frozen=True)
@@ -24,25 +30,25 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def open(cls, path: Path, settings: TuneSettings, overwrite: bool) -> RunFolder:
+    def open(cls, path: Path, settings: Settings, overwrite: bool, kind: str = "tune") -> RunFolder:
         """Creates the folder, or takes up the run in it if its settings are the same.
 
         Raises LeanMoeError when it holds another run (unless `overwrite`), something that is no
         run, or its disk is full.
         """
-        require_space(path, SPACE_BYTES, "a tune run")
+        require_space(path, SPACE_BYTES, f"{kind} results")
         folder = cls(path)
         if path.exists() and not path.is_dir():
             raise LeanMoeError(f"output {path} is a file: give a folder")
         if path.exists() and any(path.iterdir()):
-            folder._take_up(settings, overwrite)
+            folder._take_up(settings, overwrite, kind)
         write_json(path / SETTINGS, settings.to_json())
         return folder
 
-    def _take_up(self, settings: TuneSettings, overwrite: bool) -> None:
+    def _take_up(self, settings: Settings, overwrite: bool, kind: str) -> None:
         stored = self.path / SETTINGS
         if not stored.exists():
-            raise LeanMoeError(f"output {self.path} is not empty and holds no tune run")
+            raise LeanMoeError(f"output {self.path} is not empty and holds no {kind} run")
         found = read_json(stored, "settings")
         if found == settings.to_json():
             return

@@ -9,6 +9,7 @@ from typing import Any
 
 from leanmoe.errors import LeanMoeError
 from leanmoe.job.settings import TuneSettings
+from leanmoe.prune.choose import Kept
 from leanmoe.quality.paired import require_documents
 from leanmoe.quality.windows import Windows, cut
 from leanmoe.runtime import find_layers, load_model, shape_of, why_not_full_attention
@@ -37,6 +38,8 @@ class Inputs:
     prompts: list[list[int]]
     """Held-out prompts for the load."""
     counts: dict[str, dict[str, int]]
+    kept: Kept | None = None
+    """The experts that every plan is restricted to, where there is a memory budget."""
 
 
 def read_inputs(settings: TuneSettings) -> Inputs:

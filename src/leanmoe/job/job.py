@@ -16,8 +16,16 @@ from typing import Any
 from leanmoe.job.compare import compare_strategies, strategy_points
 from leanmoe.job.folder import RunFolder
 from leanmoe.job.inputs import Inputs, read_inputs
-from leanmoe.job.search import Proved, plan_losses, points_for, prove, workloads
+from leanmoe.job.search import (
+    Proved,
+    plan_losses,
+    point_plan,
+    points_for,
+    prove,
+    workloads,
+)
 from leanmoe.job.settings import TuneSettings
+from leanmoe.job.totals import kept_by_budget, total_or_activated
 from leanmoe.job.verdict import verdict_on
 from leanmoe.load import Load, Variant, compare
 from leanmoe.load.in_process import served_experts
@@ -25,11 +33,13 @@ from leanmoe.plan import Band, Plan, Rule
 from leanmoe.profile.measure import profile as measure_profile
 from leanmoe.profile.saved import Profile
 from leanmoe.provenance import collect
+from leanmoe.prune.choose import restricted
 from leanmoe.quality.documents import Losses
 from leanmoe.report import write_report
 from leanmoe.runtime import IMPLEMENTATION, apply
 from leanmoe.storage import write_json
 from leanmoe.tune.candidates import Candidate, Phase, candidates
+from leanmoe.tune.front import Point
 from leanmoe.tune.layer_time import LayerTime
 from leanmoe.tune.sensitivity import Sensitivity, measure
 
@@ -51,6 +61,11 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
     found = _sensitivities(inputs, folder, settings)
     full = Losses.from_json(folder.step("full", partial(_full_losses, inputs)))
     times = _times(inputs, profile, folder, settings)
+    totals: list[dict[str, Any]] = []
+    if settings.keep is not None:
+        kept = kept_by_budget(inputs, settings, folder.step)
+        totals = total_or_activated(inputs, profile, found, times, kept, settings, folder.step)
+        inputs = replace(inputs, kept=kept[settings.keep])
     proved = _prove_all(inputs, profile, found, times, full, folder, settings)
     strategies = [
         compare_strategies(inputs, profile, found, together, settings, folder.step)
@@ -58,6 +73,8 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
         if settings.strategy == "auto"
     ]
     chosen = {load: _last_accepted(points) for load, points in proved.items()}
+    if not any(chosen.values()):  # the experts of the budget alone lose too much
+        inputs = replace(inputs, kept=None)
     proposal = assemble(inputs, chosen, settings)
     gain = [
         folder.step(f"gain-{load}", partial(_gain, inputs, proposal, load, settings))
@@ -67,8 +84,8 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
         verdict_on(load, up_to, proved[load], chosen[load], entry)
         for load, up_to, entry in zip(settings.loads, settings.bands(), gain, strict=True)
     ]
-    kept = {v["concurrency"]: chosen[v["concurrency"]] for v in verdicts if v["accepted"]}
-    plan = assemble(inputs, kept, settings, collect(command, settings.seed).to_json())
+    faster = {v["concurrency"]: chosen[v["concurrency"]] for v in verdicts if v["accepted"]}
+    plan = assemble(inputs, faster, settings, collect(command, settings.seed).to_json())
     plan.save(folder.path / "plan.json")
     results = {
         "leanmoe_results": 1,
@@ -82,11 +99,14 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
             "tokens": inputs.searched.tokens,
             "candidates": [s.to_json() for s in found],
         },
-        "fronts": [_front(load, proved[load], chosen[load], profile) for load in settings.loads],
+        "fronts": [
+            _front(inputs, load, proved[load], chosen[load], profile) for load in settings.loads
+        ],
         "strategies": strategies,
+        **({"total_or_activated": totals} if totals else {}),
         "gain": gain,
         "verdicts": verdicts,
-        "notes": _notes(verdicts, settings),
+        "notes": _notes(verdicts, settings, inputs.kept is not None),
         "seconds": folder.seconds(),
         "peak_memory_bytes": peak_memory(),
     }
@@ -104,6 +124,7 @@ def assemble(
     """One plan of the points chosen for the loads; a load without one gets an empty band.
 
     The prompt rules are shared by all loads: they stay only if some load was accepted with them.
+    With a memory budget its experts are the only ones, in every band and beyond the last.
     """
     fingerprint = inputs.shape.fingerprint()
     bands: list[Band] = []
@@ -114,7 +135,8 @@ def assemble(
         bands.append(Band(up_to, point.point.decode if point else empty))
         if point is not None:
             prompt = point.point.prompt
-    return Plan(fingerprint, tuple(bands), prompt, dict(provenance or {}))
+    plan = Plan(fingerprint, tuple(bands), prompt, dict(provenance or {}))
+    return plan if inputs.kept is None else restricted(plan, inputs.kept)
 
 
 def peak_memory() -> int:
@@ -200,6 +222,9 @@ def _prove_all(
     for load in reversed(settings.loads):
         if settings.strategy in ("auto", "leanmoe"):
             points = points_for(load, found, profile, times[load], settings, full.mean, prompt)
+            if inputs.kept is not None:
+                nothing = (Rule(),) * len(profile.layers)
+                points.insert(0, Point((), nothing, 0.0, 1.0, "the experts kept alone"))
         else:
             points = strategy_points(inputs, profile, found, load, times[load], settings)
         proved[load] = prove(inputs, points, load, full, settings, folder.step)
@@ -242,13 +267,14 @@ def _gain(inputs: Inputs, plan: Plan, load: int, settings: TuneSettings) -> dict
 
 
 def _front(
-    load: int, points: Sequence[Proved], chosen: Proved | None, profile: Profile
+    inputs: Inputs, load: int, points: Sequence[Proved], chosen: Proved | None, profile: Profile
 ) -> dict[str, Any]:
     from leanmoe.profile.replay import replay
 
     entries = []
     for point in points:
-        replays = [replay(profile, n, rule, load) for n, rule in enumerate(point.point.decode)]
+        rules = point_plan(inputs, point.point).bands[0].rules
+        replays = [replay(profile, n, rule, load) for n, rule in enumerate(rules)]
         distinct = sum(r.distinct for r in replays) / len(replays)
         entries.append(point.to_json(point is chosen, [r.slots for r in replays], distinct))
     return {"concurrency": load, "points": entries}
@@ -268,7 +294,9 @@ def _model(inputs: Inputs, settings: TuneSettings) -> dict[str, Any]:
     }
 
 
-def _notes(verdicts: Sequence[Mapping[str, Any]], settings: TuneSettings) -> list[str]:
+def _notes(
+    verdicts: Sequence[Mapping[str, Any]], settings: TuneSettings, is_restricted: bool
+) -> list[str]:
     replies = settings.output_tokens
     notes = [
         f"Loss is measured on what a service at this load reads: replies of {replies} tokens to "
@@ -277,6 +305,17 @@ def _notes(verdicts: Sequence[Mapping[str, Any]], settings: TuneSettings) -> lis
         "Layer times on the fronts are modelled from timings of one layer on this machine; "
         "throughput is measured end to end.",
     ]
+    if settings.keep is not None and is_restricted:
+        notes.append(
+            f"Memory budget: every rule uses the same {settings.keep} of the experts; `leanmoe "
+            f"prune --criterion {settings.criterion} --keep {settings.keep}` writes a checkpoint "
+            "with fewer."
+        )
+    elif settings.keep is not None:
+        notes.append(
+            f"No plan with {settings.keep} of the experts is within the margin: the memory budget "
+            "is not met, and the plan is empty."
+        )
     refused = [str(v["concurrency"]) for v in verdicts if not v["accepted"]]
     if refused:
         notes.append(f"No gain is claimed at {', '.join(refused)} at once: the band stays empty.")

@@ -6,7 +6,7 @@ Letters: L MoE layers, E experts, T tokens, D hidden width.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,25 @@ from leanmoe.errors import LeanMoeError
 from leanmoe.job.inputs import quiet
 from leanmoe.progress import bar
 from leanmoe.provenance import collect
+from leanmoe.prune.allocation import Allocated, Counts, Evolution, evolve, fewest
 from leanmoe.prune.checkpoint import read_source, write_pruned
 from leanmoe.prune.choose import Kept, as_plan, best_experts, kept_count
 from leanmoe.prune.criteria import Criterion, Scores, criterion, place_scores
 from leanmoe.prune.output_error import SAMPLE_TOKENS, removal_order
 from leanmoe.prune.statistics import ExpertStatistics, watch
+from leanmoe.quality.acceptance import Acceptance
 from leanmoe.quality.forward import final_hidden, hidden_of
 from leanmoe.quality.windows import Windows, cut
-from leanmoe.runtime import find_layers, load_model, record, shape_of
+from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, load_model, record, shape_of
 from leanmoe.shape import REFERENCE, MoEShape, read_shape
 from leanmoe.storage import write_json
 from leanmoe.text import read_corpus, split
 
 PLAN_FILE = "plan.json"
+EVEN = "even"
+ALLOCATIONS = (EVEN, "evoesap")
+ALLOCATION_TOKENS = 4096
+"""Of calibration text, on which each allocation is compared with the full model."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class PruneSettings:
     protect: bool = True
     """Whether experts with extreme outputs stay whatever their score."""
     as_plan: bool = False
+    allocation: str = "even"
+    """How layers share the experts: "even", or "evoesap" (a plan's layers may differ)."""
     dtype: str | None = None
     trust_remote_code: bool = False
 
@@ -67,18 +75,21 @@ def prune(settings: PruneSettings, output: Path) -> Pruned:
     wanted = criterion(settings.criterion)
     shape = read_shape(settings.model)
     count = kept_count(settings.keep, shape)
+    _check_allocation(settings, wanted)
     source = None if settings.as_plan else read_source(checkpoint_folder(settings.model))
     if output.exists() and settings.as_plan and (output / PLAN_FILE).exists():
         raise LeanMoeError(f"output {output} holds a {PLAN_FILE}: give another folder")
-    scores_LE, protected, tokens = _rank(settings, wanted, shape, count)
-    if not settings.protect:
-        protected = ()
-    kept = best_experts(scores_LE, count, shape, protected)
+    ranked = _rank(settings, wanted, shape, count)
+    protected = ranked.protected if settings.protect else ()
+    found = _allocate(settings, ranked, shape, count, protected)
+    counts = count if found is None else found.counts
+    kept = best_experts(ranked.scores_LE, counts, shape, protected)
     provenance = collect(" ".join(["leanmoe", *sys.argv[1:]]), settings.seed).to_json()
     record_of = {
         "settings": asdict(settings),
         "criterion": {"title": wanted.title, "source": wanted.source},
-        "calibration_tokens": tokens,
+        "calibration_tokens": ranked.tokens,
+        "allocation": None if found is None else asdict(found),
         "protected": [list(pair) for pair in protected],
         "provenance": provenance,
     }
@@ -118,13 +129,22 @@ def checkpoint_folder(name: str) -> Path:
         raise LeanMoeError(f"model {name} could not be fetched: {reason}") from error
 
 
-def _rank(
-    settings: PruneSettings, wanted: Criterion, shape: MoEShape, count: int
-) -> tuple[Scores, tuple[tuple[int, int], ...], int]:
-    """Scores [L,E], the experts with extreme outputs, and the tokens that were read."""
+@dataclass(frozen=True)
+class _Ranked:
+    """Scores [L,E], the experts with extreme outputs, the tokens read, and what they were read by:
+    absent where no text is needed."""
+
+    scores_LE: Scores
+    protected: tuple[tuple[int, int], ...] = ()
+    tokens: int = 0
+    model: Any = None
+    windows: Windows | None = None
+
+
+def _rank(settings: PruneSettings, wanted: Criterion, shape: MoEShape, count: int) -> _Ranked:
     layers = len(shape.moe_layers)
     if not wanted.needs_text:
-        return place_scores(wanted, layers, shape.experts, settings.seed), (), 0
+        return _Ranked(place_scores(wanted, layers, shape.experts, settings.seed))
     corpus = read_corpus(settings.text)
     quiet()
     calibration, _ = split(corpus.documents, 0.5, settings.seed)
@@ -133,8 +153,84 @@ def _rank(
     seen = observe(model, windows)
     protected = tuple(seen.super_experts())
     if wanted.by_statistics is not None:
-        return wanted.by_statistics(seen), protected, seen.tokens
-    return output_errors(model, windows, count), protected, seen.tokens
+        scores_LE = wanted.by_statistics(seen)
+    else:
+        least = count if settings.allocation == EVEN else fewest(shape)
+        scores_LE = output_errors(model, windows, least)
+    return _Ranked(scores_LE, protected, seen.tokens, model, windows)
+
+
+def _check_allocation(settings: PruneSettings, wanted: Criterion) -> None:
+    if settings.allocation not in ALLOCATIONS:
+        raise LeanMoeError(
+            f"allocation is {settings.allocation!r}: it must be {' or '.join(ALLOCATIONS)}"
+        )
+    if settings.allocation == EVEN:
+        return
+    if not settings.as_plan:
+        raise LeanMoeError(
+            f"--allocation {settings.allocation} gives layers different numbers of experts, which "
+            "no stock engine loads: add --plan, which touches no weights"
+        )
+    if not wanted.needs_text:
+        raise LeanMoeError(
+            f"--allocation {settings.allocation} compares models on text: criterion "
+            f"{wanted.name} reads none"
+        )
+
+
+def _allocate(
+    settings: PruneSettings,
+    ranked: _Ranked,
+    shape: MoEShape,
+    count: int,
+    protected: tuple[tuple[int, int], ...],
+) -> Allocated | None:
+    """Each layer's number of experts; None where all keep as many."""
+    if settings.allocation == EVEN or ranked.windows is None:
+        return None
+    searched = first_windows(ranked.windows, ALLOCATION_TOKENS)
+    return allocate(
+        ranked.model, ranked.scores_LE, searched, shape, count, protected, settings.seed
+    )
+
+
+def allocate(
+    model: Any,
+    scores_LE: Scores,
+    windows: Windows,
+    shape: MoEShape,
+    count: int,
+    protected: tuple[tuple[int, int], ...] = (),
+    seed: int = 0,
+) -> Allocated:
+    """EvoESAP: numbers of experts whose mean is `count`, fittest by acceptance on the windows."""
+    against = Acceptance(model, windows)
+
+    def fitness(counts: Counts) -> float:
+        try:
+            kept = best_experts(scores_LE, counts, shape, protected)
+        except LeanMoeError:  # more protected than so few leave room for
+            return 0.0
+        with apply(model, as_plan(kept, shape), experts=IMPLEMENTATION):
+            return against.of(model)
+
+    evolution = Evolution()
+    total = 1 + evolution.generations * evolution.children
+    with bar("Allocating experts", total, "allocations") as advance:
+        return evolve(count, shape, fitness, evolution, seed, advance)
+
+
+def first_windows(windows: Windows, tokens: int) -> Windows:
+    """The first of the windows, until they hold so many tokens; their documents' names stay."""
+    held = windows.lengths_N.cumsum(0)
+    count = int((held < tokens).sum()) + 1
+    return replace(
+        windows,
+        ids_NL=windows.ids_NL[:count],
+        lengths_N=windows.lengths_N[:count],
+        documents_N=windows.documents_N[:count],
+    )
 
 
 def observe(model: Any, windows: Windows) -> ExpertStatistics:

@@ -14,6 +14,7 @@ from leanmoe.load.continuous import PREFILL_TOKENS_A_STEP
 from leanmoe.plan import Plan, Rule
 from leanmoe.profile.replay import replay
 from leanmoe.profile.saved import Profile
+from leanmoe.prune.choose import restricted
 from leanmoe.quality.divergence import losses
 from leanmoe.quality.documents import Losses
 from leanmoe.quality.paired import Verdict, non_inferior
@@ -155,7 +156,8 @@ def _digest(rules: Sequence[Rule]) -> str:
 
 
 def point_plan(inputs: Inputs, point: Point) -> Plan:
-    """The point's rules at every load."""
+    """The point's rules at every load, with the experts of the memory budget if there is one."""
     fingerprint = inputs.shape.fingerprint()
     plan = Plan.per_layer(fingerprint, point.decode)
-    return Plan(fingerprint, plan.bands, point.prompt)
+    plan = Plan(fingerprint, plan.bands, point.prompt)
+    return plan if inputs.kept is None else restricted(plan, inputs.kept)

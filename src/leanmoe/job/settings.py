@@ -25,6 +25,10 @@ class TuneSettings:
     confidence: float = 0.95
     strategy: str = "auto"
     """A strategy by name, or "auto": leanmoe's own search, compared with all the others."""
+    keep: str | None = None
+    """A memory budget: share or number of a layer's experts that the plan may use at all."""
+    criterion: str = "easy-ep"
+    """By what experts are ranked where there is a memory budget."""
     input_tokens: int = 256
     output_tokens: int = 32
     repeats: int = 5
@@ -63,6 +67,13 @@ class TuneSettings:
             from leanmoe.tune.strategies import strategy  # needs torch, and --help must not
 
             strategy(self.strategy)
+        if self.keep is not None:
+            from leanmoe.prune.choose import kept_count
+            from leanmoe.prune.criteria import criterion
+            from leanmoe.shape import read_shape
+
+            criterion(self.criterion)
+            kept_count(self.keep, read_shape(self.model))
         _require(self.output_tokens >= 2, "output-tokens", self.output_tokens, "at least 2")
 
     def scored_window(self, can_branch: bool) -> tuple[int, int, int]:

@@ -6,12 +6,13 @@ Letters: L MoE layers, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.plan import Plan, Rule
+from leanmoe.plan import Band, Plan, Rule
 from leanmoe.shape import MoEShape
 
 Kept = tuple[tuple[int, ...], ...]
@@ -59,22 +60,25 @@ def check_count(kept: int, shape: MoEShape) -> None:
 
 def best_experts(
     scores_LE: NDArray[np.float64],
-    kept: int,
+    kept: int | Sequence[int],
     shape: MoEShape,
     protected: Sequence[tuple[int, int]] = (),
 ) -> Kept:
     """The experts of highest score, `kept` in each layer and equally many in each group.
 
+    `kept` is a number for every layer, or one for each: engines need equal ones, a plan does not.
     `protected` are pairs of layer and expert that stay whatever their score. Equal scores: the
     lower id. Raises LeanMoeError where more are protected than may remain.
     """
     groups = groups_of(shape)
-    size, each = shape.experts // groups, kept // groups
+    size = shape.experts // groups
+    counts = [kept] * len(scores_LE) if isinstance(kept, int) else list(kept)
     scores_LE = scores_LE.astype(np.float64, copy=True)
     for layer, expert in protected:
         scores_LE[layer, expert] = np.inf
     found = []
-    for layer, scores_E in enumerate(scores_LE):
+    for layer, (scores_E, count) in enumerate(zip(scores_LE, counts, strict=True)):
+        each = count // groups
         chosen: list[int] = []
         for first in range(0, shape.experts, size):
             scores_S = scores_E[first : first + size]
@@ -94,6 +98,24 @@ def as_plan(kept: Kept, shape: MoEShape, provenance: dict[str, object] | None = 
     rules = tuple(Rule(experts=experts) for experts in kept)
     plan = Plan.per_layer(shape.fingerprint(), rules)
     return Plan(plan.model, plan.bands, provenance=provenance or {})
+
+
+def restricted(plan: Plan, kept: Kept) -> Plan:
+    """The plan with these experts alone, at every load: steps beyond its last band too."""
+
+    def rules(those: Sequence[Rule]) -> tuple[Rule, ...]:
+        return tuple(_restricted(rule, ids) for rule, ids in zip(those, kept, strict=True))
+
+    bands = [Band(band.up_to, rules(band.rules)) for band in plan.bands]
+    if not bands or bands[-1].up_to is not None:
+        bands.append(Band(None, rules([Rule()] * len(kept))))
+    prompt = rules(plan.prompt) if plan.prompt else ()
+    return Plan(plan.model, tuple(bands), prompt, plan.provenance)
+
+
+def _restricted(rule: Rule, kept: tuple[int, ...]) -> Rule:
+    budget = None if rule.budget is None else min(rule.budget, len(kept))
+    return replace(rule, experts=kept, budget=budget)
 
 
 def groups_of(shape: MoEShape) -> int:

@@ -82,6 +82,14 @@ class Head:
         """log Z [T] of the next-token distribution; not finite where a logit is not."""
         return torch.cat([_log_sum_exp_in_place(part)[0] for part in self._slices(hidden_TD)])
 
+    def log_normaliser_and_likeliest(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(log Z [T], the token [T] with the largest logit)."""
+        normalisers, tokens = [], []
+        for logits_TV in self._slices(hidden_TD):
+            tokens.append(logits_TV.argmax(-1))
+            normalisers.append(_log_sum_exp_in_place(logits_TV)[0])
+        return torch.cat(normalisers), torch.cat(tokens)
+
     def expected(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(log Z [T], mean output vector [T, D] under the next-token distribution)."""
         normalisers, means = [], []
@@ -90,6 +98,11 @@ class Head:
             normalisers.append(normaliser_T)
             means.append(logits_TV @ self.weight_VD / sums_T[:, None])
         return torch.cat(normalisers), torch.cat(means)
+
+    def shared_mass(self, first_TD: Tensor, second_TD: Tensor) -> Tensor:
+        """Σ_v min(p_v, q_v) [T] of two next-token distributions: 1 where they are the same."""
+        parts = zip(self._slices(first_TD), self._slices(second_TD), strict=True)
+        return torch.cat([torch.minimum(a.softmax(-1), b.softmax(-1)).sum(-1) for a, b in parts])
 
     def crossed(self, expected_TD: Tensor, hidden_TD: Tensor) -> Tensor:
         """The mean logit [T], float64, short of the bias: under the distribution whose mean output

@@ -23,9 +23,17 @@ import torch
 
 from leanmoe import provenance
 from leanmoe.errors import LeanMoeError
+from leanmoe.quality.local_tasks import (
+    Item,
+    blimp_pairs,
+    lambada_rows,
+    piqa_choices,
+    qasc_choices,
+)
+from leanmoe.quality.rows import Row
 from leanmoe.reference import path, tasks
-from leanmoe.reference.scoring import Row, Scorer
-from leanmoe.reference.tasks import Choice, Text
+from leanmoe.reference.scoring import Scorer
+from leanmoe.reference.tasks import Text
 from leanmoe.storage import read_json, write_json
 
 EVALUATION_SCHEMA = 1
@@ -89,7 +97,7 @@ def evaluate_text(text: Text, nlls: Floats) -> dict[str, Any]:
     }
 
 
-def evaluate_choices(scorer: Scorer, questions: Sequence[Choice], what: str) -> dict[str, Any]:
+def evaluate_choices(scorer: Scorer, questions: Sequence[Item], what: str) -> dict[str, Any]:
     """Accuracy of the likeliest answer: of its summed log-likelihood, and of that per byte."""
     scores = scorer.score([row for question in questions for row in question.rows], what)
     plain = normalised = start = 0
@@ -202,12 +210,10 @@ class Evaluation:
         if "expert_use" not in self.results:
             self.held_out_text()
         parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "lambada": lambda: evaluate_lambada(
-                scorer, tasks.lambada_rows(scorer, data), "LAMBADA"
-            ),
-            "piqa": lambda: evaluate_choices(scorer, tasks.piqa_choices(scorer, data), "PIQA"),
-            "qasc": lambda: evaluate_choices(scorer, tasks.qasc_choices(scorer, data), "QASC"),
-            "blimp": lambda: evaluate_blimp(scorer, tasks.blimp_pairs(scorer, data), "BLiMP"),
+            "lambada": lambda: evaluate_lambada(scorer, lambada_rows(scorer, data), "LAMBADA"),
+            "piqa": lambda: evaluate_choices(scorer, piqa_choices(scorer, data), "PIQA"),
+            "qasc": lambda: evaluate_choices(scorer, qasc_choices(scorer, data), "QASC"),
+            "blimp": lambda: evaluate_blimp(scorer, blimp_pairs(scorer, data), "BLiMP"),
         }
         for name, part in parts.items():
             if name not in self.results:
@@ -246,10 +252,10 @@ class Evaluation:
                     "units": len(sizes),
                     "unit_is": sample.unit_is,
                 }
-            lambada = tasks.lambada_rows(scorer, self.data, s.lambada_items)
-            found["lambada"] = evaluate_lambada(scorer, lambada, f"LAMBADA, k={k}")
-            blimp = tasks.blimp_pairs(scorer, self.data, s.blimp_pairs)
-            found["blimp"] = evaluate_blimp(scorer, blimp, f"BLiMP, k={k}")
+            last_words = lambada_rows(scorer, self.data, s.lambada_items)
+            found["lambada"] = evaluate_lambada(scorer, last_words, f"LAMBADA, k={k}")
+            pairs = blimp_pairs(scorer, self.data, s.blimp_pairs)
+            found["blimp"] = evaluate_blimp(scorer, pairs, f"BLiMP, k={k}")
         return found
 
 

@@ -1,20 +1,19 @@
-"""The evaluation files as rows to score: held-out text, LAMBADA, PIQA, QASC, BLiMP."""
+"""Held-out text as rows to score; the tasks beside it are those of `quality.local_tasks`."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from leanmoe.errors import LeanMoeError
+from leanmoe.quality.local_tasks import BLIMP, LAMBADA, PIQA, PIQA_LABELS, QASC
+from leanmoe.quality.rows import Row
 from leanmoe.reference.prepare import split_documents
-from leanmoe.reference.scoring import Row, Scorer
+from leanmoe.reference.scoring import Scorer
 
 TEXTS = {
     "novels": "novels_valid.txt",
@@ -23,10 +22,6 @@ TEXTS = {
     "textbooks": "textbooks_ccby_valid.txt",
     "wikitext2": "wikitext2_valid.txt",
 }
-LAMBADA = "lambada_openai_test.jsonl"
-PIQA, PIQA_LABELS = "piqa_valid.jsonl", "piqa_valid-labels.lst"
-QASC = "qasc_dev.jsonl"
-BLIMP = "blimp"
 FEWEST_DOCUMENTS = 10
 """A text of fewer documents is paired by passages of one context length instead."""
 
@@ -107,79 +102,3 @@ def first_windows(text: Text, tokens: int, seed: int) -> Text:
         row_bytes=[text.row_bytes[row] for row in chosen],
         units=list(range(len(chosen))),
     )
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One question: a row per answer, the answer's UTF-8 bytes, and which is right."""
-
-    rows: list[Row]
-    answer_bytes: list[int]
-    right: int
-
-
-def lambada_rows(scorer: Scorer, folder: Path, limit: int | None = None) -> list[Row]:
-    """Passages whose last word (with the space before it) is to be predicted."""
-    rows: list[Row] = []
-    for item in _lines(folder / LAMBADA)[:limit]:
-        context, word = item["text"].rsplit(" ", 1)
-        rows.append(_continued(scorer, context, f" {word}"))
-    return rows
-
-
-def piqa_choices(scorer: Scorer, folder: Path) -> list[Choice]:
-    """PIQA as `Question: goal`, `Answer: solution`."""
-    labels = (folder / PIQA_LABELS).read_text().split()
-    return [
-        _choice(scorer, item["goal"], [item["sol1"], item["sol2"]], int(label))
-        for item, label in zip(_lines(folder / PIQA), labels, strict=True)
-    ]
-
-
-def qasc_choices(scorer: Scorer, folder: Path) -> list[Choice]:
-    """QASC's eight choices after the question alone, without its facts."""
-    questions: list[Choice] = []
-    for item in _lines(folder / QASC):
-        options = item["question"]["choices"]
-        right = [option["label"] for option in options].index(item["answerKey"])
-        answers = [option["text"] for option in options]
-        questions.append(_choice(scorer, item["question"]["stem"], answers, right))
-    return questions
-
-
-def blimp_pairs(
-    scorer: Scorer, folder: Path, limit: int | None = None
-) -> dict[str, list[tuple[Row, Row]]]:
-    """By paradigm: the good and the bad sentence of each pair."""
-
-    def whole(sentence: str) -> Row:
-        return Row((scorer.start_id, *scorer.encode(sentence)))
-
-    return {
-        file.stem: [
-            (whole(item["sentence_good"]), whole(item["sentence_bad"]))
-            for item in _lines(file)[:limit]
-        ]
-        for file in sorted((folder / BLIMP).glob("*.jsonl"))
-    }
-
-
-def _choice(scorer: Scorer, question: str, answers: Sequence[str], right: int) -> Choice:
-    prompt = f"Question: {question}\nAnswer:"
-    rows = [_continued(scorer, prompt, f" {answer}") for answer in answers]
-    return Choice(rows, [len(f" {answer}".encode()) for answer in answers], right)
-
-
-def _continued(scorer: Scorer, context: str, continuation: str) -> Row:
-    head = [scorer.start_id, *scorer.encode(context)]
-    tail = scorer.encode(continuation)
-    head = head[-(scorer.context + 1 - len(tail)) :]
-    return Row((*head, *tail), first=len(head))
-
-
-def _lines(path: Path, parse: Callable[[str], Any] = json.loads) -> list[Any]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    try:
-        return [parse(line) for line in lines if line.strip()]
-    except json.JSONDecodeError as error:
-        raise LeanMoeError(f"{path} is not JSON lines: {error.msg}") from error

@@ -54,6 +54,7 @@ def page(results: Results, plan: dict[str, Any]) -> str:
             *[_front(results, f["concurrency"]) for f in results["fronts"]],
             _plan(results, plan),
             *_strategies(results),
+            *_totals(results),
             _experts(results),
             _provenance(results),
         ]
@@ -74,10 +75,21 @@ def document(title: str, body: str) -> str:
     )
 
 
+def is_restricted(results: Results) -> bool:
+    """Whether a memory budget is met: every rule uses the experts kept alone."""
+    has_budget = results["settings"].get("keep") is not None
+    return has_budget and any(p["chosen"] for f in results["fronts"] for p in f["points"])
+
+
 def headline(results: Results) -> str:
     """The verdict in one sentence, losses and ties as plainly as wins."""
     accepted = [v for v in results["verdicts"] if v["accepted"] and v.get("gain")]
     margin = percent(results["settings"]["margin"], 1)
+    if not accepted and is_restricted(results):
+        return (
+            f"No plan is surely faster: the plan is {results['settings']['keep']} of the experts "
+            f"alone, whose loss is proven within {margin}."
+        )
     if not accepted:
         return (
             f"No plan is faster with a loss proven within {margin}: the plan stays empty and the "
@@ -223,6 +235,36 @@ def _strategy_table(table: dict[str, Any]) -> str:
     kind = "experts a token" if budget["kind"] == "slots" else "distinct experts a step"
     names = ["strategy", "source", "slots", "distinct", "loss (95%)", "over leanmoe (95%)"]
     return f"<h3>{budget['value']:.3g} {kind}</h3>" + table_with(names, rows, {1}, ours)
+
+
+def _totals(results: Results) -> list[str]:
+    """Fewer experts in total beside fewer a token, where there was a memory budget."""
+    found = results.get("total_or_activated")
+    if not found:
+        return []
+    rows = [
+        [
+            str(row["concurrency"]),
+            escape(row["budget"]),
+            escape(row["way"]),
+            f"{row['memory']:.0%}",
+            f"{row['time']:.0%}",
+            _interval(row["loss"], "ratio", 2),
+            escape(row.get("against", {}).get("verdict", "")),
+        ]
+        for row in found
+    ]
+    names = ["at once", "experts kept", "way", "memory", "time", "loss (95%)", "verdict"]
+    return [
+        _section(
+            "Fewer experts in total, or fewer a token?",
+            "loss measured, layer time modelled",
+            "At each load and memory budget: the experts kept alone, skipping that takes no longer "
+            "with all of them in memory, and both. The verdict compares the first two, paired by "
+            "document.",
+            _table(names, rows, words={2, 6}),
+        )
+    ]
 
 
 def _experts(results: Results) -> str:

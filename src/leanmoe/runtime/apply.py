@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from leanmoe.errors import LeanMoeError
@@ -217,7 +218,17 @@ def _replace_router(
 
 
 def _padding(mask: Any, length: int) -> Tensor | None:
-    """True where the call's tokens are padding, from a 2-d attention mask over cache and call."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    """True where the call's tokens are padding.
+
+    From a 2-d attention mask over cache and call, or a 4-d one over a call without cache, where a
+    token that may not even see itself is padding.
+    """
+    if not isinstance(mask, Tensor):
         return None
-    return mask[:, -length:] == 0
+    if mask.dim() == 2:
+        return mask[:, -length:] == 0
+    if mask.dim() == 4 and mask.shape[-2:] == (length, length):
+        itself = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        hidden = ~itself if itself.dtype == torch.bool else itself < 0
+        return hidden if bool(hidden.any()) else None
+    return None

@@ -1,0 +1,168 @@
+"""`leanmoe eval`: what plans cost on tasks, replies and texts, beside the full model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.job.eval_settings import EvalSettings
+from leanmoe.storage import read_json
+
+_DEFAULT = EvalSettings(model="reference")
+
+
+def eval(
+    model: Annotated[str, typer.Argument(help="A folder, a hub name, or 'reference'.")],
+    plan: Annotated[list[Path] | None, typer.Option(help="A plan's file; may be repeated.")] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="A rule for every layer, like top_k=6,keep_weights; may be repeated."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma separated: lm-evaluation-harness's, and with --data blimp, lambada, piqa, "
+            f"qasc. By default {', '.join(_DEFAULT.tasks)}; 'none' for none.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A folder with files of blimp, lambada, piqa, qasc.")
+    ] = None,
+    tasks_dir: Annotated[
+        str | None, typer.Option(help="A folder with lm-evaluation-harness tasks of your own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Questions of each task, and prompts, at most.")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each harness question.")
+    ] = None,
+    decode_batch: Annotated[
+        int, typer.Option(help="Requests that decode together in your service.")
+    ] = _DEFAULT.decode_batch,
+    mixes: Annotated[
+        int, typer.Option(help="Runs in other company, for rules that depend on it.")
+    ] = _DEFAULT.mixes,
+    margin: Annotated[
+        str, typer.Option(help="Largest loss of accuracy to accept, in percentage points.")
+    ] = f"{100 * _DEFAULT.margin:g}",
+    confidence: Annotated[float, typer.Option(help="Of every interval.")] = _DEFAULT.confidence,
+    engine: Annotated[
+        str, typer.Option(help="transformers, or vllm with leanmoe's plugin (harness tasks only).")
+    ] = _DEFAULT.engine,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="A .jsonl file of prompts, with answers or without, to reply to."),
+    ] = None,
+    generate_tokens: Annotated[int, typer.Option(help="Of each reply.")] = _DEFAULT.generate_tokens,
+    samples: Annotated[
+        int, typer.Option(help="Replies drawn per prompt with an answer: pass@1 to pass@n.")
+    ] = _DEFAULT.samples,
+    temperature: Annotated[float, typer.Option(help="Of drawn replies.")] = _DEFAULT.temperature,
+    domain: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE, a text to test on; may be repeated.")
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="CRITERION:KEEP, like easy-ep:75%: a plan ranked on each domain."),
+    ] = None,
+    domain_tokens: Annotated[
+        int, typer.Option(help="Tokens of each domain to test on, and to rank on.")
+    ] = _DEFAULT.domain_tokens,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")] = Path(
+        "runs/eval"
+    ),
+    seed: Annotated[int, typer.Option(help="Of every shuffle and draw.")] = _DEFAULT.seed,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Allow the model's own Python code to run.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run with other settings.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Compare plans with the full model on tasks, replies and texts, question by question.
+
+    A run that was stopped goes on where it was; more plans can be added to it. Example:
+    leanmoe eval reference --rule top_k=6,keep_weights --tasks blimp,piqa --data FOLDER
+    """
+    settings = EvalSettings(
+        model=model,
+        tasks=_tasks(tasks),
+        data=data,
+        tasks_dir=tasks_dir,
+        limit=limit,
+        fewshot=fewshot,
+        decode_batch=decode_batch,
+        mixes=mixes,
+        margin=_margin(margin),
+        confidence=confidence,
+        engine=engine,
+        prompts=prompts,
+        generate_tokens=generate_tokens,
+        samples=samples,
+        temperature=temperature,
+        domains=_domains(domain or []),
+        calibrate=calibrate,
+        domain_tokens=domain_tokens,
+        seed=seed,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    from leanmoe.job.evaluate import RESULTS, evaluate
+
+    command = "leanmoe " + " ".join(sys.argv[1:])
+    folder = evaluate(settings, plan or [], rule or [], output, command, overwrite)
+    results = read_json(folder / RESULTS, "results")
+    if as_json:
+        print(json.dumps({"run": str(folder), **results}))
+        return
+    _show(results, folder)
+
+
+def _show(results: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+
+    from leanmoe.job.evaluate import MEAN
+    from leanmoe.report.quality_tables import console_tables
+
+    console = Console(highlight=False)
+    for table in console_tables(results):
+        console.print(table)
+    for row in results.get("tasks", []):
+        if row["task"] == MEAN or len(_tasks_of(results)) == 1:
+            console.print(f"{row['plan']}, {row['task']}: {row['verdict']['reason']}.")
+    console.print(f"Results: {folder / 'results.json'}   Page: {folder / 'report.html'}")
+
+
+def _tasks_of(results: dict[str, Any]) -> set[str]:
+    return {row["task"] for row in results.get("tasks", [])}
+
+
+def _tasks(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return _DEFAULT.tasks
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    return () if names == ("none",) else names
+
+
+def _margin(text: str) -> float:
+    try:
+        return float(text.rstrip("%")) / 100
+    except ValueError as error:
+        raise LeanMoeError(f"margin is {text!r}: it must be percentage points like 1") from error
+
+
+def _domains(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    found = []
+    for text in texts:
+        name, _, file = text.partition("=")
+        if not name or not file:
+            raise LeanMoeError(f"--domain is {text!r}: it must be NAME=FILE")
+        found.append((name, file))
+    return tuple(found)

@@ -1,0 +1,186 @@
+"""Calibrated on one kind of text, tested on another: the loss of each plan on each domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leanmoe.errors import LeanMoeError
+from leanmoe.job.answers import served_experts
+from leanmoe.job.eval_settings import EvalSettings
+from leanmoe.job.folder import RunFolder
+from leanmoe.job.prune import observe, output_errors
+from leanmoe.job.variants import Named
+from leanmoe.plan import Plan
+from leanmoe.prune.choose import as_plan, best_experts, kept_count
+from leanmoe.prune.criteria import criterion, place_scores
+from leanmoe.quality.divergence import losses
+from leanmoe.quality.documents import Losses
+from leanmoe.quality.paired import loss_increase, require_documents
+from leanmoe.quality.windows import WINDOW_TOKENS, Windows, cut
+from leanmoe.runtime import apply, shape_of
+from leanmoe.text import Document, read_corpus
+
+FEWEST_DOCUMENTS = 60
+"""A text of fewer is cut into passages, which are then what statistics are paired by."""
+PASSAGE_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A text in two halves: one to calibrate on, one to test on."""
+
+    name: str
+    calibration: tuple[Document, ...]
+    heldout: tuple[Document, ...]
+    unit: str
+    """What statistics are paired by: documents, or passages of few documents."""
+
+
+def domain_matrix(
+    model: Any,
+    tokenizer: Any,
+    plans: Sequence[Named],
+    settings: EvalSettings,
+    folder: RunFolder,
+) -> dict[str, Any]:
+    """Rows: plans as given, and one calibrated on each domain; columns: the domains tested."""
+    domains = [read_domain(name, Path(file)) for name, file in settings.domains]
+    windows = {
+        d.name: cut(d.heldout, tokenizer, WINDOW_TOKENS, settings.domain_tokens, settings.seed)
+        for d in domains
+    }
+    for name, found in windows.items():
+        require_documents(found.documents, settings.confidence)
+        if len(found.lengths_N) < settings.decode_batch:
+            raise LeanMoeError(f"domain {name} gives {len(found.lengths_N)} windows: too few")
+    rows = [*plans]
+    if settings.calibrate is not None:
+        rows += [_calibrated(model, tokenizer, d, settings, folder) for d in domains]
+    empty = Plan(shape_of(model).fingerprint())
+
+    def measured(plan: Plan, key: str, what: str, where: Windows) -> Losses:
+        return Losses.from_json(folder.step(key, _measuring(model, plan, what, where, settings)))
+
+    full = {
+        name: measured(empty, f"domain-{name}-full", f"{name}, full model", where)
+        for name, where in windows.items()
+    }
+    return {
+        "domains": [
+            {
+                "name": d.name,
+                "unit": d.unit,
+                "units": windows[d.name].documents,
+                "tokens": windows[d.name].tokens,
+                "full_loss": full[d.name].mean,
+            }
+            for d in domains
+        ],
+        "calibrate": settings.calibrate,
+        "rows": [
+            {
+                "plan": each.name,
+                "loss": {
+                    name: loss_increase(
+                        full[name],
+                        measured(each.plan, f"domain-{name}-{each.digest}", _what(name, each), w),
+                        settings.confidence,
+                        settings.seed,
+                    ).to_json()
+                    for name, w in windows.items()
+                },
+            }
+            for each in rows
+        ],
+    }
+
+
+def read_domain(name: str, path: Path) -> Domain:
+    """The text of `path`, its first half of each document to calibrate on if they are few.
+
+    Many documents: every other one. Few: passages, the first half of each document's and the
+    rest, so that no passage is in both.
+    """
+    documents = read_corpus(str(path)).documents
+    if len(documents) >= FEWEST_DOCUMENTS:
+        return Domain(name, documents[::2], documents[1::2], "documents")
+    first: list[Document] = []
+    rest: list[Document] = []
+    for document in documents:
+        passages = _passages(document)
+        half = (len(passages) + 1) // 2
+        first += passages[:half]
+        rest += passages[half:]
+    if not rest:
+        raise LeanMoeError(f"domain {name}: {path} is too short to be cut into two halves")
+    return Domain(name, tuple(first), tuple(rest), "passages")
+
+
+def _passages(document: Document) -> list[Document]:
+    """The document's paragraphs, gathered until a passage is long enough."""
+    found: list[Document] = []
+    gathered: list[str] = []
+    for paragraph in document.text.split("\n"):
+        gathered.append(paragraph)
+        if sum(map(len, gathered)) >= PASSAGE_CHARACTERS:
+            found.append(Document(f"{document.name}, passage {len(found)}", "\n".join(gathered)))
+            gathered = []
+    if sum(map(len, gathered)) >= PASSAGE_CHARACTERS // 2:
+        found.append(Document(f"{document.name}, passage {len(found)}", "\n".join(gathered)))
+    return found
+
+
+def calibration(text: str) -> tuple[str, str]:
+    """ "easy-ep:75%" as criterion and share. Raises LeanMoeError where it is not."""
+    name, _, keep = text.rpartition(":")
+    if not name or not keep:
+        raise LeanMoeError(f"--calibrate is {text!r}: it must be like easy-ep:75%")
+    criterion(name)
+    return name, keep
+
+
+def _calibrated(
+    model: Any, tokenizer: Any, domain: Domain, settings: EvalSettings, folder: RunFolder
+) -> Named:
+    """Experts ranked on the domain's calibration half."""
+    name, keep = calibration(str(settings.calibrate))
+    wanted, shape = criterion(name), shape_of(model)
+    count = kept_count(keep, shape)
+
+    def rank() -> Any:
+        windows = cut(
+            domain.calibration, tokenizer, WINDOW_TOKENS, settings.domain_tokens, settings.seed
+        )
+        if wanted.by_place is not None:
+            layers = len(shape.moe_layers)
+            return best_experts(
+                place_scores(wanted, layers, shape.experts, settings.seed), count, shape
+            )
+        seen = observe(model, windows)
+        if wanted.by_statistics is not None:
+            scores = wanted.by_statistics(seen)
+        else:
+            scores = output_errors(model, windows, count)
+        return best_experts(scores, count, shape, tuple(seen.super_experts()))
+
+    stored = folder.step(f"calibrated-{domain.name}", rank)
+    kept = tuple(tuple(int(expert) for expert in layer) for layer in stored)
+    return Named(f"{name} {keep}, calibrated on {domain.name}", as_plan(kept, shape))
+
+
+def _measuring(
+    model: Any, plan: Plan, what: str, windows: Windows, settings: EvalSettings
+) -> Callable[[], Any]:
+    def compute() -> Any:
+        together = settings.decode_batch
+        with apply(model, plan, experts=served_experts(model), decode_batch=together):
+            return losses(model, windows, what, together).to_json()
+
+    return compute
+
+
+def _what(domain: str, each: Named) -> str:
+    return f"{domain}, {each.name}"

@@ -1,0 +1,209 @@
+"""The tables of an evaluation: on screen, and on its page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table as text."""
+
+    title: str
+    note: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def console_tables(results: Results) -> list[Table]:
+    """Every table of the results for a terminal."""
+    found = []
+    for sheet in sheets(results):
+        table = Table(title=sheet.title, title_justify="left")
+        for number, head in enumerate(sheet.heads):
+            table.add_column(head, justify="left" if number == 0 else "right")
+        for row in sheet.rows:
+            table.add_row(*row)
+        found.append(table)
+    return found
+
+
+def sheets(results: Results) -> list[Sheet]:
+    """Every table of the results."""
+    found: list[Sheet] = []
+    if "tasks" in results:
+        found += _tasks(results)
+    if "generation" in results:
+        found += _generation(results["generation"])
+    if "domains" in results:
+        found.append(_domains(results["domains"]))
+    return found
+
+
+def _tasks(results: Results) -> list[Sheet]:
+    settings = results["settings"]
+    sure = f"{100 * settings['confidence']:g}%"
+    rows, details = [], []
+    for row in results["tasks"]:
+        rows.append(
+            (
+                row["plan"],
+                row["task"],
+                f"{row['items']:,}",
+                f"{100 * row['full']:.2f}",
+                f"{100 * row['accuracy']:.2f}",
+                _points(row["difference"], row["low"], row["high"]),
+                "yes" if row["verdict"]["accepted"] else "no",
+            )
+        )
+        loss = row.get("loss")
+        details.append(
+            (
+                row["plan"],
+                row["task"],
+                f"{row['lost']}/{row['gained']}",
+                f"{row['mcnemar']:.2g}",
+                f"{100 * row['smallest_seen']:.2f}",
+                _mixes(row),
+                "" if loss is None else _percent(loss["ratio"], loss["low"], loss["high"]),
+            )
+        )
+    return [
+        Sheet(
+            f"Tasks: accuracy in percent, plan less full model in points [{sure}]",
+            f"Paired by question; {settings['decode_batch']} requests decode together.",
+            (
+                "plan",
+                "task",
+                "questions",
+                "full",
+                "plan's",
+                "difference",
+                f"within {100 * settings['margin']:g}",
+            ),
+            tuple(rows),
+        ),
+        Sheet(
+            "Tasks: how sure",
+            "Questions lost and gained; McNemar's exact p; the smallest loss, in points, that so "
+            "many questions show with power 0.8; the worst and the best mix of company; and how "
+            "much the loss of the right answers rises.",
+            ("plan", "task", "lost/gained", "p", "smallest seen", "mixes", "loss of answers"),
+            tuple(details),
+        ),
+    ]
+
+
+def _mixes(row: Results) -> str:
+    if row["mixes"] == 1:
+        return "1"
+    return f"{row['mixes']}: {100 * row['lowest_mix']:+.2f} to {100 * row['highest_mix']:+.2f}"
+
+
+def _generation(found: Results) -> list[Sheet]:
+    rows = []
+    for row in found["rows"]:
+        agreement, growth = row["agreement"], row["divergence"]["growth"]
+        rows.append(
+            (
+                row["plan"],
+                f"{100 * agreement['same']:.1f}%",
+                f"{agreement['quantiles']['0.5']:.0f}",
+                _change(row["repetition"], 100),
+                _change(row["length"], 1),
+                f"{row['divergence']['parts'][0]['mean']:.4f}",
+                f"{row['divergence']['parts'][-1]['mean']:.4f}",
+                f"{growth['mean']:+.4f} [{growth['low']:+.4f}, {growth['high']:+.4f}]",
+            )
+        )
+    sheets = [
+        Sheet(
+            f"Greedy replies of {found['tokens']} tokens to {found['prompts']} prompts",
+            f"{found['together']} requests decode together. Divergence: KL from the full model "
+            "along its own replies, nats per token, each model with its own keys and values.",
+            (
+                "plan",
+                "same to the end",
+                "median first difference",
+                "repetition, points",
+                "length, tokens",
+                "divergence, first eighth",
+                "last eighth",
+                "growth",
+            ),
+            tuple(rows),
+        )
+    ]
+    answers = []
+    for row in found["rows"]:
+        if "exact_match" in row:
+            match = row["exact_match"]
+            answers.append(
+                (
+                    row["plan"],
+                    "greedy",
+                    f"{100 * match['full']:.2f}",
+                    f"{100 * match['plan']:.2f}",
+                    _points(match["difference"], match["low"], match["high"]),
+                )
+            )
+        for entry in row.get("pass_at", []):
+            answers.append(
+                (
+                    row["plan"],
+                    f"pass@{entry['n']}",
+                    f"{100 * entry['full']:.2f}",
+                    f"{100 * entry['plan']:.2f}",
+                    _points(entry["mean"], entry["low"], entry["high"]),
+                )
+            )
+    if answers:
+        sheets.append(
+            Sheet(
+                "Answers in replies: percent of prompts",
+                f"Drawn at temperature {found['temperature']:g}; pass@n by the unbiased estimator "
+                "of arXiv 2107.03374.",
+                ("plan", "how", "full", "plan's", "difference"),
+                tuple(answers),
+            )
+        )
+    return sheets
+
+
+def _domains(found: Results) -> Sheet:
+    names = [domain["name"] for domain in found["domains"]]
+    rows = tuple(
+        (
+            row["plan"],
+            *(
+                _percent(loss["ratio"], loss["low"], loss["high"])
+                for loss in (row["loss"][name] for name in names)
+            ),
+        )
+        for row in found["rows"]
+    )
+    units = ", ".join(f"{d['name']} {d['units']} {d['unit']}" for d in found["domains"])
+    return Sheet(
+        "Domains: increase of next-token loss on held-out text",
+        f"Paired by document or passage ({units}).",
+        ("plan", *(f"on {name}" for name in names)),
+        rows,
+    )
+
+
+def _points(value: float, low: float, high: float) -> str:
+    return f"{100 * value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    return f"{100 * value:+.2f}% [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def _change(found: dict[str, float], times: float) -> str:
+    values = [times * found[name] for name in ("mean", "low", "high")]
+    return f"{values[0]:+.2f} [{values[1]:+.2f}, {values[2]:+.2f}]"
