@@ -256,13 +256,13 @@ def _totals(results: Results) -> list[str]:
     ]
     names = ["at once", "experts kept", "way", "memory", "time", "loss (95%)", "verdict"]
     return [
-        _section(
+        section(
             "Fewer experts in total, or fewer a token?",
             "loss measured, layer time modelled",
             "At each load and memory budget: the experts kept alone, skipping that takes no longer "
             "with all of them in memory, and both. The verdict compares the first two, paired by "
             "document.",
-            _table(names, rows, words={2, 6}),
+            table_with(names, rows, {2, 6}),
         )
     ]
 
