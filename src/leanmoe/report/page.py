@@ -24,7 +24,7 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 8px;
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-td:first-child, td small { white-space: nowrap; }
+td:first-child:not(.words), td small { white-space: nowrap; } td.words { vertical-align: top; }
 td.words, th.words { text-align: left; } tr.ours td { background: #eef7f6; font-weight: 600; }
 .accepted { color: var(--ours); font-weight: 600; } .refused { color: var(--bad); }
 .label { font-size: 12px; color: var(--soft); border: 1px solid var(--line); border-radius: 99px;

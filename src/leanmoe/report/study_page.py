@@ -44,7 +44,7 @@ def _claims(claims: Sequence[dict[str, str]]) -> str:
         "The paper's claims",
         "cited, modelled, measured",
         "",
-        table_with(names, rows, words={1, 2, 3, 4}),
+        table_with(names, rows, words={0, 1, 2, 3, 4}),
     )
 
 
