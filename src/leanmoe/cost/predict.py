@@ -17,7 +17,6 @@ from leanmoe.cost.serve import Served, closed_loop
 from leanmoe.cost.simulate import Simulated, simulate
 from leanmoe.cost.step import Batch, StepTime
 from leanmoe.cost.work import TESTED_EXPERTS, TESTED_MULTIPLE
-from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Plan
 
 DEFAULT_KERNELS: Mapping[str, str] = {
@@ -138,8 +137,6 @@ def predict(
     load.check()
     if plan is not None:
         plan.check(model.shape.fingerprint(), more_experts=True)
-        if plan.has_budget_per_rank:
-            raise LeanMoeError("the plan sets budget_per_rank, which is not modelled: set budget")
     constants = constants or shipped()
     step = StepTime(model, deployment, constants, kernel or default_kernel(model))
     curves = curve_of or assumed_curves(model, assumed or Assumed())
