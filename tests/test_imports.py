@@ -14,7 +14,7 @@ import leanmoe
 SOURCE = Path(leanmoe.__file__).parent
 BASE = {"errors", "storage", "provenance", "progress", "text"}
 """Modules that anything may import."""
-SHAPES = {"config", "families", "mixers", "plan", "quantisation", "routers", "shape"}
+SHAPES = {"config", "families", "mixers", "placement", "plan", "quantisation", "routers", "shape"}
 """What a model is and what a plan says: plain Python."""
 ALLOWED: dict[str, set[str]] = {
     **{name: set() for name in BASE},

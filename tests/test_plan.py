@@ -36,6 +36,7 @@ def rules(fewest: int = 1) -> st.SearchStrategy[Rule]:
         top_p=st.none() | SHARES,
         guaranteed=st.none() | st.just(1),
         budget=st.none() | st.integers(1, MODEL.top_k),
+        budget_per_rank=st.none() | st.integers(1, MODEL.top_k),
         experts=st.none()
         | st.sets(st.integers(0, MODEL.experts - 1), min_size=MODEL.top_k).map(tuple),
     )
@@ -114,6 +115,9 @@ def test_json_holds_only_what_is_set() -> None:
         (Rule(budget=0), "budget is 0: it must be 1 to 16"),
         (Rule(budget=17), "budget is 17: it must be 1 to 16"),
         (Rule(budget=3, experts=(1, 2)), "budget is 3: it must be 1 to 2"),
+        (Rule(budget_per_rank=0), "budget_per_rank is 0: it must be 1 to 16"),
+        (Rule(budget_per_rank=3, experts=(1, 2)), "budget_per_rank is 3: it must be 1 to 2"),
+        (Rule(budget_per_rank=True), "budget_per_rank is True: it must be a whole number"),
         (Rule(experts=()), "experts is empty: at least one expert must remain"),
         (Rule(experts=(), top_k=2), "experts is empty"),
         (Rule(experts=(3, 3)), "experts names an expert twice"),
@@ -221,10 +225,27 @@ def test_what_counts_as_empty() -> None:
         (Rule(top_k=2, threshold=0.5, top_p=0.5), False),
         (Rule(guaranteed=1), True),
         (Rule(budget=1), True),
+        (Rule(budget_per_rank=1), True),
     ],
 )
 def test_which_rules_depend_on_other_tokens(rule: Rule, depends: bool) -> None:
     assert rule.depends_on_company is depends
+
+
+@pytest.mark.parametrize(
+    ("rule", "on_one"),
+    [
+        (Rule(budget_per_rank=3), Rule(budget=3)),
+        (Rule(budget=5, budget_per_rank=3, top_k=2), Rule(budget=3, top_k=2)),
+        (Rule(budget=2, budget_per_rank=3), Rule(budget=2)),
+        (Rule(budget=2, guaranteed=1), Rule(budget=2, guaranteed=1)),
+        (Rule(), Rule()),
+    ],
+)
+def test_on_one_rank_a_budget_per_rank_is_a_budget(rule: Rule, on_one: Rule) -> None:
+    assert rule.on(1) == on_one
+    assert rule.on(2) is rule
+    assert Plan.uniform(MODEL, rule).has_budget_per_rank == (rule.budget_per_rank is not None)
 
 
 def changed(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
@@ -265,6 +286,7 @@ FIRST_RULE = ("bands", 0, "rules", 0)
         ((*FIRST_RULE, "top_k"), 3.0, r"rules\[0\]\.top_k is 3\.0: it must be a whole number"),
         ((*FIRST_RULE, "top_k"), True, r"rules\[0\]\.top_k is True"),
         ((*FIRST_RULE, "top_k"), 17, r"rules\[0\]\.top_k is 17: it must be 1 to 16"),
+        ((*FIRST_RULE, "budget_per_rank"), 2.0, r"budget_per_rank is 2\.0: it must be a whole"),
         ((*FIRST_RULE, "threshold"), "a", r"threshold is 'a': it must be a number"),
         ((*FIRST_RULE, "experts"), "all", r"experts is 'all': it must be a list of expert ids"),
         ((*FIRST_RULE, "experts"), [0, 1.5], r"experts is 1\.5: it must be a list of expert ids"),

@@ -35,7 +35,7 @@ class Rule:
     """What one MoE layer may activate; fields left at None change nothing.
 
     Fields apply in this order: `experts`, the model's own ranking, `top_k`, `threshold` and
-    `top_p`, then `guaranteed` and `budget`.
+    `top_p`, then `guaranteed`, `budget` and `budget_per_rank`.
     """
 
     top_k: int | None = None
@@ -53,6 +53,9 @@ class Rule:
     keep_weights: bool | None = None
     """True: experts weigh what they weigh beside all of the token's own top-k, although fewer run.
     Not set: weights are normalised anew over those that run, as the model does with so few."""
+    budget_per_rank: int | None = None
+    """Distinct experts in the step at most on each rank of expert parallelism, where the most
+    loaded one decides the time; every token's best kept. On one rank it is a `budget`."""
 
     @property
     def is_empty(self) -> bool:
@@ -62,7 +65,19 @@ class Rule:
     @property
     def depends_on_company(self) -> bool:
         """Whether a token's experts depend on the other tokens in its step."""
-        return self.guaranteed is not None or self.budget is not None
+        return self.guaranteed is not None or self.has_budget
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the distinct experts of a step are limited, in all or on each rank."""
+        return self.budget is not None or self.budget_per_rank is not None
+
+    def on(self, ranks: int) -> Rule:
+        """The rule as that many ranks need it: on one, `budget_per_rank` is a `budget`."""
+        if ranks > 1 or self.budget_per_rank is None:
+            return self
+        budget = min(self.budget_per_rank, self.budget or self.budget_per_rank)
+        return replace(self, budget=budget, budget_per_rank=None)
 
     def check(
         self,
@@ -86,6 +101,7 @@ class Rule:
         _require_whole(where, "top_k", self.top_k, fewest, most, hint)
         _require_whole(where, "guaranteed", self.guaranteed, 1, self.top_k or most, "")
         _require_whole(where, "budget", self.budget, 1, kept, "")
+        _require_whole(where, "budget_per_rank", self.budget_per_rank, 1, kept, "")
         _require_share(where, "threshold", self.threshold)
         _require_share(where, "top_p", self.top_p)
         if self.keep_weights and (self.top_k or 0) > model.top_k:
@@ -106,7 +122,7 @@ class Rule:
     def from_json(cls, value: Any, where: str = "rule") -> Rule:
         """Reads what `to_json` wrote; unknown fields and wrong types are refused by name."""
         _require_keys(value, {f.name for f in fields(cls)}, where)
-        for name in ("top_k", "guaranteed", "budget"):
+        for name in ("top_k", "guaranteed", "budget", "budget_per_rank"):
             _require_type(value.get(name), (int,), f"{where}.{name}", "a whole number")
         for name in ("threshold", "top_p"):
             _require_type(value.get(name), (int, float), f"{where}.{name}", "a number")
@@ -166,6 +182,12 @@ class Plan:
         """Whether the plan runs the model as it was trained at every load."""
         bands = all(band.is_empty for band in self.bands)
         return bands and all(rule.is_empty for rule in self.prompt)
+
+    @property
+    def has_budget_per_rank(self) -> bool:
+        """Whether some rule needs to know on which rank an expert is."""
+        rules = [*self.prompt, *(rule for band in self.bands for rule in band.rules)]
+        return any(rule.budget_per_rank is not None for rule in rules)
 
     def band_for(self, tokens: int) -> Band | None:
         """The band of a forward step with this many tokens; None where the plan ends below it."""

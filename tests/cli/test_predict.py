@@ -105,6 +105,18 @@ def test_a_plan_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "this plan was made for another model" in err
 
 
+def test_a_budget_per_rank_is_not_modelled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    name = "Qwen/Qwen3-30B-A3B"
+    Plan.uniform(read_shape(CONFIGS[name]).fingerprint(), Rule(budget_per_rank=4)).save(path)
+    for more in ([], ["--sweep"]):
+        code, _, err = run(capsys, "predict", name, "--plan", str(path), *SMALL, *more)
+        assert code == 1
+        assert "budget_per_rank, which is not modelled" in err
+
+
 def test_a_profile_is_replayed_under_the_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from leanmoe.engines.export import export, uniform_top_k
-from leanmoe.engines.honour import notes, without
+from leanmoe.engines.honour import check_company, notes, without
 from leanmoe.engines.vllm.launch import capture_sizes, missing_in
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
@@ -103,3 +103,19 @@ def test_a_config_without_its_routing_method_is_completed() -> None:
     assert missing_in(bare) == {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     assert missing_in({**bare, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}) == {}
     assert missing_in({"model_type": "qwen3_moe"}) == {}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
+def test_a_budget_per_rank_runs_in_no_engine_yet(engine: str) -> None:
+    plan = Plan.per_layer(QWEN, (Rule(), Rule(budget_per_rank=6)))
+    with pytest.raises(LeanMoeError, match="budget_per_rank"):
+        export(plan, PATH, engine)
+    export(plan, PATH, "transformers")
+
+
+def test_whose_tokens_share_experts_is_asked_for_by_name() -> None:
+    check_company("rank", "vLLM")
+    with pytest.raises(LeanMoeError, match="vLLM cannot share experts among data-parallel ranks"):
+        check_company("all", "vLLM")
+    with pytest.raises(LeanMoeError, match="LEANMOE_COMPANY is 'world': it must be rank or all"):
+        check_company("world", "vLLM")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from leanmoe.engines.vllm import checks
+from leanmoe.engines.vllm import checks, plugin
 from leanmoe.engines.vllm.hook import _bands_between, decoder_index
 from leanmoe.engines.vllm.version import check_version
 from leanmoe.errors import LeanMoeError
@@ -144,3 +144,13 @@ def test_bands_that_end_between_captured_sizes_are_named() -> None:
     assert between(4, 16) is None
     assert between(100) is None  # steps so large are not padded
     assert "6, 12" in str(between(4, 6, 12))
+
+
+def test_company_beyond_a_rank_is_refused_as_the_plugin_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LEANMOE_COMPANY", "all")
+    plugin.activate()  # no plan, nothing to refuse
+    monkeypatch.setenv("LEANMOE_PLAN", "plan.json")
+    with pytest.raises(LeanMoeError, match="LEANMOE_COMPANY is 'all': vLLM cannot share experts"):
+        plugin.activate()

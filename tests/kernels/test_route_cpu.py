@@ -119,3 +119,5 @@ def test_says_what_it_cannot_do() -> None:
     after = ROUTERS["softmax after top-k"]
     assert why_not_route_cpu(torch.randn(2, 8).bfloat16(), after, Rule(top_k=1)) is not None
     assert why_not_route_cpu(torch.randn(2, 8), after, Rule(top_k=0)) is not None
+    for rule, reason in ((Rule(budget_per_rank=2), "budget_per_rank"), (Rule(budget=2), "None")):
+        assert reason in str(why_not_route_cpu(torch.randn(2, 8), ROUTERS["softmax"], rule))

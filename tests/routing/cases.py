@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leanmoe.families import Router
+from leanmoe.placement import Placement
 from leanmoe.plan import Fingerprint, Rule
 
 ROUTERS = {
@@ -36,6 +37,7 @@ class Case:
     padding_ST: Tensor | None
     top_k: int
     rule: Rule
+    placement: Placement | None = None
 
     @property
     def router(self) -> Router:
@@ -51,8 +53,11 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, company: bool | None = None, hostile: bool = True) -> Case:
-    """`company`: whether tokens share experts, None for either; `hostile`: ties and saturation."""
+def cases(
+    draw: st.DrawFn, company: bool | None = None, hostile: bool = True, placed: bool = False
+) -> Case:
+    """`company`: whether tokens share experts, None for either; `hostile`: ties and saturation;
+    `placed`: experts are on several ranks, each with a budget."""
     name = draw(st.sampled_from(sorted(ROUTERS)))
     experts = draw(st.sampled_from((32, 64)))  # whole vectors: sigmoid rounds a rest differently
     shape = (draw(st.integers(1, 3)), draw(st.integers(0, 9)), experts)
@@ -68,8 +73,24 @@ def cases(draw: st.DrawFn, company: bool | None = None, hostile: bool = True) ->
         logits = logits.masked_fill(padding.unsqueeze(-1), float("nan"))
     top_k = draw(st.integers(1, 6))
     rule = draw(rules(experts, top_k, company))
+    placement = None
+    if placed:
+        rule = replace(rule, budget_per_rank=draw(st.integers(1, 8)))
+        placement = draw(placements(experts))
     has_bias = ROUTERS[name].ranking_bias is not None
-    return Case(name, logits, bias if has_bias else None, padding, top_k, rule)
+    return Case(name, logits, bias if has_bias else None, padding, top_k, rule, placement)
+
+
+@st.composite
+def placements(draw: st.DrawFn, experts: int) -> Placement:
+    """Even and uneven ones, one by one in any order, and with ranks that have none."""
+    ranks = draw(st.integers(1, 5))
+    made = draw(st.sampled_from((Placement.linear, Placement.round_robin, None)))
+    if made is not None:
+        return made(experts, ranks)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    drawn = torch.randint(ranks, (experts,), generator=generator)
+    return Placement(tuple(drawn.tolist()), ranks)
 
 
 @st.composite

@@ -30,8 +30,12 @@ def run(
     rule: Rule,
     padding: Sequence[bool],
     normalise: bool,
+    rank_of: Sequence[int] | None = None,
 ) -> Step:
-    """The experts of each token under the rule; `gates` are comparable and not negative."""
+    """The experts of each token under the rule; `gates` are comparable and not negative.
+
+    `rank_of` says which rank has each expert; None for one that has all.
+    """
     orders = [sorted(range(len(row)), key=lambda e, row=row: (-row[e], e)) for row in ranking]
     usable = [
         [e for e in order if row[e] > NEVER] for order, row in zip(orders, ranking, strict=True)
@@ -47,8 +51,9 @@ def run(
     if rule.guaranteed is not None:
         awake = {expert for kept in own for expert in kept[: rule.guaranteed]}
     over_budget = False
-    if rule.budget is not None:
-        awake, over_budget = affordable(gates, own, awake, rule.budget, normalise)
+    if rule.has_budget:
+        ranks = rank_of or [0] * len(gates[0]) if gates else []
+        awake, over_budget = affordable(gates, own, awake, rule, normalise, ranks)
     filled = []
     for kept, experts in zip(own, usable, strict=True):
         following = kept + [expert for expert in experts if expert not in kept]
@@ -74,9 +79,14 @@ def keep(gates: Sequence[float], picked: Sequence[int], rule: Rule) -> list[int]
 
 
 def affordable(
-    gates: Matrix, own: list[list[int]], candidates: set[int], budget: int, normalise: bool
+    gates: Matrix,
+    own: list[list[int]],
+    candidates: set[int],
+    rule: Rule,
+    normalise: bool,
+    rank_of: Sequence[int],
 ) -> tuple[set[int], bool]:
-    """Every token's best, then the most voted-for candidates while the budget lasts."""
+    """Every token's best, then the most voted-for candidates while the budgets last."""
     votes: dict[int, Fraction] = {}
     for row, kept in zip(gates, own, strict=True):
         total = sum(Fraction(row[expert]) for expert in kept) or Fraction(1)
@@ -85,8 +95,26 @@ def affordable(
                 vote = Fraction(row[expert]) / (total if normalise else 1)
                 votes[expert] = votes.get(expert, Fraction(0)) + vote
     awake = {kept[0] for kept in own if kept}
-    over_budget = len(awake) > budget
+    over_budget = exceeds(awake, rule, rank_of)
     for expert in sorted(votes, key=lambda e: (-votes[e], e)):
-        if expert not in awake and len(awake) < budget:
+        if expert not in awake and has_room(awake, expert, rule, rank_of):
             awake.add(expert)
     return awake, over_budget
+
+
+def on_rank(awake: set[int], rank: int, rank_of: Sequence[int]) -> int:
+    return sum(rank_of[expert] == rank for expert in awake)
+
+
+def exceeds(awake: set[int], rule: Rule, rank_of: Sequence[int]) -> bool:
+    if rule.budget is not None and len(awake) > rule.budget:
+        return True
+    most = max((on_rank(awake, rank, rank_of) for rank in rank_of), default=0)
+    return rule.budget_per_rank is not None and most > rule.budget_per_rank
+
+
+def has_room(awake: set[int], expert: int, rule: Rule, rank_of: Sequence[int]) -> bool:
+    if rule.budget is not None and len(awake) >= rule.budget:
+        return False
+    there = on_rank(awake, rank_of[expert], rank_of)
+    return rule.budget_per_rank is None or there < rule.budget_per_rank

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from torch import Tensor
 
 from leanmoe.families import Router
+from leanmoe.placement import Placement
 from leanmoe.plan import Rule
-from leanmoe.routing import Routing, count_distinct, count_slots, route, score
+from leanmoe.routing import (
+    Company,
+    Routing,
+    count_distinct,
+    count_distinct_by_rank,
+    count_slots,
+    route,
+    score,
+)
 from tests.routing import loops
 from tests.routing.cases import ROUTERS, Case, cases
 
@@ -17,7 +28,10 @@ PATIENT = settings(deadline=None)  # a call's time says nothing on a busy machin
 
 
 def routed(case: Case) -> Routing:
-    return route(case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
+    company = Company(case.placement)
+    return route(
+        case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST, company
+    )
 
 
 def steps(case: Case, routing: Routing) -> list[list[list[int]]]:
@@ -43,8 +57,9 @@ def by_loops(case: Case) -> list[loops.Step]:
     after = case.router.scoring == "softmax_after_top_k"
     if after:
         gates = (gates.double() - gates.double().amax(dim=-1, keepdim=True)).exp()
+    rank_of = None if case.placement is None else case.placement.rank_of
     return [
-        loops.run(g, r, case.slots, case.rule, p, case.router.normalise or after)
+        loops.run(g, r, case.slots, case.rule, p, case.router.normalise or after, rank_of)
         for g, r, p in zip(gates.tolist(), ranks.tolist(), padding(case).tolist(), strict=True)
     ]
 
@@ -65,6 +80,41 @@ def test_budget_is_that_of_the_loops(case: Case) -> None:
     assert steps(case, routing) == [step.experts for step in expected]
     assert routing.over_budget_S is not None
     assert routing.over_budget_S.tolist() == [step.over_budget for step in expected]
+
+
+@given(cases(hostile=False, placed=True))
+@PATIENT
+def test_budget_per_rank_is_that_of_the_loops(case: Case) -> None:
+    expected = by_loops(case)
+    routing = routed(case)
+    assert steps(case, routing) == [step.experts for step in expected]
+    assert routing.over_budget_S is not None
+    assert routing.over_budget_S.tolist() == [step.over_budget for step in expected]
+
+
+@given(cases(placed=True))
+@PATIENT
+def test_no_rank_exceeds_its_budget_but_for_its_tokens_bests(case: Case) -> None:
+    assert case.placement is not None
+    assert case.rule.budget_per_rank is not None
+    routing = routed(case)
+    awake_SR = count_distinct_by_rank(routing.ids_STK, case.placement)
+    bests_SR = count_distinct_by_rank(routing.ids_STK[..., :1], case.placement)
+    assert (awake_SR <= bests_SR.clamp(min=case.rule.budget_per_rank)).all()
+    assert torch.equal(awake_SR.sum(dim=-1), count_distinct(routing.ids_STK, case.experts))
+
+
+@given(cases(placed=True))
+@PATIENT
+def test_on_one_rank_the_budget_per_rank_is_a_budget(case: Case) -> None:
+    one = replace(case, placement=None)
+    same = replace(one, rule=case.rule.on(1))
+    assert same.rule.budget_per_rank is None
+    assert same.rule.budget is not None
+    linear = replace(one, placement=Placement.linear(case.experts, 1))
+    for other in (same, linear):
+        assert routed(other).ids_STK.tolist() == routed(one).ids_STK.tolist()
+        assert torch.equal(routed(other).weights_STK, routed(one).weights_STK)
 
 
 @given(cases(company=False, hostile=False))

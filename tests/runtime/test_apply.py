@@ -10,6 +10,7 @@ import torch
 from leanmoe import Plan, Rule, apply
 from leanmoe.errors import LeanMoeError
 from leanmoe.kernels.work import count_work
+from leanmoe.placement import Placement
 from leanmoe.runtime import find_layers, hidden_before, resume_from, shape_of
 from tests.runtime.families import CONFIGS, TOP_K_KEY, build
 
@@ -93,6 +94,30 @@ def test_a_plan_is_undone_after_an_exception() -> None:
         raise RuntimeError("boom")
     assert torch.equal(logits(model), stock)
     assert all("forward" not in vars(layer.experts) for layer in find_layers(model))
+
+
+def test_a_budget_per_rank_wants_to_know_the_ranks(caplog: pytest.LogCaptureFixture) -> None:
+    """On one rank it is a budget; on several it is the reference's, which is said."""
+    model = build("qwen3_moe")
+    shape = shape_of(model)
+    plan = Plan.uniform(shape.fingerprint(), Rule(budget_per_rank=2))
+    with apply(model, Plan.uniform(shape.fingerprint(), Rule(budget=2))):
+        one = logits(model)
+    with apply(model, plan):
+        assert torch.equal(logits(model), one)
+    placement = Placement.linear(shape.experts, 2)
+    with apply(model, plan, placement=placement):
+        two = logits(model)
+    assert not torch.equal(two, one)
+    assert "routed by the reference" not in caplog.text
+    with apply(model, plan, experts="leanmoe", placement=placement):
+        torch.testing.assert_close(logits(model), two, rtol=1e-4, atol=1e-5)
+    assert "budget_per_rank are routed by the reference" in caplog.text
+    with (
+        pytest.raises(LeanMoeError, match=r"placement is of 6 experts: the model has"),
+        apply(model, plan, placement=Placement.linear(6, 2)),
+    ):
+        pass
 
 
 def test_two_plans_at_once_are_refused() -> None:

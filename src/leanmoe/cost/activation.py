@@ -29,6 +29,8 @@ class Activation:
     """Distinct experts and rows of every MoE layer, by the tokens of a step."""
 
     def __init__(self, model: Model, plan: Plan | None, curve_of: CurveOf) -> None:
+        if plan is not None and plan.has_budget_per_rank:
+            raise LeanMoeError("the plan sets budget_per_rank, which is not modelled: set budget")
         self._plan = plan
         layers = model.moe_layers
         bands = [] if plan is None else list(plan.bands)

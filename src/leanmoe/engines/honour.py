@@ -19,6 +19,10 @@ PROMPT_REASON = (
     "tokens are a prompt's"
 )
 
+COMPANY = "LEANMOE_COMPANY"
+"""Variable: whose tokens a rule that shares experts sees under data parallelism."""
+RANK, ALL = "rank", "all"
+
 
 def without(plan: Plan, parts: Sequence[str]) -> Plan:
     """The plan less the parts named; raises LeanMoeError for a name that is none of `DROPPABLE`."""
@@ -35,6 +39,27 @@ def check_parts(plan: Plan, engine: str, consent: str) -> None:
     """
     if any(not rule.is_empty for rule in plan.prompt):
         raise LeanMoeError(f"{engine}: {PROMPT_REASON}; {consent} runs the bands without them")
+    check_placed(plan, engine)
+
+
+def check_placed(plan: Plan, engine: str) -> None:
+    """Raises LeanMoeError if a rule needs to know on which GPU each expert is."""
+    if plan.has_budget_per_rank:
+        raise LeanMoeError(
+            f"{engine}: budget_per_rank cannot be honoured: it was never run on several GPUs; on "
+            "one, budget is the same"
+        )
+
+
+def check_company(value: str, engine: str) -> None:
+    """Raises LeanMoeError unless `value`, of LEANMOE_COMPANY, is what `engine` can do."""
+    if value not in (RANK, ALL):
+        raise LeanMoeError(f"{COMPANY} is {value!r}: it must be {RANK} or {ALL}")
+    if value == ALL:
+        raise LeanMoeError(
+            f"{COMPANY} is {ALL!r}: {engine} cannot share experts among data-parallel ranks, which "
+            f"was never run on several GPUs; unset it, or set {RANK}"
+        )
 
 
 def notes(plan: Plan, engine: str) -> tuple[str, ...]:

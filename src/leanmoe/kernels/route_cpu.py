@@ -39,6 +39,8 @@ def why_not_route_cpu(logits_STE: Tensor, router: Router, rule: Rule) -> str | N
         return f"the family scores in {logits_STE.dtype}"
     if rule.top_k == 0:
         return "nothing is routed"
+    if rule.budget_per_rank is not None:
+        return "budget_per_rank is the reference's alone"
     if router.groups > MOST_GROUPS:
         return f"{router.groups} groups are more than {MOST_GROUPS}"
     return None

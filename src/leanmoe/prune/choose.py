@@ -114,8 +114,15 @@ def restricted(plan: Plan, kept: Kept) -> Plan:
 
 
 def _restricted(rule: Rule, kept: tuple[int, ...]) -> Rule:
-    budget = None if rule.budget is None else min(rule.budget, len(kept))
-    return replace(rule, experts=kept, budget=budget)
+    def within(budget: int | None) -> int | None:
+        return None if budget is None else min(budget, len(kept))
+
+    return replace(
+        rule,
+        experts=kept,
+        budget=within(rule.budget),
+        budget_per_rank=within(rule.budget_per_rank),
+    )
 
 
 def groups_of(shape: MoEShape) -> int:

@@ -46,6 +46,7 @@ def describe_rule(rule: dict[str, Any]) -> str:
         ("top_p", "top_p {:.3g}"),
         ("guaranteed", "guaranteed {}"),
         ("budget", "budget {}"),
+        ("budget_per_rank", "budget a rank {}"),
     ):
         if name in rule:
             parts.append(text.format(rule[name]))

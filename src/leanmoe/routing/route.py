@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
-from leanmoe.routing.company import budgeted_experts, guaranteed_experts
+from leanmoe.routing.company import ALONE, Company, awake_experts, cast_ballot
 from leanmoe.routing.ranking import NOT_USABLE, is_usable, order_keys, put_first
 from leanmoe.routing.scores import NEVER, Scores, score
 from leanmoe.routing.select import wanted
@@ -28,7 +28,7 @@ class Routing(NamedTuple):
     weights_STK: Tensor
     """In the router's score dtype: float32 but for families that compute in the logits' own."""
     over_budget_S: Tensor | None
-    """Where `budget` is set: True for steps whose tokens' best experts alone exceed it."""
+    """Where a budget is set: True for steps whose tokens' best experts alone exceed it."""
 
 
 def route(
@@ -38,6 +38,7 @@ def route(
     rule: Rule,
     bias_E: Tensor | None = None,
     padding_ST: Tensor | None = None,
+    company: Company = ALONE,
 ) -> Routing:
     """Picks and weighs each token's experts under `rule`.
 
@@ -48,6 +49,8 @@ def route(
         rule: one that `Rule.check` accepts for the model.
         bias_E: the ranking bias, for routers that have one.
         padding_ST: True for tokens that are padding: they use no expert and wake none.
+        company: which ranks the experts are on, for `budget_per_rank`, and how to hear of tokens
+            on other ranks. A rule without `guaranteed` or a budget asks for neither.
 
     The fields apply in the plan's order:
 
@@ -56,12 +59,13 @@ def route(
     2. `top_k`: the token's best that many. An empty rule, or one with `top_k` alone, computes what
        the family computes with that k, in the same operations.
     3. `threshold` and `top_p` drop some of these; how many are left is what the token wants.
-    4. `guaranteed` and `budget` decide which experts are awake in the step. A token keeps those of
-       its slots whose experts are awake and fills the number it wants with the awake experts that
-       follow in its own ranking, however far down it (OEA's algorithm 1 sets no lowest rank), so
-       it may use experts beyond its own top-k; with too few awake its last slots are skipped.
-       With both, the candidates for the budget are the guaranteed ones, and the budget prevails
-       over all of a token's guaranteed experts but its best. Equal rankings: lower id first.
+    4. `guaranteed`, `budget` and `budget_per_rank` decide which experts are awake in the step. A
+       token keeps those of its slots whose experts are awake and fills the number it wants with
+       the awake experts that follow in its own ranking, however far down it (OEA's algorithm 1
+       sets no lowest rank), so it may use experts beyond its own top-k; with too few awake its
+       last slots are skipped. With both, the candidates for the budget are the guaranteed ones,
+       and the budget prevails over all of a token's guaranteed experts but its best. Equal
+       rankings: lower id first.
     5. Weights of the slots that remain, normalised and scaled as the family does it; with
        `keep_weights` over the token's own best `top_k` slots, all of the model's, whichever run.
     """
@@ -74,7 +78,7 @@ def route(
     over_budget = None
     if rule.depends_on_company:
         has_bias = bias_E is not None
-        ids, kept, over_budget = _shared(scores, slots, rule, router, has_bias, padding_ST)
+        ids, kept, over_budget = _shared(scores, slots, rule, router, has_bias, padding_ST, company)
         weights = weigh(scores.gates_STE.gather(-1, ids), router, kept, full)
     elif rule.threshold is None and rule.top_p is None:
         ids, weights, kept = _best(scores, slots, rule, router, padding_ST, full)
@@ -136,6 +140,7 @@ def _shared(
     router: Router,
     has_bias: bool,
     padding_ST: Tensor | None,
+    company: Company,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids of the slots a token fills from the experts awake in its step, and which of them."""
     experts = scores.ranking_STE.shape[-1]
@@ -150,7 +155,13 @@ def _shared(
             keys_STE = put_first(keys_STE, ids_STK, kept_STK)
             ids_STK, kept_STK = _kept_first(ids_STK, kept_STK)
 
-    awake_SE, over_budget = _awake(scores, ids_STK, kept_STK, rule, router)
+    votes_STK = None
+    if rule.has_budget:
+        votes_STK = votes(scores.gates_STE.gather(-1, ids_STK), router, kept_STK)
+    ballot_S3E = cast_ballot(ids_STK, kept_STK, experts, rule.guaranteed, votes_STK)
+    if company.exchange is not None:
+        ballot_S3E = company.exchange(ballot_S3E)
+    awake_SE, over_budget = awake_experts(ballot_S3E, rule, company.placement)
     usable_STE = keys_STE.masked_fill(~awake_SE.unsqueeze(-2), NOT_USABLE)
     found_STK, found_ids_STK = usable_STE.topk(slots, dim=-1)
     filled_STK = is_usable(found_STK, experts)
@@ -158,26 +169,6 @@ def _shared(
         place_K = torch.arange(slots, device=ids_STK.device)
         filled_STK = filled_STK & (place_K < kept_STK.sum(dim=-1, keepdim=True))
     return found_ids_STK, filled_STK, over_budget
-
-
-def _awake(
-    scores: Scores, ids_STK: Tensor, kept_STK: Tensor | None, rule: Rule, router: Router
-) -> tuple[Tensor, Tensor | None]:
-    """The experts [S,E] awake in a step, and where a budget is set whether it is exceeded."""
-    experts = scores.ranking_STE.shape[-1]
-    votes_STK = None
-    if rule.budget is not None:
-        votes_STK = votes(scores.gates_STE.gather(-1, ids_STK), router, kept_STK)
-    if rule.guaranteed is not None:
-        awake_SE = guaranteed_experts(ids_STK, kept_STK, rule.guaranteed, experts)
-        if votes_STK is None:
-            return awake_SE, None
-        awake_STE = awake_SE.unsqueeze(-2).expand(*ids_STK.shape[:-1], experts)
-        candidates_STK = awake_STE.gather(-1, ids_STK)
-        kept_STK = candidates_STK if kept_STK is None else kept_STK & candidates_STK
-    assert votes_STK is not None
-    assert rule.budget is not None
-    return budgeted_experts(ids_STK, kept_STK, votes_STK, rule.budget, experts)
 
 
 def _wanted(

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from leanmoe.errors import LeanMoeError
+from leanmoe.placement import Placement
 from leanmoe.plan import Plan
 from leanmoe.routers import Router
+from leanmoe.routing import Company
 from leanmoe.runtime.choose import Experts, LayerRouting, without_skipped
 from leanmoe.runtime.counts import LayerCounts
 from leanmoe.runtime.experts import IMPLEMENTATION, prepared, register_experts
@@ -57,6 +59,7 @@ def apply(
     prompt_tokens: int | None = None,
     count: bool = False,
     more_experts: bool = False,
+    placement: Placement | None = None,
 ) -> Iterator[Applied]:
     """Runs `model` under `plan` inside the `with`; undone on exit, after an exception too.
 
@@ -72,12 +75,17 @@ def apply(
             few logits (`logits_to_keep`), as `generate` and continuous batching do.
         count: fills in the counts of `Applied`.
         more_experts: allows rules with more experts than the model was trained with.
+        placement: the ranks that experts would be on in a service, for `budget_per_rank`; this
+            process computes them all. Not set: one rank.
 
-    Raises LeanMoeError when the plan is for another model, a rule is out of range, the model
-    cannot be run, or another plan is applied to it already.
+    Raises LeanMoeError when the plan is for another model, a rule or the placement is out of
+    range, the model cannot be run, or another plan is applied to it already.
     """
     shape = shape_of(model)
     plan.check(shape.fingerprint(), more_experts)
+    company = Company(placement)
+    if placement is not None:
+        placement.check(plan.model.experts)
     if experts not in ("stock", IMPLEMENTATION):
         raise LeanMoeError(f"experts is {experts!r}: it must be 'stock' or '{IMPLEMENTATION}'")
     if getattr(model, _MARK, False):
@@ -98,7 +106,7 @@ def apply(
             applied.generated = tuple(LayerCounts() for _ in layers)
             applied.prompt = tuple(LayerCounts() for _ in layers)
         if count or not plan.is_empty or experts == IMPLEMENTATION:
-            _hook(model, plan, layers, shape.router, applied, scoring, undo)
+            _hook(model, plan, layers, shape.router, applied, scoring, company, undo)
         logger.info(
             "plan applied to %s, experts run by %s", type(model).__name__, applied.implementation
         )
@@ -122,6 +130,7 @@ def _hook(
     router: Router,
     applied: Applied,
     scoring: tuple[int | None, int] | None,
+    company: Company,
     undo: list[Callable[[], object]],
 ) -> None:
     call = _Call()
@@ -149,6 +158,8 @@ def _hook(
     undo.append(model.register_forward_hook(forget, always_call=True).remove)
     undo.append(model.base_model.register_forward_pre_hook(note_step, with_kwargs=True).remove)
     is_fast = model.config._experts_implementation == IMPLEMENTATION
+    if is_fast and company.ranks > 1 and plan.has_budget_per_rank:
+        logger.warning("rules with budget_per_rank are routed by the reference, in plain torch")
     for layer in layers:
         how = LayerRouting(
             layer.number,
@@ -160,6 +171,7 @@ def _hook(
             (applied.generated[layer.number], applied.prompt[layer.number])
             if applied.generated
             else None,
+            company,
         )
         undo.append(_hook_layer(layer, how, call))
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
-from leanmoe.routing import Routing, route
+from leanmoe.routing import ALONE, Company, Routing, route
 from leanmoe.runtime.counts import LayerCounts
 from leanmoe.runtime.routing import fast_route
 from leanmoe.runtime.step import Part
@@ -36,6 +36,7 @@ class LayerRouting:
     """Whether our own routing may stand for the reference."""
     counts: tuple[LayerCounts, LayerCounts] | None
     """Where to count what generated tokens do and what prompt tokens do."""
+    company: Company = ALONE
 
     def choose(
         self, logits_TE: Tensor, stock: tuple[Tensor, Tensor] | None, parts: Sequence[Part]
@@ -69,7 +70,7 @@ class LayerRouting:
 
     def _route(self, logits: Tensor, rule: Rule, padding: Tensor | None) -> Routing:
         function = fast_route if self.is_fast else route
-        return function(logits, self.router, self.top_k, rule, self.bias_E, padding)
+        return function(logits, self.router, self.top_k, rule, self.bias_E, padding, self.company)
 
     def _joined(
         self, logits_TE: Tensor, stock: tuple[Tensor, Tensor] | None, parts: Sequence[Part]

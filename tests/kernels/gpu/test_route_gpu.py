@@ -280,5 +280,7 @@ def test_says_what_it_cannot_do() -> None:
     ):
         logits = torch.randn(shape, dtype=dtype, device=DEVICE)
         assert reason in str(why_not_route_gpu(logits, router, Rule()))
+    with pytest.raises(LeanMoeError, match="budget_per_rank is the reference's"):
+        route_here(torch.randn(2, 8), Router(), 4, Rule(budget_per_rank=2))
     with pytest.raises(LeanMoeError, match="nothing is routed"):
         route_here(torch.randn(2, 8), after, 4, Rule(top_k=0))

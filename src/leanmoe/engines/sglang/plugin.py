@@ -18,8 +18,10 @@ def activate() -> None:
     if not path:
         return
     try:
+        from leanmoe.engines import honour
         from leanmoe.engines.sglang.hook import install
 
+        honour.check_company(os.environ.get(honour.COMPANY, honour.RANK), "SGLang")
         drop = [part.strip() for part in os.environ.get(DROP, "").split(",") if part.strip()]
         install(path, drop)
     except Exception as error:

@@ -159,6 +159,7 @@ def use(plan: Plan, path: str = "", is_counted: bool = False) -> None:
     import vllm
 
     check_version(vllm.__version__)
+    honour.check_placed(plan, "vLLM")
     if not _patched:
         _patch(vllm.__version__)
     _Installed.plan, _Installed.path, _Installed.is_counted = plan, path, is_counted

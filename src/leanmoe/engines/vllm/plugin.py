@@ -20,7 +20,9 @@ def activate() -> None:
     path = os.environ.get(PLAN)
     if not path:
         return
+    from leanmoe.engines import honour
     from leanmoe.engines.vllm.hook import install
 
+    honour.check_company(os.environ.get(honour.COMPANY, honour.RANK), "vLLM")
     drop = [part.strip() for part in os.environ.get(DROP, "").split(",") if part.strip()]
     install(path, drop, is_counted=os.environ.get(STATISTICS) == "1")

@@ -49,6 +49,8 @@ def why_not_route_gpu(logits_TE: Tensor, router: Router, rule: Rule) -> str | No
         return f"the family scores in {logits_TE.dtype}"
     if rule.top_k == 0:
         return "nothing is routed"
+    if rule.budget_per_rank is not None:
+        return "budget_per_rank is the reference's alone"
     tokens, experts = logits_TE.shape
     if experts > MOST_EXPERTS:
         return f"{experts} experts are more than {MOST_EXPERTS}"
