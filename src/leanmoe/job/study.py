@@ -82,17 +82,17 @@ def earlier_quality(path: Path) -> dict[str, Any]:
             "quick": False,
             "provenance": found["provenance"],
             "heldout": found["heldout"],
-            "rows": [_pruning_row(row) for row in found["rows"]],
+            "rows": [_pruning_row(row) for row in found["rows"] if row["criterion"] != "full"],
         }
     except (KeyError, TypeError, ValueError) as error:
         raise LeanMoeError(f"study {path} holds no measured quality") from error
 
 
 def _pruning_row(row: dict[str, Any]) -> dict[str, Any]:
-    name = str(row["criterion"])
+    name, kept, _ = str(row["criterion"]).partition(", weights kept")
     is_k = name.startswith("k=")
     return {
-        "group": "k" if is_k else "pruning",
+        "group": f"k{kept}" if is_k else "pruning",
         "name": name,
         "slots": float(name.removeprefix("k=")) if is_k else None,
         "share": float(str(row["keep"]).removesuffix("%")) / 100,
