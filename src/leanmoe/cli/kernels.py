@@ -121,7 +121,7 @@ def _tune(
     written: list[dict[str, Any]] = []
     tuner = Tuner(shapes, sizes, progress)
     for shape, found in tuner.tune():
-        provenance = collect(" ".join(sys.argv)).to_json()
+        provenance = collect("leanmoe " + " ".join(sys.argv[1:])).to_json()
         buckets = tuple((size, config) for size, config, _ in found)
         times = {str(size): round(took, 2) for size, _, took in found}
         gpu = provenance["hardware"]
