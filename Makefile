@@ -20,7 +20,7 @@ demo: .venv/ready  ## tune the reference model on this machine, prove the cost, 
 	@echo "The page: $(RUN)/report.html    The plan: $(RUN)/plan.json"
 
 test: .venv/ready lint test-engines  ## style, types and every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-engines: .venv-vllm/ready  ## the tests that need vLLM, which has an environment of its own
 	$(VLLM)/python -m pytest tests/engines/vllm tests/engines/test_pruned_checkpoint.py
