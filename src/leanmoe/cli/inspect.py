@@ -158,6 +158,8 @@ def _summary(name: str, shape: MoEShape) -> Table:
         + ", ".join(f"{part} {_count(count)}" for part, count in read.items() if count),
     }
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a long path is broken, not cut
     for label, text in lines.items():
         table.add_row(f"[dim]{label}[/dim]", text)
     return table
