@@ -10,7 +10,8 @@ import pytest
 
 from leanmoe.errors import LeanMoeError
 from leanmoe.job.eval_settings import EvalSettings
-from leanmoe.job.harness import every_step, right_or_wrong
+from leanmoe.job.harness import judged, right_or_wrong
+from leanmoe.job.harness_vllm import every_step
 from leanmoe.job.variants import FULL, Named
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.runtime import load_model
@@ -107,12 +108,20 @@ def test_an_unknown_task_and_data_out_of_reach_are_said(
 
 
 def test_only_what_is_right_or_wrong_is_compared() -> None:
+    replies = [(-1.0, True), (-2.5, False)]
     samples = [
-        {"doc_id": 1, "filter": "a", "metrics": ["acc"], "acc": 0.0},
-        {"doc_id": 0, "filter": "a", "metrics": ["acc"], "acc": 1.0},
-        {"doc_id": 0, "filter": "b", "metrics": ["acc"], "acc": 0.0},
+        {"doc_id": 1, "filter": "a", "metrics": ["acc"], "acc": 0.0, "target": 1},
+        {"doc_id": 0, "filter": "a", "metrics": ["acc"], "acc": 1.0, "target": "0"},
+        {"doc_id": 0, "filter": "b", "metrics": ["acc"], "acc": 0.0, "target": 1},
     ]
-    assert right_or_wrong("x", samples) == [1, 0]
+    scored = [{**sample, "filtered_resps": replies} for sample in samples]
+    assert judged("x", scored) == {
+        "right": [1, 0], "scores": [[-1.0, -2.5]] * 2, "loss": [1.0, 2.5],
+    }  # fmt: skip
+    unnumbered = [{**sample, "target": "a word"} for sample in scored]
+    assert judged("x", unnumbered)["loss"] is None
+    written = [{**sample, "filtered_resps": ["a reply"]} for sample in samples]
+    assert judged("x", written) == {"right": [1, 0], "scores": None, "loss": None}
     with pytest.raises(LeanMoeError, match=r"judged by bleu, which is 0\.3"):
         right_or_wrong("x", [{"doc_id": 0, "metrics": ["bleu"], "bleu": 0.3}])
 
