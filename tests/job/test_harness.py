@@ -25,7 +25,11 @@ WHY = "lm-evaluation-harness is not installed here: pip install 'leanmoe[eval]'"
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A task with choices and one of replies, on files of our own."""
     pytest.importorskip("lm_eval", reason=WHY)
-    folder = tmp_path_factory.mktemp("tasks")
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def write_tasks(folder: Path) -> Path:
+    """Task files "things" and "replies" with their data, in a folder."""
     questions = [
         {
             "q": f"The {n} is",
