@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from leanmoe.job.prune import (
     output_errors,
 )
 from leanmoe.plan import Plan, Rule
+from leanmoe.progress import bar
 from leanmoe.prune.allocation import Allocated
 from leanmoe.prune.checkpoint import FILE, read_source, write_pruned
 from leanmoe.prune.choose import Kept, as_plan, best_experts, kept_count
@@ -258,18 +260,20 @@ def measure_peaks(
     """Peak memory of a process that loads and runs each setting."""
     inputs = folder.path / "memory"
     write_json(inputs / "prompts.json", prompts)
-    found = {}
-    for pair in (FULL, *plans):
+
+    def peak(pair: Pair) -> Any:
         plan_file = None
         if pair in plans and not is_checkpoint(pair, kept):
             plan_file = inputs / f"{file_name(pair)}.json"
             write_json(plan_file, plans[pair].to_json())
         weights = checkpoint_of(source, pair, kept, folder)
+        return peak_of(weights, plan_file, inputs / "prompts.json")
 
-        def compute(weights: Path = weights, plan_file: Path | None = plan_file) -> Any:
-            return peak_of(weights, plan_file, inputs / "prompts.json")
-
-        found[pair] = folder.step(f"memory-{file_name(pair)}", compute)
+    found = {}
+    with bar("Measuring memory", 1 + len(plans), "processes") as advance:
+        for pair in (FULL, *plans):
+            found[pair] = folder.step(f"memory-{file_name(pair)}", partial(peak, pair))
+            advance(1)
     return found
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,7 @@ def test_answers_are_the_harness_own(tasks: Path) -> None:
     from leanmoe.job.harness_model import planned_model
 
     model, tokenizer = load_model("reference")
-    manager = TaskManager(include_path=str(tasks))
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
 
     def asked(made: Any) -> Any:
         how: dict[str, Any] = {"bootstrap_iters": 0, "task_manager": manager}
@@ -109,6 +112,63 @@ def test_an_unknown_task_and_data_out_of_reach_are_said(
     said = capsys.readouterr().err
     assert "could not be fetched" in said
     assert "--data FOLDER" in said
+
+
+@pytest.fixture(scope="module")
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A HF_HOME in which ARC-Challenge stands as `datasets` keeps it, with questions of our own."""
+    pytest.importorskip("lm_eval", reason=WHY)
+    from datasets import Dataset, DatasetInfo, SplitInfo
+    from datasets.arrow_writer import ArrowWriter
+    from datasets.splits import SplitDict
+
+    home = tmp_path_factory.mktemp("home")
+    folder = home / "datasets/allenai___ai2_arc/ARC-Challenge/0.0.0" / ("0" * 40)
+    folder.mkdir(parents=True)
+    choices = {"text": ["big", "small", "old"], "label": ["A", "B", "C"]}
+    questions = Dataset.from_list(
+        [
+            {"id": n, "question": f"What is a {n}?", "choices": choices, "answerKey": "ABC"[k % 3]}
+            for k, n in enumerate(NOUNS)
+        ]
+    )
+    splits = SplitDict(dataset_name="ai2_arc")
+    for split in ("train", "validation", "test"):
+        file = folder / f"ai2_arc-{split}.arrow"
+        with ArrowWriter(path=str(file), features=questions.features) as writer:
+            for question in questions:
+                writer.write(question)
+            count, size = writer.finalize()
+        splits[split] = SplitInfo(split, size, count, dataset_name="ai2_arc")
+    DatasetInfo(
+        features=questions.features, builder_name="parquet", dataset_name="ai2_arc",
+        config_name="ARC-Challenge", version="0.0.0", splits=splits,
+    ).write_to_directory(str(folder))  # fmt: skip
+    return home
+
+
+@pytest.mark.parametrize("names", ["arc_challenge", "arc_challenge,boolq"])
+def test_without_a_network_a_filled_cache_serves_the_harness_own_tasks(
+    names: str, hub_cache: Path, tmp_path: Path
+) -> None:
+    """In a process of its own: where the cache is, is read as Hugging Face's packages load."""
+    command = [sys.executable, "-m", "leanmoe", "eval", "reference", "--rule", "top_k=2"]
+    command += ["--tasks", names, "-o", str(tmp_path / "run")]
+    offline = {"HF_HOME": str(hub_cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | offline
+    )
+    if names == "arc_challenge":
+        assert done.returncode == 0, done.stderr
+        rows = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]
+        assert [(row["task"], row["items"]) for row in rows] == [("arc_challenge", 12)]
+        return
+    assert done.returncode == 1
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("leanmoe:")]
+    assert "the data set of task boolq could not be fetched" in said
+    assert "set HF_HOME to a filled cache" in said
+    assert "--data FOLDER" in said
+    assert "Traceback" not in done.stderr
 
 
 def test_only_what_is_right_or_wrong_is_compared() -> None:

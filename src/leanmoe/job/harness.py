@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -23,6 +24,7 @@ from leanmoe.job.variants import FULL, Named
 from leanmoe.plan import Plan
 from leanmoe.quality.outcomes import forecast
 
+LOGGERS = ("lm_eval", "lm-eval", "datasets", "huggingface_hub")
 Stored = dict[str, dict[str, Any]]
 """By task: "right", 1 or 0 by question; "scores", the log-likelihoods of each question's answers;
 "loss", that of the right one (nats). The last two are None where the task has none."""
@@ -39,7 +41,7 @@ def require_harness(names: Sequence[str], settings: EvalSettings) -> None:
         from leanmoe.job.harness_vllm import require_engine
 
         require_engine()
-    known = set(_manager(settings).all_tasks)
+    known = set(_manager(names, settings).all_tasks)
     if unknown := [name for name in names if name not in known]:
         raise LeanMoeError(
             f"task {unknown[0]!r} is not known to lm-evaluation-harness: "
@@ -85,14 +87,26 @@ def _as_answers(judged: dict[str, Any]) -> Answers:
     return Answers(right_N, loss_N, np.ones(len(loss_N), dtype=np.int64))
 
 
-def _manager(settings: EvalSettings) -> Any:
+def _manager(names: Sequence[str], settings: EvalSettings) -> Any:
+    """The harness's index of tasks: of your own folder alone where that has all, which is quick."""
+    made, own = import_module("lm_eval.tasks").TaskManager, settings.tasks_dir
+    if own is None:
+        return _index_of_the_harness()
     with _quiet():
-        return import_module("lm_eval.tasks").TaskManager(include_path=settings.tasks_dir)
+        index = made(include_path=own, include_defaults=False)
+        has_all = set(names) <= set(index.all_subtasks)
+        return index if has_all else made(include_path=own)
+
+
+@cache
+def _index_of_the_harness() -> Any:
+    with _quiet():
+        return import_module("lm_eval.tasks").TaskManager()
 
 
 def _announce(names: Sequence[str], settings: EvalSettings) -> None:
     """Loads the tasks' data and says what so many questions can show."""
-    manager = _manager(settings)
+    manager = _manager(names, settings)
     count = 0
     for name in names:
         try:
@@ -103,7 +117,8 @@ def _announce(names: Sequence[str], settings: EvalSettings) -> None:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LeanMoeError(
                 f"the data set of task {name} could not be fetched ({reason}); without a network "
-                "give local files: --data FOLDER, or --tasks-dir FOLDER with task files of your own"
+                "set HF_HOME to a filled cache, or give local files: --data FOLDER, or --tasks-dir "
+                "FOLDER with task files of your own"
             ) from error
         for task, size in sizes.items():
             asked = min(size, settings.limit or size)
@@ -138,7 +153,7 @@ def _answers(made: Any, names: Sequence[str], settings: EvalSettings) -> Stored:
         done = import_module("lm_eval").simple_evaluate(
             model=made,
             tasks=list(names),
-            task_manager=_manager(settings),
+            task_manager=_manager(names, settings),
             num_fewshot=settings.fewshot,
             limit=settings.limit,
             bootstrap_iters=0,
@@ -203,7 +218,7 @@ def _loss(sample: dict[str, Any], scores: list[float] | None) -> float | None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The harness's own log and its many progress bars stay off the screen."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -139,8 +139,8 @@ def _called_vllm() -> Iterator[None]:
     """
     asked, distribution = importlib.metadata.version, check_installed()
 
-    def version(name: str) -> str:
-        return asked(distribution if name == "vllm" else name)
+    def version(distribution_name: str) -> str:
+        return asked(distribution if distribution_name == "vllm" else distribution_name)
 
     importlib.metadata.version = version
     try:
