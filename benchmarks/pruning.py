@@ -237,7 +237,7 @@ def file_name(pair: Pair) -> str:
 
 def checkpoint_of(source: str, pair: Pair, kept: dict[Pair, Kept], folder: RunFolder) -> Path:
     """The folder of a setting's weights: a pruned checkpoint, written once, or the model itself."""
-    if pair not in kept or "uneven" in pair[0]:
+    if not is_checkpoint(pair, kept):
         return checkpoint_folder(source)
     target = folder.path / "checkpoints" / file_name(pair)
     if not (target / FILE).is_file():
