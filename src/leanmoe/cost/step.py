@@ -10,15 +10,15 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from itertools import pairwise
 
 from leanmoe.cost.activation import Activation, Awake
 from leanmoe.cost.constants import Constants, KernelConstants
 from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import Gpu
+from leanmoe.cost.interpolation import Ratios
 from leanmoe.cost.model import Model
 from leanmoe.cost.routing import busiest, ranks_touched
-from leanmoe.cost.tables import ACTIVATION_BYTES, VERSION, Measured, measured_curve
+from leanmoe.cost.tables import ACTIVATION_BYTES, PADDED_TO, VERSION, Measured, measured_curve
 from leanmoe.cost.work import ExpertsShape, Rows
 
 REPLICATED_BYTES = 2.0
@@ -88,6 +88,7 @@ class ExpertsTime:
             model.matrices,
             shape.storage.expert_bytes,
             ACTIVATION_BYTES.get(kernel.dtype, 2.0),
+            PADDED_TO.get(kernel.dtype, 1),
         )
         key = (
             shape.hidden,
@@ -103,7 +104,7 @@ class ExpertsTime:
             if deployment.exchanges
             else measured_curve(self._gpu.name, kernel.kernel, kernel.dtype, key)
         )
-        self._corrections = [(math.log(m.tokens), self._ratio(m)) for m in measured]
+        self._held = Ratios.of((m.tokens, self._ratio(m)) for m in measured)
         self.origin = "modelled"
         if measured:
             self.origin = (
@@ -129,19 +130,7 @@ class ExpertsTime:
     def seconds(self, rows: Rows) -> float:
         """Of one layer on one GPU."""
         found = self._kernel.seconds(self.shape, rows, self._gpu)
-        return found * self._correction(math.log(max(rows.tokens, 1.0)))
-
-    def _correction(self, place: float) -> float:
-        points = self._corrections
-        if not points:
-            return 1.0
-        if place <= points[0][0]:
-            return points[0][1]
-        for (low, one), (high, other) in pairwise(points):
-            if place <= high:
-                share = (place - low) / (high - low)
-                return one + share * (other - one)
-        return points[-1][1]
+        return found * self._held.at(max(rows.tokens, 1.0))
 
 
 class StepTime:
