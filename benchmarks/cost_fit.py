@@ -19,36 +19,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from cost_engine import own_times
 from cost_groups import fit_table, transfer
 from cost_own import beyond, our_benchmark, our_kernel
 from cost_rates import rates
 
 from leanmoe import provenance
-from leanmoe.cost.activation import Activation, assumed_curves
 from leanmoe.cost.constants import FITTED, Accuracy, Constants, KernelConstants, write_constants
-from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import GPUS
-from leanmoe.cost.models import published_model
-from leanmoe.cost.routing import Assumed
-from leanmoe.cost.step import Batch, StepTime
 from leanmoe.cost.tables import PACKAGE, TABLES, VERSION
 from leanmoe.cost.work import FEATURES
 from leanmoe.progress import bar
-from leanmoe.storage import read_json, write_json
+from leanmoe.storage import write_json
 
 RESULTS = Path("benchmarks/results")
-READINGS = Path("benchmarks/readings/qwen3-30b-a3b-vllm-h200.json")
-
-
-def layer_seconds(constants: Constants) -> float:
-    """A layer's own time: what the reading at concurrency 1 leaves over, shared by the layers."""
-    readings = read_json(READINGS, "readings")
-    first = next(r for r in readings["rows"] if r["concurrency"] == 1 and not r["rule"])
-    model = published_model(readings["model"])
-    step = StepTime(model, Deployment(GPUS[readings["hardware"]]), constants, readings["kernel"])
-    activation = Activation(model, None, assumed_curves(model, Assumed()))
-    modelled = step.parts(Batch(1, readings["context"]), activation).total
-    return max(0.0, first["step_ms"] / 1e3 - modelled) / model.shape.layers
 
 
 def main() -> None:
@@ -78,11 +62,11 @@ def main() -> None:
     found_rates, rate_errors = {}, {}
     for gpu in (home, other):
         found_rates[gpu.name], rate_errors[gpu.name] = rates(gpu)
-    own = layer_seconds(Constants(tuple(kernels["h200"]), {"h200": found_rates["h200"]}))
+    measured = Constants(tuple(kernels[other.name]), {other.name: found_rates[other.name]})
+    own = own_times(measured, RESULTS)
     made = {**where.to_json(), "tables": f"{PACKAGE} {VERSION}", "label": "fitted"}
     for name, each in found_rates.items():
-        complete = replace(each, layer_seconds=float(f"{own:.4g}"))
-        constants_of = Constants(tuple(kernels[name]), {name: complete}, made)
+        constants_of = Constants(tuple(kernels[name]), {name: replace(each, **own)}, made)
         if arguments.write_constants:
             write_constants(FITTED / f"{name}.json", constants_of)
     result = {
@@ -95,6 +79,7 @@ def main() -> None:
         "our layer": our_lines,
         "our benchmark": benchmark_lines,
         "rates": rate_errors,
+        "own times": own,
     }
     write_json(arguments.output / f"{where.date[:10]}-{where.commit}-cost-fit.json", result)
     for line in lines:

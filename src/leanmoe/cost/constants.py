@@ -125,6 +125,14 @@ class Rates:
     attention_bandwidth: float
     attention_flops: float
     attention_seconds: float
+    attention_sequence_seconds: float
+    """Of each sequence that decodes and each of its key-value heads on the GPU."""
+    latent_bandwidth: float
+    latent_flops: float
+    latent_seconds: float
+    """Of a layer of latent attention that decodes, beside its products."""
+    latent_sequence_seconds: float
+    """Of each sequence that decodes."""
     reduce_bandwidth: float
     reduce_seconds: float
     """Of an all-reduce over 2 GPUs; more GPUs add `reduce_hop` each."""
@@ -136,6 +144,8 @@ class Rates:
     """Share of the link between nodes that an all-to-all reaches."""
     step_seconds: float = 0.0
     """Of an engine's step beside the layers: scheduling, sampling, detokenising."""
+    sampled_seconds: float = 0.0
+    """Of each sequence in it."""
     layer_seconds: float = 0.0
     """Of a layer beside its products and attention: norms, rotations, cache writes, routing."""
     fitted_to: str = ""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from leanmoe.cost.work import TILES, Tile
 
-
 ANY = 1e9
 """More tokens than any step has."""
 
@@ -62,3 +61,7 @@ SCHEDULES: Mapping[tuple[str, str], tuple[Stage, ...]] = {
     ),
 }
 """By kernel and format; `CUTLASS` for those that are not here."""
+SLOT_BY_SLOT: Mapping[str, float] = {"vllm-triton": 1 / 4}
+"""By kernel: up to so many slots for each of the layer's experts, where these are not spread over
+GPUs, every slot is a block of its own that reads its expert anew (vLLM's `_prepare_expert_assignment`
+skips `moe_align_block_size`). A slot that a plan skips is among them: it repeats the token's best."""

@@ -17,6 +17,11 @@ from leanmoe.cost.hardware import Gpu
 MICROSECOND = 1e-6
 NEARLY = 0.999
 """Share of a step's slots below which some are another GPU's."""
+CACHE_BYTES = 50e6
+"""Of the second-level cache of an H100 or H200."""
+CACHED_SHARE = 0.6
+"""Of a read's time that the same read takes again from that cache: 3.35 TB/s of memory to about 5.5
+of the cache (H100, published microbenchmarks)."""
 TESTED_MULTIPLE, TESTED_EXPERTS = 128, 8
 """Widths, and experts on a GPU, that the stated accuracy is of."""
 
@@ -94,6 +99,16 @@ class Rows:
         if self.distinct <= 0:
             return 0.0
         return self.distinct * tiles_per_expert(self.rows / self.distinct, rows)
+
+
+def slot_by_slot(shape: ExpertsShape, rows: Rows, columns: float) -> Rows:
+    """Where each of `columns` slots of the step reads its expert anew, awake already or not.
+
+    An expert that the cache holds is read again from there.
+    """
+    again = CACHED_SHARE if shape.expert_bytes <= CACHE_BYTES else 1.0
+    reads = rows.distinct + max(0.0, columns - rows.distinct) * again
+    return Rows(rows.tokens, columns / rows.tokens, columns, reads)
 
 
 def tiles_per_expert(mean_rows: float, tile: int) -> float:
