@@ -1,7 +1,8 @@
-"""What no model can do better: how far a table's rows contradict one another. Part of `cost_fit.py`.
+"""What no model can do better: how far a table's rows contradict one another.
 
-More work on one GPU cannot take less time, if a kernel is a function of its work. Where a table says
-that it does, every model that never falls as work grows is off by half of the difference.
+Part of `cost_fit.py`. More work on one GPU cannot take less time, if a kernel is a function of its
+work. Where a table says that it does, every model that never falls as work grows is off by half of
+the difference.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from leanmoe.cost.tables import Measured
 
 BEATEN = 2.0
-"""A row is left out of the second score where at least as much work took less than half its time."""
+"""A row is left out of the second score where as much work or more took less than half its time."""
 LIMIT = 0.12
 """The worst error that is allowed."""
 
@@ -43,7 +44,7 @@ def times_beaten(rows: Sequence[Measured]) -> NDArray[np.float64]:
 def least_rising(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
     """The never-falling curve with the least mean absolute relative error, by rising tokens.
 
-    Pool adjacent violators; a pool's value is the median of its times, each weighted by its inverse.
+    Pool adjacent violators; a pool's value is the median of its times, weighted by their inverse.
     """
     pools: list[list[float]] = []
     for value in seconds:

@@ -1,4 +1,4 @@
-"""leanmoe's own kernel: constants from our own readings, tested on others. Part of `cost_fit.py`."""
+"""leanmoe's own kernel: constants from our readings, tested on others. Part of `cost_fit.py`."""
 
 from __future__ import annotations
 

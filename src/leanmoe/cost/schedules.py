@@ -1,10 +1,10 @@
 """Which tiles a kernel takes, by the tokens of a step: what decides how its time grows.
 
 vLLM 0.24.0 and SGLang 0.5.14 take tiles from a tuned configuration where they have one of this very
-layer (by experts and expert width on a GPU), else by rules of their own. Both are public (Apache-2.0,
-vLLM's `fused_moe.get_default_config`, SGLang's `fused_moe_triton_config`); OpenAI's Triton kernels
-take as many rows as an expert has on average, rounded up to a power of two. What CUTLASS takes is
-tuned where it runs and not known: the better of two is fitted.
+layer (by experts and expert width on a GPU), else by rules of their own. Both are public
+(Apache-2.0: vLLM's `fused_moe.get_default_config`, SGLang's `fused_moe_triton_config`). OpenAI's
+Triton kernels take as many rows as an expert has on average, rounded up to a power of two. What
+CUTLASS takes is tuned where it runs and not known: the better of two is fitted.
 """
 
 from __future__ import annotations
@@ -63,5 +63,4 @@ SCHEDULES: Mapping[tuple[str, str], tuple[Stage, ...]] = {
 """By kernel and format; `CUTLASS` for those that are not here."""
 SLOT_BY_SLOT: Mapping[str, float] = {"vllm-triton": 1 / 4}
 """By kernel: up to so many slots for each of the layer's experts, where these are not spread over
-GPUs, every slot is a block of its own that reads its expert anew (vLLM's `_prepare_expert_assignment`
-skips `moe_align_block_size`). A slot that a plan skips is among them: it repeats the token's best."""
+GPUs, every slot is a block of its own (vLLM skips `moe_align_block_size` there)."""

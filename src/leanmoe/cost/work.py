@@ -102,13 +102,15 @@ class Rows:
 
 
 def slot_by_slot(shape: ExpertsShape, rows: Rows, columns: float) -> Rows:
-    """Where each of `columns` slots of the step reads its expert anew, awake already or not.
+    """Where each of `columns` slots of the step is a block of its own, used or skipped.
 
-    An expert that the cache holds is read again from there.
+    A used slot reads its expert anew, awake already or not; one that the cache holds, from there. A
+    skipped slot repeats its token's best beside it: a block more, and what the cache just got.
     """
     again = CACHED_SHARE if shape.expert_bytes <= CACHE_BYTES else 1.0
-    reads = rows.distinct + max(0.0, columns - rows.distinct) * again
-    return Rows(rows.tokens, columns / rows.tokens, columns, reads)
+    reads = rows.distinct + max(0.0, rows.rows - rows.distinct) * again
+    blocks = (1,) * max(1, round(columns))
+    return Rows(rows.tokens, columns / rows.tokens, columns, reads, blocks)
 
 
 def tiles_per_expert(mean_rows: float, tile: int) -> float:
