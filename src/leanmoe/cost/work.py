@@ -196,8 +196,8 @@ def features(
     weights = rows.distinct * shape.expert_bytes / gpu.bandwidth
     passed = rows.rows * (hidden + (gates + 1) * width) * 2 / gpu.bandwidth
     slots = rows.tokens * rows.slots * 2 / gpu.bandwidth
-    waves_up = max(math.ceil(up / gpu.multiprocessors), least_waves)
-    waves_down = max(math.ceil(down / gpu.multiprocessors), least_waves)
+    waves_up = max(_waves(up / gpu.multiprocessors, rows), least_waves)
+    waves_down = max(_waves(down / gpu.multiprocessors, rows), least_waves)
     seconds = (
         weights,
         products,
@@ -220,3 +220,8 @@ def features(
             (waves_up * hidden**2 + waves_down * width**2) / 1e6,
         ]
     )
+
+
+def _waves(tiles: float, rows: Rows) -> float:
+    """Rounded up; where tiles are known on average only, so is what rounding them up costs."""
+    return math.ceil(tiles) if rows.counts is not None else tiles + 0.5
