@@ -12,14 +12,18 @@ from torch import Tensor
 
 from leanmoe.cost.constants import KernelConstants, Regime, read_constants
 from leanmoe.cost.hardware import GPUS
-from leanmoe.cost.work import ExpertsShape, Rows
+from leanmoe.cost.work import ExpertsShape, Rows, Tile
 from leanmoe.errors import LeanMoeError
 from leanmoe.job.calibrate import Layer, calibrate
 from tests.cli.test_main import run
 
 H200 = GPUS["h200"]
 TRUTH = KernelConstants(
-    "leanmoe", "h200", "bfloat16", (Regime(1 << 20, 64, {"call": 9.0, "weights": 1.2}),), ""
+    "leanmoe",
+    "h200",
+    "bfloat16",
+    (Regime(1 << 20, Tile(64, 128), {"call": 9.0, "weights": 1.2}),),
+    "",
 )
 LAYERS = (Layer(16, 256, 128, 4), Layer(32, 256, 64, 4), Layer(24, 128, 256, 2))
 PRODUCTS = ((1, 256, 256), (16, 128, 512), (64, 512, 128), (256, 256, 128))

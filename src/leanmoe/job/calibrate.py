@@ -25,8 +25,9 @@ from leanmoe.cost.constants import (
     shipped,
     write_constants,
 )
-from leanmoe.cost.fit import Reading, accuracy, errors_of, fit
+from leanmoe.cost.fit import Form, Reading, accuracy, errors_of, fit
 from leanmoe.cost.hardware import Gpu
+from leanmoe.cost.schedules import ANY, stages
 from leanmoe.cost.work import ExpertsShape, Rows
 from leanmoe.errors import LeanMoeError
 from leanmoe.progress import bar
@@ -42,7 +43,7 @@ LAYERS = ((64, 2048, 1024, 8), (128, 2048, 768, 8), (128, 4096, 1536, 8), (64, 4
 """Experts, hidden width, expert width, slots. Every second one is fitted, so those differ in all
 three; a model's own layer is added, if it fits."""
 FEATURES = ("call", "weights", "products", "activations", "slots_hidden", "waves")
-EDGES = (16, 256, 4096)
+EDGES = (16, 256, ANY)
 """Fewer ranges and fewer constants than for the large tables: there are fewer readings."""
 INPUTS = 4
 """Inputs of a graph, each with other experts, so that caches do not flatter."""
@@ -195,8 +196,8 @@ def fit_readings(gpu: Gpu, readings: dict[Layer, list[Reading]]) -> KernelConsta
         DTYPE,
         fitted,
         f"leanmoe calibrate on {gpu.name}, {len(layers[::2])} layers",
-        EDGES,
-        FEATURES,
+        stages(EDGES),
+        Form(FEATURES),
     )
     off = accuracy("layers not fitted", errors_of(found, unseen, gpu))
     return replace(found, accuracy=(off,))
