@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from leanmoe.cost import paper
-from leanmoe.cost.study import U_SHAPES, analysis, banded, regimes, table_9, u_shape, v2_lite
+from leanmoe.cost.study import U_SHAPES, analysis, banded, regimes, u_shape, v2_lite
+from leanmoe.cost.table_9 import table_9, what_moves
 
 
 @pytest.mark.parametrize("name", U_SHAPES)
@@ -48,6 +49,14 @@ def test_the_full_model_is_within_a_tenth_of_table_9_with_one_number_fitted() ->
     assert all(
         abs(r["off"][str(k)]) > 3 for r in found["rows"] for c, k in beyond if c == r["concurrency"]
     )
+
+
+def test_no_other_assumption_reproduces_the_ratios() -> None:
+    first, *others = what_moves()
+    assert first["within"] == table_9()["within"]
+    assert len({case["assumption"] for case in (first, *others)}) == 7
+    assert all(case["within"] < case["counted"] for case in (first, *others))
+    assert first["full_off"] < 0.1
 
 
 def test_where_table_9_breaks_its_own_trend() -> None:

@@ -5,28 +5,24 @@ Letters: B tokens in a step, k experts a token, D distinct experts, E experts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from leanmoe.cost import paper
-from leanmoe.cost.activation import Activation, CurveOf, assumed_curves
+from leanmoe.cost.activation import Activation, assumed_curves
 from leanmoe.cost.constants import Constants, shipped
 from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import GPUS
-from leanmoe.cost.load import Lengths, Load, read_lengths
-from leanmoe.cost.model import Model
+from leanmoe.cost.load import read_lengths
 from leanmoe.cost.models import published_model
 from leanmoe.cost.predict import default_kernel
 from leanmoe.cost.routing import Assumed
-from leanmoe.cost.serve import closed_loop
 from leanmoe.cost.step import Batch, StepTime
+from leanmoe.cost.table_9 import STUDY_LENGTH, plan_of, throughputs, with_overhead
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.shape import distinct_uniform
 
 LOADS = tuple(2**n for n in range(15))
-STUDY_LENGTH = "1024"
 U_SHAPES: Mapping[str, Deployment] = {
     "deepseek-ai/DeepSeek-V3": Deployment(GPUS["h200"], 8),
     "moonshotai/Kimi-K2-Instruct": Deployment(GPUS["h200"], 16, 1, 1),
@@ -41,15 +37,6 @@ FLAT = 1 / 3
 """A load is in the flat middle where the gain is below this share of the largest before it."""
 LOWER = 0.5
 """The lower k of the U shapes, as a share of the model's."""
-OVERHEADS = tuple(n / 4000 for n in range(41))
-"""Seconds of an engine's step that are tried against the paper's k = 8 column."""
-WITHIN = 3.0
-"""Points of percent that a ratio may be off."""
-
-
-def plan_of(model: Model, rule: Rule) -> Plan:
-    """The same rule in every layer at every load."""
-    return Plan.uniform(model.shape.fingerprint(), rule)
 
 
 def analysis() -> dict[str, Any]:
@@ -94,137 +81,6 @@ def analysis() -> dict[str, Any]:
     }
 
 
-def _column(
-    step: StepTime, plan: Plan | None, curves: CurveOf, lengths: Lengths, loads: Sequence[int]
-) -> list[float]:
-    activation = Activation(step.model, plan, curves)
-    return [
-        closed_loop(step, activation, Load(lengths, lengths, load)).output_throughput
-        for load in loads
-    ]
-
-
-def with_overhead(constants: Constants, gpu: str, seconds: float) -> Constants:
-    """The constants with an engine's own time in every step."""
-    rates, _ = constants.rates_for(gpu)
-    return replace(constants, rates={**constants.rates, gpu: replace(rates, step_seconds=seconds)})
-
-
-def table_9(constants: Constants | None = None, kernel: str | None = None) -> dict[str, Any]:
-    """DeepSeek-V3 on 8 H200 beside Table 9.
-
-    One number is fitted: an engine's own time in a step, to the paper's k = 8 column alone. What
-    fewer experts gain is then predicted.
-    """
-    constants = constants or shipped()
-    model = published_model(paper.V3)
-    kernel = kernel or default_kernel(model)
-    place, lengths = Deployment(GPUS["h200"], 8), read_lengths(STUDY_LENGTH, "length")
-    curves = assumed_curves(model, Assumed())
-    loads = list(paper.TABLE_9)
-
-    def off(seconds: float) -> float:
-        step = StepTime(model, place, with_overhead(constants, "h200", seconds), kernel)
-        found = _column(step, None, curves, lengths, loads)
-        return sum(
-            math.log(value / paper.TABLE_9[load][8]) ** 2
-            for load, value in zip(loads, found, strict=True)
-        )
-
-    overhead = min(OVERHEADS, key=off)
-    step = StepTime(model, place, with_overhead(constants, "h200", overhead), kernel)
-    columns = {
-        k: _column(step, plan_of(model, Rule(top_k=k)), curves, lengths, loads)
-        for k in (8, 6, 4, 3)
-    }
-    rows = [
-        _table_9_row(load, {k: c[n] for k, c in columns.items()}) for n, load in enumerate(loads)
-    ]
-    kept = _kept_experts(model, step, curves, lengths, loads)
-    for row in rows:
-        load = row["concurrency"]
-        row["saved_ms"] = _saved(model, place, load, 4)
-        row["least_gain"] = {str(k): _least_gain(model, place, load, k) for k in (6, 4, 3)}
-    counted = [(r, k) for r in rows for k in (6, 4) if (r["concurrency"], k) not in paper.BROKEN]
-    within = [abs(row["off"][str(k)]) <= WITHIN for row, k in counted]
-    beyond = [
-        {"concurrency": row["concurrency"], "k": k}
-        for row, k in counted
-        if row["least_gain"][str(k)] - row["paper_gain"][str(k)] > WITHIN
-    ]
-    return {
-        "label": "modelled beside cited",
-        "machine": str(place),
-        "kernel": kernel,
-        "step_overhead_ms": 1e3 * overhead,
-        "rows": rows,
-        "kept_experts": kept,
-        "within": sum(within),
-        "counted": len(counted),
-        "out_of_reach": beyond,
-        "trend_breaks": [
-            {"concurrency": load, "k": k, "points": round(value, 1)}
-            for load, k, value in paper.trend_breaks(WITHIN)
-        ],
-        "full_off": max(abs(r["full_off"]) for r in rows),
-        "stands_on": step.experts_origin,
-    }
-
-
-def _saved(model: Model, place: Deployment, load: int, k: int) -> dict[str, float]:
-    """Milliseconds of a step that k for 8 saves: reading, at the full rate; in the paper."""
-    shape = model.shape
-    fewer = distinct_uniform(shape.experts, 8, load) - distinct_uniform(shape.experts, k, load)
-    read = fewer * model.moe_layers * shape.expert_bytes / place.gpus / place.gpu.bandwidth
-    cited = load / paper.TABLE_9[load][8] - load / paper.TABLE_9[load][k]
-    return {"reading": 1e3 * read, "paper": 1e3 * cited}
-
-
-def _least_gain(model: Model, place: Deployment, load: int, k: int) -> float:
-    """Percent that k for 8 gains of the paper's own step, if tokens choose independently.
-
-    Nothing but the reading of the experts that stay asleep is saved, at the memory's stated rate,
-    which no kernel reaches: a kernel that is slower saves more.
-    """
-    step = 1e3 * load / paper.TABLE_9[load][8]
-    return 100 * (step / (step - _saved(model, place, load, k)["reading"]) - 1)
-
-
-def _table_9_row(load: int, ours: Mapping[int, float]) -> dict[str, Any]:
-    cited = paper.TABLE_9[load]
-    gains = {k: 100 * (ours[k] / ours[8] - 1) for k in (6, 4, 3)}
-    cited_gains = {k: 100 * (cited[k] / cited[8] - 1) for k in (6, 4, 3)}
-    return {
-        "concurrency": load,
-        "ours": {str(k): v for k, v in ours.items()},
-        "paper": {str(k): v for k, v in cited.items()},
-        "full_off": ours[8] / cited[8] - 1,
-        "gain": {str(k): v for k, v in gains.items()},
-        "paper_gain": {str(k): v for k, v in cited_gains.items()},
-        "off": {str(k): gains[k] - cited_gains[k] for k in gains},
-        "broken": [k for k in gains if (load, k) in paper.BROKEN],
-    }
-
-
-def _kept_experts(
-    model: Model, step: StepTime, curves: CurveOf, lengths: Lengths, loads: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Throughput with fewer experts in total, in the paper's shares of 64."""
-    found = []
-    full = _column(step, None, curves, lengths, loads)
-    for kept in paper.EXPERTS_KEPT[1:]:
-        share = kept / paper.EXPERTS_KEPT[0]
-        rule = Rule(experts=tuple(range(int(model.shape.experts * share))))
-        column = _column(step, plan_of(model, rule), curves, lengths, loads)
-        found.append(
-            {
-                "share": share,
-                "gain": [100 * (a / b - 1) for a, b in zip(column, full, strict=True)],
-            }
-        )
-    return found
-
-
 def v2_lite(overhead: float, constants: Constants | None = None) -> dict[str, Any]:
     """DeepSeek-V2-Lite on 2 A800: k = 4 and 2 for 6, and 48, 32 and 16 of its 64 experts.
 
@@ -237,11 +93,11 @@ def v2_lite(overhead: float, constants: Constants | None = None) -> dict[str, An
     curves = assumed_curves(model, Assumed())
     step = StepTime(model, place, constants, default_kernel(model))
     loads = list(paper.V2_LITE_GAINS)
-    full = _column(step, None, curves, lengths, loads)
+    full = throughputs(step, None, curves, lengths, loads)
     rules = {f"k={k}": Rule(top_k=k) for k in (4, 2)}
     rules |= {f"{n} of 64": Rule(experts=tuple(range(n))) for n in paper.EXPERTS_KEPT[1:]}
     columns = {
-        name: _column(step, plan_of(model, rule), curves, lengths, loads)
+        name: throughputs(step, plan_of(model, rule), curves, lengths, loads)
         for name, rule in rules.items()
     }
     rows = [
@@ -356,7 +212,7 @@ def banded(overhead: float, constants: Constants | None = None) -> dict[str, Any
         ),
     }
     loads = list(paper.TABLE_9)
-    full = _column(step, None, curves, lengths, loads)
+    full = throughputs(step, None, curves, lengths, loads)
     return {
         "label": "modelled",
         "machine": str(place),
@@ -364,7 +220,7 @@ def banded(overhead: float, constants: Constants | None = None) -> dict[str, Any
         "gains": {
             name: [
                 100 * (a / b - 1)
-                for a, b in zip(_column(step, plan, curves, lengths, loads), full, strict=True)
+                for a, b in zip(throughputs(step, plan, curves, lengths, loads), full, strict=True)
             ]
             for name, plan in plans.items()
         },
