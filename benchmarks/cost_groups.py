@@ -12,7 +12,7 @@ import numpy as np
 from cost_noise import BEATEN, noise, times_beaten
 from numpy.typing import NDArray
 
-from leanmoe.cost.constants import KernelConstants, Tuned, read_tiles
+from leanmoe.cost.constants import Accuracy, KernelConstants, Tuned, read_tiles
 from leanmoe.cost.fit import Reading, accuracy, choose, errors_of, fit
 from leanmoe.cost.hardware import Gpu
 from leanmoe.cost.interpolation import Ratios
@@ -98,7 +98,9 @@ def fit_table(gpu: Gpu, table: Table, seed: int) -> tuple[KernelConstants, dict[
             errors = errors_of(constants, [reading(r, table) for r in group], gpu)
             found.append(accuracy(name, errors))
             worst[name] = _worst(group, errors)
-    constants = replace(constants, accuracy=tuple(a for a in found if a.what in SEEN))
+    held = interpolated(constants, gpu, table, rows)
+    seen = [a for a in found if a.what in SEEN]
+    constants = replace(constants, accuracy=(*seen, *held))
     line = {
         "kernel": table.kernel,
         "dtype": table.dtype,
@@ -110,7 +112,7 @@ def fit_table(gpu: Gpu, table: Table, seed: int) -> tuple[KernelConstants, dict[
             "least waves": form.least_waves,
         },
         "accuracy": [vars(a) for a in found],
-        "interpolated": interpolated(constants, gpu, table, rows),
+        "interpolated": {each.what: vars(each) for each in held},
         "noise of the table": noise(rows),
         "worst": worst,
         "grouped": _grouped(constants, gpu, table),
@@ -130,7 +132,7 @@ def _worst(rows: Sequence[Measured], errors: NDArray[np.float64]) -> dict[str, A
 
 def interpolated(
     constants: KernelConstants, gpu: Gpu, table: Table, rows: Sequence[Measured]
-) -> dict[str, Any]:
+) -> list[Accuracy]:
     """How far off is the model held to measured rows of the very layer, on rows it is not held to?
 
     Each row in turn is predicted from its layer's other rows; and each with k = 6 from the rows of
@@ -152,9 +154,11 @@ def interpolated(
             held = Ratios.of(full.items())
             from_full += [held.at(tokens) / ratio - 1 for tokens, ratio in curve.items()]
     found = {"each row from its layer's others": left_out, "k = 6 from k = 8 rows": from_full}
-    return {
-        what: vars(accuracy(what, np.array(errors))) for what, errors in found.items() if errors
-    }
+    return [
+        replace(accuracy(what, np.array(errors)), is_interpolated=True)
+        for what, errors in found.items()
+        if errors
+    ]
 
 
 def _grouped(constants: KernelConstants, gpu: Gpu, table: Table) -> Mapping[str, Any] | None:

@@ -36,6 +36,8 @@ class Accuracy:
     """Mean absolute relative error."""
     p99: float
     worst: float
+    is_interpolated: bool = False
+    """Of predictions held to measured rows of the same layer, not of the constants alone."""
 
     def __str__(self) -> str:
         return (

@@ -106,6 +106,7 @@ class ExpertsTime:
             else measured_curve(self._gpu.name, kernel.kernel, kernel.dtype, key)
         )
         self._held = Ratios.of((m.tokens, self._ratio(m)) for m in measured)
+        self.is_held = bool(measured)
         self.origin = "modelled"
         if measured:
             self.origin = (
@@ -166,6 +167,11 @@ class StepTime:
     def is_as_tested(self) -> bool:
         """Whether the stated accuracy is that of layers like this one."""
         return self._experts.shape.is_as_tested
+
+    @property
+    def is_interpolated(self) -> bool:
+        """Whether the experts' time is held to measured rows of this very layer."""
+        return self._experts.is_held
 
     @property
     def experts_origin(self) -> str:
