@@ -17,8 +17,12 @@ from leanmoe.cost.constants import (
     shipped,
     write_constants,
 )
+from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.fit import Form, Reading, accuracy, choose, errors_of, fit
 from leanmoe.cost.hardware import GPUS
+from leanmoe.cost.load import Load, read_lengths
+from leanmoe.cost.models import published_model
+from leanmoe.cost.predict import predict
 from leanmoe.cost.schedules import ANY, CUTLASS, Stage, stages
 from leanmoe.cost.tables import TABLES, VERSION, installed, measured_curve, read_table
 from leanmoe.cost.work import ExpertsShape, Rows, Tile
@@ -184,6 +188,20 @@ def test_shipped_constants_say_how_far_off_they_have_been() -> None:
         if kernel.gpu == "h200" and (kernel.kernel, kernel.dtype) in HELD_TO:
             assert all(each.mean <= 0.04 for each in kernel.accuracy), kernel.kernel
     assert isinstance(shipped().rates["h200"], Rates)
+
+
+@pytest.mark.skipif(installed() != VERSION, reason="aiconfigurator-core is not installed")
+def test_a_prediction_says_how_far_off_its_kind_has_been() -> None:
+    model, lengths = published_model("Qwen/Qwen3-30B-A3B"), read_lengths("64", "length")
+    load = Load(lengths, lengths, 4)
+    said = {}
+    for gpu in ("h200", "a800"):
+        found = predict(model, None, Deployment(GPUS[gpu]), load, simulated=False)
+        said[gpu] = found.stands_on["experts have been off by"]
+        assert found.stands_on["experts"].startswith("interpolated") == (gpu == "h200")
+    assert "each row from its layer's others" in said["h200"]
+    assert "unseen half" in said["a800"]
+    assert "others" not in said["a800"]
 
 
 @pytest.mark.skipif(installed() != VERSION, reason="aiconfigurator-core is not installed")
