@@ -60,11 +60,10 @@ class PlannedServer:
 
     def metrics(self) -> str:
         """Prometheus' text about the last step; reading it waits for the device."""
-        step = self._last
+        step, rate = self._last, self._rate.per_second(self._generated)
         if step is None:
-            return exposition(self._path, "transformers", None, None)
+            return exposition(self._path, "transformers", None, rate)
         found = {**step.routing.read(), **self._band(step), "rows": step.rows}
-        rate = self._rate.per_second(self._generated)
         return exposition(self._path, "transformers", found, rate)
 
     def _begin(self, _model: Any, inputs: Any, keywords: dict[str, Any]) -> None:
