@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("guidellm", reason="the extra leanmoe[bench] is not installed")
 
-from leanmoe.load.guidellm_client import TimedCompletions  # noqa: E402
+from leanmoe.load.guidellm_client import TimedCompletions
 
 
 def piece(text: str | None, tokens: int | None = None) -> str:
