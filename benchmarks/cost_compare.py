@@ -6,8 +6,9 @@ Reads every committed results/*-experts-gpu.json (one layer by tokens and rule; 
 writes them; leanmoe's constants of that GPU are fitted to its rows of the full model, which count
 as fitted), every results/*-vllm-*.json (decode steps under plans; `vllm_gpu.py` writes them) and
 every list in readings/: a model, a machine, and rows of concurrency, k, rule, distinct experts (or
-null), microseconds that the rule itself took a layer, and milliseconds a step. Of the steps,
-concurrency 1 of the readings gave a layer's own time; no other step was fitted to.
+null), microseconds that the rule itself took a layer, and milliseconds a step. A layer's and an
+engine's own times are fitted to every second load of the full model in one run (`cost_engine.py`),
+which count as fitted; nothing else is.
 """
 
 from __future__ import annotations
@@ -15,24 +16,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cost_engine import FULL, EngineRun, gpu_of
 
 from leanmoe import provenance
 from leanmoe.cost.activation import Activation, CurveOf, assumed_curves
 from leanmoe.cost.constants import shipped
 from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import GPUS
-from leanmoe.cost.model import read_model
 from leanmoe.cost.models import published_model
-from leanmoe.cost.routing import Assumed, Curve, from_points
+from leanmoe.cost.routing import Assumed, from_points
+from leanmoe.cost.schedules import SLOT_BY_SLOT
 from leanmoe.cost.step import Batch, StepTime
 from leanmoe.cost.tables import WEIGHT_BYTES
-from leanmoe.cost.work import ExpertsShape, Rows
-from leanmoe.errors import LeanMoeError
+from leanmoe.cost.work import ExpertsShape, Rows, slot_by_slot
 from leanmoe.plan import Plan, Rule
 from leanmoe.storage import read_json, write_json
 
@@ -43,18 +46,8 @@ KERNELS = {
     ("vLLM", "float8_e4m3fn"): ("vllm-triton", "fp8_block"),
 }
 """Implementation and dtype in a results file: kernel and format of our constants."""
-FULL = ("stock", "empty plan")
-"""Names of the full model in `vllm_gpu.py`'s results."""
 LAYER_LIMIT, STEP_LIMIT = 0.04, 0.10
 """What the model is held to: of a layer of ours, of a whole step."""
-
-
-def gpu_of(hardware: str) -> str:
-    """Our name of the GPU that a results file names."""
-    for name in GPUS:
-        if name in hardware.lower().replace(" ", ""):
-            return name
-    raise LeanMoeError(f"hardware {hardware!r} is none of {', '.join(GPUS)}")
 
 
 def layers(path: Path) -> Iterator[dict[str, Any]]:
@@ -78,6 +71,8 @@ def layers(path: Path) -> Iterator[dict[str, Any]]:
             )
             tokens = line["tokens"]
             rows = Rows(tokens, line["rows"] / tokens, line["rows"], line["distinct"])
+            if line["rows"] <= SLOT_BY_SLOT.get(known[0], 0.0) * shape.experts:
+                rows = slot_by_slot(shape, rows, line["rows"])
             seconds = constants.seconds(shape, rows, gpu)
             yield {
                 "file": path.name,
@@ -98,7 +93,7 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
     if not {"model", "hardware", "kernel", "context", "rows"} <= set(found):
         print(f"{path} is no list of steps: left out", file=sys.stderr)
         return
-    model = published_model(found["model"])
+    model = published_model(found["model"])  # the trial timed the captured model alone
     place = Deployment(GPUS[found["hardware"]], found.get("tensor", 1))
     step = StepTime(model, place, shipped(), found["kernel"])
     for row in found["rows"]:
@@ -108,7 +103,8 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
         if row["distinct"] is not None:
             curves = _measured_curve(row, model.shape.experts)
         batch = Batch(row["concurrency"], found["context"])
-        seconds = step.parts(batch, Activation(model, plan, curves)).total
+        parts = step.parts(batch, Activation(model, plan, curves))
+        seconds = parts.total - parts.head - parts.engine
         seconds += model.moe_layers * row["layer_us"] * 1e-6
         yield {
             "file": path.name,
@@ -117,7 +113,7 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
             "measured_ms": row["step_ms"],
             "predicted_ms": round(1e3 * seconds, 2),
             "error": float(f"{1e3 * seconds / row['step_ms'] - 1:.4g}"),
-            "fitted": row["concurrency"] == 1 and plan is None,
+            "fitted": False,
         }
 
 
@@ -125,39 +121,30 @@ def engine_steps(path: Path) -> Iterator[dict[str, Any]]:
     """Each decode step of `vllm_gpu.py` with what is predicted from the experts that it woke.
 
     The run says how many distinct experts and slots each plan had, so nothing of routing is
-    assumed; what a plan's routing itself takes is not modelled.
+    assumed; what a plan's routing itself takes is not modelled. A captured step is the model up to
+    its last hidden states, without head and engine; the time of a token has both.
     """
-    found = read_json(path, "results")
-    model = read_model(found["config"], found["settings"]["shape"])
-    gpu = GPUS[gpu_of(found["provenance"]["hardware"])]
-    step = StepTime(model, Deployment(gpu), shipped(), "vllm-triton")
-    settings = found["settings"]
-    context = int(settings["prompt"]) + int(settings["steps"]) / 2
-    for line in found["lines"]:
-        if line.get("step_ms") is None or line.get("distinct") is None:
-            continue
-        tokens = line["requests"]
-        point = (float(tokens), float(line["distinct"]), float(line["activated"]))
-        curve = from_points([point], model.shape.experts, "measured in the run")
-        activation = Activation(model, None, partial(_always, curve))
-        seconds = step.parts(Batch(tokens, context), activation).total
-        took = line["step_ms"]["median"]
-        yield {
-            "file": path.name,
-            "what": f"{model.name}, {line['routing']}, {line['plan']}",
-            "gpu": gpu.name,
-            "plan": line["plan"],
-            "concurrency": tokens,
-            "distinct": line["distinct"],
-            "measured_ms": took,
-            "predicted_ms": round(1e3 * seconds, 3),
-            "error": float(f"{1e3 * seconds / took - 1:.4g}"),
-            "fitted": False,
-        }
-
-
-def _always(curve: Curve, _layer: int, _rule: Rule) -> Curve:
-    return curve
+    run = EngineRun(path, shipped())
+    for line in run.lines:
+        parts = run.parts(line)
+        captured = parts.total - parts.head - parts.engine
+        for what, measured, seconds in (
+            ("step", line["step_ms"]["median"], captured),
+            ("TPOT", line["tpot_ms"]["median"], parts.total),
+        ):
+            yield {
+                "file": path.name,
+                "of": what,
+                "what": f"{run.model.name}, {line['routing']}, {line['plan']}",
+                "gpu": run.gpu.name,
+                "plan": line["plan"],
+                "concurrency": line["requests"],
+                "distinct": line["distinct"],
+                "measured_ms": measured,
+                "predicted_ms": round(1e3 * seconds, 3),
+                "error": float(f"{1e3 * seconds / measured - 1:.4g}"),
+                "fitted": run.is_fitted(line),
+            }
 
 
 def _measured_curve(row: dict[str, Any], experts: int) -> CurveOf:
@@ -169,8 +156,8 @@ def _measured_curve(row: dict[str, Any], experts: int) -> CurveOf:
 
 def _by_plan(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     return [
-        ("full model", [row for row in rows if row["plan"] in FULL]),
-        ("plans", [row for row in rows if row["plan"] not in FULL]),
+        ("full model", [r for r in rows if r["plan"] in FULL and not r["fitted"]]),
+        ("plans", [r for r in rows if r["plan"] not in FULL]),
     ]
 
 
@@ -201,9 +188,12 @@ def main() -> None:
         ("vLLM's layers", [r for r in unseen if r["what"].startswith("vLLM")], LAYER_LIMIT),
         ("steps of the readings", [r for r in found_steps if not r["fitted"]], STEP_LIMIT),
         *(
-            (f"steps of {path.stem[11:]}, {kind}", rows, STEP_LIMIT)
+            (f"{of} of {path.stem[11:]}, {kind}", rows, STEP_LIMIT)
             for path in runs
-            for kind, rows in _by_plan([r for r in found_engine if r["file"] == path.name])
+            for of in ("step", "TPOT")
+            for kind, rows in _by_plan(
+                [r for r in found_engine if (r["file"], r["of"]) == (path.name, of)]
+            )
         ),
     ):
         if rows:

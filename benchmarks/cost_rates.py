@@ -19,6 +19,8 @@ from leanmoe.cost.routing import ranks_touched
 from leanmoe.cost.step import EXCHANGED_BYTES
 from leanmoe.cost.tables import PACKAGE, VERSION, read_columns
 
+LEAST_LATENT_HEADS = 8
+"""On a GPU: fewer are not served."""
 NETWORK = 0.88
 """Cited: DeepEP's own figures, 43 to 46 of 50 GB/s for 64 ranks (its README, low latency)."""
 
@@ -57,17 +59,46 @@ def products(gpu: Gpu, dtype: str, source: str) -> tuple[NDArray[np.float64], Ac
 
 
 def decode_attention(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
-    """Bandwidth and time of a call of attention over the cache."""
+    """Bandwidth, time of a call and of a sequence's head, of attention over the cache."""
     columns = read_columns(gpu.name, "attention/vllm/0.24.0/generation_attention_perf.parquet")
     wanted = (columns["window_size"] == 0) & (columns["kv_cache_dtype"] == "bfloat16")
-    wanted &= (columns["head_dim"] == 128) & (columns["step"] >= 127)
+    wanted &= columns["head_dim"] == 128
     batch, context = columns["batch_size"][wanted], columns["step"][wanted] + 1
-    read = batch * context * columns["num_key_value_heads"][wanted] * 2 * 128 * 2.0
+    heads = batch * columns["num_key_value_heads"][wanted]
+    read = heads * context * 2 * 128 * 2.0
 
     def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray(c[1] * 1e-6 + read / gpu.bandwidth / c[0])
+        return np.asarray((c[1] + heads * c[2]) * 1e-6 + read / gpu.bandwidth / c[0])
 
-    return least(predict, columns["latency"][wanted] / 1e3, (0.7, 6.0))
+    return least(predict, columns["latency"][wanted] / 1e3, (0.7, 6.0, 0.03))
+
+
+def latent_attention(gpu: Gpu, dense: NDArray[np.float64]) -> tuple[NDArray[np.float64], Accuracy]:
+    """Bandwidth, rate, time of a layer and of a sequence of latent attention that decodes.
+
+    The table times DeepSeek-V3's whole module; its products are modelled by `dense`, and what is
+    left over is fitted.
+    """
+    columns = read_columns(gpu.name, "mla/vllm/0.24.0/mla_generation_module_perf.parquet")
+    wanted = (columns["gemm_type"] == "bfloat16") & (columns["kv_cache_dtype"] == "bfloat16")
+    wanted &= columns["num_heads"] >= LEAST_LATENT_HEADS
+    batch, context, heads = (
+        columns[name][wanted].astype(float) for name in ("batch_size", "step", "num_heads")
+    )
+    hidden, queries, latent, rotary, width = 7168, 1536, 512, 64, 128
+    weights = hidden * (queries + latent + rotary) + heads * (
+        queries * (width + rotary) + latent * 2 * width + hidden * width
+    )
+    reading = 2 * weights / gpu.bandwidth / dense[0]
+    products = 5 * dense[2] * 1e-6 + np.maximum(reading, 2 * weights * batch / gpu.flops / dense[1])
+    read = batch * context * (latent + rotary) * 2
+    work = 2 * batch * context * heads * (2 * latent + rotary)
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        longer = np.maximum(read / gpu.bandwidth / c[0], work / gpu.flops / c[1])
+        return np.asarray(products + (c[2] + c[3] * batch) * 1e-6 + longer)
+
+    return least(predict, columns["latency"][wanted] / 1e3, (0.7, 0.5, 50.0, 0.1))
 
 
 def prompt_attention(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
@@ -121,6 +152,7 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
     dense, dense_error = products(gpu, "bfloat16", "torch.nn.functional.linear")
     _, fp8_error = products(gpu, "fp8_block", "DeepGemmFp8BlockScaledMMKernel")
     decode, decode_error = decode_attention(gpu)
+    latent, latent_error = latent_attention(gpu, dense)
     prompt, prompt_error = prompt_attention(gpu)
     reduced, reduced_error = all_reduce(gpu)
     exchanged, exchanged_error = exchange(gpu)
@@ -131,6 +163,11 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
         attention_bandwidth=decode[0],
         attention_flops=prompt[0],
         attention_seconds=decode[1] * 1e-6,
+        attention_sequence_seconds=decode[2] * 1e-6,
+        latent_bandwidth=latent[0],
+        latent_flops=latent[1],
+        latent_seconds=latent[2] * 1e-6,
+        latent_sequence_seconds=latent[3] * 1e-6,
         reduce_bandwidth=reduced[0],
         reduce_seconds=reduced[1] * 1e-6,
         reduce_hop=reduced[2] * 1e-6,
@@ -138,7 +175,7 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
         exchange_seconds=exchanged[1] * 1e-6,
         network_bandwidth=NETWORK,
         fitted_to=f"vLLM 0.24's kernels and DeepEP in {PACKAGE} {VERSION}, {gpu.name}; between "
-        "nodes as DeepEP states; a layer's own time from a reading of Qwen3-30B-A3B",
+        "nodes as DeepEP states; a layer's and an engine's own time from vLLM 0.24 on one H100",
     )
     found = Rates(
         **{n: v if isinstance(v, str) else float(f"{v:.4g}") for n, v in vars(found).items()}
@@ -147,6 +184,7 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
         "dense products, bf16": dense_error,
         "dense products, fp8 blocks (with their own constants)": fp8_error,
         "attention, decode": decode_error,
+        "latent attention with its products, decode": latent_error,
         "attention, prompt": prompt_error,
         "all-reduce": reduced_error,
         "dispatch and combine": exchanged_error,

@@ -1,18 +1,21 @@
 """Published models: what of each config.json says its shape, and the sizes its makers state.
 
 The numbers are from each model's public config.json and its own card or report; parameters in
-billions, as stated there.
+billions, as stated there. Configs of the study's models are those that the study reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from leanmoe.cost.models import CONFIGS
 
 
 class Published(NamedTuple):
     """A model's config and its stated parameters, total and active."""
 
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     total: float
     active: float | None
     """None where it is stated too roughly to tell anything."""
@@ -20,20 +23,6 @@ class Published(NamedTuple):
     """Whether the makers' active parameters count the embedding table."""
 
 
-_QWEN3 = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 151936,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "tie_word_embeddings": False,
-}
 _LATENT = {
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
@@ -44,37 +33,7 @@ _LATENT = {
 
 MODELS: dict[str, Published] = {
     "deepseek-ai/DeepSeek-V3": Published(
-        {
-            "model_type": "deepseek_v3",
-            "architectures": ["DeepseekV3ForCausalLM"],
-            **_LATENT,
-            "vocab_size": 129280,
-            "hidden_size": 7168,
-            "intermediate_size": 18432,
-            "moe_intermediate_size": 2048,
-            "num_hidden_layers": 61,
-            "num_attention_heads": 128,
-            "num_key_value_heads": 128,
-            "q_lora_rank": 1536,
-            "n_routed_experts": 256,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 8,
-            "first_k_dense_replace": 3,
-            "moe_layer_freq": 1,
-            "n_group": 8,
-            "topk_group": 4,
-            "topk_method": "noaux_tc",
-            "scoring_func": "sigmoid",
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "num_nextn_predict_layers": 1,
-            "torch_dtype": "bfloat16",
-            "quantization_config": {
-                "quant_method": "fp8",
-                "fmt": "e4m3",
-                "weight_block_size": [128, 128],
-            },
-        },
+        CONFIGS["deepseek-ai/DeepSeek-V3"],
         671,
         37,
         counts_embedding=False,
@@ -106,76 +65,23 @@ MODELS: dict[str, Published] = {
         counts_embedding=False,
     ),
     "deepseek-ai/DeepSeek-V2-Lite": Published(
-        {
-            "model_type": "deepseek_v2",
-            "architectures": ["DeepseekV2ForCausalLM"],
-            **_LATENT,
-            "vocab_size": 102400,
-            "hidden_size": 2048,
-            "intermediate_size": 10944,
-            "moe_intermediate_size": 1408,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "q_lora_rank": None,
-            "n_routed_experts": 64,
-            "n_shared_experts": 2,
-            "num_experts_per_tok": 6,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-            "topk_method": "greedy",
-            "norm_topk_prob": False,
-            "routed_scaling_factor": 1.0,
-        },
+        CONFIGS["deepseek-ai/DeepSeek-V2-Lite"],
         15.7,
         2.4,
         counts_embedding=False,
     ),
     "moonshotai/Kimi-K2-Instruct": Published(
-        {
-            "model_type": "kimi_k2",
-            "architectures": ["DeepseekV3ForCausalLM"],
-            **_LATENT,
-            "vocab_size": 163840,
-            "hidden_size": 7168,
-            "intermediate_size": 18432,
-            "moe_intermediate_size": 2048,
-            "num_hidden_layers": 61,
-            "num_attention_heads": 64,
-            "q_lora_rank": 1536,
-            "n_routed_experts": 384,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 8,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.827,
-        },
+        CONFIGS["moonshotai/Kimi-K2-Instruct"],
         1040,
         32.6,
     ),
     "Qwen/Qwen3-30B-A3B": Published(
-        {
-            **_QWEN3,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-        },
+        CONFIGS["Qwen/Qwen3-30B-A3B"],
         30.5,
         3.3,
     ),
     "Qwen/Qwen3-235B-A22B": Published(
-        {
-            **_QWEN3,
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "moe_intermediate_size": 1536,
-            "num_hidden_layers": 94,
-            "num_attention_heads": 64,
-        },
+        CONFIGS["Qwen/Qwen3-235B-A22B"],
         235,
         22,
     ),
@@ -262,30 +168,7 @@ MODELS: dict[str, Published] = {
         1.3,
     ),
     "openai/gpt-oss-120b": Published(
-        {
-            "model_type": "gpt_oss",
-            "architectures": ["GptOssForCausalLM"],
-            "vocab_size": 201088,
-            "hidden_size": 2880,
-            "intermediate_size": 2880,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "num_local_experts": 128,
-            "num_experts_per_tok": 4,
-            "attention_bias": True,
-            "tie_word_embeddings": False,
-            "quantization_config": {
-                "quant_method": "mxfp4",
-                "modules_to_not_convert": [
-                    "model.layers.*.self_attn",
-                    "model.layers.*.mlp.router",
-                    "model.embed_tokens",
-                    "lm_head",
-                ],
-            },
-        },
+        CONFIGS["openai/gpt-oss-120b"],
         116.83,
         5.13,
         counts_embedding=False,

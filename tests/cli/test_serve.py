@@ -117,3 +117,16 @@ def test_export_prints_or_writes(
     assert "sglang.launch_server" in target.read_text()
     assert json.loads(run(capsys, "export", plan, "--json")[1])["engine"] == "vllm"
     assert "guaranteed" in run(capsys, "export", plan, "--engine", "llama.cpp")[2]
+
+
+def test_without_a_plan_the_full_model_is_served(
+    port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("serve", "reference", "--port", port, "--dry-run", "--json")
+    pretend(monkeypatch, ("vllm", "0.24.0"))
+    found = json.loads(run(capsys, *words)[1])
+    assert not any(name.startswith("LEANMOE") for name in found["environment"])
+    assert not any("leanmoe.engines" in word for word in found["command"])
+    pretend(monkeypatch, None)
+    assert json.loads(run(capsys, *words)[1])["plan"] == "none"
+    assert "give one with --plan" in run(capsys, *words, "--drop", "prompt")[2]

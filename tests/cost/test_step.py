@@ -35,15 +35,6 @@ def parts(place: Deployment, batch: Batch, plan: Plan | None = None, model: obje
     return step.parts(batch, Activation(model, plan, assumed_curves(model, Assumed())))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_models_of_the_study_have_the_shapes_of_the_published_configs(name: str) -> None:
-    own, other = published_model(name).shape, read_model(MODELS[name].config).shape
-    for field in ("layers", "moe_layers", "experts", "top_k", "hidden", "expert_width"):
-        assert getattr(own, field) == getattr(other, field)
-    assert own.total_parameters() == other.total_parameters()
-    assert own.router == other.router or name == "moonshotai/Kimi-K2-Instruct"
-
-
 def test_what_a_token_leaves_in_the_cache() -> None:
     assert V3.cached_bytes(1) == 61 * (512 + 64) * 2
     assert V3.cached_bytes(100, tensor=8) == 100 * V3.cached_bytes(1)  # a latent is on every GPU
@@ -64,7 +55,11 @@ def test_a_hybrid_models_linear_layers_cache_nothing() -> None:
 def test_weights_on_all_gpus_are_the_models() -> None:
     whole = V3.shape.always_bytes() + V3.shape.parameters.embedding * 2
     whole += V3.moe_layers * V3.shape.experts * V3.shape.expert_bytes
-    assert Deployment(H200, 8).weight_bytes(V3) * 8 == pytest.approx(whole, rel=0.01)
+    # Latent attention's down-projections are on every GPU: 7,168 x (1,536 + 576) a layer, fp8.
+    copied = 61 * 7168 * (1536 + 576)
+    assert V3.copied_weights == copied
+    everywhere = whole + 7 * copied * V3.shape.storage.other_bytes
+    assert Deployment(H200, 8).weight_bytes(V3) * 8 == pytest.approx(everywhere, rel=0.005)
     assert Deployment(H200, 1, 8, 8).weight_bytes(V3) > Deployment(H200, 8).weight_bytes(V3)
 
 

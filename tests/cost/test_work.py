@@ -10,8 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leanmoe.cost.hardware import GPUS
+from leanmoe.cost.interpolation import Ratios
 from leanmoe.cost.tables import balanced_counts
-from leanmoe.cost.work import FEATURES, ExpertsShape, Rows, features, tiles_per_expert
+from leanmoe.cost.work import (
+    CACHED_SHARE,
+    FEATURES,
+    ExpertsShape,
+    Rows,
+    Tile,
+    features,
+    slot_by_slot,
+    tiles_per_expert,
+)
 
 
 @pytest.mark.parametrize("mean", [1.05, 2.0, 9.0, 40.0, 300.0])
@@ -58,14 +68,56 @@ def test_a_grouped_router_halves_the_awake_experts_and_keeps_the_rows() -> None:
 
 def test_features_are_the_bytes_and_products_of_the_layer() -> None:
     gpu, shape = GPUS["h200"], ExpertsShape(7168, 2048, 256)
-    found = dict(zip(FEATURES, features(shape, Rows(32, 8, 256, 162), gpu, 16), strict=True))
+    found = dict(
+        zip(FEATURES, features(shape, Rows(32, 8, 256, 162), gpu, Tile(16, 64)), strict=True)
+    )
     assert found["weights"] == pytest.approx(162 * 3 * 7168 * 2048 * 2 / 4.8e12 * 1e6)
     assert found["longer"] == max(found["weights"], found["products"])
     assert found["products"] >= 256 * 6 * 7168 * 2048 / 989e12 * 1e6
-    few = dict(zip(FEATURES, features(shape, Rows(1, 8, 8, 8), gpu, 16), strict=True))
+    few = dict(zip(FEATURES, features(shape, Rows(1, 8, 8, 8), gpu, Tile(16, 64)), strict=True))
     assert all(few[name] <= found[name] for name in FEATURES)
 
 
 def test_exact_counts_are_rounded_up_one_by_one() -> None:
     assert Rows(10, 2, 20, 3, (1, 16, 17)).tiles(16) == 4
     assert Rows(0, 0, 0, 0).tiles(16) == 0
+
+
+def test_waves_are_whole_where_rows_are_known_and_never_fewer_than_the_least() -> None:
+    gpu, shape = GPUS["h200"], ExpertsShape(2048, 768, 128)
+    place = FEATURES.index("waves")
+    exact = features(shape, Rows(1, 8, 8, 8, (1,) * 8), gpu, Tile(16, 64))
+    assert exact[place] == 2 + 2  # 8 x 12 x 2 and 8 x 32 tiles over 132 multiprocessors
+    assert features(shape, Rows(1, 8, 8, 8, (1,) * 8), gpu, Tile(16, 64), 4)[place] == 8
+    known = features(shape, Rows(1, 8, 8, 8), gpu, Tile(16, 64))[place]
+    assert known == pytest.approx(192 / 132 + 0.5 + 256 / 132 + 0.5)
+
+
+def test_padded_widths_are_read_and_computed() -> None:
+    plain, padded = ExpertsShape(2880, 180, 8), ExpertsShape(2880, 180, 8, padded_to=128)
+    assert (padded.padded_hidden, padded.padded_width) == (2944, 256)
+    assert padded.expert_bytes == 3 * 2944 * 256 * 2
+    assert plain.expert_bytes == 3 * 2880 * 180 * 2
+
+
+def test_experts_of_other_gpus_are_sorted_out() -> None:
+    gpu, shape = GPUS["h200"], ExpertsShape(2048, 768, 16)
+    place = FEATURES.index("spread")
+    assert features(shape, Rows(8, 8, 64, 16), gpu, Tile(16, 64))[place] == 0
+    assert features(shape, Rows(8, 8, 8, 7), gpu, Tile(16, 64))[place] == 1
+
+
+def test_slot_by_slot_reads_used_slots_anew_and_skipped_ones_not() -> None:
+    large, small = ExpertsShape(7168, 2048, 256), ExpertsShape(2048, 768, 128)
+    used = slot_by_slot(large, Rows(8, 8, 64, 23), 64)
+    assert (used.distinct, used.tiles(16)) == (64, 64)
+    assert slot_by_slot(small, Rows(4, 8, 32, 12), 32).distinct == 12 + 20 * CACHED_SHARE
+    skipped = slot_by_slot(large, Rows(1, 3, 3, 3), 8)
+    assert (skipped.distinct, skipped.rows, skipped.tiles(16)) == (3, 8, 8)
+
+
+def test_between_measured_rows_the_ratio_is_interpolated() -> None:
+    held = Ratios.of([(64, 1.4), (4, 1.0), (16, 1.2)])
+    assert [held.at(n) for n in (1, 4, 16, 64, 999)] == pytest.approx([1.0, 1.0, 1.2, 1.4, 1.4])
+    assert held.at(8) == pytest.approx(1.1)
+    assert Ratios().at(7) == 1

@@ -119,3 +119,13 @@ def test_whose_tokens_share_experts_is_asked_for_by_name() -> None:
         check_company("all", "vLLM")
     with pytest.raises(LeanMoeError, match="LEANMOE_COMPANY is 'world': it must be rank or all"):
         check_company("world", "vLLM")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_what_lies_beyond_the_last_band_is_said(engine: str) -> None:
+    def notes_of(end: int | None) -> str:
+        plan = Plan(QWEN, (Band(end, (Rule(guaranteed=3),) * QWEN.moe_layers),))
+        return export(plan, PATH, engine).text()
+
+    assert "steps of more than 64 rows run the full model" in notes_of(64)
+    assert "run the full model" not in notes_of(None)

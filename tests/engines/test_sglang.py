@@ -1,4 +1,4 @@
-"""The SGLang hook against a small stand-in of its `topk` file: it has not run in SGLang itself."""
+"""The SGLang hook against a small stand-in of its `topk` file; test_sglang_real.py has the real."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from leanmoe.engines.spelling import repeat_best
+from leanmoe.engines.statistics import Statistics
 from leanmoe.engines.vllm.padding import padding_rows, share
 from leanmoe.engines.vllm.router import read_router, why_not_read
 from leanmoe.engines.vllm.routing import LayerRouting, step_rows
-from leanmoe.engines.vllm.statistics import Statistics
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.routers import Router

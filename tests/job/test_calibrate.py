@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,18 @@ from torch import Tensor
 
 from leanmoe.cost.constants import KernelConstants, Regime, read_constants
 from leanmoe.cost.hardware import GPUS
-from leanmoe.cost.work import ExpertsShape, Rows
+from leanmoe.cost.work import ExpertsShape, Rows, Tile
 from leanmoe.errors import LeanMoeError
-from leanmoe.job.calibrate import Layer, calibrate
+from leanmoe.job.calibrate import TOKENS, Layer, calibrate, read_tokens
 from tests.cli.test_main import run
 
 H200 = GPUS["h200"]
 TRUTH = KernelConstants(
-    "leanmoe", "h200", "bfloat16", (Regime(1 << 20, 64, {"call": 9.0, "weights": 1.2}),), ""
+    "leanmoe",
+    "h200",
+    "bfloat16",
+    (Regime(1 << 20, Tile(64, 128), {"call": 9.0, "weights": 1.2}),),
+    "",
 )
 LAYERS = (Layer(16, 256, 128, 4), Layer(32, 256, 64, 4), Layer(24, 128, 256, 2))
 PRODUCTS = ((1, 256, 256), (16, 128, 512), (64, 512, 128), (256, 256, 128))
@@ -81,6 +86,29 @@ def test_too_large_layers_and_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixtu
         calibrate(H200, huge, tmp_path / "c.json", "test", made_up_clock, "cpu")
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
+    for words in ("1,2", "0,1,2", "1,2,many", "1,2,99999999"):
+        code, _, err = run(capsys, "calibrate", "h200", "--tokens", words)
+        assert code == 1
+        assert f"--tokens is '{words}'" in err
     code, _, err = run(capsys, "calibrate", "h200", "-o", str(tmp_path / "c.json"))
     assert code == 1
     assert "needs an NVIDIA GPU" in err
+
+
+def test_a_missing_package_is_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("leanmoe.job.calibrate.find_spec", lambda name: name != "scipy" or None)
+
+    def never(_calls: Sequence[Callable[[], object]]) -> float:
+        raise AssertionError("measured")
+
+    with pytest.raises(LeanMoeError, match=r"needs scipy: pip install 'leanmoe\[gpu\]'"):
+        calibrate(H200, LAYERS, tmp_path / "c.json", "test", never, "cpu")
+
+
+def test_the_default_sizes_of_the_command_are_the_jobs() -> None:
+    from leanmoe.cli.calibrate import calibrate as command
+
+    default = signature(command).parameters["tokens"].default
+    assert read_tokens(default) == TOKENS

@@ -194,6 +194,24 @@ def test_prompt_rules_spare_the_tokens_that_are_read() -> None:
     assert applied.prompt[1].tokens == 3 * 6
 
 
+@pytest.mark.parametrize("implementation", ["stock", "leanmoe"])
+def test_what_is_observed_is_what_the_step_ran(implementation: str) -> None:
+    model = build("deepseek_v3")
+    plan = Plan(shape_of(model).fingerprint(), prompt=(Rule(guaranteed=1), Rule(top_k=2)))
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def observe(layer: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        seen[layer] = (ids_TK, weights_TK)
+
+    with apply(model, plan, experts=implementation, count=True, observe=observe) as applied:
+        logits(model, logits_to_keep=1)
+    for layer in (0, 1):
+        used_TK = seen[layer][1] != 0
+        assert len(used_TK) == ids().numel()
+        counted = (applied.generated[layer], applied.prompt[layer])
+        assert int(used_TK.sum()) == sum(count.slots for count in counted)
+
+
 def test_generate_under_a_plan_is_greedy_decoding_of_the_planned_model() -> None:
     model = build("deepseek_v3")
     fewer = build("deepseek_v3", num_experts_per_tok=2)

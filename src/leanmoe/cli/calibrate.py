@@ -21,6 +21,9 @@ def calibrate(
     model: Annotated[
         list[str] | None, typer.Option(help="Models whose layers to measure, too; repeatable.")
     ] = None,
+    tokens: Annotated[
+        str, typer.Option(help="Tokens of a step to measure at; fewer take less time.")
+    ] = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Measure how fast this GPU runs experts and products, and fit constants to it.
@@ -28,20 +31,21 @@ def calibrate(
     Needs an NVIDIA GPU. Example: leanmoe calibrate h200 --model Qwen/Qwen3-30B-A3B -o h200.json
     """
     from leanmoe.cost.hardware import read_gpu
-    from leanmoe.job.calibrate import LAYERS, Layer, gpu_at_hand, require_gpu
+    from leanmoe.job.calibrate import LAYERS, Layer, gpu_at_hand, read_tokens, require_gpu
     from leanmoe.job.calibrate import calibrate as run
     from leanmoe.job.predict import find_model
 
     described = read_gpu(gpu)
-    layers = [Layer(*sizes) for sizes in LAYERS]
+    layers = [Layer(*widths) for widths in LAYERS]
     for name in model or []:
         shape = find_model(name).shape
         layers.append(Layer(shape.experts, shape.hidden, shape.expert_width, shape.top_k))
     if output.exists():
         raise LeanMoeError(f"{output} is there already: give another --output, or remove it")
+    sizes = read_tokens(tokens)
     require_gpu("cuda")
     command = " ".join(["leanmoe", *sys.argv[1:]])
-    constants = run(gpu_at_hand(described), layers, output, command)
+    constants = run(gpu_at_hand(described), layers, output, command, tokens=sizes)
     kernel = constants.kernels[0]
     if as_json:
         print(json.dumps({"output": str(output), "label": "measured", **asdict(kernel)}))

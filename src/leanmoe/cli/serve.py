@@ -15,13 +15,16 @@ from leanmoe.engines.honour import PROMPT, check_parts, without
 from leanmoe.engines.vllm import launch
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Plan
+from leanmoe.shape import read_shape
 
 ENGINES = ("auto", "vllm", "transformers")
 
 
 def serve(
     model: Annotated[str, typer.Argument(help="A folder, a hub name, or 'reference'.")],
-    plan: Annotated[Path, typer.Option(help="A plan.json.")],
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan.json; without one the full model is served.")
+    ] = None,
     engine_arguments: Annotated[
         list[str] | None, typer.Argument(help="Passed on to vLLM; put -- before them.")
     ] = None,
@@ -37,15 +40,18 @@ def serve(
     dry_run: Annotated[bool, typer.Option(help="Check, print the command, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what runs as JSON.")] = False,
 ) -> None:
-    """Serve a model under a plan: /v1 as OpenAI has it, /metrics for Prometheus.
+    """Serve a model under a plan, or in full: /v1 as OpenAI has it, /metrics for Prometheus.
 
     Plan, model, port and engine are checked before weights are read. Example:
     leanmoe serve Qwen/Qwen3-30B-A3B --plan plan.json --port 8000 -- --max-model-len 8192
     """
     if engine not in ENGINES:
         raise LeanMoeError(f"--engine is {engine!r}: it must be one of {', '.join(ENGINES)}")
-    chosen = without(Plan.load(plan), drop or [])
-    launch.check_model(chosen, model)
+    if drop and plan is None:
+        raise LeanMoeError(f"--drop {drop[0]} leaves out a part of a plan: give one with --plan")
+    shape = read_shape(model).fingerprint()
+    chosen = Plan(shape) if plan is None else without(Plan.load(plan), drop or [])
+    chosen.check(shape)
     _check_port(host, port)
     if engine == "auto":
         engine = "transformers" if launch.installed() is None else "vllm"
@@ -58,17 +64,18 @@ def serve(
         raise LeanMoeError(
             f"{engine_arguments[0]} is an argument of vLLM's: Transformers' server takes none"
         )
-    _say({"engine": engine, "plan": str(plan), "model": model}, as_json)
+    path = "" if plan is None else str(plan)
+    _say({"engine": engine, "plan": path or "none", "model": model}, as_json)
     if dry_run:
         return
     from leanmoe.engines.transformers import serve as serve_transformers
 
-    serve_transformers(launch.folder(model), chosen, str(plan), host, port)
+    serve_transformers(launch.folder(model), model, chosen, path, host, port)
 
 
 def _serve_vllm(
     model: str,
-    path: Path,
+    path: Path | None,
     plan: Plan,
     host: str,
     port: int,
@@ -80,7 +87,7 @@ def _serve_vllm(
     """Becomes vLLM's server, so that signals and the exit code are its own."""
     distribution = launch.check_installed()
     variables = launch.environment(model, path, drop, distribution)
-    command = launch.command(model, host, port, plan, more, distribution)
+    command = launch.command(model, host, port, None if path is None else plan, more, distribution)
     _say({"engine": "vllm", "environment": variables, "command": command}, as_json)
     if not dry_run:
         sys.stdout.flush()

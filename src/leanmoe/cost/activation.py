@@ -23,6 +23,8 @@ class Awake:
     rows: float
     experts: int
     """That remain in the layer."""
+    columns: float = 0.0
+    """Slots, used or skipped, in an engine's tensors."""
 
 
 class Activation:
@@ -59,7 +61,8 @@ class Activation:
             theirs = _awake(other, count, prompt)
             total = max(mine.experts, theirs.experts)
             missed = (1 - mine.distinct / total) * (1 - theirs.distinct / total)
-            found.append(Awake(count, total * (1 - missed), mine.rows + theirs.rows, total))
+            awake, rows = total * (1 - missed), mine.rows + theirs.rows
+            found.append(Awake(count, awake, rows, total, mine.columns + theirs.columns))
         return found
 
     def _band(self, tokens: float) -> list[tuple[Curve, int]]:
@@ -73,7 +76,8 @@ def _awake(curve: Curve, layers: int, tokens: float) -> Awake:
     if tokens <= 0:
         return Awake(layers, 0.0, 0.0, curve.experts)
     distinct, slots = curve.at(tokens)
-    return Awake(layers, distinct, slots * tokens, curve.experts)
+    columns = max(curve.columns, slots) * tokens
+    return Awake(layers, distinct, slots * tokens, curve.experts, columns)
 
 
 def _grouped(rules: tuple[Rule, ...], curve_of: CurveOf) -> list[tuple[Curve, int]]:
@@ -157,4 +161,4 @@ def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: Mo
     origin = "measured: the profile's tokens"
     if slots != top_k:
         origin += ", scaled to a lower top_k"
-    return from_points(points, experts, origin)
+    return from_points(points, experts, origin, float(slots))

@@ -7,7 +7,7 @@ for your GPU; those under `fitted/` come with leanmoe.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from leanmoe.cost.hardware import Gpu
-from leanmoe.cost.work import FEATURES, MICROSECOND, TILE_ROWS, ExpertsShape, Rows, features
+from leanmoe.cost.work import FEATURES, MICROSECOND, ExpertsShape, Rows, Tile, features
 from leanmoe.errors import LeanMoeError
 from leanmoe.storage import read_json, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FITTED = Path(__file__).parent / "fitted"
 ANY_GPU = "h200"
 """The GPU whose constants stand in for one that has none; a prediction says so."""
@@ -36,6 +36,8 @@ class Accuracy:
     """Mean absolute relative error."""
     p99: float
     worst: float
+    is_interpolated: bool = False
+    """Of predictions held to measured rows of the same layer, not of the constants alone."""
 
     def __str__(self) -> str:
         return (
@@ -46,13 +48,40 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Regime:
-    """Steps of at most `up_to` tokens: the kernel uses one kind of tile there."""
+    """Steps in which the kernel uses one kind of tile: those that none before it takes."""
 
-    up_to: int
-    tile: int
-    """Rows of a tile."""
+    up_to: float
+    """Tokens of the step."""
+    tile: Tile | None
+    """None: the one that the engine's tuned configuration of this very layer names."""
     values: Mapping[str, float]
     """Constants of the features that count, in `FEATURES`."""
+    tokens_an_expert: float | None = None
+    """At most so many tokens for each expert on the GPU."""
+    slots_an_expert: float | None = None
+    """At most so many slots, of all tokens, for each expert on the GPU."""
+
+    def takes(self, shape: ExpertsShape, rows: Rows) -> bool:
+        """Whether such a step is in its range."""
+        tokens, slots = self.tokens_an_expert, self.slots_an_expert
+        return (
+            rows.tokens <= self.up_to
+            and (tokens is None or rows.tokens <= tokens * shape.experts)
+            and (slots is None or rows.tokens * rows.slots <= slots * shape.experts)
+        )
+
+
+Tuned = Mapping[tuple[int, int], tuple[tuple[float, Tile], ...]]
+"""By experts and expert width on a GPU: the tiles that an engine's configuration names, each up to
+so many tokens."""
+
+
+def tuned_tile(tuned: Tuned, shape: ExpertsShape, tokens: float) -> Tile | None:
+    """The tile of a layer that the engine has a configuration of; None for any other layer."""
+    if shape.width != int(shape.width):
+        return None
+    steps = tuned.get((shape.experts, int(shape.width)), ())
+    return next((tile for up_to, tile in steps if tokens <= up_to), None)
 
 
 @dataclass(frozen=True)
@@ -65,15 +94,27 @@ class KernelConstants:
     regimes: tuple[Regime, ...]
     fitted_to: str
     accuracy: tuple[Accuracy, ...] = ()
+    tuned: Tuned = field(default_factory=lambda: MappingProxyType({}))
+    least_waves: int = 1
+    """Tiles a multiprocessor that keep the memory busy."""
 
     def seconds(self, shape: ExpertsShape, rows: Rows, gpu: Gpu) -> float:
         """Time of one layer's experts; 0 where the GPU has no row to compute."""
         if rows.rows <= 0:
             return 0.0
-        regime = next((r for r in self.regimes if rows.tokens <= r.up_to), self.regimes[-1])
-        found = features(shape, rows, gpu, regime.tile)
+        named = tuned_tile(self.tuned, shape, rows.tokens)
+        fitting = [r for r in self.regimes if r.tile is not None or named is not None]
+        regime = next((r for r in fitting if r.takes(shape, rows)), fitting[-1])
+        tile = regime.tile or named
+        assert tile is not None
         constants = np.array([regime.values.get(name, 0.0) for name in FEATURES])
+        found = features(shape, rows, gpu, tile, self.least_waves)
         return float(constants @ found) * MICROSECOND
+
+    def borrowed(self) -> KernelConstants:
+        """For another GPU, whose tuned configurations are not known."""
+        regimes = tuple(regime for regime in self.regimes if regime.tile is not None)
+        return replace(self, regimes=regimes, tuned=MappingProxyType({}))
 
 
 @dataclass(frozen=True)
@@ -86,6 +127,14 @@ class Rates:
     attention_bandwidth: float
     attention_flops: float
     attention_seconds: float
+    attention_sequence_seconds: float
+    """Of each sequence that decodes and each of its key-value heads on the GPU."""
+    latent_bandwidth: float
+    latent_flops: float
+    latent_seconds: float
+    """Of a layer of latent attention that decodes, beside its products."""
+    latent_sequence_seconds: float
+    """Of each sequence that decodes."""
     reduce_bandwidth: float
     reduce_seconds: float
     """Of an all-reduce over 2 GPUs; more GPUs add `reduce_hop` each."""
@@ -97,6 +146,8 @@ class Rates:
     """Share of the link between nodes that an all-to-all reaches."""
     step_seconds: float = 0.0
     """Of an engine's step beside the layers: scheduling, sampling, detokenising."""
+    sampled_seconds: float = 0.0
+    """Of each sequence in it."""
     layer_seconds: float = 0.0
     """Of a layer beside its products and attention: norms, rotations, cache writes, routing."""
     fitted_to: str = ""
@@ -121,7 +172,7 @@ class Constants:
                 if found.gpu == name:
                     borrowed = f"{kernel} {dtype}, as measured on {name}"
                     carried = f"{borrowed}, carried over to {gpu} by its stated rates"
-                    return found, borrowed if name == gpu else carried
+                    return (found, borrowed) if name == gpu else (found.borrowed(), carried)
         known = sorted({f"{k.kernel} ({k.dtype})" for k in self.kernels})
         raise LeanMoeError(
             f"there are no constants for kernel {kernel!r} in {dtype}: there are "
@@ -158,7 +209,7 @@ def write_constants(path: Path, constants: Constants) -> None:
         path,
         {
             "leanmoe_constants": SCHEMA_VERSION,
-            "kernels": [asdict(kernel) for kernel in constants.kernels],
+            "kernels": [_to_json(kernel) for kernel in constants.kernels],
             "rates": {name: asdict(rates) for name, rates in constants.rates.items()},
             "provenance": dict(constants.provenance),
         },
@@ -184,9 +235,28 @@ def read_constants(path: Path) -> Constants:
         raise LeanMoeError(f"constants {path} are damaged ({reason})") from error
 
 
+def _to_json(kernel: KernelConstants) -> dict[str, Any]:
+    regimes = [
+        {**asdict(r), "values": dict(r.values), "tile": r.tile and [r.tile.rows, r.tile.columns]}
+        for r in kernel.regimes
+    ]
+    tuned = [
+        {
+            "experts": experts,
+            "width": width,
+            "tiles": " ".join(f"{up_to:.0f}:{t.rows}x{t.columns}" for up_to, t in steps),
+        }
+        for (experts, width), steps in kernel.tuned.items()
+    ]
+    plain = ("kernel", "gpu", "dtype", "fitted_to", "least_waves")
+    whole = {name: getattr(kernel, name) for name in plain}
+    accuracy = [asdict(each) for each in kernel.accuracy]
+    return {**whole, "regimes": regimes, "accuracy": accuracy, "tuned": tuned}
+
+
 def _kernel(entry: Mapping[str, Any]) -> KernelConstants:
     regimes = tuple(_regime(each) for each in entry["regimes"])
-    if not regimes:
+    if not any(regime.tile for regime in regimes):
         raise ValueError("no regime")
     accuracy: Sequence[Mapping[str, Any]] = entry["accuracy"]
     return KernelConstants(
@@ -196,10 +266,25 @@ def _kernel(entry: Mapping[str, Any]) -> KernelConstants:
         regimes,
         entry["fitted_to"],
         tuple(Accuracy(**each) for each in accuracy),
+        {(each["experts"], each["width"]): read_tiles(each["tiles"]) for each in entry["tuned"]},
+        entry["least_waves"],
     )
 
 
+def read_tiles(words: str) -> tuple[tuple[float, Tile], ...]:
+    """Tiles by tokens, from words such as `24:16x64 96:32x128`: up to, rows, columns."""
+    found = []
+    for word in words.split():
+        up_to, tile = word.split(":")
+        rows, columns = tile.split("x")
+        found.append((float(up_to), Tile(int(rows), int(columns))))
+    return tuple(found)
+
+
 def _regime(entry: Mapping[str, Any]) -> Regime:
-    if entry["tile"] not in TILE_ROWS or set(entry["values"]) - set(FEATURES):
-        raise ValueError(f"regime {entry['up_to']} has a tile or a feature that is not known")
-    return Regime(entry["up_to"], entry["tile"], {k: float(v) for k, v in entry["values"].items()})
+    if set(entry["values"]) - set(FEATURES):
+        raise ValueError(f"regime {entry['up_to']} has a feature that is not known")
+    tile = None if entry["tile"] is None else Tile(*entry["tile"])
+    values = {name: float(value) for name, value in entry["values"].items()}
+    limits = entry["tokens_an_expert"], entry["slots_an_expert"]
+    return Regime(entry["up_to"], tile, values, *limits)

@@ -81,11 +81,14 @@ class Deployment:
         """Bytes of weights on each GPU; `experts` a layer where some are pruned."""
         found, storage = model.shape.parameters, model.shape.storage
         routed = model.moe_layers * (model.shape.experts if experts is None else experts)
-        split = (found.mixers + found.dense + found.shared) * storage.other_bytes / self.tensor
+        whole = model.copied_weights
+        split = (found.mixers - whole + found.dense + found.shared) / self.tensor + whole
         copied = (found.routers + found.norms) * storage.plain_bytes
         ends = (found.embedding + found.head) * storage.plain_bytes / self.tensor
         spread = routed * model.shape.expert_bytes / self.stage
-        return (split + copied + spread) / self.pipeline + ends / min(self.pipeline, 2)
+        return (split * storage.other_bytes + copied + spread) / self.pipeline + ends / min(
+            self.pipeline, 2
+        )
 
     def memory(self, model: Model, experts: float | None = None) -> Memory:
         """What lies on each GPU; raises LeanMoeError, by how much, where weights do not fit."""

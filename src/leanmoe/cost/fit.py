@@ -1,43 +1,41 @@
 """Fitting a kernel's constants to measurements, and how far off they are on others.
 
-Constants are non-negative least squares on the relative error, per range of tokens, since kernels
-change their tiles with the tokens of a step. A row far off weighs less (iteratively reweighted), so
-that one broken measurement does not bend the rest.
+Constants are non-negative least squares on the relative error, per range of steps, since kernels
+change their tiles there (`schedules`). A row far off weighs less (iteratively reweighted), so that
+one broken measurement does not bend the rest. Which features count is chosen by leaving layers out,
+among the fitted rows alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from leanmoe.cost.constants import Accuracy, KernelConstants, Regime
+from leanmoe.cost.constants import Accuracy, KernelConstants, Regime, Tuned, tuned_tile
 from leanmoe.cost.hardware import Gpu
-from leanmoe.cost.work import FEATURES, MICROSECOND, TILE_ROWS, ExpertsShape, Rows, features
+from leanmoe.cost.schedules import CUTLASS, TUNED, Stage
+from leanmoe.cost.work import FEATURES, MICROSECOND, ExpertsShape, Rows, Tile, features
 from leanmoe.errors import LeanMoeError
 
-EDGES = (4, 32, 64, 96, 512, 2048, 16384)
-"""Ends of the ranges of tokens, where vLLM's and SGLang's default tiles change."""
-TRITON_TILES: Mapping[int, Sequence[int]] = {
-    4: (16,),
-    32: (16,),
-    64: (32,),
-    96: (32,),
-    512: (64,),
-    2048: (128,),
-    16384: (128,),
-}
-"""Rows of a tile in vLLM's and SGLang's default configurations for bf16, by range."""
-OTHER_TILES: Mapping[int, Sequence[int]] = dict.fromkeys(EDGES, (64, 128))
-"""CUTLASS's, and the fp8 block configurations': not known by range, so the better of two."""
 REWEIGHTED = 6
 NEAR = 0.02
 """Relative error below which a row has its full weight."""
 CLIPPED = 0.3
 """Error at which a row counts no further when tiles are compared."""
 FEWEST_ROWS = 3
+FOLDS = 4
+"""Of the layers, when sets of features are compared."""
+PLAIN = tuple(name for name in FEATURES if name != "strides")
+FEW = ("call", "longer", "activations", "waves", "waves_hidden", "waves_width", "spread")
+CANDIDATES = (PLAIN, FEATURES, FEW)
+"""Sets of features to choose from."""
+LEAST_WAVES = (1, 2, 3, 4)
+"""Tiles a multiprocessor that may keep the memory busy, to choose from."""
+NOTHING_TUNED: Tuned = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,21 @@ class Reading:
     rows: Rows
     seconds: float
 
+    @property
+    def layer(self) -> tuple[ExpertsShape, float]:
+        """What is left out as a whole when sets of features are compared."""
+        return self.shape, self.rows.slots
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a fit may use: chosen once for a kernel, among its fitted rows."""
+
+    names: Sequence[str] = FEATURES
+    tuned_names: Sequence[str] = PLAIN
+    """Of layers that have a tuned configuration."""
+    least_waves: int = 1
+
 
 def fit(
     kernel: str,
@@ -55,45 +68,84 @@ def fit(
     dtype: str,
     readings: Sequence[Reading],
     fitted_to: str,
-    edges: Sequence[int] = EDGES,
-    names: Sequence[str] = FEATURES,
-    tiles: Mapping[int, Sequence[int]] | None = None,
+    stages: Sequence[Stage] = CUTLASS,
+    form: Form = Form(),
+    tuned: Tuned = NOTHING_TUNED,
 ) -> KernelConstants:
-    """Constants of a kernel from `readings`, range by range of tokens; needs scipy.
+    """Constants of a kernel from `readings`, stage by stage; needs scipy.
 
-    `tiles` says which rows of a tile a range may have, by its edge; of several the best is taken.
-
-    A range with fewer than three readings is left to the next one. Raises LeanMoeError when none
-    has as many.
+    Layers with a configuration in `tuned` are fitted apart. Of several tiles of a stage the best is
+    taken. A stage with fewer than three readings is left to the next one. Raises LeanMoeError when
+    none has as many.
     """
+    left = list(readings)
     regimes = []
-    least = 0
-    for edge in edges:
-        within = [r for r in readings if least < r.rows.tokens <= edge]
+    for stage in (*(TUNED if tuned else ()), *stages):
+        within = [r for r in left if _takes(stage, r, tuned)]
         if len(within) < FEWEST_ROWS:
             continue
-        allowed = TILE_ROWS if tiles is None else tiles[edge]
-        regimes.append(_regime(edge, within, gpu, names, allowed))
-        least = edge
-    if not regimes:
+        left = [r for r in left if not _takes(stage, r, tuned)]
+        regimes.append(_regime(stage, within, gpu, form, tuned))
+    if not any(regime.tile for regime in regimes):
         raise LeanMoeError(
             f"{len(readings)} readings of {kernel} are too few to fit: {FEWEST_ROWS} are needed"
         )
-    return KernelConstants(kernel, gpu.name, dtype, tuple(regimes), fitted_to)
+    return KernelConstants(
+        kernel,
+        gpu.name,
+        dtype,
+        tuple(regimes),
+        fitted_to,
+        tuned=tuned,
+        least_waves=form.least_waves,
+    )
+
+
+def choose(
+    kernel: str,
+    gpu: Gpu,
+    dtype: str,
+    readings: Sequence[Reading],
+    stages: Sequence[Stage],
+    tuned: Tuned = NOTHING_TUNED,
+) -> Form:
+    """The form that predicts left-out layers best, one choice after another."""
+    layers = list(dict.fromkeys(r.layer for r in readings))
+    order = np.random.default_rng(0).permutation(len(layers))
+    fold = {layers[place]: number % FOLDS for number, place in enumerate(order)}
+
+    def off(form: Form) -> float:
+        errors = []
+        for number in range(min(FOLDS, len(layers))):
+            kept = [r for r in readings if fold[r.layer] != number]
+            out = [r for r in readings if fold[r.layer] == number]
+            found = fit(kernel, gpu, dtype, kept, "", stages, form, tuned)
+            errors.append(np.minimum(np.abs(errors_of(found, out, gpu)), CLIPPED))
+        return float(np.concatenate(errors).mean())
+
+    form = min((Form(names) for names in CANDIDATES), key=off)
+    form = min((replace(form, least_waves=least) for least in LEAST_WAVES), key=off)
+    if tuned:
+        form = min((replace(form, tuned_names=names) for names in CANDIDATES), key=off)
+    return form
+
+
+def _takes(stage: Stage, reading: Reading, tuned: Tuned) -> bool:
+    if stage.tiles is None and tuned_tile(tuned, reading.shape, reading.rows.tokens) is None:
+        return False
+    limits = stage.tokens_an_expert, stage.slots_an_expert
+    return Regime(stage.up_to, None, {}, *limits).takes(reading.shape, reading.rows)
 
 
 def _regime(
-    edge: int,
-    readings: Sequence[Reading],
-    gpu: Gpu,
-    names: Sequence[str],
-    tiles: Sequence[int],
+    stage: Stage, readings: Sequence[Reading], gpu: Gpu, form: Form, tuned: Tuned
 ) -> Regime:
+    names = form.tuned_names if stage.tiles is None else form.names
     used = [FEATURES.index(name) for name in names]
     took = np.array([r.seconds for r in readings]) / MICROSECOND
-    best: tuple[float, int, NDArray[np.float64]] | None = None
-    for tile in tiles:
-        found = np.array([features(r.shape, r.rows, gpu, tile)[used] for r in readings])
+    best: tuple[float, Tile | None, NDArray[np.float64]] | None = None
+    for tile in stage.tiles or (None,):
+        found = np.array([_values(r, gpu, tile, form.least_waves, tuned)[used] for r in readings])
         constants = _robust(found / took[:, None])
         errors = np.abs(found @ constants / took - 1)
         error = float(np.minimum(errors, CLIPPED).mean())
@@ -103,7 +155,15 @@ def _regime(
     values = {
         name: float(f"{value:.6g}") for name, value in zip(names, best[2], strict=True) if value
     }
-    return Regime(edge, best[1], values)
+    return Regime(stage.up_to, best[1], values, stage.tokens_an_expert, stage.slots_an_expert)
+
+
+def _values(
+    reading: Reading, gpu: Gpu, tile: Tile | None, least_waves: int, tuned: Tuned
+) -> NDArray[np.float64]:
+    taken = tile or tuned_tile(tuned, reading.shape, reading.rows.tokens)
+    assert taken is not None
+    return features(reading.shape, reading.rows, gpu, taken, least_waves)
 
 
 def _robust(relative: NDArray[np.float64]) -> NDArray[np.float64]:

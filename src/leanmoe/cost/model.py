@@ -45,6 +45,8 @@ class Attention:
     """Of latent attention: width of the shared rotary key."""
     window: int | None = None
     """Tokens that a layer looks back; None for all."""
+    copied: int = 0
+    """Weights that tensor parallelism does not split: latent attention's down-projections."""
 
     def cached_width(self, tensor: int = 1) -> float:
         """Values cached for a token on one of `tensor` GPUs: a latent cache is not divided."""
@@ -93,6 +95,11 @@ class Model:
         )
 
     @property
+    def copied_weights(self) -> int:
+        """Attention's weights that every GPU of tensor parallelism holds whole."""
+        return sum(count * kind.copied for kind, count in self.attention)
+
+    @property
     def dtype(self) -> str:
         """The format of the kernel that computes the experts: bf16's where none is known."""
         return KERNEL_FORMATS.get(self.shape.storage.name, "bfloat16")
@@ -132,7 +139,10 @@ def _attention(settings: Settings, layer: int) -> Attention:
     if latent := settings.whole("kv_lora_rank", 0):
         rotary = settings.whole("qk_rope_head_dim")
         width = settings.whole("qk_nope_head_dim") + rotary
-        return Attention(heads, 1, width, settings.whole("v_head_dim", least=1), latent, rotary)
+        value = settings.whole("v_head_dim", least=1)
+        down = latent + rotary + settings.whole("q_lora_rank", 0)
+        copied = settings.whole("hidden_size", least=1) * down
+        return Attention(heads, 1, width, value, latent, rotary, copied=copied)
     hidden = settings.whole("hidden_size", least=1)
     width = settings.whole("head_dim", hidden // heads, least=1)
     pairs = settings.whole("num_key_value_heads", heads, least=1)

@@ -17,6 +17,7 @@ _LATENT = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
     "norm_topk_prob": True,
+    "tie_word_embeddings": False,
 }
 _QWEN3 = {
     "model_type": "qwen3_moe",
@@ -27,8 +28,12 @@ _QWEN3 = {
     "num_experts": 128,
     "num_experts_per_tok": 8,
     "norm_topk_prob": True,
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "tie_word_embeddings": False,
 }
-_FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "deepseek-ai/DeepSeek-V3": {
@@ -41,14 +46,20 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 2048,
         "num_hidden_layers": 61,
         "num_attention_heads": 128,
+        "num_key_value_heads": 128,
         "q_lora_rank": 1536,
         "n_routed_experts": 256,
         "n_shared_experts": 1,
         "num_experts_per_tok": 8,
         "first_k_dense_replace": 3,
+        "moe_layer_freq": 1,
         "n_group": 8,
         "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+        "torch_dtype": "bfloat16",
         "quantization_config": _FP8,
     },
     "deepseek-ai/DeepSeek-V2-Lite": {
@@ -70,6 +81,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "topk_group": 1,
         "topk_method": "greedy",
         "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
     },
     "moonshotai/Kimi-K2-Instruct": {
         **_LATENT,
@@ -88,6 +100,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "first_k_dense_replace": 1,
         "n_group": 1,
         "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         "routed_scaling_factor": 2.827,
         "quantization_config": _FP8,
     },
@@ -120,9 +134,16 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "sliding_window": 128,
         "num_local_experts": 128,
         "num_experts_per_tok": 4,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
         "quantization_config": {
             "quant_method": "mxfp4",
-            "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
         },
     },
 }

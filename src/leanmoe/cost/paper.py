@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 SOURCE = "arXiv 2505.03531"
 V3, V2_LITE = "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-V2-Lite"
@@ -32,3 +34,27 @@ QUALITY: Mapping[str, float] = {
 WRONG_WIDTH, RIGHT_WIDTH = 18432, 2048
 """The dense layers' width that the paper's analysis takes for an expert's, and an expert's."""
 EXPERTS_KEPT = (64, 48, 32, 16)
+
+
+def trend_breaks(points: float) -> list[tuple[int, int, float]]:
+    """Where Table 9 breaks its own trend: concurrency, k, and by how many points of percent.
+
+    The trend at a concurrency is the geometric mean of the gains over k = 8 at its two neighbours
+    (the table's own second difference). An outlier pulls both neighbours' trends by half of itself,
+    so of a run of breaks with alternating signs only the largest is named.
+    """
+    loads = list(TABLE_9)
+    found = []
+    for k in (6, 4, 3):
+        logs = [math.log(TABLE_9[load][k] / TABLE_9[load][8]) for load in loads]
+        off = [
+            100 * math.expm1(logs[n] - (logs[n - 1] + logs[n + 1]) / 2)
+            for n in range(1, len(loads) - 1)
+        ]
+        breaks = [(n, value) for n, value in enumerate(off) if abs(value) > points]
+        kept = dict(breaks)
+        for (one, first), (other, second) in pairwise(breaks):
+            if other == one + 1 and first * second < 0:
+                kept.pop(one if abs(first) < abs(second) else other, None)
+        found += [(loads[n + 1], k, value) for n, value in kept.items()]
+    return found

@@ -230,8 +230,9 @@ def bounds(step: StepTime, batch: Batch, activation: Activation) -> dict[str, st
 
 def _stands_on(step: StepTime, origins: set[str]) -> dict[str, str]:
     kernel: KernelConstants = step.kernel
-    off = "; ".join(str(each) for each in kernel.accuracy) or "not known"
-    if not step.is_as_tested:
+    said = [a for a in kernel.accuracy if a.is_interpolated == step.is_interpolated]
+    off = "; ".join(str(each) for each in said) or "not known"
+    if not step.is_as_tested and not step.is_interpolated:
         off += (
             f"; this layer is unlike those (widths in multiples of {TESTED_MULTIPLE}, "
             f"{TESTED_EXPERTS} experts or more on a GPU): expect more"

@@ -40,6 +40,8 @@ class Curve:
     origin: str
     """Measured (replayed traces) or how it was modelled."""
     experts: int
+    columns: float = 0.0
+    """Slots of a token in an engine's tensors, used or skipped; 0 for as many as are used."""
 
     def at(self, tokens: float) -> tuple[float, float]:
         """Distinct experts and mean slots a token in a step of so many tokens.
@@ -133,7 +135,7 @@ def assumed_curve(
         words = f"modelled: independent tokens, popularity as rank^-{assumed.skew:g}"
     if assumed.agreement and groups_used < groups:
         words += f", tokens agree on groups by {assumed.agreement:g} of 1"
-    return Curve(tuple(map(float, GRID)), tuple(distinct), tuple(used), words, kept)
+    return Curve(tuple(map(float, GRID)), tuple(distinct), tuple(used), words, kept, slots)
 
 
 def _awake(
@@ -244,10 +246,12 @@ def ranks_touched(experts: int, slots: float, ranks: int, groups: int, groups_us
     return reachable * (1 - missed)
 
 
-def from_points(points: Sequence[tuple[float, float, float]], experts: int, origin: str) -> Curve:
+def from_points(
+    points: Sequence[tuple[float, float, float]], experts: int, origin: str, columns: float = 0.0
+) -> Curve:
     """A curve from (tokens, distinct, slots), as replayed traces give them."""
     if not points:
         raise LeanMoeError("a curve of distinct experts needs at least one point")
     ordered = sorted(points)
     tokens, distinct, slots = zip(*ordered, strict=True)
-    return Curve(tuple(tokens), tuple(distinct), tuple(slots), origin, experts)
+    return Curve(tuple(tokens), tuple(distinct), tuple(slots), origin, experts, columns)

@@ -10,16 +10,17 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from itertools import pairwise
 
 from leanmoe.cost.activation import Activation, Awake
 from leanmoe.cost.constants import Constants, KernelConstants
 from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import Gpu
-from leanmoe.cost.model import Model
+from leanmoe.cost.interpolation import Ratios
+from leanmoe.cost.model import Attention, Model
 from leanmoe.cost.routing import busiest, ranks_touched
-from leanmoe.cost.tables import ACTIVATION_BYTES, VERSION, Measured, measured_curve
-from leanmoe.cost.work import ExpertsShape, Rows
+from leanmoe.cost.schedules import SLOT_BY_SLOT
+from leanmoe.cost.tables import ACTIVATION_BYTES, PADDED_TO, VERSION, Measured, measured_curve
+from leanmoe.cost.work import ExpertsShape, Rows, slot_by_slot
 
 REPLICATED_BYTES = 2.0
 """Of an activation that is passed on: bf16."""
@@ -88,6 +89,7 @@ class ExpertsTime:
             model.matrices,
             shape.storage.expert_bytes,
             ACTIVATION_BYTES.get(kernel.dtype, 2.0),
+            PADDED_TO.get(kernel.dtype, 1),
         )
         key = (
             shape.hidden,
@@ -103,7 +105,8 @@ class ExpertsTime:
             if deployment.exchanges
             else measured_curve(self._gpu.name, kernel.kernel, kernel.dtype, key)
         )
-        self._corrections = [(math.log(m.tokens), self._ratio(m)) for m in measured]
+        self._held = Ratios.of((m.tokens, self._ratio(m)) for m in measured)
+        self.is_held = bool(measured)
         self.origin = "modelled"
         if measured:
             self.origin = (
@@ -129,19 +132,7 @@ class ExpertsTime:
     def seconds(self, rows: Rows) -> float:
         """Of one layer on one GPU."""
         found = self._kernel.seconds(self.shape, rows, self._gpu)
-        return found * self._correction(math.log(max(rows.tokens, 1.0)))
-
-    def _correction(self, place: float) -> float:
-        points = self._corrections
-        if not points:
-            return 1.0
-        if place <= points[0][0]:
-            return points[0][1]
-        for (low, one), (high, other) in pairwise(points):
-            if place <= high:
-                share = (place - low) / (high - low)
-                return one + share * (other - one)
-        return points[-1][1]
+        return found * self._held.at(max(rows.tokens, 1.0))
 
 
 class StepTime:
@@ -160,7 +151,7 @@ class StepTime:
         self.kernel = found
         self._experts = ExpertsTime(model, deployment, found)
         self._rates, self.rates_origin = constants.rates_for(deployment.gpu.name)
-        self._experts_seconds: Callable[[float, float, float, int], float] = lru_cache(
+        self._experts_seconds: Callable[[float, float, float, int, float], float] = lru_cache(
             maxsize=65536
         )(self._experts_of)
 
@@ -178,6 +169,11 @@ class StepTime:
         return self._experts.shape.is_as_tested
 
     @property
+    def is_interpolated(self) -> bool:
+        """Whether the experts' time is held to measured rows of this very layer."""
+        return self._experts.is_held
+
+    @property
     def experts_origin(self) -> str:
         """What the experts' time stands on."""
         return self._experts.origin
@@ -193,18 +189,19 @@ class StepTime:
         mine = tokens / here.data
         layers = self.model.shape.layers
         awake = activation.layers(batch.decoding / shared_by, batch.prompt / shared_by)
+        sampled = (batch.decoding + batch.ending) / shared_by
         return Parts(
             projections=self._projections(mine),
             attention=self._attention(batch, shared_by * here.data),
             experts=sum(
-                a.layers * self._experts_seconds(tokens, a.distinct, a.rows, a.experts)
+                a.layers * self._experts_seconds(tokens, a.distinct, a.rows, a.experts, a.columns)
                 for a in awake
             ),
             shared=self._shared(mine),
             communication=self._communication(mine, tokens, awake),
-            head=self._head((batch.decoding + batch.ending) / shared_by / here.data),
+            head=self._head(sampled / here.data),
             layers=layers * rates.layer_seconds,
-            engine=rates.step_seconds,
+            engine=rates.step_seconds + sampled * rates.sampled_seconds,
         )
 
     def _products(self, weights: float, weight_bytes: float, tokens: float, calls: float) -> float:
@@ -221,9 +218,9 @@ class StepTime:
         found, storage = self.model.shape.parameters, self.model.shape.storage
         latent = any(kind.latent for kind, _ in self.model.attention)
         calls = self.model.shape.layers * (5 if latent else 2)
-        return self._products(
-            found.mixers / self.deployment.tensor, storage.other_bytes, tokens, calls
-        )
+        whole = self.model.copied_weights
+        weights = (found.mixers - whole) / self.deployment.tensor + whole
+        return self._products(weights, storage.other_bytes, tokens, calls)
 
     def _shared(self, tokens: float) -> float:
         found, shape = self.model.shape.parameters, self.model.shape
@@ -246,23 +243,37 @@ class StepTime:
         seconds = 0.0
         for kind, count in self.model.attention:
             if batch.decoding > 0:
-                read = kind.cached_width(tensor) * kind.reach(batch.context) * REPLICATED_BYTES
-                reading = (
-                    batch.decoding / copies * read / (gpu.bandwidth * rates.attention_bandwidth)
-                )
-                products = batch.decoding / copies * kind.decode_products(batch.context, tensor)
-                computing = products / (gpu.flops * rates.attention_flops)
-                seconds += count * (rates.attention_seconds + max(reading, computing))
+                seconds += count * self._decoding(kind, batch.decoding / copies, batch.context)
             if batch.prompt > 0:
                 products = kind.prefill_products(batch.prompt / copies, batch.before, tensor)
                 computing = products / (gpu.flops * rates.attention_flops)
                 seconds += count * (rates.attention_seconds + computing)
         return seconds
 
-    def _experts_of(self, tokens: float, distinct: float, rows: float, experts: int) -> float:
+    def _decoding(self, kind: Attention, sequences: float, context: float) -> float:
+        """One layer's attention of `sequences` that decode, over what is cached of each."""
+        gpu, rates, tensor = self.deployment.gpu, self._rates, self.deployment.tensor
+        if kind.latent:
+            fixed = rates.latent_seconds + sequences * rates.latent_sequence_seconds
+            bandwidth, flops = rates.latent_bandwidth, rates.latent_flops
+        else:
+            heads = max(1.0, kind.pairs / tensor)
+            fixed = rates.attention_seconds + sequences * heads * rates.attention_sequence_seconds
+            bandwidth, flops = rates.attention_bandwidth, rates.attention_flops
+        read = sequences * kind.cached_width(tensor) * kind.reach(context) * REPLICATED_BYTES
+        products = sequences * kind.decode_products(context, tensor)
+        return fixed + max(read / (gpu.bandwidth * bandwidth), products / (gpu.flops * flops))
+
+    def _experts_of(
+        self, tokens: float, distinct: float, rows: float, experts: int, columns: float
+    ) -> float:
         if tokens <= 0 or rows <= 0:
             return 0.0
         here = self.deployment
+        few = SLOT_BY_SLOT.get(self.kernel.kernel, 0.0) * self.model.shape.experts
+        if here.expert == 1 and columns <= few:
+            plain = Rows(tokens, rows / tokens, rows, distinct)
+            return self._experts.seconds(slot_by_slot(self._experts.shape, plain, columns))
         share = busiest(distinct, rows, experts, here.expert)
         if here.exchanges:
             tokens = self._received(tokens, rows, share.rows)

@@ -5,28 +5,24 @@ Letters: B tokens in a step, k experts a token, D distinct experts, E experts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from leanmoe.cost import paper
-from leanmoe.cost.activation import Activation, CurveOf, assumed_curves
+from leanmoe.cost.activation import Activation, assumed_curves
 from leanmoe.cost.constants import Constants, shipped
 from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import GPUS
-from leanmoe.cost.load import Lengths, Load, read_lengths
-from leanmoe.cost.model import Model
+from leanmoe.cost.load import read_lengths
 from leanmoe.cost.models import published_model
 from leanmoe.cost.predict import default_kernel
 from leanmoe.cost.routing import Assumed
-from leanmoe.cost.serve import closed_loop
 from leanmoe.cost.step import Batch, StepTime
+from leanmoe.cost.table_9 import STUDY_LENGTH, plan_of, throughputs, with_overhead
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.shape import distinct_uniform
 
 LOADS = tuple(2**n for n in range(15))
-STUDY_LENGTH = "1024"
 U_SHAPES: Mapping[str, Deployment] = {
     "deepseek-ai/DeepSeek-V3": Deployment(GPUS["h200"], 8),
     "moonshotai/Kimi-K2-Instruct": Deployment(GPUS["h200"], 16, 1, 1),
@@ -41,15 +37,6 @@ FLAT = 1 / 3
 """A load is in the flat middle where the gain is below this share of the largest before it."""
 LOWER = 0.5
 """The lower k of the U shapes, as a share of the model's."""
-OVERHEADS = tuple(n / 4000 for n in range(41))
-"""Seconds of an engine's step that are tried against the paper's k = 8 column."""
-WITHIN = 3.0
-"""Points of percent that a ratio may be off."""
-
-
-def plan_of(model: Model, rule: Rule) -> Plan:
-    """The same rule in every layer at every load."""
-    return Plan.uniform(model.shape.fingerprint(), rule)
 
 
 def analysis() -> dict[str, Any]:
@@ -94,116 +81,6 @@ def analysis() -> dict[str, Any]:
     }
 
 
-def _column(
-    step: StepTime, plan: Plan | None, curves: CurveOf, lengths: Lengths, loads: Sequence[int]
-) -> list[float]:
-    activation = Activation(step.model, plan, curves)
-    return [
-        closed_loop(step, activation, Load(lengths, lengths, load)).output_throughput
-        for load in loads
-    ]
-
-
-def with_overhead(constants: Constants, gpu: str, seconds: float) -> Constants:
-    """The constants with an engine's own time in every step."""
-    rates, _ = constants.rates_for(gpu)
-    return replace(constants, rates={**constants.rates, gpu: replace(rates, step_seconds=seconds)})
-
-
-def table_9(constants: Constants | None = None, kernel: str | None = None) -> dict[str, Any]:
-    """DeepSeek-V3 on 8 H200 beside Table 9.
-
-    One number is fitted: an engine's own time in a step, to the paper's k = 8 column alone. What
-    fewer experts gain is then predicted.
-    """
-    constants = constants or shipped()
-    model = published_model(paper.V3)
-    kernel = kernel or default_kernel(model)
-    place, lengths = Deployment(GPUS["h200"], 8), read_lengths(STUDY_LENGTH, "length")
-    curves = assumed_curves(model, Assumed())
-    loads = list(paper.TABLE_9)
-
-    def off(seconds: float) -> float:
-        step = StepTime(model, place, with_overhead(constants, "h200", seconds), kernel)
-        found = _column(step, None, curves, lengths, loads)
-        return sum(
-            math.log(value / paper.TABLE_9[load][8]) ** 2
-            for load, value in zip(loads, found, strict=True)
-        )
-
-    overhead = min(OVERHEADS, key=off)
-    step = StepTime(model, place, with_overhead(constants, "h200", overhead), kernel)
-    columns = {
-        k: _column(step, plan_of(model, Rule(top_k=k)), curves, lengths, loads)
-        for k in (8, 6, 4, 3)
-    }
-    rows = [
-        _table_9_row(load, {k: c[n] for k, c in columns.items()}) for n, load in enumerate(loads)
-    ]
-    kept = _kept_experts(model, step, curves, lengths, loads)
-    for row in rows:
-        row["saved_ms"] = _saved(model, place, row["concurrency"])
-    counted = [
-        r["off"][str(k)] for r in rows for k in (6, 4) if (r["concurrency"], k) not in paper.BROKEN
-    ]
-    return {
-        "label": "modelled beside cited",
-        "machine": str(place),
-        "kernel": kernel,
-        "step_overhead_ms": 1e3 * overhead,
-        "rows": rows,
-        "kept_experts": kept,
-        "within": sum(abs(value) <= WITHIN for value in counted),
-        "counted": len(counted),
-        "full_off": max(abs(r["full_off"]) for r in rows),
-        "stands_on": step.experts_origin,
-    }
-
-
-def _saved(model: Model, place: Deployment, load: int) -> dict[str, float]:
-    """Milliseconds of a step that k = 4 for 8 saves: reading, at the full rate; in the paper."""
-    shape = model.shape
-    fewer = distinct_uniform(shape.experts, 8, load) - distinct_uniform(shape.experts, 4, load)
-    read = fewer * model.moe_layers * shape.expert_bytes / place.gpus / place.gpu.bandwidth
-    cited = load / paper.TABLE_9[load][8] - load / paper.TABLE_9[load][4]
-    return {"reading": 1e3 * read, "paper": 1e3 * cited}
-
-
-def _table_9_row(load: int, ours: Mapping[int, float]) -> dict[str, Any]:
-    cited = paper.TABLE_9[load]
-    gains = {k: 100 * (ours[k] / ours[8] - 1) for k in (6, 4, 3)}
-    cited_gains = {k: 100 * (cited[k] / cited[8] - 1) for k in (6, 4, 3)}
-    return {
-        "concurrency": load,
-        "ours": {str(k): v for k, v in ours.items()},
-        "paper": {str(k): v for k, v in cited.items()},
-        "full_off": ours[8] / cited[8] - 1,
-        "gain": {str(k): v for k, v in gains.items()},
-        "paper_gain": {str(k): v for k, v in cited_gains.items()},
-        "off": {str(k): gains[k] - cited_gains[k] for k in gains},
-        "broken": [k for k in gains if (load, k) in paper.BROKEN],
-    }
-
-
-def _kept_experts(
-    model: Model, step: StepTime, curves: CurveOf, lengths: Lengths, loads: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Throughput with fewer experts in total, in the paper's shares of 64."""
-    found = []
-    full = _column(step, None, curves, lengths, loads)
-    for kept in paper.EXPERTS_KEPT[1:]:
-        share = kept / paper.EXPERTS_KEPT[0]
-        rule = Rule(experts=tuple(range(int(model.shape.experts * share))))
-        column = _column(step, plan_of(model, rule), curves, lengths, loads)
-        found.append(
-            {
-                "share": share,
-                "gain": [100 * (a / b - 1) for a, b in zip(column, full, strict=True)],
-            }
-        )
-    return found
-
-
 def v2_lite(overhead: float, constants: Constants | None = None) -> dict[str, Any]:
     """DeepSeek-V2-Lite on 2 A800: k = 4 and 2 for 6, and 48, 32 and 16 of its 64 experts.
 
@@ -216,11 +93,11 @@ def v2_lite(overhead: float, constants: Constants | None = None) -> dict[str, An
     curves = assumed_curves(model, Assumed())
     step = StepTime(model, place, constants, default_kernel(model))
     loads = list(paper.V2_LITE_GAINS)
-    full = _column(step, None, curves, lengths, loads)
+    full = throughputs(step, None, curves, lengths, loads)
     rules = {f"k={k}": Rule(top_k=k) for k in (4, 2)}
     rules |= {f"{n} of 64": Rule(experts=tuple(range(n))) for n in paper.EXPERTS_KEPT[1:]}
     columns = {
-        name: _column(step, plan_of(model, rule), curves, lengths, loads)
+        name: throughputs(step, plan_of(model, rule), curves, lengths, loads)
         for name, rule in rules.items()
     }
     rows = [
@@ -283,24 +160,26 @@ def u_shape(name: str, place: Deployment, constants: Constants | None = None) ->
 def regimes(tokens: Sequence[int], gains: Sequence[float]) -> dict[str, Any]:
     """Where the flat middle starts and ends: below a third of the largest gain before it.
 
-    `is_u` is whether the gain rises above that again. Raises nothing: a curve that never falls has
-    no middle, and says so.
+    The peak and the lowest gain are those of the largest fall; `is_u` is whether the gain rises
+    above that third again and stays there. Raises nothing: a curve that never falls has no middle,
+    and says so.
     """
-    lowest = min(range(len(gains)), key=lambda n: gains[n])
-    peak = max(range(lowest + 1), key=lambda n: gains[n])
+    pairs = [(peak, low) for low in range(len(gains)) for peak in range(low)]
+    peak, lowest = max(pairs, key=lambda pair: gains[pair[0]] - gains[pair[1]])
     limit = gains[peak] * FLAT
     inside = [n for n in range(peak, len(gains)) if gains[n] <= limit]
     if not inside:
         return {"is_u": False, "peak": tokens[peak], "lowest": tokens[lowest]}
-    after = [n for n in range(lowest, len(gains)) if gains[n] > limit]
+    rises = inside[-1] + 1
+    is_u = rises < len(gains)
     return {
-        "is_u": bool(after),
+        "is_u": is_u,
         "peak": tokens[peak],
         "peak_gain": gains[peak],
         "flat_from": tokens[inside[0]],
         "lowest": tokens[lowest],
         "lowest_gain": gains[lowest],
-        "rises_from": tokens[after[0]] if after else None,
+        "rises_from": tokens[rises] if is_u else None,
     }
 
 
@@ -333,7 +212,7 @@ def banded(overhead: float, constants: Constants | None = None) -> dict[str, Any
         ),
     }
     loads = list(paper.TABLE_9)
-    full = _column(step, None, curves, lengths, loads)
+    full = throughputs(step, None, curves, lengths, loads)
     return {
         "label": "modelled",
         "machine": str(place),
@@ -341,7 +220,7 @@ def banded(overhead: float, constants: Constants | None = None) -> dict[str, Any
         "gains": {
             name: [
                 100 * (a / b - 1)
-                for a, b in zip(_column(step, plan, curves, lengths, loads), full, strict=True)
+                for a, b in zip(throughputs(step, plan, curves, lengths, loads), full, strict=True)
             ]
             for name, plan in plans.items()
         },

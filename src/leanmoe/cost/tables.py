@@ -42,6 +42,8 @@ WEIGHT_BYTES = {
 }
 """Bytes of a weight, its share of the scales included, by the package's names of formats."""
 ACTIVATION_BYTES = {"fp8": 1.0, "fp8_block": 1.0}
+PADDED_TO = {"w4a16_mxfp4": 128}
+"""Multiple of widths that a format pads to, where it does."""
 UNGATED = ((2688, 1856), (2048, 5120), (8192, 5120), (1024, 2688))
 """Hidden and expert width of the tables' experts without a gate (Nemotron-H)."""
 GROUPED = ((7168, 2048, 256, 8),)
@@ -153,6 +155,7 @@ class Measured:
             2 if (self.hidden, self.width) in UNGATED else 3,
             WEIGHT_BYTES[dtype],
             ACTIVATION_BYTES.get(dtype, 2.0),
+            PADDED_TO.get(dtype, 1),
         )
 
     def is_grouped(self, kernel: str) -> bool:

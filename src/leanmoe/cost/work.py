@@ -14,13 +14,28 @@ from numpy.typing import NDArray
 
 from leanmoe.cost.hardware import Gpu
 
-TILE_ROWS = (16, 32, 64, 128)
-"""Rows of a tile that kernels choose from."""
-NARROW, WIDE = 64, 128
-"""Columns of a tile: narrow beside few rows."""
 MICROSECOND = 1e-6
+NEARLY = 0.999
+"""Share of a step's slots below which some are another GPU's."""
+CACHE_BYTES = 50e6
+"""Of the second-level cache of an H100 or H200."""
+CACHED_SHARE = 0.6
+"""Of a read's time that the same read takes again from that cache: 3.35 TB/s of memory to about 5.5
+of the cache (H100, published microbenchmarks)."""
 TESTED_MULTIPLE, TESTED_EXPERTS = 128, 8
 """Widths, and experts on a GPU, that the stated accuracy is of."""
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """What one block of a kernel computes: so many rows of one expert by so many columns."""
+
+    rows: int
+    columns: int
+
+
+TILES = (Tile(16, 64), Tile(32, 64), Tile(64, 128), Tile(128, 128))
+"""That a kernel is taken to choose from where nothing says which it takes."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,20 @@ class ExpertsShape:
     """3 with a gate, 2 without."""
     weight_bytes: float = 2.0
     activation_bytes: float = 2.0
+    padded_to: int = 1
+    """Multiple that the format pads both widths to, in memory as in the products."""
+
+    @property
+    def padded_hidden(self) -> int:
+        """Hidden width as it is stored."""
+        return math.ceil(self.hidden / self.padded_to) * self.padded_to
+
+    @property
+    def padded_width(self) -> float:
+        """Expert width as it is stored."""
+        if self.padded_to == 1:
+            return self.width
+        return math.ceil(self.width / self.padded_to) * self.padded_to
 
     @property
     def is_as_tested(self) -> bool:
@@ -45,7 +74,7 @@ class ExpertsShape:
     @property
     def expert_bytes(self) -> float:
         """Bytes of one expert's weights here."""
-        return self.matrices * self.hidden * self.width * self.weight_bytes
+        return self.matrices * self.padded_hidden * self.padded_width * self.weight_bytes
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,18 @@ class Rows:
         if self.distinct <= 0:
             return 0.0
         return self.distinct * tiles_per_expert(self.rows / self.distinct, rows)
+
+
+def slot_by_slot(shape: ExpertsShape, rows: Rows, columns: float) -> Rows:
+    """Where each of `columns` slots of the step is a block of its own, used or skipped.
+
+    A used slot reads its expert anew, awake already or not; one that the cache holds, from there. A
+    skipped slot repeats its token's best beside it: a block more, and what the cache just got.
+    """
+    again = CACHED_SHARE if shape.expert_bytes <= CACHE_BYTES else 1.0
+    reads = rows.distinct + max(0.0, rows.rows - rows.distinct) * again
+    blocks = (1,) * max(1, round(columns))
+    return Rows(rows.tokens, columns / rows.tokens, columns, reads, blocks)
 
 
 def tiles_per_expert(mean_rows: float, tile: int) -> float:
@@ -126,35 +167,44 @@ FEATURES = (
     "waves_width",
     "hidden",
     "width",
+    "spread",
+    "strides",
 )
 """What the time of a layer is made of. `weights`, `products`, `longer` (of the two) and the three
 of activations are the seconds they would take at the GPU's stated rates, so that their constants
 are the inverse of an efficiency and carry over to another GPU. The rest cost a time each: a call,
 an expert on the GPU, a wave of tiles over its multiprocessors (and each 1,000 of the products'
-depth in it), and each 1,000 of the hidden and expert width."""
+depth in it), each 1,000 of the hidden and expert width, experts spread over GPUs (slots of other
+GPUs are sorted out), and `strides`: a wave's depth squared, since rows of a deep matrix lie far
+apart in memory."""
 
 
-def features(shape: ExpertsShape, rows: Rows, gpu: Gpu, tile: int) -> NDArray[np.float64]:
-    """The values of `FEATURES` for tiles of `tile` rows: microseconds, or counts."""
-    columns = NARROW if tile <= 32 else WIDE
-    gates = shape.matrices - 1
-    tiles = rows.tiles(tile)
-    up = tiles * math.ceil(shape.width / columns) * gates
-    down = tiles * math.ceil(shape.hidden / columns)
+def features(
+    shape: ExpertsShape, rows: Rows, gpu: Gpu, tile: Tile, least_waves: int = 1
+) -> NDArray[np.float64]:
+    """The values of `FEATURES` for tiles of that size: microseconds, or counts.
+
+    Fewer than `least_waves` tiles a multiprocessor do not keep the memory busy: they take as long
+    as so many would.
+    """
+    hidden, width, gates = shape.padded_hidden, shape.padded_width, shape.matrices - 1
+    tiles = rows.tiles(tile.rows)
+    up = tiles * math.ceil(width / tile.columns) * gates
+    down = tiles * math.ceil(hidden / tile.columns)
     rate = gpu.flops if shape.activation_bytes > 1 else gpu.flops_fp8
-    products = 2 * tile * columns * (up * shape.hidden + down * shape.width) / rate
+    products = 2 * tile.rows * tile.columns * (up * hidden + down * width) / rate
     weights = rows.distinct * shape.expert_bytes / gpu.bandwidth
-    passed = rows.rows * (shape.hidden + (gates + 1) * shape.width) * 2 / gpu.bandwidth
+    passed = rows.rows * (hidden + (gates + 1) * width) * 2 / gpu.bandwidth
     slots = rows.tokens * rows.slots * 2 / gpu.bandwidth
-    waves_up = math.ceil(up / gpu.multiprocessors)
-    waves_down = math.ceil(down / gpu.multiprocessors)
+    waves_up = max(_waves(up / gpu.multiprocessors, rows), least_waves)
+    waves_down = max(_waves(down / gpu.multiprocessors, rows), least_waves)
     seconds = (
         weights,
         products,
         max(weights, products),
         passed,
-        slots * shape.hidden,
-        slots * shape.width * (gates + 1),
+        slots * hidden,
+        slots * width * (gates + 1),
     )
     return np.array(
         [
@@ -162,9 +212,16 @@ def features(shape: ExpertsShape, rows: Rows, gpu: Gpu, tile: int) -> NDArray[np
             *(value / MICROSECOND for value in seconds),
             float(shape.experts),
             waves_up + waves_down,
-            waves_up * shape.hidden / 1e3,
-            waves_down * shape.width / 1e3,
-            shape.hidden / 1e3,
-            shape.width / 1e3,
+            waves_up * hidden / 1e3,
+            waves_down * width / 1e3,
+            hidden / 1e3,
+            width / 1e3,
+            float(rows.rows < NEARLY * rows.tokens * rows.slots),
+            (waves_up * hidden**2 + waves_down * width**2) / 1e6,
         ]
     )
+
+
+def _waves(tiles: float, rows: Rows) -> float:
+    """Rounded up; where tiles are known on average only, so is what rounding them up costs."""
+    return math.ceil(tiles) if rows.counts is not None else tiles + 0.5

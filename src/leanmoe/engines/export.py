@@ -98,7 +98,9 @@ def export(
         variables["LEANMOE_DROP"] = ",".join(drop)
     found = list(notes(plan, name))
     if engine == "sglang":
-        found.append("written for SGLang 0.5.23 from its source; it has not been run in it")
+        found.append(
+            "written for SGLang 0.5.23: run in its select_experts on a CPU, in no SGLang server"
+        )
         arguments = ["python", "-m", "sglang.launch_server", "--model-path", model]
         if top_k is not None:
             found.append("a top_k that is the same everywhere needs no plugin")

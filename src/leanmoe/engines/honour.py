@@ -80,6 +80,8 @@ def notes(plan: Plan, engine: str) -> tuple[str, ...]:
             f"a band is picked by the rows that a step computes, padding of captured graphs "
             f"included: make {', '.join(map(str, ends))} capture sizes"
         )
+    if plan.bands and plan.bands[-1].up_to is not None:
+        found.append(f"steps of more than {plan.bands[-1].up_to} rows run the full model")
     if any(rule.depends_on_company for rule in rules):
         found.append("a token's company is that of its own data-parallel rank")
     return tuple(found)

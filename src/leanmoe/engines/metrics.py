@@ -37,13 +37,14 @@ def exposition(
     engine: str,
     step: Mapping[str, Any] | None,
     tokens_per_second: float | None,
-    of: str = "the last step",
 ) -> str:
     """Gauges of a step: its band, and per layer the experts it woke and a token used.
 
-    `step` is what `statistics` read, or None where nothing ran; `of` says which step that is.
+    `step` is what `statistics` read of the last one, or None where nothing ran; `plan` is its
+    file, empty where the full model is served.
     """
-    lines = _gauge("leanmoe_plan", "The plan at work.", [({"plan": plan, "engine": engine}, 1)])
+    labels = {"plan": plan or "none", "engine": engine}
+    lines = _gauge("leanmoe_plan", "The plan at work.", [(labels, 1)])
     if tokens_per_second is not None:
         lines += _gauge(
             "leanmoe_generation_tokens_per_second",
@@ -54,16 +55,18 @@ def exposition(
         up_to = "none" if step["up_to"] is None else str(step["up_to"])
         band = "full model" if step["band"] is None else str(step["band"])
         layers = [(n, found) for n, found in enumerate(step["layers"]) if found is not None]
-        lines += _gauge("leanmoe_step_rows", f"Rows of {of}.", [({}, step["rows"])])
-        lines += _gauge("leanmoe_band", f"The band of {of}.", [({"band": band, "up_to": up_to}, 1)])
+        lines += _gauge("leanmoe_step_rows", "Rows of the last step.", [({}, step["rows"])])
+        lines += _gauge(
+            "leanmoe_band", "The band of the last step.", [({"band": band, "up_to": up_to}, 1)]
+        )
         lines += _gauge(
             "leanmoe_distinct_experts",
-            f"Distinct experts in a MoE layer, {of}.",
+            "Distinct experts in a MoE layer, the last step.",
             [({"layer": str(n)}, found["distinct"]) for n, found in layers],
         )
         lines += _gauge(
             "leanmoe_activated_experts",
-            f"Experts that a token used in a MoE layer on average, {of}.",
+            "Experts that a token used in a MoE layer on average, the last step.",
             [({"layer": str(n)}, found["activated"]) for n, found in layers],
         )
     return "\n".join(lines) + "\n"

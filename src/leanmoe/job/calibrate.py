@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,8 +26,9 @@ from leanmoe.cost.constants import (
     shipped,
     write_constants,
 )
-from leanmoe.cost.fit import Reading, accuracy, errors_of, fit
+from leanmoe.cost.fit import Form, Reading, accuracy, errors_of, fit
 from leanmoe.cost.hardware import Gpu
+from leanmoe.cost.schedules import ANY, stages
 from leanmoe.cost.work import ExpertsShape, Rows
 from leanmoe.errors import LeanMoeError
 from leanmoe.progress import bar
@@ -38,11 +40,12 @@ if TYPE_CHECKING:
 KERNEL = "leanmoe"
 DTYPE = "bfloat16"
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+FEWEST_TOKENS, MOST_TOKENS = 3, 65536
 LAYERS = ((64, 2048, 1024, 8), (128, 2048, 768, 8), (128, 4096, 1536, 8), (64, 4096, 1536, 8))
 """Experts, hidden width, expert width, slots. Every second one is fitted, so those differ in all
 three; a model's own layer is added, if it fits."""
 FEATURES = ("call", "weights", "products", "activations", "slots_hidden", "waves")
-EDGES = (16, 256, 4096)
+EDGES = (16, 256, ANY)
 """Fewer ranges and fewer constants than for the large tables: there are fewer readings."""
 INPUTS = 4
 """Inputs of a graph, each with other experts, so that caches do not flatter."""
@@ -50,6 +53,8 @@ PRODUCTS = tuple(
     (m, n, k) for m in (1, 16, 128, 1024, 8192) for n, k in ((4096, 4096), (2048, 8192))
 )
 """Rows, columns and depth of dense products."""
+NEEDED = ("torch", "triton", "scipy")
+"""Packages of leanmoe[gpu] that are missed too late otherwise: after everything was measured."""
 MEMORY_SHARE = 0.5
 """Of the GPU's memory that a layer's weights may take."""
 
@@ -121,7 +126,12 @@ def calibrate(
 
 
 def require_gpu(device: str) -> None:
-    """Raises LeanMoeError where there is no GPU to measure."""
+    """Raises LeanMoeError where there is no GPU to measure, or no package to fit with."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise LeanMoeError(
+            f"leanmoe calibrate needs {' and '.join(missing)}: pip install 'leanmoe[gpu]'"
+        )
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -129,6 +139,20 @@ def require_gpu(device: str) -> None:
             "leanmoe calibrate needs an NVIDIA GPU that torch can use; without one, leanmoe "
             "predict uses the constants that come with it"
         )
+
+
+def read_tokens(words: str) -> tuple[int, ...]:
+    """Tokens of a step to measure at, from words such as `1,16,256`; LeanMoeError for others."""
+    try:
+        found = tuple(sorted({int(word) for word in words.split(",")}))
+    except ValueError:
+        found = ()
+    if len(found) < FEWEST_TOKENS or found[0] < 1 or found[-1] > MOST_TOKENS:
+        raise LeanMoeError(
+            f"--tokens is {words!r}: it must be {FEWEST_TOKENS} or more whole numbers, each from "
+            f"1 to {MOST_TOKENS}, with commas between them"
+        )
+    return found
 
 
 def gpu_at_hand(described: Gpu) -> Gpu:
@@ -195,8 +219,8 @@ def fit_readings(gpu: Gpu, readings: dict[Layer, list[Reading]]) -> KernelConsta
         DTYPE,
         fitted,
         f"leanmoe calibrate on {gpu.name}, {len(layers[::2])} layers",
-        EDGES,
-        FEATURES,
+        stages(EDGES),
+        Form(FEATURES),
     )
     off = accuracy("layers not fitted", errors_of(found, unseen, gpu))
     return replace(found, accuracy=(off,))

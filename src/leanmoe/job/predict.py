@@ -151,7 +151,8 @@ def _replayed(folder: Path, plan: Plan | None, rules: set[Rule]) -> dict[tuple[i
             runs = [replay(profile, layer, rule, size) for size in sizes]
             points = [(float(run.tokens), run.distinct, run.slots) for run in runs]
             origin = "measured: the profile's traces, replayed under the plan"
-            found[layer, rule] = from_points(points, profile.model.experts, origin)
+            columns = profile.model.top_k if rule.top_k is None else rule.top_k
+            found[layer, rule] = from_points(points, profile.model.experts, origin, columns)
             advance(1)
     return found
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from leanmoe.cost import paper
 from leanmoe.cost.routing import ranks_touched
-from leanmoe.cost.study import WITHIN, analysis, banded, table_9, u_shapes, v2_lite
+from leanmoe.cost.study import analysis, banded, u_shapes, v2_lite
+from leanmoe.cost.table_9 import WITHIN, table_9, what_moves
 from leanmoe.errors import LeanMoeError
 from leanmoe.provenance import collect
 from leanmoe.storage import read_json, write_json
@@ -35,6 +36,7 @@ def study(
         "provenance": collect(command, seed).to_json(),
         "analysis": analysis(),
         "table_9": nine,
+        "what_moves": what_moves(),
         "v2_lite": v2_lite(overhead),
         "u_shapes": u_shapes(),
         "banded": banded(overhead),

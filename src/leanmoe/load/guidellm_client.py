@@ -62,7 +62,9 @@ class TimedCompletions(TextCompletionsRequestHandler):  # type: ignore[misc]
         if found is None:
             return None
         counted = _completion_tokens(self.streaming_usage)
-        grew = counted > self._counted and bool(self.extract_line_data(line).get("choices"))
+        # Where usage comes once, at the end, that piece brings no token beyond those with text.
+        new = counted > max(self._counted, len(self._arrivals))
+        grew = new and bool(self.extract_line_data(line).get("choices"))
         self._counted = max(counted, self._counted)
         if found or grew:
             self._arrivals.append(now)

@@ -16,7 +16,7 @@ from leanmoe.placement import Placement
 from leanmoe.plan import Plan
 from leanmoe.routers import Router
 from leanmoe.routing import Company
-from leanmoe.runtime.choose import Experts, LayerRouting, without_skipped
+from leanmoe.runtime.choose import Experts, LayerRouting, Observe, without_skipped
 from leanmoe.runtime.counts import LayerCounts
 from leanmoe.runtime.experts import IMPLEMENTATION, prepared, register_experts
 from leanmoe.runtime.fast_router import FastRouter, fast_router
@@ -60,6 +60,7 @@ def apply(
     count: bool = False,
     more_experts: bool = False,
     placement: Placement | None = None,
+    observe: Observe | None = None,
 ) -> Iterator[Applied]:
     """Runs `model` under `plan` inside the `with`; undone on exit, after an exception too.
 
@@ -77,6 +78,8 @@ def apply(
         more_experts: allows rules with more experts than the model was trained with.
         placement: the ranks that experts would be on in a service, for `budget_per_rank`; this
             process computes them all. Not set: one rank.
+        observe: called by each MoE layer in each step with what it chose; a skipped slot has
+            weight 0.
 
     Raises LeanMoeError when the plan is for another model, a rule or the placement is out of
     range, the model cannot be run, or another plan is applied to it already.
@@ -105,8 +108,8 @@ def apply(
         if count:
             applied.generated = tuple(LayerCounts() for _ in layers)
             applied.prompt = tuple(LayerCounts() for _ in layers)
-        if count or not plan.is_empty or experts == IMPLEMENTATION:
-            _hook(model, plan, layers, shape.router, applied, scoring, company, undo)
+        if count or observe or not plan.is_empty or experts == IMPLEMENTATION:
+            _hook(model, plan, layers, shape.router, applied, scoring, company, observe, undo)
         logger.info(
             "plan applied to %s, experts run by %s", type(model).__name__, applied.implementation
         )
@@ -131,6 +134,7 @@ def _hook(
     applied: Applied,
     scoring: tuple[int | None, int] | None,
     company: Company,
+    observe: Observe | None,
     undo: list[Callable[[], object]],
 ) -> None:
     call = _Call()
@@ -172,6 +176,7 @@ def _hook(
             if applied.generated
             else None,
             company,
+            observe,
         )
         undo.append(_hook_layer(layer, how, call))
 

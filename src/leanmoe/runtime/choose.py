@@ -20,6 +20,8 @@ from leanmoe.runtime.routing import fast_route
 from leanmoe.runtime.step import Part
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+Observe = Callable[[int, Tensor, Tensor], None]
+"""Called with a layer's number and a step's ids and weights (T,K), which it must not change."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class LayerRouting:
     counts: tuple[LayerCounts, LayerCounts] | None
     """Where to count what generated tokens do and what prompt tokens do."""
     company: Company = ALONE
+    observe: Observe | None = None
 
     def choose(
         self, logits_TE: Tensor, stock: tuple[Tensor, Tensor] | None, parts: Sequence[Part]
@@ -47,8 +50,13 @@ class LayerRouting:
         """
         if len(parts) == 1 and parts[0].index_ST is None:
             ids_TK, weights_TK = self._part(logits_TE, stock, parts[0], None)
-            return ids_TK, weights_TK, _skips(parts[0], self.number)
-        return (*self._joined(logits_TE, stock, parts), True)
+            skips = _skips(parts[0], self.number)
+        else:
+            ids_TK, weights_TK = self._joined(logits_TE, stock, parts)
+            skips = True
+        if self.observe is not None:
+            self.observe(self.number, ids_TK, weights_TK)
+        return ids_TK, weights_TK, skips
 
     def _part(
         self,

@@ -34,9 +34,12 @@ def fetch(url: str, data: Any = None) -> str:
         return str(answer.read().decode())
 
 
-@pytest.fixture(params=["vllm", "transformers"])
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """The address of a server under the plan, and its engine; it ends with the test."""
+@pytest.fixture(scope="module", params=["vllm", "transformers"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str]]:
+    """The address of a server under the plan, and its engine; it ends with the tests of it."""
+    tmp_path = tmp_path_factory.mktemp(request.param)
     if not any(found.name == "leanmoe" for found in entry_points(group="vllm.general_plugins")):
         pytest.skip("leanmoe is not installed here, so vLLM does not find it: make test-engines")
     PLAN.save(tmp_path / "plan.json")
@@ -74,13 +77,12 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str
 
 def test_a_server_answers_and_says_what_the_plan_does(server: tuple[str, str]) -> None:
     url, engine = server
-    name = str(path())  # Transformers' server lists the hub's cache, which may not be there
-    if engine == "vllm":
-        name = json.loads(fetch(f"{url}/v1/models"))["data"][0]["id"]
-        assert name == "reference"
+    (model,) = json.loads(fetch(f"{url}/v1/models"))["data"]
+    assert model["id"] == "reference"
+    assert model["root"] == str(path())
     question = {
-        "model": name, "prompt": "The river flows through", "max_tokens": 8,
-        "temperature": 0,
+        "model": model["id"], "prompt": "The river flows through", "max_tokens": 8,
+        "temperature": 0, "ignore_eos": True,
     }  # fmt: skip
     fetch(f"{url}/metrics")
     reply = json.loads(fetch(f"{url}/v1/completions", question))
@@ -90,7 +92,32 @@ def test_a_server_answers_and_says_what_the_plan_does(server: tuple[str, str]) -
     assert 'leanmoe_band{band="0",up_to="8"} 1' in metrics
     assert 'leanmoe_distinct_experts{layer="5"}' in metrics
     assert "leanmoe_generation_tokens_per_second" in metrics
+    # A step of one token has only its own three guaranteed experts to choose from.
+    assert "leanmoe_step_rows 1\n" in metrics
+    assert 'leanmoe_activated_experts{layer="0"} 3' in metrics
+    assert 'leanmoe_distinct_experts{layer="0"} 3' in metrics
     if engine == "vllm":
-        # A step of one token has only its own three guaranteed experts to choose from.
-        assert 'leanmoe_activated_experts{layer="0"} 3' in metrics
         assert "vllm:generation_tokens_total" in metrics
+
+
+def test_a_bench_measures_it_over_http(server: tuple[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("guidellm", reason="the extra leanmoe[bench] is not installed")
+    url, engine = server
+    load = ("--rate", "4") if engine == "vllm" else ("--concurrency", "2")
+    command = [
+        sys.executable, "-m", "leanmoe", "bench", f"plan={url}", *load, "--requests", "4",
+        "--repeats", "1", "--input-len", "24", "--output-len", "6",
+        "--output", str(tmp_path / "bench"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Serving Benchmark Result" in done.stdout
+    assert (tmp_path / "bench" / "report.html").stat().st_size > 10_000
+    found = json.loads((tmp_path / "bench" / "results.json").read_text())
+    assert found["complete"]
+    (run,) = found["loads"][0]["runs"]["plan"]
+    assert (run["completed"], run["failed"]) == (4, 0)
+    assert run["total_output_tokens"] == 4 * 6, "no reply ends early"
+    assert run["total_input_tokens"] == 4 * 24
+    assert 0 < run["median_ttft_ms"] <= run["median_e2el_ms"]
+    assert run["output_throughput"] == pytest.approx(24 / run["duration"], rel=0.01)

