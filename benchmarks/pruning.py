@@ -5,6 +5,10 @@
 Experts are ranked on one half of the documents; next-token loss is measured on the other half,
 under a plan that uses the experts that remain alone, paired by document with the full model. Speed
 and memory are those of the pruned checkpoints themselves; see pruning_speed.py.
+
+Every finished piece is kept in --work, and the same command goes on from there. Timing alone wants
+a quiet machine: run with --minutes 0 first, which does all the rest, then with the minutes that
+the machine is quiet for.
 """
 
 from __future__ import annotations
@@ -12,17 +16,43 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pruning_speed import PROMPT, Timed, Variant, loaded, read_prompts, speeds
+import torch
+from pruning_memory import peak_of
+from pruning_speed import (
+    FEWEST_ROUNDS,
+    LOADS,
+    STEPS,
+    Pair,
+    Timed,
+    Variant,
+    read_prompts,
+    steps_of,
+    time_rounds,
+    weight_bytes,
+)
 from pruning_svg import picture
+from pruning_table import one_table, show
 
 from leanmoe import apply, provenance
+from leanmoe.job.folder import RunFolder
 from leanmoe.job.inputs import quiet
-from leanmoe.job.prune import ALLOCATION_TOKENS, allocate, first_windows, observe, output_errors
+from leanmoe.job.prune import (
+    ALLOCATION_TOKENS,
+    allocate,
+    checkpoint_folder,
+    first_windows,
+    observe,
+    output_errors,
+)
 from leanmoe.plan import Plan, Rule
+from leanmoe.progress import bar
+from leanmoe.prune.allocation import Allocated
+from leanmoe.prune.checkpoint import FILE, read_source, write_pruned
 from leanmoe.prune.choose import Kept, as_plan, best_experts, kept_count
 from leanmoe.prune.criteria import CRITERIA, Scores, criterion, place_scores
 from leanmoe.quality.divergence import losses
@@ -40,63 +70,69 @@ RIVALS = ("random", "activate-count")
 BY_OUTPUT = ("reap", "easy-ep", "output-sum", "output-error")
 UNEVEN = ("75%", "50%")
 UNEVEN_CRITERION = "easy-ep"
-LOADS = (1, 8, 32)
-STEPS = (PROMPT, *map(str, LOADS))
+FULL = ("full", "100%")
 AS_FAST = 0.97
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What every stored piece depends on."""
+
+    model: str
+    text: str | None
+    calibration_tokens: int
+    heldout_tokens: int
+    criteria: tuple[str, ...]
+    uneven: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As the folder holds it."""
+        return {**asdict(self), "criteria": list(self.criteria)}
+
+
 def main() -> None:
-    """Measures, writes JSON and a picture, prints tables."""
+    """Measures what is not yet stored, writes JSON and a picture, prints tables."""
     arguments = _arguments()
     quiet()
     where = provenance.collect("python " + " ".join(sys.argv), seed=0)
-    corpus = read_corpus(arguments.text)
+    asked = Asked(
+        arguments.model,
+        arguments.text,
+        arguments.calibration_tokens,
+        arguments.heldout_tokens,
+        tuple(arguments.criteria.split(",")),
+        arguments.uneven,
+    )
+    folder = RunFolder.open(arguments.work, asked, arguments.overwrite, "pruning")
+    corpus = read_corpus(asked.text)
     calibration, heldout = split(corpus.documents, 0.5, 0)
-    model, tokenizer = load_model(arguments.model)
+    model, tokenizer = load_model(asked.model)
     shape = shape_of(model)
-    ranked_on = cut(calibration, tokenizer, tokens=arguments.calibration_tokens)
-    windows = cut(heldout, tokenizer, tokens=arguments.heldout_tokens)
-    scores = rank(model, ranked_on, shape, arguments.criteria.split(","))
-    kept = {
-        (name, keep): best_experts(scores_LE, kept_count(keep, shape), shape)
-        for name, scores_LE in scores.items()
-        for keep in KEEP
-    }
-    uneven = {}
-    for keep in UNEVEN if arguments.uneven and UNEVEN_CRITERION in scores else ():
-        found = allocate(
-            model,
-            scores[UNEVEN_CRITERION],
-            first_windows(ranked_on, ALLOCATION_TOKENS),
-            shape,
-            kept_count(keep, shape),
-        )
-        uneven[keep] = found
-        kept[f"{UNEVEN_CRITERION}, uneven", keep] = best_experts(
-            scores[UNEVEN_CRITERION], found.counts, shape
-        )
+    ranked_on = cut(calibration, tokenizer, tokens=asked.calibration_tokens)
+    windows = cut(heldout, tokenizer, tokens=asked.heldout_tokens)
+    kept, uneven = experts_kept(model, ranked_on, shape, asked, folder)
     plans = {pair: as_plan(chosen, shape) for pair, chosen in kept.items()}
     plans |= {(name, "100%"): plan for name, plan in skipping(shape).items()}
-    full, lost = measure(model, windows, plans, shape)
-    timed = None
-    if arguments.rounds:
-        ids_NL = read_prompts(heldout, tokenizer, max(LOADS))
-        timed = time_all(model, kept, plans, ids_NL, arguments)
+    full, lost = measure(model, windows, plans, shape, folder)
+    prompts = read_prompts(heldout, tokenizer, max(LOADS))
+    peaks = measure_peaks(asked.model, kept, plans, prompts, folder)
+    timed = time_all(model, kept, plans, prompts, folder, arguments)
     result = {
         "label": "measured",
         "provenance": where.to_json(),
         "text": corpus.source,
         "heldout": {"documents": windows.documents, "tokens": windows.tokens},
-        "rows": rows_of(full, lost, kept, timed),
+        "rows": rows_of(full, lost, kept, timed, peaks),
         "against": against(full, lost),
         "uneven": {keep: asdict(found) for keep, found in uneven.items()},
         "ordering": [] if timed is None else ordering(full, lost, timed),
     }
-    every = len(scores) == len(CRITERIA)
+    every = set(asked.criteria) == set(CRITERIA)
     name = f"{where.date[:10]}-{where.commit}-pruning{'' if every else '-some'}.json"
     write_json(arguments.output / name, result)
     if arguments.svg and timed is not None:
         write_text(arguments.svg, picture(result))
+    print(one_table(result))
     show(result)
 
 
@@ -106,12 +142,52 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--heldout-tokens", type=int, default=16384)
-    parser.add_argument("--rounds", type=int, default=24, help="of each timing; 0 times nothing")
+    parser.add_argument("--minutes", type=float, default=15, help="to time at most, this time")
+    parser.add_argument("--rounds", type=int, default=24, help="of timing, in all")
     parser.add_argument("--criteria", default=",".join(CRITERIA), help="to time and to measure")
     parser.add_argument("--uneven", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--svg", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("runs/pruning"))
+    parser.add_argument("--overwrite", action="store_true", help="what --work holds")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()
+
+
+def experts_kept(
+    model: Any, ranked_on: Windows, shape: MoEShape, asked: Asked, folder: RunFolder
+) -> tuple[dict[Pair, Kept], dict[str, Allocated]]:
+    """The experts that remain by criterion and share; and numbers of experts that differ by layer.
+
+    Those are of plans alone: no stock engine loads such a checkpoint.
+    """
+
+    def compute() -> Any:
+        scores = rank(model, ranked_on, shape, asked.criteria)
+        kept = [
+            [name, keep, best_experts(scores_LE, kept_count(keep, shape), shape)]
+            for name, scores_LE in scores.items()
+            for keep in KEEP
+        ]
+        uneven = {}
+        for keep in UNEVEN if asked.uneven and UNEVEN_CRITERION in scores else ():
+            found = allocate(
+                model,
+                scores[UNEVEN_CRITERION],
+                first_windows(ranked_on, ALLOCATION_TOKENS),
+                shape,
+                kept_count(keep, shape),
+            )
+            uneven[keep] = asdict(found)
+            chosen = best_experts(scores[UNEVEN_CRITERION], found.counts, shape)
+            kept.append([f"{UNEVEN_CRITERION}, uneven", keep, chosen])
+        return {"kept": kept, "uneven": uneven}
+
+    stored = folder.step("kept", compute)
+    kept = {
+        (name, keep): tuple(tuple(map(int, experts)) for experts in layers)
+        for name, keep, layers in stored["kept"]
+    }
+    return kept, {keep: Allocated(**found) for keep, found in stored["uneven"].items()}
 
 
 def rank(model: Any, windows: Windows, shape: MoEShape, names: Sequence[str]) -> dict[str, Scores]:
@@ -139,58 +215,123 @@ def skipping(shape: MoEShape) -> dict[str, Plan]:
 
 
 def measure(
-    model: Any, windows: Windows, plans: dict[tuple[str, str], Plan], shape: MoEShape
-) -> tuple[Losses, dict[tuple[str, str], Losses]]:
+    model: Any, windows: Windows, plans: dict[Pair, Plan], shape: MoEShape, folder: RunFolder
+) -> tuple[Losses, dict[Pair, Losses]]:
     """Held-out losses of the full model and under every plan."""
 
-    def under(plan: Plan, what: str) -> Losses:
-        with apply(model, plan, experts="leanmoe"):
-            return losses(model, windows, what=what)
+    def under(plan: Plan, pair: Pair) -> Losses:
+        def compute() -> Any:
+            with apply(model, plan, experts="leanmoe"):
+                return losses(model, windows, what=", ".join(pair)).to_json()
 
-    full = under(Plan(shape.fingerprint()), "Full model")
-    return full, {pair: under(plan, ", ".join(pair)) for pair, plan in plans.items()}
+        return Losses.from_json(folder.step(f"loss-{file_name(pair)}", compute))
+
+    full = under(Plan(shape.fingerprint()), FULL)
+    return full, {pair: under(plan, pair) for pair, plan in plans.items()}
+
+
+def file_name(pair: Pair) -> str:
+    """Of what is stored for a setting."""
+    return "-".join(pair).replace(", ", "-").replace(" ", "-").replace("%", "")
+
+
+def checkpoint_of(source: str, pair: Pair, kept: dict[Pair, Kept], folder: RunFolder) -> Path:
+    """The folder of a setting's weights: a pruned checkpoint, written once, or the model itself."""
+    if not is_checkpoint(pair, kept):
+        return checkpoint_folder(source)
+    target = folder.path / "checkpoints" / file_name(pair)
+    if not (target / FILE).is_file():
+        write_pruned(read_source(checkpoint_folder(source)), kept[pair], target, {}, lambda _: None)
+    return target
+
+
+def is_checkpoint(pair: Pair, kept: dict[Pair, Kept]) -> bool:
+    """Whether a setting is a checkpoint of its own, and so runs without a plan."""
+    return pair in kept and "uneven" not in pair[0]
+
+
+def measure_peaks(
+    source: str,
+    kept: dict[Pair, Kept],
+    plans: dict[Pair, Plan],
+    prompts: list[list[int]],
+    folder: RunFolder,
+) -> dict[Pair, dict[str, int]]:
+    """Peak memory of a process that loads and runs each setting."""
+    inputs = folder.path / "memory"
+    write_json(inputs / "prompts.json", prompts)
+
+    def peak(pair: Pair) -> Any:
+        plan_file = None
+        if pair in plans and not is_checkpoint(pair, kept):
+            plan_file = inputs / f"{file_name(pair)}.json"
+            write_json(plan_file, plans[pair].to_json())
+        weights = checkpoint_of(source, pair, kept, folder)
+        return peak_of(weights, plan_file, inputs / "prompts.json")
+
+    found = {}
+    with bar("Measuring memory", 1 + len(plans), "processes") as advance:
+        for pair in (FULL, *plans):
+            found[pair] = folder.step(f"memory-{file_name(pair)}", partial(peak, pair))
+            advance(1)
+    return found
 
 
 def time_all(
     model: Any,
-    kept: dict[tuple[str, str], Kept],
-    plans: dict[tuple[str, str], Plan],
-    ids_NL: Any,
+    kept: dict[Pair, Kept],
+    plans: dict[Pair, Plan],
+    prompts: list[list[int]],
+    folder: RunFolder,
     arguments: argparse.Namespace,
-) -> Timed:
-    """Speed and memory of the full model, of every pruned checkpoint and of skipping."""
-    with loaded(arguments.model, {p: k for p, k in kept.items() if "uneven" not in p[0]}) as found:
-        variants = [Variant(("full", "100%"), model, Plan(shape_of(model).fingerprint()))]
-        for pair, pruned in found.items():
+) -> Timed | None:
+    """Speed and weights of the full model, of every pruned checkpoint and of skipping.
+
+    None while there are too few rounds for an interval.
+    """
+    done = folder.lines("rounds")
+    empty = Plan(shape_of(model).fingerprint())
+    variants = [Variant(FULL, model, empty)]
+    for pair, plan in plans.items():
+        if is_checkpoint(pair, kept):
+            pruned, _ = load_model(str(checkpoint_of(arguments.model, pair, kept, folder)))
             variants.append(Variant(pair, pruned, Plan(shape_of(pruned).fingerprint())))
-        for pair, plan in plans.items():
-            if pair[1] == "100%":
-                variants.append(Variant(pair, model, plan))
-        return speeds(variants, ids_NL, LOADS, arguments.rounds)
+        else:
+            variants.append(Variant(pair, model, plan))
+    if arguments.minutes > 0:
+        steps = steps_of(variants[0], torch.tensor(prompts))
+        time_rounds(variants, steps, done, arguments.rounds, arguments.minutes)
+    rounds = list(done)
+    if len(rounds) < FEWEST_ROUNDS:
+        print(f"{len(rounds)} rounds are timed, {FEWEST_ROUNDS} needed for an interval")
+        return None
+    sizes = {variant.name: weight_bytes(variant.model) for variant in variants}
+    return Timed.of(rounds, sizes)
 
 
 def rows_of(
     full: Losses,
-    lost: dict[tuple[str, str], Losses],
-    kept: dict[tuple[str, str], Kept],
+    lost: dict[Pair, Losses],
+    kept: dict[Pair, Kept],
     timed: Timed | None,
+    peaks: dict[Pair, dict[str, int]],
 ) -> list[dict[str, Any]]:
     """What every setting loses, gains and needs."""
-    rows = []
+    rows = [{"criterion": FULL[0], "keep": FULL[1], **peaks[FULL]}]
     if timed is not None:
-        rows.append({"criterion": "full", "keep": "100%", **timed.row(("full", "100%"))})
+        rows[0] |= timed.row(FULL)
     for pair, found in lost.items():
         row: dict[str, Any] = {"criterion": pair[0], "keep": pair[1]}
         if pair in kept:
             row["experts"] = [len(experts) for experts in kept[pair]]
-        row["increase"] = loss_increase(full, found).to_json()
+        row |= {"increase": loss_increase(full, found).to_json(), **peaks[pair]}
         if timed is not None and pair in timed.seconds:
             row |= timed.row(pair)
         rows.append(row)
     return rows
 
 
-def against(full: Losses, lost: dict[tuple[str, str], Losses]) -> list[dict[str, Any]]:
+def against(full: Losses, lost: dict[Pair, Losses]) -> list[dict[str, Any]]:
     """The criteria that look at outputs against those that do not; uneven against even."""
     pairs = [
         (name, rival, keep) for name in BY_OUTPUT for rival in RIVALS for keep in ("75%", "50%")
@@ -208,9 +349,7 @@ def against(full: Losses, lost: dict[tuple[str, str], Losses]) -> list[dict[str,
     ]
 
 
-def ordering(
-    full: Losses, lost: dict[tuple[str, str], Losses], timed: Timed
-) -> list[dict[str, Any]]:
+def ordering(full: Losses, lost: dict[Pair, Losses], timed: Timed) -> list[dict[str, Any]]:
     """At each load: does skipping lose less than pruning does, where it is as fast or faster?
 
     Beside each pruned checkpoint (of the criterion that loses least there, which favours pruning)
@@ -221,7 +360,7 @@ def ordering(
     for load in STEPS:
         for keep in KEEP:
             pruned = min(
-                (pair for pair in timed.seconds if pair[1] == keep),
+                (pair for pair in timed.seconds if pair[1] == keep and "uneven" not in pair[0]),
                 key=lambda pair: lost[pair].mean,
             )
             for way, marked in (("normalised anew", False), ("weights kept", True)):
@@ -259,37 +398,6 @@ def _verdict(found: Estimate) -> str:
     if found.high < 0:
         return "skipping loses less"
     return "pruning loses less" if found.low > 0 else "undecided"
-
-
-def shown(estimate: dict[str, float], key: str = "ratio") -> str:
-    """A share in percent with its interval."""
-    value, low, high = (100 * estimate[name] for name in (key, "low", "high"))
-    return f"{value:+.2f}% [{low:+.2f}, {high:+.2f}]"
-
-
-def show(result: dict[str, Any]) -> None:
-    """The tables."""
-    for row in result["rows"]:
-        line = f"{row['criterion']:20s} {row['keep']:>6s}"
-        line += f"  {shown(row['increase'])}" if "increase" in row else ""
-        for load, speed in row.get("speed", {}).items():
-            line += f"  {load}: x{speed['median']:.3f} [{speed['low']:.3f}, {speed['high']:.3f}]"
-        line += f"  {row['bytes'] / 1e6:.1f} MB" if "bytes" in row else ""
-        print(line)
-    print("\nloss of the first less that of the second, in shares of the full model's")
-    for row in result["against"]:
-        names = f"{row['criterion']} - {row['rival']}"
-        print(f"{names:32s} {row['keep']:>6s}  {shown(row['difference'])}")
-    print("\nskipping against pruning at equal speed or better")
-    for row in result["ordering"]:
-        line = f"{row['load']:>7s} {row['keep']:>6s} {row['criterion']:14s} {row['skipping']:16s}"
-        if "setting" in row:
-            line += f" {row['setting']:18s} {shown(row['difference'])}"
-        print(f"{line}  {row['verdict']}")
-    counted: dict[str, int] = {}
-    for row in result["ordering"]:
-        counted[row["verdict"]] = counted.get(row["verdict"], 0) + 1
-    print(counted)
 
 
 if __name__ == "__main__":

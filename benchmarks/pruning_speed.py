@@ -1,8 +1,9 @@
 """How fast are pruned checkpoints, and skipping, at each load, and how large? Used by pruning.py.
 
 Single steps are timed: a decode step of B requests that have 128 tokens each behind them, and a
-step with 8 prompts of 128. In each round every variant takes one step, in an order drawn anew;
-speed is the full model's time over the variant's in the same round. What is shown is the median
+step with 8 prompts of 128. In each round every variant takes one step at every load, in an order
+drawn anew, right after a step that is not timed, so that none profits from what ran before it.
+Speed is the full model's time over the variant's in the same round. What is shown is the median
 over rounds with the interval of order statistics, which some slow rounds do not move. All variants
 attend to what the full model cached: what is in a cache does not change how long it takes.
 """
@@ -11,12 +12,9 @@ from __future__ import annotations
 
 import random
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,19 +22,21 @@ from scipy import stats
 from transformers import DynamicCache
 
 from leanmoe import apply
-from leanmoe.job.prune import checkpoint_folder
+from leanmoe.job.folder import Lines
 from leanmoe.plan import Plan
 from leanmoe.progress import bar
-from leanmoe.prune.checkpoint import read_source, write_pruned
-from leanmoe.prune.choose import Kept
-from leanmoe.runtime import load_model
 from leanmoe.text import Document
 
 PROMPT_TOKENS = 128
 PROMPTS = 8
 """In the step of prompts."""
 PROMPT = "prompts"
+LOADS = (1, 8, 32)
+STEPS = (PROMPT, *map(str, LOADS))
+FEWEST_ROUNDS = 6
+"""For an interval of 95%: the least and greatest of six bracket the median with 97%."""
 Pair = tuple[str, str]
+Steps = dict[str, tuple[torch.Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,17 @@ class Timed:
     seconds: dict[Pair, dict[str, list[float]]] = field(default_factory=dict)
     bytes: dict[Pair, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, rounds: Iterable[dict[str, Any]], bytes_of: dict[Pair, int]) -> Timed:
+        """From the rounds as they are stored."""
+        found = cls(bytes=dict(bytes_of))
+        for each in rounds:
+            for name, loads in each["seconds"]:
+                by_load = found.seconds.setdefault(tuple(name), {load: [] for load in STEPS})
+                for load, took in loads.items():
+                    by_load[load].append(took)
+        return found
+
     def ratio(self, first: Pair, other: Pair, load: str) -> Speed:
         """Speed of the other over the first's."""
         return Speed.of(self.seconds[first][load], self.seconds[other][load])
@@ -87,55 +98,50 @@ class Timed:
         }
 
 
-@contextmanager
-def loaded(source: str, kept: dict[Pair, Kept]) -> Iterator[dict[Pair, Any]]:
-    """The pruned checkpoints, written and loaded as any other."""
-    folder = checkpoint_folder(source)
-    found = {}
-    with tempfile.TemporaryDirectory() as temporary, bar("Pruning", len(kept)) as advance:
-        for number, (pair, chosen) in enumerate(kept.items()):
-            target = Path(temporary) / str(number)
-            write_pruned(read_source(folder), chosen, target, {}, lambda _: None)
-            found[pair], _ = load_model(str(target))
-            advance(1)
-        yield found
-
-
-def read_prompts(documents: Sequence[Document], tokenizer: Any, count: int) -> torch.Tensor:
-    """[count, PROMPT_TOKENS] ids: the starts of documents that are long enough, in turn."""
+def read_prompts(documents: Sequence[Document], tokenizer: Any, count: int) -> list[list[int]]:
+    """`count` times PROMPT_TOKENS ids: the starts of documents that are long enough, in turn."""
     starts = []
     for document in documents:
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= PROMPT_TOKENS:
             starts.append(ids[:PROMPT_TOKENS])
-    return torch.tensor([starts[n % len(starts)] for n in range(count)])
+    return [starts[n % len(starts)] for n in range(count)]
 
 
-def speeds(
-    variants: Sequence[Variant], ids_NL: torch.Tensor, loads: Sequence[int], rounds: int
-) -> Timed:
-    """Times every variant at every load; the first variant is the full model."""
-    timed = Timed()
-    order = random.Random(0)
-    steps = {PROMPT: (ids_NL[:PROMPTS], None)}
-    steps |= {str(load): _behind(variants[0], ids_NL[:load]) for load in loads}
-    with bar("Timing", len(variants) * len(steps) * (rounds + 1), "steps") as advance:
-        for variant in variants:
-            timed.seconds[variant.name] = {load: [] for load in steps}
-            timed.bytes[variant.name] = weight_bytes(variant.model)
-        for load, (ids, cache) in steps.items():
-            for turn in range(rounds + 1):
-                for variant in order.sample(list(variants), len(variants)):
-                    took = _step(variant, ids, cache)
-                    if turn:  # the first warms kernels and memory
-                        timed.seconds[variant.name][load].append(took)
-                    advance(1)
-    return timed
+def steps_of(full: Variant, ids_NL: torch.Tensor) -> Steps:
+    """What each load's step computes: its tokens, and what is cached of the requests' prompts."""
+    steps: Steps = {PROMPT: (ids_NL[:PROMPTS], None)}
+    return steps | {str(load): _behind(full, ids_NL[:load]) for load in LOADS}
 
 
-def weight_bytes(model: Any) -> int:
-    """Of all parameters, as they are in memory."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def time_rounds(
+    variants: Sequence[Variant], steps: Steps, done: Lines, rounds: int, minutes: float
+) -> None:
+    """Adds rounds to `done` until there are so many, or for so long; each is stored when whole.
+
+    A round that would end after `minutes` is not begun, judged by the longest so far.
+    """
+    before = len(list(done))
+    started = time.monotonic()
+    longest = 0.0
+    with bar("Timing", max(rounds - before, 0), "rounds") as advance:
+        for number in range(before, rounds):
+            began = time.monotonic()
+            if number > before and began - started + longest > 60 * minutes:
+                break
+            done.append({"round": number, "seconds": _round(variants, steps, number)})
+            longest = max(longest, time.monotonic() - began)
+            advance(1)
+
+
+def _round(variants: Sequence[Variant], steps: Steps, number: int) -> list[Any]:
+    """Seconds of every variant at every load; pairs of a name and loads, as JSON has them."""
+    order = random.Random(number)
+    found: dict[Pair, dict[str, float]] = {variant.name: {} for variant in variants}
+    for load, (ids, cache) in steps.items():
+        for variant in order.sample(list(variants), len(variants)):
+            found[variant.name][load] = take_step(variant, ids, cache)
+    return [[list(name), loads] for name, loads in found.items()]
 
 
 @torch.inference_mode()
@@ -147,13 +153,22 @@ def _behind(full: Variant, ids_NL: torch.Tensor) -> tuple[torch.Tensor, Any]:
 
 
 @torch.inference_mode()
-def _step(variant: Variant, ids: torch.Tensor, cache: Any) -> float:
-    """Seconds of one step; what it caches is forgotten again."""
-    model = variant.model
-    with apply(model, variant.plan, experts="leanmoe"):
-        started = time.perf_counter()
-        model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
-        took = time.perf_counter() - started
+def take_step(variant: Variant, ids: torch.Tensor, cache: Any) -> float:
+    """Seconds of the second of two steps; what they cache is forgotten again."""
+    with apply(variant.model, variant.plan, experts="leanmoe"):
+        _step(variant.model, ids, cache)
+        return _step(variant.model, ids, cache)
+
+
+def _step(model: Any, ids: torch.Tensor, cache: Any) -> float:
+    started = time.perf_counter()
+    model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+    took = time.perf_counter() - started
     if cache is not None:
         cache.crop(-1)
     return took
+
+
+def weight_bytes(model: Any) -> int:
+    """Of all parameters, as they are in memory."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

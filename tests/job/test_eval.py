@@ -207,6 +207,13 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     "a plan twice": (lambda _: ("--rule", "top_k=4", "--rule", "top_k=4"), "two plans"),
     "margin": (lambda _: ("--rule", "top_k=4", "--margin", "much"), "percentage points"),
     "engine": (lambda _: ("--rule", "top_k=4", "--engine", "sglang"), "transformers or vllm"),
+    "nothing for vllm": (lambda _: ("--rule", "top_k=4", "--engine", "vllm"), "none is asked for"),
+    "files in vllm": (
+        lambda t: ("--rule", "top_k=4", "--engine", "vllm", "--data", str(t)),
+        "--data needs --engine transformers"),
+    "replies in vllm": (
+        lambda _: ("--rule", "top_k=4", "--engine", "vllm", "--prompts", "x.jsonl"),
+        "--prompts needs --engine transformers"),
     "no folder": (lambda _: ("--rule", "top_k=4", "--data", "/nowhere"), "is no folder"),
     "file missing": (
         lambda t: ("--rule", "top_k=4", "--tasks", "piqa", "--data", str(t)), "does not exist"),

@@ -12,8 +12,9 @@ import pytest
 
 from leanmoe import Plan
 from leanmoe.cli import main
-from leanmoe.job import job
+from leanmoe.job import job, totals
 from leanmoe.job.settings import TuneSettings
+from leanmoe.quality.paired import Estimate
 from leanmoe.runtime import load_model, shape_of
 
 SMALL = [
@@ -114,6 +115,22 @@ def test_a_memory_budget_restricts_every_rule(
     shown = " ".join(capsys.readouterr().out.split())
     assert "Fewer experts in total" in shown
     assert "the plan stays empty" not in shown
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_as_fast", "said"),
+    [
+        (-0.02, -0.01, True, "fewer a token loses less"),
+        (0.01, 0.02, True, "fewer in total loses less"),
+        (-0.01, 0.02, True, "undecided"),
+        (-0.02, -0.01, False, "no skipping is as fast"),
+    ],
+)
+def test_only_ways_as_fast_are_compared(
+    low: float, high: float, is_as_fast: bool, said: str
+) -> None:
+    found = Estimate((low + high) / 2, low, high, high, 40, 0.1, 0.95)
+    assert totals.verdict(found, is_as_fast) == said
 
 
 def test_report_is_written_again_without_measuring(

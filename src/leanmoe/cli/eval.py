@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from leanmoe.cli.options import AsJson, Dtype, Model, Overwrite, RunOutput, Seed, TrustRemoteCode
 from leanmoe.errors import LeanMoeError
 from leanmoe.job.eval_settings import EvalSettings
 from leanmoe.storage import read_json
@@ -17,7 +18,7 @@ _DEFAULT = EvalSettings(model="reference")
 
 
 def eval(
-    model: Annotated[str, typer.Argument(help="A folder, a hub name, or 'reference'.")],
+    model: Model,
     plan: Annotated[list[Path] | None, typer.Option(help="A plan's file; may be repeated.")] = None,
     rule: Annotated[
         list[str] | None,
@@ -75,16 +76,12 @@ def eval(
     domain_tokens: Annotated[
         int, typer.Option(help="Tokens of each domain to test on, and to rank on.")
     ] = _DEFAULT.domain_tokens,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")] = Path(
-        "runs/eval"
-    ),
-    seed: Annotated[int, typer.Option(help="Of every shuffle and draw.")] = _DEFAULT.seed,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="Allow the model's own Python code to run.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace a run with other settings.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    output: RunOutput = Path("runs/eval"),
+    seed: Seed = _DEFAULT.seed,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare plans with the full model on tasks, replies and texts, question by question.
 

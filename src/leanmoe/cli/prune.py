@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from leanmoe.cli.options import AsJson, Dtype, Model, Seed, TrustRemoteCode
 from leanmoe.errors import LeanMoeError
 
 CRITERIA = (
@@ -18,7 +19,7 @@ CRITERIA = (
 
 
 def prune(
-    model: Annotated[str, typer.Argument(help="A folder, a hub name, or 'reference'.")],
+    model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
     keep: Annotated[str, typer.Option(help="Share or number of a layer's experts.")] = "75%",
     criterion: Annotated[str, typer.Option(help=CRITERIA + ".")] = "reap",
@@ -27,7 +28,7 @@ def prune(
         typer.Option(help="A .txt or .jsonl file, a folder, or a Hugging Face data set."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Of calibration text.")] = 32768,
-    seed: Annotated[int, typer.Option(help="Of every shuffle and draw.")] = 0,
+    seed: Seed = 0,
     protect: Annotated[
         bool, typer.Option(help="Keep experts with extreme outputs whatever their score.")
     ] = True,
@@ -37,11 +38,9 @@ def prune(
     allocation: Annotated[
         str, typer.Option(help="even, or evoesap: layers of a plan keep different numbers.")
     ] = "even",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="Allow the model's own Python code to run.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Leave out the experts that matter least; stock engines load what is written.
 

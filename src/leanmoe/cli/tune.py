@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from leanmoe.cli.options import AsJson, Dtype, Model, Overwrite, RunOutput, Seed, TrustRemoteCode
 from leanmoe.errors import LeanMoeError
 from leanmoe.job.settings import TuneSettings
 from leanmoe.report.results import Results, percent, read_results
@@ -20,10 +21,8 @@ _DEFAULT = TuneSettings(model="reference")
 
 
 def tune(
-    model: Annotated[str, typer.Argument(help="A folder, a hub name, or 'reference'.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")] = Path(
-        "runs/tune"
-    ),
+    model: Model,
+    output: RunOutput = Path("runs/tune"),
     text: Annotated[
         str | None,
         typer.Option(help="A .txt or .jsonl file, a folder, or a Hugging Face data set."),
@@ -60,13 +59,11 @@ def tune(
     heldout_tokens: Annotated[
         int, typer.Option(help="Tokens of held-out text that plans are proven on.")
     ] = _DEFAULT.heldout_tokens,
-    seed: Annotated[int, typer.Option(help="Of every shuffle and draw.")] = _DEFAULT.seed,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="Allow the model's own Python code to run.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace a run with other settings.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    seed: Seed = _DEFAULT.seed,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Finds a faster plan for a model, proves what it costs, measures what it gains.
 

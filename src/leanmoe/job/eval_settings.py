@@ -64,6 +64,8 @@ class EvalSettings:
             _require(self.limit >= 1, "limit", self.limit, "at least 1")
         if self.engine not in ENGINES:
             raise LeanMoeError(f"engine is {self.engine!r}: it must be {' or '.join(ENGINES)}")
+        if self.engine == "vllm":
+            self._check_vllm()
         if self.calibrate is not None and not self.domains:
             raise LeanMoeError("--calibrate ranks experts on each --domain: none is given")
         for folder in (self.data, self.tasks_dir):
@@ -80,6 +82,19 @@ class EvalSettings:
                 raise LeanMoeError(f"domain {name}: {file} does not exist")
         _require_once("task", self.tasks)
         _require_once("domain", [name for name, _ in self.domains])
+
+    def _check_vllm(self) -> None:
+        """vLLM runs the harness's tasks; what else is asked for would not be run in it."""
+        others = {"data": self.data, "prompts": self.prompts, "domain": self.domains}
+        if given := [name for name, value in others.items() if value]:
+            raise LeanMoeError(
+                f"--engine vllm runs lm-evaluation-harness's tasks alone: --{given[0]} needs "
+                "--engine transformers"
+            )
+        if not self.tasks:
+            raise LeanMoeError(
+                "--engine vllm runs lm-evaluation-harness's tasks: none is asked for"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """As a run's settings.json holds them."""

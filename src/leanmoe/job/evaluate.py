@@ -62,14 +62,14 @@ def evaluate(
         require_harness(harness, settings)
     folder = RunFolder.open(output, settings, overwrite, "eval")
     quiet()
-    model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
+    model, tokenizer = _load(settings)
     tasks = _read_local(local, model, tokenizer, settings)
     results: dict[str, Any] = {
         "leanmoe_eval": 1,
         "provenance": collect(command, settings.seed).to_json(),
         "label": "measured",
         "settings": settings.to_json(),
-        "experts_implementation": _implementation(model),
+        "experts_implementation": _implementation(model, settings),
         "plans": [{"name": p.name, "plan": p.plan.to_json()} for p in plans],
     }
     answers: dict[str, dict[str, list[Answers]]] = {}
@@ -158,7 +158,19 @@ def _read_local(
     return tasks
 
 
-def _implementation(model: Any) -> str:
+def _load(settings: EvalSettings) -> tuple[Any, Any]:
+    """The model and its tokenizer; nothing where vLLM loads them in a process of its own."""
+    if settings.engine == "vllm":
+        return None, None
+    return load_model(settings.model, settings.dtype, settings.trust_remote_code)
+
+
+def _implementation(model: Any, settings: EvalSettings) -> str:
+    """What computes the experts."""
+    if settings.engine == "vllm":
+        from leanmoe.load.vllm_offline import require_vllm
+
+        return f"vllm {require_vllm(with_plans=True)}"
     plan = Plan(shape_of(model).fingerprint())
     with apply(model, plan, experts=served_experts(model)) as applied:
         return applied.implementation

@@ -6,14 +6,12 @@ Letters: N questions.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +21,13 @@ from leanmoe.job.answers import Answers
 from leanmoe.job.eval_settings import EvalSettings
 from leanmoe.job.folder import RunFolder
 from leanmoe.job.variants import FULL, Named
-from leanmoe.plan import Band, Plan
+from leanmoe.plan import Plan
 from leanmoe.quality.outcomes import forecast
-from leanmoe.storage import write_json
 
-PLAN_VARIABLE = "LEANMOE_PLAN"
-"""Where the vLLM plugin reads its plan's path from."""
+LOGGERS = ("lm_eval", "lm-eval", "datasets", "huggingface_hub")
+Stored = dict[str, dict[str, Any]]
+"""By task: "right", 1 or 0 by question; "scores", the log-likelihoods of each question's answers;
+"loss", that of the right one (nats). The last two are None where the task has none."""
 
 
 def require_harness(names: Sequence[str], settings: EvalSettings) -> None:
@@ -38,9 +37,11 @@ def require_harness(names: Sequence[str], settings: EvalSettings) -> None:
             f"tasks {', '.join(names)} need lm-evaluation-harness: pip install 'leanmoe[eval]'; "
             "for local files of blimp, lambada, piqa and qasc give --data FOLDER"
         )
-    if settings.engine == "vllm" and find_spec("vllm") is None:
-        raise LeanMoeError("--engine vllm needs vLLM: pip install 'leanmoe[vllm]'")
-    known = set(_manager(settings).all_tasks)
+    if settings.engine == "vllm":
+        from leanmoe.job.harness_vllm import require_engine
+
+        require_engine()
+    known = set(_manager(names, settings).all_tasks)
     if unknown := [name for name in names if name not in known]:
         raise LeanMoeError(
             f"task {unknown[0]!r} is not known to lm-evaluation-harness: "
@@ -67,24 +68,45 @@ def answer_harness(
         for mix in range(mixes):
             key = "full" if each is full else each.digest
             if settings.engine == "vllm":
-                run = _in_vllm(each, names, settings, folder)
+                from leanmoe.job.harness_vllm import in_vllm
+
+                run = in_vllm(each, names, settings, folder, _answers)
             else:
                 run = _in_process(model, tokenizer, each, names, settings, mix)
             stored = folder.step(f"harness-{settings.engine}-{key}-{mix}", run)
-            for task, right in stored.items():
-                answers = Answers(np.array(right, dtype=bool), None, None)
-                found[each.name].setdefault(task, []).append(answers)
+            for task, judged in stored.items():
+                found[each.name].setdefault(task, []).append(_as_answers(judged))
     return found
 
 
-def _manager(settings: EvalSettings) -> Any:
+def _as_answers(judged: dict[str, Any]) -> Answers:
+    right_N = np.array(judged["right"], dtype=bool)
+    if judged["loss"] is None:
+        return Answers(right_N, None, None)
+    loss_N = np.array(judged["loss"], dtype=np.float64)
+    return Answers(right_N, loss_N, np.ones(len(loss_N), dtype=np.int64))
+
+
+def _manager(names: Sequence[str], settings: EvalSettings) -> Any:
+    """The harness's index of tasks: of your own folder alone where that has all, which is quick."""
+    made, own = import_module("lm_eval.tasks").TaskManager, settings.tasks_dir
+    if own is None:
+        return _index_of_the_harness()
     with _quiet():
-        return import_module("lm_eval.tasks").TaskManager(include_path=settings.tasks_dir)
+        index = made(include_path=own, include_defaults=False)
+        has_all = set(names) <= set(index.all_subtasks)
+        return index if has_all else made(include_path=own)
+
+
+@cache
+def _index_of_the_harness() -> Any:
+    with _quiet():
+        return import_module("lm_eval.tasks").TaskManager()
 
 
 def _announce(names: Sequence[str], settings: EvalSettings) -> None:
     """Loads the tasks' data and says what so many questions can show."""
-    manager = _manager(settings)
+    manager = _manager(names, settings)
     count = 0
     for name in names:
         try:
@@ -95,7 +117,8 @@ def _announce(names: Sequence[str], settings: EvalSettings) -> None:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LeanMoeError(
                 f"the data set of task {name} could not be fetched ({reason}); without a network "
-                "give local files: --data FOLDER, or --tasks-dir FOLDER with task files of your own"
+                "set HF_HOME to a filled cache, or give local files: --data FOLDER, or --tasks-dir "
+                "FOLDER with task files of your own"
             ) from error
         for task, size in sizes.items():
             asked = min(size, settings.limit or size)
@@ -115,8 +138,8 @@ def _in_process(
     names: Sequence[str],
     settings: EvalSettings,
     mix: int,
-) -> Callable[[], dict[str, list[int]]]:
-    def compute() -> dict[str, list[int]]:
+) -> Callable[[], Stored]:
+    def compute() -> Stored:
         from leanmoe.job.harness_model import planned_model
 
         return _answers(planned_model(model, tokenizer, each, settings, mix), names, settings)
@@ -124,50 +147,13 @@ def _in_process(
     return compute
 
 
-def _in_vllm(
-    each: Named, names: Sequence[str], settings: EvalSettings, folder: RunFolder
-) -> Callable[[], dict[str, list[int]]]:
-    """In a process of its own: an engine gives its memory back only when its process ends."""
-
-    def compute() -> dict[str, list[int]]:
-        path = folder.path / "plans" / f"{each.digest}.json"
-        write_json(path, every_step(each.plan, settings.decode_batch).to_json())
-        with get_context("spawn").Pool(1) as pool:
-            return pool.apply(_vllm_answers, (path, tuple(names), settings))
-
-    return compute
-
-
-def every_step(plan: Plan, decode_batch: int) -> Plan:
-    """The plan with the rules of so many tokens at work in steps of any size.
-
-    vLLM scores answers as prompts, in steps of thousands of tokens; with the plan's own bands it
-    would score the full model.
-    """
-    if plan.is_empty:
-        return plan
-    return Plan(plan.model, (Band(None, plan.rules_for(decode_batch)),), (), plan.provenance)
-
-
-def _vllm_answers(plan: Path, names: Sequence[str], settings: EvalSettings) -> dict[str, list[int]]:
-    os.environ[PLAN_VARIABLE] = str(plan)
-    made = import_module("lm_eval.models.vllm_causallms").VLLM(
-        pretrained=settings.model,
-        dtype=settings.dtype or "auto",
-        trust_remote_code=settings.trust_remote_code,
-        seed=settings.seed,
-        max_num_seqs=settings.decode_batch,
-    )
-    return _answers(made, names, settings)
-
-
-def _answers(made: Any, names: Sequence[str], settings: EvalSettings) -> dict[str, list[int]]:
-    """1 or 0 by task and question, in the questions' order."""
+def _answers(made: Any, names: Sequence[str], settings: EvalSettings) -> Stored:
+    """What is stored of each task, in the questions' order."""
     with _quiet():
         done = import_module("lm_eval").simple_evaluate(
             model=made,
             tasks=list(names),
-            task_manager=_manager(settings),
+            task_manager=_manager(names, settings),
             num_fewshot=settings.fewshot,
             limit=settings.limit,
             bootstrap_iters=0,
@@ -177,18 +163,32 @@ def _answers(made: Any, names: Sequence[str], settings: EvalSettings) -> dict[st
             torch_random_seed=settings.seed,
             fewshot_random_seed=settings.seed,
         )
-    return {task: right_or_wrong(task, samples) for task, samples in done["samples"].items()}
+    return {task: judged(task, samples) for task, samples in done["samples"].items()}
 
 
-def right_or_wrong(task: str, samples: Sequence[dict[str, Any]]) -> list[int]:
-    """Each question's first metric, by the first filter. Raises LeanMoeError unless 0 or 1."""
+def judged(task: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Each question by the first metric and the first filter, and how likely its answers were.
+
+    Raises LeanMoeError for a task that is not right or wrong.
+    """
     first = samples[0].get("filter")
     mine = sorted(
         (sample for sample in samples if sample.get("filter") == first),
         key=lambda sample: int(sample["doc_id"]),
     )
-    metric = mine[0]["metrics"][0]
-    values = [float(sample[metric]) for sample in mine]
+    scores = [_log_likelihoods(sample) for sample in mine]
+    loss = [_loss(sample, each) for sample, each in zip(mine, scores, strict=True)]
+    return {
+        "right": right_or_wrong(task, mine),
+        "scores": None if None in scores else scores,
+        "loss": None if None in loss else loss,
+    }
+
+
+def right_or_wrong(task: str, samples: Sequence[dict[str, Any]]) -> list[int]:
+    """Each question's first metric. Raises LeanMoeError unless 0 or 1."""
+    metric = samples[0]["metrics"][0]
+    values = [float(sample[metric]) for sample in samples]
     if bad := [value for value in values if value not in (0.0, 1.0)]:
         raise LeanMoeError(
             f"task {task} is judged by {metric}, which is {bad[0]:g} on a question: only tasks "
@@ -197,10 +197,28 @@ def right_or_wrong(task: str, samples: Sequence[dict[str, Any]]) -> list[int]:
     return [int(value) for value in values]
 
 
+def _log_likelihoods(sample: dict[str, Any]) -> list[float] | None:
+    """Of a question's answers; None where it is answered with a text."""
+    replies = sample["filtered_resps"]
+    if any(isinstance(reply, str) for reply in replies):
+        return None
+    return [float(score) for score, _greedy in replies]
+
+
+def _loss(sample: dict[str, Any], scores: list[float] | None) -> float | None:
+    """Negative log-likelihood of the right answer; None where the task does not number it."""
+    if scores is None:
+        return None
+    if len(scores) == 1:
+        return -scores[0]
+    number = str(sample.get("target", ""))
+    return -scores[int(number)] if number.isdigit() and int(number) < len(scores) else None
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The harness's own log and its many progress bars stay off the screen."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

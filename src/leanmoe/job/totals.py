@@ -114,12 +114,15 @@ def total_or_activated(
             against = loss_difference(
                 full, found[SKIPPING], found[PRUNING], settings.confidence, settings.seed
             )
-            rows[-2]["against"] = {**against.to_json(), "verdict": verdict(against)}
+            is_as_fast = rows[-2]["time"] <= rows[-3]["time"]
+            rows[-2]["against"] = {**against.to_json(), "verdict": verdict(against, is_as_fast)}
     return rows
 
 
-def verdict(found: Estimate) -> str:
-    """Which of two as fast ways loses less, if that is sure."""
+def verdict(found: Estimate, is_as_fast: bool = True) -> str:
+    """Which of two as fast ways loses less, if that is sure; none where skipping is slower."""
+    if not is_as_fast:
+        return "no skipping is as fast"
     if found.high < 0:
         return f"{SKIPPING} loses less"
     return f"{PRUNING} loses less" if found.low > 0 else "undecided"
