@@ -193,6 +193,17 @@ WAYS_FP8 = {
 }
 
 
+@pytest.mark.parametrize("way", ["direct", "joined", "listed", "direct, right, described"])
+def test_fp8_activations_of_two_parts_are_as_exact_as_bfloat16(way: str) -> None:
+    right = replace(WIDE, weights_left=False, described=True)
+    others = {"direct, right, described": ExpertsConfig(16, 0, True, right, DEEP_RIGHT)}
+    config = replace((WAYS_FP8 | others)[way], parts=2)
+    weights = fp8_layer(3, 208, 144)
+    hidden, ids, gates = random_call(weights, 13, 2)
+    found = run((hidden.half(), ids, gates), weights, config)
+    assert error(found, experts_reference(hidden.half().double(), ids, gates, weights)) < 5e-3
+
+
 @pytest.mark.parametrize("way", WAYS_FP8)
 def test_fp8_with_a_scale_for_each_block(way: str) -> None:
     weights = fp8_layer(3, 208, 144)  # ends in the middle of a block
@@ -210,6 +221,9 @@ def test_fp8_config_must_fit_its_scales() -> None:
     config = ExpertsConfig(16, 0, False, Tile(32, 32, 4, 2), Tile(32, 64, 4, 2))
     with pytest.raises(LeanMoeError, match="no more than the first's 32 columns"):
         run(call, weights, config)
+    for odd in (replace(config, tail=16), replace(WAYS["listed"], tail=16)):
+        with pytest.raises(LeanMoeError, match="2 fp8 parts, with a tail of 16"):
+            run(call, weights, replace(odd, gate_up=WIDE, parts=2))
     shallow = ExpertsConfig(16, 0, False, Tile(32, 16, 4, 2), Tile(32, 32, 4, 2))
     with pytest.raises(LeanMoeError, match="reads 16 columns a step"):
         run(call, weights, shallow)

@@ -48,6 +48,9 @@ class ExpertsConfig:
     is_joined: bool = False
     """The second product's programs each add up a token's slots, without the matrix unit; for one
     token or a few, and only where `is_direct`. Of `down`, columns, depth and warps count."""
+    parts: int = 1
+    """With fp8 weights: how many fp8 numbers an activation is the sum of, 1 or 2. Two are as exact
+    as bf16 and twice the work of the matrix unit, which costs nothing where memory decides."""
 
     @property
     def block_rows(self) -> int:
@@ -68,6 +71,11 @@ class ExpertsConfig:
         for name, number in (("rows", config.rows), ("tail", config.tail)):
             if number < 0 or number & (number - 1) or (name == "rows" and number < 16):
                 raise LeanMoeError(f"{where}.{name} is {number}: it must be a power of two")
+        if config.parts not in (1, 2) or (config.parts == 2 and config.tail):
+            raise LeanMoeError(
+                f"{where}.parts is {config.parts} with a tail of {config.tail}: "
+                "it must be 1, or 2 without a tail"
+            )
         if config.is_joined and not config.is_direct:
             raise LeanMoeError(f"{where}.is_joined is true: is_direct must then be true, too")
         for name, tile in (("gate_up", config.gate_up), ("down", config.down)):

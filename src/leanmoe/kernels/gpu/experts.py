@@ -52,11 +52,11 @@ def experts_gpu(
     """Each token's weighted sum over its experts, (T,D), as `experts_reference` gives it.
 
     With fp8 weights the hidden states and what lies between the products are made fp8, too, as
-    DeepSeek-V3 was trained: 3 to 4 % off. Adds up in float32 and in the order of the slots: the
-    same bits every time. Waits for nothing,
-    so it can be captured in a graph. Ids are not checked for range. `work` is the work list of the
-    same ids, where routing made it already, with the config's `block_rows`. Raises LeanMoeError
-    for what it cannot compute.
+    DeepSeek-V3 was trained (4 to 5 % off), or the sum of two fp8 numbers, which is as exact as
+    bf16: the config's `parts`. Adds up in float32 and in the order of the slots: the same bits
+    every time. Waits for nothing, so it can be captured in a graph. Ids are not checked for range.
+    `work` is the work list of the same ids, where routing made it already, with the config's
+    `block_rows`. Raises LeanMoeError for what it cannot compute.
     """
     check_call(hidden_TD, ids_TK, weights_TK, weights)
     if reason := why_not_gpu(weights):
@@ -126,6 +126,11 @@ def _check_config(
             f"experts config for fp8 reads {min(depths)} columns a step: the matrix unit takes "
             f"{LEAST_FP8_DEPTH} at least"
         )
+    if config.parts == 2 and (config.tail or not is_scaled):
+        raise LeanMoeError(
+            f"experts config makes activations of 2 fp8 parts, with a tail of {config.tail}: "
+            "that is for fp8 weights, and without a tail"
+        )
     if work is not None and work.block_rows != config.block_rows:
         raise LeanMoeError(
             f"work list has blocks of {work.block_rows} rows: the config wants {config.block_rows}"
@@ -140,13 +145,14 @@ def _numbers(config: ExpertsConfig) -> list[int]:
         for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left, t.described)
     ]
     ways = (config.is_direct, config.overlap, config.is_joined)
-    return [config.rows, config.tail, *ways, *tiles]
+    return [config.rows, config.tail, *ways, config.parts, *tiles]
 
 
 def _config(numbers: list[int]) -> ExpertsConfig:
-    rows, tail, direct, overlap, joined, *rest = numbers
+    rows, tail, direct, overlap, joined, parts, *rest = numbers
     first, second = (_tile(t) for t in (rest[: len(rest) // 2], rest[len(rest) // 2 :]))
-    return ExpertsConfig(rows, tail, bool(direct), first, second, bool(overlap), bool(joined))
+    flags = (bool(overlap), bool(joined))
+    return ExpertsConfig(rows, tail, bool(direct), first, second, *flags, parts)
 
 
 def _tile(numbers: list[int]) -> Tile:
