@@ -193,11 +193,20 @@ WAYS_FP8 = {
 }
 
 
-@pytest.mark.parametrize("way", ["direct", "joined", "listed", "direct, right, described"])
+WAYS_TWO_PARTS = {
+    "direct": ExpertsConfig(16, 0, True, WIDE, DEEP, parts=2),
+    "direct, described": ExpertsConfig(
+        16, 0, True, replace(WIDE, described=True), replace(DEEP, described=True), parts=2
+    ),
+    "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True, parts=2),
+    "listed": ExpertsConfig(16, 0, False, WIDE, DEEP, parts=2),
+    "listed in long blocks": ExpertsConfig(32, 0, False, WIDE, DEEP, parts=2),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TWO_PARTS)
 def test_fp8_activations_of_two_parts_are_as_exact_as_bfloat16(way: str) -> None:
-    right = replace(WIDE, weights_left=False, described=True)
-    others = {"direct, right, described": ExpertsConfig(16, 0, True, right, DEEP_RIGHT)}
-    config = replace((WAYS_FP8 | others)[way], parts=2)
+    config = WAYS_TWO_PARTS[way]
     weights = fp8_layer(3, 208, 144)
     hidden, ids, gates = random_call(weights, 13, 2)
     found = run((hidden.half(), ids, gates), weights, config)
@@ -221,9 +230,12 @@ def test_fp8_config_must_fit_its_scales() -> None:
     config = ExpertsConfig(16, 0, False, Tile(32, 32, 4, 2), Tile(32, 64, 4, 2))
     with pytest.raises(LeanMoeError, match="no more than the first's 32 columns"):
         run(call, weights, config)
-    for odd in (replace(config, tail=16), replace(WAYS["listed"], tail=16)):
-        with pytest.raises(LeanMoeError, match="2 fp8 parts, with a tail of 16"):
-            run(call, weights, replace(odd, gate_up=WIDE, parts=2))
+    two = WAYS_TWO_PARTS["listed"]
+    for odd in ({"tail": 16}, {"gate_up": replace(WIDE, weights_left=False)}, {"parts": 3}):
+        with pytest.raises(LeanMoeError, match="must be 1, or 2 without a tail and with the wei"):
+            replace(two, **odd)
+    with pytest.raises(LeanMoeError, match="2 fp8 parts for other weights"):
+        run(random_call(random_layer(), 3, 1), random_layer(), two)
     shallow = ExpertsConfig(16, 0, False, Tile(32, 16, 4, 2), Tile(32, 32, 4, 2))
     with pytest.raises(LeanMoeError, match="reads 16 columns a step"):
         run(call, weights, shallow)

@@ -126,11 +126,8 @@ def _check_config(
             f"experts config for fp8 reads {min(depths)} columns a step: the matrix unit takes "
             f"{LEAST_FP8_DEPTH} at least"
         )
-    if config.parts == 2 and (config.tail or not is_scaled):
-        raise LeanMoeError(
-            f"experts config makes activations of 2 fp8 parts, with a tail of {config.tail}: "
-            "that is for fp8 weights, and without a tail"
-        )
+    if config.parts == 2 and not is_scaled:
+        raise LeanMoeError("experts config makes activations of 2 fp8 parts for other weights")
     if work is not None and work.block_rows != config.block_rows:
         raise LeanMoeError(
             f"work list has blocks of {work.block_rows} rows: the config wants {config.block_rows}"

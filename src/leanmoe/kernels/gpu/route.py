@@ -226,8 +226,8 @@ class RouteCall:
         if not (self.guaranteed or self.budget):
             self.run(route_alone, *inputs, *outputs, *sizes, *self._reals, **blocks)
             return
-        marks = zeros_for("marks", experts, device)
-        votes = zeros_for("votes", experts, device, torch.int64)
+        name, dtype = ("votes", torch.int64) if self.budget else ("marks", torch.int32)
+        marks = zeros_for(name, experts, device, dtype)
         has_overlap = not interprets()
         company = {
             "HAS_GUARANTEED": self.guaranteed > 0,
@@ -235,14 +235,14 @@ class RouteCall:
             "PDL": has_overlap,
         }
         self.run(
-            route_wake, *inputs, marks, votes, *self._wanted, self.guaranteed, *self._reals[:3],
+            route_wake, *inputs, marks, *self._wanted, self.guaranteed, *self._reals[:3],
             **company,
         )  # fmt: skip
-        # An expert's votes: 2^32 and one a token, and after them its id.
+        # What experts are ordered by: votes, 2^32 and one a token, and after them the id.
         bits = 33 + (self.tokens - 1).bit_length() + (experts - 1).bit_length()
         after = {"launch_pdl": True} if has_overlap else {}
         self.run(
-            route_fill, *inputs, *outputs, marks, votes, over, *sizes, *self._reals, self.budget,
+            route_fill, *inputs, *outputs, marks, over, *sizes, *self._reals, self.budget,
             max(0, bits - 30), **blocks, **company, **after,
         )  # fmt: skip
 

@@ -32,6 +32,9 @@ COUNTER_STRIDE = tl.constexpr(8)
 
 VOTE_UNIT = tl.constexpr(4294967296.0)
 """Votes are added as whole numbers: the order of the tokens cannot change a sum."""
+BEST_BIT, GUARANTEED_BIT = tl.constexpr(47), tl.constexpr(62)
+"""Of an expert's votes. Below: the votes of 2^14 tokens; between: how many have it as their best.
+One word for all of it, since every program reads every expert's."""
 
 
 @triton.jit
@@ -177,7 +180,7 @@ def _least_of_best(keys, number):
 
 @triton.jit
 def _afford(
-    marks, votes, is_expert, e, budget, low_bits,
+    votes, is_expert, e, budget, low_bits,
     E: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
 ):  # fmt: skip
     """Every token's best stay awake, and the most voted-for while the budget lasts.
@@ -186,11 +189,14 @@ def _afford(
     are searched first and the `low_bits` only among equals there. Returns also whether the best
     alone are more than the budget.
     """
-    is_best = is_expert & (marks >= 2)
+    is_best = is_expert & (((votes >> BEST_BIT) & 0x7FFF) > 0)
+    is_candidate = is_expert & ~is_best
     if HAS_GUARANTEED:
-        votes = tl.where(marks > 0, votes, 0)
+        is_candidate = is_candidate & ((votes >> GUARANTEED_BIT) > 0)
+    one = tl.zeros_like(votes) + 1
+    votes = votes & ((one << BEST_BIT) - 1)
     order = votes * E + (E - 1 - e)
-    is_candidate = is_expert & (votes > 0) & (marks < 2)
+    is_candidate = is_candidate & (votes > 0)
     upper = tl.where(is_candidate, (order >> low_bits).to(tl.int32), -1)
     best = tl.sum(is_best.to(tl.int32), axis=0)
     left = tl.maximum(budget - best, 0)
@@ -199,8 +205,7 @@ def _afford(
     if reached > left:
         is_equal = is_candidate & (upper == least)
         is_in = is_candidate & (upper > least)
-        mask = (tl.zeros_like(order) + 1 << low_bits) - 1
-        lower = tl.where(is_equal, (order & mask).to(tl.int32), -1)
+        lower = tl.where(is_equal, (order & ((one << low_bits) - 1)).to(tl.int32), -1)
         missing = left - tl.sum(is_in.to(tl.int32), axis=0)
         least, _reached = _least_of_best(lower, missing)
         is_in = is_in | (is_equal & (lower >= least))
@@ -209,7 +214,7 @@ def _afford(
 
 @triton.jit(do_not_specialize=["slots", "full", "guaranteed"])
 def route_wake(
-    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, marks_ptr, votes_ptr,
+    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, marks_ptr,
     slots, full, guaranteed, threshold, top_p, epsilon,
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
@@ -218,9 +223,9 @@ def route_wake(
     HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
     HAS_GUARANTEED: tl.constexpr, HAS_BUDGET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """First of two launches: each token marks the experts it wants and votes for its own.
+    """First of two launches: each token marks the experts it wants.
 
-    `marks`: 1 for an expert guaranteed to some token, 2 more for the best of one.
+    `marks`: 1 for an expert guaranteed to some token; with a budget, the votes for an expert.
     """
     LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P
     if PDL:
@@ -242,17 +247,20 @@ def route_wake(
         whole = whole_of(gates_L, is_kept, epsilon, SCORING, NORMALISE)
         shares_L = shares_of(gates_L, is_kept, whole, SCORING)
         votes_L = (shares_L * VOTE_UNIT).to(tl.int64) + 1  # a slot counts, however small its gate
-        tl.atomic_add(votes_ptr + ids_L, votes_L, mask=is_kept, sem="relaxed")
-        tl.atomic_or(marks_ptr + ids_L, 2, mask=is_kept & (k == 0), sem="relaxed")
+        votes_L += (k == 0).to(tl.int64) << BEST_BIT
+        tl.atomic_add(marks_ptr + ids_L, votes_L, mask=is_kept, sem="relaxed")
     if HAS_GUARANTEED:
-        tl.atomic_or(marks_ptr + ids_L, 1, mask=is_kept & (k < guaranteed), sem="relaxed")
+        mark = tl.zeros_like(ids_L).to(marks_ptr.dtype.element_ty) + 1
+        if HAS_BUDGET:
+            mark = mark << GUARANTEED_BIT
+        tl.atomic_or(marks_ptr + ids_L, mark, mask=is_kept & (k < guaranteed), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["tokens", "most_blocks", "slots", "full", "budget", "low_bits"])
 def route_fill(
     logits_ptr, bias_ptr, allowed_ptr, padding_ptr,
     ids_ptr, weights_ptr, counts_ptr, rows_ptr, blocks_ptr, used_ptr,
-    marks_ptr, votes_ptr, over_ptr,
+    marks_ptr, over_ptr,
     tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling, budget, low_bits,
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
@@ -266,7 +274,7 @@ def route_fill(
     """Second of two launches: each token's slots from its own awake experts, then from the others.
 
     Each program finds out for itself who is awake, and its own experts again: both take less than
-    to wait for one that writes them down. The last makes marks and votes zero again.
+    to wait for one that writes them down. The last makes the marks zero again.
     """
     LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P
     token = tl.program_id(0)
@@ -291,12 +299,12 @@ def route_fill(
             slot += 1
     if PDL:
         gdc_wait()
-    marks = tl.load(marks_ptr + e, mask=is_expert, other=0, cache_modifier=".cg")
-    is_awake = marks > 0
+    marks = tl.load(marks_ptr + e, mask=is_expert, other=0)
     if HAS_BUDGET:
-        votes = tl.load(votes_ptr + e, mask=is_expert, other=0, cache_modifier=".cg")
-        is_awake, is_over = _afford(marks, votes, is_expert, e, budget, low_bits, E, HAS_GUARANTEED)
+        is_awake, is_over = _afford(marks, is_expert, e, budget, low_bits, E, HAS_GUARANTEED)
         tl.store(over_ptr, is_over.to(tl.int8), mask=token == 0)
+    else:
+        is_awake = marks > 0
     ids_L, found = best_slots(tl.where(is_awake, keys, ASLEEP), e, wanted, SLOTS)
     gates_L = gates_of(logits_ptr, token, ids_L, k < found, top, total, E, SCORING)
     filler = _filler(
@@ -310,8 +318,6 @@ def route_fill(
         E, SLOTS, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_WORK,
     )  # fmt: skip
     if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
-        tl.store(marks_ptr + e, 0, mask=is_expert)
-        if HAS_BUDGET:
-            tl.store(votes_ptr + e, tl.zeros((PADDED_E,), dtype=tl.int64), mask=is_expert)
+        tl.store(marks_ptr + e, tl.zeros_like(marks), mask=is_expert)
         if HAS_WORK:
             _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)

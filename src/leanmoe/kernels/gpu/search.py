@@ -117,6 +117,8 @@ def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
     for (columns, depth, warps, stages), left, described in product(
         cuts, (True, False), (False, True) if is_fp8(shape) else (False,)
     ):
+        if way.parts == 2 and not left:
+            continue
         depth = depth // 2 if each == 4 else depth
         wide = columns * 2 if is_first else columns
         if left and wide < 16 * warps:  # a warp takes 16 rows of the left operand
