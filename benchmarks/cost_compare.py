@@ -43,7 +43,7 @@ KERNELS = {
     ("vLLM", "float8_e4m3fn"): ("vllm-triton", "fp8_block"),
 }
 """Implementation and dtype in a results file: kernel and format of our constants."""
-FULL = ("stock", "empty plan")
+FULL = ("stock", "empty plan", "stock, leanmoe")
 """Names of the full model in `vllm_gpu.py`'s results."""
 LAYER_LIMIT, STEP_LIMIT = 0.04, 0.10
 """What the model is held to: of a layer of ours, of a whole step."""
@@ -130,7 +130,11 @@ def engine_steps(path: Path) -> Iterator[dict[str, Any]]:
     found = read_json(path, "results")
     model = read_model(found["config"], found["settings"]["shape"])
     gpu = GPUS[gpu_of(found["provenance"]["hardware"])]
-    step = StepTime(model, Deployment(gpu), shipped(), "vllm-triton")
+    kernels = {"vllm": "vllm-triton", "leanmoe": "leanmoe"}
+    steps_of = {
+        experts: StepTime(model, Deployment(gpu), shipped(), kernel)
+        for experts, kernel in kernels.items()
+    }
     settings = found["settings"]
     context = int(settings["prompt"]) + int(settings["steps"]) / 2
     for line in found["lines"]:
@@ -140,6 +144,7 @@ def engine_steps(path: Path) -> Iterator[dict[str, Any]]:
         point = (float(tokens), float(line["distinct"]), float(line["activated"]))
         curve = from_points([point], model.shape.experts, "measured in the run")
         activation = Activation(model, None, partial(_always, curve))
+        step = steps_of[line.get("experts", "vllm")]
         seconds = step.parts(Batch(tokens, context), activation).total
         took = line["step_ms"]["median"]
         yield {

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm_ways import LEANMOE, SKIP, STOCK, Way
 
+from leanmoe.engines.vllm.experts import OwnExperts, why_not_ours
 from leanmoe.engines.vllm.routing import LayerRouting
-from leanmoe.plan import Plan
+from leanmoe.engines.vllm.skipping import why_not_skip
 
-STOCK = "stock"
 ROUTINGS = ("skewed", "uniform")
 KEPT_ROWS = 1024
 """Steps of more rows are prefill: their ids are not kept. On a GPU only captured steps' are."""
@@ -31,6 +32,8 @@ class Replay:
     def __init__(self, experts: int, rows: int, use_LE: Sequence[Sequence[float]]) -> None:
         """`use_LE`: how often each expert of each layer of some model is chosen, any E."""
         self.way = STOCK
+        self.own: set[str] = set()
+        """Ways whose experts are computed by leanmoe's kernels."""
         self._experts, self._rows = experts, rows
         self._use_LE = use_LE
         self._logits: dict[int, Tensor] = {}
@@ -82,16 +85,21 @@ class Replay:
 class Switch:
     """Stands in the place of a layer's routing: drawn logits, and the way that is in use."""
 
-    def __init__(self, router: Any, layer: int, plans: dict[str, Plan], replay: Replay) -> None:
+    def __init__(self, router: Any, layer: int, replay: Replay) -> None:
         self._layer, self._replay = layer, replay
         self._router = copy.copy(router)  # as it was: `router` gets this in its routing's place
-        self._ways: dict[str, Callable[..., Any]] = {STOCK: router._compute_routing}
-        for name, plan in plans.items():
-            self.add(name, plan)
+        self._stock = router._compute_routing
+        self._ways: dict[str, Callable[..., Any]] = {STOCK: self._stock}
 
-    def add(self, name: str, plan: Plan) -> None:
+    def add(self, way: Way) -> None:
         """One way more."""
-        self._ways[name] = LayerRouting(self._router, plan, self._layer)
+        if way.plan is None:
+            self._ways[way.name] = self._stock
+            return
+        routing = LayerRouting(self._router, way.plan, self._layer)
+        if not way.is_plain:
+            routing.skipping = way.skipping
+        self._ways[way.name] = routing
 
     def __call__(
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any, **others: Any
@@ -103,33 +111,58 @@ class Switch:
         return weights, ids
 
 
+class ExpertsSwitch:
+    """Stands in the place of a layer's experts: vLLM's or leanmoe's, as the way in use has it."""
+
+    def __init__(self, runner: Any, replay: Replay) -> None:
+        self._own, self._replay = OwnExperts(runner), replay
+        runner.routed_experts.quant_method.moe_kernel.fused_experts.apply = self
+
+    def __call__(self, **arguments: Any) -> None:
+        compute = self._own if self._replay.way in self._replay.own else self._own.stock
+        compute(**arguments)
+
+
 class Engine:
     """A vLLM engine in this process whose captured steps can be exchanged, one set per way."""
 
-    def __init__(self, llm: Any, plans: dict[str, Plan], replay: Replay) -> None:
+    def __init__(self, llm: Any, replay: Replay) -> None:
         self._engine, self.replay = llm.llm_engine, replay
         core = self._engine.engine_core.engine_core
         self._runner = core.model_executor.driver_worker.worker.model_runner
-        self.sizes = sorted(llm.llm_engine.vllm_config.compilation_config.cudagraph_capture_sizes)
         self.is_captured = hasattr(self._runner.model, "concrete_cudagraph_entries")
         self._entries: dict[str, Any] = {}
         self._requests = 0
         forward = self._engine.vllm_config.compilation_config.static_forward_context
-        runners = [layer for layer in forward.values() if hasattr(layer, "routed_experts")]
+        self._layers = [layer for layer in forward.values() if hasattr(layer, "routed_experts")]
         self._switches = [
-            Switch(layer.router, number, plans, replay) for number, layer in enumerate(runners)
+            Switch(layer.router, number, replay) for number, layer in enumerate(self._layers)
         ]
-        for layer, switch in zip(runners, self._switches, strict=True):
+        for layer, switch in zip(self._layers, self._switches, strict=True):
             layer.router._compute_routing = switch
-        self.layers = len(runners)
+        self._why_not_ours = why_not_ours(self._layers[0])
+        self.layers = len(self._layers)
         self._runner._dummy_run(1)  # the buffers of drawn logits
         replay.draw("uniform", 0)
 
-    def add(self, way: str, plan: Plan) -> None:
+    def why_not(self, way: Way) -> str | None:
+        """Why this engine cannot run a way; None if it can."""
+        if way.experts == LEANMOE:
+            return self._why_not_ours
+        if way.is_plain or way.plan is None or way.small_steps != SKIP:
+            return None
+        return why_not_skip(self._layers[0], way.slots, way.plan.model.experts)
+
+    def add(self, way: Way) -> None:
         """One way more, captured."""
+        if way.experts == LEANMOE:
+            if not self.replay.own:
+                for layer in self._layers:
+                    ExpertsSwitch(layer, self.replay)
+            self.replay.own.add(way.name)
         for switch in self._switches:
-            switch.add(way, plan)
-        self.capture(way)
+            switch.add(way)
+        self.capture(way.name)
 
     def capture(self, way: str) -> None:
         """Captures the decode steps of all sizes under a way."""

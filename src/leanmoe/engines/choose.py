@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanmoe.engines.spelling import repeat_best
+from leanmoe.engines.spelling import Skipped, spelled
 from leanmoe.kernels import (
     route_cpu,
     route_gpu_repeating,
+    route_gpu_skipping,
     why_not_route_cpu,
     why_not_route_gpu,
 )
@@ -50,14 +51,17 @@ def choose(
     bias_E: Tensor | None,
     padding_T: Tensor | None,
     ids_dtype: torch.dtype,
+    skipped: Skipped = Skipped.REPEATED,
 ) -> tuple[Tensor, Tensor]:
-    """Ids and float32 weights (T,K) under a rule, a skipped slot as in `spelling`."""
+    """Ids and float32 weights (T,K) under a rule, its skipped slots as `skipped` says."""
     bias_E = None if bias_E is None else bias_E.detach()
     arguments = (logits_TE, router, top_k, rule, bias_E, padding_T)
     name = implementation(logits_TE, router, rule)
-    if name == "gpu":
+    experts = logits_TE.shape[1]
+    if name == "gpu" and skipped is Skipped.REPEATED:
         return route_gpu_repeating(*arguments, ids_dtype=ids_dtype)
+    if name == "gpu":
+        return route_gpu_skipping(*arguments, skipped_id=skipped.id(experts), ids_dtype=ids_dtype)
     function: Any = route_cpu if name == "cpu" else route
     ids, weights, _over_budget = function(*arguments)
-    ids = repeat_best(ids, logits_TE.shape[1], padding_T)
-    return ids.to(ids_dtype), weights.float()
+    return spelled(ids, experts, padding_T, skipped).to(ids_dtype), weights.float()

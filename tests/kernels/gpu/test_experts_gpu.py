@@ -280,3 +280,16 @@ def test_says_what_it_cannot_do() -> None:
         run((hidden, ids, gates), weights, WAYS["direct"])
     with pytest.raises(LeanMoeError, match="must be of one dtype"):
         run((hidden.half(), ids, gates), weights, WAYS["listed"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_place_for_the_result_is_filled(way: str) -> None:
+    layer = on_device(random_layer())
+    call = [tensor.to(layer.gate_up.device) for tensor in random_call(layer, 5, 3)]
+    place = torch.full_like(call[0], float("nan"))
+    found = experts_gpu(*call, layer, config=WAYS[way], out=place)
+    assert found is place
+    assert torch.equal(place, experts_gpu(*call, layer, config=WAYS[way]))
+    for wrong in (place[:4], place.double(), place.T.contiguous().T):
+        with pytest.raises(LeanMoeError, match="place for the result"):
+            experts_gpu(*call, layer, out=wrong)

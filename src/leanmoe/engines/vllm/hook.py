@@ -13,10 +13,12 @@ from typing import Any
 
 from leanmoe.engines import honour
 from leanmoe.engines.choose import implementation, is_plain
-from leanmoe.engines.spelling import REPEATS
+from leanmoe.engines.spelling import Skipped
 from leanmoe.engines.vllm import checks
+from leanmoe.engines.vllm.experts import OwnExperts, check_experts, weights_of
 from leanmoe.engines.vllm.plugin import DROP
 from leanmoe.engines.vllm.routing import LayerRouting
+from leanmoe.engines.vllm.skipping import Skipping, why_not_skip
 from leanmoe.engines.vllm.statistics import Statistics
 from leanmoe.engines.vllm.version import TESTED, check_version
 from leanmoe.errors import LeanMoeError
@@ -30,9 +32,12 @@ logger = logging.getLogger("vllm.leanmoe")
 class PlannedModel:
     """A model that vLLM builds in this process, and its layers under the plan."""
 
-    def __init__(self, plan: Plan, config: Any, is_counted: bool) -> None:
+    def __init__(
+        self, plan: Plan, config: Any, is_counted: bool, has_own_experts: bool = False
+    ) -> None:
         self.config = weakref.ref(config)
         self.plan = plan
+        self.has_own_experts = has_own_experts
         self.shape = shape_of(config.model_config.hf_config)
         plan.check(self.shape.fingerprint())
         self.statistics = Statistics(plan.model.moe_layers) if is_counted else None
@@ -82,15 +87,48 @@ class PlannedModel:
         for layer, routing in self.layers.items():
             runner = self.runners[layer]
             checks.check_runner(runner, routing.rules, runner.layer_name)
+        if self.has_own_experts:
+            for runner in self.runners.values():
+                check_experts(runner, runner.layer_name)
+
+    def settle(self) -> None:
+        """Puts leanmoe's experts in place, if asked for, and settles how skipped slots are written.
+
+        For a model that `check` has nothing against.
+        """
+        for layer, runner in self.runners.items():
+            if self.has_own_experts:
+                OwnExperts(runner).put()
+            if layer in self.layers:
+                self.layers[layer].skipping = self._skipping(runner, self.layers[layer])
+
+    def _skipping(self, runner: Any, routing: LayerRouting) -> Skipping:
+        if all(map(is_plain, routing.rules)) or not routing.may_skip:
+            return Skipping()
+        if self.has_own_experts:
+            return Skipping(Skipped.BEYOND, Skipped.BEYOND)
+        reason = why_not_skip(runner, routing.slots, self.plan.model.experts)
+        if reason is None:
+            return Skipping(small=Skipped.MINUS_ONE)
+        logger.info(
+            "leanmoe: %s: a skipped slot repeats in small steps: %s", runner.layer_name, reason
+        )
+        return Skipping()
 
     def describe(self) -> str:
         """What runs, in one line."""
         runner = next(iter(self.runners.values()), None)
         method = None if runner is None else runner.routed_experts.quant_method
         experts = "none here" if method is None else checks.experts_class(method).__name__
+        if runner is not None and self.has_own_experts:
+            from leanmoe.kernels.gpu.tuned import describe
+
+            experts = f"leanmoe, {describe(weights_of(runner.routed_experts))}"
         found = [f"{len(self.layers)} of {len(self.runners)} MoE layers under it"]
         found += [f"routing by {self._implementations()}", f"experts by {experts}"]
-        return ", ".join([*found, f"a skipped slot is {REPEATS}"])
+        ways = {routing.skipping.describe() for routing in self.layers.values()}
+        found += [f"a skipped slot is {way}" for way in sorted(ways)]
+        return ", ".join(found)
 
     def _implementations(self) -> str:
         import torch
@@ -135,6 +173,7 @@ class _Installed:
     plan: Plan | None = None
     path = ""
     is_counted = False
+    has_own_experts = False
     model: PlannedModel | None = None
 
 
@@ -143,7 +182,9 @@ def current() -> PlannedModel | None:
     return _Installed.model
 
 
-def install(path: str, drop: Sequence[str], is_counted: bool = False) -> None:
+def install(
+    path: str, drop: Sequence[str], is_counted: bool = False, has_own_experts: bool = False
+) -> None:
     """Puts a plan to work in every model that vLLM builds in this process from now on.
 
     Raises LeanMoeError for a plan or a vLLM with which that cannot be. Called again, it changes
@@ -151,10 +192,12 @@ def install(path: str, drop: Sequence[str], is_counted: bool = False) -> None:
     """
     plan = honour.without(Plan.load(Path(path)), drop)
     honour.check_parts(plan, "vLLM", f"{DROP}={honour.PROMPT}")
-    use(plan, path, is_counted)
+    use(plan, path, is_counted, has_own_experts)
 
 
-def use(plan: Plan, path: str = "", is_counted: bool = False) -> None:
+def use(
+    plan: Plan, path: str = "", is_counted: bool = False, has_own_experts: bool = False
+) -> None:
     """As `install`, for a plan that is no file."""
     import vllm
 
@@ -163,7 +206,7 @@ def use(plan: Plan, path: str = "", is_counted: bool = False) -> None:
     if not _patched:
         _patch(vllm.__version__)
     _Installed.plan, _Installed.path, _Installed.is_counted = plan, path, is_counted
-    _Installed.model = None
+    _Installed.has_own_experts, _Installed.model = has_own_experts, None
     logger.info("leanmoe: plan %s read in process %d", path, os.getpid())
 
 
@@ -224,7 +267,9 @@ def _adopt(runner: Any) -> None:
         logger.info("leanmoe: %s is a draft's, it runs as trained", runner.layer_name)
         return
     if model is None or model.config() is not config:
-        model = _Installed.model = PlannedModel(plan, config, _Installed.is_counted)
+        model = _Installed.model = PlannedModel(
+            plan, config, _Installed.is_counted, _Installed.has_own_experts
+        )
         _mark_compiled(config, plan)
     model.adopt(runner)
 
@@ -255,6 +300,7 @@ def _check() -> None:
             "unset LEANMOE_PLAN"
         )
     model.check()
+    model.settle()
     logger.info("leanmoe: plan %s at work, %s", _Installed.path, model.describe())
     if line := _bands_between(model):
         logger.warning("leanmoe: %s", line)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from leanmoe.engines.choose import choose, is_plain
-from leanmoe.engines.spelling import widened
+from leanmoe.engines.spelling import Skipped, widened
 from leanmoe.engines.vllm.padding import padding_rows
 from leanmoe.engines.vllm.router import ranking_bias, read_router
+from leanmoe.engines.vllm.skipping import Skipping
 from leanmoe.engines.vllm.statistics import Statistics
 from leanmoe.plan import Plan, Rule
 from leanmoe.routers import Router
@@ -45,11 +46,13 @@ class LayerRouting:
     ) -> None:
         """`layer` counts MoE layers; `is_full_width` gives every step the model's own K slots."""
         self.plan, self.layer = plan, layer
-        self._vllm = router
+        self._vllm, self._experts = router, plan.model.experts
         self._stock = router._compute_routing
         self._sequence_parallel = sequence_parallel
         self._is_full_width = is_full_width
         self._statistics = statistics
+        self.skipping = Skipping()
+        """Set when the layer is loaded, and it is known what its experts do."""
         self._most_slots = max(self._slots(rule) for rule in self.rules)
         self._number = next(_numbers)
         _layers[self._number] = self
@@ -60,6 +63,16 @@ class LayerRouting:
         found = [band.rules[self.layer] for band in self.plan.bands]
         ends = not self.plan.bands or self.plan.bands[-1].up_to is not None
         return [*found, Rule()] if ends else found
+
+    @property
+    def slots(self) -> set[int]:
+        """The slots a token has under the layer's rules."""
+        return {self._slots(rule) for rule in self.rules}
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether a slot may have an id that is no expert's: not where ids leave the layer."""
+        return not self._is_full_width
 
     @cached_property
     def router(self) -> Router:
@@ -94,8 +107,9 @@ class LayerRouting:
         else:
             ids_dtype = indices_type or torch.int32
             padding_T = padding_rows(router_logits.shape[0], self._sequence_parallel)
+            skipped = self.skipping.of(router_logits.shape[0], self._slots(rule), self._experts)
             ids, weights = self._choose(
-                router_logits, ranking_bias(self._vllm), rule, padding_T, ids_dtype
+                router_logits, ranking_bias(self._vllm), rule, padding_T, ids_dtype, skipped
             )
         if self._is_full_width:
             ids, weights = widened(ids, weights, self.plan.model.top_k)
@@ -110,9 +124,10 @@ class LayerRouting:
         rule: Rule,
         padding_T: Tensor | None,
         ids_dtype: torch.dtype,
+        skipped: Skipped = Skipped.REPEATED,
     ) -> tuple[Tensor, Tensor]:
         top_k = self.plan.model.top_k
-        return choose(logits_TE, self.router, top_k, rule, bias_E, padding_T, ids_dtype)
+        return choose(logits_TE, self.router, top_k, rule, bias_E, padding_T, ids_dtype, skipped)
 
     def routed(
         self, logits_TE: Tensor, bias_E: Tensor | None, slots: int, ids_dtype: torch.dtype

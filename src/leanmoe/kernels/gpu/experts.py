@@ -48,6 +48,7 @@ def experts_gpu(
     *,
     config: ExpertsConfig | None = None,
     work: WorkList | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Each token's weighted sum over its experts, (T,D), as `experts_reference` gives it.
 
@@ -56,7 +57,9 @@ def experts_gpu(
     bf16: the config's `parts`. Adds up in float32 and in the order of the slots: the same bits
     every time. Waits for nothing, so it can be captured in a graph. Ids are not checked for range.
     `work` is the work list of the same ids, where routing made it already, with the config's
-    `block_rows`. Raises LeanMoeError for what it cannot compute.
+    `block_rows`. `out` (T,D) is where the result goes, for who has a place for it; it must be
+    contiguous and apart from the inputs, and torch.compile cannot trace that. Raises LeanMoeError
+    for what it cannot compute.
     """
     check_call(hidden_TD, ids_TK, weights_TK, weights)
     if reason := why_not_gpu(weights):
@@ -67,8 +70,10 @@ def experts_gpu(
             "weights: they must be of one dtype, or the weights fp8"
         )
     tokens, slots = ids_TK.shape
+    if out is not None:
+        _check_out(out, hidden_TD)
     if tokens * slots == 0:
-        return torch.zeros_like(hidden_TD)
+        return torch.zeros_like(hidden_TD) if out is None else out.zero_()
     if config is None:
         from leanmoe.kernels.gpu.tuned import config_for
 
@@ -76,16 +81,14 @@ def experts_gpu(
     _check_config(config, tokens, work, weights.gate_up_scale is not None)
     if work is None and not config.is_direct:
         work = build_work_list(ids_TK, weights.experts, config.block_rows)
-    out: Tensor = _experts_op(
-        hidden_TD.contiguous(),
-        ids_TK.contiguous(),
-        weights_TK.contiguous(),
-        weights.gate_up,
-        weights.down,
-        *operands(weights, work if not config.is_direct else None),
-        _numbers(config),
-    )
-    return out
+    extras, listed, *gate = operands(weights, work if not config.is_direct else None)
+    hidden, ids, gates = (t.contiguous() for t in (hidden_TD, ids_TK, weights_TK))
+    inputs = (hidden, ids, gates, weights.gate_up, weights.down, extras)
+    if out is not None:
+        layout, activation, numbers = gate
+        return _run(ExpertsCall(*inputs, layout, activation, numbers, config, out), listed)
+    found: Tensor = _experts_op(*inputs, listed, *gate, _numbers(config))
+    return found
 
 
 def operands(weights: ExpertWeights, work: WorkList | None) -> tuple[Any, ...]:
@@ -99,6 +102,14 @@ def operands(weights: ExpertWeights, work: WorkList | None) -> tuple[Any, ...]:
         list(ACTIVATIONS).index(gate.activation),
         [float("inf") if gate.limit is None else gate.limit, gate.alpha, gate.up_offset],
     )
+
+
+def _check_out(out: Tensor, hidden_TD: Tensor) -> None:
+    if out.shape != hidden_TD.shape or out.dtype != hidden_TD.dtype or not out.is_contiguous():
+        raise LeanMoeError(
+            f"experts_gpu got a place for the result of shape {tuple(out.shape)}, {out.dtype}: it "
+            f"must be contiguous, {tuple(hidden_TD.shape)} and {hidden_TD.dtype}"
+        )
 
 
 def _check_config(
@@ -174,6 +185,10 @@ def _experts_op(
     call = ExpertsCall(
         hidden, ids, gates, gate_up, down, extras, layout, activation, numbers, _config(config)
     )
+    return _run(call, work)
+
+
+def _run(call: ExpertsCall, work: list[Tensor]) -> Tensor:
     call.quantise()
     call.first_product(*work)
     call.second_product(*work)

@@ -66,9 +66,11 @@ class ExpertsCall:
         activation: int,
         numbers: list[float],
         config: ExpertsConfig,
+        out: Tensor | None = None,
     ) -> None:
         """`extras`: biases of both products, then block scales of both; `layout`: whether the
-        weights are transposed, concatenated, gated; `numbers`: limit, alpha and up_offset."""
+        weights are transposed, concatenated, gated; `numbers`: limit, alpha and up_offset; `out`
+        (T,D), where the result is to lie."""
         transposed, concatenated, gated = layout
         up_bias, down_bias, up_scale, down_scale = extras
         self.hidden, self.ids, self.gates = hidden_TD, ids_TK, gates_TK
@@ -82,7 +84,7 @@ class ExpertsCall:
         coded = torch.float8_e4m3fn if self._is_scaled else hidden_TD.dtype
         self.act = hidden_TD.new_empty(rows * config.parts, self.inner, dtype=coded)
         self.part = hidden_TD.new_empty(rows, self.width, dtype=kind)
-        self.out = torch.empty_like(hidden_TD)
+        self.out = torch.empty_like(hidden_TD) if out is None else out
         self._read, self._read_scale, self._act_scale = hidden_TD, hidden_TD, hidden_TD
         if self._is_scaled:
             blocks = -(-self.width // SCALE_BLOCK)

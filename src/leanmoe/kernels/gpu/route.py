@@ -77,7 +77,8 @@ def route_gpu(
     numbers gets NaN weights. `block_rows` are the rows of the work list's blocks (the experts'
     config has them). Raises LeanMoeError for what it cannot route.
     """
-    numbers = _whole_numbers(router, rule, top_k, block_rows, repeat=False)
+    experts = logits_TE.shape[-1]
+    numbers = _whole_numbers(router, rule, top_k, block_rows, repeat=False, skipped_id=experts)
     found = _call(logits_TE, router, rule, bias_E, padding_T, numbers, ids_dtype)
     ids, weights, over, rows, blocks_3B, used_1 = found
     over_budget = None if rule.budget is None else over.view(torch.bool)
@@ -100,6 +101,26 @@ def route_gpu_repeating(
     of the first token: neither wakes an expert. There is no work list.
     """
     numbers = _whole_numbers(router, rule, top_k, NO_WORK_LIST, repeat=True)
+    ids, weights, *_others = _call(logits_TE, router, rule, bias_E, padding_T, numbers, ids_dtype)
+    return ids, weights
+
+
+def route_gpu_skipping(
+    logits_TE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None = None,
+    padding_T: Tensor | None = None,
+    *,
+    skipped_id: int,
+    ids_dtype: torch.dtype = torch.int32,
+) -> tuple[Tensor, Tensor]:
+    """Ids and weights (T,K) of `route_gpu`, for kernels that pass over slots of id `skipped_id`.
+
+    All of a padding token's slots are skipped. There is no work list.
+    """
+    numbers = _whole_numbers(router, rule, top_k, NO_WORK_LIST, repeat=False, skipped_id=skipped_id)
     ids, weights, *_others = _call(logits_TE, router, rule, bias_E, padding_T, numbers, ids_dtype)
     return ids, weights
 
@@ -133,7 +154,7 @@ def _or(share: float | None) -> float:
 
 
 def _whole_numbers(
-    router: Router, rule: Rule, top_k: int, block_rows: int, repeat: bool
+    router: Router, rule: Rule, top_k: int, block_rows: int, repeat: bool, skipped_id: int = 0
 ) -> list[int]:
     """What a router and a rule come to in whole numbers, as the op takes them."""
     return [
@@ -149,6 +170,7 @@ def _whole_numbers(
         rule.guaranteed or 0,
         rule.budget or 0,
         repeat,
+        skipped_id,
         block_rows,
     ]
 
@@ -176,10 +198,13 @@ class RouteCall:
         outputs: tuple[Tensor, ...],
     ) -> None:
         scoring, normalise, groups, used, by_best, slots, full, *rest = wholes
-        has_threshold, has_top_p, self.guaranteed, self.budget, repeat, self._block_rows = rest
+        has_threshold, has_top_p, self.guaranteed, self.budget, repeat, skipped_id, block_rows = (
+            rest
+        )
+        self._block_rows = block_rows
         self.tokens, self.experts = logits_TE.shape
         self._inputs = (logits_TE, bias_E, allowed_E, padding_T)
-        self._spelling = {"REPEAT": bool(repeat), "HAS_WORK": self._block_rows > 0}
+        self._spelling = {"REPEAT": bool(repeat), "SKIPPED": skipped_id, "HAS_WORK": block_rows > 0}
         self._wanted, self._reals, self._outputs = (slots, full), reals, outputs
         size = self.experts // groups
         self._options = {

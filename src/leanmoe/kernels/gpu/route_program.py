@@ -81,13 +81,12 @@ def _filler(
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
-    HAS_PADDING: tl.constexpr, REPEAT: tl.constexpr,
+    HAS_PADDING: tl.constexpr, REPEAT: tl.constexpr, SKIPPED: tl.constexpr,
 ):  # fmt: skip
-    """The id of a token's skipped slots: E, or with `REPEAT` that of an expert awake anyway.
-
-    It is the token's best; for padding, that of the first token.
+    """The id of a token's skipped slots: `SKIPPED`, or with `REPEAT` that of an expert that is
+    awake anyway: the token's best; for padding, that of the first token.
     """
-    filler = E
+    filler = SKIPPED
     if REPEAT:
         filler = tl.sum(tl.where(tl.arange(0, SLOTS) == 0, ids_L, 0), axis=0)
         if HAS_PADDING:  # noqa: SIM102, constexpr: there is a pointer only with it
@@ -124,7 +123,7 @@ def route_alone(
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, REPEAT: tl.constexpr,
-    HAS_WORK: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr,
+    SKIPPED: tl.constexpr, HAS_WORK: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr,
 ):  # fmt: skip
     """Rules under which a token's experts are its own business: everything, in one launch."""
     token = tl.program_id(0)
@@ -141,7 +140,7 @@ def route_alone(
     filler = _filler(
         ids_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SLOTS, SCORING,
-        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT, SKIPPED,
     )  # fmt: skip
     answers = _write(
         ids_L, gates_L, kept, whole, is_number, filler, token, tokens, scaling, epsilon, slots,
@@ -267,7 +266,7 @@ def route_fill(
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
-    REPEAT: tl.constexpr, HAS_WORK: tl.constexpr,
+    REPEAT: tl.constexpr, SKIPPED: tl.constexpr, HAS_WORK: tl.constexpr,
     HAS_GUARANTEED: tl.constexpr, HAS_BUDGET: tl.constexpr,
     ROWS: tl.constexpr, POWER_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -310,7 +309,7 @@ def route_fill(
     filler = _filler(
         ids_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SLOTS, SCORING,
-        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT, SKIPPED,
     )  # fmt: skip
     answers = _write(
         ids_L, gates_L, found, whole, is_number, filler, token, tokens, scaling, epsilon, slots,
