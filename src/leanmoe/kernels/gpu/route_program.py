@@ -298,7 +298,7 @@ def route_fill(
             slot += 1
     if PDL:
         gdc_wait()
-    marks = tl.load(marks_ptr + e, mask=is_expert, other=0, cache_modifier=".cg")
+    marks = tl.load(marks_ptr + e, mask=is_expert, other=0)
     if HAS_BUDGET:
         is_awake, is_over = _afford(marks, is_expert, e, budget, low_bits, E, HAS_GUARANTEED)
         tl.store(over_ptr, is_over.to(tl.int8), mask=token == 0)
