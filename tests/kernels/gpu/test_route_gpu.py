@@ -353,8 +353,8 @@ def test_says_what_it_cannot_do() -> None:
     ):
         logits = torch.randn(shape, dtype=dtype, device=DEVICE)
         assert reason in str(why_not_route_gpu(logits, router, Rule()))
+    rule, placement = Rule(budget_per_rank=2), Placement.linear(6, 2)
     with pytest.raises(LeanMoeError, match="placement is of 6 experts: the model has 8"):
-        rule, placement = Rule(budget_per_rank=2), Placement.linear(6, 2)
         route_here(torch.randn(2, 8), Router(), 4, rule, None, None, placement)
     with pytest.raises(LeanMoeError, match="nothing is routed"):
         route_here(torch.randn(2, 8), after, 4, Rule(top_k=0))

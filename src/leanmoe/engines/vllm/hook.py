@@ -16,6 +16,7 @@ from leanmoe.engines.choose import implementation, is_plain
 from leanmoe.engines.spelling import REPEATS
 from leanmoe.engines.vllm import checks
 from leanmoe.engines.vllm.plugin import DROP
+from leanmoe.engines.vllm.ranks import GATHERING, company_of
 from leanmoe.engines.vllm.routing import LayerRouting
 from leanmoe.engines.vllm.statistics import Statistics
 from leanmoe.engines.vllm.version import TESTED, check_version
@@ -30,11 +31,13 @@ logger = logging.getLogger("vllm.leanmoe")
 class PlannedModel:
     """A model that vLLM builds in this process, and its layers under the plan."""
 
-    def __init__(self, plan: Plan, config: Any, is_counted: bool) -> None:
+    def __init__(self, plan: Plan, config: Any, is_counted: bool, is_of_all: bool = False) -> None:
+        """`is_of_all`: a token's company is that of all data-parallel ranks, not of its own."""
         self.config = weakref.ref(config)
         self.plan = plan
         self.shape = shape_of(config.model_config.hf_config)
         plan.check(self.shape.fingerprint())
+        self._is_of_all = is_of_all
         self.statistics = Statistics(plan.model.moe_layers) if is_counted else None
         self.layers: dict[int, LayerRouting] = {}
         self.runners: dict[int, Any] = {}
@@ -61,8 +64,10 @@ class PlannedModel:
             sequence_parallel=share,
             is_full_width=self._is_full_width(parallel),
             statistics=self.statistics,
+            company=company_of(runner, self.plan.model.experts, self._is_of_all),
         )
         rules = routing.rules
+        checks.check_ranks(runner, rules, self._is_of_all, self.config(), runner.layer_name)
         checks.check_router(runner.router, rules, self.plan.model.top_k, runner.layer_name)
         if all(rule.is_empty for rule in rules) and self.statistics is None:
             return
@@ -99,7 +104,9 @@ class PlannedModel:
         device = "cpu" if config is None else config.device_config.device
         logits = torch.empty(1, self.plan.model.experts, device=device)
         names = {
-            "vllm" if is_plain(rule) else implementation(logits, routing.router, rule)
+            "vllm"
+            if is_plain(rule)
+            else implementation(logits, routing.router, rule, routing.company)
             for routing in self.layers.values()
             for rule in routing.rules
         }
@@ -108,12 +115,13 @@ class PlannedModel:
     def _is_full_width(self, parallel: Any) -> bool:
         """Whether every step must have the model's own number of slots.
 
-        Data-parallel ranks may be in different bands and exchange their ids; whoever asks for the
-        experts of a reply gets them from a table of that width.
+        Data-parallel ranks exchange their ids in kernels that may be made for one width; whoever
+        asks for the experts of a reply gets them from a table of that width.
         """
         model = getattr(self.config(), "model_config", None)
         returned = getattr(model, "enable_return_routed_experts", False)
-        return bool(parallel.dp_size > 1 or returned)
+        gathers = parallel.moe_parallel_config.all2all_backend in GATHERING
+        return bool((parallel.dp_size > 1 and not gathers) or returned)
 
 
 def shape_of(config: Any) -> MoEShape:
@@ -135,6 +143,7 @@ class _Installed:
     plan: Plan | None = None
     path = ""
     is_counted = False
+    is_of_all = False
     model: PlannedModel | None = None
 
 
@@ -143,7 +152,9 @@ def current() -> PlannedModel | None:
     return _Installed.model
 
 
-def install(path: str, drop: Sequence[str], is_counted: bool = False) -> None:
+def install(
+    path: str, drop: Sequence[str], is_counted: bool = False, is_of_all: bool = False
+) -> None:
     """Puts a plan to work in every model that vLLM builds in this process from now on.
 
     Raises LeanMoeError for a plan or a vLLM with which that cannot be. Called again, it changes
@@ -151,18 +162,18 @@ def install(path: str, drop: Sequence[str], is_counted: bool = False) -> None:
     """
     plan = honour.without(Plan.load(Path(path)), drop)
     honour.check_parts(plan, "vLLM", f"{DROP}={honour.PROMPT}")
-    use(plan, path, is_counted)
+    use(plan, path, is_counted, is_of_all)
 
 
-def use(plan: Plan, path: str = "", is_counted: bool = False) -> None:
+def use(plan: Plan, path: str = "", is_counted: bool = False, is_of_all: bool = False) -> None:
     """As `install`, for a plan that is no file."""
     import vllm
 
     check_version(vllm.__version__)
-    honour.check_placed(plan, "vLLM")
     if not _patched:
         _patch(vllm.__version__)
-    _Installed.plan, _Installed.path, _Installed.is_counted = plan, path, is_counted
+    _Installed.plan, _Installed.path = plan, path
+    _Installed.is_counted, _Installed.is_of_all = is_counted, is_of_all
     _Installed.model = None
     logger.info("leanmoe: plan %s read in process %d", path, os.getpid())
 
@@ -224,7 +235,9 @@ def _adopt(runner: Any) -> None:
         logger.info("leanmoe: %s is a draft's, it runs as trained", runner.layer_name)
         return
     if model is None or model.config() is not config:
-        model = _Installed.model = PlannedModel(plan, config, _Installed.is_counted)
+        model = _Installed.model = PlannedModel(
+            plan, config, _Installed.is_counted, _Installed.is_of_all
+        )
         _mark_compiled(config, plan)
     model.adopt(runner)
 
