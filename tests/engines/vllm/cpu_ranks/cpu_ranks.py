@@ -46,6 +46,7 @@ def reduce_scatterv(
     self: Any, input_: Tensor, dim: int = -1, sizes: list[int] | None = None
 ) -> Tensor:
     """The sum of all ranks, of which each keeps its own part."""
+    assert dim in (0, -input_.dim())
     sizes = sizes or [input_.shape[0] // self.world_size] * self.world_size
     total = input_.clone()
     dist.all_reduce(total, group=self.device_group)
