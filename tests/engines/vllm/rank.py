@@ -33,9 +33,7 @@ def main(folder: Path) -> None:
 
     if settings["plan"]:
         Statistics.note = note  # type: ignore[method-assign]
-        hook.use(
-            Plan.load(folder / "plan.json"), is_counted=True, is_of_all=settings["is_of_all"]
-        )
+        hook.use(Plan.load(folder / "plan.json"), is_counted=True, is_of_all=settings["is_of_all"])
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -48,10 +46,7 @@ def main(folder: Path) -> None:
     mine = settings["requests"][rank]
     replies = llm.generate(
         [{"prompt_token_ids": prompt} for prompt, _ in mine],
-        [
-            SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-            for _, count in mine
-        ],
+        [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in mine],
         use_tqdm=False,
     )
     tokens = [list(reply.outputs[0].token_ids) for reply in replies]
