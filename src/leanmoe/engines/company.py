@@ -4,7 +4,8 @@ Each rank routes its own tokens. What it must know of the others' is how often t
 best, guarantee it and vote for it: three whole numbers an expert, whatever the number of tokens.
 So a rank with few tokens or none takes part as any other, and all decide alike, to the last bit.
 
-Not for use inside a captured CUDA graph; tested with gloo on CPUs, never run on several GPUs.
+For loops of one's own, eager ones; vLLM's adapter sums the same ballots with vLLM's own groups.
+Tested with gloo on CPUs, never run on several GPUs.
 """
 
 from __future__ import annotations

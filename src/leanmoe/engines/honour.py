@@ -60,8 +60,8 @@ def check_company(value: str, engine: str) -> None:
         raise LeanMoeError(f"{COMPANY} is {value!r}: it must be {RANK} or {ALL}")
     if value == ALL and engine not in KNOW_RANKS:
         raise LeanMoeError(
-            f"{COMPANY} is {ALL!r}: the adapter of {engine} cannot share experts among "
-            f"data-parallel ranks; unset it, or set {RANK}"
+            f"{COMPANY} is {ALL!r}: {engine} cannot share experts among data-parallel ranks under "
+            f"leanmoe; unset it, or set {RANK}"
         )
 
 
