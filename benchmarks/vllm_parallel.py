@@ -1,6 +1,6 @@
 """How much faster does vLLM decode under a plan on several GPUs, beside one of them?
 
-    python benchmarks/vllm_parallel.py --layouts 1,tp2,tp2-ep,dp2-ep --layers 16 --seconds 540
+    python benchmarks/vllm_parallel.py --layouts 1,tp2-ep,dp2-ep,tp2 --layers 16 --seconds 540
 
 For each layout (tensor, expert and data parallelism) one process a GPU loads the model with dummy
 weights, captures the decode steps of every plan and measures them in turn, as `vllm_gpu.py` does on
@@ -28,7 +28,8 @@ from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-LAYOUTS = "1,tp2,tp2-ep,dp2-ep"
+LAYOUTS = "1,tp2-ep,dp2-ep,tp2"
+LOADS = "1,4,16,32,64,128,256,512"
 PLANS = (
     "k=6: top_k=6; k=4: top_k=4; guaranteed=3: guaranteed=3; "
     "guaranteed=3 of all: guaranteed=3 company=all; budget: budget=3/8; "
@@ -56,7 +57,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--layout", help=argparse.SUPPRESS)
-    parser.set_defaults(steps=8, rounds=3, seconds=540)
+    parser.set_defaults(loads=LOADS, steps=8, rounds=3, seconds=540)
     options = parser.parse_args()
     options.plans = options.plans or (PLANS_OF_TOP_4 if options.shape == "gpt-oss-120b" else PLANS)
     return options
@@ -145,17 +146,19 @@ def start(
     return processes, logs
 
 
-def wait(processes: list[Any], seconds: float) -> str:
-    """Until all have ended, one has failed or time is up; says what was wrong, if anything."""
+def wait(processes: list[Any], seconds: float) -> tuple[str, int]:
+    """Until all have ended, one has failed or time is up; what was wrong, if anything, and whose
+    log may say why."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         codes = [process.poll() for process in processes]
-        if any(codes):
-            return f"a process ended with {next(code for code in codes if code)}"
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed:
+            return f"process {failed[0]} ended with {codes[failed[0]]}", failed[0]
         if all(code == 0 for code in codes):
-            return ""
+            return "", 0
         time.sleep(0.2)
-    return "took too long"
+    return "took too long", 0
 
 
 def stop(processes: list[Any]) -> None:
@@ -177,15 +180,15 @@ def measure(options: argparse.Namespace, names: list[str]) -> dict[str, str]:
             continue
         processes, logs = start(options, name, share - 5)
         try:
-            trouble = wait(processes, share + GRACE)
+            trouble, rank = wait(processes, share + GRACE)
         finally:
             stop(processes)
             for log in logs:
                 log.close()
         if trouble:
             troubles[name] = trouble
-            last = Path(logs[0].name).read_text()[-3000:]
-            print(f"{name}: {trouble}; the end of {logs[0].name}:\n{last}", flush=True)
+            last = Path(logs[rank].name).read_text()[-3000:]
+            print(f"{name}: {trouble}; the end of {logs[rank].name}:\n{last}", flush=True)
     return troubles
 
 
