@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, help="processes; the GPUs of this machine")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is a GPU")
     parser.add_argument("--largest", type=int, default=LARGEST, help="bytes of a message, at most")
+    parser.add_argument("--eager", action="store_true", help="call by call, not in a graph")
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--gpu", help="the planner's name for the GPU, like h100")
     parser.add_argument("--output", type=Path, default=Path("results"))
@@ -78,37 +80,44 @@ def call_of(name: str, size: int, ranks: int, device: torch.device) -> Callable[
 
 
 def samples_of(
-    call: Callable[[], Any], calls: int, samples: int, device: torch.device
+    call: Callable[[], Any], calls: int, options: argparse.Namespace, device: torch.device
 ) -> list[float]:
     """Seconds of a call, of this rank, sample by sample."""
     for _ in range(2):
         call()
     if device.type == "cpu":
         found = []
-        for _ in range(samples):
+        for _ in range(options.samples):
             dist.barrier()
             started = time.perf_counter()
-            for _ in range(calls):
-                call()
+            several(call, calls)
             found.append((time.perf_counter() - started) / calls)
         return found
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    graph.replay()
+    replay = partial(several, call, calls)
+    if not options.eager:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            replay()
+        replay = graph.replay
+    replay()
     found = []
-    for _ in range(samples):
+    for _ in range(options.samples):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         dist.barrier()
         start.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         found.append(start.elapsed_time(end) / 1e3 / calls)
     return found
+
+
+def several(call: Callable[[], Any], calls: int) -> None:
+    """So many calls."""
+    for _ in range(calls):
+        call()
 
 
 def slowest(samples: list[float], device: torch.device) -> list[float]:
@@ -134,7 +143,7 @@ def run(rank: int, options: argparse.Namespace, store: str) -> None:
         for name in OPERATIONS:
             calls = min(20, max(1, TIMED_BYTES // size))
             call = call_of(name, size, options.ranks, device)
-            found = slowest(samples_of(call, calls, options.samples, device), device)
+            found = slowest(samples_of(call, calls, options, device), device)
             seconds[name][str(size)] = {
                 "median": median(found), "low": min(found), "high": max(found),
             }  # fmt: skip
@@ -159,7 +168,7 @@ def write(options: argparse.Namespace, seconds: dict[str, Any], is_complete: boo
     options.path = options.output / name
     content = {
         "leanmoe_benchmark": "communication", "label": "measured", "is_complete": is_complete,
-        "gpus": options.ranks, "device": options.device, "provenance": made,
+        "gpus": options.ranks, "device": options.device, "is_eager": options.eager, "provenance": made,
         "environment": {n: v for n, v in os.environ.items() if n.startswith("NCCL_")},
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if options.device == "cuda" else None,
         "seconds": seconds,

@@ -133,3 +133,34 @@ def test_uneven_data_parallel_ranks_end_and_share_their_experts(
                     held = set(placement.experts_on(rank))
                     assert len(awake & held) <= max(6, len(best & held))
     assert (borrowed > 0) == is_of_all
+
+
+def test_the_plan_reaches_the_workers_that_vllm_starts(tmp_path: Path) -> None:
+    """By its entry point, as in a service, with the tokens that `run` finds."""
+    installed = tmp_path / "installed" / "leanmoe-0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: leanmoe\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nleanmoe = leanmoe.engines.vllm.plugin:activate\n"
+    )
+    SEVERAL.save(tmp_path / "plan.json")
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    environment = {
+        **os.environ, **SETTINGS, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "LEANMOE_STATISTICS": "1",
+        "LEANMOE_PLAN": str(tmp_path / "plan.json"),
+        "PYTHONPATH": os.pathsep.join([str(installed.parent), *sys.path]),
+    }  # fmt: skip
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        command = [sys.executable, HERE / "workers.py", tmp_path]
+        done = subprocess.run(
+            command, env=environment, stdout=out, stderr=out, timeout=PATIENCE, check=False
+        )
+    assert done.returncode == 0, log.read_text()[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["workers"]) == 2
+    assert found["workers"][0] == found["workers"][1]
+    assert found["workers"][0]["layers"][3]["activated"] == 6
+    planned = run(tmp_path / "planned", TENSOR, all_of(16), SEVERAL)
+    assert planned[0]["tokens"] == found["tokens"]
