@@ -168,7 +168,8 @@ def write(options: argparse.Namespace, seconds: dict[str, Any], is_complete: boo
     options.path = options.output / name
     content = {
         "leanmoe_benchmark": "communication", "label": "measured", "is_complete": is_complete,
-        "gpus": options.ranks, "device": options.device, "is_eager": options.eager, "provenance": made,
+        "gpus": options.ranks, "device": options.device, "is_eager": options.eager,
+        "provenance": made,
         "environment": {n: v for n, v in os.environ.items() if n.startswith("NCCL_")},
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if options.device == "cuda" else None,
         "seconds": seconds,
