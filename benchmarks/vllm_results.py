@@ -1,18 +1,30 @@
-"""What `vllm_gpu.py` measured: medians with intervals, as JSON and on screen."""
+"""What a benchmark of vLLM measured: medians with intervals, as JSON and on screen."""
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from vllm_ways import STOCK, Way
 
 Point = tuple[str, int, str]
 """Routing, requests and the name of a way."""
+TIMES = ("step_ms", "tpot_ms", "tokens_per_second")
+
+
+class Seen(NamedTuple):
+    """The experts of one step, means over its layers."""
+
+    distinct: float
+    most_loaded: float
+    """Distinct experts of the GPU that has most of them, in each layer the one that has."""
+    by_rank: tuple[float, ...]
+    activated: float
+    """Experts a token."""
 
 
 class Results:
@@ -20,7 +32,7 @@ class Results:
 
     def __init__(self) -> None:
         self._samples: dict[Point, dict[str, dict[int, list[float]]]] = {}
-        self._seen: dict[Point, list[tuple[float, float]]] = {}
+        self._seen: dict[Point, list[Seen]] = {}
 
     def add(self, number: int, point: Point, name: str, value: float) -> None:
         """One sample of a round."""
@@ -28,9 +40,14 @@ class Results:
             value
         )
 
-    def see(self, point: Point, distinct: float, activated: float) -> None:
-        """Experts of a layer, and of a token, in the step that was measured."""
-        self._seen.setdefault(point, []).append((distinct, activated))
+    def see(self, point: Point, seen: Seen) -> None:
+        """The experts of the step that was measured."""
+        self._seen.setdefault(point, []).append(seen)
+
+    @property
+    def points(self) -> int:
+        """How many have been measured."""
+        return len(self._samples)
 
     def mean_step(self, load: int, way: str, routings: Sequence[str]) -> float:
         """Milliseconds a step so far, over all routings."""
@@ -42,10 +59,14 @@ class Results:
         return sum(found) / len(found)
 
     def lines(self, ways: Sequence[Way]) -> list[dict[str, Any]]:
-        """One entry for each routing, load and way."""
+        """One entry for each routing, load and way, in the order of `ways`."""
         experts, found = {way.name: way.experts for way in ways}, []
-        for (routing, load, way), values in self._samples.items():
-            stock = self._samples[routing, load, STOCK]
+        places = {name: place for place, name in enumerate(experts)}
+        heads = {point[:2]: place for place, point in enumerate(self._samples)}
+        points = sorted(self._samples, key=lambda point: (heads[point[:2]], places[point[2]]))
+        for routing, load, way in points:
+            values = self._samples[routing, load, way]
+            stock = self._samples.get((routing, load, STOCK), {})
             entry: dict[str, Any] = {"routing": routing, "requests": load, "plan": way}
             entry["experts"] = experts[way]
             for name, rounds in values.items():
@@ -53,11 +74,18 @@ class Results:
                     [sample for samples in rounds.values() for sample in samples]
                 )
                 is_rate = name == "tokens_per_second"
-                pairs = [p for n, s in rounds.items() for p in zip(stock[name][n], s, strict=False)]
-                entry[f"gain_{name}"] = interval([b / a if is_rate else a / b for a, b in pairs])
+                others = stock.get(name, {})  # a run that was stopped may not have come to it
+                pairs = [
+                    p for n, s in rounds.items() for p in zip(others.get(n, ()), s, strict=False)
+                ]
+                if pairs:
+                    gains = [b / a if is_rate else a / b for a, b in pairs]
+                    entry[f"gain_{name}"] = interval(gains)
             if seen := self._seen.get((routing, load, way)):
-                entry["distinct"] = round(sum(d for d, _ in seen) / len(seen), 2)
-                entry["activated"] = round(sum(a for _, a in seen) / len(seen), 3)
+                for name in ("distinct", "most_loaded", "activated"):
+                    entry[name] = round(sum(getattr(one, name) for one in seen) / len(seen), 3)
+                ranks = zip(*(one.by_rank for one in seen), strict=True)
+                entry["distinct_by_rank"] = [round(sum(r) / len(r), 2) for r in ranks]
             found.append(entry)
         return found
 
@@ -77,26 +105,56 @@ def write(folder: Path, name: str, content: dict[str, Any]) -> Path:
     return path
 
 
-def show(entries: Sequence[dict[str, Any]], ways: Sequence[Way]) -> None:
-    """The results on screen: captured steps if there are any, then whole engine steps."""
+def show(entries: Sequence[dict[str, Any]], is_parallel: bool = False) -> None:
+    """Captured steps if there are any, then whole engine steps: a table for each routing.
+
+    Of several GPUs also the experts of the most loaded one.
+    """
     lines = {(e["routing"], e["requests"], e["plan"]): e for e in entries}
-    width = max(18, *(len(way.name) for way in ways))
-    for name in ("step_ms", "tpot_ms", "tokens_per_second"):
-        if not any(name in entry for entry in lines.values()):
+    routings, loads, ways = (list(dict.fromkeys(key[i] for key in lines)) for i in range(3))
+    width = max(20, *(len(way) for way in ways)) if ways else 20
+    most = ", of the most loaded GPU" if is_parallel else ""
+    for name in TIMES:
+        if not any(name in entry for entry in entries):
             continue
-        for routing in dict.fromkeys(entry["routing"] for entry in entries):
-            print(f"\n{routing} routing: {name}, gain over stock, distinct experts a layer")
-            print(f"{'requests':>8} " + " ".join(f"{way.name:>{width}}" for way in ways))
-            for load in dict.fromkeys(entry["requests"] for entry in entries):
-                cells = [_cell(lines.get((routing, load, way.name)), name) for way in ways]
+        for routing in routings:
+            print(f"\n{routing} routing: {name}, gain over stock, distinct experts a layer{most}")
+            print(f"{'requests':>8} " + " ".join(f"{way:>{width}}" for way in ways))
+            for load in loads:
+                found = [lines.get((routing, load, way)) for way in ways]
+                cells = [_cell(entry, name, is_parallel) for entry in found]
                 print(f"{load:>8} " + " ".join(f"{cell:>{width}}" for cell in cells))
 
 
-def interval(samples: list[float]) -> dict[str, Any]:
+def show_gains(layouts: dict[str, Sequence[dict[str, Any]]]) -> None:
+    """Each plan's gain at each load, one layout beside the other, and the fullest GPU's experts."""
+    has_steps = any("step_ms" in entry for found in layouts.values() for entry in found)
+    name = "step_ms" if has_steps else "tpot_ms"
+    by_key = {
+        (e["routing"], e["plan"], e["requests"], layout): e
+        for layout, found in layouts.items()
+        for e in found
+    }
+    for routing, plan in dict.fromkeys(key[:2] for key in by_key):
+        loads = sorted({key[2] for key in by_key if key[:2] == (routing, plan)})
+        print(f"\n{routing} routing, {plan}: gain in {name}, experts of the most loaded GPU")
+        print(f"{'requests':>8} " + " ".join(f"{layout:>14}" for layout in layouts))
+        for load in loads:
+            found = [by_key.get((routing, plan, load, layout)) for layout in layouts]
+            cells = [
+                "-"
+                if entry is None or f"gain_{name}" not in entry
+                else f"{entry[f'gain_{name}']['median']:.2f}x {entry.get('most_loaded', 0):.0f}"
+                for entry in found
+            ]
+            print(f"{load:>8} " + " ".join(f"{cell:>14}" for cell in cells))
+
+
+def interval(samples: Sequence[float]) -> dict[str, Any]:
     """Median and the 95% interval of the median over 2,000 resamples."""
-    generator, count = random.Random(0), len(samples)
-    drawn = sorted(median(generator.choices(samples, k=count)) for _ in range(2000))
-    low, high = drawn[int(0.025 * 2000)], drawn[int(0.975 * 2000) - 1]
+    generator, count = np.random.default_rng(0), len(samples)
+    drawn = np.sort(np.median(generator.choice(samples, (2000, count)), axis=1))
+    low, high = float(drawn[int(0.025 * 2000)]), float(drawn[int(0.975 * 2000) - 1])
     return {"median": _short(median(samples)), "low": _short(low), "high": _short(high), "n": count}
 
 
@@ -104,8 +162,9 @@ def _short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _cell(entry: dict[str, Any] | None, name: str) -> str:
-    if entry is None or name not in entry:
+def _cell(entry: dict[str, Any] | None, name: str, is_parallel: bool) -> str:
+    if entry is None or f"gain_{name}" not in entry:
         return "-"
     gain = entry[f"gain_{name}"]["median"]
-    return f"{entry[name]['median']:.4g} {gain:.2f}x {entry.get('distinct', 0):.0f}"
+    found = f"{entry[name]['median']:.4g} {gain:.2f}x {entry.get('distinct', 0):.0f}"
+    return f"{found} {entry.get('most_loaded', 0):.0f}" if is_parallel else found

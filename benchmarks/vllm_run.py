@@ -1,4 +1,7 @@
-"""One engine with replayed routing, measured in every way in turn: what a run has in common."""
+"""One engine with replayed routing, measured in every way in turn: what a run has in common.
+
+`vllm_gpu.py` measures on one GPU, `vllm_parallel.py` on several.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +16,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vllm_layout import SINGLE, Layout
 from vllm_results import Results, show, write
 from vllm_shapes import MLA, config_of, what_it_is
 
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_USE_DEEP_GEMM": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
 BANDED = "banded"
 """A plan of bands, each with the single rule that was fastest at that load in the first round."""
 USE = Path(__file__).parent / "results/2026-11-23-intel-r-xeon-r-processor-demo.json"
 """A committed run of the reference model, for how often its experts are used."""
+PAUSE = 15
+"""Seconds between two times that what was measured is written, within a round."""
 
 
 class Run:
     """One run: what is measured, and what was."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, layout: Layout = SINGLE) -> None:
         from vllm_ways import ways_of
 
         from leanmoe.shape import read_shape
 
-        self.options, self.started = options, time.perf_counter()
+        self.options, self.layout, self.started = options, layout, time.perf_counter()
         self.loads = [int(part) for part in options.loads.split(",")]
         self.routings = options.routings.split(",")
         self.small_steps, self.experts = options.small_steps.split(","), options.experts.split(",")
@@ -47,10 +45,11 @@ class Run:
         layers = int(str(self.config["num_hidden_layers"]))
         self.what = what_it_is(options.shape, layers, options.fp8)
         self.same_tokens: bool | None = None
-        self.ways = ways_of(self.shape, options.plans, self.small_steps, self.experts)
+        self.ways = ways_of(self.shape, options.plans, self.small_steps, self.experts, layout)
         self.left_out: dict[str, str] = {}
         """Ways that this engine cannot run, and why."""
         self.results = Results()
+        self._written = self.started
 
     @property
     def has_time(self) -> bool:
@@ -62,49 +61,56 @@ class Run:
         from vllm_replay import Engine, Replay
 
         use = [layer["use"] for layer in json.loads(USE.read_text())["profile"]["layers"]]
-        rows = max(2048, max(self.loads) * self.options.prompt)
+        sizes = [load // self.layout.data for load in self.loads]
+        rows = max(2048, max(sizes) * self.options.prompt)
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text(json.dumps(self.config))
         settings: dict[str, Any] = {
             "load_format": "dummy", "dtype": "bfloat16",
             "skip_tokenizer_init": True, "generation_config": "vllm",
-            "max_model_len": 512, "max_num_seqs": max(self.loads), "max_num_batched_tokens": rows,
+            "max_model_len": 512, "max_num_seqs": max(sizes), "max_num_batched_tokens": rows,
             "enable_prefix_caching": False, "gpu_memory_utilization": self.options.memory,
         }  # fmt: skip
-        settings |= _on_gpu(self.loads, self.options.shape) if _has_gpu() else {
-            "enforce_eager": True
-        }  # fmt: skip
+        settings |= self.layout.settings()
+        settings |= _on_gpu(sizes, self.options) if _has_gpu() else {"enforce_eager": True}
         if self.options.tiles:
             from leanmoe.provenance import hardware
 
             give_tiles(self.options.tiles, self.shape.experts, self.shape.expert_width, hardware())
         llm = LLM(model=str(folder), **settings)
         self.say(f"engine loaded: {self.what}")
-        engine = Engine(llm, Replay(self.shape.experts, rows, use))
+        engine = Engine(llm, Replay(self.shape.experts, rows, use), self.layout)
+        self.ranks = engine.ranks
         if engine.layers != len(self.shape.moe_layers):
             sys.exit(f"{engine.layers} MoE layers were found, not {len(self.shape.moe_layers)}")
         if _has_gpu() and not engine.is_captured:
             sys.exit("this vLLM's captured steps cannot be exchanged: use 0.24.0")
-        for way in self.ways:
-            if reason := engine.why_not(way):
-                self.left_out[way.name] = reason
-                self.say(f"left out: {way.name}, {reason}")
-            else:
-                engine.add(way)
-        self.ways = [way for way in self.ways if way.name not in self.left_out]
+        asked, self.ways = self.ways, []
+        for way in asked:
+            self._add(engine, way)
         self.say(f"{len(self.ways)} ways captured")
-        stock, empty = (engine.tokens(way.name, 8, 24) for way in self.ways[:2])
-        self.same_tokens = stock == empty
+        self.same_tokens = engine.is_same(*(way.name for way in self.ways[:2]))
         return engine
 
+    def _add(self, engine: Any, way: Any) -> None:
+        """Captures a way, unless the engine cannot run it."""
+        way = engine.settled(way)
+        if reason := engine.why_not(way):
+            self.left_out[way.name] = reason
+            self.say(f"left out: {way.name}, {reason}")
+        else:
+            engine.add(way)
+            self.ways.append(way)
+
     def measure(self, engine: Any) -> None:
-        """Rounds until there is no more time; each writes what it has."""
+        """Rounds until there is no more time; what there is is written as they go."""
         for number in range(self.options.rounds):
             for routing in self.routings:
                 engine.replay.draw(routing, seed=number)
                 for load in self.loads:
                     if self.has_time:
                         self._point(engine, routing, load, number)
+                        self.note(number)
             if number == 0 and self.has_time and self.options.banded:
                 self._add_banded(engine)
             is_last = number == self.options.rounds - 1 or not self.has_time
@@ -119,11 +125,10 @@ class Run:
 
         from leanmoe.plan import Band, Plan
 
-        usual = self.small_steps[0]
         singles = {
             way.name: way.plan
             for way in self.ways
-            if way.plan and way.experts == VLLM and not way.is_second
+            if way.plan and way.experts == VLLM and not (way.is_second or way.is_of_all)
         }
         bands: list[Band] = []
         for number, load in enumerate(self.loads):
@@ -134,12 +139,8 @@ class Run:
                 bands.pop()
             bands.append(Band(up_to, rules))
             self.say(f"fastest at {load}: {fastest}")
-        banded = Way(BANDED, Plan(self.shape.fingerprint(), tuple(bands)), usual)
-        if reason := engine.why_not(banded):
-            self.left_out[BANDED] = reason
-            return
-        engine.add(banded)
-        self.ways.append(banded)
+        plan = Plan(self.shape.fingerprint(), tuple(bands))
+        self._add(engine, Way(BANDED, plan, self.small_steps[0]))
 
     def _point(self, engine: Any, routing: str, load: int, number: int) -> None:
         names = [way.name for way in self.ways if way.is_worth(load)]
@@ -151,28 +152,39 @@ class Run:
             add("tokens_per_second", tokens / took)
             add("tpot_ms", took * load / tokens * 1e3)
             if not engine.is_captured:
-                self._see(engine, routing, load, way)
+                self.results.see((routing, load, way), engine.experts(way, load))
         if engine.is_captured:  # all from the same state, the last request's
             for way in order * self.options.samples:
-                took = engine.step_seconds(load, way, self.options.replays)
+                rows = load // self.layout.data
+                took = engine.step_seconds(rows, way, self.options.replays)
                 self.results.add(number, (routing, load, way), "step_ms", took * 1e3)
             for way in order:
-                self._see(engine, routing, load, way)
+                self.results.see((routing, load, way), engine.experts(way, load))
 
-    def _see(self, engine: Any, routing: str, load: int, way: str) -> None:
-        self.results.see((routing, load, way), *engine.replay.experts(way, load, load))
+    def note(self, number: int) -> None:
+        """After each load of a round: says how far it is, and writes where that was long ago."""
+        if time.perf_counter() - self._written > PAUSE:
+            self.say(f"round {number + 1}: {self.results.points} points measured")
+            self.write(is_complete=False)
 
-    def write(self, is_complete: bool) -> None:
-        """The results as they are."""
-        content = {
+    def found(self, is_complete: bool) -> dict[str, Any]:
+        """What was measured, as JSON values."""
+        return {
             "is_complete": is_complete,
-            "what": self.what,
             "same_tokens_under_empty_plan": self.same_tokens,
-            "settings": {n: str(v) for n, v in vars(self.options).items()},
-            "config": self.config,
             "ways": {way.name: way.to_json() for way in self.ways},
             "left_out": self.left_out,
             "lines": self.results.lines(self.ways),
+        }
+
+    def write(self, is_complete: bool) -> None:
+        """The results as they are."""
+        self._written = time.perf_counter()
+        content = {
+            "what": self.what,
+            "settings": {n: str(v) for n, v in vars(self.options).items()},
+            "config": self.config,
+            **self.found(is_complete),
         }
         name = f"{self.options.shape}{'-fp8' if self.options.fp8 else ''}"
         self.path = write(self.options.output, name, content)
@@ -182,7 +194,7 @@ class Run:
 
     def table(self) -> None:
         """The results on screen."""
-        show(self.results.lines(self.ways), self.ways)
+        show(self.results.lines(self.ways))
         print(f"\nsame tokens as stock under the empty plan: {self.same_tokens}")
         print(self.path)
 
@@ -212,16 +224,18 @@ def _has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def _on_gpu(loads: list[int], shape: str) -> dict[str, Any]:
+def _on_gpu(sizes: list[int], options: argparse.Namespace) -> dict[str, Any]:
     """Settings that ran on an H200; MLA models leave attention to vLLM."""
-    found: dict[str, Any] = {
-        "moe_backend": "triton",
-        "compilation_config": {
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": loads,
-            "cudagraph_num_of_warmups": 1,
-        },
+    compilation: dict[str, Any] = {
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": sizes,
+        "cudagraph_num_of_warmups": 1,
     }
-    if shape not in MLA:
+    if getattr(options, "no_compile", False):
+        compilation["mode"] = 0
+    found: dict[str, Any] = {"moe_backend": "triton", "compilation_config": compilation}
+    if getattr(options, "no_custom_all_reduce", False):
+        found["disable_custom_all_reduce"] = True
+    if options.shape not in MLA:
         found["attention_config"] = {"backend": "FLASH_ATTN", "flash_attn_version": 3}
     return found

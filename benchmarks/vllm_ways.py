@@ -1,12 +1,14 @@
-"""The ways to run a model that `vllm_gpu.py` compares: plans, and what does their work."""
+"""The ways to run a model that a benchmark of vLLM compares: plans, and what does their work."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from vllm_layout import SINGLE, Layout
 
 from leanmoe.engines.choose import is_plain
 from leanmoe.engines.spelling import Skipped
@@ -16,8 +18,11 @@ from leanmoe.shape import MoEShape
 
 STOCK = "stock"
 EMPTY = "empty plan"
-REPEAT, SKIP = "repeat", "skip"
-"""What a skipped slot is in small steps: the token's best expert again, or passed over."""
+REPEAT, SKIP, AUTO = "repeat", "skip", "auto"
+"""What a skipped slot is in small steps: the token's best expert again, or passed over; or passed
+over where the engine can, as the plugin has it."""
+OF_ALL = "company=all"
+"""Word of a plan's description: tokens share experts with those of all data-parallel ranks."""
 VLLM, LEANMOE = "vllm", "leanmoe"
 """Whose kernels compute the experts."""
 
@@ -31,6 +36,8 @@ class Way:
     """None for vLLM's own routing."""
     small_steps: str = SKIP
     experts: str = VLLM
+    is_of_all: bool = False
+    """Whether a token's company is that of all data-parallel ranks."""
     is_second: bool = False
     """Whether it differs from another way in small steps alone."""
 
@@ -60,13 +67,15 @@ class Way:
         """How its skipped slots are written."""
         if self.experts == LEANMOE:
             return Skipping(Skipped.BEYOND, Skipped.BEYOND)
-        return Skipping(small=Skipped.MINUS_ONE) if self.small_steps == SKIP else Skipping()
+        return Skipping() if self.small_steps == REPEAT else Skipping(small=Skipped.MINUS_ONE)
 
     def to_json(self) -> dict[str, Any]:
         """Its settings; its plan's bands with the rule that is the same in all layers once."""
         found: dict[str, Any] = {"experts": self.experts}
         if not self.is_plain and self.experts == VLLM:
             found["small_steps"] = self.small_steps
+        if self.is_of_all:
+            found["company"] = "all"
         if self.plan is not None:
             bands = self.plan.to_json()["bands"]
             for band in bands:
@@ -76,14 +85,19 @@ class Way:
 
 
 def ways_of(
-    shape: MoEShape, plans: str, small_steps: Sequence[str], experts: Sequence[str]
+    shape: MoEShape,
+    plans: str,
+    small_steps: Sequence[str],
+    experts: Sequence[str],
+    layout: Layout = SINGLE,
 ) -> list[Way]:
     """Stock, the empty plan, and each plan in all ways that are asked for.
 
     `plans` is "name: field=value field=value; ...". The first of `small_steps` and of `experts`
-    has the plan's plain name.
+    has the plan's plain name. A plan that is the same as another in this layout is left out: a
+    budget a rank where experts are on one, the company of all where there is no other's.
     """
-    _check("--small-steps", small_steps, (REPEAT, SKIP))
+    _check("--small-steps", small_steps, (REPEAT, SKIP, AUTO))
     _check("--experts", experts, (VLLM, LEANMOE))
     model = shape.fingerprint()
     found = [Way(STOCK), Way(EMPTY, Plan.uniform(model, Rule()))]
@@ -93,23 +107,35 @@ def ways_of(
         name, _, fields = part.partition(":")
         if not name.strip():
             continue
-        plan = Plan.uniform(model, rule_of(fields, shape.experts))
+        is_of_all = OF_ALL in fields.split()
+        rule = rule_of(fields.replace(OF_ALL, ""), shape.experts)
+        is_on_one = rule.budget_per_rank is not None and layout.expert_ranks == 1
+        if is_on_one or (is_of_all and layout.data == 1):
+            continue
+        plan = Plan.uniform(model, rule)
         plan.check(model)
-        found += variants(name.strip(), plan, small_steps, experts)
+        found += variants(name.strip(), plan, small_steps, experts, is_of_all)
     return found
 
 
 def variants(
-    name: str, plan: Plan, small_steps: Sequence[str], experts: Sequence[str]
+    name: str,
+    plan: Plan,
+    small_steps: Sequence[str],
+    experts: Sequence[str],
+    is_of_all: bool = False,
 ) -> list[Way]:
     """A plan in all ways that are asked for."""
     found = []
     if VLLM in experts:
-        found.append(Way(name, plan, small_steps[0]))
+        found.append(Way(name, plan, small_steps[0], is_of_all=is_of_all))
         others = [] if found[0].is_plain else small_steps[1:]
-        found += [Way(f"{name}, {how}", plan, how, is_second=True) for how in others]
+        found += [
+            replace(found[0], name=f"{name}, {how}", small_steps=how, is_second=True)
+            for how in others
+        ]
     if LEANMOE in experts:
-        found.append(Way(f"{name}, {LEANMOE}", plan, experts=LEANMOE))
+        found.append(Way(f"{name}, {LEANMOE}", plan, experts=LEANMOE, is_of_all=is_of_all))
     return found
 
 

@@ -17,6 +17,7 @@ from leanmoe.engines.spelling import Skipped
 from leanmoe.engines.vllm import checks
 from leanmoe.engines.vllm.experts import OwnExperts, check_experts, weights_of
 from leanmoe.engines.vllm.plugin import DROP
+from leanmoe.engines.vllm.ranks import GATHERING, company_of
 from leanmoe.engines.vllm.routing import LayerRouting
 from leanmoe.engines.vllm.skipping import Skipping, why_not_skip
 from leanmoe.engines.vllm.statistics import Statistics
@@ -33,13 +34,23 @@ class PlannedModel:
     """A model that vLLM builds in this process, and its layers under the plan."""
 
     def __init__(
-        self, plan: Plan, config: Any, is_counted: bool, has_own_experts: bool = False
+        self,
+        plan: Plan,
+        config: Any,
+        is_counted: bool,
+        *,
+        is_of_all: bool = False,
+        has_own_experts: bool = False,
     ) -> None:
+        """`is_of_all`: a token's company is that of all data-parallel ranks, not of its own;
+        `has_own_experts`: leanmoe's kernels compute the experts, not vLLM's.
+        """
         self.config = weakref.ref(config)
         self.plan = plan
         self.has_own_experts = has_own_experts
         self.shape = shape_of(config.model_config.hf_config)
         plan.check(self.shape.fingerprint())
+        self._is_of_all = is_of_all
         self.statistics = Statistics(plan.model.moe_layers) if is_counted else None
         self.layers: dict[int, LayerRouting] = {}
         self.runners: dict[int, Any] = {}
@@ -66,8 +77,10 @@ class PlannedModel:
             sequence_parallel=share,
             is_full_width=self._is_full_width(parallel),
             statistics=self.statistics,
+            company=company_of(runner, self.plan.model.experts, self._is_of_all),
         )
         rules = routing.rules
+        checks.check_ranks(runner, rules, self._is_of_all, self.config(), runner.layer_name)
         checks.check_router(runner.router, rules, self.plan.model.top_k, runner.layer_name)
         if all(rule.is_empty for rule in rules) and self.statistics is None:
             return
@@ -137,7 +150,9 @@ class PlannedModel:
         device = "cpu" if config is None else config.device_config.device
         logits = torch.empty(1, self.plan.model.experts, device=device)
         names = {
-            "vllm" if is_plain(rule) else implementation(logits, routing.router, rule)
+            "vllm"
+            if is_plain(rule)
+            else implementation(logits, routing.router, rule, routing.company)
             for routing in self.layers.values()
             for rule in routing.rules
         }
@@ -146,12 +161,13 @@ class PlannedModel:
     def _is_full_width(self, parallel: Any) -> bool:
         """Whether every step must have the model's own number of slots.
 
-        Data-parallel ranks may be in different bands and exchange their ids; whoever asks for the
-        experts of a reply gets them from a table of that width.
+        Data-parallel ranks exchange their ids in kernels that may be made for one width; whoever
+        asks for the experts of a reply gets them from a table of that width.
         """
         model = getattr(self.config(), "model_config", None)
         returned = getattr(model, "enable_return_routed_experts", False)
-        return bool(parallel.dp_size > 1 or returned)
+        gathers = parallel.moe_parallel_config.all2all_backend in GATHERING
+        return bool((parallel.dp_size > 1 and not gathers) or returned)
 
 
 def shape_of(config: Any) -> MoEShape:
@@ -173,6 +189,7 @@ class _Installed:
     plan: Plan | None = None
     path = ""
     is_counted = False
+    is_of_all = False
     has_own_experts = False
     model: PlannedModel | None = None
 
@@ -183,7 +200,12 @@ def current() -> PlannedModel | None:
 
 
 def install(
-    path: str, drop: Sequence[str], is_counted: bool = False, has_own_experts: bool = False
+    path: str,
+    drop: Sequence[str],
+    is_counted: bool = False,
+    *,
+    is_of_all: bool = False,
+    has_own_experts: bool = False,
 ) -> None:
     """Puts a plan to work in every model that vLLM builds in this process from now on.
 
@@ -192,21 +214,26 @@ def install(
     """
     plan = honour.without(Plan.load(Path(path)), drop)
     honour.check_parts(plan, "vLLM", f"{DROP}={honour.PROMPT}")
-    use(plan, path, is_counted, has_own_experts)
+    use(plan, path, is_counted, is_of_all=is_of_all, has_own_experts=has_own_experts)
 
 
 def use(
-    plan: Plan, path: str = "", is_counted: bool = False, has_own_experts: bool = False
+    plan: Plan,
+    path: str = "",
+    is_counted: bool = False,
+    *,
+    is_of_all: bool = False,
+    has_own_experts: bool = False,
 ) -> None:
     """As `install`, for a plan that is no file."""
     import vllm
 
     check_version(vllm.__version__)
-    honour.check_placed(plan, "vLLM")
     if not _patched:
         _patch(vllm.__version__)
     _Installed.plan, _Installed.path, _Installed.is_counted = plan, path, is_counted
-    _Installed.has_own_experts, _Installed.model = has_own_experts, None
+    _Installed.is_of_all, _Installed.has_own_experts = is_of_all, has_own_experts
+    _Installed.model = None
     logger.info("leanmoe: plan %s read in process %d", path, os.getpid())
 
 
@@ -268,7 +295,11 @@ def _adopt(runner: Any) -> None:
         return
     if model is None or model.config() is not config:
         model = _Installed.model = PlannedModel(
-            plan, config, _Installed.is_counted, _Installed.has_own_experts
+            plan,
+            config,
+            _Installed.is_counted,
+            is_of_all=_Installed.is_of_all,
+            has_own_experts=_Installed.has_own_experts,
         )
         _mark_compiled(config, plan)
     model.adopt(runner)

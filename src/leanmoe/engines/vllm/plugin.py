@@ -26,12 +26,14 @@ def activate() -> None:
     from leanmoe.engines import honour
     from leanmoe.engines.vllm.hook import install
 
-    honour.check_company(os.environ.get(honour.COMPANY, honour.RANK), "vLLM")
+    company = os.environ.get(honour.COMPANY, honour.RANK)
+    honour.check_company(company, "vLLM")
     drop = [part.strip() for part in os.environ.get(DROP, "").split(",") if part.strip()]
     install(
         path,
         drop,
         is_counted=os.environ.get(STATISTICS) == "1",
+        is_of_all=company == honour.ALL,
         has_own_experts=has_own_experts(os.environ.get(EXPERTS, "")),
     )
 

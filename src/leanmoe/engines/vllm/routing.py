@@ -26,6 +26,7 @@ from leanmoe.engines.vllm.skipping import Skipping
 from leanmoe.engines.vllm.statistics import Statistics
 from leanmoe.plan import Plan, Rule
 from leanmoe.routers import Router
+from leanmoe.routing import ALONE, Company
 
 _layers: WeakValueDictionary[int, LayerRouting] = WeakValueDictionary()
 _numbers = itertools.count()
@@ -43,14 +44,19 @@ class LayerRouting:
         sequence_parallel: tuple[int, int] | None = None,
         is_full_width: bool = False,
         statistics: Statistics | None = None,
+        company: Company = ALONE,
     ) -> None:
-        """`layer` counts MoE layers; `is_full_width` gives every step the model's own K slots."""
+        """`layer` counts MoE layers; `is_full_width` gives every step the model's own K slots.
+
+        `company` says where the layer's experts are, and how to hear of other ranks' tokens.
+        """
         self.plan, self.layer = plan, layer
         self._vllm, self._experts = router, plan.model.experts
         self._stock = router._compute_routing
         self._sequence_parallel = sequence_parallel
         self._is_full_width = is_full_width
         self._statistics = statistics
+        self.company = company
         self.skipping = Skipping()
         """Set when the layer is loaded, and it is known what its experts do."""
         self._most_slots = max(self._slots(rule) for rule in self.rules)
@@ -127,7 +133,8 @@ class LayerRouting:
         skipped: Skipped = Skipped.REPEATED,
     ) -> tuple[Tensor, Tensor]:
         top_k = self.plan.model.top_k
-        return choose(logits_TE, self.router, top_k, rule, bias_E, padding_T, ids_dtype, skipped)
+        step = (logits_TE, self.router, top_k, rule, bias_E, padding_T, ids_dtype)
+        return choose(*step, skipped, self.company)
 
     def routed(
         self, logits_TE: Tensor, bias_E: Tensor | None, slots: int, ids_dtype: torch.dtype
