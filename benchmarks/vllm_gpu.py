@@ -6,7 +6,7 @@
 One engine with dummy weights is loaded once; each plan's decode steps are captured anew, so that
 stock vLLM and all plans are measured in turn, in an order that changes from round to round. After
 the first round a plan with bands is made of the rules that were fastest, and joins the others.
-`--small-steps skip,repeat` runs each plan with both spellings of a skipped slot in small steps,
+`--small-steps group,skip,repeat` runs each plan with all that small steps can do,
 `--experts vllm,leanmoe` with vLLM's experts and with leanmoe's kernels in their place. What an
 engine cannot run is named and left out.
 
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fp8", action="store_true", help="weights in blocks of fp8")
     parser.add_argument("--loads", default=LOADS, help="requests at once, comma separated")
     parser.add_argument("--plans", default=PLANS, help="name: field=value field=value; ...")
-    parser.add_argument("--small-steps", default="skip", help="of skip and repeat")
+    parser.add_argument("--small-steps", default="group", help="of group, skip, repeat")
     parser.add_argument("--experts", default="vllm", help="of vllm and leanmoe")
     parser.add_argument("--no-banded", dest="banded", action="store_false", help="no plan of bands")
     parser.add_argument("--routings", default="skewed,uniform")

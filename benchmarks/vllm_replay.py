@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm_ways import LEANMOE, SKIP, STOCK, Way
+from vllm_ways import GROUP, LEANMOE, REPEAT, STOCK, Way
 
+from leanmoe.engines.vllm import grouping
 from leanmoe.engines.vllm.experts import OwnExperts, why_not_ours
 from leanmoe.engines.vllm.routing import LayerRouting
 from leanmoe.engines.vllm.skipping import why_not_skip
@@ -149,9 +150,10 @@ class Engine:
         """Why this engine cannot run a way; None if it can."""
         if way.experts == LEANMOE:
             return self._why_not_ours
-        if way.is_plain or way.plan is None or way.small_steps != SKIP:
+        if way.is_plain or way.plan is None or way.small_steps == REPEAT:
             return None
-        return why_not_skip(self._layers[0], way.slots, way.plan.model.experts)
+        reason = why_not_skip(self._layers[0], way.slots, way.plan.model.experts)
+        return reason or (grouping.why_not_group() if way.small_steps == GROUP else None)
 
     def add(self, way: Way) -> None:
         """One way more, captured."""
@@ -160,6 +162,8 @@ class Engine:
                 for layer in self._layers:
                     ExpertsSwitch(layer, self.replay)
             self.replay.own.add(way.name)
+        if way.small_steps == GROUP and not way.is_plain:
+            grouping.put()
         for switch in self._switches:
             switch.add(way)
         self.capture(way.name)

@@ -16,8 +16,9 @@ from leanmoe.shape import MoEShape
 
 STOCK = "stock"
 EMPTY = "empty plan"
-REPEAT, SKIP = "repeat", "skip"
-"""What a skipped slot is in small steps: the token's best expert again, or passed over."""
+REPEAT, SKIP, GROUP = "repeat", "skip", "group"
+"""What small steps do: a skipped slot is the token's best expert again, or is passed over, or slots
+are grouped by expert where tokens share experts and else passed over, as the plugin has it."""
 VLLM, LEANMOE = "vllm", "leanmoe"
 """Whose kernels compute the experts."""
 
@@ -29,7 +30,7 @@ class Way:
     name: str
     plan: Plan | None = None
     """None for vLLM's own routing."""
-    small_steps: str = SKIP
+    small_steps: str = GROUP
     experts: str = VLLM
     is_second: bool = False
     """Whether it differs from another way in small steps alone."""
@@ -60,7 +61,9 @@ class Way:
         """How its skipped slots are written."""
         if self.experts == LEANMOE:
             return Skipping(Skipped.BEYOND, Skipped.BEYOND)
-        return Skipping(small=Skipped.MINUS_ONE) if self.small_steps == SKIP else Skipping()
+        if self.small_steps == REPEAT:
+            return Skipping()
+        return Skipping(small=Skipped.MINUS_ONE, groups=self.small_steps == GROUP)
 
     def to_json(self) -> dict[str, Any]:
         """Its settings; its plan's bands with the rule that is the same in all layers once."""
@@ -83,7 +86,7 @@ def ways_of(
     `plans` is "name: field=value field=value; ...". The first of `small_steps` and of `experts`
     has the plan's plain name.
     """
-    _check("--small-steps", small_steps, (REPEAT, SKIP))
+    _check("--small-steps", small_steps, (REPEAT, SKIP, GROUP))
     _check("--experts", experts, (VLLM, LEANMOE))
     model = shape.fingerprint()
     found = [Way(STOCK), Way(EMPTY, Plan.uniform(model, Rule()))]
