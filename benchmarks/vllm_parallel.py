@@ -269,7 +269,7 @@ def named(path: Path) -> Path:
     gpus = max(layout["gpus"] for layout in content["layouts"].values())
     hardware = f"{gpus}x-{made['hardware'].lower().replace(' ', '-')}"
     shape = content["settings"]["shape"]
-    name = f"{made['date'][:10]}-{hardware}-{made['commit']}-vllm-parallel-{shape}.json"
+    name = f"{made['date'][:10]}-{hardware}-{made['commit']}-parallel-{shape}.json"
     return path.rename(path.with_name(name))
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from vllm_layout import SINGLE, Layout, Ranks
 from vllm_results import Seen
-from vllm_ways import AUTO, LEANMOE, REPEAT, SKIP, STOCK, Way
+from vllm_ways import AUTO, GROUP, LEANMOE, REPEAT, SKIP, STOCK, Way
 
+from leanmoe.engines.vllm import grouping
 from leanmoe.engines.vllm.experts import OwnExperts, why_not_ours
 from leanmoe.engines.vllm.ranks import company_of
 from leanmoe.engines.vllm.routing import LayerRouting
@@ -168,18 +169,19 @@ class Engine:
 
     def settled(self, way: Way) -> Way:
         """A way with its small steps as this engine can run them, where that is left to it."""
-        if way.small_steps != AUTO:
+        if way.small_steps != AUTO or way.experts == LEANMOE:
             return way
-        skips = replace(way, small_steps=SKIP)
-        return skips if self.why_not(skips) is None else replace(way, small_steps=REPEAT)
+        ways = [replace(way, small_steps=how) for how in (GROUP, SKIP, REPEAT)]
+        return next(found for found in ways if self.why_not(found) is None)
 
     def why_not(self, way: Way) -> str | None:
         """Why this engine cannot run a way; None if it can."""
         if way.experts == LEANMOE:
             return self._why_not_ours
-        if way.is_plain or way.plan is None or way.small_steps != SKIP:
+        if way.is_plain or way.plan is None or way.small_steps == REPEAT:
             return None
-        return why_not_skip(self._layers[0], way.slots, way.plan.model.experts)
+        reason = why_not_skip(self._layers[0], way.slots, way.plan.model.experts)
+        return reason or (grouping.why_not_group() if way.small_steps == GROUP else None)
 
     def add(self, way: Way) -> None:
         """One way more, captured."""
@@ -188,6 +190,8 @@ class Engine:
                 for layer in self._layers:
                     ExpertsSwitch(layer, self.replay)
             self.replay.own.add(way.name)
+        if way.small_steps == GROUP and not way.is_plain:
+            grouping.put()
         for switch in self._switches:
             switch.add(way)
         self.capture(way.name)

@@ -38,7 +38,7 @@ def parser_of(
     parser.add_argument("--fp8", action="store_true", help="weights in blocks of fp8")
     parser.add_argument("--loads", default=LOADS, help="requests at once, comma separated")
     parser.add_argument("--plans", default=plans, help="name: field=value field=value; ...")
-    parser.add_argument("--small-steps", default="skip", help="of skip, repeat and auto")
+    parser.add_argument("--small-steps", default="group", help="of group, skip, repeat, auto")
     parser.add_argument("--experts", default="vllm", help="of vllm and leanmoe")
     parser.add_argument("--no-banded", dest="banded", action="store_false", help="no plan of bands")
     parser.add_argument("--routings", default=routings)

@@ -18,9 +18,10 @@ from leanmoe.shape import MoEShape
 
 STOCK = "stock"
 EMPTY = "empty plan"
-REPEAT, SKIP, AUTO = "repeat", "skip", "auto"
-"""What a skipped slot is in small steps: the token's best expert again, or passed over; or passed
-over where the engine can, as the plugin has it."""
+REPEAT, SKIP, GROUP, AUTO = "repeat", "skip", "group", "auto"
+"""What small steps do: a skipped slot is the token's best expert again, or is passed over, or slots
+are grouped by expert where tokens share experts and else passed over; or the last of these that the
+engine can, as the plugin has it."""
 OF_ALL = "company=all"
 """Word of a plan's description: tokens share experts with those of all data-parallel ranks."""
 VLLM, LEANMOE = "vllm", "leanmoe"
@@ -34,7 +35,7 @@ class Way:
     name: str
     plan: Plan | None = None
     """None for vLLM's own routing."""
-    small_steps: str = SKIP
+    small_steps: str = GROUP
     experts: str = VLLM
     is_of_all: bool = False
     """Whether a token's company is that of all data-parallel ranks."""
@@ -67,7 +68,9 @@ class Way:
         """How its skipped slots are written."""
         if self.experts == LEANMOE:
             return Skipping(Skipped.BEYOND, Skipped.BEYOND)
-        return Skipping() if self.small_steps == REPEAT else Skipping(small=Skipped.MINUS_ONE)
+        if self.small_steps == REPEAT:
+            return Skipping()
+        return Skipping(small=Skipped.MINUS_ONE, groups=self.small_steps == GROUP)
 
     def to_json(self) -> dict[str, Any]:
         """Its settings; its plan's bands with the rule that is the same in all layers once."""
@@ -97,7 +100,7 @@ def ways_of(
     has the plan's plain name. A plan that is the same as another in this layout is left out: a
     budget a rank where experts are on one, the company of all where there is no other's.
     """
-    _check("--small-steps", small_steps, (REPEAT, SKIP, AUTO))
+    _check("--small-steps", small_steps, (REPEAT, SKIP, GROUP, AUTO))
     _check("--experts", experts, (VLLM, LEANMOE))
     model = shape.fingerprint()
     found = [Way(STOCK), Way(EMPTY, Plan.uniform(model, Rule()))]

@@ -16,6 +16,8 @@ from leanmoe.engines.choose import implementation, is_plain
 from leanmoe.engines.spelling import Skipped
 from leanmoe.engines.vllm import checks
 from leanmoe.engines.vllm.experts import OwnExperts, check_experts, weights_of
+from leanmoe.engines.vllm.grouping import put as put_grouping
+from leanmoe.engines.vllm.grouping import why_not_group
 from leanmoe.engines.vllm.plugin import DROP
 from leanmoe.engines.vllm.ranks import GATHERING, company_of
 from leanmoe.engines.vllm.routing import LayerRouting
@@ -122,7 +124,10 @@ class PlannedModel:
             return Skipping(Skipped.BEYOND, Skipped.BEYOND)
         reason = why_not_skip(runner, routing.slots, self.plan.model.experts)
         if reason is None:
-            return Skipping(small=Skipped.MINUS_ONE)
+            groups = why_not_group() is None
+            if groups:
+                put_grouping()
+            return Skipping(small=Skipped.MINUS_ONE, groups=groups)
         logger.info(
             "leanmoe: %s: a skipped slot repeats in small steps: %s", runner.layer_name, reason
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from leanmoe.engines.choose import choose, is_plain
 from leanmoe.engines.spelling import Skipped, widened
+from leanmoe.engines.vllm import grouping
 from leanmoe.engines.vllm.padding import padding_rows
 from leanmoe.engines.vllm.router import ranking_bias, read_router
 from leanmoe.engines.vllm.skipping import Skipping
@@ -113,10 +114,14 @@ class LayerRouting:
         else:
             ids_dtype = indices_type or torch.int32
             padding_T = padding_rows(router_logits.shape[0], self._sequence_parallel)
-            skipped = self.skipping.of(router_logits.shape[0], self._slots(rule), self._experts)
+            step = (router_logits.shape[0], self._slots(rule), self._experts)
+            is_grouped = self.skipping.is_grouped(rule, *step)
+            skipped = self.skipping.usual if is_grouped else self.skipping.of(*step)
             ids, weights = self._choose(
                 router_logits, ranking_bias(self._vllm), rule, padding_T, ids_dtype, skipped
             )
+            if is_grouped:
+                grouping.ask(ids)
         if self._is_full_width:
             ids, weights = widened(ids, weights, self.plan.model.top_k)
         if self._statistics is not None:

@@ -5,7 +5,8 @@ expert joins a group that is there anyway. But where a step's slots are few (`is
 not grouped: each is computed by itself and reads its expert's weights, a repeated one too. There
 the kernel takes a slot's id as it stands, writes zeros for -1 and reads nothing (vLLM's
 `_prepare_expert_assignment` and `fused_moe_kernel`, read in 0.24.0 and 0.32.0). Grouping has no
-such promise for -1, so larger steps never have it.
+such promise for -1, so larger steps never have it; nor have small ones that are grouped
+(`grouping.py`).
 
 Letters: T rows of a step, K slots a token, E experts.
 """
@@ -22,6 +23,7 @@ import torch
 
 from leanmoe.engines.spelling import Skipped
 from leanmoe.engines.vllm.checks import experts_class
+from leanmoe.plan import Rule
 
 SHARE = 4
 """A step is small if its slots are at most one in so many of the experts."""
@@ -39,16 +41,24 @@ class Skipping:
     usual: Skipped = Skipped.REPEATED
     small: Skipped = Skipped.REPEATED
     """In small steps."""
+    groups: bool = False
+    """Whether small steps are grouped under rules by which tokens share experts."""
 
     def of(self, rows: int, slots: int, experts: int) -> Skipped:
         """How they are written in a step of `rows` rows, each with `slots` slots."""
         return self.small if is_small(rows, slots, experts) else self.usual
 
+    def is_grouped(self, rule: Rule, rows: int, slots: int, experts: int) -> bool:
+        """Whether that step is a small one to be grouped, skipped slots as in larger steps."""
+        is_shared = rule.depends_on_company and rows > 1
+        return self.groups and is_shared and is_small(rows, slots, experts)
+
     def describe(self) -> str:
         """As the log has it."""
         if self.small is self.usual:
             return self.usual.value
-        return f"{self.usual.value}; in small steps {self.small.value}"
+        grouped = ", or grouped where tokens share experts" if self.groups else ""
+        return f"{self.usual.value}; in small steps {self.small.value}{grouped}"
 
 
 def is_small(rows: int, slots: int, experts: int) -> bool:
