@@ -207,37 +207,53 @@ def measure(options: argparse.Namespace, names: list[str]) -> dict[str, str]:
 
 
 def joined(paths: list[Path]) -> dict[str, Any]:
-    """The layouts of several runs; ends the program where they are no measure of each other."""
+    """The layouts of several runs; ValueError where they are no measure of each other."""
     layouts: dict[str, Any] = {}
     first: dict[str, Any] = {}
     for path in paths:
         try:
             found = json.loads(path.read_text())
-            here = same_of(found)
+            here = same_of(found["settings"]) | {
+                name: found["provenance"][name] for name in ("hardware", "versions", "commit")
+            }
         except (OSError, ValueError, KeyError) as error:
-            sys.exit(f"{path} is no result of this benchmark: {error}")
-        for name in first or here:
-            if here[name] != (first or here)[name]:
-                sys.exit(f"{path}: {name} is {here[name]!r}, not {first[name]!r} as elsewhere")
+            raise ValueError(f"{path} is no result of this benchmark: {error}") from error
         first = first or here
+        for name, value in here.items():
+            if value != first[name]:
+                raise ValueError(
+                    f"{path}: {name} is {value!r}, not {first[name]!r} as in {paths[0]}"
+                )
         for name, layout in found["layouts"].items():
             if name in layouts:
-                sys.exit(f"{path} has layout {name}, as another file has")
+                raise ValueError(f"{path} has layout {name}, as another file has")
             layouts[name] = layout
     return layouts
 
 
-def same_of(found: dict[str, Any]) -> dict[str, Any]:
-    """What two results must have in common to be compared."""
-    made, settings = found["provenance"], found["settings"]
-    kept = (
+def same_of(settings: dict[str, str]) -> dict[str, Any]:
+    """The settings that two results must have in common to be compared."""
+    names = (
         "shape", "layers", "fp8", "routings", "prompt", "tiles", "no_compile", "small_steps",
         "experts",
     )  # fmt: skip
-    return {
-        "hardware": made["hardware"], "versions": made["versions"], "commit": made["commit"],
-        **{name: settings[name] for name in kept},
-    }  # fmt: skip
+    return {name: settings[name] for name in names}
+
+
+def check_beside(options: argparse.Namespace, names: list[str]) -> None:
+    """Ends the program before anything is measured that could not stand beside those results."""
+    try:
+        layouts = joined(options.beside)
+    except ValueError as error:
+        sys.exit(str(error))
+    if both := set(layouts) & set(names):
+        sys.exit(f"--beside has layout {both.pop()}, which --layouts measures")
+    mine = same_of({name: str(value) for name, value in vars(options).items()})
+    for path in options.beside:
+        theirs = same_of(json.loads(path.read_text())["settings"])
+        for name, value in theirs.items():
+            if value != mine[name]:
+                sys.exit(f"{path}: {name} is {value!r}, not {mine[name]!r} as here")
 
 
 def table(paths: list[Path], troubles: dict[str, str]) -> None:
@@ -290,7 +306,10 @@ def main() -> None:
         rank_run(options)
         return
     if options.show:
-        table(options.show, {})
+        try:
+            table(options.show, {})
+        except ValueError as error:
+            sys.exit(str(error))
         return
     from vllm_layout import Layout
 
@@ -300,7 +319,7 @@ def main() -> None:
             Layout.parse(name)
     except ValueError as error:
         sys.exit(str(error))
-    joined(options.beside)  # what cannot be read is said before anything is measured
+    check_beside(options, names)
     os.environ["LEANMOE_BENCHMARK_COMMAND"] = " ".join(sys.argv)
     options.output.mkdir(parents=True, exist_ok=True)
     options.file = options.output / f"{time.strftime('%H%M%S')}-{os.getpid()}-parallel.json"
@@ -311,8 +330,12 @@ def main() -> None:
         troubles = measure(options, names)
     except KeyboardInterrupt:
         troubles = {"all": "stopped"}
-    path = named(options.file)
-    table([*options.beside, *filter(Path.exists, [path])], troubles)
+    paths = list(filter(Path.exists, [named(options.file)]))
+    try:
+        table([*options.beside, *paths], troubles)
+    except ValueError as error:  # its hardware, versions or commit
+        troubles["--beside"] = str(error)
+        table(paths, troubles)
     if troubles:
         sys.exit(1)
 
