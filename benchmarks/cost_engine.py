@@ -22,7 +22,7 @@ from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.storage import read_json
 
-FULL = ("stock", "empty plan")
+FULL = ("stock", "empty plan", "stock, leanmoe")
 """Names of the full model in `vllm_gpu.py`'s results."""
 CALIBRATED_ON = "qwen3-30b-a3b"
 """The run whose every second load gives a layer's and an engine's own times; others are a test."""

@@ -6,7 +6,8 @@ Every implementation computes the same calls in the same run. A call is captured
 several inputs, so that caches do not flatter; graphs are replayed one after the other, in an order
 that changes from round to round; shown are medians. Weights and inputs are random. Shares are of
 the GPU's memory bandwidth by its datasheet (or `--bandwidth`) for the weights of the distinct
-experts, and of the rate it reaches in a dense product in the same run.
+experts, and of the rate it reaches in a dense product in the same run. How fast it reads at best,
+nothing computed, is measured beside.
 
 Shapes: T tokens, K slots a token, E experts, D hidden width, M expert width.
 """
@@ -20,11 +21,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -211,6 +215,27 @@ def dense_rate() -> float:
     return 2 * 8192**3 / (median(took) * 1e-6)
 
 
+@triton.jit
+def _read(x_ptr, out_ptr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """Reads `STEPS` blocks of numbers; what it writes is there so that it must read."""
+    start, n = tl.program_id(0).to(tl.int64) * STEPS, tl.arange(0, BLOCK)
+    found = tl.zeros((BLOCK,), dtype=tl.int32)
+    for step in range(STEPS):
+        found ^= tl.load(x_ptr + (start + step) * BLOCK + n, eviction_policy="evict_first")
+    tl.store(out_ptr + n, found, mask=found == -1)
+
+
+def read_rate() -> float:
+    """Bytes a second of reading 8 GiB and doing nothing with them, at the best block size."""
+    numbers = torch.zeros(2**31, dtype=torch.int32, device=DEVICE)
+    calls = {}
+    for block, steps, warps in product((1024, 4096), (4, 16), (4, 8)):
+        grid = (len(numbers) // (block * steps),)
+        run = partial(_read[grid], numbers, numbers, BLOCK=block, STEPS=steps, num_warps=warps)
+        calls[f"{block} {steps} {warps}"] = [run]
+    return numbers.nbytes / (min(median(took) for took in timed(calls).values()) * 1e-6)
+
+
 def known_bandwidth(gpu: str) -> float:
     """Bytes a second of a GPU by its name."""
     found = [rate for part, rate in BANDWIDTHS.items() if part in gpu]
@@ -272,12 +297,13 @@ def main() -> None:
         print(f"vLLM {vllm.version} ready after {time.monotonic() - started:.0f} s", flush=True)
     where = provenance.collect("python " + " ".join(sys.argv), seed=0)
     bandwidth = arguments.bandwidth or known_bandwidth(where.hardware)
-    dense = dense_rate()
+    dense, read = dense_rate(), read_rate()
     result: dict[str, Any] = {
         "label": "measured",
         "provenance": where.to_json(),
         "bandwidth": bandwidth,
         "dense_flops": dense,
+        "read_rate": read,
         "routes": measure_routes(),
     }
     lines: list[Line] = []
@@ -309,7 +335,9 @@ def main() -> None:
     gpu = where.hardware.lower().replace(" ", "-")
     name = f"{where.date[:10]}-{gpu}-{where.commit}-experts-gpu.json"
     write_json(arguments.output / name, result)
-    print(f"\ndense {dense / 1e12:.0f} TFLOP/s\n\nroutes, microseconds at {ROUTE_TOKENS} tokens")
+    share = read / bandwidth
+    print(f"\nreading alone {read / 1e12:.3f} TB/s, {share:.1%} of the datasheet's")
+    print(f"dense {dense / 1e12:.0f} TFLOP/s\n\nroutes, microseconds at {ROUTE_TOKENS} tokens")
     for entry in result["routes"]:
         print(f"{entry['router']:12s} {entry['rule']:24s}", *entry["microseconds"].values())
     print("\nunder plans")

@@ -31,8 +31,8 @@ from leanmoe.routing import Company, count_distinct, count_distinct_by_rank, rou
 from leanmoe.storage import write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
-from vllm_gpu import USE
 from vllm_replay import ROUTINGS, Replay
+from vllm_run import USE
 
 EXPERTS, TOP_K, BUDGET = 128, 8, 48
 ROUTER = Router(normalise=True)

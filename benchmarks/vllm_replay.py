@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from vllm_layout import SINGLE, Layout, Ranks
+from vllm_results import Seen
+from vllm_ways import AUTO, GROUP, LEANMOE, REPEAT, SKIP, STOCK, Way
 
+from leanmoe.engines.vllm import grouping
+from leanmoe.engines.vllm.experts import OwnExperts, why_not_ours
+from leanmoe.engines.vllm.ranks import company_of
 from leanmoe.engines.vllm.routing import LayerRouting
-from leanmoe.plan import Plan
+from leanmoe.engines.vllm.skipping import why_not_skip
+from leanmoe.placement import Placement
 
-STOCK = "stock"
 ROUTINGS = ("skewed", "uniform")
 KEPT_ROWS = 1024
 """Steps of more rows are prefill: their ids are not kept. On a GPU only captured steps' are."""
@@ -34,6 +41,9 @@ class Replay:
         self._experts, self._rows = experts, rows
         self._use_LE = use_LE
         self._logits: dict[int, Tensor] = {}
+        self.data_rank = 0
+        self.own: set[str] = set()
+        """Ways whose experts leanmoe's kernels compute."""
         self.kept: dict[tuple[str, int], dict[int, tuple[Tensor, Tensor]]] = {}
 
     def logits(self, layer: int, own_TE: Tensor) -> Tensor:
@@ -49,9 +59,11 @@ class Replay:
 
         Each token's experts are drawn without replacement (logits are the logarithm of an expert's
         share of use plus Gumbel noise): "uniform" with equal shares, "skewed" with those of the
-        reference model's layers, stretched to as many experts and shuffled.
+        reference model's layers, stretched to as many experts and shuffled. Data-parallel ranks
+        have tokens of their own, of the same shares.
         """
         generator = np.random.default_rng(seed)
+        others = np.random.default_rng((seed, self.data_rank))
         for layer, buffer in self._logits.items():
             shares_E = np.full(self._experts, 1 / self._experts)
             if routing == "skewed":
@@ -60,6 +72,8 @@ class Replay:
                 shares_E = np.interp(places, np.arange(len(use_E)), use_E)
                 shares_E = generator.permutation(shares_E / shares_E.sum())
             noise_TE = generator.gumbel(size=tuple(buffer.shape))
+            if self.data_rank:
+                noise_TE = others.gumbel(size=tuple(buffer.shape))
             drawn_TE = torch.from_numpy(np.log(shares_E) + noise_TE).float()
             buffer.copy_(drawn_TE.to(buffer.dtype))
 
@@ -69,29 +83,40 @@ class Replay:
         if ids_TK.shape[0] <= KEPT_ROWS and not is_eager:
             self.kept.setdefault((self.way, ids_TK.shape[0]), {})[layer] = (ids_TK, weights_TK)
 
-    def experts(self, way: str, rows: int, tokens: int) -> tuple[float, float]:
-        """Distinct experts a layer, and experts a token, in the last step of so many rows."""
-        distinct, used = [], []
-        for ids_TK, weights_TK in self.kept[way, rows].values():
+    def used(self, way: str, rows: int, tokens: int) -> tuple[Tensor, float]:
+        """Experts each layer woke in the last step of so many rows (L,E), and experts a token."""
+        layers = self.kept[way, rows]
+        awake_LE = torch.zeros(len(layers), self._experts, dtype=torch.int32)
+        used = []
+        for awake_E, (_, (ids_TK, weights_TK)) in zip(
+            awake_LE, sorted(layers.items()), strict=True
+        ):
             is_used_TK = weights_TK[:tokens] != 0
-            distinct.append(len(ids_TK[:tokens][is_used_TK].unique()))
+            awake_E[ids_TK[:tokens][is_used_TK].long().cpu()] = 1
             used.append(float(is_used_TK.sum()) / tokens)
-        return float(np.mean(distinct)), float(np.mean(used))
+        return awake_LE, float(np.mean(used))
 
 
 class Switch:
     """Stands in the place of a layer's routing: drawn logits, and the way that is in use."""
 
-    def __init__(self, router: Any, layer: int, plans: dict[str, Plan], replay: Replay) -> None:
-        self._layer, self._replay = layer, replay
+    def __init__(self, runner: Any, layer: int, replay: Replay) -> None:
+        self._runner, self._layer, self._replay = runner, layer, replay
+        router = runner.router
         self._router = copy.copy(router)  # as it was: `router` gets this in its routing's place
-        self._ways: dict[str, Callable[..., Any]] = {STOCK: router._compute_routing}
-        for name, plan in plans.items():
-            self.add(name, plan)
+        self._stock = router._compute_routing
+        self._ways: dict[str, Callable[..., Any]] = {STOCK: self._stock}
 
-    def add(self, name: str, plan: Plan) -> None:
+    def add(self, way: Way) -> None:
         """One way more."""
-        self._ways[name] = LayerRouting(self._router, plan, self._layer)
+        if way.plan is None:
+            self._ways[way.name] = self._stock
+            return
+        company = company_of(self._runner, way.plan.model.experts, way.is_of_all)
+        routing = LayerRouting(self._router, way.plan, self._layer, company=company)
+        if not way.is_plain:
+            routing.skipping = way.skipping
+        self._ways[way.name] = routing
 
     def __call__(
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any, **others: Any
@@ -103,33 +128,73 @@ class Switch:
         return weights, ids
 
 
-class Engine:
-    """A vLLM engine in this process whose captured steps can be exchanged, one set per way."""
+class ExpertsSwitch:
+    """Stands in the place of a layer's experts: vLLM's or leanmoe's, as the way in use has it."""
 
-    def __init__(self, llm: Any, plans: dict[str, Plan], replay: Replay) -> None:
-        self._engine, self.replay = llm.llm_engine, replay
+    def __init__(self, runner: Any, replay: Replay) -> None:
+        self._own, self._replay = OwnExperts(runner), replay
+        runner.routed_experts.quant_method.moe_kernel.fused_experts.apply = self
+
+    def __call__(self, **arguments: Any) -> None:
+        compute = self._own if self._replay.way in self._replay.own else self._own.stock
+        compute(**arguments)
+
+
+class Engine:
+    """A vLLM engine whose captured steps can be exchanged, one set per way.
+
+    With several GPUs there is one such process for each, and all do the same at the same time.
+    """
+
+    def __init__(self, llm: Any, replay: Replay, layout: Layout = SINGLE) -> None:
+        self._engine, self.replay, self._layout = llm.llm_engine, replay, layout
+        self.ranks = Ranks(layout)
+        replay.data_rank = self.ranks.data_rank
         core = self._engine.engine_core.engine_core
         self._runner = core.model_executor.driver_worker.worker.model_runner
-        self.sizes = sorted(llm.llm_engine.vllm_config.compilation_config.cudagraph_capture_sizes)
         self.is_captured = hasattr(self._runner.model, "concrete_cudagraph_entries")
         self._entries: dict[str, Any] = {}
         self._requests = 0
         forward = self._engine.vllm_config.compilation_config.static_forward_context
-        runners = [layer for layer in forward.values() if hasattr(layer, "routed_experts")]
+        self._layers = [layer for layer in forward.values() if hasattr(layer, "routed_experts")]
         self._switches = [
-            Switch(layer.router, number, plans, replay) for number, layer in enumerate(runners)
+            Switch(layer, number, replay) for number, layer in enumerate(self._layers)
         ]
-        for layer, switch in zip(runners, self._switches, strict=True):
+        for layer, switch in zip(self._layers, self._switches, strict=True):
             layer.router._compute_routing = switch
-        self.layers = len(runners)
+        self._why_not_ours = why_not_ours(self._layers[0])
+        self.layers = len(self._layers)
         self._runner._dummy_run(1)  # the buffers of drawn logits
         replay.draw("uniform", 0)
 
-    def add(self, way: str, plan: Plan) -> None:
+    def settled(self, way: Way) -> Way:
+        """A way with its small steps as this engine can run them, where that is left to it."""
+        if way.small_steps != AUTO or way.experts == LEANMOE:
+            return way
+        ways = [replace(way, small_steps=how) for how in (GROUP, SKIP, REPEAT)]
+        return next(found for found in ways if self.why_not(found) is None)
+
+    def why_not(self, way: Way) -> str | None:
+        """Why this engine cannot run a way; None if it can."""
+        if way.experts == LEANMOE:
+            return self._why_not_ours
+        if way.is_plain or way.plan is None or way.small_steps == REPEAT:
+            return None
+        reason = why_not_skip(self._layers[0], way.slots, way.plan.model.experts)
+        return reason or (grouping.why_not_group() if way.small_steps == GROUP else None)
+
+    def add(self, way: Way) -> None:
         """One way more, captured."""
+        if way.experts == LEANMOE:
+            if not self.replay.own:
+                for layer in self._layers:
+                    ExpertsSwitch(layer, self.replay)
+            self.replay.own.add(way.name)
+        if way.small_steps == GROUP and not way.is_plain:
+            grouping.put()
         for switch in self._switches:
-            switch.add(way, plan)
-        self.capture(way)
+            switch.add(way)
+        self.capture(way.name)
 
     def capture(self, way: str) -> None:
         """Captures the decode steps of all sizes under a way."""
@@ -146,10 +211,14 @@ class Engine:
             self._runner.model.concrete_cudagraph_entries = self._entries[way]
 
     def decode(self, requests: int, prompt: int, steps: int) -> tuple[float, int]:
-        """Seconds and tokens of decode steps of so many requests, the engine's work included."""
+        """Seconds and tokens of decode steps of so many requests, the engine's work included.
+
+        The requests are those of all data-parallel ranks, which share them evenly.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        requests //= self._layout.data
         generator = np.random.default_rng(requests)
         parameters = SamplingParams(
             max_tokens=steps + 6, ignore_eos=True, detokenize=False, temperature=0.0,
@@ -168,14 +237,36 @@ class Engine:
         for _ in range(2):
             self._engine.step()
         self._wait()
+        self.ranks.slowest(0.0)  # all begin together
         started, tokens = time_now(), 0
         for _ in range(steps):
             tokens += sum(len(found.outputs[0].token_ids) for found in self._engine.step())
         self._wait()
-        took = time_now() - started
+        took = self.ranks.slowest(time_now() - started)
+        tokens *= self._layout.data
         while self._engine.has_unfinished_requests():
             self._engine.step()
         return took, tokens
+
+    def is_same(self, way: str, other: str) -> bool:
+        """Whether both ways answer with the same tokens, on every GPU."""
+        differ = self.tokens(way, 8, 24) != self.tokens(other, 8, 24)
+        return not bool(self.ranks.most(torch.tensor([int(differ)]))[0])
+
+    def experts(self, way: str, requests: int) -> Seen:
+        """What the last step of so many requests woke, on all GPUs."""
+        rows = requests // self._layout.data
+        awake_LE, activated = self.replay.used(way, rows, rows)
+        awake_LE = self.ranks.most(awake_LE)
+        placement = Placement.linear(awake_LE.shape[1], self._layout.expert_ranks)
+        by_rank = [awake_LE[:, placement.experts_on(r)].sum(-1) for r in range(placement.ranks)]
+        count_LR = torch.stack(by_rank, dim=-1).double()
+        return Seen(
+            float(count_LR.sum(-1).mean()),
+            float(count_LR.max(-1).values.mean()),
+            tuple(count_LR.mean(0).tolist()),
+            activated,
+        )
 
     def tokens(self, way: str, requests: int, count: int) -> dict[str, list[int]]:
         """Greedy replies to so many prompts of different lengths, by prompt."""
@@ -198,17 +289,21 @@ class Engine:
         return replies
 
     def step_seconds(self, rows: int, way: str, replays: int) -> float:
-        """Seconds of one captured step of the model alone, replayed as the last request left it."""
+        """Seconds of one captured step of the model alone, replayed as the last request left it.
+
+        `rows` are those of one data-parallel rank.
+        """
         entries = self._entries[way]
         graph = next(e.cudagraph for key, e in entries.items() if key.num_tokens == rows)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         graph.replay()
+        self.ranks.slowest(0.0)
         start.record()
         for _ in range(replays):
             graph.replay()
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / replays
+        return self.ranks.slowest(float(start.elapsed_time(end)) / 1e3 / replays)
 
     @staticmethod
     def _base(name: str, names: set[str]) -> str:

@@ -73,3 +73,34 @@ def install_context(monkeypatch: pytest.MonkeyPatch, context: Any) -> None:
 def ranks(*tokens: int) -> SimpleNamespace:
     """What vLLM knows of data-parallel ranks in a step."""
     return SimpleNamespace(num_tokens_across_dp_cpu=torch.tensor(tokens))
+
+
+def loaded_runner(
+    experts: str = "TritonExperts", activation: str = "silu", **settings: Any
+) -> SimpleNamespace:
+    """A MoE layer that vLLM has loaded on one GPU, unquantised where `settings` say no other."""
+    module = "vllm.model_executor.layers.fused_moe.experts.triton_moe"
+    loaded = type(experts, (), {"__module__": module, "apply": None})()
+    names = ("quant_dtype", "w1_scale", "gemm1_clamp_limit", "w1_bias", "w2_bias")
+    loaded.quant_config = SimpleNamespace(
+        **{name: settings.get(name) for name in names},
+        use_int8_w8a16=settings.get("use_int8_w8a16", False),
+        use_int4_w4a16=settings.get("use_int4_w4a16", False),
+    )
+    impl = SimpleNamespace(fused_experts=loaded)
+    kernel = SimpleNamespace(impl=impl, fused_experts=loaded)
+    return SimpleNamespace(
+        router=SimpleNamespace(eplb_state=settings.get("eplb_state")),
+        routed_experts=SimpleNamespace(
+            quant_method=SimpleNamespace(moe_kernel=kernel),
+            expert_map=settings.get("expert_map"),
+            activation=SimpleNamespace(value=activation),
+            apply_router_weight_on_input=settings.get("apply_router_weight_on_input", False),
+        ),
+        moe_config=SimpleNamespace(
+            is_lora_enabled=settings.get("is_lora_enabled", False),
+            dp_size=settings.get("dp_size", 1),
+            pcp_size=settings.get("pcp_size", 1),
+            is_sequence_parallel=settings.get("is_sequence_parallel", False),
+        ),
+    )

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 
-from leanmoe.engines.spelling import repeat_best, widened
-from leanmoe.kernels.gpu.route import route_gpu, route_gpu_repeating
+from leanmoe.engines.spelling import Skipped, repeat_best, spelled, widened
+from leanmoe.kernels.gpu.route import (
+    route_gpu,
+    route_gpu_repeating,
+    route_gpu_skipping,
+    why_not_route_gpu,
+)
 from leanmoe.routing import route
 from tests.routing.cases import Case, cases
 
@@ -20,6 +25,14 @@ def test_padding_repeats_the_first_tokens_best() -> None:
     ids = torch.tensor([[3, 1], [8, 8], [8, 8]])
     padding = torch.tensor([False, True, False])
     assert repeat_best(ids, 8, padding).tolist() == [[3, 1], [3, 3], [0, 0]]
+
+
+def test_a_slot_that_is_passed_over_has_an_id_of_no_expert() -> None:
+    ids, padding = torch.tensor([[3, 1, 8], [8, 8, 8]]), torch.tensor([False, True])
+    assert spelled(ids, 8, padding, Skipped.MINUS_ONE).tolist() == [[3, 1, -1], [-1, -1, -1]]
+    assert spelled(ids, 8, padding, Skipped.BEYOND).tolist() == ids.tolist()
+    repeated = spelled(ids, 8, padding, Skipped.REPEATED)
+    assert repeated.tolist() == repeat_best(ids, 8, padding).tolist()
 
 
 def test_widened_slots_weigh_nothing() -> None:
@@ -57,3 +70,21 @@ def test_the_gpu_kernel_spells_it_the_same() -> None:
     ids, weights = route_gpu_repeating(logits, router, 4, rule, None, padding)
     assert ids.tolist() == repeat_best(plain.ids_TK, 32, padding).tolist()
     assert weights.tolist() == plain.weights_TK.tolist()
+
+
+@given(cases(hostile=False))
+@settings(deadline=None, max_examples=20)
+def test_the_gpu_kernel_passes_over_the_same_slots(drawn: Case) -> None:
+    logits, router, rule = drawn.logits_STE[0], drawn.router, drawn.rule
+    padding = None if drawn.padding_ST is None else drawn.padding_ST[0]
+    if why_not_route_gpu(logits, router, rule) is not None:
+        return
+    arguments = (logits, router, drawn.top_k, rule, drawn.bias_E, padding)
+    plain = route_gpu(*arguments)
+    for skipped in (Skipped.MINUS_ONE, Skipped.BEYOND):
+        number = skipped.id(drawn.experts)
+        ids, weights = route_gpu_skipping(*arguments, skipped_id=number)
+        wanted = spelled(plain.ids_TK, drawn.experts, padding, skipped)
+        assert ids.dtype is torch.int32
+        assert ids.tolist() == wanted.tolist()
+        torch.testing.assert_close(weights, plain.weights_TK, rtol=0, atol=0, equal_nan=True)

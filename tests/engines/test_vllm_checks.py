@@ -6,12 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from leanmoe.engines.vllm import checks, plugin
 from leanmoe.engines.vllm.hook import _bands_between, decoder_index
+from leanmoe.engines.vllm.ranks import company_of
 from leanmoe.engines.vllm.version import check_version
 from leanmoe.errors import LeanMoeError
+from leanmoe.placement import Placement
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.routing import ALONE
 from tests.engines.stand_ins import (
     BaseRouter,
     CustomRoutingRouter,
@@ -146,11 +150,79 @@ def test_bands_that_end_between_captured_sizes_are_named() -> None:
     assert "6, 12" in str(between(4, 6, 12))
 
 
-def test_company_beyond_a_rank_is_refused_as_the_plugin_starts(
+def test_a_company_of_another_name_is_refused_as_the_plugin_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("LEANMOE_COMPANY", "all")
+    monkeypatch.setenv("LEANMOE_COMPANY", "world")
     plugin.activate()  # no plan, nothing to refuse
     monkeypatch.setenv("LEANMOE_PLAN", "plan.json")
-    with pytest.raises(LeanMoeError, match="LEANMOE_COMPANY is 'all': vLLM cannot share experts"):
+    with pytest.raises(LeanMoeError, match="LEANMOE_COMPANY is 'world': it must be rank or all"):
         plugin.activate()
+
+
+def spread(ranks: int, rank: int = 0, strategy: str = "linear", data: int = 1, **more: Any) -> Any:
+    """A layer of vLLM whose 16 experts are on so many ranks, held as vLLM would."""
+    placed: Any = {"linear": Placement.linear, "round_robin": Placement.round_robin}
+    held = placed[more.pop("held", strategy)](16, ranks).experts_on(rank)
+    local_of_E = torch.tensor([held.index(e) if e in held else -1 for e in range(16)])
+    parallel = SimpleNamespace(
+        use_ep=ranks > 1, ep_size=ranks, ep_rank=rank, dp_size=data, is_sequence_parallel=False,
+        enable_eplb=more.get("eplb", False),
+    )  # fmt: skip
+    parallel.moe_parallel_config = parallel
+    return SimpleNamespace(
+        moe_config=parallel,
+        layer_name="layer 1",
+        router=FusedTopKRouter(),
+        expert_map_manager=SimpleNamespace(placement_strategy=strategy, expert_map=local_of_E),
+    )
+
+
+PLACED = [Rule(budget_per_rank=2)]
+FEW_TOKENS = SimpleNamespace(max_num_batched_tokens=8192)
+WHOLE = SimpleNamespace(
+    parallel_config=SimpleNamespace(use_ubatching=False), scheduler_config=FEW_TOKENS
+)
+CUT = SimpleNamespace(
+    parallel_config=SimpleNamespace(use_ubatching=True), scheduler_config=FEW_TOKENS
+)
+
+
+def test_experts_are_where_vllm_has_them() -> None:
+    for strategy, expected in (
+        ("linear", Placement.linear(16, 3)),
+        ("round_robin", Placement.round_robin(16, 3)),
+    ):
+        for rank in range(3):
+            layer = spread(3, rank, strategy)
+            assert company_of(layer, 16, False).placement == expected
+            checks.check_ranks(layer, PLACED, False, WHOLE, "layer 1")
+    assert company_of(spread(1), 16, True) == ALONE
+    assert company_of(spread(2, data=2), 16, False).exchange is None
+    assert company_of(spread(2, data=2), 16, True).exchange is not None
+
+
+def test_a_placement_that_is_not_known_is_refused() -> None:
+    with pytest.raises(LeanMoeError, match=r"vLLM has experts \[0, 2, .* leanmoe expected"):
+        checks.check_ranks(spread(2, held="round_robin"), PLACED, False, WHOLE, "layer 1")
+    with pytest.raises(LeanMoeError, match="remove --enable-eplb"):
+        checks.check_ranks(spread(2, eplb=True), PLACED, False, WHOLE, "layer 1")
+    checks.check_ranks(spread(2, eplb=True), SHARED, False, WHOLE, "layer 1")
+    other = spread(2)
+    other.expert_map_manager.placement_strategy = "by the moon"
+    with pytest.raises(LeanMoeError, match="places experts by 'by the moon'"):
+        company_of(other, 16, False)
+
+
+def test_a_step_cut_in_two_cannot_wait_for_other_ranks() -> None:
+    checks.check_ranks(spread(2, data=2), SHARED, False, CUT, "layer 1")
+    checks.check_ranks(spread(2, data=2), FEWER, True, CUT, "layer 1")
+    with pytest.raises(LeanMoeError, match="remove --enable-dbo"):
+        checks.check_ranks(spread(2, data=2), SHARED, True, CUT, "layer 1")
+
+
+def test_more_tokens_than_ranks_can_count_together_are_refused() -> None:
+    checks.check_ranks(spread(2, data=32), SHARED, True, WHOLE, "layer 1")
+    checks.check_ranks(spread(2, data=64), SHARED, False, WHOLE, "layer 1")
+    with pytest.raises(LeanMoeError, match=r"64 ranks may have 8192 each; .* to 4096 or fewer"):
+        checks.check_ranks(spread(2, data=64), SHARED, True, WHOLE, "layer 1")

@@ -60,6 +60,10 @@ def predict(
     constants: Annotated[
         Path | None, typer.Option(help="Of your own GPU, from leanmoe calibrate.")
     ] = None,
+    communication: Annotated[
+        Path | None,
+        typer.Option(help="Between your own GPUs, from benchmarks/communication.py."),
+    ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Compare every split of --gpus at every load.")
     ] = False,
@@ -90,7 +94,7 @@ def predict(
 
     found = find_model(model)
     machine = read_gpu(gpu)
-    own = find_constants(constants)
+    own = find_constants(constants, communication, machine)
     assumed = Assumed(skew, agreement)
     chosen = find_plan(found, plan, top_k, guaranteed)
     curves = find_curves(found, chosen, profile, assumed)

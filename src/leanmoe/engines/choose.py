@@ -6,29 +6,32 @@ Letters: T rows of a step, E experts, K slots a token.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanmoe.engines.spelling import repeat_best
+from leanmoe.engines.spelling import Skipped, spelled
 from leanmoe.kernels import (
     route_cpu,
     route_gpu_repeating,
+    route_gpu_skipping,
     why_not_route_cpu,
     why_not_route_gpu,
 )
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
-from leanmoe.routing import route
+from leanmoe.routing import ALONE, Company, route
 
 
-def implementation(logits_TE: Tensor, router: Router, rule: Rule) -> str:
+def implementation(logits_TE: Tensor, router: Router, rule: Rule, company: Company = ALONE) -> str:
     """Which routing function runs: "gpu", "cpu" or "reference"."""
+    rule = rule.on(company.ranks)
     if logits_TE.is_cuda:
         has_triton = find_spec("triton") is not None
         can = has_triton and why_not_route_gpu(logits_TE, router, rule) is None
         return "gpu" if can else "reference"
+    if rule.depends_on_company and company.exchange is not None:
+        return "reference"
     has_numba = find_spec("numba") is not None
     can = has_numba and why_not_route_cpu(logits_TE, router, rule) is None
     return "cpu" if can else "reference"
@@ -50,14 +53,21 @@ def choose(
     bias_E: Tensor | None,
     padding_T: Tensor | None,
     ids_dtype: torch.dtype,
+    skipped: Skipped = Skipped.REPEATED,
+    company: Company = ALONE,
 ) -> tuple[Tensor, Tensor]:
-    """Ids and float32 weights (T,K) under a rule, a skipped slot as in `spelling`."""
+    """Ids and float32 weights (T,K) under a rule, its skipped slots as `skipped` says."""
+    rule = rule.on(company.ranks)
     bias_E = None if bias_E is None else bias_E.detach()
     arguments = (logits_TE, router, top_k, rule, bias_E, padding_T)
-    name = implementation(logits_TE, router, rule)
+    name, experts = implementation(logits_TE, router, rule, company), logits_TE.shape[1]
     if name == "gpu":
-        return route_gpu_repeating(*arguments, ids_dtype=ids_dtype)
-    function: Any = route_cpu if name == "cpu" else route
-    ids, weights, _over_budget = function(*arguments)
-    ids = repeat_best(ids, logits_TE.shape[1], padding_T)
-    return ids.to(ids_dtype), weights.float()
+        on_gpu = (*arguments, company.placement, company.exchange)
+        if skipped is Skipped.REPEATED:
+            return route_gpu_repeating(*on_gpu, ids_dtype=ids_dtype)
+        return route_gpu_skipping(*on_gpu, skipped_id=skipped.id(experts), ids_dtype=ids_dtype)
+    if name == "cpu":
+        ids, weights, _over_budget = route_cpu(*arguments)
+    else:
+        ids, weights, _over_budget = route(*arguments, company)
+    return spelled(ids, experts, padding_T, skipped).to(ids_dtype), weights.float()

@@ -4,7 +4,8 @@ Each rank routes its own tokens. What it must know of the others' is how often t
 best, guarantee it and vote for it: three whole numbers an expert, whatever the number of tokens.
 So a rank with few tokens or none takes part as any other, and all decide alike, to the last bit.
 
-Not for use inside a captured CUDA graph; tested with gloo on CPUs, never run on several GPUs.
+For loops of one's own, eager ones; vLLM's adapter sums the same ballots with vLLM's own groups.
+Tested with gloo on CPUs, never run on several GPUs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leanmoe.errors import LeanMoeError
+from leanmoe.kernels.gpu.route import MOST_TOKENS_OF_ALL
 from leanmoe.placement import Placement
 from leanmoe.routing import Company
 
@@ -41,7 +44,15 @@ def company_of_all(
 def tokens_of_all(
     tokens: int, device: torch.device | str = "cpu", group: dist.ProcessGroup | None = None
 ) -> int:
-    """The tokens of a step on all ranks together: the same number everywhere, once a step."""
+    """The tokens of a step on all ranks together: the same number everywhere, once a step.
+
+    Raises LeanMoeError, on every rank, for more than ranks can tell each other of.
+    """
     total = torch.tensor(tokens, device=device)
     dist.all_reduce(total, group=group)
+    if int(total) > MOST_TOKENS_OF_ALL:
+        raise LeanMoeError(
+            f"a step has {int(total)} tokens on all ranks: at most {MOST_TOKENS_OF_ALL} can share "
+            "experts"
+        )
     return int(total)

@@ -22,6 +22,8 @@ PROMPT_REASON = (
 COMPANY = "LEANMOE_COMPANY"
 """Variable: whose tokens a rule that shares experts sees under data parallelism."""
 RANK, ALL = "rank", "all"
+KNOW_RANKS = ("vLLM",)
+"""Engines whose adapter knows on which rank each expert is, and how to ask the other ranks."""
 
 
 def without(plan: Plan, parts: Sequence[str]) -> Plan:
@@ -39,15 +41,16 @@ def check_parts(plan: Plan, engine: str, consent: str) -> None:
     """
     if any(not rule.is_empty for rule in plan.prompt):
         raise LeanMoeError(f"{engine}: {PROMPT_REASON}; {consent} runs the bands without them")
-    check_placed(plan, engine)
+    if engine not in KNOW_RANKS:
+        check_placed(plan, engine)
 
 
 def check_placed(plan: Plan, engine: str) -> None:
     """Raises LeanMoeError if a rule needs to know on which GPU each expert is."""
     if plan.has_budget_per_rank:
         raise LeanMoeError(
-            f"{engine}: budget_per_rank cannot be honoured: it was never run on several GPUs; on "
-            "one, budget is the same"
+            f"{engine}: budget_per_rank cannot be honoured: the adapter does not know on which GPU "
+            "an expert is; on one GPU, budget is the same"
         )
 
 
@@ -55,10 +58,10 @@ def check_company(value: str, engine: str) -> None:
     """Raises LeanMoeError unless `value`, of LEANMOE_COMPANY, is what `engine` can do."""
     if value not in (RANK, ALL):
         raise LeanMoeError(f"{COMPANY} is {value!r}: it must be {RANK} or {ALL}")
-    if value == ALL:
+    if value == ALL and engine not in KNOW_RANKS:
         raise LeanMoeError(
-            f"{COMPANY} is {ALL!r}: {engine} cannot share experts among data-parallel ranks, which "
-            f"was never run on several GPUs; unset it, or set {RANK}"
+            f"{COMPANY} is {ALL!r}: {engine} cannot share experts among data-parallel ranks under "
+            f"leanmoe; unset it, or set {RANK}"
         )
 
 
@@ -83,5 +86,6 @@ def notes(plan: Plan, engine: str) -> tuple[str, ...]:
     if plan.bands and plan.bands[-1].up_to is not None:
         found.append(f"steps of more than {plan.bands[-1].up_to} rows run the full model")
     if any(rule.depends_on_company for rule in rules):
-        found.append("a token's company is that of its own data-parallel rank")
+        more = f"; {COMPANY}={ALL} makes it all ranks'" if engine in KNOW_RANKS else ""
+        found.append(f"a token's company is that of its own data-parallel rank{more}")
     return tuple(found)

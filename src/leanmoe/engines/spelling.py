@@ -1,14 +1,36 @@
-"""How a skipped slot is written for an engine whose kernels want an expert in every slot.
+"""How a skipped slot is written for an engine: as its kernels read it.
 
 Letters: T tokens, K slots a token, E experts.
 """
 
 from __future__ import annotations
 
+from enum import Enum
+
 import torch
 from torch import Tensor
 
-REPEATS = "the token's best expert again, weight 0"
+
+class Skipped(Enum):
+    """What stands in a skipped slot; its weight is 0 in any case."""
+
+    REPEATED = "the token's best expert again, weight 0"
+    """For kernels that want an expert in every slot."""
+    MINUS_ONE = "id -1"
+    """For kernels that pass over it."""
+    BEYOND = "passed over by leanmoe's experts"
+    """Id E: what leanmoe's own kernels pass over."""
+
+    def id(self, experts: int) -> int:
+        """The id of a slot that is passed over."""
+        return experts if self is Skipped.BEYOND else -1
+
+
+def spelled(ids_TK: Tensor, experts: int, padding_T: Tensor | None, skipped: Skipped) -> Tensor:
+    """`ids_TK` with each skipped slot, id E, written as an engine wants it."""
+    if skipped is Skipped.REPEATED:
+        return repeat_best(ids_TK, experts, padding_T)
+    return ids_TK.masked_fill(ids_TK >= experts, skipped.id(experts))
 
 
 def repeat_best(ids_TK: Tensor, experts: int, padding_T: Tensor | None = None) -> Tensor:

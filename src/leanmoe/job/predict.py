@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from leanmoe.cost.activation import CurveOf, assumed_curves, saved_curves
+from leanmoe.cost.communication import fitted, read_collectives
 from leanmoe.cost.constants import Constants, read_constants, shipped
 from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import Gpu
@@ -53,9 +54,16 @@ def find_plan(
     return plan
 
 
-def find_constants(path: Path | None) -> Constants:
-    """The shipped constants, a user's own before them."""
-    return shipped() if path is None else shipped().merged(read_constants(path))
+def find_constants(
+    path: Path | None, communication: Path | None = None, gpu: Gpu | None = None
+) -> Constants:
+    """The shipped constants, a user's own before them, and measured collectives before both."""
+    found = shipped() if path is None else shipped().merged(read_constants(path))
+    if communication is None or gpu is None:
+        return found
+    rates, _ = found.rates_for(gpu.name)
+    own = fitted(rates, read_collectives(communication), gpu)
+    return found.merged(Constants((), {gpu.name: own}))
 
 
 def find_deployment(

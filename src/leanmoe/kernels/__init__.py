@@ -7,7 +7,13 @@ Those that compute take `(hidden_TD, ids_TK, weights_TK, weights: ExpertWeights)
 from leanmoe.kernels.choose import Choice, Experts, choose_experts
 from leanmoe.kernels.cpu import experts_cpu
 from leanmoe.kernels.gpu.experts import experts_gpu, why_not_gpu
-from leanmoe.kernels.gpu.route import RoutedGpu, route_gpu, route_gpu_repeating, why_not_route_gpu
+from leanmoe.kernels.gpu.route import (
+    RoutedGpu,
+    route_gpu,
+    route_gpu_repeating,
+    route_gpu_skipping,
+    why_not_route_gpu,
+)
 from leanmoe.kernels.reference import expert_rows, experts_reference
 from leanmoe.kernels.route_cpu import Routed, route_cpu, why_not_route_cpu
 from leanmoe.kernels.weights import ExpertWeights, Gate
@@ -30,6 +36,7 @@ __all__ = [
     "route_cpu",
     "route_gpu",
     "route_gpu_repeating",
+    "route_gpu_skipping",
     "why_not_gpu",
     "why_not_route_cpu",
     "why_not_route_gpu",

@@ -162,7 +162,8 @@ def _hook(
     undo.append(model.register_forward_hook(forget, always_call=True).remove)
     undo.append(model.base_model.register_forward_pre_hook(note_step, with_kwargs=True).remove)
     is_fast = model.config._experts_implementation == IMPLEMENTATION
-    if is_fast and company.ranks > 1 and plan.has_budget_per_rank:
+    is_on_gpu = model.device.type == "cuda"
+    if is_fast and company.ranks > 1 and plan.has_budget_per_rank and not is_on_gpu:
         logger.warning("rules with budget_per_rank are routed by the reference, in plain torch")
     for layer in layers:
         how = LayerRouting(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from leanmoe.engines.vllm.skipping import Skipping
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.shape import read_shape
@@ -238,3 +239,46 @@ def test_a_router_that_bypasses_the_hook_is_refused(
     with pytest.raises((LeanMoeError, AssertionError, NotImplementedError)) as caught:
         load(UNIFORM)
     assert "inside its kernel" in str(caught.value)
+
+
+def test_small_steps_of_this_vllm_are_as_read() -> None:
+    """Its Triton experts do not run here, but what the plugin asks of their code can be asked."""
+    from importlib import import_module
+
+    from leanmoe.engines.vllm import skipping
+
+    functions = import_module(skipping.FUNCTIONS)
+    module, name = skipping.TRITON
+    assert isinstance(getattr(import_module(module), name), type)
+    assert skipping.passes_over(functions)
+    for rows, slots, experts in ((4, 4, 64), (8, 8, 256), (2, 6, 64)):
+        assert skipping.takes_slots_alone(functions, rows, slots, experts)
+        assert not skipping.takes_slots_alone(functions, rows + 1, slots, experts)
+
+
+def test_experts_on_a_cpu_have_no_small_steps(
+    load: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    from leanmoe.engines.vllm import hook
+
+    with caplog.at_level("INFO", logger="vllm.leanmoe"):
+        load(SEARCHED)
+    model = hook.current()
+    assert model is not None
+    assert "a skipped slot repeats in small steps: its experts are CPU" in caplog.text
+    assert all(layer.skipping == Skipping() for layer in model.layers.values())
+
+
+def test_leanmoes_experts_are_refused_on_a_cpu(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanmoe.engines.vllm import hook
+
+    use = hook.use
+    monkeypatch.setattr(
+        hook, "use", lambda *found, **more: use(*found, **more, has_own_experts=True)
+    )
+    with pytest.raises(
+        LeanMoeError, match="LEANMOE_EXPERTS=leanmoe cannot compute it: its experts"
+    ):
+        load(UNIFORM)

@@ -193,6 +193,26 @@ WAYS_FP8 = {
 }
 
 
+WAYS_TWO_PARTS = {
+    "direct": ExpertsConfig(16, 0, True, WIDE, DEEP, parts=2),
+    "direct, described": ExpertsConfig(
+        16, 0, True, replace(WIDE, described=True), replace(DEEP, described=True), parts=2
+    ),
+    "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True, parts=2),
+    "listed": ExpertsConfig(16, 0, False, WIDE, DEEP, parts=2),
+    "listed in long blocks": ExpertsConfig(32, 0, False, WIDE, DEEP, parts=2),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TWO_PARTS)
+def test_fp8_activations_of_two_parts_are_as_exact_as_bfloat16(way: str) -> None:
+    config = WAYS_TWO_PARTS[way]
+    weights = fp8_layer(3, 208, 144)
+    hidden, ids, gates = random_call(weights, 13, 2)
+    found = run((hidden.half(), ids, gates), weights, config)
+    assert error(found, experts_reference(hidden.half().double(), ids, gates, weights)) < 5e-3
+
+
 @pytest.mark.parametrize("way", WAYS_FP8)
 def test_fp8_with_a_scale_for_each_block(way: str) -> None:
     weights = fp8_layer(3, 208, 144)  # ends in the middle of a block
@@ -210,6 +230,12 @@ def test_fp8_config_must_fit_its_scales() -> None:
     config = ExpertsConfig(16, 0, False, Tile(32, 32, 4, 2), Tile(32, 64, 4, 2))
     with pytest.raises(LeanMoeError, match="no more than the first's 32 columns"):
         run(call, weights, config)
+    two = WAYS_TWO_PARTS["listed"]
+    for odd in ({"tail": 16}, {"gate_up": replace(WIDE, weights_left=False)}, {"parts": 3}):
+        with pytest.raises(LeanMoeError, match="must be 1, or 2 without a tail and with the wei"):
+            replace(two, **odd)
+    with pytest.raises(LeanMoeError, match="2 fp8 parts for other weights"):
+        run(random_call(random_layer(), 3, 1), random_layer(), two)
     shallow = ExpertsConfig(16, 0, False, Tile(32, 16, 4, 2), Tile(32, 32, 4, 2))
     with pytest.raises(LeanMoeError, match="reads 16 columns a step"):
         run(call, weights, shallow)
@@ -254,3 +280,16 @@ def test_says_what_it_cannot_do() -> None:
         run((hidden, ids, gates), weights, WAYS["direct"])
     with pytest.raises(LeanMoeError, match="must be of one dtype"):
         run((hidden.half(), ids, gates), weights, WAYS["listed"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_place_for_the_result_is_filled(way: str) -> None:
+    layer = on_device(random_layer())
+    call = [tensor.to(layer.gate_up.device) for tensor in random_call(layer, 5, 3)]
+    place = torch.full_like(call[0], float("nan"))
+    found = experts_gpu(*call, layer, config=WAYS[way], out=place)
+    assert found is place
+    assert torch.equal(place, experts_gpu(*call, layer, config=WAYS[way]))
+    for wrong in (place[:4], place.double(), place.T.contiguous().T):
+        with pytest.raises(LeanMoeError, match="place for the result"):
+            experts_gpu(*call, layer, out=wrong)

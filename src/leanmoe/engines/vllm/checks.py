@@ -9,9 +9,11 @@ import inspect
 from typing import Any
 
 from leanmoe.engines.choose import is_plain
+from leanmoe.engines.vllm.ranks import placement_of
 from leanmoe.engines.vllm.router import why_not_read
 from leanmoe.engines.vllm.version import TESTED
 from leanmoe.errors import LeanMoeError
+from leanmoe.kernels.gpu.route import MOST_TOKENS_OF_ALL
 from leanmoe.plan import Rule
 
 HOOK = ["self", "hidden_states", "router_logits", "indices_type", "input_ids"]
@@ -69,6 +71,47 @@ def check_runner(runner: Any, rules: list[Rule], name: str) -> None:
         raise LeanMoeError(
             f"{name}: rules that share experts cannot run with prefill context parallelism: set "
             "--prefill-context-parallel-size 1"
+        )
+
+
+def check_ranks(runner: Any, rules: list[Rule], is_of_all: bool, config: Any, name: str) -> None:
+    """Refuses rules that need to know of other ranks where that is not known, or would wait."""
+    parallel = runner.moe_config.moe_parallel_config
+    if any(rule.budget_per_rank is not None for rule in rules):
+        if parallel.use_ep and getattr(parallel, "enable_eplb", False):
+            raise LeanMoeError(
+                f"{name}: budget_per_rank cannot run where vLLM moves experts between GPUs: remove "
+                "--enable-eplb, or use budget"
+            )
+        check_placement(runner, name)
+    shares = any(rule.depends_on_company for rule in rules)
+    if not (is_of_all and shares and parallel.dp_size > 1):
+        return
+    if getattr(config.parallel_config, "use_ubatching", False):
+        raise LeanMoeError(
+            f"{name}: LEANMOE_COMPANY=all cannot run with steps cut in two: remove --enable-dbo"
+        )
+    tokens = config.scheduler_config.max_num_batched_tokens
+    if tokens * parallel.dp_size > MOST_TOKENS_OF_ALL:
+        raise LeanMoeError(
+            f"{name}: LEANMOE_COMPANY=all counts at most {MOST_TOKENS_OF_ALL} tokens of all ranks: "
+            f"{parallel.dp_size} ranks may have {tokens} each; set --max-num-batched-tokens to "
+            f"{MOST_TOKENS_OF_ALL // parallel.dp_size} or fewer"
+        )
+
+
+def check_placement(runner: Any, name: str) -> None:
+    """Refuses a vLLM that has other experts on this GPU than leanmoe takes it to have."""
+    local_of_E = runner.expert_map_manager.expert_map
+    experts, rank = runner.router.global_num_experts, runner.moe_config.ep_rank
+    placement = placement_of(runner, experts)
+    if placement is None or local_of_E is None:
+        return
+    held = tuple(e for e, local in enumerate(local_of_E.tolist()[:experts]) if local >= 0)
+    if held != placement.experts_on(rank):
+        raise LeanMoeError(
+            f"{name}: vLLM has experts {list(held)} on rank {rank}, leanmoe expected "
+            f"{list(placement.experts_on(rank))}: budget_per_rank cannot run; use budget"
         )
 
 

@@ -13,11 +13,16 @@ from typing import Any
 
 from leanmoe.engines import honour
 from leanmoe.engines.choose import implementation, is_plain
-from leanmoe.engines.spelling import REPEATS
+from leanmoe.engines.spelling import Skipped
 from leanmoe.engines.statistics import Statistics
 from leanmoe.engines.vllm import checks
+from leanmoe.engines.vllm.experts import OwnExperts, check_experts, weights_of
+from leanmoe.engines.vllm.grouping import put as put_grouping
+from leanmoe.engines.vllm.grouping import why_not_group
 from leanmoe.engines.vllm.plugin import DROP
+from leanmoe.engines.vllm.ranks import GATHERING, company_of
 from leanmoe.engines.vllm.routing import LayerRouting
+from leanmoe.engines.vllm.skipping import Skipping, why_not_skip
 from leanmoe.engines.vllm.version import TESTED, check_version
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Plan
@@ -30,11 +35,24 @@ logger = logging.getLogger("vllm.leanmoe")
 class PlannedModel:
     """A model that vLLM builds in this process, and its layers under the plan."""
 
-    def __init__(self, plan: Plan, config: Any, is_counted: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        config: Any,
+        is_counted: bool,
+        *,
+        is_of_all: bool = False,
+        has_own_experts: bool = False,
+    ) -> None:
+        """`is_of_all`: a token's company is that of all data-parallel ranks, not of its own;
+        `has_own_experts`: leanmoe's kernels compute the experts, not vLLM's.
+        """
         self.config = weakref.ref(config)
         self.plan = plan
+        self.has_own_experts = has_own_experts
         self.shape = shape_of(config.model_config.hf_config)
         plan.check(self.shape.fingerprint())
+        self._is_of_all = is_of_all
         self.statistics = Statistics(plan.model.moe_layers) if is_counted else None
         self.layers: dict[int, LayerRouting] = {}
         self.runners: dict[int, Any] = {}
@@ -61,8 +79,10 @@ class PlannedModel:
             sequence_parallel=share,
             is_full_width=self._is_full_width(parallel),
             statistics=self.statistics,
+            company=company_of(runner, self.plan.model.experts, self._is_of_all),
         )
         rules = routing.rules
+        checks.check_ranks(runner, rules, self._is_of_all, self.config(), runner.layer_name)
         checks.check_router(runner.router, rules, self.plan.model.top_k, runner.layer_name)
         if all(rule.is_empty for rule in rules) and self.statistics is None:
             return
@@ -82,15 +102,51 @@ class PlannedModel:
         for layer, routing in self.layers.items():
             runner = self.runners[layer]
             checks.check_runner(runner, routing.rules, runner.layer_name)
+        if self.has_own_experts:
+            for runner in self.runners.values():
+                check_experts(runner, runner.layer_name)
+
+    def settle(self) -> None:
+        """Puts leanmoe's experts in place, if asked for, and settles how skipped slots are written.
+
+        For a model that `check` has nothing against.
+        """
+        for layer, runner in self.runners.items():
+            if self.has_own_experts:
+                OwnExperts(runner).put()
+            if layer in self.layers:
+                self.layers[layer].skipping = self._skipping(runner, self.layers[layer])
+
+    def _skipping(self, runner: Any, routing: LayerRouting) -> Skipping:
+        if all(map(is_plain, routing.rules)) or not routing.may_skip:
+            return Skipping()
+        if self.has_own_experts:
+            return Skipping(Skipped.BEYOND, Skipped.BEYOND)
+        reason = why_not_skip(runner, routing.slots, self.plan.model.experts)
+        if reason is None:
+            groups = why_not_group() is None
+            if groups:
+                put_grouping()
+            return Skipping(small=Skipped.MINUS_ONE, groups=groups)
+        logger.info(
+            "leanmoe: %s: a skipped slot repeats in small steps: %s", runner.layer_name, reason
+        )
+        return Skipping()
 
     def describe(self) -> str:
         """What runs, in one line."""
         runner = next(iter(self.runners.values()), None)
         method = None if runner is None else runner.routed_experts.quant_method
         experts = "none here" if method is None else checks.experts_class(method).__name__
+        if runner is not None and self.has_own_experts:
+            from leanmoe.kernels.gpu.tuned import describe
+
+            experts = f"leanmoe, {describe(weights_of(runner.routed_experts))}"
         found = [f"{len(self.layers)} of {len(self.runners)} MoE layers under it"]
         found += [f"routing by {self._implementations()}", f"experts by {experts}"]
-        return ", ".join([*found, f"a skipped slot is {REPEATS}"])
+        ways = {routing.skipping.describe() for routing in self.layers.values()}
+        found += [f"a skipped slot is {way}" for way in sorted(ways)]
+        return ", ".join(found)
 
     def _implementations(self) -> str:
         import torch
@@ -99,7 +155,9 @@ class PlannedModel:
         device = "cpu" if config is None else config.device_config.device
         logits = torch.empty(1, self.plan.model.experts, device=device)
         names = {
-            "vllm" if is_plain(rule) else implementation(logits, routing.router, rule)
+            "vllm"
+            if is_plain(rule)
+            else implementation(logits, routing.router, rule, routing.company)
             for routing in self.layers.values()
             for rule in routing.rules
         }
@@ -108,12 +166,13 @@ class PlannedModel:
     def _is_full_width(self, parallel: Any) -> bool:
         """Whether every step must have the model's own number of slots.
 
-        Data-parallel ranks may be in different bands and exchange their ids; whoever asks for the
-        experts of a reply gets them from a table of that width.
+        Data-parallel ranks exchange their ids in kernels that may be made for one width; whoever
+        asks for the experts of a reply gets them from a table of that width.
         """
         model = getattr(self.config(), "model_config", None)
         returned = getattr(model, "enable_return_routed_experts", False)
-        return bool(parallel.dp_size > 1 or returned)
+        gathers = parallel.moe_parallel_config.all2all_backend in GATHERING
+        return bool((parallel.dp_size > 1 and not gathers) or returned)
 
 
 def shape_of(config: Any) -> MoEShape:
@@ -135,6 +194,8 @@ class _Installed:
     plan: Plan | None = None
     path = ""
     is_counted = False
+    is_of_all = False
+    has_own_experts = False
     model: PlannedModel | None = None
 
 
@@ -143,7 +204,14 @@ def current() -> PlannedModel | None:
     return _Installed.model
 
 
-def install(path: str, drop: Sequence[str], is_counted: bool = False) -> None:
+def install(
+    path: str,
+    drop: Sequence[str],
+    is_counted: bool = False,
+    *,
+    is_of_all: bool = False,
+    has_own_experts: bool = False,
+) -> None:
     """Puts a plan to work in every model that vLLM builds in this process from now on.
 
     Raises LeanMoeError for a plan or a vLLM with which that cannot be. Called again, it changes
@@ -151,18 +219,25 @@ def install(path: str, drop: Sequence[str], is_counted: bool = False) -> None:
     """
     plan = honour.without(Plan.load(Path(path)), drop)
     honour.check_parts(plan, "vLLM", f"{DROP}={honour.PROMPT}")
-    use(plan, path, is_counted)
+    use(plan, path, is_counted, is_of_all=is_of_all, has_own_experts=has_own_experts)
 
 
-def use(plan: Plan, path: str = "", is_counted: bool = False) -> None:
+def use(
+    plan: Plan,
+    path: str = "",
+    is_counted: bool = False,
+    *,
+    is_of_all: bool = False,
+    has_own_experts: bool = False,
+) -> None:
     """As `install`, for a plan that is no file."""
     import vllm
 
     check_version(vllm.__version__)
-    honour.check_placed(plan, "vLLM")
     if not _patched:
         _patch(vllm.__version__)
     _Installed.plan, _Installed.path, _Installed.is_counted = plan, path, is_counted
+    _Installed.is_of_all, _Installed.has_own_experts = is_of_all, has_own_experts
     _Installed.model = None
     logger.info("leanmoe: plan %s read in process %d", path, os.getpid())
 
@@ -224,7 +299,13 @@ def _adopt(runner: Any) -> None:
         logger.info("leanmoe: %s is a draft's, it runs as trained", runner.layer_name)
         return
     if model is None or model.config() is not config:
-        model = _Installed.model = PlannedModel(plan, config, _Installed.is_counted)
+        model = _Installed.model = PlannedModel(
+            plan,
+            config,
+            _Installed.is_counted,
+            is_of_all=_Installed.is_of_all,
+            has_own_experts=_Installed.has_own_experts,
+        )
         _mark_compiled(config, plan)
     model.adopt(runner)
 
@@ -255,6 +336,7 @@ def _check() -> None:
             "unset LEANMOE_PLAN"
         )
     model.check()
+    model.settle()
     logger.info("leanmoe: plan %s at work, %s", _Installed.path, model.describe())
     if line := _bands_between(model):
         logger.warning("leanmoe: %s", line)

@@ -13,6 +13,9 @@ DROP = "LEANMOE_DROP"
 """Parts of the plan to leave out, comma separated: see `honour.DROPPABLE`."""
 STATISTICS = "LEANMOE_STATISTICS"
 """1 keeps each step's ids, so that `statistics` can say what ran."""
+EXPERTS = "LEANMOE_EXPERTS"
+"""Whose kernels compute the experts: vllm's (also where it is not set) or leanmoe's."""
+OWN_EXPERTS = "leanmoe"
 
 
 def activate() -> None:
@@ -23,6 +26,22 @@ def activate() -> None:
     from leanmoe.engines import honour
     from leanmoe.engines.vllm.hook import install
 
-    honour.check_company(os.environ.get(honour.COMPANY, honour.RANK), "vLLM")
+    company = os.environ.get(honour.COMPANY, honour.RANK)
+    honour.check_company(company, "vLLM")
     drop = [part.strip() for part in os.environ.get(DROP, "").split(",") if part.strip()]
-    install(path, drop, is_counted=os.environ.get(STATISTICS) == "1")
+    install(
+        path,
+        drop,
+        is_counted=os.environ.get(STATISTICS) == "1",
+        is_of_all=company == honour.ALL,
+        has_own_experts=has_own_experts(os.environ.get(EXPERTS, "")),
+    )
+
+
+def has_own_experts(value: str) -> bool:
+    """Whether LEANMOE_EXPERTS asks for leanmoe's kernels; raises LeanMoeError for other words."""
+    if value not in ("", "vllm", OWN_EXPERTS):
+        from leanmoe.errors import LeanMoeError
+
+        raise LeanMoeError(f"{EXPERTS} is {value!r}: it must be vllm or {OWN_EXPERTS}")
+    return value == OWN_EXPERTS

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from leanmoe.engines.choose import choose, is_plain
-from leanmoe.engines.spelling import widened
+from leanmoe.engines.spelling import Skipped, widened
 from leanmoe.engines.statistics import Statistics
+from leanmoe.engines.vllm import grouping
 from leanmoe.engines.vllm.padding import padding_rows
 from leanmoe.engines.vllm.router import ranking_bias, read_router
+from leanmoe.engines.vllm.skipping import Skipping
 from leanmoe.plan import Plan, Rule
 from leanmoe.routers import Router
+from leanmoe.routing import ALONE, Company
 
 _layers: WeakValueDictionary[int, LayerRouting] = WeakValueDictionary()
 _numbers = itertools.count()
@@ -42,14 +45,21 @@ class LayerRouting:
         sequence_parallel: tuple[int, int] | None = None,
         is_full_width: bool = False,
         statistics: Statistics | None = None,
+        company: Company = ALONE,
     ) -> None:
-        """`layer` counts MoE layers; `is_full_width` gives every step the model's own K slots."""
+        """`layer` counts MoE layers; `is_full_width` gives every step the model's own K slots.
+
+        `company` says where the layer's experts are, and how to hear of other ranks' tokens.
+        """
         self.plan, self.layer = plan, layer
-        self._vllm = router
+        self._vllm, self._experts = router, plan.model.experts
         self._stock = router._compute_routing
         self._sequence_parallel = sequence_parallel
         self._is_full_width = is_full_width
         self._statistics = statistics
+        self.company = company
+        self.skipping = Skipping()
+        """Set when the layer is loaded, and it is known what its experts do."""
         self._most_slots = max(self._slots(rule) for rule in self.rules)
         self._number = next(_numbers)
         _layers[self._number] = self
@@ -60,6 +70,16 @@ class LayerRouting:
         found = [band.rules[self.layer] for band in self.plan.bands]
         ends = not self.plan.bands or self.plan.bands[-1].up_to is not None
         return [*found, Rule()] if ends else found
+
+    @property
+    def slots(self) -> set[int]:
+        """The slots a token has under the layer's rules."""
+        return {self._slots(rule) for rule in self.rules}
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether a slot may have an id that is no expert's: not where ids leave the layer."""
+        return not self._is_full_width
 
     @cached_property
     def router(self) -> Router:
@@ -94,9 +114,14 @@ class LayerRouting:
         else:
             ids_dtype = indices_type or torch.int32
             padding_T = padding_rows(router_logits.shape[0], self._sequence_parallel)
+            step = (router_logits.shape[0], self._slots(rule), self._experts)
+            is_grouped = self.skipping.is_grouped(rule, *step)
+            skipped = self.skipping.usual if is_grouped else self.skipping.of(*step)
             ids, weights = self._choose(
-                router_logits, ranking_bias(self._vllm), rule, padding_T, ids_dtype
+                router_logits, ranking_bias(self._vllm), rule, padding_T, ids_dtype, skipped
             )
+            if is_grouped:
+                grouping.ask(ids)
         if self._is_full_width:
             ids, weights = widened(ids, weights, self.plan.model.top_k)
         if self._statistics is not None:
@@ -110,9 +135,11 @@ class LayerRouting:
         rule: Rule,
         padding_T: Tensor | None,
         ids_dtype: torch.dtype,
+        skipped: Skipped = Skipped.REPEATED,
     ) -> tuple[Tensor, Tensor]:
         top_k = self.plan.model.top_k
-        return choose(logits_TE, self.router, top_k, rule, bias_E, padding_T, ids_dtype)
+        step = (logits_TE, self.router, top_k, rule, bias_E, padding_T, ids_dtype)
+        return choose(*step, skipped, self.company)
 
     def routed(
         self, logits_TE: Tensor, bias_E: Tensor | None, slots: int, ids_dtype: torch.dtype

@@ -48,6 +48,18 @@ class ExpertsConfig:
     is_joined: bool = False
     """The second product's programs each add up a token's slots, without the matrix unit; for one
     token or a few, and only where `is_direct`. Of `down`, columns, depth and warps count."""
+    parts: int = 1
+    """With fp8 weights: how many fp8 numbers an activation is the sum of, 1 or 2. Two are as exact
+    as bf16 and twice the work of the matrix unit, which costs nothing where memory decides. With
+    the weights on the left, and without a tail."""
+
+    def __post_init__(self) -> None:
+        are_left = self.gate_up.weights_left and (self.is_joined or self.down.weights_left)
+        if self.parts not in (1, 2) or (self.parts == 2 and (self.tail or not are_left)):
+            raise LeanMoeError(
+                f"experts config has parts {self.parts}: it must be 1, or 2 without a tail and "
+                "with the weights on the left"
+            )
 
     @property
     def block_rows(self) -> int:
@@ -64,7 +76,10 @@ class ExpertsConfig:
         found = _record(cls, value, where)
         for name in ("gate_up", "down"):
             found[name] = Tile(**_record(Tile, found[name], f"{where}.{name}"))
-        config = cls(**found)
+        try:
+            config = cls(**found)
+        except LeanMoeError as error:
+            raise LeanMoeError(f"{where}: {error}") from error
         for name, number in (("rows", config.rows), ("tail", config.tail)):
             if number < 0 or number & (number - 1) or (name == "rows" and number < 16):
                 raise LeanMoeError(f"{where}.{name} is {number}: it must be a power of two")

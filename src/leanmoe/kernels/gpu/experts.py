@@ -48,14 +48,17 @@ def experts_gpu(
     *,
     config: ExpertsConfig | None = None,
     work: WorkList | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Each token's weighted sum over its experts, (T,D), as `experts_reference` gives it.
 
     With fp8 weights the hidden states and what lies between the products are made fp8, too, as
-    DeepSeek-V3 was trained: 3 to 4 % off. Adds up in float32 and in the order of the slots: the
-    same bits every time. Waits for nothing,
-    so it can be captured in a graph. Ids are not checked for range. `work` is the work list of the
-    same ids, where routing made it already, with the config's `block_rows`. Raises LeanMoeError
+    DeepSeek-V3 was trained (4 to 5 % off), or the sum of two fp8 numbers, which is as exact as
+    bf16: the config's `parts`. Adds up in float32 and in the order of the slots: the same bits
+    every time. Waits for nothing, so it can be captured in a graph. Ids are not checked for range.
+    `work` is the work list of the same ids, where routing made it already, with the config's
+    `block_rows`. `out` (T,D) is where the result goes, for who has a place for it; it must be
+    contiguous and apart from the inputs, and torch.compile cannot trace that. Raises LeanMoeError
     for what it cannot compute.
     """
     check_call(hidden_TD, ids_TK, weights_TK, weights)
@@ -67,8 +70,10 @@ def experts_gpu(
             "weights: they must be of one dtype, or the weights fp8"
         )
     tokens, slots = ids_TK.shape
+    if out is not None:
+        _check_out(out, hidden_TD)
     if tokens * slots == 0:
-        return torch.zeros_like(hidden_TD)
+        return torch.zeros_like(hidden_TD) if out is None else out.zero_()
     if config is None:
         from leanmoe.kernels.gpu.tuned import config_for
 
@@ -76,16 +81,14 @@ def experts_gpu(
     _check_config(config, tokens, work, weights.gate_up_scale is not None)
     if work is None and not config.is_direct:
         work = build_work_list(ids_TK, weights.experts, config.block_rows)
-    out: Tensor = _experts_op(
-        hidden_TD.contiguous(),
-        ids_TK.contiguous(),
-        weights_TK.contiguous(),
-        weights.gate_up,
-        weights.down,
-        *operands(weights, work if not config.is_direct else None),
-        _numbers(config),
-    )
-    return out
+    extras, listed, *gate = operands(weights, work if not config.is_direct else None)
+    hidden, ids, gates = (t.contiguous() for t in (hidden_TD, ids_TK, weights_TK))
+    inputs = (hidden, ids, gates, weights.gate_up, weights.down, extras)
+    if out is not None:
+        layout, activation, numbers = gate
+        return _run(ExpertsCall(*inputs, layout, activation, numbers, config, out), listed)
+    found: Tensor = _experts_op(*inputs, listed, *gate, _numbers(config))
+    return found
 
 
 def operands(weights: ExpertWeights, work: WorkList | None) -> tuple[Any, ...]:
@@ -99,6 +102,14 @@ def operands(weights: ExpertWeights, work: WorkList | None) -> tuple[Any, ...]:
         list(ACTIVATIONS).index(gate.activation),
         [float("inf") if gate.limit is None else gate.limit, gate.alpha, gate.up_offset],
     )
+
+
+def _check_out(out: Tensor, hidden_TD: Tensor) -> None:
+    if out.shape != hidden_TD.shape or out.dtype != hidden_TD.dtype or not out.is_contiguous():
+        raise LeanMoeError(
+            f"experts_gpu got a place for the result of shape {tuple(out.shape)}, {out.dtype}: it "
+            f"must be contiguous, {tuple(hidden_TD.shape)} and {hidden_TD.dtype}"
+        )
 
 
 def _check_config(
@@ -126,6 +137,8 @@ def _check_config(
             f"experts config for fp8 reads {min(depths)} columns a step: the matrix unit takes "
             f"{LEAST_FP8_DEPTH} at least"
         )
+    if config.parts == 2 and not is_scaled:
+        raise LeanMoeError("experts config makes activations of 2 fp8 parts for other weights")
     if work is not None and work.block_rows != config.block_rows:
         raise LeanMoeError(
             f"work list has blocks of {work.block_rows} rows: the config wants {config.block_rows}"
@@ -140,13 +153,14 @@ def _numbers(config: ExpertsConfig) -> list[int]:
         for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left, t.described)
     ]
     ways = (config.is_direct, config.overlap, config.is_joined)
-    return [config.rows, config.tail, *ways, *tiles]
+    return [config.rows, config.tail, *ways, config.parts, *tiles]
 
 
 def _config(numbers: list[int]) -> ExpertsConfig:
-    rows, tail, direct, overlap, joined, *rest = numbers
+    rows, tail, direct, overlap, joined, parts, *rest = numbers
     first, second = (_tile(t) for t in (rest[: len(rest) // 2], rest[len(rest) // 2 :]))
-    return ExpertsConfig(rows, tail, bool(direct), first, second, bool(overlap), bool(joined))
+    flags = (bool(overlap), bool(joined))
+    return ExpertsConfig(rows, tail, bool(direct), first, second, *flags, parts)
 
 
 def _tile(numbers: list[int]) -> Tile:
@@ -171,6 +185,10 @@ def _experts_op(
     call = ExpertsCall(
         hidden, ids, gates, gate_up, down, extras, layout, activation, numbers, _config(config)
     )
+    return _run(call, work)
+
+
+def _run(call: ExpertsCall, work: list[Tensor]) -> Tensor:
     call.quantise()
     call.first_product(*work)
     call.second_product(*work)

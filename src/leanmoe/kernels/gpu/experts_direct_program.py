@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from leanmoe.kernels.gpu.tile_program import down_block, gate_up_block
+from leanmoe.kernels.gpu.tile_program import REST, down_block, gate_up_block
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def gate_up_direct(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-    DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first product of the expert at one slot, for all tokens of a small step."""
     if PDL:
@@ -63,7 +63,7 @@ def gate_up_direct(
             expert, tokens_R, slots_R, is_row, tokens_R, slots_R, is_row,
             tile, limit, alpha, up_offset,
             D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
+            SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
         )  # fmt: skip
 
 
@@ -75,7 +75,8 @@ def down_direct(
     STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr, X_BLOCK: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    SWAP: tl.constexpr, DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The second product of the expert at one slot; the last at a tile adds up the tokens' slots.
 
@@ -96,7 +97,7 @@ def down_direct(
             act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
             expert, slots_R, weight_R, is_row, slots_R, weight_R, is_row, tile,
             D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, ROWS, 0, BLOCK_C, BLOCK_K, SWAP,
-            DESCRIBED, WIDEN,
+            DESCRIBED, PARTS, WIDEN,
         )  # fmt: skip
     tl.debug_barrier()  # every thread's part is written before this program counts as arrived
     before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel")
@@ -147,7 +148,7 @@ def down_joined(
     act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, gates_ptr, ids_ptr, out_ptr, tokens,
     E: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SCALED: tl.constexpr, X_BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, X_BLOCK: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of one token's output, all its slots: no parts to write, no other program to await.
@@ -171,8 +172,12 @@ def down_joined(
     for start in range(0, M, BLOCK_K):
         m = start + tl.arange(0, BLOCK_K)
         inside_SK = is_used_S[:, None] & (m < M)[None, :]
-        x_SK = tl.load(act_ptr + row_S[:, None] * M + m[None, :], mask=inside_SK, other=0.0)
-        x_SK = x_SK.to(tl.float32) * gate_S[:, None]
+        x_at = act_ptr + row_S[:, None] * (PARTS * M) + m[None, :]
+        x_SK = tl.load(x_at, mask=inside_SK, other=0.0).to(tl.float32)
+        if PARTS == 2:
+            rest_SK = tl.load(x_at + M, mask=inside_SK, other=0.0)
+            x_SK += rest_SK.to(tl.float32) * (1.0 / REST)
+        x_SK *= gate_S[:, None]
         if SCALED:
             TILES: tl.constexpr = (M + X_BLOCK - 1) // X_BLOCK
             BLOCKS: tl.constexpr = (M + 127) // 128

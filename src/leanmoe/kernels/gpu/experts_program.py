@@ -50,7 +50,7 @@ def _gate_up_rows(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-    DESCRIBED: tl.constexpr, WIDEN: tl.constexpr,
+    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The first product of one block and one tile, with so long a tail."""
     slots_R, is_row = _rows_of(rows_ptr, first, count, 0, ROWS)
@@ -63,7 +63,7 @@ def _gate_up_rows(
         (slots_tail // K).to(tl.int64), slots_tail, is_tail,
         tile, limit, alpha, up_offset,
         D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-        SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
+        SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def gate_up_listed(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
-    DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first product of one block of the work list and one tile of columns."""
     if PDL:
@@ -96,7 +96,7 @@ def gate_up_listed(
             x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
             expert, first, count, tile, limit, alpha, up_offset,
             K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
+            SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
         )  # fmt: skip
         return
     if HALF > 0 and count > ROWS:
@@ -104,14 +104,14 @@ def gate_up_listed(
             x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
             expert, first, count, tile, limit, alpha, up_offset,
             K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
+            SCALED, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
         )  # fmt: skip
         return
     _gate_up_rows(
         x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
         expert, first, count, tile, limit, alpha, up_offset,
         K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-        SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, WIDEN,
+        SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def _down_rows(
     HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, X_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-    DESCRIBED: tl.constexpr, WIDEN: tl.constexpr,
+    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The second product of one block and one tile, with so long a tail."""
     slots_R, is_row = _rows_of(rows_ptr, first, count, 0, ROWS)
@@ -136,7 +136,7 @@ def _down_rows(
         act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
         expert, slots_R, weight_R, is_row, slots_tail, weight_tail, is_tail, tile,
         D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP,
-        DESCRIBED, WIDEN,
+        DESCRIBED, PARTS, WIDEN,
     )  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def down_listed(
     HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, X_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
-    DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The second product of one block of the work list and one tile of columns."""
     used = tl.load(used_ptr)
@@ -168,7 +168,7 @@ def down_listed(
             act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
             expert, first, count, tile,
             D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP,
-            DESCRIBED, WIDEN,
+            DESCRIBED, PARTS, WIDEN,
         )  # fmt: skip
         return
     if HALF > 0 and count > ROWS:
@@ -176,14 +176,14 @@ def down_listed(
             act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
             expert, first, count, tile,
             D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP,
-            DESCRIBED, WIDEN,
+            DESCRIBED, PARTS, WIDEN,
         )  # fmt: skip
         return
     _down_rows(
         act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
         expert, first, count, tile,
         D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, ROWS, 0, BLOCK_C, BLOCK_K, SWAP,
-        DESCRIBED, WIDEN,
+        DESCRIBED, PARTS, WIDEN,
     )  # fmt: skip
 
 

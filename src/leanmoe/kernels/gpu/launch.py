@@ -66,9 +66,11 @@ class ExpertsCall:
         activation: int,
         numbers: list[float],
         config: ExpertsConfig,
+        out: Tensor | None = None,
     ) -> None:
         """`extras`: biases of both products, then block scales of both; `layout`: whether the
-        weights are transposed, concatenated, gated; `numbers`: limit, alpha and up_offset."""
+        weights are transposed, concatenated, gated; `numbers`: limit, alpha and up_offset; `out`
+        (T,D), where the result is to lie."""
         transposed, concatenated, gated = layout
         up_bias, down_bias, up_scale, down_scale = extras
         self.hidden, self.ids, self.gates = hidden_TD, ids_TK, gates_TK
@@ -80,14 +82,14 @@ class ExpertsCall:
         kind = torch.float32 if is_exact else hidden_TD.dtype
         self._is_scaled = up_scale is not None
         coded = torch.float8_e4m3fn if self._is_scaled else hidden_TD.dtype
-        self.act = hidden_TD.new_empty(rows, self.inner, dtype=coded)
+        self.act = hidden_TD.new_empty(rows * config.parts, self.inner, dtype=coded)
         self.part = hidden_TD.new_empty(rows, self.width, dtype=kind)
-        self.out = torch.empty_like(hidden_TD)
+        self.out = torch.empty_like(hidden_TD) if out is None else out
         self._read, self._read_scale, self._act_scale = hidden_TD, hidden_TD, hidden_TD
         if self._is_scaled:
             blocks = -(-self.width // SCALE_BLOCK)
             tiles = -(-self.inner // config.gate_up.columns)
-            self._read = hidden_TD.new_empty(hidden_TD.shape, dtype=coded)
+            self._read = hidden_TD.new_empty(self.tokens * config.parts, self.width, dtype=coded)
             self._read_scale = hidden_TD.new_empty(self.tokens, blocks, dtype=torch.float32)
             self._act_scale = hidden_TD.new_empty(rows, tiles, dtype=torch.float32)
         self._limits = (min(numbers[0], 3e38), numbers[1], numbers[2])
@@ -95,7 +97,8 @@ class ExpertsCall:
         self._up_extras = (_or(up_bias, gate_up), _or(up_scale, gate_up))
         self._down_extras = (_or(down_bias, down), _or(down_scale, down))
         self._has_overlap = config.overlap and not interprets()
-        common = {"M": self.inner, "D": self.width, "ROWS": config.rows, "WIDEN": interprets()}
+        common = {"M": self.inner, "D": self.width, "ROWS": config.rows}
+        common |= {"PARTS": config.parts, "WIDEN": interprets()}
         if config.is_direct:
             shape = {"E": self.experts, "K": self.slots, "SLOTS": power_of_two(self.slots)}
         else:
@@ -145,6 +148,7 @@ class ExpertsCall:
 
         blocks = self._read_scale.shape[1]
         sizes = {"WIDTH": self.width, "BLOCKS": blocks, "CHUNK": QUANTISE_BLOCKS}
+        sizes["PARTS"] = self.config.parts
         options = {"WIDEN": interprets(), "PDL": self._has_overlap, **self._after_another()}
         grid = (self.tokens, -(-blocks // QUANTISE_BLOCKS))
         self.run(quantise_rows, grid, self.hidden, self._read, self._read_scale, **sizes, **options)

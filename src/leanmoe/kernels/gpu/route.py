@@ -7,6 +7,7 @@ device: it can be captured in a graph and replayed with other logits and padding
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,13 +18,21 @@ from leanmoe.errors import LeanMoeError
 from leanmoe.kernels.gpu.launch import interprets
 from leanmoe.kernels.gpu.state import power_of_two, zeros_for
 from leanmoe.kernels.gpu.work_list import WorkList, most_blocks
+from leanmoe.placement import Placement
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
 
 MOST_EXPERTS = 512
 MOST_TOKENS = 16_384
+MOST_TOKENS_OF_ALL = 1 << 18
+"""Of all ranks together, where they exchange their ballots; whoever makes an exchange checks it.
+Votes and the id of an expert have 60 bits then, as many as are searched."""
 BLOCK_ROWS = 16
 NO_WORK_LIST = 0
+BEST, GUARANTEED, VOTES = range(3)
+"""Rows of a ballot (3,E), int64, as `leanmoe.routing.company` has them."""
+Exchange = Callable[[Tensor], Tensor]
+"""Makes of a step's ballot (3,E) that of all ranks, as `leanmoe.routing.Company` has it."""
 SCORINGS = ("softmax", "sigmoid", "softmax_after_top_k")
 
 
@@ -35,7 +44,7 @@ class RoutedGpu(NamedTuple):
     weights_TK: Tensor
     """float32."""
     over_budget: Tensor | None
-    """Where `budget` is set: a bool of no dimensions, on the device."""
+    """Where a budget is set: a bool of no dimensions, on the device."""
     work: WorkList
 
 
@@ -49,8 +58,6 @@ def why_not_route_gpu(logits_TE: Tensor, router: Router, rule: Rule) -> str | No
         return f"the family scores in {logits_TE.dtype}"
     if rule.top_k == 0:
         return "nothing is routed"
-    if rule.budget_per_rank is not None:
-        return "budget_per_rank is the reference's alone"
     tokens, experts = logits_TE.shape
     if experts > MOST_EXPERTS:
         return f"{experts} experts are more than {MOST_EXPERTS}"
@@ -66,6 +73,8 @@ def route_gpu(
     rule: Rule,
     bias_E: Tensor | None = None,
     padding_T: Tensor | None = None,
+    placement: Placement | None = None,
+    exchange: Exchange | None = None,
     *,
     block_rows: int = BLOCK_ROWS,
     ids_dtype: torch.dtype = torch.int64,
@@ -75,12 +84,15 @@ def route_gpu(
     Scores may differ from torch's in the last bits, and with them the order of experts that are as
     good as equal. Equal ones: the lower id first, and so for groups. A token whose logits are not
     numbers gets NaN weights. `block_rows` are the rows of the work list's blocks (the experts'
-    config has them). Raises LeanMoeError for what it cannot route.
+    config has them). `placement` says on which rank each expert is, for `budget_per_rank`;
+    `exchange` is called between the two launches, and without tokens too. Raises LeanMoeError for
+    what it cannot route.
     """
-    numbers = _whole_numbers(router, rule, top_k, block_rows, repeat=False)
-    found = _call(logits_TE, router, rule, bias_E, padding_T, numbers, ids_dtype)
+    spelling = (False, logits_TE.shape[-1], block_rows)
+    company = (placement, exchange)
+    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, company, spelling, ids_dtype)
     ids, weights, over, rows, blocks_3B, used_1 = found
-    over_budget = None if rule.budget is None else over.view(torch.bool)
+    over_budget = over.view(torch.bool) if rule.has_budget else None
     return RoutedGpu(ids, weights, over_budget, WorkList(rows, blocks_3B, used_1, block_rows))
 
 
@@ -91,6 +103,8 @@ def route_gpu_repeating(
     rule: Rule,
     bias_E: Tensor | None = None,
     padding_T: Tensor | None = None,
+    placement: Placement | None = None,
+    exchange: Exchange | None = None,
     *,
     ids_dtype: torch.dtype = torch.int32,
 ) -> tuple[Tensor, Tensor]:
@@ -99,32 +113,70 @@ def route_gpu_repeating(
     A skipped slot repeats the token's best expert with weight 0, and a padding token's slots that
     of the first token: neither wakes an expert. There is no work list.
     """
-    numbers = _whole_numbers(router, rule, top_k, NO_WORK_LIST, repeat=True)
-    ids, weights, *_others = _call(logits_TE, router, rule, bias_E, padding_T, numbers, ids_dtype)
-    return ids, weights
+    spelling = (True, 0, NO_WORK_LIST)
+    company = (placement, exchange)
+    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, company, spelling, ids_dtype)
+    return found[0], found[1]
+
+
+def route_gpu_skipping(
+    logits_TE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None = None,
+    padding_T: Tensor | None = None,
+    placement: Placement | None = None,
+    exchange: Exchange | None = None,
+    *,
+    skipped_id: int,
+    ids_dtype: torch.dtype = torch.int32,
+) -> tuple[Tensor, Tensor]:
+    """Ids and weights (T,K) of `route_gpu`, for kernels that pass over slots of id `skipped_id`.
+
+    All of a padding token's slots are skipped. There is no work list.
+    """
+    spelling = (False, skipped_id, NO_WORK_LIST)
+    company = (placement, exchange)
+    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, company, spelling, ids_dtype)
+    return found[0], found[1]
 
 
 def _call(
     logits_TE: Tensor,
     router: Router,
+    top_k: int,
     rule: Rule,
     bias_E: Tensor | None,
     padding_T: Tensor | None,
-    numbers: list[int],
+    company: tuple[Placement | None, Exchange | None],
+    spelling: tuple[bool, int, int],
     ids_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
+    """`spelling`: whether a skipped slot repeats, its id if not, rows of the work list's blocks."""
+    placement, exchange = company
+    ranks = 1 if placement is None else placement.ranks
+    rule = rule.on(ranks)
     if reason := why_not_route_gpu(logits_TE, router, rule):
         raise LeanMoeError(f"route_gpu cannot route these tokens: {reason}")
-    experts = logits_TE.shape[1]
-    found: tuple[Tensor, ...] = _route_op(
+    experts, device = logits_TE.shape[1], logits_TE.device
+    rank_E = None
+    if rule.budget_per_rank is not None and placement is not None:
+        placement.check(experts)
+        rank_E = _rank_of(placement, device)
+    arguments = (
         logits_TE.contiguous(),
         None if bias_E is None else bias_E.to(torch.float32).contiguous(),
-        None if rule.experts is None else _allowed(rule.experts, experts, logits_TE.device),
+        None if rule.experts is None else _allowed(rule.experts, experts, device),
         None if padding_T is None else padding_T.contiguous().view(torch.int8),
-        numbers,
+        rank_E,
+        [*_whole_numbers(router, rule, top_k), ranks, *spelling],
         [_or(rule.threshold), _or(rule.top_p), router.normalise_epsilon, router.scaling],
         ids_dtype,
     )
+    if exchange is not None and rule.depends_on_company:
+        return _route(*arguments, exchange)
+    found: tuple[Tensor, ...] = _route_op(*arguments)
     return found
 
 
@@ -132,9 +184,7 @@ def _or(share: float | None) -> float:
     return 0.0 if share is None else share
 
 
-def _whole_numbers(
-    router: Router, rule: Rule, top_k: int, block_rows: int, repeat: bool
-) -> list[int]:
+def _whole_numbers(router: Router, rule: Rule, top_k: int) -> list[int]:
     """What a router and a rule come to in whole numbers, as the op takes them."""
     return [
         SCORINGS.index(router.scoring),
@@ -148,8 +198,7 @@ def _whole_numbers(
         rule.top_p is not None,
         rule.guaranteed or 0,
         rule.budget or 0,
-        repeat,
-        block_rows,
+        rule.budget_per_rank or 0,
     ]
 
 
@@ -162,6 +211,13 @@ def _allowed(remaining: tuple[int, ...], experts: int, device: torch.device) -> 
         return allowed_E.to(device)
 
 
+@lru_cache(maxsize=64)
+def _rank_of(placement: Placement, device: torch.device) -> Tensor:
+    """The rank of each expert (int32, E); kept as above."""
+    with torch.inference_mode(False):
+        return torch.tensor(placement.rank_of, dtype=torch.int32).to(device)
+
+
 class RouteCall:
     """One call of the route programs; arguments are checked by `route_gpu`."""
 
@@ -171,15 +227,23 @@ class RouteCall:
         bias_E: Tensor | None,
         allowed_E: Tensor | None,
         padding_T: Tensor | None,
+        rank_E: Tensor | None,
         wholes: list[int],
         reals: list[float],
         outputs: tuple[Tensor, ...],
+        exchange: Exchange | None = None,
     ) -> None:
         scoring, normalise, groups, used, by_best, slots, full, *rest = wholes
-        has_threshold, has_top_p, self.guaranteed, self.budget, repeat, self._block_rows = rest
+        has_threshold, has_top_p, self.guaranteed, self.budget, self.per_rank, *rest = rest
+        self._ranks, repeat, skipped_id, self._block_rows = rest
+        self._rank_E, self._exchange = rank_E, exchange
         self.tokens, self.experts = logits_TE.shape
         self._inputs = (logits_TE, bias_E, allowed_E, padding_T)
-        self._spelling = {"REPEAT": bool(repeat), "HAS_WORK": self._block_rows > 0}
+        self._spelling = {
+            "REPEAT": bool(repeat),
+            "SKIPPED": skipped_id,
+            "HAS_WORK": self._block_rows > 0,
+        }
         self._wanted, self._reals, self._outputs = (slots, full), reals, outputs
         size = self.experts // groups
         self._options = {
@@ -209,6 +273,8 @@ class RouteCall:
     def route(self) -> None:
         """Fills in the outputs."""
         from leanmoe.kernels.gpu.route_program import (
+            BEST_BIT,
+            BEST_BIT_OF_ALL,
             COUNTER_STRIDE,
             route_alone,
             route_fill,
@@ -223,28 +289,55 @@ class RouteCall:
         outputs = (ids, weights, counts, rows, blocks_3B, used_1)
         blocks = {"ROWS": self._block_rows, "POWER_E": power_of_two(experts), **self._spelling}
         sizes = (self.tokens, blocks_3B.shape[1], *self._wanted)
-        if not (self.guaranteed or self.budget):
+        has_budget = bool(self.budget or self.per_rank)
+        if not (self.guaranteed or has_budget):
             self.run(route_alone, *inputs, *outputs, *sizes, *self._reals, **blocks)
             return
-        marks = zeros_for("marks", experts, device)
-        votes = zeros_for("votes", experts, device, torch.int64)
-        has_overlap = not interprets()
-        company = {
-            "HAS_GUARANTEED": self.guaranteed > 0,
-            "HAS_BUDGET": self.budget > 0,
-            "PDL": has_overlap,
-        }
+        name, dtype = ("votes", torch.int64) if has_budget else ("marks", torch.int32)
+        marks = zeros_for(name, experts, device, dtype)
+        has_overlap = not interprets() and self._exchange is None
+        has_guaranteed = self.guaranteed > 0
         self.run(
-            route_wake, *inputs, marks, votes, *self._wanted, self.guaranteed, *self._reals[:3],
-            **company,
+            route_wake, *inputs, marks, *self._wanted, self.guaranteed, *self._reals[:3],
+            HAS_GUARANTEED=has_guaranteed, HAS_BUDGET=has_budget, PDL=has_overlap,
         )  # fmt: skip
-        # An expert's votes: 2^32 and one a token, and after them its id.
-        bits = 33 + (self.tokens - 1).bit_length() + (experts - 1).bit_length()
+        tokens, best_bit = self.tokens, BEST_BIT.value
+        if self._exchange is not None:
+            tell_others(marks, self._exchange)
+            tokens, best_bit = MOST_TOKENS_OF_ALL, BEST_BIT_OF_ALL.value
+        # What experts are ordered by: votes, 2^32 and one a token, and after them the id.
+        bits = 33 + (tokens - 1).bit_length() + (experts - 1).bit_length()
         after = {"launch_pdl": True} if has_overlap else {}
         self.run(
-            route_fill, *inputs, *outputs, marks, votes, over, *sizes, *self._reals, self.budget,
-            max(0, bits - 30), **blocks, **company, **after,
+            route_fill, *inputs, *outputs, marks, over,
+            marks if self._rank_E is None else self._rank_E, *sizes, *self._reals,
+            self.budget, self.per_rank, self._ranks, max(0, bits - 30), **blocks,
+            BEST=best_bit, HAS_GUARANTEED=has_guaranteed, HAS_TOTAL=self.budget > 0,
+            HAS_PER_RANK=self.per_rank > 0, PDL=has_overlap, **after,
         )  # fmt: skip
+
+
+def tell_others(marks_E: Tensor, exchange: Exchange) -> None:
+    """Makes of the marks of this rank's tokens those of all ranks', in place.
+
+    The parts of a mark travel apart: added up in one word, two ranks' would run into each other.
+    """
+    from leanmoe.kernels.gpu.route_program import BEST_BIT, BEST_BIT_OF_ALL, GUARANTEED_BIT
+
+    best, guaranteed = BEST_BIT.value, GUARANTEED_BIT.value
+    ballot_3E = marks_E.new_zeros((3, *marks_E.shape), dtype=torch.int64)
+    if marks_E.dtype is not torch.int64:  # guaranteed alone
+        ballot_3E[GUARANTEED] = marks_E
+        marks_E.copy_(exchange(ballot_3E)[GUARANTEED] > 0)
+        return
+    ballot_3E[GUARANTEED] = marks_E >> guaranteed
+    ballot_3E[BEST] = (marks_E & ((1 << guaranteed) - 1)) >> best
+    ballot_3E[VOTES] = marks_E & ((1 << best) - 1)
+    total_3E = exchange(ballot_3E)
+    is_marked_3E = (total_3E > 0).long()
+    marks_E.copy_(total_3E[VOTES])
+    marks_E += is_marked_3E[BEST] << BEST_BIT_OF_ALL.value
+    marks_E += is_marked_3E[GUARANTEED] << guaranteed
 
 
 @torch.library.custom_op("leanmoe::route_gpu", mutates_args=())
@@ -253,16 +346,34 @@ def _route_op(
     bias: Tensor | None,
     allowed: Tensor | None,
     padding: Tensor | None,
+    ranks: Tensor | None,
     wholes: list[int],
     reals: list[float],
     ids_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _route(logits, bias, allowed, padding, ranks, wholes, reals, ids_dtype, None)
+
+
+def _route(
+    logits: Tensor,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    padding: Tensor | None,
+    ranks: Tensor | None,
+    wholes: list[int],
+    reals: list[float],
+    ids_dtype: torch.dtype,
+    exchange: Exchange | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _empty(logits, wholes, ids_dtype)
-    if not logits.shape[0]:
-        outputs[2].zero_()
-        outputs[5].zero_()
-    else:
-        RouteCall(logits, bias, allowed, padding, wholes, reals, outputs).route()
+    if logits.shape[0]:
+        inputs = (logits, bias, allowed, padding, ranks)
+        RouteCall(*inputs, wholes, reals, outputs, exchange).route()
+        return outputs
+    if exchange is not None:  # the others wait for this rank's ballot, empty as it is
+        exchange(torch.zeros(3, logits.shape[1], dtype=torch.int64, device=logits.device))
+    outputs[2].zero_()
+    outputs[5].zero_()
     return outputs
 
 

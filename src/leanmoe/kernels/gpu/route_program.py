@@ -32,6 +32,11 @@ COUNTER_STRIDE = tl.constexpr(8)
 
 VOTE_UNIT = tl.constexpr(4294967296.0)
 """Votes are added as whole numbers: the order of the tokens cannot change a sum."""
+BEST_BIT, GUARANTEED_BIT = tl.constexpr(47), tl.constexpr(62)
+"""Of an expert's word. Below: the votes of 2^14 tokens; between: how many have it as their best.
+One word for all of it, since every program reads every expert's."""
+BEST_BIT_OF_ALL = tl.constexpr(61)
+"""Where ranks told each other, whether any token has it as its best; below, votes of all ranks."""
 
 
 @triton.jit
@@ -78,13 +83,12 @@ def _filler(
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
-    HAS_PADDING: tl.constexpr, REPEAT: tl.constexpr,
+    HAS_PADDING: tl.constexpr, REPEAT: tl.constexpr, SKIPPED: tl.constexpr,
 ):  # fmt: skip
-    """The id of a token's skipped slots: E, or with `REPEAT` that of an expert awake anyway.
-
-    It is the token's best; for padding, that of the first token.
+    """The id of a token's skipped slots: `SKIPPED`, or with `REPEAT` that of an expert that is
+    awake anyway: the token's best; for padding, that of the first token.
     """
-    filler = E
+    filler = SKIPPED
     if REPEAT:
         filler = tl.sum(tl.where(tl.arange(0, SLOTS) == 0, ids_L, 0), axis=0)
         if HAS_PADDING:  # noqa: SIM102, constexpr: there is a pointer only with it
@@ -121,7 +125,7 @@ def route_alone(
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, REPEAT: tl.constexpr,
-    HAS_WORK: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr,
+    SKIPPED: tl.constexpr, HAS_WORK: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr,
 ):  # fmt: skip
     """Rules under which a token's experts are its own business: everything, in one launch."""
     token = tl.program_id(0)
@@ -138,7 +142,7 @@ def route_alone(
     filler = _filler(
         ids_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SLOTS, SCORING,
-        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT, SKIPPED,
     )  # fmt: skip
     answers = _write(
         ids_L, gates_L, kept, whole, is_number, filler, token, tokens, scaling, epsilon, slots,
@@ -176,40 +180,68 @@ def _least_of_best(keys, number):
 
 
 @triton.jit
-def _afford(
-    marks, votes, is_expert, e, budget, low_bits,
-    E: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
-):  # fmt: skip
-    """Every token's best stay awake, and the most voted-for while the budget lasts.
+def _most_voted(is_candidate, order, number, low_bits):
+    """The `number` candidates that come highest in `order`, or all of them where they are fewer.
 
-    Whole numbers in order: votes, then the lower id. They have more than 32 bits, so the upper 30
-    are searched first and the `low_bits` only among equals there. Returns also whether the best
-    alone are more than the budget.
+    The order has more than 32 bits, so the upper 30 are searched first and the `low_bits` only
+    among equals there.
     """
-    is_best = is_expert & (marks >= 2)
-    if HAS_GUARANTEED:
-        votes = tl.where(marks > 0, votes, 0)
-    order = votes * E + (E - 1 - e)
-    is_candidate = is_expert & (votes > 0) & (marks < 2)
     upper = tl.where(is_candidate, (order >> low_bits).to(tl.int32), -1)
-    best = tl.sum(is_best.to(tl.int32), axis=0)
-    left = tl.maximum(budget - best, 0)
-    least, reached = _least_of_best(upper, left)
+    least, reached = _least_of_best(upper, number)
     is_in = is_candidate & (upper >= least)
-    if reached > left:
+    if reached > number:
         is_equal = is_candidate & (upper == least)
         is_in = is_candidate & (upper > least)
         mask = (tl.zeros_like(order) + 1 << low_bits) - 1
         lower = tl.where(is_equal, (order & mask).to(tl.int32), -1)
-        missing = left - tl.sum(is_in.to(tl.int32), axis=0)
+        missing = number - tl.sum(is_in.to(tl.int32), axis=0)
         least, _reached = _least_of_best(lower, missing)
         is_in = is_in | (is_equal & (lower >= least))
-    return is_best | is_in & (left > 0), best > budget
+    return is_in & (number > 0)
+
+
+@triton.jit
+def _afford(
+    marks, is_expert, e, rank_ptr, budget, per_rank, ranks, low_bits,
+    E: tl.constexpr, BEST: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
+    HAS_TOTAL: tl.constexpr, HAS_PER_RANK: tl.constexpr,
+):  # fmt: skip
+    """Every token's best stay awake, and the most voted-for while the budgets last.
+
+    Whole numbers in order: votes, then the lower id. A rank's budget comes first, one after the
+    other, and that of all ranks among those that are left. Returns also whether the best alone
+    are more than a budget.
+    """
+    one = tl.zeros_like(marks) + 1
+    is_best = is_expert & (((marks & ((one << GUARANTEED_BIT) - 1)) >> BEST) > 0)
+    votes = marks & ((one << BEST) - 1)
+    order = votes * E + (E - 1 - e)
+    is_in = is_expert & ~is_best & (votes > 0)
+    if HAS_GUARANTEED:
+        is_in = is_in & ((marks >> GUARANTEED_BIT) > 0)
+    beyond = 0
+    if HAS_PER_RANK:
+        rank_E = tl.load(rank_ptr + e, mask=is_expert, other=-1)
+        is_candidate = is_in
+        is_in = is_expert & (rank_E < 0)  # nobody, in the type of what follows
+        rank = 0
+        while rank < ranks:
+            is_here = rank_E == rank
+            best = tl.sum((is_best & is_here).to(tl.int32), axis=0)
+            left = tl.maximum(per_rank - best, 0)
+            is_in = is_in | _most_voted(is_candidate & is_here, order, left, low_bits)
+            beyond = tl.maximum(beyond, best - per_rank)
+            rank += 1
+    if HAS_TOTAL:
+        best = tl.sum(is_best.to(tl.int32), axis=0)
+        is_in = _most_voted(is_in, order, tl.maximum(budget - best, 0), low_bits)
+        beyond = tl.maximum(beyond, best - budget)
+    return is_best | is_in, beyond > 0
 
 
 @triton.jit(do_not_specialize=["slots", "full", "guaranteed"])
 def route_wake(
-    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, marks_ptr, votes_ptr,
+    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, marks_ptr,
     slots, full, guaranteed, threshold, top_p, epsilon,
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
@@ -218,9 +250,9 @@ def route_wake(
     HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
     HAS_GUARANTEED: tl.constexpr, HAS_BUDGET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """First of two launches: each token marks the experts it wants and votes for its own.
+    """First of two launches: each token marks the experts it wants.
 
-    `marks`: 1 for an expert guaranteed to some token, 2 more for the best of one.
+    `marks`: 1 for an expert guaranteed to some token; with a budget, the votes for an expert.
     """
     LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P
     if PDL:
@@ -242,31 +274,40 @@ def route_wake(
         whole = whole_of(gates_L, is_kept, epsilon, SCORING, NORMALISE)
         shares_L = shares_of(gates_L, is_kept, whole, SCORING)
         votes_L = (shares_L * VOTE_UNIT).to(tl.int64) + 1  # a slot counts, however small its gate
-        tl.atomic_add(votes_ptr + ids_L, votes_L, mask=is_kept, sem="relaxed")
-        tl.atomic_or(marks_ptr + ids_L, 2, mask=is_kept & (k == 0), sem="relaxed")
+        votes_L += (k == 0).to(tl.int64) << BEST_BIT
+        tl.atomic_add(marks_ptr + ids_L, votes_L, mask=is_kept, sem="relaxed")
     if HAS_GUARANTEED:
-        tl.atomic_or(marks_ptr + ids_L, 1, mask=is_kept & (k < guaranteed), sem="relaxed")
+        mark = tl.zeros_like(ids_L).to(marks_ptr.dtype.element_ty) + 1
+        if HAS_BUDGET:
+            mark = mark << GUARANTEED_BIT
+        tl.atomic_or(marks_ptr + ids_L, mark, mask=is_kept & (k < guaranteed), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["tokens", "most_blocks", "slots", "full", "budget", "low_bits"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "most_blocks", "slots", "full", "budget", "per_rank", "ranks", "low_bits",
+    ]
+)  # fmt: skip
 def route_fill(
     logits_ptr, bias_ptr, allowed_ptr, padding_ptr,
     ids_ptr, weights_ptr, counts_ptr, rows_ptr, blocks_ptr, used_ptr,
-    marks_ptr, votes_ptr, over_ptr,
-    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling, budget, low_bits,
+    marks_ptr, over_ptr, rank_ptr,
+    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling,
+    budget, per_rank, ranks, low_bits,
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
-    REPEAT: tl.constexpr, HAS_WORK: tl.constexpr,
-    HAS_GUARANTEED: tl.constexpr, HAS_BUDGET: tl.constexpr,
-    ROWS: tl.constexpr, POWER_E: tl.constexpr, PDL: tl.constexpr,
+    REPEAT: tl.constexpr, SKIPPED: tl.constexpr, HAS_WORK: tl.constexpr,
+    BEST: tl.constexpr, HAS_GUARANTEED: tl.constexpr, HAS_TOTAL: tl.constexpr,
+    HAS_PER_RANK: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Second of two launches: each token's slots from its own awake experts, then from the others.
 
     Each program finds out for itself who is awake, and its own experts again: both take less than
-    to wait for one that writes them down. The last makes marks and votes zero again.
+    to wait for one that writes them down. The last makes the marks zero again. `BEST` is the bit
+    of a mark where tokens' best begin.
     """
     LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P
     token = tl.program_id(0)
@@ -291,18 +332,21 @@ def route_fill(
             slot += 1
     if PDL:
         gdc_wait()
-    marks = tl.load(marks_ptr + e, mask=is_expert, other=0, cache_modifier=".cg")
-    is_awake = marks > 0
-    if HAS_BUDGET:
-        votes = tl.load(votes_ptr + e, mask=is_expert, other=0, cache_modifier=".cg")
-        is_awake, is_over = _afford(marks, votes, is_expert, e, budget, low_bits, E, HAS_GUARANTEED)
+    marks = tl.load(marks_ptr + e, mask=is_expert, other=0)
+    if HAS_TOTAL or HAS_PER_RANK:
+        is_awake, is_over = _afford(
+            marks, is_expert, e, rank_ptr, budget, per_rank, ranks, low_bits,
+            E, BEST, HAS_GUARANTEED, HAS_TOTAL, HAS_PER_RANK,
+        )  # fmt: skip
         tl.store(over_ptr, is_over.to(tl.int8), mask=token == 0)
+    else:
+        is_awake = marks > 0
     ids_L, found = best_slots(tl.where(is_awake, keys, ASLEEP), e, wanted, SLOTS)
     gates_L = gates_of(logits_ptr, token, ids_L, k < found, top, total, E, SCORING)
     filler = _filler(
         ids_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SLOTS, SCORING,
-        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT, SKIPPED,
     )  # fmt: skip
     answers = _write(
         ids_L, gates_L, found, whole, is_number, filler, token, tokens, scaling, epsilon, slots,
@@ -310,8 +354,6 @@ def route_fill(
         E, SLOTS, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_WORK,
     )  # fmt: skip
     if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
-        tl.store(marks_ptr + e, 0, mask=is_expert)
-        if HAS_BUDGET:
-            tl.store(votes_ptr + e, tl.zeros((PADDED_E,), dtype=tl.int64), mask=is_expert)
+        tl.store(marks_ptr + e, tl.zeros_like(marks), mask=is_expert)
         if HAS_WORK:
             _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)

@@ -21,6 +21,9 @@ SHARED_BYTES = 227 * 1024
 MOST_SUMS = 176
 """Float32 sums a thread can hold beside what else it needs."""
 FEW_ROWS = 32
+MOST_TWO_PART_ROWS = 24
+"""Up to so many rows an expert has on average, fp8 activations are of two parts: memory decides
+there, and twice the products cost nothing."""
 FEW: tuple[tuple[int, int, int, int], ...] = (
     (16, 128, 4, 4),
     (32, 64, 4, 4),
@@ -74,15 +77,10 @@ are held in registers, twice."""
 
 def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
     """Rows of a block, and whether there is a work list; tiles come from `tiles`."""
-    found = []
-    if tokens <= MOST_DIRECT_TOKENS:
-        direct = ExpertsConfig(max(16, power_of_two(tokens)), 0, True)
-        found.append(direct)
-        if tokens <= MOST_JOINED_TOKENS:
-            found.append(replace(direct, is_joined=True))
     mean = tokens * shape.slots / shape.experts
-    if tokens > 4 and mean <= 24:
-        found += [ExpertsConfig(rows, 0, False) for rows in (16, 32) if rows <= max(16, 8 * mean)]
+    found = _ways_for_few(tokens, mean)
+    if is_fp8(shape) and mean <= MOST_TWO_PART_ROWS:
+        return [replace(way, parts=2) for way in found]
     if 8 <= mean <= 96:
         found.append(ExpertsConfig(64, 16, False))
     if mean >= 48 and not is_fp8(shape):
@@ -92,20 +90,35 @@ def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
     return found
 
 
+def _ways_for_few(tokens: int, mean: float) -> list[ExpertsConfig]:
+    """Those for few rows an expert, `mean` of them on average."""
+    found = []
+    if tokens <= MOST_DIRECT_TOKENS:
+        direct = ExpertsConfig(max(16, power_of_two(tokens)), 0, True)
+        found.append(direct)
+        if tokens <= MOST_JOINED_TOKENS:
+            found.append(replace(direct, is_joined=True))
+    if tokens > 4 and mean <= 24:
+        found += [ExpertsConfig(rows, 0, False) for rows in (16, 32) if rows <= max(16, 8 * mean)]
+    return found
+
+
 def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
     """Tiles worth a try for one product under a way of cutting rows."""
     if way.is_joined and not is_first:
         yield from (Tile(columns, depth, warps, 1) for columns, depth, warps in JOINED)
         return
     each = getattr(torch, shape.dtype).itemsize
-    rows = way.rows + way.tail
-    few = rows <= FEW_ROWS
+    rows = way.block_rows * way.parts
+    few = way.block_rows <= FEW_ROWS
     cuts = FEW if few else MANY
     if is_fp8(shape):
         cuts = FP8_FIRST if is_first else FP8_SECOND
     for (columns, depth, warps, stages), left, described in product(
         cuts, (True, False), (False, True) if is_fp8(shape) else (False,)
     ):
+        if way.parts == 2 and not left:
+            continue
         depth = depth // 2 if each == 4 else depth
         wide = columns * 2 if is_first else columns
         if left and wide < 16 * warps:  # a warp takes 16 rows of the left operand

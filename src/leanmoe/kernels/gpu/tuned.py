@@ -149,8 +149,10 @@ def _named(device: torch.device) -> tuple[str, str]:
 def guess(tokens: int, weights: ExpertWeights) -> ExpertsConfig:
     """A config that runs on any GPU of compute capability 8 or more, for a shape nobody tuned."""
     if weights.gate_up_scale is not None:
-        wide, rows = Tile(128, 128, 8, 3), 16 if tokens <= 512 else 64
-        return ExpertsConfig(rows, 0, tokens <= 16, wide, Tile(64, 128, 4, 3))
+        wide, down = Tile(128, 128, 8, 3), Tile(64, 128, 4, 3)
+        if tokens <= 512:
+            return ExpertsConfig(16, 0, tokens <= 16, wide, down, parts=2)
+        return ExpertsConfig(64, 0, False, wide, down)
     depth = 32 if weights.gate_up.dtype.itemsize == 4 else 64
     few = Tile(columns=32, depth=depth, warps=4, stages=3, weights_left=False)
     if tokens <= 16:

@@ -1,0 +1,58 @@
+"""One process of several that run the reference model in vLLM together; `test_ranks.py` starts it.
+
+    python rank.py FOLDER
+
+FOLDER/settings.json says what to run; FOLDER/RANK.json gets the tokens and every step's experts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+def main(folder: Path) -> None:
+    """Runs it and ends at once: an orderly end waits for processes that are gone."""
+    settings: dict[str, Any] = json.loads((folder / "settings.json").read_text())
+    rank = int(os.environ["RANK"])
+    steps: list[Any] = []
+
+    from leanmoe.engines.statistics import Statistics
+    from leanmoe.engines.vllm import hook
+    from leanmoe.plan import Plan
+    from leanmoe.reference import path
+
+    def note(_self: Any, layer: int, ids_TK: Tensor, weights_TK: Tensor, *_: Any) -> None:
+        used = (weights_TK != 0).tolist()
+        steps.append((layer, ids_TK.tolist(), used))
+
+    if settings["plan"]:
+        Statistics.note = note  # type: ignore[method-assign]
+        hook.use(Plan.load(folder / "plan.json"), is_counted=True, is_of_all=settings["is_of_all"])
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=str(path()), dtype="float32", enforce_eager=True, max_model_len=256, seed=0,
+        max_num_seqs=16, enable_prefix_caching=False, gpu_memory_utilization=0.3,
+        compilation_config={"custom_ops": ["none"]},
+        distributed_executor_backend="external_launcher", **settings["layout"],
+    )  # fmt: skip
+    steps.clear()  # vLLM's own trials of the model
+    mine = settings["requests"][rank]
+    replies = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _ in mine],
+        [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in mine],
+        use_tqdm=False,
+    )
+    tokens = [list(reply.outputs[0].token_ids) for reply in replies]
+    (folder / f"{rank}.json").write_text(json.dumps({"tokens": tokens, "steps": steps}))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,174 @@
+"""vLLM on two ranks of a CPU: tensor parallelism as it is, expert and data parallelism with
+what vLLM lacks there in plain torch (`cpu_ranks`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leanmoe.placement import Placement
+from leanmoe.plan import Plan, Rule
+from leanmoe.shape import read_shape
+from tests.engines.vllm.conftest import SETTINGS
+
+MODEL = read_shape("reference").fingerprint()
+HERE = Path(__file__).parent
+TENSOR = {"tensor_parallel_size": 2}
+DATA = {"data_parallel_size": 2, "enable_expert_parallel": True}
+SEVERAL = Plan.per_layer(
+    MODEL,
+    (Rule(guaranteed=1), Rule(budget_per_rank=6), Rule(budget=20), Rule(top_k=6),
+     Rule(guaranteed=2, threshold=0.2), Rule()),
+)  # fmt: skip
+OWN = Plan.per_layer(
+    MODEL,
+    (Rule(top_k=5), Rule(threshold=0.2), Rule(top_p=0.8), Rule(top_k=6), Rule(top_k=6), Rule()),
+)
+"""Rules under which it does not matter which requests share a step."""
+PROMPTS = [[5, 6, 7, 8 + number, 30 * number + 9] for number in range(4)]
+PATIENCE = 300
+
+
+def run(
+    folder: Path,
+    layout: dict[str, Any],
+    requests: list[Any],
+    plan: Plan | None = None,
+    is_of_all: bool = False,
+) -> list[dict[str, Any]]:
+    """What two processes found, each with its own requests."""
+    folder.mkdir()
+    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # vLLM trips over a killed engine's
+        left.unlink()
+    if plan is not None:
+        plan.save(folder / "plan.json")
+    settings = {
+        "plan": plan is not None, "is_of_all": is_of_all, "layout": layout, "requests": requests,
+    }  # fmt: skip
+    (folder / "settings.json").write_text(json.dumps(settings))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ, **SETTINGS, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "PYTHONPATH": os.pathsep.join([str(HERE / "cpu_ranks"), *sys.path]),
+    }  # fmt: skip
+    logs = [folder / f"{rank}.txt" for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        mine = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with log.open("w") as out:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, HERE / "rank.py", folder], env=mine, stdout=out, stderr=out
+                )
+            )
+    try:
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(timeout=PATIENCE) == 0, log.read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def all_of(count: int) -> list[list[Any]]:
+    """All prompts for both ranks, as tensor parallelism has it."""
+    return [[(prompt, count) for prompt in PROMPTS]] * 2
+
+
+def test_tensor_parallel_ranks_agree_and_an_empty_plan_changes_nothing(tmp_path: Path) -> None:
+    stock = run(tmp_path / "stock", TENSOR, all_of(16))
+    empty = run(tmp_path / "empty", TENSOR, all_of(16), Plan(MODEL))
+    assert stock[0]["tokens"] == stock[1]["tokens"] == empty[0]["tokens"] == empty[1]["tokens"]
+    planned = run(tmp_path / "planned", TENSOR, all_of(16), SEVERAL)
+    assert planned[0] == planned[1]  # every id of every step and layer too
+    assert len(planned[0]["steps"]) == 16 * MODEL.moe_layers
+    assert planned[0]["tokens"] != stock[0]["tokens"]  # else the plan did nothing
+
+
+def woken(step: Any, slots: slice = slice(None)) -> set[int]:
+    """The experts of a step's tokens, or those of some of their slots."""
+    _, ids, used = step
+    return {
+        expert
+        for row, is_used in zip(ids, used, strict=True)
+        for expert, one in zip(row[slots], is_used[slots], strict=True)
+        if one
+    }
+
+
+@pytest.mark.parametrize("is_of_all", [True, False], ids=["all", "rank"])
+def test_uneven_data_parallel_ranks_end_and_share_their_experts(
+    tmp_path: Path, is_of_all: bool
+) -> None:
+    """One rank has more requests, and goes on long after the other has none."""
+    requests = [[(PROMPTS[0], 3)], [(PROMPTS[1], 12), (PROMPTS[2], 9), (PROMPTS[3], 12)]]
+    found = run(tmp_path / "found", DATA, requests, SEVERAL, is_of_all)
+    assert [len(tokens) for tokens in found[1]["tokens"]] == [12, 9, 12]
+    steps = [one["steps"] for one in found]
+    assert len(steps[0]) == len(steps[1])  # a rank without requests takes part
+    placement = Placement.linear(MODEL.experts, 2)
+    borrowed = 0
+    for mine, other in zip(*steps, strict=True):
+        layer = mine[0]
+        assert other[0] == layer
+        sides = (mine, other)
+        bests = [woken(step, slice(0, 1)) for step in sides]
+        every = bests[0] | bests[1]
+        if layer == 0:  # guaranteed=1: nobody is awake but somebody's best
+            for step, own in zip(sides, bests, strict=True):
+                assert woken(step) <= (every if is_of_all else own)
+                borrowed += len(woken(step) - own)
+        if layer == 1:
+            groups = [woken(mine) | woken(other)] if is_of_all else [woken(s) for s in sides]
+            limits = [every] if is_of_all else bests
+            for awake, best in zip(groups, limits, strict=True):
+                for rank in range(2):
+                    held = set(placement.experts_on(rank))
+                    assert len(awake & held) <= max(6, len(best & held))
+    assert (borrowed > 0) == is_of_all
+
+
+def test_the_plan_reaches_the_workers_that_vllm_starts(tmp_path: Path) -> None:
+    """By its entry point, as in a service, with the tokens that `run` finds.
+
+    A request may reach them a step later than the others, so the rules are a token's own.
+    """
+    installed = tmp_path / "installed" / "leanmoe-0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: leanmoe\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nleanmoe = leanmoe.engines.vllm.plugin:activate\n"
+    )
+    OWN.save(tmp_path / "plan.json")
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    environment = {
+        **os.environ, **SETTINGS, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "LEANMOE_STATISTICS": "1",
+        "LEANMOE_PLAN": str(tmp_path / "plan.json"),
+        "PYTHONPATH": os.pathsep.join([str(installed.parent), *sys.path]),
+    }  # fmt: skip
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        command = [sys.executable, HERE / "workers.py", tmp_path]
+        done = subprocess.run(
+            command, env=environment, stdout=out, stderr=out, timeout=PATIENCE, check=False
+        )
+    assert done.returncode == 0, log.read_text()[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["workers"]) == 2
+    assert found["workers"][0] == found["workers"][1]
+    assert found["workers"][0]["layers"][3]["activated"] == 6
+    planned = run(tmp_path / "planned", TENSOR, all_of(16), OWN)
+    assert planned[0]["tokens"] == found["tokens"]
