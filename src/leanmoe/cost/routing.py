@@ -42,6 +42,8 @@ class Curve:
     experts: int
     columns: float = 0.0
     """Slots of a token in an engine's tensors, used or skipped; 0 for as many as are used."""
+    is_shared: bool = False
+    """Whether tokens of a step share experts (`Rule.depends_on_company`)."""
 
     def at(self, tokens: float) -> tuple[float, float]:
         """Distinct experts and mean slots a token in a step of so many tokens.
@@ -135,7 +137,15 @@ def assumed_curve(
         words = f"modelled: independent tokens, popularity as rank^-{assumed.skew:g}"
     if assumed.agreement and groups_used < groups:
         words += f", tokens agree on groups by {assumed.agreement:g} of 1"
-    return Curve(tuple(map(float, GRID)), tuple(distinct), tuple(used), words, kept, slots)
+    return Curve(
+        tuple(map(float, GRID)),
+        tuple(distinct),
+        tuple(used),
+        words,
+        kept,
+        slots,
+        rule.depends_on_company,
+    )
 
 
 def _awake(
@@ -247,11 +257,15 @@ def ranks_touched(experts: int, slots: float, ranks: int, groups: int, groups_us
 
 
 def from_points(
-    points: Sequence[tuple[float, float, float]], experts: int, origin: str, columns: float = 0.0
+    points: Sequence[tuple[float, float, float]],
+    experts: int,
+    origin: str,
+    columns: float = 0.0,
+    is_shared: bool = False,
 ) -> Curve:
     """A curve from (tokens, distinct, slots), as replayed traces give them."""
     if not points:
         raise LeanMoeError("a curve of distinct experts needs at least one point")
     ordered = sorted(points)
     tokens, distinct, slots = zip(*ordered, strict=True)
-    return Curve(tuple(tokens), tuple(distinct), tuple(slots), origin, experts, columns)
+    return Curve(tuple(tokens), tuple(distinct), tuple(slots), origin, experts, columns, is_shared)
