@@ -111,7 +111,7 @@ def assumed_curve(
     """What a rule activates where tokens choose as assumed; all but thresholds, which need traces.
 
     `guaranteed` k0: the union of every token's best k0 is awake, and a token fills up to its k
-    with those of its further choices that are in it. `budget`: no more than that many.
+    from it, however far down its own ranking (OEA's algorithm 1). `budget`: no more than that many.
     """
     assumed.check()
     if rule.threshold is not None or rule.top_p is not None:
@@ -123,15 +123,17 @@ def assumed_curve(
     kept = experts if rule.experts is None else len(rule.experts)
     slots = min(rule.top_k if rule.top_k is not None else top_k, kept)
     first = min(rule.guaranteed, slots) if rule.guaranteed is not None else slots
+    # Of the others' experts a token may use those of its groups; tokens that agree have the same.
+    share = groups_used / groups
+    reach = share + (1 - share) * assumed.agreement
     distinct, used = [], []
     for tokens in GRID:
         awake = _awake(kept, first, tokens, assumed, groups, groups_used)
-        filled = first + (slots - first) * awake / kept
-        if rule.budget is not None and awake > rule.budget:
-            filled *= rule.budget / awake
-            awake = float(rule.budget)
+        if rule.budget is not None:
+            awake = min(awake, float(rule.budget))
+        own = min(float(first), awake)
         distinct.append(awake)
-        used.append(max(filled, min(1.0, float(slots))))
+        used.append(min(float(slots), max(1.0, own + (awake - own) * reach)))
     words = "modelled: independent tokens, even use"
     if assumed.skew:
         words = f"modelled: independent tokens, popularity as rank^-{assumed.skew:g}"
