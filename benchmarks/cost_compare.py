@@ -32,7 +32,7 @@ from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import GPUS
 from leanmoe.cost.models import published_model
 from leanmoe.cost.routing import Assumed, from_points
-from leanmoe.cost.schedules import SLOT_BY_SLOT
+from leanmoe.cost.schedules import SLOT_BY_SLOT, SmallSteps
 from leanmoe.cost.step import Batch, StepTime
 from leanmoe.cost.tables import WEIGHT_BYTES
 from leanmoe.cost.work import ExpertsShape, Rows, slot_by_slot
@@ -95,7 +95,7 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
         return
     model = published_model(found["model"])  # the trial timed the captured model alone
     place = Deployment(GPUS[found["hardware"]], found.get("tensor", 1))
-    step = StepTime(model, place, shipped(), found["kernel"])
+    step = StepTime(model, place, shipped(), found["kernel"], SmallSteps.REPEAT)  # before plugins
     for row in found["rows"]:
         rule = Rule(top_k=row["k"] if row["k"] != model.shape.top_k else None, **row["rule"])
         plan = None if rule.is_empty else Plan.uniform(model.shape.fingerprint(), rule)
@@ -138,6 +138,7 @@ def engine_steps(path: Path) -> Iterator[dict[str, Any]]:
                 "what": f"{run.model.name}, {line['routing']}, {line['plan']}",
                 "gpu": run.gpu.name,
                 "plan": line["plan"],
+                "experts": run.experts(line),
                 "concurrency": line["requests"],
                 "distinct": line["distinct"],
                 "measured_ms": measured,
@@ -156,8 +157,12 @@ def _measured_curve(row: dict[str, Any], experts: int) -> CurveOf:
 
 def _by_plan(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     return [
-        ("full model", [r for r in rows if r["plan"] in FULL and not r["fitted"]]),
-        ("plans", [r for r in rows if r["plan"] not in FULL]),
+        (f"{whose} experts, {kind}", [r for r in found if not r["fitted"]])
+        for whose in sorted({r["experts"] for r in rows}, reverse=True)
+        for kind, found in (
+            ("full model", [r for r in rows if r["experts"] == whose and r["plan"] in FULL]),
+            ("plans", [r for r in rows if r["experts"] == whose and r["plan"] not in FULL]),
+        )
     ]
 
 

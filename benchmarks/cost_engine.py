@@ -5,7 +5,7 @@ Part of `cost_fit.py` and `cost_compare.py`.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import GPUS
 from leanmoe.cost.model import read_model
 from leanmoe.cost.routing import Curve, from_points
+from leanmoe.cost.schedules import SmallSteps
 from leanmoe.cost.step import Batch, Parts, StepTime
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Rule
@@ -25,7 +26,11 @@ from leanmoe.storage import read_json
 FULL = ("stock", "empty plan", "stock, leanmoe")
 """Names of the full model in `vllm_gpu.py`'s results."""
 CALIBRATED_ON = "qwen3-30b-a3b"
-"""The run whose every second load gives a layer's and an engine's own times; others are a test."""
+"""Every second load of the run of all its layers gives a layer's and an engine's own times; all
+other runs are a test."""
+KERNELS = {"vllm": "vllm-triton", "leanmoe": "leanmoe"}
+"""By whose kernels computed the experts."""
+SMALL_STEPS = {each.value: each for each in SmallSteps} | {"auto": SmallSteps.GROUP}
 
 
 def gpu_of(hardware: str) -> str:
@@ -44,7 +49,7 @@ class EngineRun:
         settings = self._found["settings"]
         self.model = read_model(self._found["config"], settings["shape"])
         self.gpu = GPUS[gpu_of(self._found["provenance"]["hardware"])]
-        self.step = StepTime(self.model, Deployment(self.gpu), constants, "vllm-triton")
+        self._step = cache(partial(StepTime, self.model, Deployment(self.gpu), constants))
         self._context = int(settings["prompt"]) + int(settings["steps"]) / 2
         self.lines = [
             line
@@ -53,29 +58,52 @@ class EngineRun:
         ]
         self._loads = sorted({line["requests"] for line in self.lines})
 
+    @property
+    def is_calibration(self) -> bool:
+        """Whether it is the run that a layer's and an engine's own times are fitted to."""
+        settings = self._found["settings"]
+        return bool(settings["shape"] == CALIBRATED_ON and settings["layers"] == "None")
+
     def is_fitted(self, line: dict[str, Any]) -> bool:
         """Whether a layer's and an engine's own times were fitted to the line."""
         every_second = self._loads[::2]
-        return (
-            self._found["settings"]["shape"] == CALIBRATED_ON
-            and line["plan"] in FULL
-            and line["requests"] in every_second
-        )
+        return self.is_calibration and line["plan"] in FULL and line["requests"] in every_second
 
     def parts(self, line: dict[str, Any]) -> Parts:
         """The step as predicted, from the experts that the run itself counted."""
         tokens = line["requests"]
         point = (float(tokens), float(line["distinct"]), float(line["activated"]))
-        columns = float(self._slots(line))
-        curve = from_points([point], self.model.shape.experts, "measured in the run", columns)
+        rule = self._rule(line)
+        columns = float(self.model.shape.top_k if rule.top_k is None else rule.top_k)
+        curve = from_points(
+            [point],
+            self.model.shape.experts,
+            "measured in the run",
+            columns,
+            rule.depends_on_company,
+        )
         activation = Activation(self.model, None, partial(_always, curve))
-        return self.step.parts(Batch(tokens, self._context), activation)
+        way = self._way(line)
+        small_steps = SMALL_STEPS[way.get("small_steps", SmallSteps.GROUP.value)]
+        step = self._step(KERNELS[self.experts(line)], small_steps)
+        return step.parts(Batch(tokens, self._context), activation)
 
-    def _slots(self, line: dict[str, Any]) -> int:
+    def experts(self, line: dict[str, Any]) -> str:
+        """Whose kernels computed the line's experts."""
+        return str(line.get("experts", "vllm"))
+
+    def _way(self, line: dict[str, Any]) -> dict[str, Any]:
+        """How the line ran. Files with "plans" are older: skipped slots repeated in all of them."""
+        if "ways" in self._found:
+            return dict(self._found["ways"][line["plan"]])
         bands = self._found["plans"].get(line["plan"], [])
-        here = (b for b in bands if b["up_to"] is None or line["requests"] <= b["up_to"])
-        rules = next(here, {"rules": [{}]})["rules"]
-        return int(rules[0].get("top_k", self.model.shape.top_k))
+        return {"bands": bands, "small_steps": SmallSteps.REPEAT.value}
+
+    def _rule(self, line: dict[str, Any]) -> Rule:
+        for band in self._way(line).get("bands", []):
+            if band["up_to"] is None or line["requests"] <= band["up_to"]:
+                return Rule.from_json(band["rules"][0])
+        return Rule()
 
 
 def _always(curve: Curve, _layer: int, _rule: Rule) -> Curve:
@@ -88,8 +116,8 @@ def own_times(constants: Constants, results: Path) -> dict[str, float]:
     What the fitted lines' captured steps leave over is shared by the layers; what lies between a
     captured step with its head and the time of a token is a straight line over the sequences.
     """
-    (path,) = results.glob(f"*-vllm-{CALIBRATED_ON}.json")
-    run = EngineRun(path, constants)
+    paths = results.glob(f"*-vllm-{CALIBRATED_ON}.json")
+    (run,) = (run for path in paths if (run := EngineRun(path, constants)).is_calibration)
     layer, sequences, between = [], [], []
     for line in run.lines:
         if run.is_fitted(line):

@@ -73,21 +73,41 @@ def test_a_skewed_router_wakes_fewer() -> None:
     assert skewed.at(32)[0] < 0.8 * even.at(32)[0]
 
 
-def test_guaranteed_fills_up_from_the_experts_that_are_awake() -> None:
+@pytest.mark.parametrize("groups_used", [8, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 16])
+def test_guaranteed_fills_up_from_the_experts_that_are_awake(tokens: int, groups_used: int) -> None:
+    """Beside steps drawn: a token takes awake experts of its groups, however far down it ranks."""
     draw = np.random.default_rng(2)
-    experts, k, first, tokens = 64, 8, 3, 16
+    experts, k, first, groups = 128, 8, 3, 8
     distinct, slots = [], []
-    for _ in range(300):
-        order = [draw.permutation(experts)[:k] for _ in range(tokens)]
-        union = set().union(*(set(o[:first]) for o in order))
-        used = [first + sum(e in union for e in o[first:]) for o in order]
+    for _ in range(200):
+        orders = []
+        for _ in range(tokens):
+            order = draw.permutation(experts)
+            mine = draw.permutation(groups)[:groups_used]
+            orders.append(order[np.isin(order // (experts // groups), mine)])
+        union = set().union(*(set(order[:first]) for order in orders))
         distinct.append(len(union))
-        slots.append(np.mean(used))
-    curve = assumed_curve(experts, k, Rule(guaranteed=first), Assumed())
+        slots.append(np.mean([min(k, sum(e in union for e in order)) for order in orders]))
+    rule = Rule(guaranteed=first)
+    curve = assumed_curve(experts, k, rule, Assumed(), groups, groups_used)
     found = curve.at(tokens)
-    assert found[0] == pytest.approx(np.mean(distinct), rel=0.02)
-    # Experts of one token differ, so the rest meets the union a little less often than by share.
-    assert found[1] == pytest.approx(np.mean(slots), rel=0.05)
+    assert found[0] == pytest.approx(np.mean(distinct), rel=0.03)
+    # The mean of what is cut off at k is a little below what is left of the mean.
+    assert found[1] == pytest.approx(np.mean(slots), rel=0.08)
+
+
+def test_tokens_that_agree_on_their_groups_may_use_all_that_is_awake() -> None:
+    rule, k = Rule(guaranteed=3), 8
+    apart = assumed_curve(128, k, rule, Assumed(), 8, 4).at(2)
+    alike = assumed_curve(128, k, rule, Assumed(agreement=1.0), 8, 4).at(2)
+    assert apart[1] < apart[0]
+    assert alike[1] == pytest.approx(alike[0])
+
+
+def test_a_budget_is_filled_up_to_k() -> None:
+    assert assumed_curve(64, 8, Rule(budget=20), Assumed()).at(512) == (20, 8)
+    assert assumed_curve(64, 8, Rule(budget=4), Assumed()).at(512) == (4, 4)
 
 
 def test_rules_bound_what_wakes() -> None:

@@ -16,6 +16,7 @@ from leanmoe.cost.model import read_model
 from leanmoe.cost.models import CONFIGS, published_model
 from leanmoe.cost.predict import bounds
 from leanmoe.cost.routing import Assumed
+from leanmoe.cost.schedules import SmallSteps
 from leanmoe.cost.step import Batch, Parts, StepTime
 from leanmoe.cost.tables import VERSION, installed
 from leanmoe.errors import LeanMoeError
@@ -150,13 +151,54 @@ def test_what_bounds_a_part() -> None:
     assert many["attention"] == many["projections"] == "compute"
 
 
+def experts_ms(
+    tokens: int, rule: Rule, small_steps: SmallSteps, place: Deployment, kernel: str = "vllm-triton"
+) -> float:
+    plan = Plan.uniform(QWEN.shape.fingerprint(), rule)
+    activation = Activation(QWEN, plan, assumed_curves(QWEN, Assumed()))
+    step = StepTime(QWEN, place, shipped(), kernel, small_steps)
+    return 1e3 * step.parts(Batch(tokens, 100), activation).experts
+
+
+def test_small_steps_are_grouped_where_tokens_share_experts_and_else_skip() -> None:
+    repeat, skip, group = SmallSteps.REPEAT, SmallSteps.SKIP, SmallSteps.GROUP
+    one, shared = Deployment(GPUS["h100"]), Rule(guaranteed=3)
+
+    def took(tokens: int, rule: Rule = shared, place: Deployment = one) -> list[float]:
+        return [experts_ms(tokens, rule, how, place) for how in (repeat, skip, group)]
+
+    repeated, skipped, grouped = took(1)  # nobody to share with
+    assert grouped == skipped < repeated
+    repeated, skipped, grouped = took(4)  # 32 slots, a quarter of 128 experts
+    assert grouped < skipped
+    assert skipped <= repeated
+    for same in (took(5), took(4, Rule(top_k=6)), took(4, Rule())):  # not small; none shared
+        assert len(set(same)) == 1
+    # Where tokens are gathered from copies of attention, the plugin leaves small steps alone.
+    _, _, grouped = took(4, place=Deployment(GPUS["h100"], tensor=1, data=2))
+    assert grouped == experts_ms(4, shared, repeat, Deployment(GPUS["h100"], tensor=1, data=2))
+    assert len({experts_ms(4, shared, how, one, "leanmoe") for how in SmallSteps}) == 1
+
+
+def test_prompt_tokens_join_a_step_that_is_shared() -> None:
+    layers = QWEN.moe_layers
+    bands = Plan.uniform(QWEN.shape.fingerprint(), Rule(guaranteed=3)).bands
+    plan = Plan(QWEN.shape.fingerprint(), bands, prompt=(Rule(),) * layers)
+    curves = assumed_curves(QWEN, Assumed())
+    (awake,) = Activation(QWEN, plan, curves).layers(2, 1)
+    assert awake.is_shared
+    (alone,) = Activation(QWEN, None, curves).layers(2, 1)
+    assert not alone.is_shared
+
+
 @pytest.mark.parametrize("path", sorted(READINGS.glob("*.json")), ids=lambda path: path.stem)
 def test_steps_of_vllm_are_within_a_tenth(path: Path) -> None:
     if installed() != VERSION:
         pytest.skip("aiconfigurator-core is not installed")
     found = json.loads(path.read_text())
     model = published_model(found["model"])
-    step = StepTime(model, Deployment(GPUS[found["hardware"]]), shipped(), found["kernel"])
+    place = Deployment(GPUS[found["hardware"]])
+    step = StepTime(model, place, shipped(), found["kernel"], SmallSteps.REPEAT)
     for row in found["rows"]:
         plan = Plan.uniform(model.shape.fingerprint(), Rule(**row["rule"]))
         activation = Activation(model, plan, assumed_curves(model, Assumed()))

@@ -25,6 +25,8 @@ class Awake:
     """That remain in the layer."""
     columns: float = 0.0
     """Slots, used or skipped, in an engine's tensors."""
+    is_shared: bool = False
+    """Whether tokens share experts there."""
 
 
 class Activation:
@@ -62,7 +64,8 @@ class Activation:
             total = max(mine.experts, theirs.experts)
             missed = (1 - mine.distinct / total) * (1 - theirs.distinct / total)
             awake, rows = total * (1 - missed), mine.rows + theirs.rows
-            found.append(Awake(count, awake, rows, total, mine.columns + theirs.columns))
+            columns, is_shared = mine.columns + theirs.columns, one.is_shared or other.is_shared
+            found.append(Awake(count, awake, rows, total, columns, is_shared))
         return found
 
     def _band(self, tokens: float) -> list[tuple[Curve, int]]:
@@ -77,7 +80,7 @@ def _awake(curve: Curve, layers: int, tokens: float) -> Awake:
         return Awake(layers, 0.0, 0.0, curve.experts)
     distinct, slots = curve.at(tokens)
     columns = max(curve.columns, slots) * tokens
-    return Awake(layers, distinct, slots * tokens, curve.experts, columns)
+    return Awake(layers, distinct, slots * tokens, curve.experts, columns, curve.is_shared)
 
 
 def _grouped(rules: tuple[Rule, ...], curve_of: CurveOf) -> list[tuple[Curve, int]]:

@@ -42,6 +42,8 @@ class Curve:
     experts: int
     columns: float = 0.0
     """Slots of a token in an engine's tensors, used or skipped; 0 for as many as are used."""
+    is_shared: bool = False
+    """Whether tokens of a step share experts (`Rule.depends_on_company`)."""
 
     def at(self, tokens: float) -> tuple[float, float]:
         """Distinct experts and mean slots a token in a step of so many tokens.
@@ -109,7 +111,7 @@ def assumed_curve(
     """What a rule activates where tokens choose as assumed; all but thresholds, which need traces.
 
     `guaranteed` k0: the union of every token's best k0 is awake, and a token fills up to its k
-    with those of its further choices that are in it. `budget`: no more than that many.
+    from it, however far down its own ranking (OEA's algorithm 1). `budget`: no more than that many.
     """
     assumed.check()
     if rule.threshold is not None or rule.top_p is not None:
@@ -121,21 +123,31 @@ def assumed_curve(
     kept = experts if rule.experts is None else len(rule.experts)
     slots = min(rule.top_k if rule.top_k is not None else top_k, kept)
     first = min(rule.guaranteed, slots) if rule.guaranteed is not None else slots
+    # Of the others' experts a token may use those of its groups; tokens that agree have the same.
+    share = groups_used / groups
+    reach = share + (1 - share) * assumed.agreement
     distinct, used = [], []
     for tokens in GRID:
         awake = _awake(kept, first, tokens, assumed, groups, groups_used)
-        filled = first + (slots - first) * awake / kept
-        if rule.budget is not None and awake > rule.budget:
-            filled *= rule.budget / awake
-            awake = float(rule.budget)
+        if rule.budget is not None:
+            awake = min(awake, float(rule.budget))
+        own = min(float(first), awake)
         distinct.append(awake)
-        used.append(max(filled, min(1.0, float(slots))))
+        used.append(min(float(slots), max(1.0, own + (awake - own) * reach)))
     words = "modelled: independent tokens, even use"
     if assumed.skew:
         words = f"modelled: independent tokens, popularity as rank^-{assumed.skew:g}"
     if assumed.agreement and groups_used < groups:
         words += f", tokens agree on groups by {assumed.agreement:g} of 1"
-    return Curve(tuple(map(float, GRID)), tuple(distinct), tuple(used), words, kept, slots)
+    return Curve(
+        tuple(map(float, GRID)),
+        tuple(distinct),
+        tuple(used),
+        words,
+        kept,
+        slots,
+        rule.depends_on_company,
+    )
 
 
 def _awake(
@@ -247,11 +259,15 @@ def ranks_touched(experts: int, slots: float, ranks: int, groups: int, groups_us
 
 
 def from_points(
-    points: Sequence[tuple[float, float, float]], experts: int, origin: str, columns: float = 0.0
+    points: Sequence[tuple[float, float, float]],
+    experts: int,
+    origin: str,
+    columns: float = 0.0,
+    is_shared: bool = False,
 ) -> Curve:
     """A curve from (tokens, distinct, slots), as replayed traces give them."""
     if not points:
         raise LeanMoeError("a curve of distinct experts needs at least one point")
     ordered = sorted(points)
     tokens, distinct, slots = zip(*ordered, strict=True)
-    return Curve(tuple(tokens), tuple(distinct), tuple(slots), origin, experts, columns)
+    return Curve(tuple(tokens), tuple(distinct), tuple(slots), origin, experts, columns, is_shared)

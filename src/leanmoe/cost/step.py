@@ -18,7 +18,7 @@ from leanmoe.cost.hardware import Gpu
 from leanmoe.cost.interpolation import Ratios
 from leanmoe.cost.model import Attention, Model
 from leanmoe.cost.routing import busiest, ranks_touched
-from leanmoe.cost.schedules import SLOT_BY_SLOT
+from leanmoe.cost.schedules import SLOT_BY_SLOT, SmallSteps
 from leanmoe.cost.tables import ACTIVATION_BYTES, PADDED_TO, VERSION, Measured, measured_curve
 from leanmoe.cost.work import ExpertsShape, Rows, slot_by_slot
 
@@ -144,6 +144,7 @@ class StepTime:
         deployment: Deployment,
         constants: Constants,
         kernel: str,
+        small_steps: SmallSteps = SmallSteps.GROUP,
     ) -> None:
         deployment.check(model)
         self.model, self.deployment = model, deployment
@@ -151,9 +152,10 @@ class StepTime:
         self.kernel = found
         self._experts = ExpertsTime(model, deployment, found)
         self._rates, self.rates_origin = constants.rates_for(deployment.gpu.name)
-        self._experts_seconds: Callable[[float, float, float, int, float], float] = lru_cache(
-            maxsize=65536
-        )(self._experts_of)
+        self._small_steps = small_steps if deployment.data == 1 else SmallSteps.REPEAT
+        self._experts_seconds: Callable[[float, Awake], float] = lru_cache(maxsize=65536)(
+            self._experts_of
+        )
 
     def on(self, gpu: Gpu) -> StepTime:
         """The same with another GPU's rates, measured rows of this one's still holding."""
@@ -193,10 +195,7 @@ class StepTime:
         return Parts(
             projections=self._projections(mine),
             attention=self._attention(batch, shared_by * here.data),
-            experts=sum(
-                a.layers * self._experts_seconds(tokens, a.distinct, a.rows, a.experts, a.columns)
-                for a in awake
-            ),
+            experts=sum(each.layers * self._experts_seconds(tokens, each) for each in awake),
             shared=self._shared(mine),
             communication=self._communication(mine, tokens, awake),
             head=self._head(sampled / here.data),
@@ -264,23 +263,29 @@ class StepTime:
         products = sequences * kind.decode_products(context, tensor)
         return fixed + max(read / (gpu.bandwidth * bandwidth), products / (gpu.flops * flops))
 
-    def _experts_of(
-        self, tokens: float, distinct: float, rows: float, experts: int, columns: float
-    ) -> float:
+    def _experts_of(self, tokens: float, awake: Awake) -> float:
+        """One layer of those awake."""
+        rows, here = awake.rows, self.deployment
         if tokens <= 0 or rows <= 0:
             return 0.0
-        here = self.deployment
-        few = SLOT_BY_SLOT.get(self.kernel.kernel, 0.0) * self.model.shape.experts
-        if here.expert == 1 and columns <= few:
-            plain = Rows(tokens, rows / tokens, rows, distinct)
-            return self._experts.seconds(slot_by_slot(self._experts.shape, plain, columns))
-        share = busiest(distinct, rows, experts, here.expert)
+        if self._is_slot_by_slot(tokens, awake):
+            plain = Rows(tokens, rows / tokens, rows, awake.distinct)
+            blocks = awake.columns if self._small_steps is SmallSteps.REPEAT else rows
+            return self._experts.seconds(slot_by_slot(self._experts.shape, plain, blocks))
+        share = busiest(awake.distinct, rows, awake.experts, here.expert)
         if here.exchanges:
             tokens = self._received(tokens, rows, share.rows)
             rows = share.rows
         return self._experts.seconds(
             Rows(tokens, rows / tokens, share.rows, max(share.distinct, 1e-9))
         )
+
+    def _is_slot_by_slot(self, tokens: float, awake: Awake) -> bool:
+        few = SLOT_BY_SLOT.get(self.kernel.kernel, 0.0) * self.model.shape.experts
+        if self.deployment.expert > 1 or awake.columns > few:
+            return False
+        is_grouped = awake.is_shared and tokens > 1 and self._small_steps is SmallSteps.GROUP
+        return not is_grouped
 
     def _received(self, tokens: float, rows: float, most: float) -> float:
         """Tokens that reach the busiest GPU, of all that are sent; they hold `most` rows."""

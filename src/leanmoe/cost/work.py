@@ -102,10 +102,11 @@ class Rows:
 
 
 def slot_by_slot(shape: ExpertsShape, rows: Rows, columns: float) -> Rows:
-    """Where each of `columns` slots of the step is a block of its own, used or skipped.
+    """Where each of `columns` slots of the step is a block of its own: those used, and repeated.
 
     A used slot reads its expert anew, awake already or not; one that the cache holds, from there. A
-    skipped slot repeats its token's best beside it: a block more, and what the cache just got.
+    repeated one is its token's best beside it: a block more, and what the cache just got. Slots
+    that are passed over are not among them.
     """
     again = CACHED_SHARE if shape.expert_bytes <= CACHE_BYTES else 1.0
     reads = rows.distinct + max(0.0, rows.rows - rows.distinct) * again

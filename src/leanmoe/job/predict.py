@@ -160,7 +160,9 @@ def _replayed(folder: Path, plan: Plan | None, rules: set[Rule]) -> dict[tuple[i
             points = [(float(run.tokens), run.distinct, run.slots) for run in runs]
             origin = "measured: the profile's traces, replayed under the plan"
             columns = profile.model.top_k if rule.top_k is None else rule.top_k
-            found[layer, rule] = from_points(points, profile.model.experts, origin, columns)
+            found[layer, rule] = from_points(
+                points, profile.model.experts, origin, columns, rule.depends_on_company
+            )
             advance(1)
     return found
 
