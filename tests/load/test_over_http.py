@@ -84,20 +84,28 @@ def test_figures_are_what_the_servers_did(
     assert len(prompts[0]) == 18, "each repeat has prompts of its own"
 
 
+LATE_MS = 25
+"""Half of a mean gap of the test below: requests that late tell nothing of the rate."""
+
+
 @pytest.mark.slow
 def test_an_open_loop_arrives_at_its_rate(tmp_path: Path) -> None:
-    with serving(ttft=0.01, itl=0.001) as server:
-        wanted = job(tmp_path, server.url, concurrency=(), rates=(20.0,), requests=60, repeats=1)
-        (entry,) = bench(wanted)["loads"]
-        received = sorted(seen.received for seen in server.timed())
+    for attempt in range(4):  # a busy machine may start the client too late: it then says so
+        with serving(ttft=0.01, itl=0.001) as server:
+            folder = tmp_path / str(attempt)
+            wanted = job(folder, server.url, concurrency=(), rates=(20.0,), requests=60, repeats=1)
+            (entry,) = bench(wanted)["loads"]
+            received = sorted(seen.received for seen in server.timed())
+        (run,) = entry["runs"][next(iter(entry["runs"]))]
+        if run["median_delay_ms"] < LATE_MS:
+            break
     assert len(received) == 60
     rate = 59 / (received[-1] - received[0])
     # Of 59 exponential gaps the mean has a standard error of 13%.
     assert 20 * 0.6 < rate < 20 * 1.6
     gaps = [b - a for a, b in pairwise(received)]
     assert statistics.stdev(gaps) > 0.5 * statistics.mean(gaps), "not evenly spaced"
-    (run,) = entry["runs"][next(iter(entry["runs"]))]
-    assert "median_delay_ms" in run
+    assert run["median_delay_ms"] < LATE_MS
 
 
 @pytest.mark.slow

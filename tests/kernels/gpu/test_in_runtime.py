@@ -8,7 +8,7 @@ import torch
 from leanmoe.kernels import ExpertWeights, choose_experts, experts_gpu
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
-from leanmoe.routing import route
+from leanmoe.routing import ALONE, route
 from leanmoe.runtime.routing import _on_gpu
 from tests.kernels.gpu.test_experts_gpu import DEVICE, on_device
 from tests.kernels.layers import random_layer
@@ -21,7 +21,7 @@ def test_one_step_or_many(rule: Rule, steps: int | None) -> None:
     logits = torch.randn(*leading, 5, 16, generator=torch.Generator().manual_seed(1))
     padding = torch.zeros(*leading, 5, dtype=torch.bool)
     padding[..., 2] = True
-    found = _on_gpu(logits.to(DEVICE), Router(), 4, rule, None, padding.to(DEVICE))
+    found = _on_gpu(logits.to(DEVICE), Router(), 4, rule, None, padding.to(DEVICE), ALONE)
     wanted = route(logits, Router(), 4, rule, None, padding)
     assert found.ids_STK.shape == wanted.ids_STK.shape
     assert found.ids_STK.sort(dim=-1)[0].tolist() == wanted.ids_STK.sort(dim=-1)[0].tolist()
