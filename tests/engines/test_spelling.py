@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from leanmoe.engines.spelling import Skipped, repeat_best, spelled, widened
 from leanmoe.kernels.gpu.route import (
     route_gpu,
-    route_gpu_repeating,
-    route_gpu_skipping,
+    route_gpu_ids,
     why_not_route_gpu,
 )
 from leanmoe.routing import route
@@ -67,7 +66,7 @@ def test_the_gpu_kernel_spells_it_the_same() -> None:
 
     rule, router = Rule(guaranteed=1, threshold=0.5), Router(normalise=True)
     plain = route_gpu(logits, router, 4, rule, None, padding)
-    ids, weights = route_gpu_repeating(logits, router, 4, rule, None, padding)
+    ids, weights = route_gpu_ids(logits, router, 4, rule, None, padding)
     assert ids.tolist() == repeat_best(plain.ids_TK, 32, padding).tolist()
     assert weights.tolist() == plain.weights_TK.tolist()
 
@@ -83,7 +82,7 @@ def test_the_gpu_kernel_passes_over_the_same_slots(drawn: Case) -> None:
     plain = route_gpu(*arguments)
     for skipped in (Skipped.MINUS_ONE, Skipped.BEYOND):
         number = skipped.id(drawn.experts)
-        ids, weights = route_gpu_skipping(*arguments, skipped_id=number)
+        ids, weights = route_gpu_ids(*arguments, skipped_id=number)
         wanted = spelled(plain.ids_TK, drawn.experts, padding, skipped)
         assert ids.dtype is torch.int32
         assert ids.tolist() == wanted.tolist()

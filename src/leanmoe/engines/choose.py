@@ -13,8 +13,7 @@ from torch import Tensor
 from leanmoe.engines.spelling import Skipped, spelled
 from leanmoe.kernels import (
     route_cpu,
-    route_gpu_repeating,
-    route_gpu_skipping,
+    route_gpu_ids,
     why_not_route_cpu,
     why_not_route_gpu,
 )
@@ -62,10 +61,9 @@ def choose(
     arguments = (logits_TE, router, top_k, rule, bias_E, padding_T)
     name, experts = implementation(logits_TE, router, rule, company), logits_TE.shape[1]
     if name == "gpu":
+        skipped_id = None if skipped is Skipped.REPEATED else skipped.id(experts)
         on_gpu = (*arguments, company.placement, company.exchange)
-        if skipped is Skipped.REPEATED:
-            return route_gpu_repeating(*on_gpu, ids_dtype=ids_dtype)
-        return route_gpu_skipping(*on_gpu, skipped_id=skipped.id(experts), ids_dtype=ids_dtype)
+        return route_gpu_ids(*on_gpu, skipped_id=skipped_id, ids_dtype=ids_dtype)
     if name == "cpu":
         ids, weights, _over_budget = route_cpu(*arguments)
     else:

@@ -37,7 +37,7 @@ def repeat_best(ids_TK: Tensor, experts: int, padding_T: Tensor | None = None) -
     """`ids_TK` with each skipped slot, id E, naming an expert that is awake anyway.
 
     That is the token's best, and for padding the first token's; 0 where there is none. As
-    `kernels.route_gpu_repeating` does it in its kernel.
+    `kernels.route_gpu_ids` does it in its kernel.
     """
     best_T1 = ids_TK[:, :1]
     best_T1 = best_T1.masked_fill(best_T1 >= experts, 0)

@@ -10,8 +10,7 @@ from leanmoe.kernels.gpu.experts import experts_gpu, why_not_gpu
 from leanmoe.kernels.gpu.route import (
     RoutedGpu,
     route_gpu,
-    route_gpu_repeating,
-    route_gpu_skipping,
+    route_gpu_ids,
     why_not_route_gpu,
 )
 from leanmoe.kernels.reference import expert_rows, experts_reference
@@ -35,8 +34,7 @@ __all__ = [
     "experts_reference",
     "route_cpu",
     "route_gpu",
-    "route_gpu_repeating",
-    "route_gpu_skipping",
+    "route_gpu_ids",
     "why_not_gpu",
     "why_not_route_cpu",
     "why_not_route_gpu",

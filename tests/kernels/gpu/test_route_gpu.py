@@ -15,8 +15,7 @@ from leanmoe.kernels.gpu.route import (
     MOST_TOKENS_OF_ALL,
     RoutedGpu,
     route_gpu,
-    route_gpu_repeating,
-    route_gpu_skipping,
+    route_gpu_ids,
     why_not_route_gpu,
 )
 from leanmoe.kernels.gpu.work_list import work_list_reference
@@ -58,7 +57,7 @@ def route_here(*arguments: Any, **options: Any) -> RoutedGpu:
 
 
 def repeating_here(*arguments: Any) -> tuple[Tensor, Tensor]:
-    ids_TK, weights_TK = route_gpu_repeating(*_there(arguments))
+    ids_TK, weights_TK = route_gpu_ids(*_there(arguments))
     return ids_TK.cpu(), weights_TK.cpu()
 
 
@@ -382,7 +381,7 @@ def test_skipped_slots_of_any_id_where_ranks_share_experts(rule: Rule) -> None:
     arguments = (logits, router, 4, rule, None, padding, placement, add)
     wanted = route_here(*arguments)
     for skipped in (-1, 32):
-        found = route_gpu_skipping(*_there(arguments), skipped_id=skipped)
+        found = route_gpu_ids(*_there(arguments), skipped_id=skipped)
         ids_TK, weights_TK = (tensor.cpu() for tensor in found)
         assert ids_TK.tolist() == wanted.ids_TK.masked_fill(wanted.ids_TK == 32, skipped).tolist()
         assert weights_TK.tolist() == wanted.weights_TK.tolist()

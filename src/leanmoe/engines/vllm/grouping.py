@@ -16,8 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-MODULE = "vllm.model_executor.layers.fused_moe.experts.triton_moe"
-"""Where vLLM's Triton experts find the two functions."""
+from leanmoe.engines.vllm.skipping import TRITON
+
+MODULE, _ = TRITON
+"""Where vLLM's Triton experts find the first of the two functions."""
 ASSIGN, GROUP = "_prepare_expert_assignment", "moe_align_block_size"
 
 

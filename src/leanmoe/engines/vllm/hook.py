@@ -124,10 +124,11 @@ class PlannedModel:
             return Skipping(Skipped.BEYOND, Skipped.BEYOND)
         reason = why_not_skip(runner, routing.slots, self.plan.model.experts)
         if reason is None:
-            groups = why_not_group() is None
-            if groups:
-                put_grouping()
-            return Skipping(small=Skipped.MINUS_ONE, groups=groups)
+            if reason := why_not_group():
+                logger.info("leanmoe: %s: small steps stay apart: %s", runner.layer_name, reason)
+                return Skipping(small=Skipped.MINUS_ONE)
+            put_grouping()
+            return Skipping(small=Skipped.MINUS_ONE, groups=True)
         logger.info(
             "leanmoe: %s: a skipped slot repeats in small steps: %s", runner.layer_name, reason
         )

@@ -96,7 +96,7 @@ def route_gpu(
     return RoutedGpu(ids, weights, over_budget, WorkList(rows, blocks_3B, used_1, block_rows))
 
 
-def route_gpu_repeating(
+def route_gpu_ids(
     logits_TE: Tensor,
     router: Router,
     top_k: int,
@@ -106,37 +106,17 @@ def route_gpu_repeating(
     placement: Placement | None = None,
     exchange: Exchange | None = None,
     *,
+    skipped_id: int | None = None,
     ids_dtype: torch.dtype = torch.int32,
 ) -> tuple[Tensor, Tensor]:
-    """Ids and weights (T,K) of `route_gpu`, for kernels that want an expert in every slot.
+    """Ids and weights (T,K) of `route_gpu`, for another's kernels; there is no work list.
 
-    A skipped slot repeats the token's best expert with weight 0, and a padding token's slots that
-    of the first token: neither wakes an expert. There is no work list.
+    For kernels that pass over some id, `skipped_id` is the id of every skipped slot and of all of a
+    padding token's. For those that want an expert in every slot it is None: a skipped slot repeats
+    the token's best expert with weight 0, and a padding token's slots that of the first token, so
+    that neither wakes an expert.
     """
-    spelling = (True, 0, NO_WORK_LIST)
-    company = (placement, exchange)
-    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, company, spelling, ids_dtype)
-    return found[0], found[1]
-
-
-def route_gpu_skipping(
-    logits_TE: Tensor,
-    router: Router,
-    top_k: int,
-    rule: Rule,
-    bias_E: Tensor | None = None,
-    padding_T: Tensor | None = None,
-    placement: Placement | None = None,
-    exchange: Exchange | None = None,
-    *,
-    skipped_id: int,
-    ids_dtype: torch.dtype = torch.int32,
-) -> tuple[Tensor, Tensor]:
-    """Ids and weights (T,K) of `route_gpu`, for kernels that pass over slots of id `skipped_id`.
-
-    All of a padding token's slots are skipped. There is no work list.
-    """
-    spelling = (False, skipped_id, NO_WORK_LIST)
+    spelling = (skipped_id is None, skipped_id or 0, NO_WORK_LIST)
     company = (placement, exchange)
     found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, company, spelling, ids_dtype)
     return found[0], found[1]
