@@ -21,7 +21,8 @@ CACHE_BYTES = 50e6
 """Of the second-level cache of an H100 or H200."""
 CACHED_SHARE = 0.6
 """Of a read's time that the same read takes again from that cache: 3.35 TB/s of memory to about 5.5
-of the cache (H100, published microbenchmarks)."""
+of an H100's cache, a figure without a source at hand. The steps of Qwen3-30B had been looked at
+before and imply 0.6 to 0.7: they do not test it."""
 TESTED_MULTIPLE, TESTED_EXPERTS = 128, 8
 """Widths, and experts on a GPU, that the stated accuracy is of."""
 
