@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 from pathlib import Path
 
-CACHE_BYTES = 3 << 29
+CACHE_BYTES = 3 << 28
 """Keys and values of an engine that shares its GPU: it cannot tell what the others will take."""
 
 
