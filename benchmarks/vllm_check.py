@@ -56,6 +56,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--settings", default=",".join(SETTINGS), help="comma separated")
+    parser.add_argument("--runs", default=",".join(RUNS), help="comma separated")
     parser.add_argument("--together", type=int, default=4, help="engines that run at once")
     parser.add_argument("--memory", type=float, default=0.05, help="share of the GPU's an engine")
     parser.add_argument("--output", type=Path, default=Path("results"))
@@ -168,6 +169,8 @@ def rows_of(found: dict[tuple[str, str], dict[str, Any]], names: list[str]) -> l
     rows: list[dict[str, Any]] = []
     for name in names:
         for mine, other in PAIRS:
+            if not {(name, mine), (name, other)} <= found.keys():
+                continue
             share = same(found.get((name, mine)), found.get((name, other)))
             rows.append({"setting": name, "run": mine, "beside": other, "same": share})
         for other in ("one", "tp2-ep"):
@@ -205,9 +208,10 @@ def main() -> None:
     if options.engine:
         engine(Path(options.engine))
         return
-    names = options.settings.split(",")
-    if unknown := set(names) - set(SETTINGS):
-        sys.exit(f"--settings has {unknown.pop()}: it must be of {', '.join(SETTINGS)}")
+    names, asked_runs = options.settings.split(","), options.runs.split(",")
+    for option, asked, known in (("settings", names, SETTINGS), ("runs", asked_runs, RUNS)):
+        if unknown := set(asked) - set(known):
+            sys.exit(f"--{option} has {unknown.pop()}: it must be of {', '.join(known)}")
     turn = Turn(options.lock) if options.lock else None
     prepare(options.vllm, SEVERAL_GPUS)
     with tempfile.TemporaryDirectory() as temporary:
@@ -216,11 +220,11 @@ def main() -> None:
         model.mkdir()
         draw(model)
         entry_point(folder)
-        asked = [(name, run) for name in names for run in RUNS]
+        keys = [(name, run) for name in names for run in asked_runs]
         with ThreadPoolExecutor(options.together) as pool:
             runs = {
                 key: pool.submit(start, *key, model, folder / "-".join(key), options.memory)
-                for key in asked
+                for key in keys
             }
             found = {key: run.result() for key, run in runs.items()}
     del turn
@@ -256,7 +260,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     print(path)
     musts = [row for row in rows if (row["run"], row["beside"]) in PAIRS]
     if any(row["same"] != 1 for row in musts):
-        sys.exit(1)
+        sys.exit("something that must be the same is not, or is missing")
 
 
 if __name__ == "__main__":
