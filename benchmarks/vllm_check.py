@@ -2,11 +2,12 @@
 
     python benchmarks/vllm_check.py --settings one,tp2,tp2-ep,tp2-ep-eplb,pp2,fp8 --output results
 
-For each setting vLLM runs a small drawn model with worker processes of its own, as a service does:
-without the plugin, under an empty plan, with fewer experts by vLLM's own setting and by a plan, and
-under a plan that skips experts. Compared are the greedy tokens, and what each worker says of its
-last step. Nothing is timed, so `--together` engines run at once. With `tp2-ep-eplb` vLLM moves its
-experts while the replies are made, and copies some.
+For each setting vLLM runs a small drawn model with worker processes of its own, as a service does;
+all requests come at once, so every run has the same steps. It runs without the plugin, under an
+empty plan, with fewer experts by vLLM's own setting and by a plan, and under a plan that skips
+experts. Compared are the greedy tokens, and what each worker says of its last step. Nothing is
+timed, so `--together` engines run at once. With `tp2-ep-eplb` vLLM moves its experts while the
+replies are made, and copies some.
 """
 
 from __future__ import annotations
@@ -128,8 +129,7 @@ def start(name: str, run: str, model: Path, folder: Path, memory: float) -> dict
     if run == FEWER:
         settings["hf_overrides"] = {"num_experts_per_tok": 4}
     environment = dict(os.environ) | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "LEANMOE_STATISTICS": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "LEANMOE_STATISTICS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }  # fmt: skip
     if plan := plan_of(run):
         plan.save(folder / "plan.json")
@@ -150,10 +150,16 @@ def start(name: str, run: str, model: Path, folder: Path, memory: float) -> dict
                 os.killpg(process.pid, 9)
     path = folder / "found.json"
     if code or not path.exists():
-        return {"trouble": log.read_text()[-3000:]}
+        return {"trouble": what_went_wrong(log.read_text())}
     said = [line for line in log.read_text().splitlines() if "leanmoe: plan" in line]
     how = said[-1].partition(" at work, ")[2] if said else ""
     return json.loads(path.read_text()) | {"said": how}
+
+
+def what_went_wrong(log: str) -> str:
+    """The lines of a log that name an error, each once."""
+    lines = [line.partition(") ")[2] or line for line in log.splitlines() if "Error" in line]
+    return "\n".join(dict.fromkeys(lines))[-2000:] or log[-1000:]
 
 
 def same(mine: dict[str, Any] | None, other: dict[str, Any] | None) -> float | None:
@@ -181,6 +187,12 @@ def rows_of(found: dict[tuple[str, str], dict[str, Any]], names: list[str]) -> l
                 )
         share = same(found.get((name, SKIPPING)), found.get((name, STOCK)))
         rows.append({"setting": name, "run": SKIPPING, "beside": STOCK, "same": share})
+        troubles = {
+            run: found[name, run]["trouble"]
+            for run in RUNS
+            if "trouble" in found.get((name, run), {})
+        }
+        rows[-1] |= {"troubles": troubles}
         planned = found.get((name, SKIPPING), {})
         workers = [w for w in planned.get("workers", []) if w]
         rows[-1] |= {"said": planned.get("said"), "workers": workers}
@@ -252,7 +264,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row.get("said"):
             counts = [
-                [f"{layer['distinct']:.0f} {layer['activated']:.1f}" for layer in worker["layers"]]
+                [f"{here['distinct']} {here['activated']:.1f}" for here in worker["layers"] if here]
                 for worker in row["workers"]
             ]
             print(f"{row['setting']}: {row['said']}")
