@@ -3,8 +3,8 @@
     python benchmarks/vllm_check.py --settings one,tp2,tp2-ep,tp2-ep-eplb,pp2,fp8 --output results
 
 For each setting vLLM runs a small drawn model with worker processes of its own, as a service does;
-all requests come at once, so every run has the same steps. It runs without the plugin, under an
-empty plan, with fewer experts by vLLM's own setting and by a plan, and under a plan that skips
+all requests come at once, so every run has the same steps. It runs twice without the plugin, under
+an empty plan, with fewer experts by vLLM's own setting and by a plan, and under a plan that skips
 experts. Compared are the greedy tokens, and what each worker says of its last step. Nothing is
 timed, so `--together` engines run at once. With `tp2-ep-eplb` vLLM moves its experts while the
 replies are made, and copies some.
@@ -45,10 +45,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_parallel_size": 2},
     "fp8": {"quantization": "fp8"},
 }
-STOCK, EMPTY, FEWER, UNIFORM, SKIPPING = "stock", "empty", "fewer", "top_k=4", "guaranteed=3"
-RUNS = (STOCK, EMPTY, FEWER, UNIFORM, SKIPPING)
-PAIRS = ((EMPTY, STOCK), (UNIFORM, FEWER))
-"""Runs whose tokens must be the same."""
+STOCK, AGAIN, EMPTY, FEWER, UNIFORM, SKIPPING = (
+    "stock", "again", "empty", "fewer", "top_k=4", "guaranteed=3"
+)  # fmt: skip
+RUNS = (STOCK, AGAIN, EMPTY, FEWER, UNIFORM, SKIPPING)
+PAIRS = ((AGAIN, STOCK), (EMPTY, STOCK), (UNIFORM, FEWER))
+"""Runs whose tokens must be the same, as far as stock vLLM repeats its own."""
 REPLIES, TOKENS = 12, 48
 PATIENCE = 400
 
@@ -162,40 +164,28 @@ def what_went_wrong(log: str) -> str:
     return "\n".join(dict.fromkeys(lines))[-2000:] or log[-1000:]
 
 
-def same(mine: dict[str, Any] | None, other: dict[str, Any] | None) -> float | None:
-    """The share of replies that are the same; None where one is missing."""
+def compared(mine: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str, Any]:
+    """The share of replies that are the same, and where the others part; None where one lacks."""
     if mine is None or other is None or "trouble" in mine or "trouble" in other:
-        return None
-    pairs = list(zip(mine["tokens"], other["tokens"], strict=True))
-    return sum(a == b for a, b in pairs) / len(pairs)
+        return {"same": None}
+    parted = []
+    for a, b in zip(mine["tokens"], other["tokens"], strict=True):
+        parted += [
+            place for place, pair in enumerate(zip(a, b, strict=True)) if len(set(pair)) > 1
+        ][:1]
+    return {"same": 1 - len(parted) / len(mine["tokens"]), "parted_at_token": sorted(parted)}
 
 
 def rows_of(found: dict[tuple[str, str], dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    """What must be the same, and whether it is; a plan that skips beside the same on one GPU."""
+    """What must be the same, and whether it is; a plan that skips, also beside other settings."""
     rows: list[dict[str, Any]] = []
     for name in names:
-        for mine, other in PAIRS:
-            if not {(name, mine), (name, other)} <= found.keys():
-                continue
-            share = same(found.get((name, mine)), found.get((name, other)))
-            rows.append({"setting": name, "run": mine, "beside": other, "same": share})
-        for other in ("one", "tp2-ep"):
-            if name != other:
-                share = same(found.get((name, SKIPPING)), found.get((other, SKIPPING)))
-                rows.append(
-                    {"setting": name, "run": SKIPPING, "beside": f"in {other}", "same": share}
-                )
-        share = same(found.get((name, SKIPPING)), found.get((name, STOCK)))
-        rows.append({"setting": name, "run": SKIPPING, "beside": STOCK, "same": share})
-        troubles = {
-            run: found[name, run]["trouble"]
-            for run in RUNS
-            if "trouble" in found.get((name, run), {})
-        }
-        rows[-1] |= {"troubles": troubles}
-        planned = found.get((name, SKIPPING), {})
-        workers = [w for w in planned.get("workers", []) if w]
-        rows[-1] |= {"said": planned.get("said"), "workers": workers}
+        beside = [(mine, name, other) for mine, other in (*PAIRS, (SKIPPING, STOCK))]
+        beside += [(SKIPPING, other, SKIPPING) for other in names if other != name]
+        for mine, where, other in beside:
+            if {(name, mine), (where, other)} <= found.keys():
+                row = {"setting": name, "run": mine, "beside": other, "in": where}
+                rows.append(row | compared(found[name, mine], found[where, other]))
     return rows
 
 
@@ -243,11 +233,15 @@ def main() -> None:
     for (name, run), one in found.items():
         if "trouble" in one:
             print(f"{name}, {run}: {one['trouble']}\n")
-    write(options, rows_of(found, names))
+    write(options, rows_of(found, names), found)
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """The rows as JSON and on screen; exits with 1 where something must be the same and is not."""
+def write(
+    options: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    found: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    """All as JSON and on screen; exits with 1 where something must be the same and is not."""
     from leanmoe.provenance import collect
     from leanmoe.storage import write_json
 
@@ -255,23 +249,25 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     hardware = made["hardware"].lower().replace(" ", "-")
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{made['date'][:10]}-{hardware}-{made['commit']}-vllm-check.json"
+    engines = [
+        {"setting": name, "run": run}
+        | {word: one[word] for word in ("said", "workers", "trouble") if one.get(word)}
+        for (name, run), one in found.items()
+    ]
     head = {"leanmoe_benchmark": "vllm_check", "label": "measured", "provenance": made}
-    write_json(path, head | {"model": MODEL, "eplb": EPLB, "rows": rows})
-    print(f"{'setting':14} {'run':14} {'beside':14} same replies")
+    write_json(path, head | {"model": MODEL, "eplb": EPLB, "rows": rows, "engines": engines})
+    print(f"{'setting':14} {'run':14} {'beside':14} {'in':14} same replies")
     for row in rows:
-        share = "-" if row["same"] is None else f"{row['same']:.0%}"
-        print(f"{row['setting']:14} {row['run']:14} {row['beside']:14} {share}")
-    for row in rows:
-        if row.get("said"):
-            counts = [
-                [f"{here['distinct']} {here['activated']:.1f}" for here in worker["layers"] if here]
-                for worker in row["workers"]
-            ]
-            print(f"{row['setting']}: {row['said']}")
-            print(f"  distinct experts and experts a token of the last step, by worker: {counts}")
+        share = "-" if row["same"] is None else f"{row['same']:.0%} {row['parted_at_token']}"
+        print(f"{row['setting']:14} {row['run']:14} {row['beside']:14} {row['in']:14} {share}")
+    for (name, run), one in found.items():
+        if run == SKIPPING and "said" in one:
+            print(f"{name}: {one['said']}")
+            for rank, worker in enumerate(one["workers"]):
+                counts = [f"{e['distinct']} {e['activated']:.1f}" for e in worker["layers"] if e]
+                print(f"  worker {rank}, distinct experts and experts a token, by layer: {counts}")
     print(path)
-    musts = [row for row in rows if (row["run"], row["beside"]) in PAIRS]
-    if any(row["same"] != 1 for row in musts):
+    if any(row["same"] != 1 for row in rows if (row["run"], row["beside"]) in PAIRS):
         sys.exit("something that must be the same is not, or is missing")
 
 

@@ -49,6 +49,8 @@ class Run:
         layers = int(str(self.config["num_hidden_layers"]))
         self.what = what_it_is(options.shape, layers, options.fp8)
         self.same_tokens: bool | None = None
+        self.repeats: bool | None = None
+        """Whether stock vLLM answers with the same tokens twice, without which no plan can."""
         self.ways = ways_of(self.shape, options.plans, self.small_steps, self.experts, layout)
         self.left_out: dict[str, str] = {}
         """Ways that this engine cannot run, and why."""
@@ -95,7 +97,9 @@ class Run:
         for way in asked:
             self._add(engine, way)
         self.say(f"{len(self.ways)} ways captured")
-        self.same_tokens = engine.is_same(*(way.name for way in self.ways[:2]))
+        stock, empty = (way.name for way in self.ways[:2])
+        self.same_tokens = engine.is_same(stock, empty)
+        self.repeats = engine.is_same(stock, stock)
         return engine
 
     def _add(self, engine: Any, way: Any) -> None:
@@ -189,6 +193,7 @@ class Run:
         return {
             "is_complete": is_complete,
             "same_tokens_under_empty_plan": self.same_tokens,
+            "stock_repeats_its_tokens": self.repeats,
             "ways": {way.name: way.to_json() for way in self.ways},
             "left_out": self.left_out,
             "lines": self.results.lines(self.ways),
@@ -213,6 +218,7 @@ class Run:
         """The results on screen."""
         show(self.results.lines(self.ways))
         print(f"\nsame tokens as stock under the empty plan: {self.same_tokens}")
+        print(f"same tokens by stock twice: {self.repeats}")
         print(self.path)
 
 
