@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from draw_model import draw
 from vllm_settings import SEVERAL_GPUS, prepare
 from vllm_shapes import QWEN
 from vllm_turns import Turn
@@ -67,18 +68,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lock", type=Path, help="as in vllm_parallel.py: nobody measures beside")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def draw(folder: Path) -> None:
-    """Writes a checkpoint with drawn weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    (folder / "config.json").write_text(json.dumps(MODEL))
-    config = AutoConfig.from_pretrained(folder)
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(MODEL))
 
 
 def plan_of(run: str) -> Any:
@@ -219,8 +208,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = folder / "model"
-        model.mkdir()
-        draw(model)
+        draw(model, MODEL)
         entry_point(folder)
         keys = [(name, run) for name in names for run in asked_runs]
         with ThreadPoolExecutor(options.together) as pool:
