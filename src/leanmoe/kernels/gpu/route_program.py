@@ -108,11 +108,11 @@ def _finish(
     E: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr,
 ):  # fmt: skip
     """The last program's: blocks from counts, and the counts zero again."""
-    e = tl.arange(0, POWER_E)
+    e = tl.arange(0, POWER_E)[None, :]
     count_at = counts_ptr + e * COUNTER_STRIDE
-    counts_E = tl.load(count_at, mask=e < E, other=0, cache_modifier=".cg")
+    counts_1E = tl.load(count_at, mask=e < E, other=0, cache_modifier=".cg")
     tl.store(count_at, 0, mask=e < E)
-    write_blocks(counts_E, e * tokens, blocks_ptr, used_ptr, most_blocks, ROWS, POWER_E)
+    write_blocks(counts_1E, e * tokens, blocks_ptr, used_ptr, most_blocks, ROWS, POWER_E)
 
 
 @triton.jit(do_not_specialize=["tokens", "most_blocks", "slots", "full"])
