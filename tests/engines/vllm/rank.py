@@ -36,11 +36,11 @@ def main(folder: Path) -> None:
         hook.use(Plan.load(folder / "plan.json"), is_counted=True, is_of_all=settings["is_of_all"])
     from vllm import LLM, SamplingParams
 
+    usual = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}}
     llm = LLM(
-        model=str(path()), dtype="float32", enforce_eager=True, max_model_len=256, seed=0,
-        max_num_seqs=16, enable_prefix_caching=False, gpu_memory_utilization=0.3,
-        compilation_config={"custom_ops": ["none"]},
-        distributed_executor_backend="external_launcher", **settings["layout"],
+        model=str(path()), dtype="float32", max_model_len=256, seed=0, max_num_seqs=16,
+        enable_prefix_caching=False, gpu_memory_utilization=0.3,
+        distributed_executor_backend="external_launcher", **usual | settings["layout"],
     )  # fmt: skip
     steps.clear()  # vLLM's own trials of the model
     mine = settings["requests"][rank]

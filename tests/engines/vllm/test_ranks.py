@@ -46,7 +46,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """What two processes found, each with its own requests."""
     folder.mkdir()
-    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # vLLM trips over a killed engine's
+    for left in Path("/dev/shm").glob("-*:*-cpushm_*"):  # vLLM trips over a killed engine's
         left.unlink()
     if plan is not None:
         plan.save(folder / "plan.json")
