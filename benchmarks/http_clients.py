@@ -2,11 +2,12 @@
 
     python benchmarks/http_clients.py http://127.0.0.1:8000 --tokenizer reference
 
-Both send closed loops to the same server, in turn, in an order drawn anew for each repeat; no prompt
-is sent twice but within vLLM's own ready check and warm-up. vLLM's client runs as its users run it,
+Both send closed loops to the same server, in turn, in an order drawn anew for each repeat; no
+prompt is sent twice, but for vLLM's ready check and warm-up. Its client runs as its users run it,
 and with one thing after the other made as leanmoe has it: greedy, the same prompts, a warm-up.
-Before that its plain form runs a few times on the server as it was found: started just before, that
-is how a first run differs from the next. It needs vLLM and leanmoe[bench] in one environment.
+Before that its plain form runs a few times on the server as it was found: where that was started
+just before, they say how a first run differs from the next. It needs vLLM and leanmoe[bench] in one
+environment.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ WAYS: dict[str, dict[str, bool]] = {
     "greedy, our prompts, warmed": {"greedy": True, "ours": True, "warmed": True},
 }
 FIGURES = ("output_throughput", "median_ttft_ms", "median_tpot_ms", "duration")
+TURNAROUND = "median_turnaround_ms"
 
 
 def parse() -> argparse.Namespace:
@@ -83,7 +85,10 @@ class Clients:
         """One run of `leanmoe bench`'s client."""
         with self.ours.at(load) as run_one:
             outcome = run_one(self.server.name, load, requests, "0")
-        return measured(outcome, load, self.settings).to_vllm_json()
+        sent = [timeline.sent for timeline in outcome.timelines]
+        ends = [timeline.tokens[-1] for timeline in outcome.timelines]
+        gap = turnaround_ms(sent, ends, load.concurrency or 1)
+        return {**measured(outcome, load, self.settings).to_vllm_json(), TURNAROUND: gap}
 
     def vllm(
         self,
@@ -125,21 +130,26 @@ class Clients:
 
 
 def between_tokens(found: dict[str, Any]) -> dict[str, Any]:
-    """Of vLLM's run: counts, and its throughput from the first request sent to the last token."""
+    """Of vLLM's run: counts, and what leanmoe counts otherwise."""
+    starts = found["start_times"]
     ends = [
         start + ttft + sum(gaps)
-        for start, ttft, gaps in zip(
-            found["start_times"], found["ttfts"], found["itls"], strict=True
-        )
+        for start, ttft, gaps in zip(starts, found["ttfts"], found["itls"], strict=True)
     ]
-    seconds = max(ends) - min(found["start_times"])
+    seconds = max(ends) - min(starts)
     return {
         "output_throughput_between_tokens": found["total_output_tokens"] / seconds,
+        TURNAROUND: turnaround_ms(starts, ends, found["max_concurrency"]),
         "completed": found["completed"],
         "total_input_tokens": found["total_input_tokens"],
         "total_output_tokens": found["total_output_tokens"],
-        "ttfts_ms": [1e3 * ttft for ttft in found["ttfts"]],
     }
+
+
+def turnaround_ms(starts: list[float], ends: list[float], together: int) -> float:
+    """From a request's last token to the next request that takes its place, median."""
+    gaps = zip(sorted(ends), sorted(starts)[together:], strict=False)
+    return 1e3 * median(start - end for end, start in gaps)
 
 
 def one_load(clients: Clients, load: ServiceLoad, repeats: int, rng: random.Random) -> Any:
@@ -160,10 +170,11 @@ def one_load(clients: Clients, load: ServiceLoad, repeats: int, rng: random.Rand
 
 def show(load: ServiceLoad, runs: dict[str, list[dict[str, Any]]]) -> None:
     """Medians over repeats, and each client's throughput over ours."""
-    print(f"{load.name}: client, then {', '.join(FIGURES)}; output throughput over ours (95%)")
+    shown = (*FIGURES, TURNAROUND)
+    print(f"{load.name}: client, then {', '.join(shown)}; output throughput over ours (95%)")
     first = [run["output_throughput"] for run in runs[OURS]]
     for name, found in runs.items():
-        figures = "  ".join(f"{median(run[f] for run in found):9.2f}" for f in FIGURES)
+        figures = "  ".join(f"{median(run[f] for run in found):9.2f}" for f in shown)
         ratio = Ratio.of(first, [run["output_throughput"] for run in found])
         said = f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
         print(f"  {name:30}{figures}  {'' if name == OURS else said}", flush=True)
