@@ -146,10 +146,10 @@ def between_tokens(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def turnaround_ms(starts: list[float], ends: list[float], together: int) -> float:
-    """From a request's last token to the next request that takes its place, median."""
-    gaps = zip(sorted(ends), sorted(starts)[together:], strict=False)
-    return 1e3 * median(start - end for end, start in gaps)
+def turnaround_ms(starts: list[float], ends: list[float], together: int) -> float | None:
+    """From a request's last token to the next request that takes its place: median, if any."""
+    gaps = [b - a for a, b in zip(sorted(ends), sorted(starts)[together:], strict=False)]
+    return 1e3 * median(gaps) if gaps else None
 
 
 def one_load(clients: Clients, load: ServiceLoad, repeats: int, rng: random.Random) -> Any:
