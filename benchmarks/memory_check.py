@@ -17,9 +17,11 @@ from leanmoe.kernels import ExpertWeights, experts_gpu, experts_reference, route
 from leanmoe.kernels.gpu.config import ExpertsConfig, Tile
 from leanmoe.kernels.gpu.tune import random_call, random_weights
 from leanmoe.kernels.gpu.tuned import Shape
+from leanmoe.placement import Placement
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
 from leanmoe.routing import route
+from leanmoe.routing.company import Company
 
 SHAPES = (
     Shape(12, 200, 72, 3, "bfloat16"),
@@ -35,6 +37,8 @@ WAYS = (
     (37, ExpertsConfig(16, 0, False)),
     (150, ExpertsConfig(64, 16, False)),
 )
+FP8_WAYS = ((3, ExpertsConfig(16, 0, True, parts=2)), (37, ExpertsConfig(16, 0, False, parts=2)))
+"""Activations as the sum of two fp8 numbers, beside the ways of all."""
 RULES = (
     Rule(),
     Rule(top_k=4),
@@ -43,7 +47,10 @@ RULES = (
     Rule(guaranteed=3),
     Rule(guaranteed=2, budget=20),
     Rule(experts=tuple(range(40)), budget=20),
+    Rule(budget_per_rank=8),
+    Rule(guaranteed=3, budget=20, budget_per_rank=8),
 )
+PLACEMENT = Placement.linear(64, 4)
 ROUTERS = (
     Router(normalise=True),
     Router("sigmoid", "bias", True, 1e-20, 2.5, 8, 4, "top2_sum", False),
@@ -84,8 +91,8 @@ def check_route(router: Router, rule: Rule, tokens: int) -> None:
     logits_TE = torch.randn(tokens, 64, generator=generator, device=DEVICE)
     bias_E = torch.linspace(-0.1, 0.1, 64, device=DEVICE) if router.ranking_bias else None
     padding_T = torch.arange(tokens, device=DEVICE) % 5 == 4
-    got = route_gpu(logits_TE, router, 6, rule, bias_E, padding_T)
-    want = route(logits_TE, router, 6, rule, bias_E, padding_T)
+    got = route_gpu(logits_TE, router, 6, rule, bias_E, padding_T, PLACEMENT)
+    want = route(logits_TE, router, 6, rule, bias_E, padding_T, Company(PLACEMENT))
     # Some families leave their own top-k unsorted.
     agree = float((got.ids_TK.sort()[0] == want.ids_STK.sort()[0]).float().mean())
     print(f"route {router.scoring} {rule} T={tokens}: {agree:.1%} of ids agree", flush=True)
@@ -97,7 +104,7 @@ def main() -> None:
     """Everything once."""
     for shape in SHAPES:
         weights = random_weights(shape, DEVICE)
-        for tokens, way in WAYS:
+        for tokens, way in WAYS + (FP8_WAYS if weights.gate_up_scale is not None else ()):
             check_experts(shape, weights, tokens, way)
     for router, rule, tokens in itertools.product(ROUTERS, RULES, (1, 37, 300)):
         check_route(router, rule, tokens)

@@ -11,9 +11,12 @@ or takes too long leaves the others theirs. SIGINT or SIGTERM stops it and shows
     python benchmarks/vllm_parallel.py --layouts 1 --seconds 300  # now one GPU, later the others
     python benchmarks/vllm_parallel.py --layouts tp2-ep,dp2-ep,tp2 --beside results/FIRST.json
     python benchmarks/vllm_parallel.py --show results/FIRST.json results/SECOND.json
+    python benchmarks/vllm_parallel.py --lock /tmp/lock --seconds 60 --memory 0.2
 
 `--beside` shows the layouts of another run in the tables, `--show` prints those of several runs and
-measures nothing. Both want runs of the same hardware, versions and settings.
+measures nothing. Both want runs of the same hardware, versions and settings. With `--lock` all
+layouts are loaded at once, also those of other runs with the same file, and measured in turn: their
+weights must fit together.
 
 A load is of all GPUs together. With data parallelism they share it evenly, so a load below their
 number is left out. Each process has a scheduler of its own, so whole engine steps lack the way from
@@ -30,6 +33,8 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,6 +55,8 @@ PLANS_OF_TOP_4 = (
 """A budget a rank that comes to the budget, on two ranks."""
 GRACE = 30
 """Seconds that a layout may take beyond its own to write and to end."""
+PATIENCE = 1800
+"""Seconds that a layout may take with `--lock`, waiting for others included."""
 
 
 def parse() -> argparse.Namespace:
@@ -107,7 +114,7 @@ def rank_run(options: argparse.Namespace) -> None:
             if options.file.exists():
                 content = json.loads(options.file.read_text())
             command = os.environ["LEANMOE_BENCHMARK_COMMAND"]
-            hidden = ("file", "layout", "beside", "show")
+            hidden = ("file", "layout", "beside", "show", "lock")
             content |= {
                 "provenance": collect(command, seed=0).to_json(),
                 "settings": {n: str(v) for n, v in vars(options).items() if n not in hidden},
@@ -192,18 +199,40 @@ def measure(options: argparse.Namespace, names: list[str]) -> dict[str, str]:
         if share < 1:
             troubles[name] = "no time left"
             continue
-        processes, logs = start(options, name, share - 5)
-        try:
-            trouble, rank = wait(processes, share + GRACE)
-        finally:
-            stop(processes)
-            for log in logs:
-                log.close()
-        if trouble:
+        if trouble := finish(name, start(options, name, share - 5), share + GRACE):
             troubles[name] = trouble
-            last = Path(logs[rank].name).read_text()[-3000:]
-            print(f"{name}: {trouble}; the end of {logs[rank].name}:\n{last}", flush=True)
     return troubles
+
+
+def measure_together(options: argparse.Namespace, names: list[str]) -> dict[str, str]:
+    """Every layout, all started at once; the lock gives each its turn. What went wrong."""
+    started = {name: start(options, name, options.seconds) for name in names}
+    with ThreadPoolExecutor(len(names)) as pool:
+        waiting = {name: pool.submit(finish, name, started[name], PATIENCE) for name in names}
+        try:
+            wait_for(waiting.values())
+        finally:  # else nobody would end the processes that the pool's threads wait for
+            for processes, _ in started.values():
+                stop(processes)
+    return {name: found.result() for name, found in waiting.items() if found.result()}
+
+
+def finish(name: str, started: tuple[list[Any], list[IO[str]]], seconds: float) -> str:
+    """Waits for a layout's processes and ends them; what went wrong, with the end of its log."""
+    processes, logs = started
+    try:
+        trouble, rank = wait(processes, seconds)
+    finally:
+        stop(processes)
+        for log in logs:
+            log.close()
+    for number, log in enumerate(logs):
+        if trouble and number == rank:
+            last = Path(log.name).read_text()[-3000:]
+            print(f"{name}: {trouble}; the end of {log.name}:\n{last}", flush=True)
+        else:
+            Path(log.name).unlink(missing_ok=True)
+    return trouble
 
 
 def joined(paths: list[Path]) -> dict[str, Any]:
@@ -327,7 +356,7 @@ def main() -> None:
         signal.signal(number, interrupt)
     troubles = {}
     try:
-        troubles = measure(options, names)
+        troubles = (measure_together if options.lock else measure)(options, names)
     except KeyboardInterrupt:
         troubles = {"all": "stopped"}
     paths = list(filter(Path.exists, [named(options.file)]))

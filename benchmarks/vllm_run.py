@@ -19,6 +19,7 @@ from typing import Any
 from vllm_layout import SINGLE, Layout
 from vllm_results import Results, show, write
 from vllm_shapes import MLA, config_of, what_it_is
+from vllm_turns import CACHE_BYTES, Turn
 
 BANDED = "banded"
 """A plan of bands, each with the single rule that was fastest at that load in the first round."""
@@ -37,6 +38,9 @@ class Run:
         from leanmoe.shape import read_shape
 
         self.options, self.layout, self.started = options, layout, time.perf_counter()
+        self.began = self.started
+        is_first = os.environ.get("RANK", "0") == "0"
+        self._turn = Turn(options.lock) if options.lock and is_first else None
         self.loads = [int(part) for part in options.loads.split(",")]
         self.routings = options.routings.split(",")
         self.small_steps, self.experts = options.small_steps.split(","), options.experts.split(",")
@@ -45,6 +49,8 @@ class Run:
         layers = int(str(self.config["num_hidden_layers"]))
         self.what = what_it_is(options.shape, layers, options.fp8)
         self.same_tokens: bool | None = None
+        self.repeats: bool | None = None
+        """Whether stock vLLM answers with the same tokens twice, without which no plan can."""
         self.ways = ways_of(self.shape, options.plans, self.small_steps, self.experts, layout)
         self.left_out: dict[str, str] = {}
         """Ways that this engine cannot run, and why."""
@@ -53,7 +59,7 @@ class Run:
 
     @property
     def has_time(self) -> bool:
-        return time.perf_counter() - self.started < self.options.seconds
+        return time.perf_counter() - self.began < self.options.seconds
 
     def load(self) -> Any:
         """The engine, with every way's decode steps captured."""
@@ -71,6 +77,8 @@ class Run:
             "max_model_len": 512, "max_num_seqs": max(sizes), "max_num_batched_tokens": rows,
             "enable_prefix_caching": False, "gpu_memory_utilization": self.options.memory,
         }  # fmt: skip
+        if self.options.lock:
+            settings["kv_cache_memory_bytes"] = CACHE_BYTES
         settings |= self.layout.settings()
         settings |= _on_gpu(sizes, self.options) if _has_gpu() else {"enforce_eager": True}
         if self.options.tiles:
@@ -89,7 +97,9 @@ class Run:
         for way in asked:
             self._add(engine, way)
         self.say(f"{len(self.ways)} ways captured")
-        self.same_tokens = engine.is_same(*(way.name for way in self.ways[:2]))
+        stock, empty = (way.name for way in self.ways[:2])
+        self.same_tokens = engine.is_same(stock, empty)
+        self.repeats = engine.is_same(stock, stock)
         return engine
 
     def _add(self, engine: Any, way: Any) -> None:
@@ -104,6 +114,7 @@ class Run:
 
     def measure(self, engine: Any) -> None:
         """Rounds until there is no more time; what there is is written as they go."""
+        self._wait_for_turn()
         for number in range(self.options.rounds):
             for routing in self.routings:
                 engine.replay.draw(routing, seed=number)
@@ -118,6 +129,16 @@ class Run:
             self.say(f"round {number + 1} written")
             if not self.has_time:
                 return
+
+    def _wait_for_turn(self) -> None:
+        """Where other runs share the GPUs: now they are this one's, and its time begins."""
+        if not self.options.lock:
+            return
+        if self._turn is not None:
+            self._turn.take()
+        self.ranks.first_says(True)
+        self.began = self._written = time.perf_counter()
+        self.say("the GPUs are this run's")
 
     def _add_banded(self, engine: Any) -> None:
         """Puts the fastest single rule of each load into a plan of its own."""
@@ -172,6 +193,7 @@ class Run:
         return {
             "is_complete": is_complete,
             "same_tokens_under_empty_plan": self.same_tokens,
+            "stock_repeats_its_tokens": self.repeats,
             "ways": {way.name: way.to_json() for way in self.ways},
             "left_out": self.left_out,
             "lines": self.results.lines(self.ways),
@@ -196,6 +218,7 @@ class Run:
         """The results on screen."""
         show(self.results.lines(self.ways))
         print(f"\nsame tokens as stock under the empty plan: {self.same_tokens}")
+        print(f"same tokens by stock twice: {self.repeats}")
         print(self.path)
 
 

@@ -56,6 +56,12 @@ def parser_of(
         "--tiles", type=Path, help="results of experts_gpu.py: the tiles found there for vLLM"
     )
     parser.add_argument("--memory", type=float, default=0.86, help="share of the GPU's for vLLM")
+    parser.add_argument(
+        "--lock",
+        type=Path,
+        help="a file that runs on the same GPUs share: they load beside each other and measure "
+        "one after the other; --seconds are then those of a turn",
+    )
     return parser
 
 
