@@ -1,5 +1,5 @@
-"""A drawn Qwen3-MoE checkpoint whose experts are int8 (compressed-tensors' W8A8), and what stands in
-for vLLM's kernel of such experts on a CPU without AMX.
+"""A drawn Qwen3-MoE checkpoint with int8 experts (compressed-tensors' W8A8), and what stands in for
+vLLM's kernel of such experts on a CPU without AMX.
 
 Letters: T rows of a step, E experts, K slots a token, H hidden width, I width of an expert.
 """
@@ -123,10 +123,7 @@ def apply(
     *_: Any,
     **__: Any,
 ) -> None:
-    """Each token's experts, activations quantised a token at a time; a slot of weight 0 is not read.
-
-    A skipped slot names an expert all the same, and its weight must then be 0.
-    """
+    """Activations are quantised a token at a time; a slot of weight 0 adds nothing."""
     found_TH = torch.zeros(hidden_states.shape, dtype=torch.float32)
     for expert in topk_ids.unique().tolist():
         assert 0 <= expert < w1.shape[0]
