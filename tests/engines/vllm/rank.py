@@ -2,7 +2,8 @@
 
     python rank.py FOLDER
 
-FOLDER/settings.json says what to run; FOLDER/RANK.json gets the tokens and every step's experts.
+FOLDER/settings.json says what to run; FOLDER/RANK.json gets the tokens and every step's experts,
+and where "then_stock" is set the tokens of the same engine with the plan taken out.
 """
 
 from __future__ import annotations
@@ -44,13 +45,24 @@ def main(folder: Path) -> None:
     )  # fmt: skip
     steps.clear()  # vLLM's own trials of the model
     mine = settings["requests"][rank]
-    replies = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt, _ in mine],
-        [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in mine],
-        use_tqdm=False,
-    )
-    tokens = [list(reply.outputs[0].token_ids) for reply in replies]
-    (folder / f"{rank}.json").write_text(json.dumps({"tokens": tokens, "steps": steps}))
+
+    def replies() -> list[list[int]]:
+        found = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt, _ in mine],
+            [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in mine],
+            use_tqdm=False,
+        )
+        return [list(reply.outputs[0].token_ids) for reply in found]
+
+    found = {"tokens": replies(), "steps": list(steps)}
+    if settings["then_stock"]:
+        model = hook.current()
+        assert model is not None
+        for layer in model.layers:  # a router's own method shows again
+            del model.runners[layer].router._compute_routing
+        found["stock"] = replies()
+        assert len(steps) == len(found["steps"]), "the plan is at work still"
+    (folder / f"{rank}.json").write_text(json.dumps(found))
     os._exit(0)
 
 
