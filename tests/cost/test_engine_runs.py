@@ -14,7 +14,7 @@ from leanmoe.cost.models import CONFIGS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from cost_engine import EngineRun, own_times
+from cost_engine import own_times, read_run
 
 BANDS = [
     {"up_to": 2, "rules": [{"top_k": 4}]},
@@ -41,7 +41,7 @@ def written(folder: Path, name: str, layers: str = "16", **found: Any) -> Path:
 
 
 def experts_ms(path: Path) -> list[float]:
-    run = EngineRun(path, shipped())
+    run = read_run(path, shipped())
     return [1e3 * run.parts(line).experts for line in run.lines]
 
 
@@ -59,7 +59,7 @@ def test_lines_are_predicted_as_they_ran(tmp_path: Path) -> None:
     plans = {"shared": BANDS, "empty plan": [{"up_to": None, "rules": [{}]}]}
     old = written(tmp_path, "old", plans=plans, lines=[{"plan": "shared"}, {"plan": "empty plan"}])
     assert experts_ms(old)[0] == repeat
-    assert EngineRun(new, shipped()).model.shape.layers == 16
+    assert read_run(new, shipped()).model.shape.layers == 16
 
 
 def test_the_band_of_a_lines_requests_counts(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_own_times_come_from_the_run_of_all_layers(tmp_path: Path) -> None:
     some = written(tmp_path, "a", "16", ways={"stock": {"experts": "vllm"}}, lines=timed(5.0))
     assert own_times(shipped(), tmp_path) == alone
     assert alone["layer_seconds"] > 0
-    assert not any(EngineRun(some, shipped()).is_fitted(line) for line in timed(5.0))
+    assert not any(read_run(some, shipped()).is_fitted(line) for line in timed(5.0))
     (tmp_path / "b-vllm-qwen3-30b-a3b.json").unlink()
     with pytest.raises(ValueError, match="unpack"):
         own_times(shipped(), tmp_path)

@@ -66,6 +66,11 @@ SLOT_BY_SLOT: Mapping[str, float] = {"vllm-triton": 1 / 4}
 """By kernel: up to so many slots for each of the layer's experts, where these are not spread over
 GPUs, every slot is a block of its own (vLLM skips `moe_align_block_size` there)."""
 
+GATHERED = ("vllm-triton", "vllm-flashinfer")
+"""Kernels of an engine whose data-parallel ranks gather each other's tokens: each GPU sees all
+tokens of a step and computes its own experts' rows (vLLM's `allgather_reducescatter`, its
+default). Other engines are taken to send a token only to the GPUs that hold its experts."""
+
 
 class SmallSteps(Enum):
     """What an engine makes of steps that such a kernel would run slot by slot."""
