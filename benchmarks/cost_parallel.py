@@ -1,13 +1,13 @@
 """How far is the cost model from vLLM's steps on several GPUs, and from what plans gain there?
 
     python benchmarks/cost_parallel.py
-    python benchmarks/cost_parallel.py --communication benchmarks/results/FILE-communication.json
+    python benchmarks/cost_parallel.py --communication benchmarks/results/A-communication.json
 
-Reads results of `vllm_parallel.py`, by default all in results/, and shows for every layout, load and
-plan the captured step and its gain over stock vLLM, measured and predicted from the experts that the
-run itself counted, those of the most loaded GPU among them. Nothing is fitted to these runs. With
-`--communication` collectives are those that `communication.py` measured between such GPUs.
-`cost_compare.py` writes the same figures beside its others.
+Reads results of `vllm_parallel.py`, by default all in results/, and shows for every layout, load
+and plan the captured step and its gain over stock vLLM, measured and predicted from the experts
+that the run itself counted, those of the most loaded GPU among them. Nothing is fitted to these
+runs. With `--communication` collectives are those that `communication.py` measured between such
+GPUs. `cost_compare.py` writes the same figures beside its others.
 """
 
 from __future__ import annotations

@@ -204,7 +204,8 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
         gather_seconds=gathered[1] * 1e-6,
         gather_hop=gathered[2] * 1e-6,
         fitted_to=f"vLLM 0.24's kernels, NCCL and DeepEP in {PACKAGE} {VERSION}, {gpu.name}; "
-        "between nodes as DeepEP states; a layer's and an engine's own time from vLLM 0.24 on one H100",
+        "between nodes as DeepEP states; a layer's and an engine's own time from vLLM 0.24 on one "
+        "H100",
     )
     found = Rates(
         **{n: v if isinstance(v, str) else float(f"{v:.4g}") for n, v in vars(found).items()}

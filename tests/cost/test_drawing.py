@@ -108,7 +108,7 @@ def test_tokens_use_experts_of_their_own_groups() -> None:
 
 @pytest.mark.parametrize("is_of_all", [False, True])
 def test_a_company_of_one_rank_fills_up_from_fewer(is_of_all: bool) -> None:
-    """Guaranteed experts are the same in all, whoever decides; what a token may fill up with not."""
+    """As many are awake, whoever decides; what a token may fill up with is not the same."""
     rule = Rule(guaranteed=3)
 
     def curve(company: Company) -> Curve:
