@@ -81,6 +81,22 @@ def test_the_faster_all_reduce_counts_where_an_engine_has_its_own() -> None:
     assert reduce_seconds(slow, gpu, 1e5, 16) < 1e-3  # between nodes neither was measured
 
 
+def test_gathering_between_nodes_takes_the_slower_of_link_and_network() -> None:
+    gpu = read_gpu("h100")
+    rates, _ = shipped().rates_for("h100")
+    size = 1e9
+
+    def bytes_only(network: float, gpus: int) -> float:
+        there = replace(gpu, network=network)
+        return gather_seconds(rates, there, size, gpus) - gather_seconds(rates, there, 0, gpus)
+
+    within = bytes_only(gpu.network, 8)
+    assert within == pytest.approx(7 / 8 * size / gpu.link / rates.gather_bandwidth)
+    assert bytes_only(1e9, 8) == pytest.approx(within)
+    assert bytes_only(1e9, 16) == pytest.approx(size / 2 / 8e9 / rates.network_bandwidth)
+    assert bytes_only(1e12, 16) == pytest.approx(within * (15 / 16) / (7 / 8))
+
+
 def test_rates_from_before_the_librarys_calls_go_on_as_they_were() -> None:
     gpu = read_gpu("h100")
     found, _ = shipped().rates_for("h100")

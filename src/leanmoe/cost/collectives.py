@@ -41,12 +41,19 @@ def library_reduce_seconds(rates: Rates, gpu: Gpu, size: float, gpus: int) -> fl
 
 def gather_seconds(rates: Rates, gpu: Gpu, size: float, gpus: int) -> float:
     """An all-gather or a reduce-scatter, of `size` bytes on all GPUs together: a ring sends
-    (N-1)/N of them. As an all-to-all where neither was measured."""
-    link = gpu.link_between(gpus)
+    (N-1)/N of them. As an all-to-all where neither was measured.
+
+    Between nodes rings enter and leave a node through all of its GPUs' networks at once, and go on
+    within it: the slower of both counts.
+    """
     if not rates.gather_bandwidth:
-        return rates.exchange_seconds + _ring(size, gpus, link * rates.exchange_bandwidth, 1)
-    start = rates.gather_seconds + _hops(gpus) * rates.gather_hop
-    return start + _ring(size, gpus, link * rates.gather_bandwidth, 1)
+        start, bandwidth = rates.exchange_seconds, rates.exchange_bandwidth
+    else:
+        start = rates.gather_seconds + _hops(gpus) * rates.gather_hop
+        bandwidth = rates.gather_bandwidth
+    within = _ring(size, gpus, gpu.link * bandwidth, 1)
+    network = gpu.per_node * gpu.network * rates.network_bandwidth
+    return start + max(within, _ring(size, gpu.nodes(gpus), network, 1))
 
 
 def exchange_seconds(
