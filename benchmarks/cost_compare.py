@@ -33,10 +33,10 @@ from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import GPUS
 from leanmoe.cost.models import published_model
 from leanmoe.cost.routing import Assumed, from_points
-from leanmoe.cost.schedules import SLOT_BY_SLOT, SmallSteps
+from leanmoe.cost.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
 from leanmoe.cost.step import Batch, StepTime
 from leanmoe.cost.tables import WEIGHT_BYTES
-from leanmoe.cost.work import ExpertsShape, Rows, slot_by_slot
+from leanmoe.cost.work import ExpertsShape, Rows
 from leanmoe.plan import Plan, Rule
 from leanmoe.storage import read_json, write_json
 
@@ -72,8 +72,8 @@ def layers(path: Path) -> Iterator[dict[str, Any]]:
             )
             tokens = line["tokens"]
             rows = Rows(tokens, line["rows"] / tokens, line["rows"], line["distinct"])
-            if line["rows"] <= SLOT_BY_SLOT.get(known[0], 0.0) * shape.experts:
-                rows = slot_by_slot(shape, rows, line["rows"])
+            if line["rows"] <= SLOT_BY_SLOT.get(known, 0.0) * shape.experts:
+                rows = slot_by_slot(shape, rows, line["rows"], gpu)
             seconds = constants.seconds(shape, rows, gpu)
             yield {
                 "file": path.name,

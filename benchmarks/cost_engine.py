@@ -22,7 +22,7 @@ from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import GPUS, Gpu
 from leanmoe.cost.model import read_model
 from leanmoe.cost.routing import Curve, from_points
-from leanmoe.cost.schedules import SmallSteps
+from leanmoe.cost.small_steps import SmallSteps
 from leanmoe.cost.step import Batch, Parts, StepTime
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Rule

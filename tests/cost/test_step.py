@@ -16,7 +16,7 @@ from leanmoe.cost.model import read_model
 from leanmoe.cost.models import CONFIGS, published_model
 from leanmoe.cost.predict import bounds
 from leanmoe.cost.routing import Assumed
-from leanmoe.cost.schedules import SmallSteps
+from leanmoe.cost.small_steps import SmallSteps
 from leanmoe.cost.step import Batch, Parts, StepTime
 from leanmoe.cost.tables import VERSION, installed
 from leanmoe.errors import LeanMoeError

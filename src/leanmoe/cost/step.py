@@ -23,9 +23,10 @@ from leanmoe.cost.hardware import Gpu
 from leanmoe.cost.interpolation import Ratios
 from leanmoe.cost.model import Attention, Model
 from leanmoe.cost.routing import busiest, ranks_touched
-from leanmoe.cost.schedules import GATHERED, SLOT_BY_SLOT, SmallSteps
+from leanmoe.cost.schedules import GATHERED
+from leanmoe.cost.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
 from leanmoe.cost.tables import ACTIVATION_BYTES, PADDED_TO, VERSION, Measured, measured_curve
-from leanmoe.cost.work import ExpertsShape, Rows, slot_by_slot
+from leanmoe.cost.work import ExpertsShape, Rows
 
 REPLICATED_BYTES = 2.0
 """Of an activation that is passed on: bf16."""
@@ -277,7 +278,8 @@ class StepTime:
         if self._is_slot_by_slot(tokens, awake):
             plain = Rows(tokens, rows / tokens, rows, awake.distinct)
             blocks = awake.columns if self._small_steps is SmallSteps.REPEAT else rows
-            return self._experts.seconds(slot_by_slot(self._experts.shape, plain, blocks))
+            shape = self._experts.shape
+            return self._experts.seconds(slot_by_slot(shape, plain, blocks, here.gpu))
         share = busiest(awake.distinct, rows, awake.experts, here.expert, awake.most_loaded)
         if here.exchanges and not self._gathers:
             tokens = self._received(tokens, rows, share.rows)
@@ -287,7 +289,8 @@ class StepTime:
         )
 
     def _is_slot_by_slot(self, tokens: float, awake: Awake) -> bool:
-        few = SLOT_BY_SLOT.get(self.kernel.kernel, 0.0) * self.model.shape.experts
+        share = SLOT_BY_SLOT.get((self.kernel.kernel, self.kernel.dtype), 0.0)
+        few = share * self.model.shape.experts
         if self.deployment.expert > 1 or awake.columns > few:
             return False
         is_grouped = awake.is_shared and tokens > 1 and self._small_steps is SmallSteps.GROUP
