@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +138,10 @@ def start(name: str, run: str, model: Path, folder: Path, memory: float) -> dict
             code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             code = -1
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, 9)
+        finally:  # vLLM's workers outlive it
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     path = folder / "found.json"
     if code or not path.exists():
         return {"trouble": what_went_wrong(log.read_text())}

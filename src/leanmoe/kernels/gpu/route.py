@@ -285,13 +285,12 @@ class RouteCall:
         if self._exchange is not None:
             tell_others(marks, self._exchange)
             tokens, best_bit = MOST_TOKENS_OF_ALL, BEST_BIT_OF_ALL.value
-        # What experts are ordered by: votes, 2^32 and one a token, and after them the id.
-        bits = 33 + (tokens - 1).bit_length() + (experts - 1).bit_length()
+        low_bits = 3 + (tokens - 1).bit_length()  # votes, 2^32 and one a token, leave 30 bits above
         after = {"launch_pdl": True} if has_overlap else {}
         self.run(
             route_fill, *inputs, *outputs, marks, over,
             marks if self._rank_E is None else self._rank_E, *sizes, *self._reals,
-            self.budget, self.per_rank, self._ranks, max(0, bits - 30), **blocks,
+            self.guaranteed, self.budget, self.per_rank, self._ranks, low_bits, **blocks,
             BEST=best_bit, HAS_GUARANTEED=has_guaranteed, HAS_TOTAL=self.budget > 0,
             HAS_PER_RANK=self.per_rank > 0, PDL=has_overlap, **after,
         )  # fmt: skip

@@ -17,8 +17,6 @@ import triton.language as tl
 SOFTMAX, SIGMOID, SOFTMAX_AFTER = (tl.constexpr(i) for i in range(3))
 ASLEEP = tl.constexpr(-(1 << 31))
 """A key below that of any expert that can be used."""
-FIRST = tl.constexpr((1 << 31) - 1)
-"""A key above that of any expert."""
 NOBODY = tl.constexpr(1 << 30)
 TINY = tl.constexpr(1.1754943508222875e-38)
 NEVER = tl.constexpr(float("-inf"))
@@ -29,8 +27,13 @@ def expert_of(SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexp
               PADDED_E: tl.constexpr):  # fmt: skip
     """The expert at each place, and which places hold one."""
     i = tl.arange(0, PADDED_E)
-    inside = i % PADDED_SIZE
-    return (i // PADDED_SIZE) * SIZE + inside, (inside < SIZE) & (i // PADDED_SIZE < GROUPS)
+    if SIZE == PADDED_SIZE:  # then it is plain that they lie one after the other
+        e, is_expert = i, i < SIZE * GROUPS
+    else:
+        inside = i % PADDED_SIZE
+        e = (i // PADDED_SIZE) * SIZE + inside
+        is_expert = (inside < SIZE) & (i // PADDED_SIZE < GROUPS)
+    return e, is_expert
 
 
 @triton.jit
@@ -76,19 +79,25 @@ def _keys(ranking):
 
 @triton.jit
 def best_slots(keys, e, most, SLOTS: tl.constexpr):
-    """The `most` experts of highest key, equal ones by lower id: ids, and how many there are."""
-    k = tl.arange(0, SLOTS)
-    ids_L = tl.zeros((SLOTS,), dtype=tl.int32)
-    found, slot = 0, 0
-    while slot < most:
-        best = tl.max(keys, axis=0)
+    """The `most` experts of highest key, equal ones by lower id.
+
+    Returns ids, how many there are, and the keys with these experts asleep.
+    """
+    ids_L, filled = tl.zeros((SLOTS,), dtype=tl.int32), tl.full((), 0, dtype=tl.int32)
+    return more_slots(keys, e, ids_L, tl.arange(0, SLOTS), filled, most)
+
+
+@triton.jit
+def more_slots(keys, e, ids_L, place_L, filled, most):
+    """As `best_slots`, for slots that have some places `filled`: 0 and up, in any order."""
+    best = tl.max(keys, axis=0)
+    while (filled < most) & (best > ASLEEP):
         expert = tl.min(tl.where(keys == best, e, NOBODY), axis=0)
-        is_there = best > ASLEEP
-        ids_L = tl.where((k == slot) & is_there, expert, ids_L)
+        ids_L = tl.where(place_L == filled, expert, ids_L)
         keys = tl.where(e == expert, ASLEEP, keys)
-        found += is_there.to(tl.int32)
-        slot += 1
-    return ids_L, found
+        best = tl.max(keys, axis=0)
+        filled += 1
+    return ids_L, filled, keys
 
 
 @triton.jit
@@ -209,7 +218,7 @@ def own_slots(
     shares are taken of where that is the model's own top-k, `full` of them.
     """
     k = tl.arange(0, SLOTS)
-    ids_L, found = best_slots(keys, e, most, SLOTS)
+    ids_L, found, _others = best_slots(keys, e, most, SLOTS)
     gates_L = gates_of(logits_ptr, token, ids_L, k < found, top, total, E, SCORING)
     whole = 1.0
     if KEEP_WEIGHTS:

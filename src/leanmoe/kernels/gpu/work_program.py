@@ -46,22 +46,32 @@ def is_last_answered(arrived_ptr, programs, answers):
 
 @triton.jit
 def write_blocks(
-    counts_E, starts_E, blocks_ptr, used_ptr, most_blocks,
+    counts_1E, starts_1E, blocks_ptr, used_ptr, most_blocks,
     ROWS: tl.constexpr, PADDED_E: tl.constexpr,
 ):  # fmt: skip
-    """Cuts each expert's rows, which begin at `starts_E`, into blocks; one program does it all."""
-    e = tl.arange(0, PADDED_E)
-    blocks_E = (counts_E + ROWS - 1) // ROWS
-    first_E = tl.cumsum(blocks_E, axis=0) - blocks_E
-    most, j = tl.max(blocks_E, axis=0), 0
-    while j < most:
-        at_E = blocks_ptr + first_E + j
-        inside = j < blocks_E
-        tl.store(at_E, e, mask=inside)
-        tl.store(at_E + most_blocks, starts_E + j * ROWS, mask=inside)
-        tl.store(at_E + 2 * most_blocks, tl.minimum(counts_E - j * ROWS, ROWS), mask=inside)
-        j += 1
-    tl.store(used_ptr, tl.sum(blocks_E, axis=0))
+    """Cuts each expert's rows, which begin at `starts_1E`, into blocks; one program does it all.
+
+    Everybody waits for this, and with a busy expert the loop is long. So it is lean: two blocks of
+    each expert at a time, at addresses that go on from the last two. And all of it has a second
+    dimension, by which the compiler tells it from what else a program has E of: it would have it
+    lie in registers as logits do, four to a thread, and move it in the loop to store it.
+    """
+    e = tl.arange(0, PADDED_E)[None, :]
+    blocks_1E = (counts_1E + ROWS - 1) // ROWS
+    first_1E = tl.cumsum(blocks_1E, axis=1) - blocks_1E
+    expert_at, start_at = blocks_ptr + first_1E, blocks_ptr + most_blocks + first_1E
+    rows_at, left = blocks_ptr + 2 * most_blocks + first_1E, tl.max(counts_1E)
+    tl.store(used_ptr, tl.sum(blocks_1E))
+    while left > 0:
+        for i in tl.static_range(2):
+            inside = counts_1E > i * ROWS
+            tl.store(expert_at + i, e, mask=inside)
+            tl.store(start_at + i, starts_1E + i * ROWS, mask=inside)
+            tl.store(rows_at + i, tl.minimum(counts_1E - i * ROWS, ROWS), mask=inside)
+        expert_at, start_at, rows_at = expert_at + 2, start_at + 2, rows_at + 2
+        starts_1E += 2 * ROWS
+        counts_1E -= 2 * ROWS
+        left -= 2 * ROWS
 
 
 @triton.jit(do_not_specialize=["slots", "most_blocks"])
@@ -87,7 +97,9 @@ def group_slots(
         counts_E = tl.load(counts_ptr + e, mask=e < E, other=0, cache_modifier=".cg")
         starts_E = tl.cumsum(counts_E, axis=0) - counts_E
         tl.store(starts_ptr + e, starts_E, mask=e < E)
-        write_blocks(counts_E, starts_E, blocks_ptr, used_ptr, most_blocks, ROWS, PADDED_E)
+        write_blocks(
+            counts_E[None, :], starts_E[None, :], blocks_ptr, used_ptr, most_blocks, ROWS, PADDED_E
+        )
         tl.debug_barrier()
         tl.store(counts_ptr + e, 0, mask=e < E)
         if IS_ONE:
