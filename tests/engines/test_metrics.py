@@ -51,7 +51,8 @@ def test_counters_are_summed_over_labels() -> None:
 class Client:
     async def collective_rpc(self, method: str) -> list[Any]:
         assert method == "leanmoe_statistics"
-        return [None, STEP]
+        stage = {**STEP, "layers": [None, {"distinct": 9, "activated": 3.0}, None]}
+        return [None, STEP, stage]
 
 
 async def application(_scope: Any, _receive: Any, send: Any) -> None:
@@ -75,4 +76,7 @@ def test_the_middleware_adds_to_metrics_and_to_nothing_else(path: str) -> None:
     length = dict(sent[0]["headers"])[b"content-length"]
     assert int(length) == len(body)
     assert (b"leanmoe_distinct_experts" in body) == path.startswith("/metrics")
+    for layer, experts in enumerate((30, 9, 8)):  # one of them another pipeline stage's
+        line = b'leanmoe_distinct_experts{layer="%d"} %d\n' % (layer, experts)
+        assert (line in body) == path.startswith("/metrics")
     assert body.startswith(b"vllm:generation_tokens_total 9\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,9 +26,15 @@ class MockServer:
     """Waits `ttft` seconds, then sends a token every `itl` seconds; keeps what it did."""
 
     def __init__(
-        self, ttft: float = 0.05, itl: float = 0.01, dies_after: int | None = None
+        self,
+        ttft: float = 0.05,
+        itl: float = 0.01,
+        dies_after: int | None = None,
+        metrics: Callable[[int], bytes] | None = None,
     ) -> None:
+        """`metrics` is what /metrics answers while so many requests are under way."""
         self.ttft, self.itl, self.dies_after = ttft, itl, dies_after
+        self.metrics, self.under_way = metrics, 0
         self.seen: list[Seen] = []
         self.lock = threading.Lock()
         self.dead = False
@@ -64,6 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.mock.dead:
             self._drop()
             return
+        if self.path == "/metrics":
+            self._metrics()
+            return
         models = {"data": [{"id": "mock", "root": None, "max_model_len": 4096}]}
         self._json(models if self.path == "/v1/models" else {"status": "ok"})
 
@@ -79,6 +88,16 @@ class _Handler(BaseHTTPRequestHandler):
         if mock.dead:
             self._drop()
             return
+        with mock.lock:
+            mock.under_way += 1
+        try:
+            self._stream(body, seen)
+        finally:
+            with mock.lock:
+                mock.under_way -= 1
+
+    def _stream(self, body: Any, seen: Seen) -> None:
+        mock = self.server.mock
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -103,10 +122,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
         self.wfile.flush()
 
+    def _metrics(self) -> None:
+        mock = self.server.mock
+        if mock.metrics is None:
+            self._answer(404, "text/plain", b"no such page")
+        else:
+            self._answer(200, "text/plain", mock.metrics(mock.under_way))
+
     def _json(self, value: Any) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self._answer(200, "application/json", json.dumps(value).encode())
+
+    def _answer(self, status: int, kind: str, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

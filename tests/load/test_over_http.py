@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from leanmoe.engines.metrics import exposition
 from leanmoe.errors import LeanMoeError
 from leanmoe.load.bench import Job, run_job
+from leanmoe.load.block import block
 from leanmoe.load.settings import BenchSettings, Lengths
 from tests.load.mock_server import MockServer, serving
 
@@ -82,6 +84,25 @@ def test_figures_are_what_the_servers_did(
     prompts = [{seen.prompt for seen in server.timed()} for server in servers]
     assert prompts[0] == prompts[1], "both servers get the same requests"
     assert len(prompts[0]) == 18, "each repeat has prompts of its own"
+
+
+@pytest.mark.slow
+def test_distinct_experts_stand_beside_the_times_where_a_server_shows_them(tmp_path: Path) -> None:
+    layers = [{"distinct": 7, "activated": 2.0}, {"distinct": 10, "activated": 3.0}]
+    step = {"rows": 2, "band": None, "up_to": None, "layers": layers}
+    shown = exposition("plan.json", "vllm", step, None).encode()
+    with serving(ttft=0.01) as full, serving(ttft=0.01, metrics=lambda _: shown) as plan:
+        wanted = job(tmp_path, f"full={full.url}", f"plan={plan.url}", concurrency=(2,), repeats=1)
+        (entry,) = bench(wanted)["loads"]
+        assert len(full.timed()) == 9
+        assert len(plan.timed()) > 9
+    assert entry["routing"]["plan"]["distinct_experts_a_step"] == 8.5
+    assert entry["routing"]["plan"]["experts_a_token"] == 2.5
+    assert entry["routing"]["full"] == {"missing": "its /metrics gives HTTP 404"}
+    assert entry["runs"]["plan"][0]["completed"] == 9, "what is watched is not timed"
+    (line,) = [line for line in block(entry).splitlines() if line.startswith("Distinct experts")]
+    assert line.split()[-2:] == ["-", "8.50"]
+    assert "full: distinct experts are not to be seen: its /metrics gives HTTP 404." in block(entry)
 
 
 LATE_MS = 25

@@ -200,7 +200,7 @@ def _http(job: Job) -> tuple[Runner, Supply, str]:
                 f"prompt and reply have up to {supply.longest:,} tokens: {server.name} takes at "
                 f"most {server.max_tokens:,}; set --input-len and --output-len"
             )
-    return OverHTTP(servers, tokenizer, job.settings, job.gpus), supply, source
+    return OverHTTP(servers, tokenizer, job.settings, supply, job.gpus), supply, source
 
 
 def _vllm(job: Job) -> tuple[Runner, Supply, str]:

@@ -52,6 +52,11 @@ def block(entry: Mapping[str, Any]) -> str:
             lines.append(_row(f"{word} {key.upper()} (ms):", names, values))
     lines.append("=" * width)
     lines.append(f"Medians over {repeats} repeat{'s' if repeats > 1 else ''} of each.")
+    lines += [
+        f"{name}: distinct experts are not to be seen: {found['missing']}."
+        for name, found in (entry.get("routing") or {}).items()
+        if "missing" in found
+    ]
     lines += [gain_line(entry, name, names[0]) for name in names[1:]]
     return "\n".join(lines)
 
@@ -101,7 +106,7 @@ def _load(entry: Mapping[str, Any], names: list[str]) -> list[str]:
 
 def _routing(entry: Mapping[str, Any], names: list[str]) -> list[str]:
     routing = entry.get("routing") or {}
-    if not routing:
+    if not any("distinct_experts_a_step" in found for found in routing.values()):
         return []
     return [
         _row(title, names, [_number(routing.get(name, {}).get(key), 2) for name in names])

@@ -9,13 +9,14 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module, metadata
 from typing import Any
 from urllib.parse import urlsplit
 
 from leanmoe.errors import LeanMoeError
 from leanmoe.load.metrics import Timeline
-from leanmoe.load.prompts import Request
+from leanmoe.load.prompts import Request, Supply
 from leanmoe.load.servers import Server, answers
 from leanmoe.load.settings import BenchSettings, ServiceLoad
 from leanmoe.load.sweep import Outcome, RunOne
@@ -28,6 +29,10 @@ SECONDS_TO_END = 60.0
 PRELOADED = "leanmoe.load.guidellm_client"
 STREAMS_A_PROCESS = 64
 """Streams that one of GuideLLM's processes reads without falling behind."""
+WATCHED_OUTPUT = 32
+"""At most so many tokens of each reply while /metrics is read."""
+WATCHED_ROUNDS = 8
+"""Requests are then at most so many times those that are under way at once."""
 
 
 class OverHTTP:
@@ -36,11 +41,17 @@ class OverHTTP:
     restarts = False
 
     def __init__(
-        self, servers: Sequence[Server], tokenizer: Any, settings: BenchSettings, gpus: int | None
+        self,
+        servers: Sequence[Server],
+        tokenizer: Any,
+        settings: BenchSettings,
+        supply: Supply,
+        gpus: int | None,
     ) -> None:
         """`tokenizer` turns prompts into text; `gpus` is how many one server uses, if known."""
         self._servers = {server.name: server for server in servers}
         self._tokenizer, self._settings, self._gpus = tokenizer, settings, gpus
+        self._supply = supply
         self._version = prepare_guidellm()
         hosts = {urlsplit(server.url).hostname or "" for server in servers}
         bypass_proxies(hosts)
@@ -67,9 +78,23 @@ class OverHTTP:
         yield self._run_one
 
     def routing(self, load: ServiceLoad, run_one: RunOne) -> dict[str, Any]:
-        """Not to be seen from outside."""
-        del load, run_one
-        return {}
+        """What each server shows at /metrics of steps without prompts, in a short load not timed.
+
+        Where it shows nothing of that, "missing" says why.
+        """
+        del run_one
+        from leanmoe.load.watch import watch
+
+        together = min(load.concurrency or self._settings.max_concurrency, load.requests)
+        requests = self._supply.draw(load, "watched", WATCHED_ROUNDS * together)
+        # A step of fewer rows than any prompt has decodes only, and so does one of a closed loop
+        # whose rows are no more than its requests.
+        most_rows = max(load.concurrency or 1, min(len(r.prompt) for r in requests) - 1)
+        rows = self._rows([replace(r, output_tokens=_watched(r)) for r in requests])
+        return {
+            name: watch(server, load, rows, together, most_rows, self._settings.max_seconds)
+            for name, server in self._servers.items()
+        }
 
     def close(self) -> None:
         """Nothing is left running."""
@@ -78,13 +103,7 @@ class OverHTTP:
         self, name: str, load: ServiceLoad, requests: Sequence[Request], seed: str
     ) -> Outcome:
         server = self._servers[name]
-        rows = [
-            {
-                "prompt": self._tokenizer.decode(list(request.prompt)),
-                "output_tokens_count": request.output_tokens,
-            }
-            for request in requests
-        ]
+        rows = self._rows(requests)
         wanted = scenario(server, load, rows, self._settings, zlib.crc32(seed.encode()))
         outcome = run_scenario(wanted, server, self._settings.max_seconds + SECONDS_TO_END)
         if not outcome.timelines or (outcome.failed and not answers(server)):
@@ -93,6 +112,19 @@ class OverHTTP:
                 f"{len(outcome.timelines)} requests were completed and {outcome.failed} failed"
             )
         return outcome
+
+    def _rows(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": self._tokenizer.decode(list(request.prompt)),
+                "output_tokens_count": request.output_tokens,
+            }
+            for request in requests
+        ]
+
+
+def _watched(request: Request) -> int:
+    return min(request.output_tokens, WATCHED_OUTPUT)
 
 
 def prepare_guidellm() -> str:

@@ -163,9 +163,20 @@ def _table(bench: Bench) -> str:
         "Every load",
         "measured",
         "Medians over repeats, under the names of vllm bench serve. Distinct experts a step were "
-        "counted in a short run after the timed ones, where they can be seen.",
+        "counted in a short run after the timed ones, where they can be seen." + _unseen(bench),
         table_with(titles, rows, words={1}, ours=ours),
     )
+
+
+def _unseen(bench: Bench) -> str:
+    """Of which variants the routing could not be seen, and why."""
+    reasons = {
+        f" {name}: {found['missing']}."
+        for entry in bench["loads"]
+        for name, found in entry["routing"].items()
+        if "missing" in found
+    }
+    return "".join(sorted(reasons))
 
 
 def _variants(bench: Bench) -> str:

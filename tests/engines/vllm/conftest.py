@@ -39,7 +39,7 @@ def _settings() -> None:
 
 @pytest.fixture
 def load() -> Iterator[Any]:
-    """Loads the reference model in vLLM under a plan, or as trained; at most one at a time."""
+    """Loads a model (the reference model) in vLLM under a plan, or as trained; one at a time."""
     from leanmoe.engines.vllm import hook
     from leanmoe.reference import path
 
@@ -53,8 +53,8 @@ def load() -> Iterator[Any]:
         else:
             hook.use(plan, "of the test", is_counted=True)
         llm = LLM(
-            model=str(path()),
             **{
+                "model": str(path()),
                 "dtype": "float32",
                 "enforce_eager": True,
                 "max_model_len": 256,

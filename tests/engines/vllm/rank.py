@@ -2,7 +2,8 @@
 
     python rank.py FOLDER
 
-FOLDER/settings.json says what to run; FOLDER/RANK.json gets the tokens and every step's experts.
+FOLDER/settings.json says what to run; FOLDER/RANK.json gets the tokens and every step's experts,
+and where "then_stock" is set the tokens of the same engine with the plan taken out.
 """
 
 from __future__ import annotations
@@ -36,21 +37,32 @@ def main(folder: Path) -> None:
         hook.use(Plan.load(folder / "plan.json"), is_counted=True, is_of_all=settings["is_of_all"])
     from vllm import LLM, SamplingParams
 
+    usual = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}}
     llm = LLM(
-        model=str(path()), dtype="float32", enforce_eager=True, max_model_len=256, seed=0,
-        max_num_seqs=16, enable_prefix_caching=False, gpu_memory_utilization=0.3,
-        compilation_config={"custom_ops": ["none"]},
-        distributed_executor_backend="external_launcher", **settings["layout"],
+        model=str(path()), dtype="float32", max_model_len=256, seed=0, max_num_seqs=16,
+        enable_prefix_caching=False, gpu_memory_utilization=0.3,
+        distributed_executor_backend="external_launcher", **usual | settings["layout"],
     )  # fmt: skip
     steps.clear()  # vLLM's own trials of the model
     mine = settings["requests"][rank]
-    replies = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt, _ in mine],
-        [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in mine],
-        use_tqdm=False,
-    )
-    tokens = [list(reply.outputs[0].token_ids) for reply in replies]
-    (folder / f"{rank}.json").write_text(json.dumps({"tokens": tokens, "steps": steps}))
+
+    def replies() -> list[list[int]]:
+        found = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt, _ in mine],
+            [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in mine],
+            use_tqdm=False,
+        )
+        return [list(reply.outputs[0].token_ids) for reply in found]
+
+    found = {"tokens": replies(), "steps": list(steps)}
+    if settings["then_stock"]:
+        model = hook.current()
+        assert model is not None
+        for layer in model.layers:  # a router's own method shows again
+            del model.runners[layer].router._compute_routing
+        found["stock"] = replies()
+        assert len(steps) == len(found["steps"]), "the plan is at work still"
+    (folder / f"{rank}.json").write_text(json.dumps(found))
     os._exit(0)
 
 

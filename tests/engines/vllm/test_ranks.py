@@ -1,5 +1,5 @@
-"""vLLM on two ranks of a CPU: tensor parallelism as it is, expert and data parallelism with
-what vLLM lacks there in plain torch (`cpu_ranks`).
+"""vLLM on two ranks of a CPU: tensor parallelism as it is, expert, data and pipeline parallelism
+with what vLLM lacks there in plain torch (`cpu_ranks`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tests.engines.vllm.conftest import SETTINGS
 MODEL = read_shape("reference").fingerprint()
 HERE = Path(__file__).parent
 TENSOR = {"tensor_parallel_size": 2}
+STAGES = {"pipeline_parallel_size": 2}
 DATA = {"data_parallel_size": 2, "enable_expert_parallel": True}
 SEVERAL = Plan.per_layer(
     MODEL,
@@ -43,15 +44,17 @@ def run(
     requests: list[Any],
     plan: Plan | None = None,
     is_of_all: bool = False,
+    then_stock: bool = False,
 ) -> list[dict[str, Any]]:
     """What two processes found, each with its own requests."""
     folder.mkdir()
-    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # vLLM trips over a killed engine's
+    for left in Path("/dev/shm").glob("-*:*-cpushm_*"):  # vLLM trips over a killed engine's
         left.unlink()
     if plan is not None:
         plan.save(folder / "plan.json")
     settings = {
         "plan": plan is not None, "is_of_all": is_of_all, "layout": layout, "requests": requests,
+        "then_stock": then_stock,
     }  # fmt: skip
     (folder / "settings.json").write_text(json.dumps(settings))
     with socket.socket() as probe:
@@ -87,11 +90,19 @@ def all_of(count: int) -> list[list[Any]]:
     return [[(prompt, count) for prompt in PROMPTS]] * 2
 
 
-def test_tensor_parallel_ranks_agree_and_an_empty_plan_changes_nothing(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def tensor_parallel(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two tensor-parallel ranks under a plan with other rules in each layer."""
+    return run(tmp_path_factory.mktemp("tensor") / "planned", TENSOR, all_of(16), SEVERAL)
+
+
+def test_tensor_parallel_ranks_agree_and_an_empty_plan_changes_nothing(
+    tmp_path: Path, tensor_parallel: list[dict[str, Any]]
+) -> None:
     stock = run(tmp_path / "stock", TENSOR, all_of(16))
     empty = run(tmp_path / "empty", TENSOR, all_of(16), Plan(MODEL))
     assert stock[0]["tokens"] == stock[1]["tokens"] == empty[0]["tokens"] == empty[1]["tokens"]
-    planned = run(tmp_path / "planned", TENSOR, all_of(16), SEVERAL)
+    planned = tensor_parallel
     assert planned[0] == planned[1]  # every id of every step and layer too
     assert len(planned[0]["steps"]) == 16 * MODEL.moe_layers
     assert planned[0]["tokens"] != stock[0]["tokens"]  # else the plan did nothing
@@ -106,6 +117,37 @@ def woken(step: Any, slots: slice = slice(None)) -> set[int]:
         for expert, one in zip(row[slots], is_used[slots], strict=True)
         if one
     }
+
+
+def experts_of(steps: list[Any], layer: int) -> list[list[set[int]]]:
+    """The experts that each row of each step of a layer used."""
+    return [
+        [
+            {expert for expert, one in zip(row, is_used, strict=True) if one}
+            for row, is_used in zip(ids, used, strict=True)
+        ]
+        for number, ids, used in steps
+        if number == layer
+    ]
+
+
+def test_each_pipeline_stage_runs_its_own_layers_of_the_plan(
+    tmp_path: Path, tensor_parallel: list[dict[str, Any]]
+) -> None:
+    """The second stage counts on where the first ends: it routes as ranks that have all layers."""
+    empty = run(tmp_path / "empty", STAGES, all_of(16), Plan(MODEL))
+    planned = run(tmp_path / "planned", STAGES, all_of(16), SEVERAL, then_stock=True)
+    stock = planned[0]["stock"]
+    assert stock == planned[1]["stock"] == empty[0]["tokens"] == empty[1]["tokens"]
+    layers = [sorted({layer for layer, *_ in stage["steps"]}) for stage in planned]
+    assert layers[0] + layers[1] == list(range(MODEL.moe_layers))
+    assert all(layers), "a stage has no layer"
+    for stage, own in zip(planned, layers, strict=True):
+        for layer in own:
+            found = experts_of(stage["steps"], layer)
+            assert len(found) == 16
+            assert found == experts_of(tensor_parallel[0]["steps"], layer)
+        assert stage["tokens"] == tensor_parallel[0]["tokens"] != stock
 
 
 @pytest.mark.parametrize("is_of_all", [True, False], ids=["all", "rank"])

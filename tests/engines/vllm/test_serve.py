@@ -121,3 +121,11 @@ def test_a_bench_measures_it_over_http(server: tuple[str, str], tmp_path: Path) 
     assert run["total_input_tokens"] == 4 * 24
     assert 0 < run["median_ttft_ms"] <= run["median_e2el_ms"]
     assert run["output_throughput"] == pytest.approx(24 / run["duration"], rel=0.01)
+    seen = found["loads"][0]["routing"]["plan"]
+    assert seen["samples"] > 0, seen
+    assert {band["band"] for band in seen["bands"]} == {"0"}, "a step with a prompt was taken"
+    # Each token keeps its best three and what it finds awake of the others'.
+    assert 3 <= seen["experts_a_token"] <= MODEL.top_k
+    most = 3 * seen["rows_a_step"]
+    assert seen["experts_a_token"] <= seen["distinct_experts_a_step"] <= most
+    assert "Distinct experts a step:" in done.stdout

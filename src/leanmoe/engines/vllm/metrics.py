@@ -47,7 +47,17 @@ class PlanMetrics:
         await send({"type": "http.response.body", "body": body})
 
     async def _step(self, scope: Any) -> Any:
-        """What the first worker says of the last step; other ranks run the same bands."""
+        """What the workers say of the last step, each layer by the first that has it.
+
+        Tensor-parallel ranks run the same, pipeline stages have layers of their own.
+        """
         client = scope["app"].state.engine_client
         found = await client.collective_rpc("leanmoe_statistics")
-        return next((step for step in found if step is not None), None)
+        steps = [step for step in found if step is not None]
+        if not steps:
+            return None
+        layers = zip(*(step["layers"] for step in steps), strict=True)
+        return {
+            **steps[0],
+            "layers": [next((one for one in every if one is not None), None) for every in layers],
+        }

