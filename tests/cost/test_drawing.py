@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanmoe.cost.drawing import ALONE, Choices, Company, drawn, shared
-from leanmoe.cost.routing import Assumed, Curve, assumed_curve
+from leanmoe.cost.drawing import ALONE, Choices, Company, drawn, drawn_at, shared
+from leanmoe.cost.routing import Assumed, Curve, assumed_curve, busiest
 from leanmoe.placement import Placement
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
@@ -129,3 +129,20 @@ def test_a_budget_per_rank_on_one_gpu_is_a_budget() -> None:
     )
     assert one == other
     assert one.most_loaded_at(8) == one.at(8)[0]
+
+
+def test_many_companies_are_drawn_to_fewer_tokens_each() -> None:
+    assert drawn_at(ALONE)[-1] == drawn_at(Company(4, 4))[-1] == 1024
+    assert drawn_at(Company(64, 64))[-1] == 64
+    assert drawn_at(Company(64, 1024))[-1] == 8
+    assert drawn_at(Company(64, 1024, is_of_all=True)) == drawn_at(ALONE)
+
+
+def test_beyond_what_is_drawn_no_gpu_wakes_more_than_it_holds() -> None:
+    """Of 16 GPUs with 8 experts each, at 100,000 tokens."""
+    rule = Rule(budget_per_rank=6)
+    curve = assumed_curve(128, 8, rule, Assumed(skew=1.0), company=Company(16, 16))
+    tokens = 1e5
+    distinct, slots = curve.at(tokens)
+    found = busiest(distinct, slots * tokens, 128, 16, curve.most_loaded_at(tokens))
+    assert 7 < found.distinct <= 8

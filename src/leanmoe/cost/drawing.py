@@ -25,6 +25,8 @@ MOST_VALUES = 1 << 21
 """Drawn at once: tokens x experts."""
 DRAWN_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Tokens of a company at which curves are drawn."""
+MOST_DRAWN = 4096
+"""Tokens of all of a step's companies that are drawn at most, but that each has up to 8."""
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -104,6 +106,12 @@ def drawn(
     return Drawn(distinct, most, used)
 
 
+def drawn_at(company: Company) -> tuple[int, ...]:
+    """Tokens of each company at which a curve is drawn."""
+    most = max(8, MOST_DRAWN // company.companies)
+    return tuple(count for count in DRAWN_AT if count <= most)
+
+
 def shared(
     logits_SCTE: Floats, slots: int, rule: Rule, placement: Placement
 ) -> tuple[Bools, NDArray[np.int64]]:
@@ -113,7 +121,7 @@ def shared(
     `slots` logits, and fills up to as many from all awake experts.
     """
     rule = rule.on(placement.ranks)
-    order_SCTK = np.argsort(-logits_SCTE, axis=-1, kind="stable")[..., :slots]
+    order_SCTK = _best_first(logits_SCTE, slots)
     picked_SCTK = np.take_along_axis(logits_SCTE, order_SCTK, axis=-1)
     best_SCE = _count(order_SCTK[..., :1], logits_SCTE.shape) > 0
     guaranteed_SCE = _count(order_SCTK[..., : rule.guaranteed], logits_SCTE.shape) > 0
@@ -125,6 +133,13 @@ def shared(
         awake_SCE = _within_budgets(votes_SCE, best_SCE, rule, placement)
     usable_SCTE = awake_SCE[:, :, None, :] & np.isfinite(logits_SCTE)
     return awake_SCE, np.minimum(usable_SCTE.sum(axis=-1), slots)
+
+
+def _best_first(logits_SCTE: Floats, slots: int) -> NDArray[np.int64]:
+    """The `slots` experts of each token with the highest logits, the highest first."""
+    some_SCTK = np.argpartition(-logits_SCTE, slots - 1, axis=-1)[..., :slots]
+    logits_SCTK = np.take_along_axis(logits_SCTE, some_SCTK, axis=-1)
+    return np.take_along_axis(some_SCTK, np.argsort(-logits_SCTK, axis=-1), axis=-1)
 
 
 def _within_budgets(votes_SCE: Floats, best_SCE: Bools, rule: Rule, placement: Placement) -> Bools:

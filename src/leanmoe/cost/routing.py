@@ -20,7 +20,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from leanmoe.cost.drawing import ALONE, DRAWN_AT, DRAWN_TOKENS, Choices, Company, Drawn, drawn
+from leanmoe.cost.drawing import ALONE, DRAWN_TOKENS, Choices, Company, Drawn, drawn, drawn_at
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.shape import distinct_uniform
@@ -144,7 +144,7 @@ def assumed_curve(
         limited = groups_used < groups and not kept % groups
         found = [
             _drawn(kept, slots, rule, count, assumed, company, *((groups, groups_used) * limited))
-            for count in DRAWN_AT
+            for count in drawn_at(company)
         ]
         points = [(tokens, each.distinct, each.slots) for tokens, each in found]
         most = [each.most_loaded for _, each in found]
@@ -288,7 +288,7 @@ def busiest(
     above = _largest_of(ranks)
     spread = math.sqrt(max(here * share * (1 - share) * (experts - here) / max(experts - 1, 1), 0))
     most = min(here, distinct, max(distinct / ranks + above * spread, 1.0))
-    most = most if counted is None else counted
+    most = most if counted is None else min(here, counted)
     load = rows / ranks + above * math.sqrt(rows / ranks * (1 - 1 / ranks))
     return Share(min(rows, max(load, most)), most)
 
