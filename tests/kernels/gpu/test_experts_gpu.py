@@ -27,7 +27,6 @@ FP8_ROUNDING = 1e-2 if DEVICE == "cuda" else 2e-3
 """Hopper's fp8 products keep fewer bits of their sums (DeepSeek-V3 report, section 3.3.2)."""
 TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
 LEFT, RIGHT = Tile(16, 32, 4, 2), Tile(32, 16, 4, 2, 2, weights_left=False)
-APART, APART_RIGHT = replace(LEFT, tail_apart=True), replace(RIGHT, tail_apart=True)
 COPIED, COPIED_RIGHT = replace(LEFT, described=True), replace(RIGHT, described=True)
 WAYS = {
     "direct": ExpertsConfig(16, 0, True, LEFT, RIGHT),
@@ -38,15 +37,10 @@ WAYS = {
     "listed with a long tail": ExpertsConfig(16, 32, False, RIGHT, LEFT),
     "listed in pieces": ExpertsConfig(16, 0, False, RIGHT, LEFT, pieces=2),
     "listed in pieces with a long tail": ExpertsConfig(16, 32, False, LEFT, RIGHT, pieces=2),
-    "listed with a tail apart": ExpertsConfig(16, 16, False, APART, APART_RIGHT),
-    "listed with one tail apart, in pieces": ExpertsConfig(
-        16, 32, False, APART_RIGHT, LEFT, pieces=3
-    ),
+    "listed in three pieces": ExpertsConfig(16, 16, False, RIGHT, RIGHT, pieces=3),
     "direct, described": ExpertsConfig(16, 0, True, COPIED, COPIED),
     "listed with a tail, described": ExpertsConfig(16, 16, False, COPIED_RIGHT, COPIED),
-    "listed with a tail apart, described": ExpertsConfig(
-        16, 16, False, replace(COPIED_RIGHT, tail_apart=True), COPIED, pieces=2
-    ),
+    "listed in pieces, described": ExpertsConfig(16, 16, False, COPIED, COPIED_RIGHT, pieces=2),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "concatenated": {},
@@ -204,6 +198,7 @@ WAYS_FP8 = {
     "direct": ExpertsConfig(16, 0, True, WIDE, DEEP),
     "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True),
     "listed": ExpertsConfig(16, 0, False, replace(WIDE, weights_left=False), DEEP_RIGHT),
+    "listed in pieces": ExpertsConfig(16, 16, False, WIDE, DEEP_RIGHT, pieces=2),
     "listed with a long tail, described": ExpertsConfig(
         16, 32, False, replace(WIDE, described=True), replace(DEEP, described=True)
     ),
@@ -217,37 +212,14 @@ WAYS_FP8 = {
 }
 
 
-ABREAST = replace(WIDE, weights_left=False, described=True)
-WAYS_FP8 |= {
-    "listed, one scale a tile": ExpertsConfig(
-        16, 16, False, replace(ABREAST, tail_apart=True), replace(DEEP, described=True), pieces=2
-    ),
-    "listed, two scales a tile": ExpertsConfig(
-        16, 16, False, ABREAST, replace(ABREAST, columns=256, depth=64)
-    ),
-}
 WAYS_TWO_PARTS = {
-    "direct": ExpertsConfig(16, 0, True, WIDE, DEEP, parts=2, act_parts=2),
+    "direct": ExpertsConfig(16, 0, True, WIDE, DEEP, parts=2),
     "direct, described": ExpertsConfig(
-        *(16, 0, True, replace(WIDE, described=True), replace(DEEP, described=True)),
-        parts=2,
-        act_parts=2,
+        16, 0, True, replace(WIDE, described=True), replace(DEEP, described=True), parts=2
     ),
-    "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True, parts=2, act_parts=2),
-    "listed": ExpertsConfig(16, 0, False, WIDE, DEEP, parts=2, act_parts=2),
-    "listed in long blocks": ExpertsConfig(32, 0, False, WIDE, DEEP, parts=2, act_parts=2),
-    "listed, weights right": ExpertsConfig(
-        *(16, 16, False, replace(WIDE, weights_left=False), DEEP_RIGHT), parts=2, act_parts=2
-    ),
-    "listed, described right": ExpertsConfig(
-        *(16, 32, False, ABREAST, replace(DEEP_RIGHT, described=True)), parts=2, act_parts=2
-    ),
-    "listed, tail apart": ExpertsConfig(
-        *(16, 16, False, replace(ABREAST, tail_apart=True), replace(DEEP_RIGHT, described=True)),
-        parts=2,
-        act_parts=2,
-        pieces=2,
-    ),
+    "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True, parts=2),
+    "listed": ExpertsConfig(16, 0, False, WIDE, DEEP, parts=2),
+    "listed in long blocks": ExpertsConfig(32, 0, False, WIDE, DEEP, parts=2),
 }
 
 
@@ -260,32 +232,15 @@ def test_fp8_activations_of_two_parts_are_as_exact_as_bfloat16(way: str) -> None
     assert error(found, experts_reference(hidden.half().double(), ids, gates, weights)) < 5e-3
 
 
-@pytest.mark.parametrize("width", [144, 128])
 @pytest.mark.parametrize("way", WAYS_FP8)
-def test_fp8_with_a_scale_for_each_block(way: str, width: int) -> None:
-    weights = fp8_layer(3, 208, width)  # ends in the middle of a block, or not
+def test_fp8_with_a_scale_for_each_block(way: str) -> None:
+    weights = fp8_layer(3, 208, 144)  # ends in the middle of a block
     hidden, ids, gates = random_call(weights, 13, 2)
     call = (hidden.half(), ids, gates)
     found = run(call, weights, WAYS_FP8[way])
     assert error(found, fp8_reference(call, weights, 64)) < FP8_ROUNDING
     whole = experts_reference(hidden.double(), ids, gates, weights)
     assert error(found, whole) < 4e-2
-
-
-def test_one_rounding_is_less_than_two() -> None:
-    """Two parts in one product alone leave the other's rounding: between both and none."""
-    weights, found = fp8_layer(3, 208, 144), []
-    hidden, ids, gates = random_call(weights, 13, 2)
-    exact = experts_reference(hidden.half().double(), ids, gates, weights)
-    for parts, act_parts in ((1, 1), (1, 2), (2, 1), (2, 2)):
-        config = ExpertsConfig(
-            *(16, 32, False, ABREAST, replace(DEEP_RIGHT, described=True)),
-            parts=parts,
-            act_parts=act_parts,
-        )
-        found.append(error(run((hidden.half(), ids, gates), weights, config), exact))
-    none, second, first, both = found
-    assert both < 5e-3 < first < second < none < 5e-2
 
 
 def test_fp8_config_must_fit_its_scales() -> None:
@@ -295,8 +250,8 @@ def test_fp8_config_must_fit_its_scales() -> None:
     with pytest.raises(LeanMoeError, match="no more than the first's 32 columns"):
         run(call, weights, config)
     two = WAYS_TWO_PARTS["listed"]
-    for odd in ({"tail": 16}, {"act_parts": 3}, {"parts": 0}):
-        with pytest.raises(LeanMoeError, match="must be 1, or 2 where the weights are on the ri"):
+    for odd in ({"tail": 16}, {"gate_up": replace(WIDE, weights_left=False)}, {"parts": 3}):
+        with pytest.raises(LeanMoeError, match="must be 1, or 2 without a tail and with the wei"):
             replace(two, **odd)
     with pytest.raises(LeanMoeError, match="2 fp8 parts for other weights"):
         run(random_call(random_layer(), 3, 1), random_layer(), two)
@@ -329,14 +284,12 @@ def test_a_work_list_made_before_is_used() -> None:
         experts_gpu(hidden, ids, gates, weights, config=WAYS["listed with a tail"], work=work)
 
 
-@pytest.mark.parametrize("way", ["direct", "listed"])
-def test_pieces_and_tails_must_fit(way: str) -> None:
-    with pytest.raises(LeanMoeError, match="a tail of 0 apart: it must be 16 rows or more"):
-        replace(WAYS[way], gate_up=APART)
+def test_pieces_must_fit() -> None:
     with pytest.raises(LeanMoeError, match="pieces 0: it must be 1 or more"):
-        replace(WAYS[way], pieces=0)
-    with pytest.raises(LeanMoeError, match="1 where is_direct is true"):
-        replace(WAYS["direct"], pieces=2)
+        replace(WAYS["listed"], pieces=0)
+    for odd in (WAYS["direct"], WAYS_TWO_PARTS["listed"]):
+        with pytest.raises(LeanMoeError, match="1 where is_direct is true or parts is 2"):
+            replace(odd, pieces=2)
 
 
 def test_no_tokens() -> None:

@@ -10,9 +10,6 @@ from leanmoe.errors import LeanMoeError
 MOST_DIRECT_TOKENS = 32
 """Above, looking through all ids in every program costs more than a work list."""
 
-LEAST_ROWS = 16
-"""The matrix unit takes so many at least."""
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -32,9 +29,6 @@ class Tile:
     described: bool = False
     """Whether the copy engine reads the weights, told by a descriptor, and not the threads. Needs
     compute capability 9 and weights that lie in rows; others are read by the threads."""
-    tail_apart: bool = False
-    """Whether a block's tail is a piece of its own, which reads the tile of weights once more, from
-    L2: for where a piece's sums leave no registers for a tail's."""
 
 
 @dataclass(frozen=True)
@@ -56,42 +50,30 @@ class ExpertsConfig:
     """The second product's programs each add up a token's slots, without the matrix unit; for one
     token or a few, and only where `is_direct`. Of `down`, columns, depth and warps count."""
     parts: int = 1
-    """With fp8 weights: how many fp8 numbers a hidden state is the sum of, 1 or 2. Two are as exact
-    as bf16 and twice the work of the matrix unit, which costs nothing where memory decides. With a
-    tail only where the weights are on the right."""
-    act_parts: int = 1
-    """The same for what lies between the products, which the second reads."""
+    """With fp8 weights: how many fp8 numbers an activation is the sum of, 1 or 2. Two are as exact
+    as bf16 and twice the work of the matrix unit, which costs nothing where memory decides. With
+    the weights on the left, and without a tail."""
     pieces: int = 1
     """So many times `rows` are a block of the work list, and its tail: an expert with more rows
     than two pieces has full ones, and no more than one tail."""
 
     def __post_init__(self) -> None:
-        for name, tile in (("parts", self.gate_up), ("act_parts", self.down)):
-            parts, has_tail = getattr(self, name), self.tail > 0 and not tile.tail_apart
-            if parts not in (1, 2) or (parts == 2 and has_tail and tile.weights_left):
-                raise LeanMoeError(
-                    f"experts config has {name} {parts}: it must be 1, or 2 where the weights are "
-                    "on the right, or a piece has no tail"
-                )
-            if tile.tail_apart and (self.is_direct or self.tail < LEAST_ROWS):
-                raise LeanMoeError(
-                    f"experts config has a tail of {self.tail} apart: it must be {LEAST_ROWS} rows "
-                    "or more, and is_direct false"
-                )
-        if self.pieces < 1 or (self.is_direct and self.pieces > 1):
+        are_left = self.gate_up.weights_left and (self.is_joined or self.down.weights_left)
+        if self.parts not in (1, 2) or (self.parts == 2 and (self.tail or not are_left)):
+            raise LeanMoeError(
+                f"experts config has parts {self.parts}: it must be 1, or 2 without a tail and "
+                "with the weights on the left"
+            )
+        if self.pieces < 1 or (self.pieces > 1 and (self.is_direct or self.parts == 2)):
             raise LeanMoeError(
                 f"experts config has pieces {self.pieces}: it must be 1 or more, and 1 where "
-                "is_direct is true"
+                "is_direct is true or parts is 2"
             )
 
     @property
     def block_rows(self) -> int:
         """Rows in a full block of the work list."""
         return self.rows * self.pieces + self.tail
-
-    def programs(self, tile: Tile) -> int:
-        """How many programs compute a block at each of a product's tiles of columns, at most."""
-        return self.pieces + tile.tail_apart
 
     def to_json(self) -> dict[str, Any]:
         """Every field."""
@@ -108,7 +90,7 @@ class ExpertsConfig:
         except LeanMoeError as error:
             raise LeanMoeError(f"{where}: {error}") from error
         for name, number in (("rows", config.rows), ("tail", config.tail)):
-            if number < 0 or number & (number - 1) or (name == "rows" and number < LEAST_ROWS):
+            if number < 0 or number & (number - 1) or (name == "rows" and number < 16):
                 raise LeanMoeError(f"{where}.{name} is {number}: it must be a power of two")
         if config.is_joined and not config.is_direct:
             raise LeanMoeError(f"{where}.is_joined is true: is_direct must then be true, too")

@@ -5,7 +5,6 @@ Letters: T tokens, K slots a token, N = T*K slots, E experts, D hidden width, M 
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -55,9 +54,8 @@ def experts_gpu(
 
     With fp8 weights the hidden states and what lies between the products are made fp8, too, as
     DeepSeek-V3 was trained (4 to 5 % off), or the sum of two fp8 numbers, which is as exact as
-    bf16: the config's `parts` and `act_parts`. Adds up in float32 and in the order of the slots:
-    the same bits every time. Waits for nothing, so it can be captured in a graph. Ids are not
-    checked for range.
+    bf16: the config's `parts`. Adds up in float32 and in the order of the slots: the same bits
+    every time. Waits for nothing, so it can be captured in a graph. Ids are not checked for range.
     `work` is the work list of the same ids, where routing made it already, with the config's
     `block_rows`. `out` (T,D) is where the result goes, for who has a place for it; it must be
     contiguous and apart from the inputs, and torch.compile cannot trace that. Raises LeanMoeError
@@ -139,7 +137,7 @@ def _check_config(
             f"experts config for fp8 reads {min(depths)} columns a step: the matrix unit takes "
             f"{LEAST_FP8_DEPTH} at least"
         )
-    if max(config.parts, config.act_parts) == 2 and not is_scaled:
+    if config.parts == 2 and not is_scaled:
         raise LeanMoeError("experts config makes activations of 2 fp8 parts for other weights")
     if work is not None and work.block_rows != config.block_rows:
         raise LeanMoeError(
@@ -149,22 +147,25 @@ def _check_config(
 
 def _numbers(config: ExpertsConfig) -> list[int]:
     """The config as the op takes it."""
-    tiles = [int(n) for t in (config.gate_up, config.down) for n in astuple(t)]
+    tiles = [
+        int(n)
+        for t in (config.gate_up, config.down)
+        for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left, t.described)
+    ]
     ways = (config.is_direct, config.overlap, config.is_joined)
-    sizes = (config.parts, config.act_parts, config.pieces)
-    return [config.rows, config.tail, *ways, *sizes, *tiles]
+    return [config.rows, config.tail, *ways, config.parts, config.pieces, *tiles]
 
 
 def _config(numbers: list[int]) -> ExpertsConfig:
-    rows, tail, direct, overlap, joined, parts, act_parts, pieces, *rest = numbers
+    rows, tail, direct, overlap, joined, parts, pieces, *rest = numbers
     first, second = (_tile(t) for t in (rest[: len(rest) // 2], rest[len(rest) // 2 :]))
-    flags, sizes = (bool(overlap), bool(joined)), (parts, act_parts, pieces)
-    return ExpertsConfig(rows, tail, bool(direct), first, second, *flags, *sizes)
+    flags = (bool(overlap), bool(joined))
+    return ExpertsConfig(rows, tail, bool(direct), first, second, *flags, parts, pieces)
 
 
 def _tile(numbers: list[int]) -> Tile:
-    columns, depth, warps, stages, group, left, described, apart = numbers
-    return Tile(columns, depth, warps, stages, group, bool(left), bool(described), bool(apart))
+    columns, depth, warps, stages, group, left, described = numbers
+    return Tile(columns, depth, warps, stages, group, bool(left), bool(described))
 
 
 @torch.library.custom_op("leanmoe::experts_gpu", mutates_args=())

@@ -52,13 +52,11 @@ def _piece_of(
 ):  # fmt: skip
     """Expert, first place in `rows` and number of rows of a block's piece.
 
-    All but the last have `ROWS`; it may have a tail, and those after it have no row. Read before
-    it is known whether there is such a block, so that one need not wait for the other.
+    All but the last have `ROWS`; it may have a tail, and those after it have no row.
     """
-    is_inside = block < most_blocks
-    expert = tl.load(blocks_ptr + block, mask=is_inside, other=0)
-    first = tl.load(blocks_ptr + most_blocks + block, mask=is_inside, other=0)
-    count = tl.load(blocks_ptr + 2 * most_blocks + block, mask=is_inside, other=0)
+    expert = tl.load(blocks_ptr + block)
+    first = tl.load(blocks_ptr + most_blocks + block)
+    count = tl.load(blocks_ptr + 2 * most_blocks + block)
     if PIECES > 1:
         last = tl.maximum((count - TAIL + ROWS - 1) // ROWS, 1) - 1
         count = tl.where(piece < last, ROWS, tl.where(piece == last, count - last * ROWS, 0))
@@ -75,7 +73,7 @@ def _gate_up_rows(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, ACT_PARTS: tl.constexpr, WIDEN: tl.constexpr,
+    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The first product of one block and one tile, with so long a tail."""
     slots_R, is_row = _rows_of(rows_ptr, first, count, 0, ROWS)
@@ -88,7 +86,7 @@ def _gate_up_rows(
         (slots_tail // K).to(tl.int64), slots_tail, is_tail,
         tile, limit, alpha, up_offset,
         D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-        SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, ACT_PARTS, WIDEN,
+        SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
     )  # fmt: skip
 
 
@@ -101,37 +99,28 @@ def gate_up_listed(
     STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr, GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
-    PIECES: tl.constexpr, TAIL_APART: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, SWAP: tl.constexpr, DESCRIBED: tl.constexpr, PARTS: tl.constexpr,
-    ACT_PARTS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SWAP: tl.constexpr, DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The first product of one block of the work list and one tile of columns."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()  # not before: whoever comes next relies on what was waited for
     used = tl.load(used_ptr)
-    INSIDE: tl.constexpr = 0 if TAIL_APART else TAIL
     block, tile, piece = _place(used, (M + BLOCK_C - 1) // BLOCK_C, GROUP, PIECES)
-    expert, first, count = _piece_of(blocks_ptr, most_blocks, block, piece, ROWS, INSIDE, PIECES)
     if block >= used:
         return
+    expert, first, count = _piece_of(blocks_ptr, most_blocks, block, piece, ROWS, TAIL, PIECES)
     if PIECES > 1 and count <= 0:
         return
-    if TAIL_APART and count <= TAIL:
+    HALF: tl.constexpr = TAIL // 2 if TAIL > 16 else 0
+    if TAIL > 0 and count > ROWS + HALF:
         _gate_up_rows(
             x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
             expert, first, count, tile, limit, alpha, up_offset,
             K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, TAIL, 0, BLOCK_C, BLOCK_K, True, DESCRIBED, PARTS, ACT_PARTS, WIDEN,
-        )  # fmt: skip
-        return
-    HALF: tl.constexpr = INSIDE // 2 if INSIDE > 16 else 0
-    if INSIDE > 0 and count > ROWS + HALF:
-        _gate_up_rows(
-            x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
-            expert, first, count, tile, limit, alpha, up_offset,
-            K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, ACT_PARTS, WIDEN,
+            SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
         )  # fmt: skip
         return
     if HALF > 0 and count > ROWS:
@@ -139,14 +128,14 @@ def gate_up_listed(
             x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
             expert, first, count, tile, limit, alpha, up_offset,
             K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, ACT_PARTS, WIDEN,
+            SCALED, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
         )  # fmt: skip
         return
     _gate_up_rows(
         x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
         expert, first, count, tile, limit, alpha, up_offset,
         K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-        SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, ACT_PARTS, WIDEN,
+        SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
     )  # fmt: skip
 
 
@@ -182,32 +171,24 @@ def down_listed(
     most_blocks,
     D: tl.constexpr, M: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, X_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, TAIL: tl.constexpr, PIECES: tl.constexpr, TAIL_APART: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
-    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SWAP: tl.constexpr, DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The second product of one block of the work list and one tile of columns."""
     used = tl.load(used_ptr)
-    INSIDE: tl.constexpr = 0 if TAIL_APART else TAIL
     block, tile, piece = _place(used, (D + BLOCK_C - 1) // BLOCK_C, GROUP, PIECES)
-    expert, first, count = _piece_of(blocks_ptr, most_blocks, block, piece, ROWS, INSIDE, PIECES)
     if block >= used:
         return
+    expert, first, count = _piece_of(blocks_ptr, most_blocks, block, piece, ROWS, TAIL, PIECES)
     if PIECES > 1 and count <= 0:
         return
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if TAIL_APART and count <= TAIL:
-        _down_rows(
-            act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
-            expert, first, count, tile,
-            D, M, STRIDE_C, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, TAIL, 0, BLOCK_C, BLOCK_K, True,
-            DESCRIBED, PARTS, WIDEN,
-        )  # fmt: skip
-        return
-    HALF: tl.constexpr = INSIDE // 2 if INSIDE > 16 else 0
-    if INSIDE > 0 and count > ROWS + HALF:
+    HALF: tl.constexpr = TAIL // 2 if TAIL > 16 else 0
+    if TAIL > 0 and count > ROWS + HALF:
         _down_rows(
             act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
             expert, first, count, tile,

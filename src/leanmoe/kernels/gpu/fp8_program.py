@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from leanmoe.kernels.gpu.product_program import SCALE_BLOCK
-from leanmoe.kernels.gpu.tile_program import rest_fp8, to_fp8
+from leanmoe.kernels.gpu.tile_program import SCALE_BLOCK, rest_fp8, to_fp8
 
 
 @triton.jit

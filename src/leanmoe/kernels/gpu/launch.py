@@ -82,7 +82,7 @@ class ExpertsCall:
         kind = torch.float32 if is_exact else hidden_TD.dtype
         self._is_scaled = up_scale is not None
         coded = torch.float8_e4m3fn if self._is_scaled else hidden_TD.dtype
-        self.act = hidden_TD.new_empty(rows * config.act_parts, self.inner, dtype=coded)
+        self.act = hidden_TD.new_empty(rows * config.parts, self.inner, dtype=coded)
         self.part = hidden_TD.new_empty(rows, self.width, dtype=kind)
         self.out = torch.empty_like(hidden_TD) if out is None else out
         self._read, self._read_scale, self._act_scale = hidden_TD, hidden_TD, hidden_TD
@@ -98,20 +98,17 @@ class ExpertsCall:
         self._down_extras = (_or(down_bias, down), _or(down_scale, down))
         self._has_overlap = config.overlap and not interprets()
         common = {"M": self.inner, "D": self.width, "ROWS": config.rows}
-        common |= {"WIDEN": interprets()}
+        common |= {"PARTS": config.parts, "WIDEN": interprets()}
         if config.is_direct:
             shape = {"E": self.experts, "K": self.slots, "SLOTS": power_of_two(self.slots)}
         else:
-            shape = {"TAIL": config.tail}
+            shape = {"TAIL": config.tail, "PIECES": config.pieces}
         both = self.inner * (2 if gated else 1)
         lies_in_rows = not transposed and (concatenated or not gated)
         self._up_options = {
             **common,
             **shape,
             **_tile(config.gate_up, config.is_direct, lies_in_rows and self.gate_up),
-            **({} if config.is_direct else {"PIECES": config.programs(config.gate_up)}),
-            "PARTS": config.parts,
-            "ACT_PARTS": config.act_parts,
             "K": self.slots,
             "STRIDE_C": 1 if transposed else self.width,
             "STRIDE_K": both if transposed else 1,
@@ -128,8 +125,6 @@ class ExpertsCall:
             **common,
             **shape,
             **_tile(config.down, config.is_direct, not transposed and self.down),
-            **({} if config.is_direct else {"PIECES": config.programs(config.down)}),
-            "PARTS": config.act_parts,
             "STRIDE_C": 1 if transposed else self.inner,
             "STRIDE_K": self.width if transposed else 1,
             "HAS_BIAS": down_bias is not None,
@@ -175,7 +170,7 @@ class ExpertsCall:
 
             most = work[1].shape[1]
             ends = (most, *self._limits)
-            grid = (most * tiles * self.config.programs(self.config.gate_up),)
+            grid = (most * tiles * self.config.pieces,)
             self.run(gate_up_listed, grid, *pointers, *work, *ends, **self._up_options)
 
     def second_product(self, *work: Tensor) -> None:
@@ -201,7 +196,7 @@ class ExpertsCall:
             from leanmoe.kernels.gpu.experts_program import down_listed
 
             most = work[1].shape[1]
-            grid = (most * tiles * self.config.programs(self.config.down),)
+            grid = (most * tiles * self.config.pieces,)
             self.run(down_listed, grid, *pointers, *work, most, **self._down_options)
 
     def _joined_options(self) -> dict[str, Any]:
@@ -238,7 +233,7 @@ def _tile(tile: Tile, is_direct: bool, rows: Tensor | bool) -> dict[str, Any]:
         "DESCRIBED": tile.described and rows is not False and _is_describable(rows),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
-        **({} if is_direct else {"GROUP": tile.group, "TAIL_APART": tile.tail_apart}),
+        **({} if is_direct else {"GROUP": tile.group}),
     }
 
 
