@@ -190,7 +190,8 @@ def table(options: argparse.Namespace, seconds: dict[str, Any]) -> None:
 
 
 def predicted(options: argparse.Namespace) -> dict[str, dict[str, Callable[[int], float]]]:
-    """What the planner says of all-reduce and all-to-all: as it ships, and fitted to these."""
+    """What the planner says of collectives: as it ships, and fitted to these."""
+    from leanmoe.cost.collectives import gather_seconds, library_reduce_seconds, reduce_seconds
     from leanmoe.cost.communication import fitted, read_collectives
     from leanmoe.cost.constants import shipped
     from leanmoe.cost.hardware import read_gpu
@@ -210,15 +211,13 @@ def predicted(options: argparse.Namespace) -> dict[str, dict[str, Callable[[int]
     print(f"fitted: {after}")
 
     def calls(rates: Any) -> dict[str, Callable[[int], float]]:
-        from math import log2
-
-        link = gpu.link_between(ranks)
-        start = rates.reduce_seconds + (log2(ranks) - 1) * rates.reduce_hop
-        share = (ranks - 1) / ranks
         return {
-            "reduce": lambda size: start + 2 * share * size / (link * rates.reduce_bandwidth),
+            "reduce": lambda size: reduce_seconds(rates, gpu, size, ranks),
+            "NCCL's reduce": lambda size: library_reduce_seconds(rates, gpu, size, ranks),
+            "gather": lambda size: gather_seconds(rates, gpu, size, ranks),
             "all-to-all": lambda size: (
-                rates.exchange_seconds + share * size / (link * rates.exchange_bandwidth)
+                rates.exchange_seconds
+                + (ranks - 1) / ranks * size / (gpu.link * rates.exchange_bandwidth)
             ),
         }
 

@@ -8,7 +8,7 @@ as fitted), every results/*-vllm-*.json (decode steps under plans; `vllm_gpu.py`
 every list in readings/: a model, a machine, and rows of concurrency, k, rule, distinct experts (or
 null), microseconds that the rule itself took a layer, and milliseconds a step. A layer's and an
 engine's own times are fitted to every second load of the full model in one run (`cost_engine.py`),
-which count as fitted; nothing else is.
+which count as fitted; nothing else is. Steps on several GPUs are those of `cost_parallel.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cost_engine import FULL, EngineRun, gpu_of
+from cost_engine import FULL, gpu_of, read_run
+from cost_parallel import parallel_steps, summary
 
 from leanmoe import provenance
 from leanmoe.cost.activation import Activation, CurveOf, assumed_curves
@@ -32,10 +33,10 @@ from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import GPUS
 from leanmoe.cost.models import published_model
 from leanmoe.cost.routing import Assumed, from_points
-from leanmoe.cost.schedules import SLOT_BY_SLOT, SmallSteps
+from leanmoe.cost.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
 from leanmoe.cost.step import Batch, StepTime
 from leanmoe.cost.tables import WEIGHT_BYTES
-from leanmoe.cost.work import ExpertsShape, Rows, slot_by_slot
+from leanmoe.cost.work import ExpertsShape, Rows
 from leanmoe.plan import Plan, Rule
 from leanmoe.storage import read_json, write_json
 
@@ -71,8 +72,8 @@ def layers(path: Path) -> Iterator[dict[str, Any]]:
             )
             tokens = line["tokens"]
             rows = Rows(tokens, line["rows"] / tokens, line["rows"], line["distinct"])
-            if line["rows"] <= SLOT_BY_SLOT.get(known[0], 0.0) * shape.experts:
-                rows = slot_by_slot(shape, rows, line["rows"])
+            if line["rows"] <= SLOT_BY_SLOT.get(known, 0.0) * shape.experts:
+                rows = slot_by_slot(shape, rows, line["rows"], gpu)
             seconds = constants.seconds(shape, rows, gpu)
             yield {
                 "file": path.name,
@@ -124,10 +125,10 @@ def engine_steps(path: Path) -> Iterator[dict[str, Any]]:
     assumed; what a plan's routing itself takes is not modelled. A captured step is the model up to
     its last hidden states, without head and engine; the time of a token has both.
     """
-    run = EngineRun(path, shipped())
+    run = read_run(path, shipped())
     for line in run.lines:
         parts = run.parts(line)
-        captured = parts.total - parts.head - parts.engine
+        captured = run.captured(line)
         for what, measured, seconds in (
             ("step", line["step_ms"]["median"], captured),
             ("TPOT", line["tpot_ms"]["median"], parts.total),
@@ -179,6 +180,8 @@ def main() -> None:
     found_steps = [row for path in lists for row in steps(path)]
     runs = sorted(results.glob("*-vllm-*.json"))
     found_engine = [row for path in runs for row in engine_steps(path)]
+    layouts = sorted(results.glob("*-parallel-*.json"))
+    found_parallel = [row for path in layouts for row in parallel_steps(path, shipped())]
     for row in found_layers:
         end = " (fitted)" if row["fitted"] else ""
         print(f"{row['gpu']} {row['what']:60s} T={row['tokens']:<5d} {row['error']:+7.1%}{end}")
@@ -209,6 +212,7 @@ def main() -> None:
             )
         else:
             print(f"{name}: nothing measured is there to compare with")
+    print(*summary(found_parallel), sep="\n")
     write_json(
         arguments.output / f"{where.date[:10]}-{where.commit}-cost-compare.json",
         {
@@ -217,6 +221,7 @@ def main() -> None:
             "layers": found_layers,
             "steps": found_steps,
             "engine steps": found_engine,
+            "steps by layout": found_parallel,
         },
     )
 

@@ -1,23 +1,28 @@
 """Whole steps of vLLM beside the model, and what a layer and an engine take of their own.
 
-Part of `cost_fit.py` and `cost_compare.py`.
+Part of `cost_fit.py`, `cost_compare.py` and `cost_parallel.py`.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from vllm_layout import SINGLE, Layout
+
 from leanmoe.cost.activation import Activation
 from leanmoe.cost.constants import Constants
 from leanmoe.cost.deployment import Deployment
-from leanmoe.cost.hardware import GPUS
+from leanmoe.cost.hardware import GPUS, Gpu
 from leanmoe.cost.model import read_model
 from leanmoe.cost.routing import Curve, from_points
-from leanmoe.cost.schedules import SmallSteps
+from leanmoe.cost.small_steps import SmallSteps
 from leanmoe.cost.step import Batch, Parts, StepTime
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Rule
@@ -41,15 +46,37 @@ def gpu_of(hardware: str) -> str:
     raise LeanMoeError(f"hardware {hardware!r} is none of {', '.join(GPUS)}")
 
 
-class EngineRun:
-    """A results file of `vllm_gpu.py`: its measured lines, and the model's prediction of each."""
+def read_run(path: Path, constants: Constants) -> EngineRun:
+    """A results file of `vllm_gpu.py`."""
+    return EngineRun(read_json(path, "results"), constants)
 
-    def __init__(self, path: Path, constants: Constants) -> None:
-        self._found = read_json(path, "results")
+
+def read_layouts(path: Path, constants: Constants) -> dict[str, EngineRun]:
+    """A results file of `vllm_parallel.py`: a run for each layout that was measured."""
+    found = read_json(path, "results")
+    return {
+        name: EngineRun({**found, **layout}, constants, Layout.parse(name))
+        for name, layout in found["layouts"].items()
+    }
+
+
+def deployment_of(layout: Layout, gpu: Gpu) -> Deployment:
+    """A benchmark's layout as the planner has it."""
+    return Deployment(gpu, layout.tensor, layout.expert_ranks, layout.data)
+
+
+class EngineRun:
+    """A run of vLLM in one layout: its measured lines, and the model's prediction of each."""
+
+    def __init__(
+        self, found: dict[str, Any], constants: Constants, layout: Layout = SINGLE
+    ) -> None:
+        self._found = found
         settings = self._found["settings"]
         self.model = read_model(self._found["config"], settings["shape"])
         self.gpu = GPUS[gpu_of(self._found["provenance"]["hardware"])]
-        self._step = cache(partial(StepTime, self.model, Deployment(self.gpu), constants))
+        deployment = deployment_of(layout, self.gpu)
+        self._step = cache(partial(StepTime, self.model, deployment, constants))
         self._context = int(settings["prompt"]) + int(settings["steps"]) / 2
         self.lines = [
             line
@@ -74,6 +101,8 @@ class EngineRun:
         tokens = line["requests"]
         point = (float(tokens), float(line["distinct"]), float(line["activated"]))
         rule = self._rule(line)
+        way = self._way(line)
+        most = [float(line["most_loaded"])] if "most_loaded" in line else []
         columns = float(self.model.shape.top_k if rule.top_k is None else rule.top_k)
         curve = from_points(
             [point],
@@ -81,12 +110,18 @@ class EngineRun:
             "measured in the run",
             columns,
             rule.depends_on_company,
+            most,
+            way.get("company") == "all",
         )
         activation = Activation(self.model, None, partial(_always, curve))
-        way = self._way(line)
         small_steps = SMALL_STEPS[way.get("small_steps", SmallSteps.GROUP.value)]
         step = self._step(KERNELS[self.experts(line)], small_steps)
         return step.parts(Batch(tokens, self._context), activation)
+
+    def captured(self, line: dict[str, Any]) -> float:
+        """Seconds of the captured step as predicted: the model up to its last hidden states."""
+        parts = self.parts(line)
+        return parts.total - parts.head - parts.engine
 
     def experts(self, line: dict[str, Any]) -> str:
         """Whose kernels computed the line's experts."""
@@ -117,7 +152,7 @@ def own_times(constants: Constants, results: Path) -> dict[str, float]:
     captured step with its head and the time of a token is a straight line over the sequences.
     """
     paths = results.glob(f"*-vllm-{CALIBRATED_ON}.json")
-    (run,) = (run for path in paths if (run := EngineRun(path, constants)).is_calibration)
+    (run,) = (run for path in paths if (run := read_run(path, constants)).is_calibration)
     layer, sequences, between = [], [], []
     for line in run.lines:
         if run.is_fitted(line):

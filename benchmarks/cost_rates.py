@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
+from leanmoe.cost.collectives import EXCHANGED_BYTES
 from leanmoe.cost.constants import Accuracy, Rates
 from leanmoe.cost.fit import accuracy
 from leanmoe.cost.hardware import Gpu
 from leanmoe.cost.routing import ranks_touched
-from leanmoe.cost.step import EXCHANGED_BYTES
 from leanmoe.cost.tables import PACKAGE, VERSION, read_columns
 
 LEAST_LATENT_HEADS = 8
@@ -130,6 +130,27 @@ def all_reduce(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
     return least(predict, columns["latency"][wanted] / 1e3, (0.6, 5.0, 1.0))
 
 
+def library(
+    gpu: Gpu, operations: Sequence[str], times: int
+) -> tuple[NDArray[np.float64], Accuracy]:
+    """Bandwidth, time of a call and of a further hop of NCCL's collectives within a node.
+
+    A ring sends (N-1)/N of the bytes so many `times`. Messages are counted in bytes in the rows of
+    int8; other rows count values, and are left out.
+    """
+    columns = read_columns(gpu.name, "comm/nccl/2.29.2/nccl_perf.parquet")
+    wanted = np.isin(columns["op_name"], operations) & (columns["nccl_dtype"] == "int8")
+    wanted &= columns["message_size"] <= 2**27
+    gpus = columns["num_gpus"][wanted].astype(float)
+    size = columns["message_size"][wanted].astype(float)
+
+    def predict(c: NDArray[np.float64]) -> NDArray[np.float64]:
+        hops = (np.log2(gpus) - 1) * c[2] * 1e-6
+        return np.asarray(c[1] * 1e-6 + hops + times * (gpus - 1) / gpus * size / gpu.link / c[0])
+
+    return least(predict, columns["latency"][wanted] / 1e3, (0.6, 5.0, 2.0))
+
+
 def exchange(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
     """Bandwidth and time of a call of DeepEP's low-latency dispatch and combine over 8 GPUs."""
     columns = read_columns(gpu.name, "comm/sglang/0.5.12/wideep_deepep_ll_perf.parquet")
@@ -155,6 +176,8 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
     latent, latent_error = latent_attention(gpu, dense)
     prompt, prompt_error = prompt_attention(gpu)
     reduced, reduced_error = all_reduce(gpu)
+    added, added_error = library(gpu, ["all_reduce"], 2)
+    gathered, gathered_error = library(gpu, ["all_gather", "reduce_scatter"], 1)
     exchanged, exchanged_error = exchange(gpu)
     found = Rates(
         product_bandwidth=dense[0],
@@ -174,8 +197,15 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
         exchange_bandwidth=exchanged[0],
         exchange_seconds=exchanged[1] * 1e-6,
         network_bandwidth=NETWORK,
-        fitted_to=f"vLLM 0.24's kernels and DeepEP in {PACKAGE} {VERSION}, {gpu.name}; between "
-        "nodes as DeepEP states; a layer's and an engine's own time from vLLM 0.24 on one H100",
+        library_bandwidth=added[0],
+        library_seconds=added[1] * 1e-6,
+        library_hop=added[2] * 1e-6,
+        gather_bandwidth=gathered[0],
+        gather_seconds=gathered[1] * 1e-6,
+        gather_hop=gathered[2] * 1e-6,
+        fitted_to=f"vLLM 0.24's kernels, NCCL and DeepEP in {PACKAGE} {VERSION}, {gpu.name}; "
+        "between nodes as DeepEP states; a layer's and an engine's own time from vLLM 0.24 on one "
+        "H100",
     )
     found = Rates(
         **{n: v if isinstance(v, str) else float(f"{v:.4g}") for n, v in vars(found).items()}
@@ -186,7 +216,9 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
         "attention, decode": decode_error,
         "latent attention with its products, decode": latent_error,
         "attention, prompt": prompt_error,
-        "all-reduce": reduced_error,
+        "all-reduce, vLLM's own": reduced_error,
+        "all-reduce, NCCL": added_error,
+        "all-gather and reduce-scatter, NCCL": gathered_error,
         "dispatch and combine": exchanged_error,
     }
     return found, {name: vars(error) for name, error in errors.items()}

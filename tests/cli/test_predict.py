@@ -105,16 +105,29 @@ def test_a_plan_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "this plan was made for another model" in err
 
 
-def test_a_budget_per_rank_is_not_modelled(
+def test_a_budget_per_rank_and_whose_tokens_spend_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Ranks that decide alone wake other experts, and more in all; so their steps take longer."""
     path = tmp_path / "plan.json"
     name = "Qwen/Qwen3-30B-A3B"
-    Plan.uniform(read_shape(CONFIGS[name]).fingerprint(), Rule(budget_per_rank=4)).save(path)
-    for more in ([], ["--sweep"]):
-        code, _, err = run(capsys, "predict", name, "--plan", str(path), *SMALL, *more)
-        assert code == 1
-        assert "budget_per_rank, which is not modelled" in err
+    Plan.uniform(read_shape(CONFIGS[name]).fingerprint(), Rule(budget_per_rank=12)).save(path)
+    spread = ["--tensor", "1", "--data", "2", "--expert", "2", "--concurrency", "32", "--json"]
+    command = ["predict", name, "--plan", str(path), *SMALL[2:], *spread]
+    found = {}
+    for company in ("rank", "all"):
+        code, out, _ = run(capsys, *command, "--company", company)
+        assert code == 0
+        found[company] = json.loads(out)[0]["plan"]
+    assert 24 <= found["all"]["distinct"] < 0.7 * found["rank"]["distinct"]
+    steps = {company: each["step_ms"] for company, each in found.items()}
+    assert steps["all"]["experts"] < steps["rank"]["experts"]
+    assert steps["all"]["communication"] > steps["rank"]["communication"]
+    code, _, _ = run(capsys, "predict", name, "--plan", str(path), *SMALL, "--sweep", "--gpus", "2")
+    assert code == 0
+    code, _, err = run(capsys, *command, "--company", "some")
+    assert code != 0
+    assert "some" in err
 
 
 def test_a_profile_is_replayed_under_the_plan(

@@ -14,7 +14,8 @@ from leanmoe.cost.models import CONFIGS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from cost_engine import EngineRun, own_times
+from cost_engine import FULL, own_times, read_layouts, read_run
+from cost_parallel import parallel_steps, summary
 
 BANDS = [
     {"up_to": 2, "rules": [{"top_k": 4}]},
@@ -41,7 +42,7 @@ def written(folder: Path, name: str, layers: str = "16", **found: Any) -> Path:
 
 
 def experts_ms(path: Path) -> list[float]:
-    run = EngineRun(path, shipped())
+    run = read_run(path, shipped())
     return [1e3 * run.parts(line).experts for line in run.lines]
 
 
@@ -59,7 +60,7 @@ def test_lines_are_predicted_as_they_ran(tmp_path: Path) -> None:
     plans = {"shared": BANDS, "empty plan": [{"up_to": None, "rules": [{}]}]}
     old = written(tmp_path, "old", plans=plans, lines=[{"plan": "shared"}, {"plan": "empty plan"}])
     assert experts_ms(old)[0] == repeat
-    assert EngineRun(new, shipped()).model.shape.layers == 16
+    assert read_run(new, shipped()).model.shape.layers == 16
 
 
 def test_the_band_of_a_lines_requests_counts(tmp_path: Path) -> None:
@@ -90,7 +91,95 @@ def test_own_times_come_from_the_run_of_all_layers(tmp_path: Path) -> None:
     some = written(tmp_path, "a", "16", ways={"stock": {"experts": "vllm"}}, lines=timed(5.0))
     assert own_times(shipped(), tmp_path) == alone
     assert alone["layer_seconds"] > 0
-    assert not any(EngineRun(some, shipped()).is_fitted(line) for line in timed(5.0))
+    assert not any(read_run(some, shipped()).is_fitted(line) for line in timed(5.0))
     (tmp_path / "b-vllm-qwen3-30b-a3b.json").unlink()
     with pytest.raises(ValueError, match="unpack"):
         own_times(shipped(), tmp_path)
+
+
+def spread(folder: Path, **layouts: list[dict[str, Any]]) -> Path:
+    """A results file of `vllm_parallel.py`; layouts are named with _ for -."""
+    time = {"median": 2.0}
+    usual = {"requests": 32, "activated": 8.0, "routing": "skewed", "step_ms": time}
+    ways = {
+        "stock": {"experts": "vllm"},
+        "k=4": {"experts": "vllm", "bands": [{"up_to": None, "rules": [{"top_k": 4}]}]},
+        "all": {
+            "experts": "vllm",
+            "company": "all",
+            "bands": [{"up_to": None, "rules": [{"guaranteed": 3}]}],
+        },
+    }
+    found = {
+        "provenance": {"hardware": "NVIDIA H100 80GB HBM3"},
+        "settings": {"shape": "qwen3-30b-a3b", "layers": "16", "prompt": "16", "steps": "8"},
+        "config": {**CONFIGS["Qwen/Qwen3-30B-A3B"], "num_hidden_layers": 16},
+        "layouts": {
+            name.replace("_", "-").removeprefix("on"): {
+                "gpus": 2,
+                "ways": ways,
+                "lines": [{**usual, **line} for line in lines],
+            }
+            for name, lines in layouts.items()
+        },
+    }
+    path = folder / "some-parallel-qwen3-30b-a3b.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+STOCK = {"plan": "stock", "distinct": 100.0, "most_loaded": 52.0}
+
+
+def test_every_layout_is_predicted_as_it_lies(tmp_path: Path) -> None:
+    """Whole experts on two GPUs: the most loaded one's are read. Cut in two: all, half of each."""
+    whole = {**STOCK, "most_loaded": 100.0}
+    path = spread(tmp_path, on1=[whole], tp2=[whole], tp2_ep=[STOCK], dp2_ep=[STOCK])
+    runs = read_layouts(path, shipped())
+    parts = {name: run.parts(run.lines[0]) for name, run in runs.items()}
+    assert list(parts) == ["1", "tp2", "tp2-ep", "dp2-ep"]
+    assert parts["1"].communication == 0
+    assert all(parts[name].experts < 0.7 * parts["1"].experts for name in ("tp2", "tp2-ep"))
+    # Gathered tokens are all on each GPU, as with tensor parallelism.
+    assert parts["dp2-ep"].experts == parts["tp2-ep"].experts
+    assert parts["dp2-ep"].projections == parts["1"].projections > parts["tp2"].projections
+    more = spread(tmp_path, tp2_ep=[{**STOCK, "most_loaded": 60.0}])
+    (run,) = read_layouts(more, shipped()).values()
+    assert run.parts(run.lines[0]).experts > 1.1 * parts["tp2-ep"].experts
+
+
+def test_what_all_ranks_decide_they_tell_each_other(tmp_path: Path) -> None:
+    lines = [{**STOCK, "plan": plan} for plan in ("stock", "all")]
+    (run,) = read_layouts(spread(tmp_path, dp2_ep=lines), shipped()).values()
+    stock, of_all = (run.parts(line).communication for line in run.lines)
+    assert 1e-6 < (of_all - stock) / 16 < 2e-5
+
+
+def test_steps_and_gains_of_each_layout_stand_beside_each_other(tmp_path: Path) -> None:
+    fewer = {"plan": "k=4", "distinct": 75.0, "most_loaded": 40.0, "activated": 4.0}
+    fewer |= {"step_ms": {"median": 1.6}}
+    path = spread(tmp_path, tp2_ep=[STOCK, fewer], dp2_ep=[fewer])
+    stock, plan, alone = parallel_steps(path, shipped())
+    assert (stock["layout"], alone["layout"]) == ("tp2-ep", "dp2-ep")
+    assert stock["gain_error"] == 0
+    assert plan["measured_gain"] == 1.25
+    assert plan["predicted_gain"] == pytest.approx(
+        stock["predicted_ms"] / plan["predicted_ms"], rel=1e-3
+    )
+    assert plan["error"] == pytest.approx(plan["predicted_ms"] / 1.6 - 1, rel=1e-2)
+    assert alone["gain_error"] is None  # stock was not measured there
+    first, second = summary([stock, plan, alone])
+    assert first.startswith("qwen3-30b-a3b, 16 layers, tp2-ep: full model")
+    assert f"plans {abs(plan['error']):.1%}, worst {abs(plan['error']):.1%} of 1" in first
+    assert "full model" not in second
+    assert "gains" not in second
+
+
+def test_committed_runs_of_several_gpus_are_within_what_the_docs_say() -> None:
+    """Nothing was fitted to them: the full model's captured step with whole experts on each GPU."""
+    results = Path(__file__).parents[2] / "benchmarks/results"
+    paths = sorted(results.glob("2026-11-27-2x-*-parallel-qwen3-30b-a3b*.json"))
+    rows = [row for path in paths for row in parallel_steps(path, shipped())]
+    full = [abs(row["error"]) for row in rows if row["plan"] in FULL and row["layout"] != "1"]
+    assert len(full) >= 18
+    assert max(full) < 0.09

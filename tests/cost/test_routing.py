@@ -105,13 +105,17 @@ def test_tokens_that_agree_on_their_groups_may_use_all_that_is_awake() -> None:
     assert alike[1] == pytest.approx(alike[0])
 
 
-def test_a_budget_is_filled_up_to_k() -> None:
-    assert assumed_curve(64, 8, Rule(budget=20), Assumed()).at(512) == (20, 8)
-    assert assumed_curve(64, 8, Rule(budget=4), Assumed()).at(512) == (4, 4)
+def test_a_budget_is_filled_up_to_k_and_every_tokens_best_stays() -> None:
+    curve = assumed_curve(64, 8, Rule(budget=20), Assumed())
+    assert curve.at(8) == (20, 8)
+    assert curve.at(512)[0] == pytest.approx(64, abs=0.1)
+    distinct, slots = assumed_curve(64, 8, Rule(budget=4), Assumed()).at(4)
+    assert distinct == pytest.approx(4, abs=0.1)
+    assert slots == distinct
 
 
 def test_rules_bound_what_wakes() -> None:
-    assert assumed_curve(64, 8, Rule(budget=20), Assumed()).at(512)[0] == 20
+    assert assumed_curve(64, 8, Rule(budget=20), Assumed()).at(16)[0] == 20
     assert assumed_curve(64, 8, Rule(top_k=0), Assumed()).at(512) == (0.0, 0.0)
     pruned = assumed_curve(64, 8, Rule(experts=tuple(range(16))), Assumed())
     assert pruned.experts == 16

@@ -16,7 +16,7 @@ from leanmoe.cost.model import read_model
 from leanmoe.cost.models import CONFIGS, published_model
 from leanmoe.cost.predict import bounds
 from leanmoe.cost.routing import Assumed
-from leanmoe.cost.schedules import SmallSteps
+from leanmoe.cost.small_steps import SmallSteps
 from leanmoe.cost.step import Batch, Parts, StepTime
 from leanmoe.cost.tables import VERSION, installed
 from leanmoe.errors import LeanMoeError
@@ -229,3 +229,17 @@ def test_a_saved_profiles_curve_needs_no_torch_and_its_own_model() -> None:
     assert "measured" in full.origin
     with pytest.raises(LeanMoeError, match="traces replayed"):
         curve_of(0, Rule(guaranteed=1))
+
+
+def test_mxfp4_kernels_group_every_step() -> None:
+    """OpenAI's, in vLLM: what an engine makes of steps slot by slot does not touch them."""
+    model = published_model("openai/gpt-oss-120b")
+    plan = Plan.uniform(model.shape.fingerprint(), Rule(guaranteed=2))
+    activation = Activation(model, plan, assumed_curves(model, Assumed()))
+    times = {
+        StepTime(model, Deployment(H200), shipped(), "vllm-triton", how)
+        .parts(Batch(4, 100), activation)
+        .experts
+        for how in SmallSteps
+    }
+    assert len(times) == 1

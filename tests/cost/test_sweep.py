@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -70,7 +71,7 @@ def test_a_thousand_configurations_take_seconds() -> None:
         [2**n for n in range(13)],
         shipped(),
         "sglang-triton",
-        assumed_curves(MODEL, Assumed()),
+        partial(assumed_curves, MODEL, Assumed()),
         Limits(tpot_ms=50, price=2.0),
     )
     assert found["configurations"] >= 1000
@@ -95,7 +96,7 @@ def test_a_model_that_fits_nowhere_says_by_how_much() -> None:
             [1],
             shipped(),
             "sglang-triton",
-            assumed_curves(MODEL, Assumed()),
+            partial(assumed_curves, MODEL, Assumed()),
             Limits(),
         )
     with pytest.raises(LeanMoeError, match="--price is -1"):

@@ -13,13 +13,11 @@ from leanmoe.cost.hardware import GPUS
 from leanmoe.cost.interpolation import Ratios
 from leanmoe.cost.tables import balanced_counts
 from leanmoe.cost.work import (
-    CACHED_SHARE,
     FEATURES,
     ExpertsShape,
     Rows,
     Tile,
     features,
-    slot_by_slot,
     tiles_per_expert,
 )
 
@@ -105,17 +103,6 @@ def test_experts_of_other_gpus_are_sorted_out() -> None:
     place = FEATURES.index("spread")
     assert features(shape, Rows(8, 8, 64, 16), gpu, Tile(16, 64))[place] == 0
     assert features(shape, Rows(8, 8, 8, 7), gpu, Tile(16, 64))[place] == 1
-
-
-def test_slot_by_slot_reads_used_slots_anew_and_repeated_ones_not() -> None:
-    large, small = ExpertsShape(7168, 2048, 256), ExpertsShape(2048, 768, 128)
-    used = slot_by_slot(large, Rows(8, 8, 64, 23), 64)
-    assert (used.distinct, used.tiles(16)) == (64, 64)
-    assert slot_by_slot(small, Rows(4, 8, 32, 12), 32).distinct == 12 + 20 * CACHED_SHARE
-    repeated = slot_by_slot(large, Rows(1, 3, 3, 3), 8)
-    assert (repeated.distinct, repeated.rows, repeated.tiles(16)) == (3, 8, 8)
-    passed_over = slot_by_slot(large, Rows(1, 3, 3, 3), 3)
-    assert (passed_over.distinct, passed_over.rows, passed_over.tiles(16)) == (3, 3, 3)
 
 
 def test_between_measured_rows_the_ratio_is_interpolated() -> None:

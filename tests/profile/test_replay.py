@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leanmoe.errors import LeanMoeError
+from leanmoe.placement import Placement
 from leanmoe.plan import Rule
 from leanmoe.profile.replay import distinct_curve, draw_steps, replay
 from leanmoe.profile.saved import Trace
+from leanmoe.routing import Company, route
 from leanmoe.shape import distinct_uniform
 from tests.profile.example import DOCUMENTS, EACH, EXPERTS, TOP_K, profile
 
@@ -70,6 +72,39 @@ def test_rules_activate_what_they_say() -> None:
     assert company.distinct == pytest.approx(replay(made, 1, Rule(top_k=1), 8).distinct)
     assert 1 < company.slots <= TOP_K
     assert replay(made, 1, Rule(experts=(0, 3, 5, 7)), 64).distinct == 4
+
+
+@pytest.mark.parametrize("rule", [Rule(guaranteed=2), Rule(budget_per_rank=3)])
+def test_companies_and_ranks_are_counted_apart(rule: Rule) -> None:
+    """Beside the reference routing, a company at a time."""
+    made, tokens, companies, steps = profile(), 6, 2, 8
+    placement = Placement.linear(EXPERTS, 4)
+    found = replay(made, 1, rule, tokens, steps, 0, placement, companies)
+    assert made.bias_LE is not None
+    bias_E = torch.from_numpy(made.bias_LE[1])
+    logits_TE = torch.from_numpy(made.trace.logits_LTE[1]).float()
+    distinct, most, slots = [], [], []
+    for places_B in draw_steps(made.trace, tokens, steps, 0):
+        awake = set()
+        for mine in places_B.chunk(companies):
+            routing = route(
+                logits_TE[mine], made.router, TOP_K, rule, bias_E, company=Company(placement)
+            )
+            used = routing.ids_STK[routing.ids_STK < EXPERTS].tolist()
+            awake |= set(used)
+            slots.append(len(used))
+        distinct.append(len(awake))
+        most.append(max(sum(placement.rank_of[e] == rank for e in awake) for rank in range(4)))
+    assert found.distinct == pytest.approx(np.mean(distinct))
+    assert found.most_loaded == pytest.approx(np.mean(most))
+    assert found.slots == pytest.approx(sum(slots) / (steps * tokens))
+
+
+def test_companies_share_a_step_evenly() -> None:
+    with pytest.raises(LeanMoeError, match="companies is 4: it must divide the 6 tokens"):
+        replay(profile(), 0, Rule(guaranteed=1), 6, companies=4)
+    with pytest.raises(LeanMoeError, match="placement is of 8 experts"):
+        replay(profile(), 0, Rule(guaranteed=1), 6, placement=Placement.linear(8, 2))
 
 
 def test_rules_are_compared_on_the_same_steps() -> None:

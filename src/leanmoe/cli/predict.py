@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from leanmoe.errors import LeanMoeError
+
+
+class Company(StrEnum):
+    """Whose tokens a rule sees with data parallelism."""
+
+    RANK = "rank"
+    ALL = "all"
+
 
 CONCURRENCIES = "1,2,4,8,16,32,64,128,256,512"
 SWEPT = ",".join(str(2**n) for n in range(15))
@@ -35,6 +44,10 @@ def predict(
     expert: Annotated[int, typer.Option(help="GPUs that share the experts whole.")] = 1,
     data: Annotated[int, typer.Option(help="Copies of attention.")] = 1,
     pipeline: Annotated[int, typer.Option(help="Stages of layers.")] = 1,
+    company: Annotated[
+        Company,
+        typer.Option(help="Whose tokens share experts, with --data: their rank's, or all."),
+    ] = Company.RANK,
     concurrency: Annotated[
         str | None, typer.Option(help=f"Requests at once, comma separated; {CONCURRENCIES}.")
     ] = None,
@@ -116,6 +129,7 @@ def predict(
             kernel or default_kernel(found),
             curves,
             Limits(tpot, ttft, price),
+            company is Company.ALL,
         )
         _show_sweep(results, page, as_json)
         return
@@ -129,7 +143,16 @@ def predict(
     sizes = [None] if rate is not None else _whole(concurrency or CONCURRENCIES, "--concurrency")
     predictions = [
         predicted(
-            found, chosen, place, Load(*lengths, size, rate), kernel, None, curves, own, seed=seed
+            found,
+            chosen,
+            place,
+            Load(*lengths, size, rate),
+            kernel,
+            None,
+            curves,
+            own,
+            seed=seed,
+            is_of_all=company is Company.ALL,
         )
         for size in sizes
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from leanmoe.cost.drawing import ALONE, Company
 from leanmoe.cost.model import Model
 from leanmoe.cost.routing import Assumed, Curve, assumed_curve, from_points
 from leanmoe.errors import LeanMoeError
@@ -12,6 +13,8 @@ from leanmoe.plan import Band, Fingerprint, Plan, Rule
 
 CurveOf = Callable[[int, Rule], Curve]
 """A MoE layer's curve under a rule."""
+CurvesOf = Callable[[Company], CurveOf]
+"""The curves by where experts are and whose tokens share them."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,16 @@ class Awake:
     """Slots, used or skipped, in an engine's tensors."""
     is_shared: bool = False
     """Whether tokens share experts there."""
+    most_loaded: float | None = None
+    """Distinct experts of the most loaded GPU; None where that was not counted."""
+    is_told: bool = False
+    """Whether data-parallel ranks tell each other what their tokens choose."""
 
 
 class Activation:
     """Distinct experts and rows of every MoE layer, by the tokens of a step."""
 
     def __init__(self, model: Model, plan: Plan | None, curve_of: CurveOf) -> None:
-        if plan is not None and plan.has_budget_per_rank:
-            raise LeanMoeError("the plan sets budget_per_rank, which is not modelled: set budget")
         self._plan = plan
         layers = model.moe_layers
         bands = [] if plan is None else list(plan.bands)
@@ -65,7 +70,8 @@ class Activation:
             missed = (1 - mine.distinct / total) * (1 - theirs.distinct / total)
             awake, rows = total * (1 - missed), mine.rows + theirs.rows
             columns, is_shared = mine.columns + theirs.columns, one.is_shared or other.is_shared
-            found.append(Awake(count, awake, rows, total, columns, is_shared))
+            most, is_told = _most_together(mine, theirs, awake), one.is_told or other.is_told
+            found.append(Awake(count, awake, rows, total, columns, is_shared, most, is_told))
         return found
 
     def _band(self, tokens: float) -> list[tuple[Curve, int]]:
@@ -80,7 +86,19 @@ def _awake(curve: Curve, layers: int, tokens: float) -> Awake:
         return Awake(layers, 0.0, 0.0, curve.experts)
     distinct, slots = curve.at(tokens)
     columns = max(curve.columns, slots) * tokens
-    return Awake(layers, distinct, slots * tokens, curve.experts, columns, curve.is_shared)
+    most, is_shared = curve.most_loaded_at(tokens), curve.is_shared
+    rows, experts = slots * tokens, curve.experts
+    return Awake(layers, distinct, rows, experts, columns, is_shared, most, curve.is_told)
+
+
+def _most_together(one: Awake, other: Awake, distinct: float) -> float | None:
+    """Of the most loaded GPU where both wake so many: as uneven as the more uneven of them."""
+    shares = [
+        each.most_loaded / each.distinct
+        for each in (one, other)
+        if each.most_loaded is not None and each.distinct > 0
+    ]
+    return max(shares) * distinct if shares else None
 
 
 def _grouped(rules: tuple[Rule, ...], curve_of: CurveOf) -> list[tuple[Curve, int]]:
@@ -106,7 +124,7 @@ def _paired(
     return found
 
 
-def assumed_curves(model: Model, assumed: Assumed) -> CurveOf:
+def assumed_curves(model: Model, assumed: Assumed, company: Company = ALONE) -> CurveOf:
     """Curves where no trace is at hand: the same in every layer."""
     shape, router = model.shape, model.shape.router
     cached: dict[Rule, Curve] = {}
@@ -114,7 +132,13 @@ def assumed_curves(model: Model, assumed: Assumed) -> CurveOf:
     def curve_of(_layer: int, rule: Rule) -> Curve:
         if rule not in cached:
             cached[rule] = assumed_curve(
-                shape.experts, shape.top_k, rule, assumed, router.groups, router.groups_used
+                shape.experts,
+                shape.top_k,
+                rule,
+                assumed,
+                router.groups,
+                router.groups_used,
+                company,
             )
         return cached[rule]
 

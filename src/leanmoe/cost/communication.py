@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from leanmoe.storage import read_json
 
 BENCHMARK = "communication"
 ALL_REDUCE, ALL_TO_ALL = "all_reduce", "all_to_all"
+GATHERING = ("all_gather", "reduce_scatter")
 
 
 @dataclass(frozen=True)
@@ -62,29 +63,40 @@ def _positive(value: Any) -> float:
 
 
 def fitted(rates: Rates, measured: Collectives, gpu: Gpu) -> Rates:
-    """The rates with their all-reduce and all-to-all as measured on GPUs of this kind.
+    """The rates with the library's collectives as measured on GPUs of this kind.
 
-    A call costs a constant time and its bytes at a constant rate, as `StepTime` has it. Both are
-    the least squares of relative errors. One number of GPUs says nothing of a further hop: its
-    cost stays as it is.
+    An engine's own all-reduce is not among them and stays as it is. A call costs a constant time
+    and its bytes at a constant rate. Both are the least squares of relative errors. One number of
+    GPUs says nothing of a further hop: its cost stays as it is.
     """
     gpus = measured.gpus
-    hops = (math.log2(gpus) - 1) * rates.reduce_hop
-    reduce, reduce_rate = _line(measured.seconds[ALL_REDUCE], 2 * (gpus - 1) / gpus)
-    exchange, exchange_rate = _line(measured.seconds[ALL_TO_ALL], (gpus - 1) / gpus)
-    return replace(
+    hops, share = math.log2(gpus) - 1, (gpus - 1) / gpus
+    reduce, reduce_rate = _line([measured.seconds[ALL_REDUCE]], 2 * share)
+    exchange, exchange_rate = _line([measured.seconds[ALL_TO_ALL]], share)
+    found = replace(
         rates,
-        reduce_seconds=max(0.0, reduce - hops),
-        reduce_bandwidth=reduce_rate / gpu.link,
+        library_seconds=max(0.0, reduce - hops * rates.library_hop),
+        library_bandwidth=reduce_rate / gpu.link,
         exchange_seconds=exchange,
         exchange_bandwidth=exchange_rate / gpu.link,
         fitted_to=f"{rates.fitted_to}; collectives measured on {gpus} x {measured.hardware}",
     )
+    gathering = [measured.seconds[name] for name in GATHERING if measured.seconds.get(name)]
+    if not gathering:
+        return found
+    gather, gather_rate = _line(gathering, share)
+    return replace(
+        found,
+        gather_seconds=max(0.0, gather - hops * rates.gather_hop),
+        gather_bandwidth=gather_rate / gpu.link,
+    )
 
 
-def _line(seconds: Mapping[int, float], share: float) -> tuple[float, float]:
-    """Seconds of a call without bytes, and bytes a second of the `share` that travels."""
-    sizes, times = (np.array(x, dtype=float) for x in (list(seconds), list(seconds.values())))
+def _line(operations: Sequence[Mapping[int, float]], share: float) -> tuple[float, float]:
+    """Seconds of a call without bytes, and bytes a second of the `share` that travels; of all
+    these operations alike."""
+    points = [point for seconds in operations for point in seconds.items()]
+    sizes, times = np.array(points, dtype=float).T
     columns = np.stack((np.ones_like(sizes), sizes * share), axis=-1) / times[:, None]
     (start, each), *_ = np.linalg.lstsq(columns, np.ones_like(times), rcond=None)
     if each <= 0:

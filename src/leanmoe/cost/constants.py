@@ -137,7 +137,7 @@ class Rates:
     """Of each sequence that decodes."""
     reduce_bandwidth: float
     reduce_seconds: float
-    """Of an all-reduce over 2 GPUs; more GPUs add `reduce_hop` each."""
+    """Of an engine's own all-reduce over 2 GPUs; each doubling of them adds `reduce_hop`."""
     reduce_hop: float
     exchange_bandwidth: float
     exchange_seconds: float
@@ -150,6 +150,16 @@ class Rates:
     """Of each sequence in it."""
     layer_seconds: float = 0.0
     """Of a layer beside its products and attention: norms, rotations, cache writes, routing."""
+    library_seconds: float = 0.0
+    """Of an all-reduce by the library (NCCL) over 2 GPUs."""
+    library_hop: float = 0.0
+    library_bandwidth: float = 0.0
+    """0 where the library's all-reduce is not known."""
+    gather_seconds: float = 0.0
+    """Of its all-gather or reduce-scatter over 2 GPUs."""
+    gather_hop: float = 0.0
+    gather_bandwidth: float = 0.0
+    """0 where these are not known."""
     fitted_to: str = ""
 
 

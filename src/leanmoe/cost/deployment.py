@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from leanmoe.cost.drawing import Company
 from leanmoe.cost.hardware import Gpu
 from leanmoe.cost.model import Model, require_divides
 from leanmoe.errors import LeanMoeError
@@ -47,6 +48,10 @@ class Deployment:
     def exchanges(self) -> bool:
         """Whether tokens travel to their experts: attention is copied, experts are spread."""
         return self.data > 1 and self.expert > 1
+
+    def company(self, is_of_all: bool = False) -> Company:
+        """Where experts are, and whose tokens share them."""
+        return Company(self.expert, self.data, is_of_all)
 
     def __str__(self) -> str:
         parts = [f"TP{self.tensor}"]

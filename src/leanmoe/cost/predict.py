@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from leanmoe.cost.activation import Activation, CurveOf, assumed_curves
+from leanmoe.cost.activation import Activation, CurvesOf, assumed_curves
 from leanmoe.cost.constants import Constants, KernelConstants, shipped
 from leanmoe.cost.deployment import Deployment, Memory
 from leanmoe.cost.hardware import Gpu
@@ -123,23 +123,29 @@ def predict(
     load: Load,
     kernel: str | None = None,
     assumed: Assumed | None = None,
-    curve_of: CurveOf | None = None,
+    curves_of: CurvesOf | None = None,
     constants: Constants | None = None,
     simulated: bool = True,
     seed: int = 0,
     requests: int | None = None,
+    is_of_all: bool = False,
 ) -> Prediction:
     """Predicts the full model and the plan on the same machine under the same load.
 
-    `curve_of` gives distinct experts from replayed traces; without it routing is `assumed`. Raises
-    LeanMoeError for a plan of another model, and for what does not fit.
+    `curves_of` gives distinct experts from replayed traces; without it routing is `assumed`.
+    `is_of_all`: tokens share experts with those of all data-parallel ranks, not only their own.
+    Raises LeanMoeError for a plan of another model, and for what does not fit.
     """
     load.check()
     if plan is not None:
         plan.check(model.shape.fingerprint(), more_experts=True)
     constants = constants or shipped()
     step = StepTime(model, deployment, constants, kernel or default_kernel(model))
-    curves = curve_of or assumed_curves(model, assumed or Assumed())
+    company = deployment.company(is_of_all)
+    if curves_of is None:
+        curves = assumed_curves(model, assumed or Assumed(), company)
+    else:
+        curves = curves_of(company)
     sides = {"full": None, **({} if plan is None else {"plan": plan})}
     found = {}
     origins: set[str] = set()

@@ -20,14 +20,13 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from leanmoe.cost.drawing import ALONE, DRAWN_TOKENS, Choices, Company, Drawn, drawn, drawn_at
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.shape import distinct_uniform
 
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 """Tokens of a step that curves are computed at; between them they are interpolated."""
-DRAWN_TOKENS = 4096
-"""Tokens drawn for each point of a simulated curve."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,10 @@ class Curve:
     """Slots of a token in an engine's tensors, used or skipped; 0 for as many as are used."""
     is_shared: bool = False
     """Whether tokens of a step share experts (`Rule.depends_on_company`)."""
+    most_loaded: tuple[float, ...] = ()
+    """Distinct experts of the most loaded GPU, where experts are spread and this was counted."""
+    is_told: bool = False
+    """Whether data-parallel ranks tell each other what their tokens choose."""
 
     def at(self, tokens: float) -> tuple[float, float]:
         """Distinct experts and mean slots a token in a step of so many tokens.
@@ -60,6 +63,18 @@ class Curve:
             return float(awake), slots
         distinct = float(np.interp(place, grid, self.distinct))
         return min(distinct, slots * max(tokens, 1.0)), slots
+
+    def most_loaded_at(self, tokens: float) -> float | None:
+        """Distinct experts of the most loaded GPU; None where that was not counted.
+
+        Beyond the last point it grows with the distinct experts of all GPUs.
+        """
+        if not self.most_loaded:
+            return None
+        distinct, _ = self.at(tokens)
+        shares = np.array(self.most_loaded) / np.maximum(self.distinct, 1e-9)
+        place = math.log(max(tokens, 1.0))
+        return distinct * float(np.interp(place, np.log(self.tokens), shares))
 
 
 @dataclass(frozen=True)
@@ -107,11 +122,13 @@ def assumed_curve(
     assumed: Assumed,
     groups: int = 1,
     groups_used: int = 1,
+    company: Company = ALONE,
 ) -> Curve:
     """What a rule activates where tokens choose as assumed; all but thresholds, which need traces.
 
     `guaranteed` k0: the union of every token's best k0 is awake, and a token fills up to its k
-    from it, however far down its own ranking (OEA's algorithm 1). `budget`: no more than that many.
+    from that of its company, however far down its own ranking (OEA's algorithm 1). Budgets are
+    drawn (`drawing`).
     """
     assumed.check()
     if rule.threshold is not None or rule.top_p is not None:
@@ -122,32 +139,71 @@ def assumed_curve(
         )
     kept = experts if rule.experts is None else len(rule.experts)
     slots = min(rule.top_k if rule.top_k is not None else top_k, kept)
-    first = min(rule.guaranteed, slots) if rule.guaranteed is not None else slots
-    # Of the others' experts a token may use those of its groups; tokens that agree have the same.
-    share = groups_used / groups
-    reach = share + (1 - share) * assumed.agreement
-    distinct, used = [], []
-    for tokens in GRID:
-        awake = _awake(kept, first, tokens, assumed, groups, groups_used)
-        if rule.budget is not None:
-            awake = min(awake, float(rule.budget))
-        own = min(float(first), awake)
-        distinct.append(awake)
-        used.append(min(float(slots), max(1.0, own + (awake - own) * reach)))
+    most: list[float] = []
+    if rule.has_budget and slots:
+        limited = groups_used < groups and not kept % groups
+        found = [
+            _drawn(kept, slots, rule, count, assumed, company, *((groups, groups_used) * limited))
+            for count in drawn_at(company)
+        ]
+        points = [(tokens, each.distinct, each.slots) for tokens, each in found]
+        most = [each.most_loaded for _, each in found]
+    else:
+        points = [
+            _unlimited(kept, slots, rule, count, assumed, company, groups, groups_used)
+            for count in GRID
+        ]
     words = "modelled: independent tokens, even use"
     if assumed.skew:
         words = f"modelled: independent tokens, popularity as rank^-{assumed.skew:g}"
     if assumed.agreement and groups_used < groups:
         words += f", tokens agree on groups by {assumed.agreement:g} of 1"
-    return Curve(
-        tuple(map(float, GRID)),
-        tuple(distinct),
-        tuple(used),
-        words,
-        kept,
-        slots,
-        rule.depends_on_company,
-    )
+    shares = rule.depends_on_company
+    if shares and company.data > 1:
+        words += f", company {'all' if company.is_of_all else 'rank'}"
+    is_told = shares and company.is_told
+    return from_points(points, kept, words, slots, shares, most, is_told)
+
+
+def _unlimited(
+    experts: int,
+    slots: int,
+    rule: Rule,
+    count: int,
+    assumed: Assumed,
+    company: Company,
+    groups: int,
+    groups_used: int,
+) -> tuple[float, float, float]:
+    """A curve's point without a budget, for so many tokens of a company."""
+    first = min(rule.guaranteed, slots) if rule.guaranteed is not None else slots
+    ours = _awake(experts, first, count, assumed, groups, groups_used)
+    tokens = count * company.companies
+    awake = _awake(experts, first, tokens, assumed, groups, groups_used)
+    # Of the others' experts a token may use those of its groups; tokens that agree have the same.
+    share = groups_used / groups
+    reach = share + (1 - share) * assumed.agreement
+    own = min(float(first), ours)
+    used = max(1.0, own + (ours - own) * reach) if slots else 0.0
+    return float(tokens), awake, min(float(slots), used)
+
+
+@cache
+def _drawn(
+    experts: int,
+    slots: int,
+    rule: Rule,
+    count: int,
+    assumed: Assumed,
+    company: Company,
+    groups: int = 1,
+    groups_used: int = 1,
+) -> tuple[float, Drawn]:
+    """A curve's point under a budget, for so many tokens of a company."""
+    popularity_E = inclusion(experts, slots, assumed.skew)
+    choices = Choices(popularity_E, groups, groups_used, assumed.agreement)
+    tokens = count * company.companies
+    return float(tokens), drawn(choices, slots, rule, tokens, company)
 
 
 def _awake(
@@ -215,12 +271,15 @@ class Share:
     distinct: float
 
 
-def busiest(distinct: float, rows: float, experts: int, ranks: int) -> Share:
+def busiest(
+    distinct: float, rows: float, experts: int, ranks: int, counted: float | None = None
+) -> Share:
     """Rows and distinct experts of the most loaded of `ranks` GPUs with `experts` / `ranks` each.
 
     Experts lie at random, so loads of ranks are near normal: of N normals the largest is, on
     average, the quantile (N - 3/8) / (N + 1/4) (Blom). Which experts are awake is drawn without
-    replacement, rows fall on ranks independently.
+    replacement, rows fall on ranks independently. `counted` are the distinct experts of the most
+    loaded GPU where they are known.
     """
     if ranks == 1 or distinct <= 0:
         return Share(rows, distinct)
@@ -229,6 +288,7 @@ def busiest(distinct: float, rows: float, experts: int, ranks: int) -> Share:
     above = _largest_of(ranks)
     spread = math.sqrt(max(here * share * (1 - share) * (experts - here) / max(experts - 1, 1), 0))
     most = min(here, distinct, max(distinct / ranks + above * spread, 1.0))
+    most = most if counted is None else min(here, counted)
     load = rows / ranks + above * math.sqrt(rows / ranks * (1 - 1 / ranks))
     return Share(min(rows, max(load, most)), most)
 
@@ -264,10 +324,16 @@ def from_points(
     origin: str,
     columns: float = 0.0,
     is_shared: bool = False,
+    most_loaded: Sequence[float] = (),
+    is_told: bool = False,
 ) -> Curve:
-    """A curve from (tokens, distinct, slots), as replayed traces give them."""
+    """A curve from (tokens, distinct, slots), as replayed traces give them.
+
+    `most_loaded` are the distinct experts of the most loaded GPU at each of these points.
+    """
     if not points:
         raise LeanMoeError("a curve of distinct experts needs at least one point")
-    ordered = sorted(points)
-    tokens, distinct, slots = zip(*ordered, strict=True)
-    return Curve(tuple(tokens), tuple(distinct), tuple(slots), origin, experts, columns, is_shared)
+    tokens, distinct, slots = zip(*sorted(points), strict=True)
+    most = tuple(value for _, value in sorted(zip(points, most_loaded, strict=bool(most_loaded))))
+    columns_of = (origin, experts, columns, is_shared, most, is_told)
+    return Curve(tuple(tokens), tuple(distinct), tuple(slots), *columns_of)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 from leanmoe.cost.work import TILES, Tile
 
@@ -62,18 +61,7 @@ SCHEDULES: Mapping[tuple[str, str], tuple[Stage, ...]] = {
     ),
 }
 """By kernel and format; `CUTLASS` for those that are not here."""
-SLOT_BY_SLOT: Mapping[str, float] = {"vllm-triton": 1 / 4}
-"""By kernel: up to so many slots for each of the layer's experts, where these are not spread over
-GPUs, every slot is a block of its own (vLLM skips `moe_align_block_size` there)."""
-
-
-class SmallSteps(Enum):
-    """What an engine makes of steps that such a kernel would run slot by slot."""
-
-    REPEAT = "repeat"
-    """Slot by slot; a skipped slot is its token's best expert again."""
-    SKIP = "skip"
-    """Slot by slot; a skipped slot costs nothing."""
-    GROUP = "group"
-    """Grouped by expert where two tokens or more share experts; as `SKIP` elsewhere. So leanmoe's
-    plugin has it (`engines/vllm/skipping.py`) but with data parallelism, where it repeats."""
+GATHERED = ("vllm-triton", "vllm-flashinfer")
+"""Kernels of an engine whose data-parallel ranks gather each other's tokens: each GPU sees all
+tokens of a step and computes its own experts' rows (vLLM's `allgather_reducescatter`, its
+default). Other engines are taken to send a token only to the GPUs that hold its experts."""

@@ -5,27 +5,33 @@ Letters: T tokens of the step, D hidden width, N GPUs of a group.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
 from leanmoe.cost.activation import Activation, Awake
+from leanmoe.cost.collectives import (
+    exchange_seconds,
+    gather_seconds,
+    library_reduce_seconds,
+    reduce_seconds,
+)
 from leanmoe.cost.constants import Constants, KernelConstants
 from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import Gpu
 from leanmoe.cost.interpolation import Ratios
 from leanmoe.cost.model import Attention, Model
 from leanmoe.cost.routing import busiest, ranks_touched
-from leanmoe.cost.schedules import SLOT_BY_SLOT, SmallSteps
+from leanmoe.cost.schedules import GATHERED
+from leanmoe.cost.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
 from leanmoe.cost.tables import ACTIVATION_BYTES, PADDED_TO, VERSION, Measured, measured_curve
-from leanmoe.cost.work import ExpertsShape, Rows, slot_by_slot
+from leanmoe.cost.work import ExpertsShape, Rows
 
 REPLICATED_BYTES = 2.0
 """Of an activation that is passed on: bf16."""
-EXCHANGED_BYTES = 1.5
-"""Of an activation on its way to an expert (fp8) and back (bf16), mean of both."""
+BALLOT_BYTES = 3 * 8
+"""Of an expert: what ranks add up where their tokens share experts, three int64."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class ExpertsTime:
         # The tables' rows see all tokens of a step on each GPU, as without an exchange.
         measured = (
             []
-            if deployment.exchanges
+            if deployment.exchanges and kernel.kernel not in GATHERED
             else measured_curve(self._gpu.name, kernel.kernel, kernel.dtype, key)
         )
         self._held = Ratios.of((m.tokens, self._ratio(m)) for m in measured)
@@ -152,6 +158,7 @@ class StepTime:
         self.kernel = found
         self._experts = ExpertsTime(model, deployment, found)
         self._rates, self.rates_origin = constants.rates_for(deployment.gpu.name)
+        self._gathers = kernel in GATHERED
         self._small_steps = small_steps if deployment.data == 1 else SmallSteps.REPEAT
         self._experts_seconds: Callable[[float, Awake], float] = lru_cache(maxsize=65536)(
             self._experts_of
@@ -271,9 +278,10 @@ class StepTime:
         if self._is_slot_by_slot(tokens, awake):
             plain = Rows(tokens, rows / tokens, rows, awake.distinct)
             blocks = awake.columns if self._small_steps is SmallSteps.REPEAT else rows
-            return self._experts.seconds(slot_by_slot(self._experts.shape, plain, blocks))
-        share = busiest(awake.distinct, rows, awake.experts, here.expert)
-        if here.exchanges:
+            shape = self._experts.shape
+            return self._experts.seconds(slot_by_slot(shape, plain, blocks, here.gpu))
+        share = busiest(awake.distinct, rows, awake.experts, here.expert, awake.most_loaded)
+        if here.exchanges and not self._gathers:
             tokens = self._received(tokens, rows, share.rows)
             rows = share.rows
         return self._experts.seconds(
@@ -281,7 +289,8 @@ class StepTime:
         )
 
     def _is_slot_by_slot(self, tokens: float, awake: Awake) -> bool:
-        few = SLOT_BY_SLOT.get(self.kernel.kernel, 0.0) * self.model.shape.experts
+        share = SLOT_BY_SLOT.get((self.kernel.kernel, self.kernel.dtype), 0.0)
+        few = share * self.model.shape.experts
         if self.deployment.expert > 1 or awake.columns > few:
             return False
         is_grouped = awake.is_shared and tokens > 1 and self._small_steps is SmallSteps.GROUP
@@ -303,45 +312,33 @@ class StepTime:
         )
 
     def _communication(self, mine: float, tokens: float, awake: list[Awake]) -> float:
-        """All-reduces of tensor parallelism; dispatch and combine where attention is copied."""
-        here, shape = self.deployment, self.model.shape
-        seconds = 0.0
+        """All-reduces of tensor parallelism; tokens to their experts and back where attention is
+        copied."""
+        here, shape, rates = self.deployment, self.model.shape, self._rates
         size = mine * shape.hidden * REPLICATED_BYTES
+        seconds = 0.0
         if here.tensor > 1:
-            seconds += shape.layers * self.reduce_seconds(size, here.tensor)
-        if here.data == 1:
-            if here.tensor > 1:
-                seconds += shape.layers * self.reduce_seconds(size, here.tensor)
-        elif here.exchanges:
-            for each in awake:
-                slots = each.rows / tokens if tokens else 0.0
-                seconds += each.layers * 2 * self.exchange_seconds(mine, slots)
-        else:
-            gathered = tokens * shape.hidden * REPLICATED_BYTES
-            seconds += self.model.moe_layers * self.reduce_seconds(gathered, here.stage)
+            calls = shape.layers * (1 if here.data > 1 else 2)
+            seconds += calls * reduce_seconds(rates, here.gpu, size, here.tensor)
+        if here.data > 1:
+            seconds += sum(each.layers * self._to_experts(mine, tokens, each) for each in awake)
         if here.pipeline > 1:
-            hop = size / here.gpu.network + self._rates.exchange_seconds
+            hop = size / here.gpu.network + rates.exchange_seconds
             seconds += (here.pipeline - 1) * hop
         return seconds
 
-    def reduce_seconds(self, size: float, gpus: int) -> float:
-        """An all-reduce of `size` bytes: a ring sends 2(N-1)/N of them (arXiv 2505.03531, TP)."""
-        rates, gpu = self._rates, self.deployment.gpu
-        link = gpu.link_between(gpus) * rates.reduce_bandwidth
-        hops = math.log2(gpus) - 1
-        return rates.reduce_seconds + hops * rates.reduce_hop + 2 * (gpus - 1) / gpus * size / link
-
-    def exchange_seconds(self, tokens: float, slots: float) -> float:
-        """Dispatch or combine: a token goes once to each GPU that holds one of its experts.
-
-        The paper's bound is 2 k L d for both ways; here a GPU that holds two of a token's experts
-        gets it once, and what stays on the GPU is not sent. Activations travel as fp8 to the
-        experts and as bf16 back (DeepEP): on average 1.5 bytes.
-        """
-        rates, gpu, here = self._rates, self.deployment.gpu, self.deployment
-        ranks, touched = here.expert, self._touched(slots)
-        sent = tokens * touched * (ranks - 1) / ranks * self.model.shape.hidden * EXCHANGED_BYTES
-        inside = min(1.0, gpu.per_node / ranks)
-        within = sent * inside / (gpu.link * rates.exchange_bandwidth)
-        between = sent * (1 - inside) / (gpu.network * rates.network_bandwidth)
-        return rates.exchange_seconds + max(within, between)
+    def _to_experts(self, mine: float, tokens: float, awake: Awake) -> float:
+        """One layer's tokens to their experts and back, with data parallelism, and what ranks tell
+        each other of their tokens' choices before."""
+        here, hidden, rates = self.deployment, self.model.shape.hidden, self._rates
+        told = 0.0
+        if awake.is_told:
+            ballot = BALLOT_BYTES * self.model.shape.experts
+            told = library_reduce_seconds(rates, here.gpu, ballot, here.data)
+        if here.exchanges and not self._gathers:
+            touched = self._touched(awake.rows / tokens if tokens else 0.0)
+            return told + 2 * exchange_seconds(rates, here.gpu, mine, touched, hidden, here.expert)
+        size = tokens * hidden * REPLICATED_BYTES
+        if self._gathers:
+            return told + 2 * gather_seconds(rates, here.gpu, size, here.stage)
+        return told + reduce_seconds(rates, here.gpu, size, here.stage)

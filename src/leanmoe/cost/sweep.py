@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from leanmoe.cost.activation import Activation, CurveOf
+from leanmoe.cost.activation import Activation, CurvesOf
 from leanmoe.cost.constants import Constants
 from leanmoe.cost.deployment import Deployment
 from leanmoe.cost.hardware import Gpu
@@ -119,15 +119,22 @@ def sweep(
     loads: Sequence[Load],
     constants: Constants,
     kernel: str,
-    curve_of: CurveOf,
+    curves_of: CurvesOf,
     advance: Callable[[int], None] = lambda _done: None,
+    is_of_all: bool = False,
 ) -> list[Point]:
     """Every plan on every deployment at every concurrency; what does not fit is left out."""
-    activations = {name: Activation(model, plan, curve_of) for name, plan in plans.items()}
+    companies = {here.company(is_of_all) for here in places}
+    curves = {company: curves_of(company) for company in companies}
+    activations_of = {
+        company: {name: Activation(model, plan, curves[company]) for name, plan in plans.items()}
+        for company in companies
+    }
     kept = {name: remaining(plan) for name, plan in plans.items()}
     found = []
     for here in places:
         step = StepTime(model, here, constants, kernel)
+        activations = activations_of[here.company(is_of_all)]
         for load in loads:
             for name, activation in activations.items():
                 try:

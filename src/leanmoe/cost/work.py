@@ -17,12 +17,6 @@ from leanmoe.cost.hardware import Gpu
 MICROSECOND = 1e-6
 NEARLY = 0.999
 """Share of a step's slots below which some are another GPU's."""
-CACHE_BYTES = 50e6
-"""Of the second-level cache of an H100 or H200."""
-CACHED_SHARE = 0.6
-"""Of a read's time that the same read takes again from that cache: 3.35 TB/s of memory to about 5.5
-of an H100's cache, a figure without a source at hand. The steps of Qwen3-30B had been looked at
-before and imply 0.6 to 0.7: they do not test it."""
 TESTED_MULTIPLE, TESTED_EXPERTS = 128, 8
 """Widths, and experts on a GPU, that the stated accuracy is of."""
 
@@ -100,19 +94,6 @@ class Rows:
         if self.distinct <= 0:
             return 0.0
         return self.distinct * tiles_per_expert(self.rows / self.distinct, rows)
-
-
-def slot_by_slot(shape: ExpertsShape, rows: Rows, columns: float) -> Rows:
-    """Where each of `columns` slots of the step is a block of its own: those used, and repeated.
-
-    A used slot reads its expert anew, awake already or not; one that the cache holds, from there. A
-    repeated one is its token's best beside it: a block more, and what the cache just got. Slots
-    that are passed over are not among them.
-    """
-    again = CACHED_SHARE if shape.expert_bytes <= CACHE_BYTES else 1.0
-    reads = rows.distinct + max(0.0, rows.rows - rows.distinct) * again
-    blocks = (1,) * max(1, round(columns))
-    return Rows(rows.tokens, columns / rows.tokens, columns, reads, blocks)
 
 
 def tiles_per_expert(mean_rows: float, tile: int) -> float:

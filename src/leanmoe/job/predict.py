@@ -7,21 +7,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from leanmoe.cost.activation import CurveOf, assumed_curves, saved_curves
+from leanmoe.cost.activation import CurveOf, CurvesOf, assumed_curves, saved_curves
 from leanmoe.cost.communication import fitted, read_collectives
 from leanmoe.cost.constants import Constants, read_constants, shipped
 from leanmoe.cost.deployment import Deployment
+from leanmoe.cost.drawing import ALONE, Company
 from leanmoe.cost.hardware import Gpu
 from leanmoe.cost.model import Model, read_model
 from leanmoe.cost.models import CONFIGS
 from leanmoe.cost.routing import Assumed, Curve, from_points
 from leanmoe.errors import LeanMoeError
+from leanmoe.placement import Placement
 from leanmoe.plan import Plan, Rule
 from leanmoe.progress import bar
 from leanmoe.storage import read_json
+
+if TYPE_CHECKING:
+    from leanmoe.profile.saved import Profile
 
 PROFILE = "profile.json"
 MOST_CHOSEN = 64
@@ -111,26 +117,38 @@ def _fewest(model: Model, gpu: Gpu, expert: int) -> Deployment:
     raise last or LeanMoeError(f"--expert {expert}: say how the model lies on GPUs")
 
 
-def find_curves(model: Model, plan: Plan | None, profile: Path | None, assumed: Assumed) -> CurveOf:
+def find_curves(
+    model: Model, plan: Plan | None, profile: Path | None, assumed: Assumed
+) -> CurvesOf:
     """Distinct experts from a profile where one is given, else as assumed.
 
-    Rules that the saved curves do not cover are replayed, which needs torch.
+    Rules that the saved curves do not cover are replayed, which needs torch: those by which tokens
+    share experts for each company anew.
     """
     if profile is None:
         assumed.check()
-        return assumed_curves(model, assumed)
+        return partial(assumed_curves, model, assumed)
     saved: Any = read_json(profile / PROFILE, "profile")
     simple = saved_curves(saved, model)
     rules = {rule for rule in _rules_of(plan) if not _is_simple(rule)}
-    if not rules:
-        return simple
-    replayed = _replayed(profile, plan, rules)
+    if not rules or plan is None:
+        return lambda _company: simple
+    from leanmoe.profile.saved import Profile
 
-    def curve_of(layer: int, rule: Rule) -> Curve:
-        found = replayed.get((layer, rule))
-        return simple(layer, rule) if found is None else found
+    loaded = Profile.load(profile)
+    shared = {rule for rule in rules if rule.depends_on_company}
+    alike = _replayed(loaded, plan, rules - shared)
 
-    return curve_of
+    def curves_of(company: Company) -> CurveOf:
+        replayed = alike | _replayed(loaded, plan, shared, company)
+
+        def curve_of(layer: int, rule: Rule) -> Curve:
+            found = replayed.get((layer, rule))
+            return simple(layer, rule) if found is None else found
+
+        return curve_of
+
+    return cache(curves_of)
 
 
 def _rules_of(plan: Plan | None) -> set[Rule]:
@@ -143,25 +161,38 @@ def _is_simple(rule: Rule) -> bool:
     return rule == Rule(top_k=rule.top_k, keep_weights=rule.keep_weights)
 
 
-def _replayed(folder: Path, plan: Plan | None, rules: set[Rule]) -> dict[tuple[int, Rule], Curve]:
+def _replayed(
+    profile: Profile, plan: Plan, rules: set[Rule], company: Company = ALONE
+) -> dict[tuple[int, Rule], Curve]:
+    """Curves of these rules of the plan, in the layers that have them."""
     from leanmoe.profile.replay import BATCH_SIZES, replay
-    from leanmoe.profile.saved import Profile
 
-    profile = Profile.load(folder)
-    assert plan is not None
     every: Sequence[Sequence[Rule]] = [band.rules for band in plan.bands]
     every = [*every, plan.prompt] if plan.prompt else every
     wanted = {(n, rule) for layers in every for n, rule in enumerate(layers) if rule in rules}
-    sizes = [size for size in BATCH_SIZES if size <= profile.trace.tokens]
+    sizes = [company.companies * size for size in BATCH_SIZES]
+    sizes = [size for size in sizes if size <= profile.trace.tokens]
+    if wanted and not sizes:
+        raise LeanMoeError(
+            f"the profile's sample of {profile.trace.tokens} tokens is too small for a token of "
+            f"each of {company.companies} data-parallel ranks"
+        )
+    placement = Placement.linear(profile.model.experts, company.ranks)
     found = {}
     with bar("Replaying traces", len(wanted), "layers and rules") as advance:
         for layer, rule in sorted(wanted, key=lambda pair: (pair[0], str(pair[1]))):
-            runs = [replay(profile, layer, rule, size) for size in sizes]
-            points = [(float(run.tokens), run.distinct, run.slots) for run in runs]
-            origin = "measured: the profile's traces, replayed under the plan"
-            columns = profile.model.top_k if rule.top_k is None else rule.top_k
+            runs = [
+                replay(profile, layer, rule, size, None, 0, placement, company.companies)
+                for size in sizes
+            ]
             found[layer, rule] = from_points(
-                points, profile.model.experts, origin, columns, rule.depends_on_company
+                [(float(run.tokens), run.distinct, run.slots) for run in runs],
+                profile.model.experts,
+                "measured: the profile's traces, replayed under the plan",
+                profile.model.top_k if rule.top_k is None else rule.top_k,
+                rule.depends_on_company,
+                [run.most_loaded for run in runs],
+                rule.depends_on_company and company.is_told,
             )
             advance(1)
     return found

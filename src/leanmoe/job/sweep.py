@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from leanmoe.cost.activation import CurveOf
+from leanmoe.cost.activation import CurvesOf
 from leanmoe.cost.constants import Constants
 from leanmoe.cost.hardware import Gpu
 from leanmoe.cost.load import Load
@@ -38,8 +38,9 @@ def sweep_results(
     concurrencies: Sequence[int],
     constants: Constants,
     kernel: str,
-    curve_of: CurveOf,
+    curves_of: CurvesOf,
     limits: Limits,
+    is_of_all: bool = False,
 ) -> dict[str, Any]:
     """Everything a sweep found, as JSON values; raises LeanMoeError where nothing fits."""
     limits.check()
@@ -53,7 +54,9 @@ def sweep_results(
     total = len(places) * len(loads) * len(every)
     started = time.monotonic()
     with bar("Comparing", total, "configurations") as advance:
-        points = sweep(model, every, places, loads, constants, kernel, curve_of, advance)
+        points = sweep(
+            model, every, places, loads, constants, kernel, curves_of, advance, is_of_all
+        )
     if not points:
         raise LeanMoeError("at no concurrency do the requests fit beside the weights")
     by_plan = {name: [p for p in points if p.plan == name] for name in every}

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from leanmoe.errors import LeanMoeError
+from leanmoe.placement import Placement
 from leanmoe.plan import Rule
 from leanmoe.profile.saved import Distinct, Profile, Trace
-from leanmoe.routing import count_distinct, count_slots
+from leanmoe.routing import Company, count_distinct, count_distinct_by_rank, count_slots
 from leanmoe.runtime.routing import fast_route
 from leanmoe.shape import distinct_uniform
 
@@ -43,6 +44,8 @@ class Replay:
     """Mean distinct experts a step uses."""
     distinct_error: float
     """Standard error of `distinct` over the steps."""
+    most_loaded: float
+    """Mean distinct experts of the rank that wakes the most, as experts were placed."""
     over_budget: float
     """Share of steps in which every token's best expert needed more than the rule's budget."""
 
@@ -54,8 +57,13 @@ def replay(
     tokens_in_step: int,
     steps: int | None = None,
     seed: int = 0,
+    placement: Placement | None = None,
+    companies: int = 1,
 ) -> Replay:
     """Routes decode steps of `tokens_in_step` tokens through MoE layer `layer` under `rule`.
+
+    The experts lie as `placement` says, by default on one rank. A step's tokens are those of so
+    many `companies`, evenly, each of which shares experts within itself.
 
     Where there are fewer documents than tokens in a step, each gives several tokens. By default as
     many steps as make 16,384 tokens, and at least 64. Raises LeanMoeError when the sample holds
@@ -64,21 +72,34 @@ def replay(
     if not 0 <= layer < len(profile.layers):
         raise LeanMoeError(f"layer is {layer}: it must be 0 to {len(profile.layers) - 1}")
     rule.check(profile.model, more_experts=True)
+    if companies < 1 or tokens_in_step % companies:
+        raise LeanMoeError(
+            f"companies is {companies}: it must divide the {tokens_in_step} tokens in a step"
+        )
+    experts = profile.model.experts
+    placed = placement or Placement.linear(experts, 1)
+    placed.check(experts)
     count = steps or max(MINIMUM_STEPS, REPLAYED_TOKENS // max(tokens_in_step, 1))
     places_SB = draw_steps(profile.trace, tokens_in_step, count, seed)
     logits_TE = torch.from_numpy(profile.trace.logits_LTE[layer])
     bias_E = None if profile.bias_LE is None else torch.from_numpy(profile.bias_LE[layer])
-    logits_SBE = logits_TE[places_SB].float()
-    routing = fast_route(logits_SBE, profile.router, profile.model.top_k, rule, bias_E)
+    places_CB = places_SB.view(count * companies, -1)
+    logits_CBE = logits_TE[places_CB].float()
+    company = Company(placed)
+    routing = fast_route(
+        logits_CBE, profile.router, profile.model.top_k, rule, bias_E, company=company
+    )
     over = routing.over_budget_S
-    distinct_S = count_distinct(routing.ids_STK, profile.model.experts).double()
+    ids_SBK = routing.ids_STK.view(count, tokens_in_step, -1)
+    distinct_S = count_distinct(ids_SBK, experts).double()
     return Replay(
         tokens=tokens_in_step,
         documents=min(tokens_in_step, profile.trace.documents),
         steps=count,
-        slots=float(count_slots(routing.ids_STK, profile.model.experts).sum()) / places_SB.numel(),
+        slots=float(count_slots(ids_SBK, experts).sum()) / places_SB.numel(),
         distinct=float(distinct_S.mean()),
         distinct_error=float(distinct_S.std(correction=0)) / math.sqrt(count),
+        most_loaded=float(count_distinct_by_rank(ids_SBK, placed).amax(dim=-1).double().mean()),
         over_budget=0.0 if over is None else float(over.double().mean()),
     )
 

@@ -119,6 +119,20 @@ def test_the_same_experts_and_weights_as_the_reference(drawn: Case) -> None:
     check_work(found, case.experts)
 
 
+@pytest.mark.parametrize("rule", [Rule(threshold=0.5, guaranteed=g) for g in (1, 2)])
+def test_what_a_threshold_keeps_comes_before_others_whatever_ranks_higher(rule: Rule) -> None:
+    """With a bias a token's best by rank may fall to the threshold, and others keep it awake."""
+    generator = torch.Generator().manual_seed(0)
+    router = Router("sigmoid", "bias", True, 1e-20, 2.5)
+    logits_TE = torch.randn(40, 32, generator=generator)
+    bias_E = torch.randn(32, generator=generator) * 3
+    arguments = (logits_TE, router, 6, rule, bias_E, None)
+    found, wanted = route_here(*arguments), route(*arguments)
+    check_same(found, wanted, 32)
+    by_rank = route(logits_TE, router, 6, Rule(guaranteed=rule.guaranteed), bias_E)
+    assert (wanted.ids_STK[:, :2].sort()[0] != by_rank.ids_STK[:, :2].sort()[0]).any()
+
+
 @given(cases())
 @FEW
 def test_hostile_scores_keep_every_promise(drawn: Case) -> None:

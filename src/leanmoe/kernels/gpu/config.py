@@ -55,7 +55,7 @@ class ExpertsConfig:
     the weights on the left, and without a tail."""
     pieces: int = 1
     """So many times `rows` are a block of the work list, and its tail: an expert with more rows
-    than two pieces has full ones, and no more than one tail. Not with fp8 weights."""
+    than two pieces has full ones, and no more than one tail."""
 
     def __post_init__(self) -> None:
         are_left = self.gate_up.weights_left and (self.is_joined or self.down.weights_left)
@@ -64,10 +64,10 @@ class ExpertsConfig:
                 f"experts config has parts {self.parts}: it must be 1, or 2 without a tail and "
                 "with the weights on the left"
             )
-        if self.pieces < 1 or (self.is_direct and self.pieces > 1):
+        if self.pieces < 1 or (self.pieces > 1 and (self.is_direct or self.parts == 2)):
             raise LeanMoeError(
                 f"experts config has pieces {self.pieces}: it must be 1 or more, and 1 where "
-                "is_direct is true"
+                "is_direct is true or parts is 2"
             )
 
     @property
@@ -81,11 +81,8 @@ class ExpertsConfig:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> ExpertsConfig:
-        """Reads what `to_json` wrote; anything else is a LeanMoeError naming the place.
-
-        What was written before there were pieces has no number of them: it is 1.
-        """
-        found = _record(cls, {"pieces": 1, **value} if isinstance(value, dict) else value, where)
+        """Reads what `to_json` wrote; anything else is a LeanMoeError naming the place."""
+        found = _record(cls, value, where)
         for name in ("gate_up", "down"):
             found[name] = Tile(**_record(Tile, found[name], f"{where}.{name}"))
         try:

@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from leanmoe.kernels.gpu.route_token_program import (
     ASLEEP,
+    FIRST,
     best_slots,
     gates_of,
     more_slots,
@@ -324,9 +325,11 @@ def route_fill(
             E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
         )  # fmt: skip
         own, slot = wanted if HAS_BUDGET else tl.minimum(guaranteed, wanted), 0
-        while slot < own:
+        # A threshold keeps by gate, a bias ranks otherwise: then what it keeps comes before others.
+        last = wanted if HAS_THRESHOLD and HAS_BIAS else own
+        while slot < last:
             own_id = tl.sum(tl.where(k == slot, ids_L, 0), axis=0)
-            keys = tl.where(e == own_id, ASLEEP, keys)
+            keys = tl.where(e == own_id, tl.where(slot < own, ASLEEP, FIRST - slot), keys)
             slot += 1
     elif HAS_BUDGET:
         ids_L, wanted, keys = best_slots(keys, e, slots, SLOTS)

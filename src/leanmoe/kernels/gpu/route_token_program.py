@@ -17,6 +17,8 @@ import triton.language as tl
 SOFTMAX, SIGMOID, SOFTMAX_AFTER = (tl.constexpr(i) for i in range(3))
 ASLEEP = tl.constexpr(-(1 << 31))
 """A key below that of any expert that can be used."""
+FIRST = tl.constexpr((1 << 31) - 1)
+"""A key above that of any expert."""
 NOBODY = tl.constexpr(1 << 30)
 TINY = tl.constexpr(1.1754943508222875e-38)
 NEVER = tl.constexpr(float("-inf"))

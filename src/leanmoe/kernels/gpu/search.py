@@ -21,6 +21,8 @@ SHARED_BYTES = 227 * 1024
 MOST_SUMS = 176
 """Float32 sums a thread can hold beside what else it needs."""
 FEW_ROWS = 32
+PIECE_ROWS = 128
+"""Of a block where rows are many; an expert that has several times as many has as many pieces."""
 MOST_TWO_PART_ROWS = 24
 """Up to so many rows an expert has on average, fp8 activations are of two parts: memory decides
 there, and twice the products cost nothing."""
@@ -85,8 +87,8 @@ def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
     if 8 <= mean <= 96:
         found.append(ExpertsConfig(64, 16, False))
     if mean >= 48 and not is_fp8(shape):
-        pieces = max(1, round(mean / 128))  # of an expert with the mean number of rows
-        found += [ExpertsConfig(128, 32, False, pieces=n) for n in sorted({1, pieces})]
+        pieces = {1, max(1, round(mean / PIECE_ROWS))}
+        found += [ExpertsConfig(PIECE_ROWS, 32, False, pieces=n) for n in sorted(pieces)]
     if mean > 96 and is_fp8(shape):
         found.append(ExpertsConfig(64, 0, False))
     return found
