@@ -292,6 +292,14 @@ def test_pieces_must_fit() -> None:
             replace(odd, pieces=2)
 
 
+def test_a_config_from_before_there_were_pieces_has_one() -> None:
+    for config in (WAYS["listed with a tail"], WAYS["listed in pieces"]):
+        written = config.to_json()
+        assert ExpertsConfig.from_json(written, "config") == config
+        del written["pieces"]
+        assert ExpertsConfig.from_json(written, "config") == replace(config, pieces=1)
+
+
 def test_no_tokens() -> None:
     weights = random_layer()
     call = random_call(weights, 0, 3)

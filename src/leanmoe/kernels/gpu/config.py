@@ -81,8 +81,11 @@ class ExpertsConfig:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> ExpertsConfig:
-        """Reads what `to_json` wrote; anything else is a LeanMoeError naming the place."""
-        found = _record(cls, value, where)
+        """Reads what `to_json` wrote; anything else is a LeanMoeError naming the place.
+
+        What was written before there were pieces has no number of them: it is 1.
+        """
+        found = _record(cls, {"pieces": 1, **value} if isinstance(value, dict) else value, where)
         for name in ("gate_up", "down"):
             found[name] = Tile(**_record(Tile, found[name], f"{where}.{name}"))
         try:
