@@ -55,7 +55,8 @@ class ExpertsConfig:
     the weights on the left, and without a tail."""
     pieces: int = 1
     """So many times `rows` are a block of the work list, and its tail: an expert with more rows
-    than two pieces has full ones, and no more than one tail."""
+    than two pieces has full ones, and no more than one tail. Not with fp8 weights, for which
+    nobody ran it on a GPU."""
 
     def __post_init__(self) -> None:
         are_left = self.gate_up.weights_left and (self.is_joined or self.down.weights_left)
