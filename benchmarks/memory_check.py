@@ -36,8 +36,9 @@ WAYS = (
     (13, ExpertsConfig(16, 0, True)),
     (37, ExpertsConfig(16, 0, False)),
     (150, ExpertsConfig(64, 16, False)),
-    (150, ExpertsConfig(16, 32, False, pieces=2)),
 )
+PIECES = ((150, ExpertsConfig(16, 32, False, pieces=2)),)
+"""Blocks in pieces, which fp8 weights have not, beside the ways of all."""
 FP8_WAYS = ((3, ExpertsConfig(16, 0, True, parts=2)), (37, ExpertsConfig(16, 0, False, parts=2)))
 """Activations as the sum of two fp8 numbers, beside the ways of all."""
 RULES = (
@@ -105,7 +106,7 @@ def main() -> None:
     """Everything once."""
     for shape in SHAPES:
         weights = random_weights(shape, DEVICE)
-        for tokens, way in WAYS + (FP8_WAYS if weights.gate_up_scale is not None else ()):
+        for tokens, way in WAYS + (PIECES if weights.gate_up_scale is None else FP8_WAYS):
             check_experts(shape, weights, tokens, way)
     for router, rule, tokens in itertools.product(ROUTERS, RULES, (1, 37, 300)):
         check_route(router, rule, tokens)

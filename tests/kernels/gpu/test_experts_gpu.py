@@ -198,7 +198,6 @@ WAYS_FP8 = {
     "direct": ExpertsConfig(16, 0, True, WIDE, DEEP),
     "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True),
     "listed": ExpertsConfig(16, 0, False, replace(WIDE, weights_left=False), DEEP_RIGHT),
-    "listed in pieces": ExpertsConfig(16, 16, False, WIDE, DEEP_RIGHT, pieces=2),
     "listed with a long tail, described": ExpertsConfig(
         16, 32, False, replace(WIDE, described=True), replace(DEEP, described=True)
     ),
@@ -255,6 +254,8 @@ def test_fp8_config_must_fit_its_scales() -> None:
             replace(two, **odd)
     with pytest.raises(LeanMoeError, match="2 fp8 parts for other weights"):
         run(random_call(random_layer(), 3, 1), random_layer(), two)
+    with pytest.raises(LeanMoeError, match="fp8 has pieces 2: it must be 1"):
+        run(call, weights, replace(WAYS_FP8["listed"], pieces=2))
     shallow = ExpertsConfig(16, 0, False, Tile(32, 16, 4, 2), Tile(32, 32, 4, 2))
     with pytest.raises(LeanMoeError, match="reads 16 columns a step"):
         run(call, weights, shallow)
@@ -290,6 +291,14 @@ def test_pieces_must_fit() -> None:
     for odd in (WAYS["direct"], WAYS_TWO_PARTS["listed"]):
         with pytest.raises(LeanMoeError, match="1 where is_direct is true or parts is 2"):
             replace(odd, pieces=2)
+
+
+def test_a_config_from_before_there_were_pieces_has_one() -> None:
+    for config in (WAYS["listed with a tail"], WAYS["listed in pieces"]):
+        written = config.to_json()
+        assert ExpertsConfig.from_json(written, "config") == config
+        del written["pieces"]
+        assert ExpertsConfig.from_json(written, "config") == replace(config, pieces=1)
 
 
 def test_no_tokens() -> None:

@@ -55,7 +55,8 @@ class ExpertsConfig:
     the weights on the left, and without a tail."""
     pieces: int = 1
     """So many times `rows` are a block of the work list, and its tail: an expert with more rows
-    than two pieces has full ones, and no more than one tail."""
+    than two pieces has full ones, and no more than one tail. Not with fp8 weights, for which
+    nobody ran it on a GPU."""
 
     def __post_init__(self) -> None:
         are_left = self.gate_up.weights_left and (self.is_joined or self.down.weights_left)
@@ -81,8 +82,11 @@ class ExpertsConfig:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> ExpertsConfig:
-        """Reads what `to_json` wrote; anything else is a LeanMoeError naming the place."""
-        found = _record(cls, value, where)
+        """Reads what `to_json` wrote; anything else is a LeanMoeError naming the place.
+
+        What was written before there were pieces has no number of them: it is 1.
+        """
+        found = _record(cls, {"pieces": 1, **value} if isinstance(value, dict) else value, where)
         for name in ("gate_up", "down"):
             found[name] = Tile(**_record(Tile, found[name], f"{where}.{name}"))
         try:

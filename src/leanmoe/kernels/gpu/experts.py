@@ -139,6 +139,11 @@ def _check_config(
         )
     if config.parts == 2 and not is_scaled:
         raise LeanMoeError("experts config makes activations of 2 fp8 parts for other weights")
+    if config.pieces > 1 and is_scaled:
+        raise LeanMoeError(
+            f"experts config for fp8 has pieces {config.pieces}: it must be 1, other weights alone "
+            "have more"
+        )
     if work is not None and work.block_rows != config.block_rows:
         raise LeanMoeError(
             f"work list has blocks of {work.block_rows} rows: the config wants {config.block_rows}"

@@ -46,22 +46,27 @@ def _place(used, TILES, GROUP: tl.constexpr, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _piece_of(
-    blocks_ptr, most_blocks, block, piece,
-    ROWS: tl.constexpr, TAIL: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    """Expert, first place in `rows` and number of rows of a block's piece.
-
-    All but the last have `ROWS`; it may have a tail, and those after it have no row.
-    """
+def _block_of(blocks_ptr, most_blocks, block):
+    """Expert, first place in `rows` and number of rows of a block."""
     expert = tl.load(blocks_ptr + block)
     first = tl.load(blocks_ptr + most_blocks + block)
-    count = tl.load(blocks_ptr + 2 * most_blocks + block)
-    if PIECES > 1:
-        last = tl.maximum((count - TAIL + ROWS - 1) // ROWS, 1) - 1
-        count = tl.where(piece < last, ROWS, tl.where(piece == last, count - last * ROWS, 0))
-        first += piece * ROWS
-    return expert, first, count
+    return expert, first, tl.load(blocks_ptr + 2 * most_blocks + block)
+
+
+@triton.jit
+def _piece_of(blocks_ptr, most_blocks, block, piece, ROWS: tl.constexpr, TAIL: tl.constexpr):
+    """Expert, first place in `rows` and number of rows of a block's piece.
+
+    All but the last have `ROWS`; it may have a tail, and those after it have no row. Read before
+    it is known whether there is such a block, so that one need not wait for the other.
+    """
+    is_inside = block < most_blocks
+    expert = tl.load(blocks_ptr + block, mask=is_inside, other=0)
+    first = tl.load(blocks_ptr + most_blocks + block, mask=is_inside, other=0)
+    count = tl.load(blocks_ptr + 2 * most_blocks + block, mask=is_inside, other=0)
+    last = tl.maximum((count - TAIL + ROWS - 1) // ROWS, 1) - 1
+    count = tl.where(piece < last, ROWS, tl.where(piece == last, count - last * ROWS, 0))
+    return expert, first + piece * ROWS, count
 
 
 @triton.jit
@@ -109,10 +114,13 @@ def gate_up_listed(
         gdc_launch_dependents()  # not before: whoever comes next relies on what was waited for
     used = tl.load(used_ptr)
     block, tile, piece = _place(used, (M + BLOCK_C - 1) // BLOCK_C, GROUP, PIECES)
+    if PIECES > 1:
+        expert, first, count = _piece_of(blocks_ptr, most_blocks, block, piece, ROWS, TAIL)
     if block >= used:
         return
-    expert, first, count = _piece_of(blocks_ptr, most_blocks, block, piece, ROWS, TAIL, PIECES)
-    if PIECES > 1 and count <= 0:
+    if PIECES == 1:
+        expert, first, count = _block_of(blocks_ptr, most_blocks, block)
+    elif count <= 0:
         return
     HALF: tl.constexpr = TAIL // 2 if TAIL > 16 else 0
     if TAIL > 0 and count > ROWS + HALF:
@@ -179,10 +187,13 @@ def down_listed(
     """The second product of one block of the work list and one tile of columns."""
     used = tl.load(used_ptr)
     block, tile, piece = _place(used, (D + BLOCK_C - 1) // BLOCK_C, GROUP, PIECES)
+    if PIECES > 1:
+        expert, first, count = _piece_of(blocks_ptr, most_blocks, block, piece, ROWS, TAIL)
     if block >= used:
         return
-    expert, first, count = _piece_of(blocks_ptr, most_blocks, block, piece, ROWS, TAIL, PIECES)
-    if PIECES > 1 and count <= 0:
+    if PIECES == 1:
+        expert, first, count = _block_of(blocks_ptr, most_blocks, block)
+    elif count <= 0:
         return
     if PDL:
         gdc_launch_dependents()
