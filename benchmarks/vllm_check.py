@@ -224,29 +224,24 @@ def main() -> None:
     for (name, run), one in found.items():
         if "trouble" in one:
             print(f"{name}, {run}: {one['trouble']}\n")
-    write(options, rows_of(found, names), found)
+    report(options, rows_of(found, names), found)
 
 
-def write(
+def report(
     options: argparse.Namespace,
     rows: list[dict[str, Any]],
     found: dict[tuple[str, str], dict[str, Any]],
 ) -> None:
     """All as JSON and on screen; exits with 1 where something must be the same and is not."""
-    from leanmoe.provenance import collect
-    from leanmoe.storage import write_json
+    from vllm_results import write
 
-    made = collect(" ".join(sys.argv), seed=0).to_json()
-    hardware = made["hardware"].lower().replace(" ", "-")
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{made['date'][:10]}-{hardware}-{made['commit']}-vllm-check.json"
     engines = [
         {"setting": name, "run": run}
         | {word: one[word] for word in ("said", "workers", "trouble") if one.get(word)}
         for (name, run), one in found.items()
     ]
-    head = {"leanmoe_benchmark": "vllm_check", "label": "measured", "provenance": made}
-    write_json(path, head | {"model": MODEL, "eplb": EPLB, "rows": rows, "engines": engines})
+    found_all = {"model": MODEL, "eplb": EPLB, "rows": rows, "engines": engines}
+    path = write(options.output, "check", {"leanmoe_benchmark": "vllm_check"} | found_all)
     print(f"{'setting':14} {'run':14} {'beside':14} {'in':14} same replies")
     for row in rows:
         share = "-" if row["same"] is None else f"{row['same']:.0%} {row['parted_at_token']}"

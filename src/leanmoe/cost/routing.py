@@ -139,20 +139,17 @@ def assumed_curve(
         )
     kept = experts if rule.experts is None else len(rule.experts)
     slots = min(rule.top_k if rule.top_k is not None else top_k, kept)
+    pool = _Pool(kept, groups, groups_used)
     most: list[float] = []
     if rule.has_budget and slots:
-        limited = groups_used < groups and not kept % groups
+        drawn_of = pool if pool.is_limited else _Pool(kept)
         found = [
-            _drawn(kept, slots, rule, count, assumed, company, *((groups, groups_used) * limited))
-            for count in drawn_at(company)
+            _drawn(drawn_of, slots, rule, count, assumed, company) for count in drawn_at(company)
         ]
         points = [(tokens, each.distinct, each.slots) for tokens, each in found]
         most = [each.most_loaded for _, each in found]
     else:
-        points = [
-            _unlimited(kept, slots, rule, count, assumed, company, groups, groups_used)
-            for count in GRID
-        ]
+        points = [_unlimited(pool, slots, rule, count, assumed, company) for count in GRID]
     words = "modelled: independent tokens, even use"
     if assumed.skew:
         words = f"modelled: independent tokens, popularity as rank^-{assumed.skew:g}"
@@ -165,23 +162,30 @@ def assumed_curve(
     return from_points(points, kept, words, slots, shares, most, is_told)
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """The experts that tokens choose among, and the groups that each token is limited to."""
+
+    experts: int
+    groups: int = 1
+    groups_used: int = 1
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a token may use some groups only, and these divide the experts evenly."""
+        return self.groups_used < self.groups and not self.experts % self.groups
+
+
 def _unlimited(
-    experts: int,
-    slots: int,
-    rule: Rule,
-    count: int,
-    assumed: Assumed,
-    company: Company,
-    groups: int,
-    groups_used: int,
+    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, company: Company
 ) -> tuple[float, float, float]:
     """A curve's point without a budget, for so many tokens of a company."""
     first = min(rule.guaranteed, slots) if rule.guaranteed is not None else slots
-    ours = _awake(experts, first, count, assumed, groups, groups_used)
+    ours = _awake(pool, first, count, assumed)
     tokens = count * company.companies
-    awake = _awake(experts, first, tokens, assumed, groups, groups_used)
+    awake = _awake(pool, first, tokens, assumed)
     # Of the others' experts a token may use those of its groups; tokens that agree have the same.
-    share = groups_used / groups
+    share = pool.groups_used / pool.groups
     reach = share + (1 - share) * assumed.agreement
     own = min(float(first), ours)
     used = max(1.0, own + (ours - own) * reach) if slots else 0.0
@@ -190,35 +194,31 @@ def _unlimited(
 
 @cache
 def _drawn(
-    experts: int,
-    slots: int,
-    rule: Rule,
-    count: int,
-    assumed: Assumed,
-    company: Company,
-    groups: int = 1,
-    groups_used: int = 1,
+    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, company: Company
 ) -> tuple[float, Drawn]:
     """A curve's point under a budget, for so many tokens of a company."""
-    popularity_E = inclusion(experts, slots, assumed.skew)
-    choices = Choices(popularity_E, groups, groups_used, assumed.agreement)
+    popularity_E = inclusion(pool.experts, slots, assumed.skew)
+    choices = Choices(popularity_E, pool.groups, pool.groups_used, assumed.agreement)
     tokens = count * company.companies
     return float(tokens), drawn(choices, slots, rule, tokens, company)
 
 
-def _awake(
-    experts: int, top_k: int, tokens: int, assumed: Assumed, groups: int, groups_used: int
-) -> float:
+def _awake(pool: _Pool, top_k: int, tokens: int, assumed: Assumed) -> float:
     if top_k == 0:
         return 0.0
-    limited = groups_used < groups and not experts % groups
-    if limited and assumed.agreement > 0:
+    if pool.is_limited and assumed.agreement > 0:
         return grouped_distinct(
-            experts, top_k, tokens, groups, groups_used, assumed.agreement, assumed.skew
+            pool.experts,
+            top_k,
+            tokens,
+            pool.groups,
+            pool.groups_used,
+            assumed.agreement,
+            assumed.skew,
         )
     if assumed.skew == 0:
-        return distinct_uniform(experts, top_k, tokens)
-    chance_E = inclusion(experts, top_k, assumed.skew)
+        return distinct_uniform(pool.experts, top_k, tokens)
+    chance_E = inclusion(pool.experts, top_k, assumed.skew)
     return float((1 - (1 - chance_E) ** tokens).sum())
 
 
