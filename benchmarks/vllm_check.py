@@ -4,10 +4,13 @@
 
 For each setting vLLM runs a small drawn model with worker processes of its own, as a service does;
 all requests come at once, so every run has the same steps. It runs twice without the plugin, under
-an empty plan, with fewer experts by vLLM's own setting and by a plan, and under a plan that skips
-experts. Compared are the greedy tokens, and what each worker says of its last step. Nothing is
-timed, so `--together` engines run at once. With `tp2-ep-eplb` vLLM moves its experts while the
-replies are made, and copies some.
+an empty plan, with and without statistics, with fewer experts by vLLM's own setting and by a plan,
+and under a plan that skips experts. Compared are the greedy tokens, and what each worker says of
+its last step. Nothing is timed, so `--together` engines run at once.
+
+With `tp2-ep-eplb` vLLM moves its experts while the replies are made, and copies some, by how often
+each was chosen. It counts padding rows, too, in which stands what was in memory before: 16 replies,
+a captured size, are steps without padding; with `--replies 12` there is some.
 """
 
 from __future__ import annotations
@@ -48,13 +51,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_parallel_size": 2},
     "fp8": {"quantization": "fp8"},
 }
-STOCK, AGAIN, EMPTY, FEWER, UNIFORM, SKIPPING = (
-    "stock", "again", "empty", "fewer", "top_k=4", "guaranteed=3"
+STOCK, AGAIN, EMPTY, UNCOUNTED, FEWER, UNIFORM, SKIPPING = (
+    "stock", "again", "empty", "uncounted", "fewer", "top_k=4", "guaranteed=3"
 )  # fmt: skip
-RUNS = (STOCK, AGAIN, EMPTY, FEWER, UNIFORM, SKIPPING)
-PAIRS = ((AGAIN, STOCK), (EMPTY, STOCK), (UNIFORM, FEWER))
+RUNS = (STOCK, AGAIN, EMPTY, UNCOUNTED, FEWER, UNIFORM, SKIPPING)
+"""Uncounted is an empty plan without statistics, which leaves vLLM's routers as they are."""
+PAIRS = ((AGAIN, STOCK), (EMPTY, STOCK), (UNCOUNTED, STOCK), (UNIFORM, FEWER))
 """Runs whose tokens must be the same, as far as stock vLLM repeats its own."""
-REPLIES, TOKENS = 12, 48
+CAPTURED = [1, 2, 4, 8, 16]
+REPLIES, TOKENS = 16, 48
 PATIENCE = 400
 
 
@@ -63,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--settings", default=",".join(SETTINGS), help="comma separated")
     parser.add_argument("--runs", default=",".join(RUNS), help="comma separated")
+    parser.add_argument("--replies", type=int, default=REPLIES, help="at once, at most 16")
     parser.add_argument("--together", type=int, default=4, help="engines that run at once")
     parser.add_argument("--memory", type=float, default=0.05, help="share of the GPU's an engine")
     parser.add_argument("--output", type=Path, default=Path("results"))
@@ -77,7 +83,7 @@ def plan_of(run: str) -> Any:
     from leanmoe.plan import Plan, Rule
     from leanmoe.shape import read_shape
 
-    rules = {EMPTY: Rule(), UNIFORM: Rule(top_k=4), SKIPPING: Rule(guaranteed=3)}
+    rules = {EMPTY: Rule(), UNCOUNTED: Rule(), UNIFORM: Rule(top_k=4), SKIPPING: Rule(guaranteed=3)}
     return Plan.uniform(read_shape(MODEL).fingerprint(), rules[run]) if run in rules else None
 
 
@@ -92,7 +98,7 @@ def engine(folder: Path) -> None:
     random = Random(0)
     prompts = [
         {"prompt_token_ids": [random.randrange(2048) for _ in range(5 + 3 * number)]}
-        for number in range(REPLIES)
+        for number in range(told["replies"])
     ]
     wanted = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     replies = llm.generate(prompts, wanted, use_tqdm=False)
@@ -105,29 +111,32 @@ def engine(folder: Path) -> None:
     os._exit(0)
 
 
-def start(name: str, run: str, model: Path, folder: Path, memory: float) -> dict[str, Any]:
+def start(
+    name: str, run: str, model: Path, folder: Path, options: argparse.Namespace
+) -> dict[str, Any]:
     """Runs an engine and waits: its tokens and its workers' words, or what was wrong."""
     folder.mkdir(parents=True)
     settings: dict[str, Any] = {
         "model": str(model), "dtype": "bfloat16", "skip_tokenizer_init": True, "seed": 0,
         "max_model_len": 256, "max_num_seqs": 16, "enable_prefix_caching": False,
-        "generation_config": "vllm", "gpu_memory_utilization": memory,
+        "generation_config": "vllm", "gpu_memory_utilization": options.memory,
         "kv_cache_memory_bytes": 1 << 28, "moe_backend": "triton",
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
-                               "cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
+                               "cudagraph_capture_sizes": CAPTURED},
         "attention_config": {"backend": "FLASH_ATTN", "flash_attn_version": 3},
         "worker_extension_cls": "leanmoe.engines.vllm.worker.PlanWorker",
         **SETTINGS[name],
     }  # fmt: skip
     if run == FEWER:
         settings["hf_overrides"] = {"num_experts_per_tok": 4}
-    environment = dict(os.environ) | {
-        "LEANMOE_STATISTICS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    }  # fmt: skip
+    environment = dict(os.environ) | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    if run != UNCOUNTED:
+        environment["LEANMOE_STATISTICS"] = "1"
     if plan := plan_of(run):
         plan.save(folder / "plan.json")
         environment["LEANMOE_PLAN"] = str(folder / "plan.json")
-    (folder / "told.json").write_text(json.dumps({"settings": settings}))
+    told = {"settings": settings, "replies": options.replies}
+    (folder / "told.json").write_text(json.dumps(told))
     log = folder / "log.txt"
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -206,6 +215,8 @@ def main() -> None:
     for option, asked, known in (("settings", names, SETTINGS), ("runs", asked_runs, RUNS)):
         if unknown := set(asked) - set(known):
             sys.exit(f"--{option} has {unknown.pop()}: it must be of {', '.join(known)}")
+    if not 1 <= options.replies <= max(CAPTURED):
+        sys.exit(f"--replies is {options.replies}: it must be 1 to {max(CAPTURED)}")
     turn = Turn(options.lock) if options.lock else None
     prepare(options.vllm, SEVERAL_GPUS)
     with tempfile.TemporaryDirectory() as temporary:
@@ -216,7 +227,7 @@ def main() -> None:
         keys = [(name, run) for name in names for run in asked_runs]
         with ThreadPoolExecutor(options.together) as pool:
             runs = {
-                key: pool.submit(start, *key, model, folder / "-".join(key), options.memory)
+                key: pool.submit(start, *key, model, folder / "-".join(key), options)
                 for key in keys
             }
             found = {key: run.result() for key, run in runs.items()}
@@ -240,7 +251,8 @@ def report(
         | {word: one[word] for word in ("said", "workers", "trouble") if one.get(word)}
         for (name, run), one in found.items()
     ]
-    found_all = {"model": MODEL, "eplb": EPLB, "rows": rows, "engines": engines}
+    found_all = {"model": MODEL, "eplb": EPLB, "replies": options.replies}
+    found_all |= {"rows": rows, "engines": engines}
     path = write(options.output, "check", {"leanmoe_benchmark": "vllm_check"} | found_all)
     print(f"{'setting':14} {'run':14} {'beside':14} {'in':14} same replies")
     for row in rows:

@@ -41,7 +41,7 @@ KERNEL = "leanmoe"
 DTYPE = "bfloat16"
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FEWEST_TOKENS, MOST_TOKENS = 3, 65536
-LAYERS = ((64, 2048, 1024, 8), (128, 2048, 768, 8), (128, 4096, 1536, 8), (64, 4096, 1536, 8))
+LAYERS = ((64, 2048, 1024, 8), (128, 2048, 768, 8), (128, 4096, 1536, 8), (64, 2048, 1408, 6))
 """Experts, hidden width, expert width, slots. Every second one is fitted, so those differ in all
 three; a model's own layer is added, if it fits."""
 FEATURES = ("call", "weights", "products", "activations", "slots_hidden", "waves")

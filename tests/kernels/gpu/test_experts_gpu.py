@@ -169,9 +169,12 @@ def rounded(values: Tensor, block: int) -> Tensor:
 
 
 def fp8_reference(
-    call: tuple[Tensor, Tensor, Tensor], weights: ExpertWeights, block: int
+    call: tuple[Tensor, Tensor, Tensor], weights: ExpertWeights, block: int | None
 ) -> Tensor:
-    """The definition with activations made fp8 where the kernel makes them so."""
+    """The definition with activations made fp8 where the kernel makes them so.
+
+    What lies between the products, with a scale for every `block` columns, or not at all.
+    """
     hidden, ids, gates = call
     scales = (weights.gate_up_scale, weights.down_scale)
     up, down = (
@@ -182,8 +185,9 @@ def fp8_reference(
     for token, row in enumerate(rounded(hidden, 128)):
         for expert, gate in zip(ids[token].tolist(), gates[token].tolist(), strict=True):
             if expert < weights.experts:
-                act = rounded(weights.activated((up[expert] @ row)[None]), block)[0]
-                out[token] += gate * (down[expert] @ act)
+                act = weights.activated((up[expert] @ row)[None])
+                coded = act if block is None else rounded(act, block)
+                out[token] += gate * (down[expert] @ coded[0])
     return out
 
 
@@ -222,6 +226,18 @@ WAYS_TWO_PARTS = {
 }
 
 
+@pytest.mark.parametrize("way", WAYS_FP8)
+def test_float16_products_of_fp8_weights_are_as_exact_as_float16(way: str) -> None:
+    weights = fp8_layer(3, 208, 144)
+    hidden, ids, gates = random_call(weights, 13, 2)
+    call = (hidden.half(), ids, gates)
+    whole = experts_reference(hidden.half().double(), ids, gates, weights)
+    both = run(call, weights, replace(WAYS_FP8[way], float16_products=2))
+    assert error(both, whole) < 2e-3
+    second = run(call, weights, replace(WAYS_FP8[way], float16_products=1))
+    assert error(second, fp8_reference(call, weights, None)) < FP8_ROUNDING
+
+
 @pytest.mark.parametrize("way", WAYS_TWO_PARTS)
 def test_fp8_activations_of_two_parts_are_as_exact_as_bfloat16(way: str) -> None:
     config = WAYS_TWO_PARTS[way]
@@ -254,6 +270,15 @@ def test_fp8_config_must_fit_its_scales() -> None:
             replace(two, **odd)
     with pytest.raises(LeanMoeError, match="2 fp8 parts for other weights"):
         run(random_call(random_layer(), 3, 1), random_layer(), two)
+    for odd, number in ((two, 1), (WAYS_FP8["listed"], 3)):
+        with pytest.raises(LeanMoeError, match=f"float16_products {number}: it must be 0, 1 or 2"):
+            replace(odd, float16_products=number)
+    with pytest.raises(LeanMoeError, match="float16_products 1 for weights that are not fp8"):
+        run(
+            random_call(random_layer(), 3, 1),
+            random_layer(),
+            replace(WAYS["listed"], float16_products=1),
+        )
     with pytest.raises(LeanMoeError, match="fp8 has pieces 2: it must be 1"):
         run(call, weights, replace(WAYS_FP8["listed"], pieces=2))
     shallow = ExpertsConfig(16, 0, False, Tile(32, 16, 4, 2), Tile(32, 32, 4, 2))
@@ -293,11 +318,11 @@ def test_pieces_must_fit() -> None:
             replace(odd, pieces=2)
 
 
-def test_a_config_from_before_there_were_pieces_has_one() -> None:
+def test_a_config_from_before_there_were_pieces_and_float16_products() -> None:
     for config in (WAYS["listed with a tail"], WAYS["listed in pieces"]):
         written = config.to_json()
         assert ExpertsConfig.from_json(written, "config") == config
-        del written["pieces"]
+        del written["pieces"], written["float16_products"]
         assert ExpertsConfig.from_json(written, "config") == replace(config, pieces=1)
 
 

@@ -57,6 +57,11 @@ class ExpertsConfig:
     """So many times `rows` are a block of the work list, and its tail: an expert with more rows
     than two pieces has full ones, and no more than one tail. Not with fp8 weights, for which
     nobody ran it on a GPU."""
+    float16_products: int = 0
+    """With fp8 weights in one part: how many of the two products run in float16, the second first.
+    There activations keep float16's digits on the scale that fp8 would have, and weights are made
+    float16 on their way into the matrix unit, which changes none of them. Where rows are many, two
+    parts would be twice the rows; this is half of fp8's rate at most."""
 
     def __post_init__(self) -> None:
         are_left = self.gate_up.weights_left and (self.is_joined or self.down.weights_left)
@@ -69,6 +74,11 @@ class ExpertsConfig:
             raise LeanMoeError(
                 f"experts config has pieces {self.pieces}: it must be 1 or more, and 1 where "
                 "is_direct is true or parts is 2"
+            )
+        if self.float16_products not in (0, 1, 2) or (self.float16_products and self.parts == 2):
+            raise LeanMoeError(
+                f"experts config has float16_products {self.float16_products}: it must be 0, 1 or "
+                "2, and 0 where parts is 2"
             )
 
     @property
@@ -84,9 +94,10 @@ class ExpertsConfig:
     def from_json(cls, value: Any, where: str) -> ExpertsConfig:
         """Reads what `to_json` wrote; anything else is a LeanMoeError naming the place.
 
-        What was written before there were pieces has no number of them: it is 1.
+        What was written before there were pieces or float16 products has no number of them.
         """
-        found = _record(cls, {"pieces": 1, **value} if isinstance(value, dict) else value, where)
+        before = {"pieces": 1, "float16_products": 0}
+        found = _record(cls, {**before, **value} if isinstance(value, dict) else value, where)
         for name in ("gate_up", "down"):
             found[name] = Tile(**_record(Tile, found[name], f"{where}.{name}"))
         try:

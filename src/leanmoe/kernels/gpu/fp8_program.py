@@ -1,7 +1,7 @@
 """Hidden states to fp8 e4m3, one scale for each token and block of 128 columns.
 
 What DeepSeek-V3 does to activations before an fp8 product (its report, section 3.3.2); or in two
-parts, what rounding took away beside what it left.
+parts, what rounding took away beside what it left; or as float16 on the same scale.
 """
 
 # mypy: ignore-errors
@@ -13,7 +13,42 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from leanmoe.kernels.gpu.tile_program import SCALE_BLOCK, rest_fp8, to_fp8
+SCALE_BLOCK = tl.constexpr(128)
+"""fp8 weights have one scale for so many rows and columns (DeepSeek-V3 report, section 3.3.2)."""
+
+LARGEST = tl.constexpr(448.0)
+"""The largest number that fp8 e4m3 has."""
+REST = tl.constexpr(16.0)
+"""What rounding to fp8 e4m3 takes away is no more than a sixteenth of the number."""
+SMALLEST = tl.constexpr(1e-10)
+"""A row of zeros is divided by something."""
+
+
+@triton.jit
+def to_coded(x_RC, kind: tl.constexpr, WIDEN: tl.constexpr):
+    """Each row as fp8 e4m3, or as float16, and what it was divided by.
+
+    Its largest value becomes fp8's largest, so that both kinds have one scale.
+    """
+    scale_R = tl.maximum(tl.max(tl.abs(x_RC), axis=1), SMALLEST) / LARGEST
+    coded_RC = x_RC / scale_R[:, None]
+    IS_FLOAT16: tl.constexpr = kind == tl.float16
+    return coded_RC.to(tl.float16) if IS_FLOAT16 else _rounded(coded_RC, WIDEN), scale_R
+
+
+@triton.jit
+def rest_fp8(x_RC, coded_RC, scale_R, WIDEN: tl.constexpr):
+    """What `to_coded` took away from each row, as fp8: `REST` times as large, by the same scale."""
+    return _rounded((x_RC / scale_R[:, None] - coded_RC.to(tl.float32)) * REST, WIDEN)
+
+
+@triton.jit
+def _rounded(x_RC, WIDEN: tl.constexpr):
+    if WIDEN:  # the interpreter loses the carry where rounding up reaches a power of two
+        bits = x_RC.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF
+        x_RC = bits.to(tl.float32, bitcast=True)
+    return x_RC.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -31,7 +66,7 @@ def quantise_rows(
     columns = b[:, None] * SCALE_BLOCK + k[None, :]
     x_BK = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
     x_BK = x_BK.to(tl.float32)
-    q_BK, scale_B = to_fp8(x_BK, WIDEN)
+    q_BK, scale_B = to_coded(x_BK, q_ptr.dtype.element_ty, WIDEN)
     at = q_ptr + row * (PARTS * WIDTH) + columns
     tl.store(at, q_BK, mask=columns < WIDTH)
     if PARTS == 2:

@@ -81,15 +81,19 @@ class ExpertsCall:
         rows, is_exact = self.tokens * self.slots, self.tokens <= MOST_FLOAT32_PARTS
         kind = torch.float32 if is_exact else hidden_TD.dtype
         self._is_scaled = up_scale is not None
-        coded = torch.float8_e4m3fn if self._is_scaled else hidden_TD.dtype
-        self.act = hidden_TD.new_empty(rows * config.parts, self.inner, dtype=coded)
+        read_kind, act_kind = hidden_TD.dtype, hidden_TD.dtype
+        if self._is_scaled:
+            read_kind = torch.float16 if config.float16_products == 2 else torch.float8_e4m3fn
+            act_kind = torch.float16 if config.float16_products else torch.float8_e4m3fn
+        self.act = hidden_TD.new_empty(rows * config.parts, self.inner, dtype=act_kind)
         self.part = hidden_TD.new_empty(rows, self.width, dtype=kind)
         self.out = torch.empty_like(hidden_TD) if out is None else out
         self._read, self._read_scale, self._act_scale = hidden_TD, hidden_TD, hidden_TD
         if self._is_scaled:
             blocks = -(-self.width // SCALE_BLOCK)
             tiles = -(-self.inner // config.gate_up.columns)
-            self._read = hidden_TD.new_empty(self.tokens * config.parts, self.width, dtype=coded)
+            read = (self.tokens * config.parts, self.width)
+            self._read = hidden_TD.new_empty(read, dtype=read_kind)
             self._read_scale = hidden_TD.new_empty(self.tokens, blocks, dtype=torch.float32)
             self._act_scale = hidden_TD.new_empty(rows, tiles, dtype=torch.float32)
         self._limits = (min(numbers[0], 3e38), numbers[1], numbers[2])

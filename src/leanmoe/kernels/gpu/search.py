@@ -60,6 +60,22 @@ FP8_SECOND = (
     (128, 128, 8, 4),
     (256, 128, 8, 3),
 )
+FLOAT16_FIRST = (
+    (64, 64, 4, 4),
+    (64, 64, 8, 4),
+    (64, 128, 4, 3),
+    (128, 64, 8, 3),
+    (128, 64, 8, 4),
+    (128, 128, 8, 3),
+)
+"""Where fp8 weights are made float16: they take registers, so tiles are less deep."""
+FLOAT16_SECOND = (
+    (64, 64, 4, 4),
+    (128, 64, 4, 3),
+    (128, 64, 8, 4),
+    (128, 128, 8, 3),
+    (256, 64, 8, 3),
+)
 MOST_JOINED_TOKENS = 4
 """Above, tokens have experts in common, whose weights the joined way would read for each."""
 JOINED = (
@@ -91,7 +107,18 @@ def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
         found += [ExpertsConfig(PIECE_ROWS, 32, False, pieces=n) for n in sorted(pieces)]
     if mean > 96 and is_fp8(shape):
         found.append(ExpertsConfig(64, 0, False))
+    if is_fp8(shape):
+        found += _ways_in_float16(mean)
     return found
+
+
+def _ways_in_float16(mean: float) -> list[ExpertsConfig]:
+    """Those for many rows an expert of fp8 weights, some of whose products run in float16."""
+    found = [ExpertsConfig(64, 16, False)] if mean <= 96 else []
+    if mean >= 48:
+        found += [ExpertsConfig(64, 0, False), ExpertsConfig(PIECE_ROWS, 0, False)]
+        found += [ExpertsConfig(PIECE_ROWS, 32, False)]
+    return [replace(way, float16_products=number) for way in found for number in (1, 2)]
 
 
 def _ways_for_few(tokens: int, mean: float) -> list[ExpertsConfig]:
@@ -118,6 +145,8 @@ def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
     cuts = FEW if few else MANY
     if is_fp8(shape):
         cuts = FP8_FIRST if is_first else FP8_SECOND
+        if way.float16_products >= (2 if is_first else 1):
+            cuts = FLOAT16_FIRST if is_first else FLOAT16_SECOND
     for (columns, depth, warps, stages), left, described in product(
         cuts, (True, False), (False, True) if is_fp8(shape) else (False,)
     ):

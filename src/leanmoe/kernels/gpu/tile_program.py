@@ -18,17 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from leanmoe.kernels.gpu.fp8_program import REST, SCALE_BLOCK, rest_fp8, to_coded
+
 SILU, GELU, GELU_TANH, RELU, RELU2 = (tl.constexpr(i) for i in range(5))
 """Numbers of the activations, in the order of `kernels.weights.ACTIVATIONS`."""
-SCALE_BLOCK = tl.constexpr(128)
-"""fp8 weights have one scale for so many rows and columns (DeepSeek-V3 report, section 3.3.2)."""
-
-LARGEST = tl.constexpr(448.0)
-"""The largest number that fp8 e4m3 has."""
-REST = tl.constexpr(16.0)
-"""What rounding to fp8 e4m3 takes away is no more than a sixteenth of the number."""
-SMALLEST = tl.constexpr(1e-10)
-"""A row of zeros is divided by something."""
 
 
 @triton.jit
@@ -49,9 +42,14 @@ def _activate(x, ACTIVATION: tl.constexpr, alpha):
 
 @triton.jit
 def _tile_dot(w_CK, x_RK, SWAP: tl.constexpr, WIDEN: tl.constexpr):
-    """(R,C), or (C,R) with the weights on the left, where few rows need the wide side."""
+    """(R,C), or (C,R) with the weights on the left, where few rows need the wide side.
+
+    fp8 weights become float16 where the activations are, which has all of fp8's numbers.
+    """
     if WIDEN:  # the interpreter's bfloat16 products are wrong; float32 has no tf32 there
         w_CK, x_RK = w_CK.to(tl.float32), x_RK.to(tl.float32)
+    elif w_CK.dtype != x_RK.dtype:
+        w_CK = w_CK.to(x_RK.dtype)
     if SWAP:
         found = tl.dot(w_CK, tl.trans(x_RK), input_precision="ieee")
     else:
@@ -244,34 +242,12 @@ def _described(
 
 
 @triton.jit
-def to_fp8(x_RC, WIDEN: tl.constexpr):
-    """Each row as fp8 e4m3 and what it was divided by: its largest value becomes fp8's largest."""
-    scale_R = tl.maximum(tl.max(tl.abs(x_RC), axis=1), SMALLEST) / LARGEST
-    return _rounded(x_RC / scale_R[:, None], WIDEN), scale_R
-
-
-@triton.jit
-def rest_fp8(x_RC, coded_RC, scale_R, WIDEN: tl.constexpr):
-    """What `to_fp8` took away from each row, as fp8: `REST` times as large, by the same scale."""
-    return _rounded((x_RC / scale_R[:, None] - coded_RC.to(tl.float32)) * REST, WIDEN)
-
-
-@triton.jit
-def _rounded(x_RC, WIDEN: tl.constexpr):
-    if WIDEN:  # the interpreter loses the carry where rounding up reaches a power of two
-        bits = x_RC.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF
-        x_RC = bits.to(tl.float32, bitcast=True)
-    return x_RC.to(tl.float8e4nv)
-
-
-@triton.jit
 def _store_gated(
     gate, up, rows, is_row, first, act_ptr, act_scale_ptr, limit, alpha, up_offset,
     M: tl.constexpr, GATED: tl.constexpr, HAS_LIMIT: tl.constexpr, ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The gate function on a tile of the first product; fp8 with a scale for a row of the tile."""
+    """The gate function on a tile of the first product; coded, each row of it has a scale."""
     if GATED:
         if HAS_LIMIT:
             gate = tl.minimum(gate, limit)
@@ -284,7 +260,7 @@ def _store_gated(
     inside = is_row[:, None] & (m < M)[None, :]
     if SCALED:
         whole = tl.where(inside, found, 0.0)
-        found, scale_R = to_fp8(whole, WIDEN)
+        found, scale_R = to_coded(whole, act_ptr.dtype.element_ty, WIDEN)
         if PARTS == 2:
             tl.store(at + M, rest_fp8(whole, found, scale_R, WIDEN), mask=inside)
         TILES: tl.constexpr = (M + BLOCK_C - 1) // BLOCK_C
