@@ -39,7 +39,11 @@ WAYS = (
 )
 PIECES = ((150, ExpertsConfig(16, 32, False, pieces=2)),)
 """Blocks in pieces, which fp8 weights have not, beside the ways of all."""
-FP8_WAYS = ((3, ExpertsConfig(16, 0, True, parts=2)), (37, ExpertsConfig(16, 0, False, parts=2)))
+FP8_WAYS = (
+    (3, ExpertsConfig(16, 0, True, parts=2, act_parts=2)),
+    (37, ExpertsConfig(16, 0, False, parts=2, act_parts=2)),
+    (150, ExpertsConfig(64, 0, False, act_parts=2)),
+)
 """Activations as the sum of two fp8 numbers, beside the ways of all."""
 RULES = (
     Rule(),

@@ -54,12 +54,12 @@ def experts_gpu(
 
     With fp8 weights the hidden states and what lies between the products are made fp8, too, as
     DeepSeek-V3 was trained (4 to 5 % off), or the sum of two fp8 numbers, which is as exact as
-    bf16 (the config's `parts`), or float16 (its `float16_products`). Adds up in float32 and in the
-    order of the slots: the same bits every time. Waits for nothing, so it can be captured in a
-    graph. Ids are not checked for range. `work` is the work list of the same ids, where routing
-    made it already, with the config's `block_rows`. `out` (T,D) is where the result goes, for who
-    has a place for it; it must be contiguous and apart from the inputs, and torch.compile cannot
-    trace that. Raises LeanMoeError for what it cannot compute.
+    bf16: the config's `parts` and `act_parts`. Adds up in float32 and in the order of the slots:
+    the same bits every time. Waits for nothing, so it can be captured in a graph. Ids are not
+    checked for range. `work` is the work list of the same ids, where routing made it already, with
+    the config's `block_rows`. `out` (T,D) is where the result goes, for who has a place for it; it
+    must be contiguous and apart from the inputs, and torch.compile cannot trace that. Raises
+    LeanMoeError for what it cannot compute.
     """
     check_call(hidden_TD, ids_TK, weights_TK, weights)
     if reason := why_not_gpu(weights):
@@ -137,13 +137,8 @@ def _check_config(
             f"experts config for fp8 reads {min(depths)} columns a step: the matrix unit takes "
             f"{LEAST_FP8_DEPTH} at least"
         )
-    if config.parts == 2 and not is_scaled:
+    if 2 in (config.parts, config.act_parts) and not is_scaled:
         raise LeanMoeError("experts config makes activations of 2 fp8 parts for other weights")
-    if config.float16_products and not is_scaled:
-        raise LeanMoeError(
-            f"experts config has float16_products {config.float16_products} for weights that are "
-            "not fp8: it must be 0"
-        )
     if config.pieces > 1 and is_scaled:
         raise LeanMoeError(
             f"experts config for fp8 has pieces {config.pieces}: it must be 1, other weights alone "
@@ -163,7 +158,7 @@ def _numbers(config: ExpertsConfig) -> list[int]:
         for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left, t.described)
     ]
     ways = (config.is_direct, config.overlap, config.is_joined)
-    counts = (config.parts, config.pieces, config.float16_products)
+    counts = (config.parts, config.pieces, config.act_parts)
     return [config.rows, config.tail, *ways, *counts, *tiles]
 
 

@@ -1,7 +1,7 @@
 """Hidden states to fp8 e4m3, one scale for each token and block of 128 columns.
 
 What DeepSeek-V3 does to activations before an fp8 product (its report, section 3.3.2); or in two
-parts, what rounding took away beside what it left; or as float16 on the same scale.
+parts, what rounding took away beside what it left.
 """
 
 # mypy: ignore-errors
@@ -25,20 +25,15 @@ SMALLEST = tl.constexpr(1e-10)
 
 
 @triton.jit
-def to_coded(x_RC, kind: tl.constexpr, WIDEN: tl.constexpr):
-    """Each row as fp8 e4m3, or as float16, and what it was divided by.
-
-    Its largest value becomes fp8's largest, so that both kinds have one scale.
-    """
+def to_fp8(x_RC, WIDEN: tl.constexpr):
+    """Each row as fp8 e4m3 and what it was divided by: its largest value becomes fp8's largest."""
     scale_R = tl.maximum(tl.max(tl.abs(x_RC), axis=1), SMALLEST) / LARGEST
-    coded_RC = x_RC / scale_R[:, None]
-    IS_FLOAT16: tl.constexpr = kind == tl.float16
-    return coded_RC.to(tl.float16) if IS_FLOAT16 else _rounded(coded_RC, WIDEN), scale_R
+    return _rounded(x_RC / scale_R[:, None], WIDEN), scale_R
 
 
 @triton.jit
 def rest_fp8(x_RC, coded_RC, scale_R, WIDEN: tl.constexpr):
-    """What `to_coded` took away from each row, as fp8: `REST` times as large, by the same scale."""
+    """What `to_fp8` took away from each row, as fp8: `REST` times as large, by the same scale."""
     return _rounded((x_RC / scale_R[:, None] - coded_RC.to(tl.float32)) * REST, WIDEN)
 
 
@@ -66,7 +61,7 @@ def quantise_rows(
     columns = b[:, None] * SCALE_BLOCK + k[None, :]
     x_BK = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
     x_BK = x_BK.to(tl.float32)
-    q_BK, scale_B = to_coded(x_BK, q_ptr.dtype.element_ty, WIDEN)
+    q_BK, scale_B = to_fp8(x_BK, WIDEN)
     at = q_ptr + row * (PARTS * WIDTH) + columns
     tl.store(at, q_BK, mask=columns < WIDTH)
     if PARTS == 2:
