@@ -50,8 +50,9 @@ QWEN = Shape(128, 2048, 768, 8, "bfloat16")
 POINTS = (
     (QWEN, (1, 2, 4, 8, 32, 128, 4096)),
     (V3, (1, 8, 16, 32, 64, 128, 256, 4096)),
-    (V3_FP8, (1, 8, 16, 32, 64, 128, 256, 4096)),
+    (V3_FP8, (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)),
 )
+NAMES = {"qwen3": QWEN, "v3": V3, "v3-fp8": V3_FP8}
 RULES = {
     "k=8": Rule(),
     "k=6": Rule(top_k=6),
@@ -294,12 +295,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--bandwidth", type=float, help="of the GPU, bytes/s; known for H100, H200")
     parser.add_argument("--vllm", help="'installed', or a folder with vLLM in it; left out without")
+    parser.add_argument("--shapes", default=",".join(NAMES), help="comma separated")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no point after so long")
     arguments = parser.parse_args()
+    if unknown := set(arguments.shapes.split(",")) - set(NAMES):
+        parser.error(f"--shapes has {unknown.pop()}: it must be of {', '.join(NAMES)}")
+    chosen = [NAMES[name] for name in arguments.shapes.split(",")]
+    points = [(shape, sizes) for shape, sizes in POINTS if shape in chosen]
     started, vllm = time.monotonic(), None
     if arguments.vllm:
         vllm = Vllm(None if arguments.vllm == "installed" else Path(arguments.vllm))
-        vllm.compile([(shape, tokens) for shape, sizes in POINTS for tokens in sizes])
+        vllm.compile([(shape, tokens) for shape, sizes in points for tokens in sizes])
         print(f"vLLM {vllm.version} ready after {time.monotonic() - started:.0f} s", flush=True)
     where = provenance.collect("python " + " ".join(sys.argv), seed=0)
     bandwidth = arguments.bandwidth or known_bandwidth(where.hardware)
@@ -316,7 +322,7 @@ def main() -> None:
     rules: list[Line] = []
     configs: dict[str, Any] = {}
     shapes = {}
-    for shape, sizes in POINTS:
+    for shape, sizes in points:
         torch.cuda.empty_cache()
         weights = random_weights(shape, DEVICE)
         stock = None if "float8" in shape.dtype else Stock(weights, shape.slots)

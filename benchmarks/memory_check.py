@@ -40,11 +40,11 @@ WAYS = (
 PIECES = ((150, ExpertsConfig(16, 32, False, pieces=2)),)
 """Blocks in pieces, which fp8 weights have not, beside the ways of all."""
 FP8_WAYS = (
-    (3, ExpertsConfig(16, 0, True, parts=2, act_parts=2)),
-    (37, ExpertsConfig(16, 0, False, parts=2, act_parts=2)),
-    (150, ExpertsConfig(64, 0, False, act_parts=2)),
+    (3, ExpertsConfig(16, 0, True, parts=2)),
+    (37, ExpertsConfig(16, 0, False, parts=2)),
+    (150, ExpertsConfig(64, 16, False, float16_act=True)),
 )
-"""Activations as the sum of two fp8 numbers, beside the ways of all."""
+"""Activations as the sum of two fp8 numbers, or float16 between the products, beside all ways."""
 RULES = (
     Rule(),
     Rule(top_k=4),

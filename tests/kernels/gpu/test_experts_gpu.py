@@ -216,20 +216,23 @@ WAYS_FP8 = {
 
 
 WAYS_TWO_PARTS = {
-    "direct": ExpertsConfig(16, 0, True, WIDE, DEEP, parts=2, act_parts=2),
+    "direct": ExpertsConfig(16, 0, True, WIDE, DEEP, parts=2),
     "direct, described": ExpertsConfig(
-        16,
-        0,
-        True,
-        replace(WIDE, described=True),
-        replace(DEEP, described=True),
-        parts=2,
-        act_parts=2,
+        16, 0, True, replace(WIDE, described=True), replace(DEEP, described=True), parts=2
     ),
-    "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True, parts=2, act_parts=2),
-    "listed": ExpertsConfig(16, 0, False, WIDE, DEEP, parts=2, act_parts=2),
-    "listed in long blocks": ExpertsConfig(32, 0, False, WIDE, DEEP, parts=2, act_parts=2),
+    "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True, parts=2),
+    "listed": ExpertsConfig(16, 0, False, WIDE, DEEP, parts=2),
+    "listed in long blocks": ExpertsConfig(32, 0, False, WIDE, DEEP, parts=2),
 }
+
+
+@pytest.mark.parametrize("way", [name for name in WAYS_FP8 if not WAYS_FP8[name].is_direct])
+def test_what_lies_between_fp8_products_may_stay_float16(way: str) -> None:
+    weights = fp8_layer(3, 208, 144)
+    hidden, ids, gates = random_call(weights, 13, 2)
+    call = (hidden.half(), ids, gates)
+    found = run(call, weights, replace(WAYS_FP8[way], float16_act=True))
+    assert error(found, fp8_reference(call, weights, None)) < FP8_ROUNDING
 
 
 @pytest.mark.parametrize("way", WAYS_TWO_PARTS)
@@ -239,17 +242,6 @@ def test_fp8_activations_of_two_parts_are_as_exact_as_bfloat16(way: str) -> None
     hidden, ids, gates = random_call(weights, 13, 2)
     found = run((hidden.half(), ids, gates), weights, config)
     assert error(found, experts_reference(hidden.half().double(), ids, gates, weights)) < 5e-3
-
-
-@pytest.mark.parametrize("way", WAYS_TWO_PARTS)
-def test_what_lies_between_the_products_may_alone_have_two_parts(way: str) -> None:
-    config = replace(WAYS_TWO_PARTS[way], parts=1)
-    if not config.is_direct:  # the first product is then as free as any
-        config = replace(config, gate_up=replace(config.gate_up, weights_left=False))
-    weights = fp8_layer(3, 208, 144)
-    hidden, ids, gates = random_call(weights, 13, 2)
-    call = (hidden.half(), ids, gates)
-    assert error(run(call, weights, config), fp8_reference(call, weights, None)) < FP8_ROUNDING
 
 
 @pytest.mark.parametrize("way", WAYS_FP8)
@@ -271,15 +263,16 @@ def test_fp8_config_must_fit_its_scales() -> None:
         run(call, weights, config)
     two = WAYS_TWO_PARTS["listed"]
     for odd in ({"tail": 16}, {"gate_up": replace(WIDE, weights_left=False)}, {"parts": 3}):
-        with pytest.raises(
-            LeanMoeError, match=r"parts [23]: it must be 1, or 2 without a tail and with the wei"
-        ):
+        with pytest.raises(LeanMoeError, match="must be 1, or 2 without a tail and with the wei"):
             replace(two, **odd)
-    with pytest.raises(LeanMoeError, match="act_parts 2: it must be 1, or 2"):
-        replace(two, parts=1, down=replace(DEEP, weights_left=False))
-    for many in (two, replace(two, parts=1)):
-        with pytest.raises(LeanMoeError, match="2 fp8 parts for other weights"):
-            run(random_call(random_layer(), 3, 1), random_layer(), many)
+    with pytest.raises(LeanMoeError, match="2 fp8 parts for other weights"):
+        run(random_call(random_layer(), 3, 1), random_layer(), two)
+    for many in (two, WAYS_FP8["direct"]):
+        with pytest.raises(LeanMoeError, match="float16_act true: it must be false where"):
+            replace(many, float16_act=True)
+    between = replace(WAYS["listed"], float16_act=True)
+    with pytest.raises(LeanMoeError, match="float16_act true for weights that are not fp8"):
+        run(random_call(random_layer(), 3, 1), random_layer(), between)
     with pytest.raises(LeanMoeError, match="fp8 has pieces 2: it must be 1"):
         run(call, weights, replace(WAYS_FP8["listed"], pieces=2))
     shallow = ExpertsConfig(16, 0, False, Tile(32, 16, 4, 2), Tile(32, 32, 4, 2))
@@ -315,15 +308,15 @@ def test_pieces_must_fit() -> None:
     with pytest.raises(LeanMoeError, match="pieces 0: it must be 1 or more"):
         replace(WAYS["listed"], pieces=0)
     for odd in (WAYS["direct"], WAYS_TWO_PARTS["listed"]):
-        with pytest.raises(LeanMoeError, match="1 where is_direct is true or there are 2 parts"):
+        with pytest.raises(LeanMoeError, match="1 where is_direct is true or parts is 2"):
             replace(odd, pieces=2)
 
 
-def test_a_config_from_before_there_were_pieces_and_parts_of_each_product() -> None:
-    for config in (WAYS["listed in pieces"], WAYS_TWO_PARTS["listed"]):
+def test_a_config_from_before_there_were_pieces_and_float16_between() -> None:
+    for config in (WAYS["listed with a tail"], WAYS["listed in pieces"]):
         written = config.to_json()
         assert ExpertsConfig.from_json(written, "config") == config
-        del written["pieces"], written["act_parts"]
+        del written["pieces"], written["float16_act"]
         assert ExpertsConfig.from_json(written, "config") == replace(config, pieces=1)
 
 

@@ -86,6 +86,7 @@ def test_all_that_is_timed_was_compiled_ahead(
     monkeypatch.setattr(tune, "time_calls", time_calls)
     monkeypatch.setattr(tune._Compiled, "run", named(compiled))
     monkeypatch.setattr(tune.ExpertsCall, "run", named(launched))
+    monkeypatch.setattr(tune, "error_of", lambda *_: 0.0)
     shape = Shape(8, 512, 256, 2, dtype)
     assert len(list(Tuner([shape], [1, 40, 700], lambda *_: None).tune())) == 1
     assert launched
@@ -105,6 +106,23 @@ def test_a_tile_that_fails_does_not_end_the_search(
     tuner = Tuner([SMALL], [1], lambda *_: None)
     assert len(list(tuner.tune())) == 1
     assert any("out of shared memory" in trial.get("failed", "") for trial in tuner.trials)
+
+
+@pytest.mark.usefixtures("pretending")
+def test_a_config_that_computes_wrongly_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tune.experts_gpu
+
+    def miscompiled(*call: Any, config: ExpertsConfig) -> torch.Tensor:
+        return right(*call, config=config) * (1.02 if config.is_joined else 1.0)
+
+    monkeypatch.setattr(tune, "experts_gpu", miscompiled)
+    tuner = Tuner([SMALL], [1], lambda *_: None)
+    ((_, [(_, config, _)]),) = list(tuner.tune())
+    assert not config.is_joined
+    assert any(t.get("failed") == "wrong: 2.0% off float64" for t in tuner.trials)
+    monkeypatch.setattr(tune, "experts_gpu", lambda hidden, *_, **__: hidden * float("nan"))
+    with pytest.raises(LeanMoeError, match="wrong: nan% off float64"):
+        list(tuner.tune())
 
 
 @pytest.mark.usefixtures("pretending")

@@ -50,31 +50,34 @@ class ExpertsConfig:
     """The second product's programs each add up a token's slots, without the matrix unit; for one
     token or a few, and only where `is_direct`. Of `down`, columns, depth and warps count."""
     parts: int = 1
-    """With fp8 weights: how many fp8 numbers a hidden state is the sum of, 1 or 2. Two are as exact
+    """With fp8 weights: how many fp8 numbers an activation is the sum of, 1 or 2. Two are as exact
     as bf16 and twice the work of the matrix unit, which costs nothing where memory decides. With
     the weights on the left, and without a tail."""
     pieces: int = 1
     """So many times `rows` are a block of the work list, and its tail: an expert with more rows
     than two pieces has full ones, and no more than one tail. Not with fp8 weights, for which
     nobody ran it on a GPU."""
-    act_parts: int = 1
-    """The same for what lies between the products. Where rows are many it may be 2 while `parts` is
-    1: the second product is a third of the work, and what its rounding would add is left out."""
+    float16_act: bool = False
+    """With fp8 weights: whether what lies between the products stays float16, on the scale that fp8
+    would have, and the second product makes its weights float16 on their way into the matrix unit,
+    which changes none of them. For many rows: two parts would be twice as many."""
 
     def __post_init__(self) -> None:
-        first = ("parts", self.parts, self.gate_up.weights_left)
-        second = ("act_parts", self.act_parts, self.is_joined or self.down.weights_left)
-        for name, parts, is_left in (first, second):
-            if parts not in (1, 2) or (parts == 2 and (self.tail or not is_left)):
-                raise LeanMoeError(
-                    f"experts config has {name} {parts}: it must be 1, or 2 without a tail and "
-                    "with the weights on the left"
-                )
-        has_two = 2 in (self.parts, self.act_parts)
-        if self.pieces < 1 or (self.pieces > 1 and (self.is_direct or has_two)):
+        are_left = self.gate_up.weights_left and (self.is_joined or self.down.weights_left)
+        if self.parts not in (1, 2) or (self.parts == 2 and (self.tail or not are_left)):
+            raise LeanMoeError(
+                f"experts config has parts {self.parts}: it must be 1, or 2 without a tail and "
+                "with the weights on the left"
+            )
+        if self.pieces < 1 or (self.pieces > 1 and (self.is_direct or self.parts == 2)):
             raise LeanMoeError(
                 f"experts config has pieces {self.pieces}: it must be 1 or more, and 1 where "
-                "is_direct is true or there are 2 parts"
+                "is_direct is true or parts is 2"
+            )
+        if self.float16_act and (self.parts == 2 or self.is_direct):
+            raise LeanMoeError(
+                "experts config has float16_act true: it must be false where is_direct is true or "
+                "parts is 2"
             )
 
     @property
@@ -90,12 +93,10 @@ class ExpertsConfig:
     def from_json(cls, value: Any, where: str) -> ExpertsConfig:
         """Reads what `to_json` wrote; anything else is a LeanMoeError naming the place.
 
-        What was written before there were pieces has no number of them: it is 1. Before there were
-        `act_parts`, `parts` were those of both products.
+        What was written before there were pieces and float16 between products has none.
         """
-        if isinstance(value, dict):
-            value = {"pieces": 1, "act_parts": value.get("parts"), **value}
-        found = _record(cls, value, where)
+        before = {"pieces": 1, "float16_act": False}
+        found = _record(cls, {**before, **value} if isinstance(value, dict) else value, where)
         for name in ("gate_up", "down"):
             found[name] = Tile(**_record(Tile, found[name], f"{where}.{name}"))
         try:

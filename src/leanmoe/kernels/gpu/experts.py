@@ -54,12 +54,12 @@ def experts_gpu(
 
     With fp8 weights the hidden states and what lies between the products are made fp8, too, as
     DeepSeek-V3 was trained (4 to 5 % off), or the sum of two fp8 numbers, which is as exact as
-    bf16: the config's `parts` and `act_parts`. Adds up in float32 and in the order of the slots:
-    the same bits every time. Waits for nothing, so it can be captured in a graph. Ids are not
-    checked for range. `work` is the work list of the same ids, where routing made it already, with
-    the config's `block_rows`. `out` (T,D) is where the result goes, for who has a place for it; it
-    must be contiguous and apart from the inputs, and torch.compile cannot trace that. Raises
-    LeanMoeError for what it cannot compute.
+    bf16 (the config's `parts`); or what lies between stays float16 (`float16_act`). Adds up in
+    float32 and in the order of the slots: the same bits every time. Waits for nothing, so it can be
+    captured in a graph. Ids are not checked for range. `work` is the work list of the same ids,
+    where routing made it already, with the config's `block_rows`. `out` (T,D) is where the result
+    goes, for who has a place for it; it must be contiguous and apart from the inputs, and
+    torch.compile cannot trace that. Raises LeanMoeError for what it cannot compute.
     """
     check_call(hidden_TD, ids_TK, weights_TK, weights)
     if reason := why_not_gpu(weights):
@@ -137,8 +137,10 @@ def _check_config(
             f"experts config for fp8 reads {min(depths)} columns a step: the matrix unit takes "
             f"{LEAST_FP8_DEPTH} at least"
         )
-    if 2 in (config.parts, config.act_parts) and not is_scaled:
+    if config.parts == 2 and not is_scaled:
         raise LeanMoeError("experts config makes activations of 2 fp8 parts for other weights")
+    if config.float16_act and not is_scaled:
+        raise LeanMoeError("experts config has float16_act true for weights that are not fp8")
     if config.pieces > 1 and is_scaled:
         raise LeanMoeError(
             f"experts config for fp8 has pieces {config.pieces}: it must be 1, other weights alone "
@@ -158,16 +160,18 @@ def _numbers(config: ExpertsConfig) -> list[int]:
         for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left, t.described)
     ]
     ways = (config.is_direct, config.overlap, config.is_joined)
-    counts = (config.parts, config.pieces, config.act_parts)
+    counts = (config.parts, config.pieces, config.float16_act)
     return [config.rows, config.tail, *ways, *counts, *tiles]
 
 
 def _config(numbers: list[int]) -> ExpertsConfig:
     rows, tail, direct, overlap, joined, *numbers = numbers
-    counts, rest = numbers[:3], numbers[3:]
+    parts, pieces, is_float16, *rest = numbers
     first, second = (_tile(t) for t in (rest[: len(rest) // 2], rest[len(rest) // 2 :]))
     flags = (bool(overlap), bool(joined))
-    return ExpertsConfig(rows, tail, bool(direct), first, second, *flags, *counts)
+    return ExpertsConfig(
+        rows, tail, bool(direct), first, second, *flags, parts, pieces, bool(is_float16)
+    )
 
 
 def _tile(numbers: list[int]) -> Tile:

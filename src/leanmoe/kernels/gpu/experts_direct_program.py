@@ -45,8 +45,7 @@ def gate_up_direct(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, ACT_PARTS: tl.constexpr, WIDEN: tl.constexpr,
-    PDL: tl.constexpr,
+    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first product of the expert at one slot, for all tokens of a small step."""
     if PDL:
@@ -64,8 +63,7 @@ def gate_up_direct(
             expert, tokens_R, slots_R, is_row, tokens_R, slots_R, is_row,
             tile, limit, alpha, up_offset,
             D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, ACT_PARTS,
-            WIDEN,
+            SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
         )  # fmt: skip
 
 

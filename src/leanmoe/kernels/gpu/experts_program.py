@@ -78,7 +78,7 @@ def _gate_up_rows(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, ACT_PARTS: tl.constexpr, WIDEN: tl.constexpr,
+    DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The first product of one block and one tile, with so long a tail."""
     slots_R, is_row = _rows_of(rows_ptr, first, count, 0, ROWS)
@@ -91,8 +91,7 @@ def _gate_up_rows(
         (slots_tail // K).to(tl.int64), slots_tail, is_tail,
         tile, limit, alpha, up_offset,
         D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-        SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, ACT_PARTS,
-            WIDEN,
+        SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
     )  # fmt: skip
 
 
@@ -106,8 +105,8 @@ def gate_up_listed(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     ACTIVATION: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
     PIECES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    SWAP: tl.constexpr, DESCRIBED: tl.constexpr, PARTS: tl.constexpr, ACT_PARTS: tl.constexpr,
-    WIDEN: tl.constexpr, PDL: tl.constexpr,
+    SWAP: tl.constexpr, DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The first product of one block of the work list and one tile of columns."""
     if PDL:
@@ -129,8 +128,7 @@ def gate_up_listed(
             x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
             expert, first, count, tile, limit, alpha, up_offset,
             K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, ACT_PARTS,
-            WIDEN,
+            SCALED, ROWS, TAIL, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
         )  # fmt: skip
         return
     if HALF > 0 and count > ROWS:
@@ -138,16 +136,14 @@ def gate_up_listed(
             x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
             expert, first, count, tile, limit, alpha, up_offset,
             K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, ACT_PARTS,
-            WIDEN,
+            SCALED, ROWS, HALF, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
         )  # fmt: skip
         return
     _gate_up_rows(
         x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
         expert, first, count, tile, limit, alpha, up_offset,
         K, D, M, STRIDE_C, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-        SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, ACT_PARTS,
-            WIDEN,
+        SCALED, ROWS, 0, BLOCK_C, BLOCK_K, SWAP, DESCRIBED, PARTS, WIDEN,
     )  # fmt: skip
 
 

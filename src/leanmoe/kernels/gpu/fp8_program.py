@@ -1,7 +1,7 @@
 """Hidden states to fp8 e4m3, one scale for each token and block of 128 columns.
 
 What DeepSeek-V3 does to activations before an fp8 product (its report, section 3.3.2); or in two
-parts, what rounding took away beside what it left.
+parts, what rounding took away beside what it left; or as float16 on the same scale.
 """
 
 # mypy: ignore-errors
@@ -25,25 +25,44 @@ SMALLEST = tl.constexpr(1e-10)
 
 
 @triton.jit
-def to_fp8(x_RC, WIDEN: tl.constexpr):
-    """Each row as fp8 e4m3 and what it was divided by: its largest value becomes fp8's largest."""
+def to_coded(x_RC, kind: tl.constexpr, WIDEN: tl.constexpr):
+    """Each row as fp8 e4m3, or as float16, and what it was divided by.
+
+    Its largest value becomes fp8's largest, so that both kinds have one scale.
+    """
     scale_R = tl.maximum(tl.max(tl.abs(x_RC), axis=1), SMALLEST) / LARGEST
-    return _rounded(x_RC / scale_R[:, None], WIDEN), scale_R
+    coded_RC = x_RC / scale_R[:, None]
+    IS_FLOAT16: tl.constexpr = kind == tl.float16
+    return coded_RC.to(tl.float16) if IS_FLOAT16 else _rounded(coded_RC, WIDEN), scale_R
 
 
 @triton.jit
-def rest_fp8(x_RC, coded_RC, scale_R, WIDEN: tl.constexpr):
-    """What `to_fp8` took away from each row, as fp8: `REST` times as large, by the same scale."""
-    return _rounded((x_RC / scale_R[:, None] - coded_RC.to(tl.float32)) * REST, WIDEN)
+def rest_fp8(x_RC, scale_R, WIDEN: tl.constexpr):
+    """What rounding to fp8 takes away from each row, as fp8: `REST` times as large, by its scale.
+
+    The way back from fp8, which would say what rounding left, is compiled wrongly by Triton 3.6.0
+    in some layouts (docs/kernels.md). So float32 is rounded by itself.
+    """
+    whole_RC = x_RC / scale_R[:, None]
+    return _rounded((whole_RC - _three_bits(whole_RC)) * REST, WIDEN)
 
 
 @triton.jit
 def _rounded(x_RC, WIDEN: tl.constexpr):
     if WIDEN:  # the interpreter loses the carry where rounding up reaches a power of two
-        bits = x_RC.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF
-        x_RC = bits.to(tl.float32, bitcast=True)
+        x_RC = _three_bits(x_RC)
     return x_RC.to(tl.float8e4nv)
+
+
+@triton.jit
+def _three_bits(x_RC):
+    """float32, rounded to the three bits after the first that fp8 e4m3 has, ties to even.
+
+    Numbers below fp8's smallest normal one, 2**-6 of 448, keep bits that fp8 has not.
+    """
+    bits = x_RC.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -61,9 +80,9 @@ def quantise_rows(
     columns = b[:, None] * SCALE_BLOCK + k[None, :]
     x_BK = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
     x_BK = x_BK.to(tl.float32)
-    q_BK, scale_B = to_fp8(x_BK, WIDEN)
+    q_BK, scale_B = to_coded(x_BK, q_ptr.dtype.element_ty, WIDEN)
     at = q_ptr + row * (PARTS * WIDTH) + columns
     tl.store(at, q_BK, mask=columns < WIDTH)
     if PARTS == 2:
-        tl.store(at + WIDTH, rest_fp8(x_BK, q_BK, scale_B, WIDEN), mask=columns < WIDTH)
+        tl.store(at + WIDTH, rest_fp8(x_BK, scale_B, WIDEN), mask=columns < WIDTH)
     tl.store(scale_ptr + row * BLOCKS + b, scale_B, mask=b < BLOCKS)

@@ -82,7 +82,8 @@ class ExpertsCall:
         kind = torch.float32 if is_exact else hidden_TD.dtype
         self._is_scaled = up_scale is not None
         coded = torch.float8_e4m3fn if self._is_scaled else hidden_TD.dtype
-        self.act = hidden_TD.new_empty(rows * config.act_parts, self.inner, dtype=coded)
+        act_kind = torch.float16 if config.float16_act else coded
+        self.act = hidden_TD.new_empty(rows * config.parts, self.inner, dtype=act_kind)
         self.part = hidden_TD.new_empty(rows, self.width, dtype=kind)
         self.out = torch.empty_like(hidden_TD) if out is None else out
         self._read, self._read_scale, self._act_scale = hidden_TD, hidden_TD, hidden_TD
@@ -98,7 +99,7 @@ class ExpertsCall:
         self._down_extras = (_or(down_bias, down), _or(down_scale, down))
         self._has_overlap = config.overlap and not interprets()
         common = {"M": self.inner, "D": self.width, "ROWS": config.rows}
-        common |= {"WIDEN": interprets()}
+        common |= {"PARTS": config.parts, "WIDEN": interprets()}
         if config.is_direct:
             shape = {"E": self.experts, "K": self.slots, "SLOTS": power_of_two(self.slots)}
         else:
@@ -110,8 +111,6 @@ class ExpertsCall:
             **shape,
             **_tile(config.gate_up, config.is_direct, lies_in_rows and self.gate_up),
             "K": self.slots,
-            "PARTS": config.parts,
-            "ACT_PARTS": config.act_parts,
             "STRIDE_C": 1 if transposed else self.width,
             "STRIDE_K": both if transposed else 1,
             "GATED": gated,
@@ -127,7 +126,6 @@ class ExpertsCall:
             **common,
             **shape,
             **_tile(config.down, config.is_direct, not transposed and self.down),
-            "PARTS": config.act_parts,
             "STRIDE_C": 1 if transposed else self.inner,
             "STRIDE_K": self.width if transposed else 1,
             "HAS_BIAS": down_bias is not None,

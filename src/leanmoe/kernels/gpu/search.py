@@ -60,6 +60,14 @@ FP8_SECOND = (
     (128, 128, 8, 4),
     (256, 128, 8, 3),
 )
+FLOAT16_SECOND = (
+    (64, 64, 4, 4),
+    (128, 64, 4, 3),
+    (128, 64, 8, 4),
+    (128, 128, 8, 3),
+    (256, 64, 8, 3),
+)
+"""The second product of fp8 weights in float16: they take registers, so tiles are less deep."""
 MOST_JOINED_TOKENS = 4
 """Above, tokens have experts in common, whose weights the joined way would read for each."""
 JOINED = (
@@ -93,17 +101,17 @@ def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
 
 
 def _ways_of_fp8(for_few: list[ExpertsConfig], mean: float) -> list[ExpertsConfig]:
-    """Both products on activations of two parts while memory decides, then the second alone.
+    """Activations of two parts while memory decides, then float16 between the products.
 
-    With one part in both, a layer of DeepSeek-V3's width is 4.1 to 4.4% off, and faster where rows
-    are many (docs/kernels.md).
+    fp8 in one part everywhere is faster where rows are many, and 4.1 to 4.4% off in a layer of
+    DeepSeek-V3's width, for 3.5 to 3.7% (docs/kernels.md).
     """
-    found = [replace(way, parts=2, act_parts=2) for way in for_few]
-    if mean > MOST_TWO_PART_ROWS:
-        found += [ExpertsConfig(rows, 0, False, act_parts=2) for rows in (64, 128)]
-    if MOST_TWO_PART_ROWS < mean <= 96:
-        found += [ExpertsConfig(rows, 0, False, parts=2, act_parts=2) for rows in (32, 64)]
-    return found
+    if mean <= MOST_TWO_PART_ROWS:
+        return [replace(way, parts=2) for way in for_few]
+    blocks = [(64, 16)] if mean <= 96 else [(64, 0)]
+    if mean >= 48:
+        blocks.append((PIECE_ROWS, 32))
+    return [ExpertsConfig(rows, tail, False, float16_act=True) for rows, tail in blocks]
 
 
 def _ways_for_few(tokens: int, mean: float) -> list[ExpertsConfig]:
@@ -125,16 +133,17 @@ def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
         yield from (Tile(columns, depth, warps, 1) for columns, depth, warps in JOINED)
         return
     each = getattr(torch, shape.dtype).itemsize
-    parts = way.parts if is_first else way.act_parts
-    rows = (way.rows + way.tail) * parts
+    rows = (way.rows + way.tail) * way.parts
     few = way.block_rows <= FEW_ROWS
     cuts = FEW if few else MANY
     if is_fp8(shape):
         cuts = FP8_FIRST if is_first else FP8_SECOND
+        if way.float16_act and not is_first:
+            cuts = FLOAT16_SECOND
     for (columns, depth, warps, stages), left, described in product(
         cuts, (True, False), (False, True) if is_fp8(shape) else (False,)
     ):
-        if parts == 2 and not left:
+        if way.parts == 2 and not left:
             continue
         depth = depth // 2 if each == 4 else depth
         wide = columns * 2 if is_first else columns

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leanmoe.kernels.gpu.fp8_program import REST, SCALE_BLOCK, rest_fp8, to_fp8
+from leanmoe.kernels.gpu.fp8_program import REST, SCALE_BLOCK, rest_fp8, to_coded
 
 SILU, GELU, GELU_TANH, RELU, RELU2 = (tl.constexpr(i) for i in range(5))
 """Numbers of the activations, in the order of `kernels.weights.ACTIVATIONS`."""
@@ -42,9 +42,14 @@ def _activate(x, ACTIVATION: tl.constexpr, alpha):
 
 @triton.jit
 def _tile_dot(w_CK, x_RK, SWAP: tl.constexpr, WIDEN: tl.constexpr):
-    """(R,C), or (C,R) with the weights on the left, where few rows need the wide side."""
+    """(R,C), or (C,R) with the weights on the left, where few rows need the wide side.
+
+    fp8 weights become float16 where the activations are, which has all of fp8's numbers.
+    """
     if WIDEN:  # the interpreter's bfloat16 products are wrong; float32 has no tf32 there
         w_CK, x_RK = w_CK.to(tl.float32), x_RK.to(tl.float32)
+    elif w_CK.dtype != x_RK.dtype:
+        w_CK = w_CK.to(x_RK.dtype)
     if SWAP:
         found = tl.dot(w_CK, tl.trans(x_RK), input_precision="ieee")
     else:
@@ -240,9 +245,9 @@ def _described(
 def _store_gated(
     gate, up, rows, is_row, first, act_ptr, act_scale_ptr, limit, alpha, up_offset,
     M: tl.constexpr, GATED: tl.constexpr, HAS_LIMIT: tl.constexpr, ACTIVATION: tl.constexpr,
-    SCALED: tl.constexpr, BLOCK_C: tl.constexpr, ACT_PARTS: tl.constexpr, WIDEN: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The gate function on a tile of the first product; fp8 with a scale for each row of it."""
+    """The gate function on a tile of the first product; coded, each row of it has a scale."""
     if GATED:
         if HAS_LIMIT:
             gate = tl.minimum(gate, limit)
@@ -251,13 +256,13 @@ def _store_gated(
     else:
         found = _activate(gate, ACTIVATION, alpha)
     m = first + tl.arange(0, BLOCK_C)
-    at = act_ptr + rows.to(tl.int64)[:, None] * (ACT_PARTS * M) + m[None, :]
+    at = act_ptr + rows.to(tl.int64)[:, None] * (PARTS * M) + m[None, :]
     inside = is_row[:, None] & (m < M)[None, :]
     if SCALED:
         whole = tl.where(inside, found, 0.0)
-        found, scale_R = to_fp8(whole, WIDEN)
-        if ACT_PARTS == 2:
-            tl.store(at + M, rest_fp8(whole, found, scale_R, WIDEN), mask=inside)
+        found, scale_R = to_coded(whole, act_ptr.dtype.element_ty, WIDEN)
+        if PARTS == 2:
+            tl.store(at + M, rest_fp8(whole, scale_R, WIDEN), mask=inside)
         TILES: tl.constexpr = (M + BLOCK_C - 1) // BLOCK_C
         tl.store(act_scale_ptr + rows * TILES + first // BLOCK_C, scale_R, mask=is_row)
     tl.store(at, found.to(act_ptr.dtype.element_ty), mask=inside)
@@ -272,8 +277,7 @@ def gate_up_block(
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_LIMIT: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, TAIL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, DESCRIBED: tl.constexpr, PARTS: tl.constexpr, ACT_PARTS: tl.constexpr,
-    WIDEN: tl.constexpr,
+    SWAP: tl.constexpr, DESCRIBED: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of the first product: `BLOCK_C` columns of the result, twice that of weights.
 
@@ -325,12 +329,12 @@ def gate_up_block(
             gate, up, gate_tail, up_tail = product, product, tail, tail
     _store_gated(
         gate, up, slots_R, is_row, first, act_ptr, act_scale_ptr, limit, alpha, up_offset,
-        M, GATED, HAS_LIMIT, ACTIVATION, SCALED, BLOCK_C, ACT_PARTS, WIDEN,
+        M, GATED, HAS_LIMIT, ACTIVATION, SCALED, BLOCK_C, PARTS, WIDEN,
     )  # fmt: skip
     if TAIL > 0:
         _store_gated(
             gate_tail, up_tail, slots_tail, is_tail, first, act_ptr, act_scale_ptr,
-            limit, alpha, up_offset, M, GATED, HAS_LIMIT, ACTIVATION, SCALED, BLOCK_C, ACT_PARTS,
+            limit, alpha, up_offset, M, GATED, HAS_LIMIT, ACTIVATION, SCALED, BLOCK_C, PARTS,
             WIDEN,
         )  # fmt: skip
 

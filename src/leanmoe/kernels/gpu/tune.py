@@ -24,6 +24,7 @@ from leanmoe.kernels.gpu.search import is_fp8, tiles, ways
 from leanmoe.kernels.gpu.timing import time_calls
 from leanmoe.kernels.gpu.tuned import Shape
 from leanmoe.kernels.gpu.work_list import WorkList, work_list_reference
+from leanmoe.kernels.reference import experts_reference
 from leanmoe.kernels.weights import ExpertWeights
 
 Product = str
@@ -33,6 +34,10 @@ FINALISTS = 6
 Found = tuple[Shape, list[tuple[int, ExpertsConfig, float]]]
 Inputs = tuple[Tensor, Tensor, Tensor]
 """Hidden states (T,D), ids and weights (T,K)."""
+MOST_ERROR = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-2, "float8_e4m3fn": 4e-2}
+"""Relative, against float64, by the dtype of the weights: a config that is further off is wrong."""
+EXACT_TOKENS = 16
+"""So many tokens of a call are computed in float64, too."""
 Progress = Callable[[str, int, int], None]
 """What is being done, how much of it is done, how much there is."""
 
@@ -83,6 +88,19 @@ def random_call(shape: Shape, tokens: int, seed: int, device: str = "cuda") -> I
     scores_TE = torch.rand(tokens, shape.experts, generator=generator, device=device)
     picked_TK, ids_TK = scores_TE.topk(shape.slots, dim=-1)
     return hidden_TD, ids_TK, (picked_TK / picked_TK.sum(dim=-1, keepdim=True)).float()
+
+
+def error_of(config: ExpertsConfig, weights: ExpertWeights, call: Inputs) -> float:
+    """Relative error of a config against the definition in float64, on a few of a call's tokens.
+
+    Compilers err, too: a tile may be fast and wrong (docs/kernels.md).
+    """
+    tokens = len(call[0])
+    some = torch.arange(0, tokens, -(-tokens // EXACT_TOKENS), device=call[0].device)
+    hidden, ids, gates = (tensor[some] for tensor in call)
+    found = experts_gpu(*call, weights, config=config)[some].double()
+    wanted = experts_reference(hidden.double(), ids, gates, weights)
+    return float((found - wanted).norm() / wanted.norm())
 
 
 class _Compiled(ExpertsCall):
@@ -207,12 +225,23 @@ class _Timed:
                 config = _with(config, product, tile)
             else:
                 took = self._time(config, inputs)
-                if took is not None and (best is None or took < best[0]):
+                if took is None or (best is not None and took >= best[0]):
+                    continue
+                if self._is_right(config, inputs[0]):
                     best = (took, config)
         if best is None:
             reason = next((t["failed"] for t in reversed(self.trials) if "failed" in t), "")
             raise LeanMoeError(f"no config ran for {self.shape} at {tokens} tokens: {reason}")
         return best[1], best[0]
+
+    def _is_right(self, config: ExpertsConfig, call: Inputs) -> bool:
+        error = error_of(config, self.weights, call)
+        if error <= MOST_ERROR[self.shape.dtype]:
+            return True
+        trial = {"shape": self.shape.__dict__, "tokens": len(call[0]), "product": "whole"}
+        wrong = f"wrong: {error:.1%} off float64"
+        self.trials.append({**trial, "config": config.to_json(), "failed": wrong})
+        return False
 
     def _best_tile(
         self, way: ExpertsConfig, product: Product, inputs: Sequence[Inputs]

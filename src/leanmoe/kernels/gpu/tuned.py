@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -151,8 +151,8 @@ def guess(tokens: int, weights: ExpertWeights) -> ExpertsConfig:
     if weights.gate_up_scale is not None:
         wide, down = Tile(128, 128, 8, 3), Tile(64, 128, 4, 3)
         if tokens <= 512:
-            return ExpertsConfig(16, 0, tokens <= 16, wide, down, parts=2, act_parts=2)
-        return ExpertsConfig(64, 0, False, wide, down, act_parts=2)
+            return ExpertsConfig(16, 0, tokens <= 16, wide, down, parts=2)
+        return ExpertsConfig(64, 0, False, wide, replace(down, depth=64), float16_act=True)
     depth = 32 if weights.gate_up.dtype.itemsize == 4 else 64
     few = Tile(columns=32, depth=depth, warps=4, stages=3, weights_left=False)
     if tokens <= 16:
