@@ -63,6 +63,13 @@ def kernels(
     trials: Annotated[
         Path | None, typer.Option(help="Write every config tried and its time to this file.")
     ] = None,
+    most_error: Annotated[
+        float | None,
+        typer.Option(
+            help="How far off float64 a tile may be, relative: 0.04 for fp8 weights, 0.01 for "
+            "half precision, unless you say otherwise."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Find the fastest tiles of the GPU kernels for a model's experts, or list what is known.
@@ -74,12 +81,14 @@ def kernels(
         return
     if dtype not in DTYPES:
         raise LeanMoeError(f"--dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    if most_error is not None and not 0 < most_error < 1:
+        raise LeanMoeError(f"--most-error is {most_error:g}: it must be between 0 and 1")
     sizes = _numbers("--tokens", tokens)
     shapes = [_of_model(name, dtype) for name in models or []]
     shapes += [_of_text(text, dtype, transposed) for text in shape or []]
     if not shapes:
         raise LeanMoeError("nothing to tune: name a model, or give --shape")
-    _tune(shapes, sizes, output, trials, as_json)
+    _tune(shapes, sizes, output, trials, most_error, as_json)
 
 
 def _numbers(option: str, text: str, count: int | None = None) -> list[int]:
@@ -112,14 +121,19 @@ def _of_text(text: str, dtype: str, transposed: bool) -> Shape:
 
 
 def _tune(
-    shapes: list[Shape], sizes: list[int], output: Path, trials: Path | None, as_json: bool
+    shapes: list[Shape],
+    sizes: list[int],
+    output: Path,
+    trials: Path | None,
+    most_error: float | None,
+    as_json: bool,
 ) -> None:
     from leanmoe.kernels.gpu.tune import Tuner
     from leanmoe.kernels.gpu.tuned import Tuned, capability_of, file_name
 
     progress = _Progress()
     written: list[dict[str, Any]] = []
-    tuner = Tuner(shapes, sizes, progress)
+    tuner = Tuner(shapes, sizes, progress, most_error=most_error)
     for shape, found in tuner.tune():
         provenance = collect("leanmoe " + " ".join(sys.argv[1:])).to_json()
         buckets = tuple((size, config) for size, config, _ in found)

@@ -101,17 +101,18 @@ def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
 
 
 def _ways_of_fp8(for_few: list[ExpertsConfig], mean: float) -> list[ExpertsConfig]:
-    """Activations of two parts while memory decides, then float16 between the products.
+    """Activations of two parts while memory decides; then of one, float16 between the products.
 
-    fp8 in one part everywhere is faster where rows are many, and 4.1 to 4.4% off in a layer of
-    DeepSeek-V3's width, for 3.5 to 3.7% (docs/kernels.md).
+    fp8 there, too, is faster, and 4.1 to 4.4% off in a layer of DeepSeek-V3's width, for 3.5 to
+    3.7% (docs/kernels.md): how far off is too far is the tuner's to say.
     """
     if mean <= MOST_TWO_PART_ROWS:
         return [replace(way, parts=2) for way in for_few]
     blocks = [(64, 16)] if mean <= 96 else [(64, 0)]
     if mean >= 48:
         blocks.append((PIECE_ROWS, 32))
-    return [ExpertsConfig(rows, tail, False, float16_act=True) for rows, tail in blocks]
+    found = [ExpertsConfig(rows, tail, False, float16_act=True) for rows, tail in blocks]
+    return [ExpertsConfig(*blocks[0], False), *found]
 
 
 def _ways_for_few(tokens: int, mean: float) -> list[ExpertsConfig]:
