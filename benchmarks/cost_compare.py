@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cost_engine import FULL, gpu_of, read_run
+from cost_engine import FULL, gpu_of, read_run, runs_in
 from cost_parallel import parallel_steps, summary
 
 from leanmoe import provenance
@@ -178,7 +178,7 @@ def main() -> None:
     found_layers = [r for p in sorted(results.glob("*-experts-gpu.json")) for r in layers(p)]
     lists = sorted((arguments.folder / "readings").glob("*.json"))
     found_steps = [row for path in lists for row in steps(path)]
-    runs = sorted(results.glob("*-vllm-*.json"))
+    runs = runs_in(results)
     found_engine = [row for path in runs for row in engine_steps(path)]
     layouts = sorted(results.glob("*-parallel-*.json"))
     found_parallel = [row for path in layouts for row in parallel_steps(path, shipped())]

@@ -46,6 +46,12 @@ def gpu_of(hardware: str) -> str:
     raise LeanMoeError(f"hardware {hardware!r} is none of {', '.join(GPUS)}")
 
 
+def runs_in(results: Path) -> list[Path]:
+    """The results files of `vllm_gpu.py`, oldest first; other benchmarks of vLLM have some, too."""
+    paths = sorted(results.glob("*-vllm-*.json"))
+    return [p for p in paths if read_json(p, "results").get("leanmoe_benchmark") == "vllm_gpu"]
+
+
 def read_run(path: Path, constants: Constants) -> EngineRun:
     """A results file of `vllm_gpu.py`."""
     return EngineRun(read_json(path, "results"), constants)

@@ -14,7 +14,7 @@ from leanmoe.cost.models import CONFIGS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from cost_engine import FULL, own_times, read_layouts, read_run
+from cost_engine import FULL, own_times, read_layouts, read_run, runs_in
 from cost_parallel import parallel_steps, summary
 
 BANDS = [
@@ -31,6 +31,7 @@ def written(folder: Path, name: str, layers: str = "16", **found: Any) -> Path:
     path = folder / f"{name}-vllm-qwen3-30b-a3b.json"
     settings = {"shape": "qwen3-30b-a3b", "layers": layers, "prompt": "16", "steps": "16"}
     whole = {
+        "leanmoe_benchmark": "vllm_gpu",
         "provenance": {"hardware": "NVIDIA H100 80GB HBM3"},
         "settings": settings,
         "config": {**CONFIGS["Qwen/Qwen3-30B-A3B"], "num_hidden_layers": 16},
@@ -44,6 +45,15 @@ def written(folder: Path, name: str, layers: str = "16", **found: Any) -> Path:
 def experts_ms(path: Path) -> list[float]:
     run = read_run(path, shipped())
     return [1e3 * run.parts(line).experts for line in run.lines]
+
+
+def test_runs_of_steps_are_told_from_other_benchmarks_of_vllm(tmp_path: Path) -> None:
+    steps = written(tmp_path, "a", lines=[{}])
+    (tmp_path / "a-vllm-check.json").write_text(json.dumps({"leanmoe_benchmark": "vllm_check"}))
+    assert runs_in(tmp_path) == [steps]
+    committed = runs_in(Path(__file__).parents[2] / "benchmarks" / "results")
+    assert committed
+    assert all(read_run(path, shipped()).lines for path in committed)
 
 
 def test_lines_are_predicted_as_they_ran(tmp_path: Path) -> None:
