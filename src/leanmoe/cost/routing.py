@@ -13,14 +13,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from leanmoe.cost.drawing import ALONE, DRAWN_TOKENS, Choices, Company, Drawn, drawn, drawn_at
+from leanmoe.cost.drawing import (
+    ALONE,
+    DRAWN_TOKENS,
+    Choices,
+    Company,
+    Drawn,
+    Steps,
+    decided,
+    drawn_at,
+)
 from leanmoe.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.shape import distinct_uniform
@@ -192,15 +201,24 @@ def _unlimited(
     return float(tokens), awake, min(float(slots), used)
 
 
-@cache
 def _drawn(
     pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, company: Company
 ) -> tuple[float, Drawn]:
     """A curve's point under a budget, for so many tokens of a company."""
+    tokens, rule = count * company.companies, rule.on(company.ranks)
+    deciding = company if rule.budget_per_rank is not None else replace(company, ranks=1)
+    steps = _decided(pool, slots, rule, tokens, assumed, deciding)
+    return float(tokens), steps.on(company.ranks)
+
+
+@cache
+def _decided(
+    pool: _Pool, slots: int, rule: Rule, tokens: int, assumed: Assumed, company: Company
+) -> Steps:
+    """Drawn once for all numbers of ranks that decide alike."""
     popularity_E = inclusion(pool.experts, slots, assumed.skew)
     choices = Choices(popularity_E, pool.groups, pool.groups_used, assumed.agreement)
-    tokens = count * company.companies
-    return float(tokens), drawn(choices, slots, rule, tokens, company)
+    return decided(choices, slots, rule, tokens, company)
 
 
 def _awake(pool: _Pool, top_k: int, tokens: int, assumed: Assumed) -> float:
