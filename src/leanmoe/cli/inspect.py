@@ -45,7 +45,8 @@ def inspect(
 ) -> None:
     """Show what a model is and what fewer experts could gain, from config.json alone.
 
-    Example: leanmoe inspect deepseek-ai/DeepSeek-V3 --bandwidth 4800
+    Example:
+    leanmoe inspect deepseek-ai/DeepSeek-V3 --bandwidth 4800
     """
     sizes = _sizes(batch_sizes)
     if bandwidth is not None and not bandwidth > 0:

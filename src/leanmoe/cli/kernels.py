@@ -52,10 +52,14 @@ def kernels(
         str, typer.Option(help="Of the weights: bfloat16, float16, float32 or float8_e4m3fn.")
     ] = "bfloat16",
     transposed: Annotated[
-        bool, typer.Option(help="Weights of --shape lie as gpt-oss has them.")
+        bool, typer.Option("--transposed", help="Weights of --shape lie as gpt-oss has them.")
     ] = False,
     tokens: Annotated[
-        str, typer.Option(help="Tokens in a step to tune for, comma separated.")
+        str,
+        typer.Option(
+            help="Tokens in a step to tune for, comma separated.",
+            show_default=TOKENS.replace(",", ", "),
+        ),
     ] = TOKENS,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder; LEANMOE_TUNED tells leanmoe of it.")
@@ -67,7 +71,8 @@ def kernels(
 ) -> None:
     """Find the fastest tiles of the GPU kernels for a model's experts, or list what is known.
 
-    Example: leanmoe kernels tune deepseek-ai/DeepSeek-V3 --dtype float8_e4m3fn -o tuned
+    Example:
+    leanmoe kernels tune deepseek-ai/DeepSeek-V3 --dtype float8_e4m3fn -o tuned
     """
     if action is Action.list:
         _list(output, as_json)

@@ -89,7 +89,8 @@ def predict(
 ) -> None:
     """Predict throughput, latency and memory, with and without a plan, and what bounds them.
 
-    Example: leanmoe predict deepseek-ai/DeepSeek-V3 --top-k 6 --gpus 8 --concurrency 1,32,512
+    Example:
+    leanmoe predict deepseek-ai/DeepSeek-V3 --top-k 6 --gpus 8 --concurrency 1,32
     """
     from leanmoe.cost.hardware import read_gpu
     from leanmoe.cost.load import Load, read_lengths

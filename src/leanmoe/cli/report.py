@@ -24,7 +24,8 @@ def report(
 ) -> None:
     """Writes the page of a run from its saved results; nothing is measured.
 
-    Example: leanmoe report runs/demo --svg verdict.svg
+    Example:
+    leanmoe report runs/demo --svg verdict.svg
     """
     from leanmoe.report import write_report
     from leanmoe.report.results import read_results
