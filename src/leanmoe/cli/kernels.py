@@ -19,7 +19,6 @@ from rich.table import Table
 from leanmoe.errors import LeanMoeError
 from leanmoe.progress import bar
 from leanmoe.provenance import collect
-from leanmoe.shape import read_shape
 from leanmoe.storage import write_json
 
 if TYPE_CHECKING:
@@ -99,9 +98,10 @@ def _numbers(option: str, text: str, count: int | None = None) -> list[int]:
 
 
 def _of_model(name: str, dtype: str) -> Shape:
+    from leanmoe.job.predict import find_shape
     from leanmoe.kernels.gpu.tuned import Shape
 
-    found = read_shape(name)
+    found = find_shape(name)
     transposed = found.model_type in TRANSPOSED
     sizes = (found.experts, found.hidden, found.expert_width, found.top_k)
     return Shape(*sizes, dtype, transposed)
@@ -181,17 +181,21 @@ def _list(output: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps([{"from": name, **tuned.to_json()} for name, _, tuned in found]))
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("GPU", "experts", "hidden", "width", "slots", "dtype", "tokens", "from"):
-        table.add_column(heading, justify="right" if heading in ("experts", "slots") else "left")
-    for name, _, tuned in found:
-        table.add_row(*_row(tuned), name)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    for gpu in dict.fromkeys(tuned.gpu for _, _, tuned in found):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, title=gpu, title_justify="left")
+        for heading in ("experts", "hidden", "width", "slots"):
+            table.add_column(heading, justify="right")
+        for heading in ("dtype", "tokens", "from"):
+            table.add_column(heading)
+        for name, _, tuned in found:
+            if tuned.gpu == gpu:
+                table.add_row(*_row(tuned), name)
+        console.print(table)
 
 
 def _row(tuned: Tuned) -> list[str]:
     shape = tuned.shape
     dtype = f"{shape.dtype}, transposed" if shape.is_transposed else shape.dtype
     sizes = [shape.experts, shape.hidden, shape.width, shape.slots]
-    tokens = f"{tuned.buckets[0][0]} to {tuned.buckets[-1][0]}"
-    return [tuned.gpu, *map(str, sizes), dtype, tokens]
+    return [*map(str, sizes), dtype, f"{tuned.buckets[0][0]} to {tuned.buckets[-1][0]}"]

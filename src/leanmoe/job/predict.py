@@ -24,6 +24,7 @@ from leanmoe.errors import LeanMoeError
 from leanmoe.placement import Placement
 from leanmoe.plan import Plan, Rule
 from leanmoe.progress import bar
+from leanmoe.shape import MoEShape, read_shape
 from leanmoe.storage import read_json
 
 if TYPE_CHECKING:
@@ -35,11 +36,17 @@ MOST_CHOSEN = 64
 
 
 def find_model(name: str) -> Model:
-    """A model by name: one of the study's by its facts here, else as `leanmoe inspect` finds it."""
+    """A model by name: one of the study's by its facts here, else by its config.json."""
     if name in CONFIGS and not Path(name).exists():
         print(f"leanmoe: {name}'s shape is known here; nothing is fetched", file=sys.stderr)
         return read_model(CONFIGS[name], name)
     return read_model(name)
+
+
+def find_shape(name: str) -> MoEShape:
+    """A model's shape alone, found as `find_model` does, where its attention may be any."""
+    is_known = name in CONFIGS and not Path(name).exists()
+    return find_model(name).shape if is_known else read_shape(name)
 
 
 def find_plan(
