@@ -131,7 +131,7 @@ def _show(results: dict[str, Any], folder: Path) -> None:
     from leanmoe.report.quality_tables import console_tables
 
     console = Console(highlight=False)
-    for table in console_tables(results):
+    for table in console_tables(results, console):
         console.print(table)
     for row in results.get("tasks", []):
         if row["task"] == MEAN or len(_tasks_of(results)) == 1:
