@@ -28,7 +28,7 @@ from leanmoe.quality.outcomes import (
     mean_of_tasks,
     non_inferior_accuracy,
 )
-from leanmoe.report.quality_page import write_quality_page
+from leanmoe.report.quality_page import SCHEMA_VERSION, write_quality_page
 from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.shape import read_shape
 from leanmoe.storage import write_json
@@ -66,7 +66,7 @@ def evaluate(
     tasks = _read_local(local, model, tokenizer, settings)
     texts = read_domains(tokenizer, settings)
     results: dict[str, Any] = {
-        "leanmoe_eval": 1,
+        "leanmoe_eval": SCHEMA_VERSION,
         "provenance": collect(command, settings.seed).to_json(),
         "label": "measured",
         "settings": settings.to_json(),
