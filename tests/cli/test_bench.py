@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,19 @@ def test_block_results_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
     code, out, err = run(capsys, *command)
     assert (code, out) == (1, "")
     assert "add --overwrite" in err
+
+
+def test_an_engine_that_is_not_there_is_said_before_text_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    code, _, err = run(
+        capsys, "bench", "reference", "--engine", "vllm", *SMALL, "-o", str(tmp_path / "out")
+    )
+    assert (code, err) == (1, "leanmoe: vLLM is not installed: pip install 'leanmoe[vllm]'\n")
 
 
 def test_json_alone_on_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

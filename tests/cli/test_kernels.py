@@ -25,6 +25,11 @@ def test_a_table_for_each_gpu_fits_a_narrow_terminal(
     assert sum(line.endswith(" shipped") for line in lines) == len(shipped)
 
 
+def test_a_model_to_list_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "kernels", "list", "reference")
+    assert (code, "leave out reference" in err) == (1, True)
+
+
 def test_json_lists_every_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     _, out, _ = run(capsys, "kernels", "list", "--output", str(tmp_path), "--json")
     assert len(json.loads(out)) == len(list(SHIPPED.glob("*.json")))

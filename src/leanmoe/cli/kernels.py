@@ -74,6 +74,8 @@ def kernels(
     leanmoe kernels tune deepseek-ai/DeepSeek-V3 --dtype float8_e4m3fn -o tuned
     """
     if action is Action.list:
+        if asked := [*(models or []), *(shape or [])]:
+            raise LeanMoeError(f"list takes no shape, it shows all: leave out {', '.join(asked)}")
         _list(output, as_json)
         return
     if dtype not in DTYPES:
