@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pruning_compare import against, ordering
 from pruning_memory import peak_of
 from pruning_speed import (
     FEWEST_ROUNDS,
     LOADS,
-    STEPS,
     Pair,
     Timed,
     Variant,
@@ -57,7 +57,7 @@ from leanmoe.prune.choose import Kept, as_plan, best_experts, kept_count
 from leanmoe.prune.criteria import CRITERIA, Scores, criterion, place_scores
 from leanmoe.quality.divergence import losses
 from leanmoe.quality.documents import Losses
-from leanmoe.quality.paired import Estimate, loss_difference, loss_increase
+from leanmoe.quality.paired import loss_increase
 from leanmoe.quality.windows import Windows, cut
 from leanmoe.runtime import load_model, shape_of
 from leanmoe.shape import MoEShape
@@ -66,12 +66,9 @@ from leanmoe.text import read_corpus, split
 
 KEEP = ("87.5%", "75%", "50%", "25%")
 SLOTS = (7, 6, 5, 4, 3)
-RIVALS = ("random", "activate-count")
-BY_OUTPUT = ("reap", "easy-ep", "output-sum", "output-error")
 UNEVEN = ("75%", "50%")
 UNEVEN_CRITERION = "easy-ep"
 FULL = ("full", "100%")
-AS_FAST = 0.97
 
 
 @dataclass(frozen=True)
@@ -123,9 +120,9 @@ def main() -> None:
         "text": corpus.source,
         "heldout": {"documents": windows.documents, "tokens": windows.tokens},
         "rows": rows_of(full, lost, kept, timed, peaks),
-        "against": against(full, lost),
+        "against": against(full, lost, UNEVEN_CRITERION, UNEVEN),
         "uneven": {keep: asdict(found) for keep, found in uneven.items()},
-        "ordering": [] if timed is None else ordering(full, lost, timed),
+        "ordering": [] if timed is None else ordering(full, lost, timed, KEEP),
     }
     every = set(asked.criteria) == set(CRITERIA)
     name = f"{where.date[:10]}-{where.commit}-pruning{'' if every else '-some'}.json"
@@ -329,75 +326,6 @@ def rows_of(
             row |= timed.row(pair)
         rows.append(row)
     return rows
-
-
-def against(full: Losses, lost: dict[Pair, Losses]) -> list[dict[str, Any]]:
-    """The criteria that look at outputs against those that do not; uneven against even."""
-    pairs = [
-        (name, rival, keep) for name in BY_OUTPUT for rival in RIVALS for keep in ("75%", "50%")
-    ]
-    pairs += [(f"{UNEVEN_CRITERION}, uneven", UNEVEN_CRITERION, keep) for keep in UNEVEN]
-    return [
-        {
-            "criterion": name,
-            "rival": rival,
-            "keep": keep,
-            "difference": loss_difference(full, lost[name, keep], lost[rival, keep]).to_json(),
-        }
-        for name, rival, keep in pairs
-        if (name, keep) in lost and (rival, keep) in lost
-    ]
-
-
-def ordering(full: Losses, lost: dict[Pair, Losses], timed: Timed) -> list[dict[str, Any]]:
-    """At each load: does skipping lose less than pruning does, where it is as fast or faster?
-
-    Beside each pruned checkpoint (of the criterion that loses least there, which favours pruning)
-    stands the skipping of least loss that is surely no more than 3% slower, with weights normalised
-    anew as in the paper, and kept as in leanmoe.
-    """
-    rows = []
-    for load in STEPS:
-        for keep in KEEP:
-            pruned = min(
-                (pair for pair in timed.seconds if pair[1] == keep and "uneven" not in pair[0]),
-                key=lambda pair: lost[pair].mean,
-            )
-            for way, marked in (("normalised anew", False), ("weights kept", True)):
-                row: dict[str, Any] = {
-                    "load": load,
-                    "keep": keep,
-                    "criterion": pruned[0],
-                    "skipping": way,
-                }
-                fast = [
-                    pair
-                    for pair in lost
-                    if pair[1] == "100%"
-                    and ("kept" in pair[0]) == marked
-                    and timed.ratio(pruned, pair, load).low >= AS_FAST
-                ]
-                if not fast:
-                    rows.append({**row, "verdict": "no skipping is surely as fast"})
-                    continue
-                best = min(fast, key=lambda pair: lost[pair].mean)
-                found = loss_difference(full, lost[best], lost[pruned])
-                rows.append(
-                    {
-                        **row,
-                        "setting": best[0],
-                        "speed": asdict(timed.ratio(pruned, best, load)),
-                        "difference": found.to_json(),
-                        "verdict": _verdict(found),
-                    }
-                )
-    return rows
-
-
-def _verdict(found: Estimate) -> str:
-    if found.high < 0:
-        return "skipping loses less"
-    return "pruning loses less" if found.low > 0 else "undecided"
 
 
 if __name__ == "__main__":

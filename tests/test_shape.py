@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -219,15 +221,22 @@ def test_hub_failures_are_one_line(
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def download(name: str, _file: str, local_files_only: bool = False) -> str:
+        if not local_files_only:
+            logger.warning("Retrying in 8s")
         if local_files_only or offline:
             raise LocalEntryNotFoundError("not cached")
         raise OSError(f"404 for {name}\nand more lines")
 
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    level, shown = logger.getEffectiveLevel(), MemoryHandler(100)
+    monkeypatch.setattr(logger, "handlers", [shown])
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     monkeypatch.setattr(hub, "hf_hub_download", download)
     with pytest.raises(LeanMoeError, match=message):
         read_shape("nobody/nothing")
     assert "fetching config.json of nobody/nothing from https://" in capsys.readouterr().err
+    assert not shown.buffer  # the client's lines about each try
+    assert logger.getEffectiveLevel() == level
 
 
 def test_the_reference_model_is_read_by_name() -> None:

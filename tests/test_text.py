@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
+import subprocess
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.text import Document, read_corpus, split
+from leanmoe.text import _DOCUMENTED, Document, _statements, read_corpus, split
 
 
 def test_built_in_text_is_plenty_and_needs_no_network() -> None:
@@ -18,6 +22,20 @@ def test_built_in_text_is_plenty_and_needs_no_network() -> None:
     assert len(corpus.documents) >= 200
     assert sum(len(d.text) for d in corpus.documents) > 1_000_000
     assert len({d.text for d in corpus.documents}) == len(corpus.documents)
+
+
+def test_statements_come_in_the_order_of_ast_walk() -> None:
+    """The documents, and so every split of them, stand on that order."""
+    for module in (argparse, typing, subprocess):
+        tree = ast.parse(Path(str(module.__file__)).read_bytes())
+        every = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
+        assert [node for node in _statements(tree) if isinstance(node, _DOCUMENTED)] == every
+    odd = "match 1:\n case 1:\n  def a(): 'A'\ntry:\n def b(): 'B'\nexcept E:\n class C: 'C'\n"
+    odd += "else:\n async def d(): 'D'\nfinally:\n def e():\n  with x:\n   def f(): 'F'\n"
+    tree = ast.parse(odd)
+    every = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
+    assert [node for node in _statements(tree) if isinstance(node, _DOCUMENTED)] == every
+    assert len(every) == 7
 
 
 def test_plain_text_splits_at_separators(tmp_path: Path) -> None:

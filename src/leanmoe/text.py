@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import sysconfig
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ BUILT_IN = "python"
 SECTION_CHARACTERS = 4000
 MODULE_CHARACTERS = 600
 """Modules whose docstrings are shorter than this are left out: too little to predict from."""
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 TEXT_FIELDS = ("text", "content", "document")
 
 
@@ -108,15 +110,24 @@ def _docstrings() -> Iterator[Document]:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             continue
-        texts = [text for node in ast.walk(tree) if (text := _docstring(node))]
+        texts = [text for node in _statements(tree) if (text := _docstring(node))]
         joined = "\n\n".join(texts)
         if len(joined) >= MODULE_CHARACTERS:
             yield Document(f"module {'.'.join(inside.with_suffix('').parts)}", joined)
 
 
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """As `ast.walk`, in its order, but not into expressions: they hold no docstrings."""
+    left: deque[ast.AST] = deque([tree])
+    while left:
+        node = left.popleft()
+        for field in ("body", "handlers", "cases", "orelse", "finalbody"):
+            left.extend(getattr(node, field, ()))
+        yield node
+
+
 def _docstring(node: ast.AST) -> str | None:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return ast.get_docstring(node) if isinstance(node, documented) else None
+    return ast.get_docstring(node) if isinstance(node, _DOCUMENTED) else None
 
 
 def _local(path: Path) -> Iterator[Document]:

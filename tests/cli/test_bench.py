@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,23 @@ def test_block_results_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
     code, out, _ = run(capsys, "report", str(out_folder))
     assert (code, (out_folder / "report.html").read_text()) == (0, page)
     code, out, err = run(capsys, "report", str(out_folder), "--svg", str(tmp_path / "x.svg"))
-    assert (code, "holds a bench" in err) == (1, True)
+    assert (code, "holds a run of bench" in err) == (1, True)
     code, out, err = run(capsys, *command)
     assert (code, out) == (1, "")
     assert "add --overwrite" in err
+
+
+def test_an_engine_that_is_not_there_is_said_before_text_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    code, _, err = run(
+        capsys, "bench", "reference", "--engine", "vllm", *SMALL, "-o", str(tmp_path / "out")
+    )
+    assert (code, err) == (1, "leanmoe: vLLM is not installed: pip install 'leanmoe[vllm]'\n")
 
 
 def test_json_alone_on_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,19 @@ def test_json(capsys: pytest.CaptureFixture[str], deepseek: str) -> None:
     assert many["gain"] == pytest.approx({"6": 1, "4": 1, "2": 1})
 
 
+def test_models_known_here_are_shown_without_a_network(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, deepseek: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["inspect", "deepseek-ai/DeepSeek-V3", "--json"])
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, err.count("\n")) == (0, 1)
+    assert "nothing is fetched" in err
+    here, published = json.loads(out), json.loads(inspect(capsys, deepseek, "--json"))
+    assert {**here, "model": ""} == {**published, "model": ""}
+
+
 def test_gain_is_large_where_few_experts_are_awake_and_gone_where_all_are(
     capsys: pytest.CaptureFixture[str], deepseek: str
 ) -> None:

@@ -65,6 +65,20 @@ def test_every_verb_has_a_file_an_example_and_json(
     assert "--json" in out
 
 
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_is_whole_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Nothing is cut short, and the example stands on one line, to be copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, verb, "--help")
+    assert "…" not in out
+    lines = [line.strip() for line in out.splitlines()]
+    example = lines[lines.index("Example:") + 1]
+    assert example.startswith(f"leanmoe {verb} ")
+    assert not lines[lines.index("Example:") + 2]
+
+
 def test_every_verbs_file_is_listed() -> None:
     folder = Path(cli.__file__).parent
     public = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}

@@ -74,6 +74,7 @@ def test_a_sweep_with_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--gpu", "h2000"], "hardware 'h2000' is not known: did you mean h200"),
         (["--gpus", "1"], "GB short in all"),
         (["--tensor", "3"], "--tensor 3 does not divide"),
+        (["--tensor", "8", "--expert", "3"], "--tensor x --data: it must be one of 1, 2, 4, 8"),
         (["--top-k", "9"], "top_k is 9: it must be 1 to 8"),
         (["--concurrency", "x"], "--concurrency is 'x'"),
         (["--concurrency", "0"], "each must be 1 or more"),
@@ -95,6 +96,17 @@ def test_bad_input_is_one_line(
     assert out == ""
     assert says in err
     assert len([line for line in err.splitlines() if line.startswith("leanmoe: ")]) <= 2
+
+
+@pytest.mark.parametrize("verb", ["predict", "inspect"])
+def test_a_name_that_is_mistyped_gets_a_suggestion(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, _, err = run(capsys, verb, "deepseek-ai/DeepSek-V3")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "did you mean deepseek-ai/DeepSeek-V3" in err
 
 
 def test_a_plan_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

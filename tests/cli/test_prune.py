@@ -25,6 +25,7 @@ def test_a_checkpoint_with_fewer_experts(
     code, _, err = run(capsys, *command, "-o", str(tmp_path / "out"))
     assert code == 1
     assert "exists and is not empty" in err
+    assert err.count("\n") == 1  # before experts are watched
 
 
 def test_a_plan_touches_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

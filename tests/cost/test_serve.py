@@ -85,6 +85,7 @@ def test_lengths_as_distributions(tmp_path: Path) -> None:
     assert read_lengths("1024", "x").remaining == 512
     even = read_lengths("100-300", "x")
     assert even.mean == pytest.approx(200, abs=1)
+    assert read_lengths("100:300", "x").values == even.values
     heavy = read_lengths("1000~1.0", "x")
     assert np.median(heavy.values) == pytest.approx(1000, rel=0.05)
     assert heavy.mean > 1400  # e^0.5 medians, less what the quantiles cut off
@@ -97,7 +98,9 @@ def test_lengths_as_distributions(tmp_path: Path) -> None:
         read_lengths(str(path), "x")
 
 
-@pytest.mark.parametrize("text", ["", "a", "0", "-5", "5-0", "1e99", "9999999", "nan", "3~x"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "0", "-5", "5-0", "5-2", "9:2", "1:2:3", "1e99", "9999999", "nan", "3~x"]
+)
 def test_lengths_that_are_none(text: str) -> None:
     with pytest.raises(LeanMoeError, match="--input-len"):
         read_lengths(text, "--input-len")

@@ -271,6 +271,29 @@ def test_few_documents_are_cut_into_passages_of_which_none_is_in_both_halves(
     assert domains.calibration("easy-ep:75%") == ("easy-ep", "75%")
 
 
+def test_sections_of_a_plain_file_are_dealt_to_both_halves(tmp_path: Path) -> None:
+    paragraphs = (f"paragraph {n}. " + "word " * 400 for n in range(60))
+    (tmp_path / "plain.txt").write_text("\n\n".join(paragraphs))
+    found = read_domain("plain", tmp_path / "plain.txt")
+    assert abs(len(found.calibration) - len(found.heldout)) <= 1
+    assert not {d.text for d in found.calibration} & {d.text for d in found.heldout}
+
+
+def test_a_domain_too_short_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("\n\n".join(f"{n} " + "word " * 400 for n in range(12)))
+    short = ["--domain", f"short={tmp_path / 'short.txt'}", "--tasks", "none"]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once"}\n' * 10)
+    prompts = ["--prompts", str(tmp_path / "prompts.jsonl")]
+    out = tmp_path / "run"
+    assert leanmoe("eval", "reference", "--rule", "top_k=6", *short, *prompts, "-o", str(out)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "domain short: too few documents for 0.95 confidence" in said
+    assert "give a longer text, or more than 16384 --domain-tokens" in said
+    assert [path.name for path in out.iterdir()] == ["settings.json"]
+
+
 def test_an_answer_after_four_hashes_is_gsm8ks(tmp_path: Path) -> None:
     class Letters:
         start_id, context = 0, 100

@@ -46,6 +46,18 @@ def test_another_run_is_refused_unless_overwritten(tmp_path: Path) -> None:
     assert RunFolder.open(tmp_path, other, overwrite=True).step("front", lambda: 2) == 2
 
 
+def test_a_run_that_failed_before_its_first_step_is_in_nobodys_way(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, replace(SETTINGS, model="mistyped"), overwrite=False)
+    assert RunFolder.open(tmp_path, SETTINGS, overwrite=False).step("front", lambda: 2) == 2
+
+
+def test_settings_of_something_else_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"editor.fontSize": 12}')
+    with pytest.raises(LeanMoeError, match="use --overwrite, or another folder"):
+        RunFolder.open(tmp_path, SETTINGS, overwrite=False)
+    assert (tmp_path / "settings.json").read_text() == '{"editor.fontSize": 12}'
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(LeanMoeError, match="holds no tune run"):

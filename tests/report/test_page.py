@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.report import write_report
-from leanmoe.report.page import headline, page
+from leanmoe.report import plots, write_report
+from leanmoe.report.page import BUTTONS, headline, number_cell, page, plot
 from leanmoe.report.results import describe_rule, read_results
 from tests.report import example
 
@@ -36,6 +36,32 @@ def test_page_shows_every_section_and_escapes_names(run: Path) -> None:
         assert f"<h2>{title}" in html
     assert "reference &lt;model&gt;" in html
     assert "reference <model>" not in re.sub(r"<script.*?</script>", "", html, flags=re.S)
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [(None, ""), (0.01234567, "0.01235"), (71.8, "71.8"), (1132.97, "1,133"), (14273.4, "14,273")],
+)
+def test_figures_are_never_powers_of_ten(value: float | None, cell: str) -> None:
+    assert number_cell(value) == cell
+
+
+def test_plots_stay_readable_in_a_narrow_window(run: Path) -> None:
+    """They are scrolled, and the buttons above them leave room for a legend."""
+    html = plot(plots.front(read_results(run / "results.json"), 8))
+    assert html.startswith('<div class="scroll">')
+    assert json.dumps({"modeBarButtons": BUTTONS})[1:-1] in html
+    assert len(BUTTONS[0]) == 2
+
+
+@pytest.mark.parametrize("times", [[0.531], [0.531, 0.534, 0.552]])
+def test_ticks_of_times_that_lie_close_differ(run: Path, times: list[float]) -> None:
+    results = read_results(run / "results.json")
+    front = next(f for f in results["fronts"] if f["concurrency"] == 8)
+    front["points"] = [{**front["points"][0], "modelled_time": time} for time in times]
+    axis = plots.front(results, 8).layout.xaxis
+    assert axis.tickformat == "~%"
+    assert 0.5 < axis.range[0] < min(times) <= max(times) < axis.range[1] < 0.6
 
 
 def test_headline_names_gain_interval_and_bound() -> None:

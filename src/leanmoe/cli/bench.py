@@ -98,15 +98,17 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of every draw and order.")] = _DEFAULT.seed,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option(help="Allow the model's own Python code to run.")
+        bool, typer.Option("--trust-remote-code", help="Allow the model's own Python code to run.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace what --output holds.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what --output holds.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Measure throughput and latency over load: full model and plans take turns in the same run.
 
-    Example: leanmoe bench reference --plan plan.json --concurrency 1,8,32 --input-len 256
-    --output-len 32
+    Example:
+    leanmoe bench reference --plan plan.json --input-len 256 --output-len 32
     """
     # `--goodput ttft:500 tpot:50`, as vLLM has it: the words after the first arrive as targets.
     limits = [*(goodput or []), *(word for word in targets if _LIMIT.match(word))]

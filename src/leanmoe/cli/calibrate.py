@@ -28,7 +28,10 @@ def calibrate(
 ) -> None:
     """Measure how fast this GPU runs experts and products, and fit constants to it.
 
-    Needs an NVIDIA GPU. Example: leanmoe calibrate h200 --model Qwen/Qwen3-30B-A3B -o h200.json
+    Needs an NVIDIA GPU.
+
+    Example:
+    leanmoe calibrate h200 --model Qwen/Qwen3-30B-A3B -o h200.json
     """
     from leanmoe.cost.hardware import read_gpu
     from leanmoe.job.calibrate import LAYERS, Layer, gpu_at_hand, read_tokens, require_gpu

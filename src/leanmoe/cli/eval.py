@@ -85,8 +85,10 @@ def eval(
 ) -> None:
     """Compare plans with the full model on tasks, replies and texts, question by question.
 
-    A run that was stopped goes on where it was; more plans can be added to it. Example:
-    leanmoe eval reference --rule top_k=6,keep_weights --tasks blimp,piqa --data FOLDER
+    A run that was stopped goes on where it was; more plans can be added to it.
+
+    Example:
+    leanmoe eval reference --rule top_k=6,keep_weights --tasks piqa --data FOLDER
     """
     settings = EvalSettings(
         model=model,
@@ -129,7 +131,7 @@ def _show(results: dict[str, Any], folder: Path) -> None:
     from leanmoe.report.quality_tables import console_tables
 
     console = Console(highlight=False)
-    for table in console_tables(results):
+    for table in console_tables(results, console):
         console.print(table)
     for row in results.get("tasks", []):
         if row["task"] == MEAN or len(_tasks_of(results)) == 1:

@@ -32,7 +32,8 @@ def export(
 ) -> None:
     """Say how to run a plan in an engine, and which parts of it that engine cannot honour.
 
-    Example: leanmoe export plan.json --engine sglang --model Qwen/Qwen3-30B-A3B
+    Example:
+    leanmoe export plan.json --engine sglang --model Qwen/Qwen3-30B-A3B
     """
     recipe = recipe_for(Plan.load(plan), plan, engine, model, drop or [], gguf_arch)
     if output is not None:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from leanmoe.errors import LeanMoeError
-from leanmoe.shape import MoEShape, distinct_grouped, distinct_uniform, read_shape
+from leanmoe.job.predict import find_shape
+from leanmoe.shape import MoEShape, distinct_grouped, distinct_uniform
 
 BATCH_SIZES = ",".join(str(2**n) for n in range(13))
 LOWER_SHARES = (0.75, 0.5, 0.25)
@@ -45,12 +46,13 @@ def inspect(
 ) -> None:
     """Show what a model is and what fewer experts could gain, from config.json alone.
 
-    Example: leanmoe inspect deepseek-ai/DeepSeek-V3 --bandwidth 4800
+    Example:
+    leanmoe inspect deepseek-ai/DeepSeek-V3 --bandwidth 4800
     """
     sizes = _sizes(batch_sizes)
     if bandwidth is not None and not bandwidth > 0:
         raise LeanMoeError(f"--bandwidth is {bandwidth:g}: it must be above 0")
-    shape = read_shape(model)
+    shape = find_shape(model)
     steps = [_step(shape, tokens, bandwidth) for tokens in sizes]
     if as_json:
         print(json.dumps({"model": model, **_facts(shape), "label": "modelled", "steps": steps}))

@@ -19,7 +19,6 @@ from rich.table import Table
 from leanmoe.errors import LeanMoeError
 from leanmoe.progress import bar
 from leanmoe.provenance import collect
-from leanmoe.shape import read_shape
 from leanmoe.storage import write_json
 
 if TYPE_CHECKING:
@@ -52,10 +51,14 @@ def kernels(
         str, typer.Option(help="Of the weights: bfloat16, float16, float32 or float8_e4m3fn.")
     ] = "bfloat16",
     transposed: Annotated[
-        bool, typer.Option(help="Weights of --shape lie as gpt-oss has them.")
+        bool, typer.Option("--transposed", help="Weights of --shape lie as gpt-oss has them.")
     ] = False,
     tokens: Annotated[
-        str, typer.Option(help="Tokens in a step to tune for, comma separated.")
+        str,
+        typer.Option(
+            help="Tokens in a step to tune for, comma separated.",
+            show_default=TOKENS.replace(",", ", "),
+        ),
     ] = TOKENS,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder; LEANMOE_TUNED tells leanmoe of it.")
@@ -74,9 +77,12 @@ def kernels(
 ) -> None:
     """Find the fastest tiles of the GPU kernels for a model's experts, or list what is known.
 
-    Example: leanmoe kernels tune deepseek-ai/DeepSeek-V3 --dtype float8_e4m3fn -o tuned
+    Example:
+    leanmoe kernels tune deepseek-ai/DeepSeek-V3 --dtype float8_e4m3fn -o tuned
     """
     if action is Action.list:
+        if asked := [*(models or []), *(shape or [])]:
+            raise LeanMoeError(f"list takes no shape, it shows all: leave out {', '.join(asked)}")
         _list(output, as_json)
         return
     if dtype not in DTYPES:
@@ -103,9 +109,10 @@ def _numbers(option: str, text: str, count: int | None = None) -> list[int]:
 
 
 def _of_model(name: str, dtype: str) -> Shape:
+    from leanmoe.job.predict import find_shape
     from leanmoe.kernels.gpu.tuned import Shape
 
-    found = read_shape(name)
+    found = find_shape(name)
     transposed = found.model_type in TRANSPOSED
     sizes = (found.experts, found.hidden, found.expert_width, found.top_k)
     return Shape(*sizes, dtype, transposed)
@@ -190,17 +197,21 @@ def _list(output: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps([{"from": name, **tuned.to_json()} for name, _, tuned in found]))
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("GPU", "experts", "hidden", "width", "slots", "dtype", "tokens", "from"):
-        table.add_column(heading, justify="right" if heading in ("experts", "slots") else "left")
-    for name, _, tuned in found:
-        table.add_row(*_row(tuned), name)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    for gpu in dict.fromkeys(tuned.gpu for _, _, tuned in found):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, title=gpu, title_justify="left")
+        for heading in ("experts", "hidden", "width", "slots"):
+            table.add_column(heading, justify="right")
+        for heading in ("dtype", "tokens", "from"):
+            table.add_column(heading)
+        for name, _, tuned in found:
+            if tuned.gpu == gpu:
+                table.add_row(*_row(tuned), name)
+        console.print(table)
 
 
 def _row(tuned: Tuned) -> list[str]:
     shape = tuned.shape
     dtype = f"{shape.dtype}, transposed" if shape.is_transposed else shape.dtype
     sizes = [shape.experts, shape.hidden, shape.width, shape.slots]
-    tokens = f"{tuned.buckets[0][0]} to {tuned.buckets[-1][0]}"
-    return [tuned.gpu, *map(str, sizes), dtype, tokens]
+    return [*map(str, sizes), dtype, f"{tuned.buckets[0][0]} to {tuned.buckets[-1][0]}"]

@@ -11,6 +11,8 @@ Model = Annotated[str, typer.Argument(help="A folder, a hub name, or 'reference'
 RunOutput = Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")]
 Seed = Annotated[int, typer.Option(help="Of every shuffle and draw.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Allow the model's own Python code to run.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace a run with other settings.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow the model's own Python code to run.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run with other settings.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]

@@ -89,7 +89,8 @@ def predict(
 ) -> None:
     """Predict throughput, latency and memory, with and without a plan, and what bounds them.
 
-    Example: leanmoe predict deepseek-ai/DeepSeek-V3 --top-k 6 --gpus 8 --concurrency 1,32,512
+    Example:
+    leanmoe predict deepseek-ai/DeepSeek-V3 --top-k 6 --gpus 8 --concurrency 1,32
     """
     from leanmoe.cost.hardware import read_gpu
     from leanmoe.cost.load import Load, read_lengths
@@ -177,8 +178,8 @@ def _show(predictions: list[Any]) -> None:
     first = predictions[0]
     memory = first.full.memory
     console.print(
-        f"{first.model.name} on {first.deployment}: {memory.weights / 1e9:.1f} GB of weights on "
-        f"each GPU, {memory.cache / 1e9:.1f} GB left for the cache"
+        f"{first.model.name} on {first.deployment}: {_gigabytes(memory.weights)} of weights "
+        f"on each GPU, {_gigabytes(memory.cache)} left for the cache"
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     arrives = first.load.concurrency is None
@@ -201,6 +202,10 @@ def _show(predictions: list[Any]) -> None:
     console.print("Modelled; awake: distinct experts of a layer. It stands on:", style="dim")
     for name, words in first.stands_on.items():
         console.print(f"  {name}: {words}", style="dim")
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e9:.2g} GB"
 
 
 def _cells(found: Any) -> list[str]:

@@ -44,7 +44,9 @@ def prune(
 ) -> None:
     """Leave out the experts that matter least; stock engines load what is written.
 
-    A run that was stopped goes on where it was. Example:
+    A run that was stopped goes on where it was.
+
+    Example:
     leanmoe prune reference --keep 75% --criterion reap -o pruned
     """
     if tokens < 16:

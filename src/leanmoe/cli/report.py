@@ -13,7 +13,7 @@ from leanmoe.storage import read_json, write_text
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a tune run or a bench.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a tune run, a bench or an eval.")],
     output: Annotated[
         Path | None, typer.Option(help="Where to write the page; RUN/report.html by default.")
     ] = None,
@@ -24,20 +24,21 @@ def report(
 ) -> None:
     """Writes the page of a run from its saved results; nothing is measured.
 
-    Example: leanmoe report runs/demo --svg verdict.svg
+    Example:
+    leanmoe report runs/demo --svg verdict.svg
     """
     from leanmoe.report import write_report
     from leanmoe.report.results import read_results
     from leanmoe.report.svg import verdict_svg
 
-    if _is_bench(run):
-        if svg is not None:
-            raise LeanMoeError(f"--svg draws the verdict of a tune run: {run} holds a bench")
-        from leanmoe.report.bench_page import write_bench_page
-
-        page = write_bench_page(run / "results.json", output or run / "report.html")
-    else:
+    kind = _kind(run)
+    if svg is not None and kind != "tune":
+        raise LeanMoeError(f"--svg draws the verdict of a tune run: {run} holds a run of {kind}")
+    if kind == "tune":
         page = write_report(run, output)
+    else:
+        page = output or run / "report.html"
+        _write(kind, run / "results.json", page)
     if svg is not None:
         write_text(svg, verdict_svg(read_results(run / "results.json")))
     if as_json:
@@ -48,6 +49,19 @@ def report(
         print(f"The picture: {svg}")
 
 
-def _is_bench(run: Path) -> bool:
+def _kind(run: Path) -> str:
+    """Which verb's results a folder holds."""
     results = read_json(run / "results.json", "results")
-    return isinstance(results, dict) and "leanmoe_bench" in results
+    kinds = (kind for kind in ("bench", "eval") if f"leanmoe_{kind}" in results)
+    return next(kinds, "tune") if isinstance(results, dict) else "tune"
+
+
+def _write(kind: str, results: Path, page: Path) -> None:
+    if kind == "bench":
+        from leanmoe.report.bench_page import write_bench_page
+
+        write_bench_page(results, page)
+    else:
+        from leanmoe.report.quality_page import read_evaluation, write_quality_page
+
+        write_quality_page(read_evaluation(results), page)

@@ -37,13 +37,17 @@ def serve(
         list[str] | None,
         typer.Option(help="A part of the plan to leave out: prompt. May be repeated."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Check, print the command, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, print the command, and stop.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what runs as JSON.")] = False,
 ) -> None:
     """Serve a model under a plan, or in full: /v1 as OpenAI has it, /metrics for Prometheus.
 
-    Plan, model, port and engine are checked before weights are read. Example:
-    leanmoe serve Qwen/Qwen3-30B-A3B --plan plan.json --port 8000 -- --max-model-len 8192
+    Plan, model, port and engine are checked before weights are read.
+
+    Example:
+    leanmoe serve Qwen/Qwen3-30B-A3B --plan plan.json -- --max-model-len 8192
     """
     if engine not in ENGINES:
         raise LeanMoeError(f"--engine is {engine!r}: it must be one of {', '.join(ENGINES)}")

@@ -40,7 +40,8 @@ def study(
 ) -> None:
     """Repeat the paper's study and put its claims in a table: one page, JSON, this table.
 
-    Example: leanmoe study -o runs/study
+    Example:
+    leanmoe study -o runs/study
     """
     from leanmoe.job.study import PAGE, earlier_quality
     from leanmoe.job.study import study as run

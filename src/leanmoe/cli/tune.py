@@ -67,7 +67,9 @@ def tune(
 ) -> None:
     """Finds a faster plan for a model, proves what it costs, measures what it gains.
 
-    A run that was stopped goes on where it was. Example:
+    A run that was stopped goes on where it was.
+
+    Example:
     leanmoe tune reference --loads 1,8,32 --margin 0.5% -o runs/demo
     """
     settings = TuneSettings(

@@ -70,10 +70,7 @@ class Deployment:
             raise LeanMoeError(f"{self.gpus} GPUs: at most {MOST_GPUS} are modelled")
         for kind, _ in model.attention:
             require_divides("attention heads", kind.heads, self.tensor, "--tensor")
-        if self.stage % self.expert:
-            raise LeanMoeError(
-                f"--expert {self.expert} does not divide the {self.stage} GPUs of --tensor x --data"
-            )
+        require_divides("GPUs of --tensor x --data", self.stage, self.expert, "--expert")
         shape = model.shape
         require_divides("experts", shape.experts, self.expert, "--expert")
         require_divides("values of an expert's width", shape.expert_width, self.expert_tensor, "TP")

@@ -44,7 +44,10 @@ QUANTILES = 64
 
 
 def read_lengths(text: str, flag: str) -> Lengths:
-    """Lengths from "1024", "512-2048" (even), "1024~0.8" (median, sigma) or a file, one a line."""
+    """Lengths from "1024", "512-2048" (even), "1024~0.8" (median, sigma) or a file, one a line.
+
+    A range may be written "512:2048" too, as `leanmoe bench` has it.
+    """
     path = Path(text)
     if path.suffix in (".txt", ".csv") or path.is_file():
         return _from_file(path, flag)
@@ -52,16 +55,18 @@ def read_lengths(text: str, flag: str) -> Lengths:
         if "~" in text:
             median, sigma = (float(part) for part in text.split("~"))
             values = [median * math.exp(sigma * z) for z in _normal_quantiles()]
-        elif "-" in text.strip("-"):
-            low, high = (float(part) for part in text.split("-"))
+        elif ":" in text or "-" in text.strip("-"):
+            low, high = (float(part) for part in text.split(":" if ":" in text else "-"))
+            if low > high:
+                raise ValueError("a range falls")
             values = list(np.linspace(low, high, QUANTILES))
         else:
             values = [float(text)]
         whole = tuple(round(value) for value in values)
     except (ValueError, OverflowError) as error:
         raise LeanMoeError(
-            f"{flag} is {text!r}: it must be like 1024, 512-2048 (even), 1024~0.8 (log-normal: "
-            "median and sigma) or a file with a length on each line"
+            f"{flag} is {text!r}: it must be like 1024, 512-2048 (even, rising), 1024~0.8 "
+            "(log-normal: median and sigma) or a file with a length on each line"
         ) from error
     return _checked(text, whole, flag)
 

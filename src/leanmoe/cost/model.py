@@ -167,6 +167,6 @@ def require_divides(what: str, whole: int, by: int, flag: str) -> None:
     if whole % by:
         allowed = [n for n in range(1, whole + 1) if whole % n == 0]
         raise LeanMoeError(
-            f"{flag} {by} does not divide the model's {whole} {what}: it must be one of "
+            f"{flag} {by} does not divide {whole} {what}: it must be one of "
             f"{', '.join(map(str, allowed[:12]))}"
         )

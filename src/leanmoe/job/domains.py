@@ -39,23 +39,44 @@ class Domain:
     """What statistics are paired by: documents, or passages of few documents."""
 
 
+def read_domains(tokenizer: Any, settings: EvalSettings) -> list[tuple[Domain, Windows]]:
+    """Each domain with the windows of it that are tested on.
+
+    Raises LeanMoeError, before anything is measured, for a text that is too short to judge by.
+    """
+    found = []
+    for name, file in settings.domains:
+        domain = read_domain(name, Path(file))
+        windows = cut(
+            domain.heldout, tokenizer, WINDOW_TOKENS, settings.domain_tokens, settings.seed
+        )
+        try:
+            require_documents(windows.documents, settings.confidence)
+        except LeanMoeError as error:
+            raise LeanMoeError(
+                f"domain {name}: {error}; give a longer text, or more than "
+                f"{settings.domain_tokens} --domain-tokens"
+            ) from error
+        if len(windows.lengths_N) < settings.decode_batch:
+            raise LeanMoeError(
+                f"domain {name} gives {len(windows.lengths_N)} windows: --decode-batch "
+                f"{settings.decode_batch} needs as many"
+            )
+        found.append((domain, windows))
+    return found
+
+
 def domain_matrix(
     model: Any,
     tokenizer: Any,
+    texts: Sequence[tuple[Domain, Windows]],
     plans: Sequence[Named],
     settings: EvalSettings,
     folder: RunFolder,
 ) -> dict[str, Any]:
     """Rows: plans as given, and one calibrated on each domain; columns: the domains tested."""
-    domains = [read_domain(name, Path(file)) for name, file in settings.domains]
-    windows = {
-        d.name: cut(d.heldout, tokenizer, WINDOW_TOKENS, settings.domain_tokens, settings.seed)
-        for d in domains
-    }
-    for name, found in windows.items():
-        require_documents(found.documents, settings.confidence)
-        if len(found.lengths_N) < settings.decode_batch:
-            raise LeanMoeError(f"domain {name} gives {len(found.lengths_N)} windows: too few")
+    domains = [domain for domain, _ in texts]
+    windows = {domain.name: found for domain, found in texts}
     rows = [*plans]
     if settings.calibrate is not None:
         rows += [_calibrated(model, tokenizer, d, settings, folder) for d in domains]
@@ -102,16 +123,20 @@ def read_domain(name: str, path: Path) -> Domain:
     """The text of `path`, its first half of each document to calibrate on if they are few.
 
     Many documents: every other one. Few: passages, the first half of each document's and the
-    rest, so that no passage is in both.
+    rest, so that no passage is in both; every other one of documents that are a passage each.
     """
     documents = read_corpus(str(path)).documents
     if len(documents) >= FEWEST_DOCUMENTS:
         return Domain(name, documents[::2], documents[1::2], "documents")
     first: list[Document] = []
     rest: list[Document] = []
+    single = 0
     for document in documents:
         passages = _passages(document)
         half = (len(passages) + 1) // 2
+        if len(passages) == 1:  # as the sections of a plain file are
+            half = 1 - single % 2
+            single += 1
         first += passages[:half]
         rest += passages[half:]
     if not rest:

@@ -12,7 +12,7 @@ import numpy as np
 
 from leanmoe.errors import LeanMoeError
 from leanmoe.job.answers import Answers, answer_tasks, loss_changes, served_experts
-from leanmoe.job.domains import domain_matrix
+from leanmoe.job.domains import domain_matrix, read_domains
 from leanmoe.job.eval_settings import EvalSettings
 from leanmoe.job.folder import RunFolder
 from leanmoe.job.generate import generation
@@ -28,7 +28,7 @@ from leanmoe.quality.outcomes import (
     mean_of_tasks,
     non_inferior_accuracy,
 )
-from leanmoe.report.quality_page import write_quality_page
+from leanmoe.report.quality_page import SCHEMA_VERSION, write_quality_page
 from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.shape import read_shape
 from leanmoe.storage import write_json
@@ -64,8 +64,9 @@ def evaluate(
     quiet()
     model, tokenizer = _load(settings)
     tasks = _read_local(local, model, tokenizer, settings)
+    texts = read_domains(tokenizer, settings)
     results: dict[str, Any] = {
-        "leanmoe_eval": 1,
+        "leanmoe_eval": SCHEMA_VERSION,
         "provenance": collect(command, settings.seed).to_json(),
         "label": "measured",
         "settings": settings.to_json(),
@@ -87,7 +88,7 @@ def evaluate(
     if plans and settings.prompts is not None:
         results["generation"] = generation(model, tokenizer, plans, settings, folder)
     if settings.domains:
-        results["domains"] = domain_matrix(model, tokenizer, plans, settings, folder)
+        results["domains"] = domain_matrix(model, tokenizer, texts, plans, settings, folder)
     results["seconds"] = folder.seconds()
     write_json(folder.path / RESULTS, results)
     write_quality_page(results, folder.path / "report.html")

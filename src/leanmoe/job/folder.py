@@ -34,7 +34,7 @@ class RunFolder:
         """Creates the folder, or takes up the run in it if its settings are the same.
 
         Raises LeanMoeError when it holds another run (unless `overwrite`), something that is no
-        run, or its disk is full.
+        run, or its disk is full. A run of which no step was finished is none to keep.
         """
         require_space(path, SPACE_BYTES, f"{kind} results")
         folder = cls(path)
@@ -50,7 +50,7 @@ class RunFolder:
         if not stored.exists():
             raise LeanMoeError(f"output {self.path} is not empty and holds no {kind} run")
         found = read_json(stored, "settings")
-        if found == settings.to_json():
+        if found == settings.to_json() or self._holds_nothing_but(found, settings):
             return
         if not overwrite:
             changed = sorted(k for k, v in settings.to_json().items() if found.get(k) != v)
@@ -61,6 +61,11 @@ class RunFolder:
         for file in self.path.iterdir():
             if file.is_file():
                 file.unlink()
+
+    def _holds_nothing_but(self, found: Any, settings: Settings) -> bool:
+        """Whether there are settings of such a run alone: it failed before its first step."""
+        is_such = isinstance(found, dict) and set(found) == set(settings.to_json())
+        return is_such and [entry.name for entry in self.path.iterdir()] == [SETTINGS]
 
     def step(self, name: str, compute: Callable[[], Any]) -> Any:
         """The stored result of step `name`, or `compute()` stored; adds the seconds it took."""

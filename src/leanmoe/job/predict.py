@@ -5,7 +5,8 @@ profile's traces have to be replayed under a plan.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,10 +21,11 @@ from leanmoe.cost.hardware import Gpu
 from leanmoe.cost.model import Model, read_model
 from leanmoe.cost.models import CONFIGS
 from leanmoe.cost.routing import Assumed, Curve, from_points
-from leanmoe.errors import LeanMoeError
+from leanmoe.errors import LeanMoeError, did_you_mean
 from leanmoe.placement import Placement
 from leanmoe.plan import Plan, Rule
 from leanmoe.progress import bar
+from leanmoe.shape import MoEShape, read_shape
 from leanmoe.storage import read_json
 
 if TYPE_CHECKING:
@@ -35,11 +37,30 @@ MOST_CHOSEN = 64
 
 
 def find_model(name: str) -> Model:
-    """A model by name: one of the study's by its facts here, else as `leanmoe inspect` finds it."""
+    """A model by name: one of the study's by its facts here, else by its config.json."""
     if name in CONFIGS and not Path(name).exists():
         print(f"leanmoe: {name}'s shape is known here; nothing is fetched", file=sys.stderr)
         return read_model(CONFIGS[name], name)
-    return read_model(name)
+    with _suggesting(name):
+        return read_model(name)
+
+
+def find_shape(name: str) -> MoEShape:
+    """A model's shape alone, found as `find_model` does, where its attention may be any."""
+    if name in CONFIGS and not Path(name).exists():
+        return find_model(name).shape
+    with _suggesting(name):
+        return read_shape(name)
+
+
+@contextmanager
+def _suggesting(name: str) -> Iterator[None]:
+    """Adds the known names near one that is not found."""
+    try:
+        yield
+    except LeanMoeError as error:
+        near = "" if Path(name).exists() else did_you_mean(name, CONFIGS).strip()
+        raise LeanMoeError(f"{error}; {near}" if near else str(error)) from error
 
 
 def find_plan(

@@ -19,7 +19,7 @@ from leanmoe.job.inputs import quiet
 from leanmoe.progress import bar
 from leanmoe.provenance import collect
 from leanmoe.prune.allocation import Allocated, Counts, Evolution, evolve, fewest
-from leanmoe.prune.checkpoint import read_source, write_pruned
+from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
 from leanmoe.prune.choose import Kept, as_plan, best_experts, kept_count
 from leanmoe.prune.criteria import Criterion, Scores, criterion, place_scores
 from leanmoe.prune.output_error import SAMPLE_TOKENS, removal_order
@@ -77,7 +77,9 @@ def prune(settings: PruneSettings, output: Path) -> Pruned:
     count = kept_count(settings.keep, shape)
     _check_allocation(settings, wanted)
     source = None if settings.as_plan else read_source(checkpoint_folder(settings.model))
-    if output.exists() and settings.as_plan and (output / PLAN_FILE).exists():
+    if source is not None:
+        check_output(output, source)
+    elif (output / PLAN_FILE).exists():
         raise LeanMoeError(f"output {output} holds a {PLAN_FILE}: give another folder")
     ranked = _rank(settings, wanted, shape, count)
     protected = ranked.protected if settings.protect else ()

@@ -137,12 +137,12 @@ class _Program:
 
     def __init__(self) -> None:
         # Imported here: numba alone takes half a second, and reading a plan needs none of it.
-        from leanmoe.kernels import route_program
+        from leanmoe.kernels import route_fields, route_program
 
         self.entry = route_program.entry()
         self.run = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(self.entry)
-        self.pack = struct.Struct(f"={route_program.FIELDS}q").pack
-        self.scratch_bytes = lru_cache(maxsize=1024)(route_program.scratch_bytes)
+        self.pack = struct.Struct(f"={route_fields.FIELDS}q").pack
+        self.scratch_bytes = lru_cache(maxsize=1024)(route_fields.scratch_bytes)
         found = find_team()
         self._has_team = found is not None
         self.team = (found.parallel, found.thread_number) if found else (0, 0)

@@ -206,8 +206,9 @@ def _http(job: Job) -> tuple[Runner, Supply, str]:
 def _vllm(job: Job) -> tuple[Runner, Supply, str]:
     plans = read_plans(job.plans)
     check_plans(plans, job.targets[0])
-    from leanmoe.load.vllm_offline import VLLMOffline
+    from leanmoe.load.vllm_offline import VLLMOffline, require_vllm
 
+    require_vllm(bool(plans))
     tokenizer = load_tokenizer(job, [])
     source, supply = make_supply(job.settings, tokenizer)
     files = dict(zip(plans, job.plans, strict=True))

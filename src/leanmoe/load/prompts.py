@@ -16,6 +16,7 @@ from typing import Any
 
 from leanmoe.errors import LeanMoeError
 from leanmoe.load.settings import MOST_TOKENS, Lengths, ServiceLoad
+from leanmoe.progress import bar
 from leanmoe.text import read_corpus
 
 ENOUGH_TOKENS = 400_000
@@ -116,10 +117,11 @@ def read_stream(source: str | None, tokenizer: Any) -> tuple[str, list[int]]:
     stream: list[int] = []
     order = list(corpus.documents)
     random.Random(0).shuffle(order)
-    for document in order:
-        stream += encode(tokenizer, document.text)
-        if len(stream) >= ENOUGH_TOKENS:
-            break
+    with bar("Reading text", len(order), "documents") as advance:
+        for document in order:
+            if len(stream) < ENOUGH_TOKENS:
+                stream += encode(tokenizer, document.text)
+            advance(1)
     return corpus.source, stream
 
 

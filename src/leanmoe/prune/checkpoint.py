@@ -220,19 +220,24 @@ def _fingerprint(source: Source) -> str:
     return hashlib.sha256("\n".join(text).encode()).hexdigest()
 
 
+def check_output(output: Path, source: Source) -> None:
+    """Raises LeanMoeError for an output that holds something else than an unfinished run."""
+    if output.resolve() == source.folder.resolve():
+        raise LeanMoeError(f"output {output} is the source itself")
+    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not is_free and not (output / STATE).is_file():
+        raise LeanMoeError(f"output {output} exists and is not empty: give another folder")
+
+
 def _claim(
     output: Path, state: Mapping[str, Any], source: Source, sizes: Mapping[str, int]
 ) -> None:
     """Makes the output folder ours, or finds that it is already; `sizes` are the shards' bytes."""
-    if output.resolve() == source.folder.resolve():
-        raise LeanMoeError(f"output {output} is the source itself")
-    if (output / STATE).is_file():
-        if read_json(output / STATE, "state of an earlier run") != dict(state):
-            raise LeanMoeError(
-                f"output {output} holds an unfinished run with other settings: remove it first"
-            )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise LeanMoeError(f"output {output} exists and is not empty: give another folder")
+    check_output(output, source)
+    if (output / STATE).is_file() and read_json(output / STATE, "earlier state") != dict(state):
+        raise LeanMoeError(
+            f"output {output} holds an unfinished run with other settings: remove it first"
+        )
     needed = sum(size for file, size in sizes.items() if not (output / file).is_file())
     existing = next(p for p in (output, *output.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free

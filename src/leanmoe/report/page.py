@@ -16,23 +16,30 @@ STYLE = """
 :root { --ink: #1d2b3a; --soft: #5c6b7a; --line: #dfe5ea; --ours: #0b7a75; --bad: #b3261e; }
 * { box-sizing: border-box; }
 body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); margin: 0; background: #f6f8f9; }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 24px 64px; }
+main { max-width: 1140px; margin: 0 auto; padding: 32px 24px 64px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 0 0 2px; }
 p.lead { font-size: 17px; margin: 8px 0 20px; } p { margin: 6px 0 12px; max-width: 76ch; }
 section { background: #fff; border: 1px solid var(--line); border-radius: 8px;
   padding: 20px 22px; margin: 18px 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
+  font-size: 14px; }
+th, td { text-align: right; vertical-align: baseline; padding: 6px 8px;
+  border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-td:first-child:not(.words), td small { white-space: nowrap; } td.words { vertical-align: top; }
+td:first-child:not(.words), td small { white-space: nowrap; } td.words { min-width: 6em; }
 td.words, th.words { text-align: left; } tr.ours td { background: #eef7f6; font-weight: 600; }
 .accepted { color: var(--ours); font-weight: 600; } .refused { color: var(--bad); }
 .label { font-size: 12px; color: var(--soft); border: 1px solid var(--line); border-radius: 99px;
   padding: 1px 9px; margin-left: 8px; vertical-align: 2px; font-weight: 400; }
-.scroll { overflow-x: auto; } small, .soft { color: var(--soft); }
+.scroll { overflow-x: auto; }
+.plotly-graph-div { min-width: 560px; } small, .soft { color: var(--soft); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 """
+
+
+BUTTONS = [["toImage", "resetScale2d"]]
+"""Above a plot; more of them lie over its legend in a narrow window."""
 
 
 def write_report(run: Path, target: Path | None = None) -> Path:
@@ -327,10 +334,10 @@ def plot(figure: Any) -> str:
     html = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
-        config={"displaylogo": False, "responsive": True},
+        config={"displaylogo": False, "responsive": True, "modeBarButtons": BUTTONS},
         div_id=f"plot-{name}",
     )
-    return str(html)
+    return f'<div class="scroll">{html}</div>'
 
 
 def table_with(
@@ -367,5 +374,7 @@ def ratio_cell(gain: dict[str, Any]) -> str:
 
 
 def number_cell(value: float | None) -> str:
-    """A figure to four digits; nothing where there is none."""
-    return "" if value is None else f"{value:,.4g}"
+    """A figure to four digits or whole, never as a power of ten; nothing where there is none."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

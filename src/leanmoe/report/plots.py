@@ -35,7 +35,12 @@ def front(results: Results, concurrency: int) -> go.Figure:
         shown = [p for p in points if bool(p["chosen"]) is chosen]
         if shown:
             figure.add_trace(_loss_points(shown, "modelled_time", name, colour, chosen))
-    figure.update_xaxes(tickformat=".0%")
+    # As many digits as tell two ticks apart; around a single point plotly would reach below none.
+    times = [p["modelled_time"] for p in points]
+    if times:
+        beside = max(0.02, 0.05 * (max(times) - min(times)))
+        figure.update_xaxes(range=[min(times) - beside, max(times) + beside])
+    figure.update_xaxes(tickformat="~%")
     return figure
 
 
@@ -246,8 +251,8 @@ def figure_with(x_title: str, y_title: str) -> go.Figure:
         legend={"orientation": "h", "y": 1.12},
         hoverlabel={"align": "left"},
     )
-    figure.update_xaxes(title_text=x_title)
-    figure.update_yaxes(title_text=y_title)
+    figure.update_xaxes(title={"text": x_title, "font_size": 13})
+    figure.update_yaxes(title={"text": y_title, "font_size": 13})
     if "loss" in y_title:
         figure.update_yaxes(ticksuffix="%")
     return figure

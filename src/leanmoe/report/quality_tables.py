@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 Results = dict[str, Any]
@@ -20,8 +23,8 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
 
 
-def console_tables(results: Results) -> list[Table]:
-    """Every table of the results for a terminal."""
+def console_tables(results: Results, console: Console) -> list[Table]:
+    """Every table of the results for a terminal: on its side where a cell would be cut short."""
     found = []
     for sheet in sheets(results):
         table = Table(title=sheet.title, title_justify="left")
@@ -29,8 +32,26 @@ def console_tables(results: Results) -> list[Table]:
             table.add_column(head, justify="left" if number == 0 else "right")
         for row in sheet.rows:
             table.add_row(*row)
-        found.append(table)
+        found.append(table if _is_whole(sheet, table, console) else _on_its_side(sheet))
     return found
+
+
+def _is_whole(sheet: Sheet, table: Table, console: Console) -> bool:
+    """Whether no word of it is cut short; rich alone knows how it divides a width."""
+    shown = StringIO()
+    Console(file=shown, width=console.width).print(table)
+    words = {word for row in (sheet.heads, *sheet.rows) for cell in row for word in cell.split()}
+    return words <= set(re.split(r"[\s│┃]+", shown.getvalue()))
+
+
+def _on_its_side(sheet: Sheet) -> Table:
+    """A line for each figure, the rows one below the other."""
+    table = Table(title=sheet.title, title_justify="left", show_header=False)
+    for row in sheet.rows:
+        for head, cell in zip(sheet.heads, row, strict=True):
+            table.add_row(head, cell)
+        table.add_section()
+    return table
 
 
 def sheets(results: Results) -> list[Sheet]:
@@ -76,7 +97,7 @@ def _tasks(results: Results) -> list[Sheet]:
     return [
         Sheet(
             f"Tasks: accuracy in percent, plan less full model in points [{sure}]",
-            f"Paired by question; {settings['decode_batch']} requests decode together.",
+            f"Paired by question; {_company(settings['decode_batch'])}.",
             (
                 "plan",
                 "task",
@@ -97,6 +118,10 @@ def _tasks(results: Results) -> list[Sheet]:
             tuple(details),
         ),
     ]
+
+
+def _company(requests: int) -> str:
+    return "each decodes alone" if requests == 1 else f"{requests} decode together"
 
 
 def _mixes(row: Results) -> str:
@@ -124,7 +149,7 @@ def _generation(found: Results) -> list[Sheet]:
     sheets = [
         Sheet(
             f"Greedy replies of {found['tokens']} tokens to {found['prompts']} prompts",
-            f"{found['together']} requests decode together. Divergence: KL from the full model "
+            f"Of the requests {_company(found['together'])}. Divergence: KL from the full model "
             "along its own replies, nats per token, each model with its own keys and values.",
             (
                 "plan",

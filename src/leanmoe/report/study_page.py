@@ -78,7 +78,7 @@ def _table_9(found: Section) -> str:
     cells = []
     for row in rows:
         line = [str(row["concurrency"]), number_cell(row["ours"]["8"])]
-        line += [number_cell(row["paper"]["8"]), f"{100 * row['full_off']:+.0f}%"]
+        line += [number_cell(row["paper"]["8"]), f"{round(100 * row['full_off']):+d}%"]
         for k in ("6", "4", "3"):
             mark = " *" if int(k) in row["broken"] else ""
             line += [f"{row['gain'][k]:+.1f}%", f"{row['paper_gain'][k]:+.1f}%{mark}"]

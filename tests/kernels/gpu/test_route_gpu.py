@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,23 +11,28 @@ from torch import Tensor
 
 from leanmoe.errors import LeanMoeError
 from leanmoe.kernels.gpu.route import (
-    MOST_TOKENS_OF_ALL,
     RoutedGpu,
-    route_gpu,
-    route_gpu_ids,
     why_not_route_gpu,
 )
-from leanmoe.kernels.gpu.work_list import work_list_reference
-from leanmoe.placement import Placement
 from leanmoe.plan import Rule
 from leanmoe.routers import Router
-from leanmoe.routing import Company, Routing, route
-from tests.kernels.test_route_cpu import by_expert, is_clear
+from leanmoe.routing import route
+from tests.kernels.gpu.routed import (
+    DEVICE,
+    check_same,
+    check_work,
+    draw,
+    expected,
+    one_step,
+    repeating_here,
+    route_here,
+    run,
+)
+from tests.kernels.test_route_cpu import is_clear
 from tests.routing.cases import ROUTERS, Case, cases
 
 FEW = settings(deadline=None, max_examples=25)
 """The interpreter takes a tenth of a second for a token."""
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RULES = [
     Rule(top_k=3),
     Rule(threshold=0.4),
@@ -40,73 +44,6 @@ RULES = [
     Rule(top_k=3, guaranteed=2, budget=5),
     Rule(experts=tuple(range(1, 24)), guaranteed=1, keep_weights=True),
 ]
-
-
-def _there(values: Any) -> Any:
-    return [v.to(DEVICE) if isinstance(v, Tensor) else v for v in values]
-
-
-def route_here(*arguments: Any, **options: Any) -> RoutedGpu:
-    """`route_gpu` on the GPU where there is one, what it finds back on the CPU."""
-    found = route_gpu(*_there(arguments), **options)
-    work = found.work._replace(
-        **{name: getattr(found.work, name).cpu() for name in ("rows", "blocks_3B", "used_1")}
-    )
-    over = None if found.over_budget is None else found.over_budget.cpu()
-    return RoutedGpu(found.ids_TK.cpu(), found.weights_TK.cpu(), over, work)
-
-
-def repeating_here(*arguments: Any) -> tuple[Tensor, Tensor]:
-    ids_TK, weights_TK = route_gpu_ids(*_there(arguments))
-    return ids_TK.cpu(), weights_TK.cpu()
-
-
-def one_step(case: Case) -> Case:
-    """The first of a case's steps."""
-    padding = None if case.padding_ST is None else case.padding_ST[0]
-    return replace(case, logits_STE=case.logits_STE[0], padding_ST=padding)
-
-
-def run(case: Case, block_rows: int = 16) -> RoutedGpu:
-    arguments = (case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
-    return route_here(*arguments, block_rows=block_rows)
-
-
-def expected(case: Case) -> Routing:
-    return route(case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
-
-
-def slots_by_expert(found: RoutedGpu, experts: int) -> list[set[int]]:
-    """Which slots the work list has for each expert; fails where one is listed twice."""
-    rows, blocks, used, block_rows = found.work
-    slots: list[list[int]] = [[] for _ in range(experts)]
-    for expert, first, count in blocks[:, : int(used)].T.tolist():
-        assert 0 < count <= block_rows
-        slots[expert] += rows[first : first + count].tolist()
-    assert all(len(set(listed)) == len(listed) for listed in slots)
-    return [set(listed) for listed in slots]
-
-
-def check_work(found: RoutedGpu, experts: int) -> None:
-    flat = found.ids_TK.flatten().tolist()
-    wanted: list[set[int]] = [set() for _ in range(experts)]
-    for slot, expert in enumerate(flat):
-        if expert < experts:
-            wanted[expert].add(slot)
-    assert slots_by_expert(found, experts) == wanted
-    reference = work_list_reference(found.ids_TK, experts, found.work.block_rows)
-    assert int(found.work.used_1) == int(reference.used_1)
-
-
-def check_same(found: RoutedGpu, wanted: Routing, experts: int) -> None:
-    routing = Routing(found.ids_TK, found.weights_TK, found.over_budget)
-    assert found.ids_TK.sort(dim=-1)[0].tolist() == wanted.ids_STK.sort(dim=-1)[0].tolist()
-    torch.testing.assert_close(
-        by_expert(routing, experts), by_expert(wanted, experts), atol=1e-5, rtol=1e-4
-    )
-    assert (found.over_budget is None) == (wanted.over_budget_S is None)
-    if found.over_budget is not None and wanted.over_budget_S is not None:
-        assert bool(found.over_budget) == bool(wanted.over_budget_S)
 
 
 @given(cases(hostile=False))
@@ -161,12 +98,6 @@ def test_logits_that_rank_as_they_are_give_the_reference_bit_for_bit(drawn: Case
     rule = Rule(drawn.rule.top_k, guaranteed=guaranteed, experts=drawn.rule.experts)
     case = one_step(replace(drawn, name="softmax after top-k", bias_E=None, rule=rule))
     assert run(case).ids_TK.tolist() == expected(case).ids_STK.tolist()
-
-
-def draw(tokens: int, experts: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(tokens, experts, generator=generator)
-    return logits, torch.randn(experts, generator=generator) * 0.1
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -280,127 +211,6 @@ def test_repeating_of_padding_alone_names_experts_that_exist() -> None:
         assert not bool(weights.any())
 
 
-PLACEMENTS = (
-    Placement.linear(32, 2),
-    Placement.linear(32, 5),
-    Placement.round_robin(32, 4),
-    Placement((2, 0) * 16, 3),
-)
-"""The last has a rank without experts."""
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=["2", "5", "4 in turn", "one is empty"])
-@pytest.mark.parametrize(
-    "rule",
-    [
-        Rule(budget_per_rank=1),
-        Rule(budget_per_rank=4),
-        Rule(budget_per_rank=3, budget=7),
-        Rule(budget_per_rank=5, guaranteed=2, threshold=0.2),
-        Rule(budget_per_rank=3, experts=tuple(range(2, 30)), keep_weights=True),
-        Rule(budget_per_rank=32),
-    ],
-    ids=str,
-)
-def test_budgets_per_rank_are_those_of_the_reference(rule: Rule, placement: Placement) -> None:
-    for seed, (tokens, name) in enumerate(
-        ((1, "softmax"), (9, "softmax, normalised"), (24, "sigmoid with a bias"))
-    ):
-        logits, bias = draw(tokens, 32, seed)
-        bias_E = bias if ROUTERS[name].ranking_bias else None
-        padding = torch.arange(tokens) % 5 == 4
-        arguments = (logits, ROUTERS[name], 4, rule, bias_E, padding)
-        found = route_here(*arguments, placement)
-        check_same(found, route(*arguments, Company(placement)), 32)
-        check_work(found, 32)
-
-
-@pytest.mark.parametrize("budget", [1, 2, 5, 8, 16])
-def test_equal_votes_on_a_rank_go_to_the_lower_id(budget: int) -> None:
-    logits = torch.zeros(8, 32)
-    for token in range(8):
-        logits[token, 3 * token], logits[token, 31 - token] = 4.0, 3.0
-    rule, router = Rule(budget_per_rank=budget), ROUTERS["softmax after top-k"]
-    for placement in PLACEMENTS:
-        found = route_here(logits, router, 2, rule, None, None, placement)
-        check_same(found, route(logits, router, 2, rule, company=Company(placement)), 32)
-
-
-@pytest.mark.parametrize(
-    "rule", [Rule(guaranteed=1), Rule(budget=7, guaranteed=3), Rule(budget_per_rank=4)], ids=str
-)
-@pytest.mark.parametrize("own", [0, 1, 6])
-def test_tokens_of_other_ranks_count_as_in_one_step_with_them(own: int, rule: Rule) -> None:
-    logits, _ = draw(12, 32)
-    placement, router = PLACEMENTS[0], ROUTERS["softmax, normalised"]
-    wanted = route(logits, router, 4, rule, company=Company(placement))
-    ballots: list[Tensor] = []
-
-    def listen(ballot_3E: Tensor) -> Tensor:
-        ballots.append(ballot_3E)
-        return ballot_3E
-
-    route(logits[own:], router, 4, rule, company=Company(placement, listen))
-
-    def add(ballot_3E: Tensor) -> Tensor:
-        return ballot_3E + ballots[0].to(ballot_3E.device)
-
-    for _ in range(2):  # the second finds nothing that the first left
-        found = route_here(logits[:own], router, 4, rule, None, None, placement, add)
-        assert found.ids_TK.sort(dim=-1)[0].tolist() == wanted.ids_STK[:own].sort(-1)[0].tolist()
-        if own:
-            assert bool(found.over_budget) == bool(wanted.over_budget_S)
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [Rule(guaranteed=1), Rule(budget=7, guaranteed=2), Rule(budget=5), Rule(budget_per_rank=4)],
-    ids=str,
-)
-@pytest.mark.parametrize("seed", range(3))
-def test_as_many_tokens_of_other_ranks_as_there_may_be(rule: Rule, seed: int) -> None:
-    """Counts and votes of 2^18 tokens, as the kernel's own word could not hold them."""
-    generator = torch.Generator().manual_seed(seed)
-    logits, _ = draw(6, 32, seed)
-    placement, router = PLACEMENTS[0], ROUTERS["softmax, normalised"]
-    others, unit = MOST_TOKENS_OF_ALL - 6, 1 << 32
-    ballot_3E = torch.zeros(3, 32, dtype=torch.int64)
-    ballot_3E[0, seed] = others
-    ballot_3E[1, 2:12] = torch.randint(1, others, (10,), generator=generator)
-    ballot_3E[2, :16] = torch.randint(0, others * (unit + 1), (16,), generator=generator)
-    ballot_3E[2, 16:19] = others * (unit + 1)
-    ballot_3E[2, 19:22] = 1
-
-    def add(own: Tensor) -> Tensor:
-        return own + ballot_3E.to(own.device)
-
-    wanted = route(logits, router, 4, rule, company=Company(placement, add))
-    for _ in range(2):
-        found = route_here(logits, router, 4, rule, None, None, placement, add)
-        check_same(found, wanted, 32)
-
-
-@pytest.mark.parametrize(
-    "rule", [Rule(guaranteed=1), Rule(budget=7, guaranteed=2), Rule(budget_per_rank=4)], ids=str
-)
-def test_skipped_slots_of_any_id_where_ranks_share_experts(rule: Rule) -> None:
-    logits, _ = draw(9, 32)
-    padding = torch.arange(9) % 5 == 4
-    placement, router = PLACEMENTS[0], ROUTERS["softmax, normalised"]
-    ballot_3E = torch.ones(3, 32, dtype=torch.int64)
-
-    def add(own: Tensor) -> Tensor:
-        return own + ballot_3E.to(own.device) * (torch.arange(32, device=own.device) < 5)
-
-    arguments = (logits, router, 4, rule, None, padding, placement, add)
-    wanted = route_here(*arguments)
-    for skipped in (-1, 32):
-        found = route_gpu_ids(*_there(arguments), skipped_id=skipped)
-        ids_TK, weights_TK = (tensor.cpu() for tensor in found)
-        assert ids_TK.tolist() == wanted.ids_TK.masked_fill(wanted.ids_TK == 32, skipped).tolist()
-        assert weights_TK.tolist() == wanted.weights_TK.tolist()
-
-
 def test_no_tokens() -> None:
     found = route_here(torch.randn(0, 32), Router(), 4, Rule(budget=3))
     assert found.ids_TK.shape == (0, 4)
@@ -417,8 +227,5 @@ def test_says_what_it_cannot_do() -> None:
     ):
         logits = torch.randn(shape, dtype=dtype, device=DEVICE)
         assert reason in str(why_not_route_gpu(logits, router, Rule()))
-    rule, placement = Rule(budget_per_rank=2), Placement.linear(6, 2)
-    with pytest.raises(LeanMoeError, match="placement is of 6 experts: the model has 8"):
-        route_here(torch.randn(2, 8), Router(), 4, rule, None, None, placement)
     with pytest.raises(LeanMoeError, match="nothing is routed"):
         route_here(torch.randn(2, 8), after, 4, Rule(top_k=0))

@@ -1,0 +1,54 @@
+"""`leanmoe report` on an evaluation: its page again, or one line on why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_main import run
+from tests.report.test_quality_tables import results
+
+MADE = {
+    "hardware": "a CPU",
+    "cores": 2,
+    "versions": {"torch": "2.13.0"},
+    "commit": "0123456789ab",
+    "date": "2026-01-01",
+    "seed": 0,
+    "command": "leanmoe eval",
+}
+
+
+def saved(folder: Path, version: int) -> None:
+    """An evaluation's results in `folder`."""
+    whole = {
+        "leanmoe_eval": version,
+        "provenance": MADE,
+        "settings": {"model": "reference"},
+        "experts_implementation": "leanmoe cpu",
+        **results(),
+    }
+    (folder / "results.json").write_text(json.dumps(whole))
+
+
+def test_the_page_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, 1)
+    code, out, _ = run(capsys, "report", str(tmp_path), "--json")
+    assert (code, json.loads(out)["report"]) == (0, str(tmp_path / "report.html"))
+    page = (tmp_path / "report.html").read_text()
+    assert "What plans cost: reference" in page
+    assert "top_k=6,keep_weights" in page
+
+
+def test_results_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, 7)
+    code, _, err = run(capsys, "report", str(tmp_path))
+    assert (code, "schema version 7: this leanmoe reads 1" in err) == (1, True)
+
+
+def test_an_evaluation_has_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, 1)
+    code, _, err = run(capsys, "report", str(tmp_path), "--svg", str(tmp_path / "a.svg"))
+    assert (code, "holds a run of eval" in err) == (1, True)
