@@ -62,7 +62,9 @@ def test_a_sweep_with_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
     command = ["predict", "deepseek-ai/DeepSeek-V3", "--top-k", "6", "--gpus", "8,16", "--sweep"]
     code, out, _ = run(capsys, *command, "--tpot", "40", "--price", "2", "--page", str(page))
     assert code == 0
-    assert "Cheapest, plan:" in " ".join(out.split())
+    words = " ".join(out.split())
+    assert "Cheapest, plan:" in words
+    assert "GPUs make the tokens that take the full model 64" in words
     text = page.read_text()
     assert "<script src" not in text
     assert "The cheapest deployment within the limits" in text

@@ -267,7 +267,7 @@ def _cheapest_line(row: dict[str, Any]) -> str:
     )
     if "cost_a_million" in row:
         words += f", {row['cost_a_million']:.2f} a million tokens"
-    if "gpus" in row:
-        words += f"; {row['target_throughput']:.0f} tok/s take {row['gpus']} GPUs"
-        words += f" ({row['gpus_saved']:+d} saved)" if row["gpus_saved"] else ""
+    if row.get("gpus_saved"):
+        full = row["gpus"] + row["gpus_saved"]
+        words += f"; {row['gpus']} GPUs make the tokens that take the full model {full}"
     return words
