@@ -26,19 +26,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cost_engine import FULL, gpu_of, read_run, runs_in
 from cost_parallel import parallel_steps, summary
 
-from leanmoe import provenance
-from leanmoe.cost.activation import Activation, CurveOf, assumed_curves
-from leanmoe.cost.constants import shipped
-from leanmoe.cost.deployment import Deployment
-from leanmoe.cost.hardware import GPUS
-from leanmoe.cost.models import published_model
-from leanmoe.cost.routing import Assumed, from_points
-from leanmoe.cost.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
-from leanmoe.cost.step import Batch, StepTime
-from leanmoe.cost.tables import WEIGHT_BYTES
-from leanmoe.cost.work import ExpertsShape, Rows
+from leanmoe.core import provenance
+from leanmoe.core.files import read_json, write_json
+from leanmoe.models.catalog import published_model
 from leanmoe.plan import Plan, Rule
-from leanmoe.storage import read_json, write_json
+from leanmoe.predict.active_experts import Activation, CurveOf, assumed_curves
+from leanmoe.predict.constants import shipped
+from leanmoe.predict.deployment import Deployment
+from leanmoe.predict.expert_curves import Assumed, from_points
+from leanmoe.predict.hardware import GPUS
+from leanmoe.predict.kernel_features import ExpertsShape, Rows
+from leanmoe.predict.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
+from leanmoe.predict.step import Batch, StepTime
+from leanmoe.predict.tables import WEIGHT_BYTES
 
 KERNELS = {
     ("leanmoe", "bfloat16"): ("leanmoe", "bfloat16"),

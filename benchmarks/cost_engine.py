@@ -16,17 +16,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from vllm_layout import SINGLE, Layout
 
-from leanmoe.cost.activation import Activation
-from leanmoe.cost.constants import Constants
-from leanmoe.cost.deployment import Deployment
-from leanmoe.cost.hardware import GPUS, Gpu
-from leanmoe.cost.model import read_model
-from leanmoe.cost.routing import Curve, from_points
-from leanmoe.cost.small_steps import SmallSteps
-from leanmoe.cost.step import Batch, Parts, StepTime
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json
+from leanmoe.models.step_model import read_model
 from leanmoe.plan import Rule
-from leanmoe.storage import read_json
+from leanmoe.predict.active_experts import Activation
+from leanmoe.predict.constants import Constants
+from leanmoe.predict.deployment import Deployment
+from leanmoe.predict.expert_curves import Curve, from_points
+from leanmoe.predict.hardware import GPUS, Gpu
+from leanmoe.predict.small_steps import SmallSteps
+from leanmoe.predict.step import Batch, Parts, StepTime
 
 FULL = ("stock", "empty plan", "stock, leanmoe")
 """Names of the full model in `vllm_gpu.py`'s results."""

@@ -7,7 +7,7 @@ Per kernel and format: constants are fitted on half of the shapes, never on one 
 tested on the other half and on every row with k = 6. A shape is hidden and expert width, experts,
 k and both parallelisms, held out whole. The domain is fine-grained experts on a GPU as it would
 serve them; rows outside it are counted and shown, not fitted. `--write-constants` writes the
-constants, ours, that come with leanmoe (src/leanmoe/cost/fitted).
+constants, ours, that come with leanmoe (src/leanmoe/predict/fitted).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from cost_groups import fit_table, transfer
 from cost_own import beyond, our_benchmark, our_kernel
 from cost_rates import rates
 
-from leanmoe import provenance
-from leanmoe.cost.constants import FITTED, Accuracy, Constants, KernelConstants, write_constants
-from leanmoe.cost.hardware import GPUS
-from leanmoe.cost.tables import PACKAGE, TABLES, VERSION
-from leanmoe.cost.work import FEATURES
-from leanmoe.progress import bar
-from leanmoe.storage import write_json
+from leanmoe.core import provenance
+from leanmoe.core.files import write_json
+from leanmoe.core.progress import bar
+from leanmoe.predict.constants import FITTED, Accuracy, Constants, KernelConstants, write_constants
+from leanmoe.predict.hardware import GPUS
+from leanmoe.predict.kernel_features import FEATURES
+from leanmoe.predict.tables import PACKAGE, TABLES, VERSION
 
 RESULTS = Path("benchmarks/results")
 

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cost_engine import FULL, gpu_of, read_layouts
 
-from leanmoe.cost.constants import Constants, shipped
-from leanmoe.cost.hardware import GPUS
-from leanmoe.errors import LeanMoeError
-from leanmoe.job.predict import find_constants
-from leanmoe.storage import read_json
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json
+from leanmoe.predict.constants import Constants, shipped
+from leanmoe.predict.hardware import GPUS
+from leanmoe.predict.inputs import find_constants
 
 STOCK = FULL[0]
 

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from leanmoe.cost.collectives import EXCHANGED_BYTES
-from leanmoe.cost.constants import Accuracy, Rates
-from leanmoe.cost.fit import accuracy
-from leanmoe.cost.hardware import Gpu
-from leanmoe.cost.routing import ranks_touched
-from leanmoe.cost.tables import PACKAGE, VERSION, read_columns
+from leanmoe.predict.collectives import EXCHANGED_BYTES
+from leanmoe.predict.constants import Accuracy, Rates
+from leanmoe.predict.expert_curves import ranks_touched
+from leanmoe.predict.fit import accuracy
+from leanmoe.predict.hardware import Gpu
+from leanmoe.predict.tables import PACKAGE, VERSION, read_columns
 
 LEAST_LATENT_HEADS = 8
 """On a GPU: fewer are not served."""

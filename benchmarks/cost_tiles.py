@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from leanmoe.cost.schedules import ANY
-from leanmoe.storage import write_json
+from leanmoe.core.files import write_json
+from leanmoe.predict.tile_heuristics import ANY
 
 NAME = re.compile(
     r"(?:triton_(?P<triton>[0-9_]+)/)?E=(?P<experts>\d+),N=(?P<width>\d+),"

@@ -50,7 +50,7 @@ def main() -> None:
     if options.folder.exists():
         sys.exit(f"{options.folder} is there already")
     draw(options.folder, config_of(options.shape, options.layers))
-    from leanmoe.reference import path
+    from leanmoe.models.reference import path
 
     for name in TOKENIZER:
         shutil.copyfile(path() / name, options.folder / name)

@@ -32,10 +32,10 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-from leanmoe import provenance
+from leanmoe.core import provenance
+from leanmoe.core.files import write_json
+from leanmoe.core.progress import bar
 from leanmoe.kernels import ExpertWeights, choose_experts, experts_cpu
-from leanmoe.progress import bar
-from leanmoe.storage import write_json
 
 LAYERS, EXPERTS, SLOTS, HIDDEN, WIDTH = 6, 64, 8, 224, 48
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)

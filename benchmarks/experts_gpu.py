@@ -35,15 +35,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_peers import MOST_GATHERED, STOCK, Inputs, Stock, Vllm, torch_grouped
 
-from leanmoe import provenance
+from leanmoe.core import provenance
+from leanmoe.core.files import write_json
 from leanmoe.kernels import ExpertWeights, experts_gpu, experts_reference, route_gpu
-from leanmoe.kernels.gpu.timing import Captured
-from leanmoe.kernels.gpu.tune import random_weights
-from leanmoe.kernels.gpu.tuned import Shape, config_for
+from leanmoe.kernels.triton.timing import Captured
+from leanmoe.kernels.triton.tune_tiles import random_weights
+from leanmoe.kernels.triton.tuned_tiles import Shape, config_for
+from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routers import Router
 from leanmoe.routing import route
-from leanmoe.storage import write_json
 
 V3, V3_FP8 = (Shape(256, 7168, 2048, 8, name) for name in ("bfloat16", "float8_e4m3fn"))
 QWEN = Shape(128, 2048, 768, 8, "bfloat16")

@@ -25,9 +25,9 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from leanmoe.kernels import ExpertWeights
-from leanmoe.kernels.gpu.timing import time_calls
-from leanmoe.kernels.gpu.tune import random_call, random_weights
-from leanmoe.kernels.gpu.tuned import Shape
+from leanmoe.kernels.triton.timing import time_calls
+from leanmoe.kernels.triton.tune_tiles import random_call, random_weights
+from leanmoe.kernels.triton.tuned_tiles import Shape
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 """Hidden states (T,D), ids and weights (T,K)."""

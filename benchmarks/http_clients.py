@@ -25,15 +25,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from leanmoe.load.bench import Job, load_tokenizer, make_supply
-from leanmoe.load.metrics import Ratio
-from leanmoe.load.over_http import OverHTTP
-from leanmoe.load.prompts import Request
-from leanmoe.load.servers import Server, ask, read_address
-from leanmoe.load.settings import BenchSettings, Lengths, ServiceLoad
-from leanmoe.load.sweep import measured, warm_up
-from leanmoe.provenance import collect
-from leanmoe.storage import write_json
+from leanmoe.bench.metrics import Ratio
+from leanmoe.bench.over_http import OverHTTP
+from leanmoe.bench.prompts import Request
+from leanmoe.bench.run import Job, load_tokenizer, make_supply
+from leanmoe.bench.servers import Server, ask, read_address
+from leanmoe.bench.settings import BenchSettings, Lengths, ServiceLoad
+from leanmoe.bench.sweep import measured, warm_up
+from leanmoe.core.files import write_json
+from leanmoe.core.provenance import collect
 
 OURS = "leanmoe bench"
 WAYS: dict[str, dict[str, bool]] = {

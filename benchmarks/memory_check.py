@@ -14,14 +14,14 @@ from dataclasses import replace
 import torch
 
 from leanmoe.kernels import ExpertWeights, experts_gpu, experts_reference, route_gpu
-from leanmoe.kernels.gpu.config import ExpertsConfig, Tile
-from leanmoe.kernels.gpu.tune import random_call, random_weights
-from leanmoe.kernels.gpu.tuned import Shape
-from leanmoe.placement import Placement
+from leanmoe.kernels.triton.config import ExpertsConfig, Tile
+from leanmoe.kernels.triton.tune_tiles import random_call, random_weights
+from leanmoe.kernels.triton.tuned_tiles import Shape
+from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routers import Router
+from leanmoe.plan.placement import Placement
 from leanmoe.routing import route
-from leanmoe.routing.company import Company
+from leanmoe.routing.batch_rules import Company
 
 SHAPES = (
     Shape(12, 200, 72, 3, "bfloat16"),

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from leanmoe.placement import Placement
+from leanmoe.core.files import write_json
+from leanmoe.core.progress import bar
+from leanmoe.core.provenance import collect
+from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.progress import bar
-from leanmoe.provenance import collect
-from leanmoe.routers import Router
+from leanmoe.plan.placement import Placement
 from leanmoe.routing import Company, count_distinct, count_distinct_by_rank, route, score
-from leanmoe.storage import write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 from vllm_replay import ROUTINGS, Replay

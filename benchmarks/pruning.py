@@ -38,10 +38,19 @@ from pruning_speed import (
 from pruning_svg import picture
 from pruning_table import one_table, show
 
-from leanmoe import apply, provenance
-from leanmoe.job.folder import RunFolder
-from leanmoe.job.inputs import quiet
-from leanmoe.job.prune import (
+from leanmoe import apply
+from leanmoe.core import provenance
+from leanmoe.core.files import write_json, write_text
+from leanmoe.core.progress import bar
+from leanmoe.core.run_folder import RunFolder
+from leanmoe.core.text import read_corpus, split
+from leanmoe.models.shape import MoEShape
+from leanmoe.plan import Plan, Rule
+from leanmoe.prune.allocation import Allocated
+from leanmoe.prune.checkpoint import FILE, read_source, write_pruned
+from leanmoe.prune.criteria import CRITERIA, Scores, criterion, place_scores
+from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
+from leanmoe.prune.run import (
     ALLOCATION_TOKENS,
     allocate,
     checkpoint_folder,
@@ -49,20 +58,12 @@ from leanmoe.job.prune import (
     observe,
     output_errors,
 )
-from leanmoe.plan import Plan, Rule
-from leanmoe.progress import bar
-from leanmoe.prune.allocation import Allocated
-from leanmoe.prune.checkpoint import FILE, read_source, write_pruned
-from leanmoe.prune.choose import Kept, as_plan, best_experts, kept_count
-from leanmoe.prune.criteria import CRITERIA, Scores, criterion, place_scores
-from leanmoe.quality.divergence import losses
-from leanmoe.quality.documents import Losses
-from leanmoe.quality.paired import loss_increase
-from leanmoe.quality.windows import Windows, cut
 from leanmoe.runtime import load_model, shape_of
-from leanmoe.shape import MoEShape
-from leanmoe.storage import write_json, write_text
-from leanmoe.text import read_corpus, split
+from leanmoe.scoring.divergence import losses
+from leanmoe.scoring.windows import Windows, cut
+from leanmoe.stats.documents import Losses
+from leanmoe.stats.paired import loss_increase
+from leanmoe.tune.inputs import quiet
 
 KEEP = ("87.5%", "75%", "50%", "25%")
 SLOTS = (7, 6, 5, 4, 3)

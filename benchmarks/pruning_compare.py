@@ -8,8 +8,8 @@ from typing import Any
 
 from pruning_speed import STEPS, Pair, Timed
 
-from leanmoe.quality.documents import Losses
-from leanmoe.quality.paired import Estimate, loss_difference
+from leanmoe.stats.documents import Losses
+from leanmoe.stats.paired import Estimate, loss_difference
 
 RIVALS = ("random", "activate-count")
 BY_OUTPUT = ("reap", "easy-ep", "output-sum", "output-error")

@@ -22,10 +22,10 @@ from scipy import stats
 from transformers import DynamicCache
 
 from leanmoe import apply
-from leanmoe.job.folder import Lines
+from leanmoe.core.progress import bar
+from leanmoe.core.run_folder import Lines
+from leanmoe.core.text import Document
 from leanmoe.plan import Plan
-from leanmoe.progress import bar
-from leanmoe.text import Document
 
 PROMPT_TOKENS = 128
 PROMPTS = 8

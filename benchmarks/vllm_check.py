@@ -80,8 +80,8 @@ def parse() -> argparse.Namespace:
 
 def plan_of(run: str) -> Any:
     """The plan of a run; None where there is none."""
+    from leanmoe.models.shape import read_shape
     from leanmoe.plan import Plan, Rule
-    from leanmoe.shape import read_shape
 
     rules = {EMPTY: Rule(), UNCOUNTED: Rule(), UNIFORM: Rule(top_k=4), SKIPPING: Rule(guaranteed=3)}
     return Plan.uniform(read_shape(MODEL).fingerprint(), rules[run]) if run in rules else None
@@ -124,7 +124,7 @@ def start(
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
                                "cudagraph_capture_sizes": CAPTURED},
         "attention_config": {"backend": "FLASH_ATTN", "flash_attn_version": 3},
-        "worker_extension_cls": "leanmoe.engines.vllm.worker.PlanWorker",
+        "worker_extension_cls": "leanmoe.serve.vllm.worker.PlanWorker",
         **SETTINGS[name],
     }  # fmt: skip
     if run == FEWER:
@@ -200,7 +200,7 @@ def entry_point(folder: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leanmoe\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nleanmoe = leanmoe.engines.vllm.plugin:activate\n"
+        "[vllm.general_plugins]\nleanmoe = leanmoe.serve.vllm.plugin:activate\n"
     )
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 

@@ -88,8 +88,8 @@ def rank_run(options: argparse.Namespace) -> None:
     from vllm_layout import Layout
     from vllm_run import Run
 
-    from leanmoe.provenance import collect
-    from leanmoe.storage import write_json
+    from leanmoe.core.files import write_json
+    from leanmoe.core.provenance import collect
 
     layout = Layout.parse(options.layout)
     is_first = os.environ.get("RANK", "0") == "0"

@@ -20,12 +20,12 @@ from vllm_layout import SINGLE, Layout, Ranks
 from vllm_results import Seen
 from vllm_ways import AUTO, GROUP, LEANMOE, REPEAT, SKIP, STOCK, Way
 
-from leanmoe.engines.vllm import grouping
-from leanmoe.engines.vllm.experts import OwnExperts, why_not_ours
-from leanmoe.engines.vllm.ranks import company_of
-from leanmoe.engines.vllm.routing import LayerRouting
-from leanmoe.engines.vllm.skipping import why_not_skip
-from leanmoe.placement import Placement
+from leanmoe.plan.placement import Placement
+from leanmoe.serve.vllm import grouped_steps
+from leanmoe.serve.vllm.layer_routing import LayerRouting
+from leanmoe.serve.vllm.leanmoe_experts import OwnExperts, why_not_ours
+from leanmoe.serve.vllm.ranks import company_of
+from leanmoe.serve.vllm.skipping import why_not_skip
 
 ROUTINGS = ("skewed", "uniform")
 KEPT_ROWS = 1024
@@ -181,7 +181,7 @@ class Engine:
         if way.is_plain or way.plan is None or way.small_steps == REPEAT:
             return None
         reason = why_not_skip(self._layers[0], way.slots, way.plan.model.experts)
-        return reason or (grouping.why_not_group() if way.small_steps == GROUP else None)
+        return reason or (grouped_steps.why_not_group() if way.small_steps == GROUP else None)
 
     def add(self, way: Way) -> None:
         """One way more, captured."""
@@ -191,7 +191,7 @@ class Engine:
                     ExpertsSwitch(layer, self.replay)
             self.replay.own.add(way.name)
         if way.small_steps == GROUP and not way.is_plain:
-            grouping.put()
+            grouped_steps.put()
         for switch in self._switches:
             switch.add(way)
         self.capture(way.name)

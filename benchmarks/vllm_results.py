@@ -92,8 +92,8 @@ class Results:
 
 def write(folder: Path, name: str, content: dict[str, Any]) -> Path:
     """Writes results with their provenance, named by date, hardware and commit."""
-    from leanmoe.provenance import collect
-    from leanmoe.storage import write_json
+    from leanmoe.core.files import write_json
+    from leanmoe.core.provenance import collect
 
     provenance = collect(" ".join(sys.argv), seed=0).to_json()
     hardware = provenance["hardware"].lower().replace(" ", "-")

@@ -35,7 +35,7 @@ class Run:
     def __init__(self, options: argparse.Namespace, layout: Layout = SINGLE) -> None:
         from vllm_ways import ways_of
 
-        from leanmoe.shape import read_shape
+        from leanmoe.models.shape import read_shape
 
         self.options, self.layout, self.started = options, layout, time.perf_counter()
         self.began = self.started
@@ -82,7 +82,7 @@ class Run:
         settings |= self.layout.settings()
         settings |= _on_gpu(sizes, self.options) if _has_gpu() else {"enforce_eager": True}
         if self.options.tiles:
-            from leanmoe.provenance import hardware
+            from leanmoe.core.provenance import hardware
 
             give_tiles(self.options.tiles, self.shape.experts, self.shape.expert_width, hardware())
         llm = LLM(model=str(folder), **settings)

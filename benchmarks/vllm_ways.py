@@ -10,11 +10,11 @@ from typing import Any
 
 from vllm_layout import SINGLE, Layout
 
-from leanmoe.engines.choose import is_plain
-from leanmoe.engines.spelling import Skipped
-from leanmoe.engines.vllm.skipping import Skipping, is_small
+from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
-from leanmoe.shape import MoEShape
+from leanmoe.serve.routing_choice import is_plain
+from leanmoe.serve.skipped_slots import Skipped
+from leanmoe.serve.vllm.skipping import Skipping, is_small
 
 STOCK = "stock"
 EMPTY = "empty plan"

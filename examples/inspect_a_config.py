@@ -3,8 +3,8 @@
 python examples/inspect_a_config.py
 """
 
-from leanmoe.config import read_config
-from leanmoe.shape import distinct_uniform, read_shape
+from leanmoe.models.hf_config import read_config
+from leanmoe.models.shape import distinct_uniform, read_shape
 
 config = {
     "architectures": ["Qwen3MoeForCausalLM"],

@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from leanmoe import Plan, Rule
-from leanmoe.load.bench import Job, run_job
-from leanmoe.load.block import block
-from leanmoe.load.settings import BenchSettings, Lengths
-from leanmoe.shape import read_shape
+from leanmoe.bench.one_block import block
+from leanmoe.bench.run import Job, run_job
+from leanmoe.bench.settings import BenchSettings, Lengths
+from leanmoe.models.shape import read_shape
 
 settings = BenchSettings(
     text=str(Path(__file__).parents[1] / "docs"),  # prompts are cut from these files

@@ -9,12 +9,12 @@ what the figures stand on. Nothing is downloaded, no GPU is needed.
 from __future__ import annotations
 
 from leanmoe import Plan
-from leanmoe.cost.deployment import Deployment
-from leanmoe.cost.hardware import read_gpu
-from leanmoe.cost.load import Load, read_lengths
-from leanmoe.cost.models import published_model
-from leanmoe.cost.predict import predict
+from leanmoe.models.catalog import published_model
 from leanmoe.plan import Rule
+from leanmoe.predict.deployment import Deployment
+from leanmoe.predict.hardware import read_gpu
+from leanmoe.predict.load import Load, read_lengths
+from leanmoe.predict.predict import predict
 
 model = published_model("deepseek-ai/DeepSeek-V3")
 machine = Deployment(read_gpu("h200"), tensor=8)

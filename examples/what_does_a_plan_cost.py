@@ -4,11 +4,11 @@ python examples/what_does_a_plan_cost.py
 """
 
 from leanmoe import Plan, Rule, apply
-from leanmoe.quality.divergence import losses
-from leanmoe.quality.paired import non_inferior
-from leanmoe.quality.windows import cut
+from leanmoe.core.text import read_corpus
 from leanmoe.runtime import load_model, shape_of
-from leanmoe.text import read_corpus
+from leanmoe.scoring.divergence import losses
+from leanmoe.scoring.windows import cut
+from leanmoe.stats.paired import non_inferior
 
 model, tokenizer = load_model("reference")
 documents = read_corpus().documents  # what every Python brings along; or read_corpus("my.txt")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from leanmoe.cost.models import CONFIGS
+from leanmoe.models.catalog import CONFIGS
 
 
 class Published(NamedTuple):

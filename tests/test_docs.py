@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from leanmoe.cli import VERBS, app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "src/leanmoe/reference/README.md", *ROOT.glob("docs/*.md")]
+PAGES = [ROOT / "README.md", ROOT / "reference_model/README.md", *ROOT.glob("docs/*.md")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan, Rule
-from leanmoe.shape import read_shape
 from tests.cli.test_main import run
 
 TEXT = Path(__file__).parents[2] / "docs"

@@ -10,7 +10,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from leanmoe import cli
-from leanmoe.shape import read_shape
+from leanmoe.models.shape import read_shape
 from tests.published import MODELS
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from leanmoe.kernels.gpu.tuned import SHIPPED, Tuned
+from leanmoe.kernels.triton.tuned_tiles import SHIPPED, Tuned
 from tests.cli.test_main import run
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from leanmoe import __version__, cli
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

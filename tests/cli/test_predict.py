@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from leanmoe.cost.models import CONFIGS
+from leanmoe.models.catalog import CONFIGS
+from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan, Rule
-from leanmoe.shape import read_shape
 from tests.cli.test_main import run
 from tests.profile.example import profile
 

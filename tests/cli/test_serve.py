@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from leanmoe.cli import main
-from leanmoe.engines.vllm import launch
+from leanmoe.models.shape import read_shape
 from leanmoe.plan import Fingerprint, Plan, Rule
-from leanmoe.shape import read_shape
+from leanmoe.serve.vllm import launch
 
 MODEL = read_shape("reference").fingerprint()
 
@@ -54,7 +54,7 @@ def test_the_command_is_checked_and_shown(
     assert code == 0
     assert found["environment"]["LEANMOE_PLAN"] == str(plan)
     assert found["command"][-2:] == ["--max-model-len", "512"]
-    assert "leanmoe.engines.vllm.worker.PlanWorker" in found["command"]
+    assert "leanmoe.serve.vllm.worker.PlanWorker" in found["command"]
 
 
 def test_auto_takes_transformers_where_there_is_no_vllm(
@@ -126,7 +126,7 @@ def test_without_a_plan_the_full_model_is_served(
     pretend(monkeypatch, ("vllm", "0.24.0"))
     found = json.loads(run(capsys, *words)[1])
     assert not any(name.startswith("LEANMOE") for name in found["environment"])
-    assert not any("leanmoe.engines" in word for word in found["command"])
+    assert not any("leanmoe.serve" in word for word in found["command"])
     pretend(monkeypatch, None)
     assert json.loads(run(capsys, *words)[1])["plan"] == "none"
     assert "give one with --plan" in run(capsys, *words, "--drop", "prompt")[2]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from leanmoe.models.reference import path
+from leanmoe.models.shape import read_shape
 from leanmoe.prune.checkpoint import read_source, write_pruned
-from leanmoe.prune.choose import best_experts
-from leanmoe.reference import path
-from leanmoe.shape import read_shape
+from leanmoe.prune.kept_experts import best_experts
 
 pytestmark = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vllm is not installed here: it needs its own environment"

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from leanmoe.engines.sglang import hook
-from leanmoe.engines.spelling import repeat_best
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.routers import Router
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
-from leanmoe.routers import Router
 from leanmoe.routing import route
+from leanmoe.serve.sglang import patch as hook
+from leanmoe.serve.skipped_slots import repeat_best
 
 try:
     topk: Any = import_module("sglang.srt.layers.moe.topk")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import ExpertWeights, Gate, count_work, experts_reference
 from tests.kernels.layers import in_float64, random_call, random_layer, slot_by_slot
 

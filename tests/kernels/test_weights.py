@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import ExpertWeights, Gate
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from leanmoe.families import Router
+from leanmoe.models.families import Router
 from leanmoe.plan import Fingerprint
 from leanmoe.profile.replay import distinct_curve
+from leanmoe.profile.router_statistics import LayerStatistics
 from leanmoe.profile.saved import Profile, Trace
-from leanmoe.profile.statistics import LayerStatistics
 
 EXPERTS, TOP_K, LAYERS, DOCUMENTS, EACH = 16, 4, 2, 12, 40
 

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanmoe.errors import LeanMoeError
-from leanmoe.placement import Placement
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Rule
+from leanmoe.plan.placement import Placement
 from leanmoe.profile.replay import distinct_curve, draw_steps, replay
 from leanmoe.profile.saved import Trace
 from leanmoe.routing import Company, route
-from leanmoe.shape import distinct_uniform
 from tests.profile.example import DOCUMENTS, EACH, EXPERTS, TOP_K, profile
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.profile.replay import replay
 from leanmoe.profile.saved import ARRAYS_NAME, JSON_NAME, LayerCounts, Profile
@@ -116,7 +116,7 @@ def test_reading_a_profile_needs_no_torch(tmp_path: Path) -> None:
     profile().save(tmp_path)
     program = (
         "import sys, pathlib; from leanmoe.profile.saved import Profile; "
-        "import leanmoe.quality.paired, leanmoe.quality.sequence; "
+        "import leanmoe.stats.paired, leanmoe.stats.sequence; "
         f"Profile.load(pathlib.Path({str(tmp_path)!r})); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

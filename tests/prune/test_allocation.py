@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.plan import Plan, Rule
 from leanmoe.prune.allocation import Counts, Evolution, evolve, fewest, whole_step
-from leanmoe.quality.acceptance import Acceptance
-from leanmoe.quality.windows import Windows
 from leanmoe.runtime import apply, shape_of
-from leanmoe.shape import MoEShape, read_shape
+from leanmoe.scoring.acceptance import Acceptance
+from leanmoe.scoring.windows import Windows
 from tests.runtime.families import build
 
 

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 
 from leanmoe import apply
-from leanmoe.errors import LeanMoeError
-from leanmoe.families import FAMILIES
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.families import FAMILIES
+from leanmoe.models.shape import MoEShape
 from leanmoe.prune import checkpoint
 from leanmoe.prune.checkpoint import FILE, INDEX, RECORD, SINGLE, STATE, read_source, write_pruned
-from leanmoe.prune.choose import Kept, as_plan
-from leanmoe.shape import MoEShape
+from leanmoe.prune.kept_experts import Kept, as_plan
 from tests import tiny
 
 NOT_BUILT = {"kimi_k2"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.report.bench_page import bench_page, headline, read_bench, write_bench_page
 
 

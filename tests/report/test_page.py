@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.report import plots, write_report
 from leanmoe.report.page import BUTTONS, headline, number_cell, page, plot
-from leanmoe.report.results import describe_rule, read_results
+from leanmoe.results.tune import describe_rule, read_results
 from tests.report import example
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from leanmoe.report.results import describe_rule
 from leanmoe.report.svg import verdict_svg
+from leanmoe.results.tune import describe_rule
 from tests.report.example import results
 
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leanmoe.families import Router
-from leanmoe.placement import Placement
+from leanmoe.models.families import Router
 from leanmoe.plan import Fingerprint, Rule
+from leanmoe.plan.placement import Placement
 
 ROUTERS = {
     "softmax": Router(),

@@ -9,7 +9,7 @@ from leanmoe.plan import Rule
 from leanmoe.routing import route
 from leanmoe.runtime import shape_of
 from tests import tiny
-from tests.test_families import routed
+from tests.models.test_families import routed
 
 NAMED = [
     "deepseek_v2",

@@ -9,9 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from torch import Tensor
 
-from leanmoe.families import Router
-from leanmoe.placement import Placement
+from leanmoe.models.families import Router
 from leanmoe.plan import Rule
+from leanmoe.plan.placement import Placement
 from leanmoe.routing import (
     Company,
     Routing,

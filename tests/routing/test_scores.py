@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from leanmoe.errors import LeanMoeError
-from leanmoe.families import Router
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.families import Router
 from leanmoe.routing import check_logits, score
 from tests.routing.cases import ROUTERS
 

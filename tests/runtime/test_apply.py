@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from leanmoe import Plan, Rule, apply
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.work import count_work
-from leanmoe.placement import Placement
+from leanmoe.plan.placement import Placement
 from leanmoe.runtime import find_layers, hidden_before, resume_from, shape_of
 from tests.runtime.families import CONFIGS, TOP_K_KEY, build
 

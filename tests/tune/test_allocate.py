@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.tune.allocate import Option, cheapest, pareto
 
 NUMBERS = st.floats(0, 10, allow_nan=False).map(lambda x: round(x, 2))

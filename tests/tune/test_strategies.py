@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Fingerprint, Rule
 from leanmoe.tune.candidates import Candidate, candidates
 from leanmoe.tune.front import Workload, front

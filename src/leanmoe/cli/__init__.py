@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from leanmoe import __version__
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 
 VERBS = {
     "inspect": "Show what a model is and what fewer experts could gain, from config.json alone.",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leanmoe.load.settings import (
+from leanmoe.bench.settings import (
     ENGINES,
     BenchSettings,
     Lengths,
@@ -126,7 +126,7 @@ def bench(
         goodput=parse_goodput(limits),
         seed=seed,
     )
-    from leanmoe.load.bench import Job, run_job
+    from leanmoe.bench.run import Job, run_job
 
     job = Job(
         targets=tuple(word for word in targets if not _LIMIT.match(word)),
@@ -163,7 +163,7 @@ def bench(
 
 
 def _show(entry: dict[str, Any]) -> None:
-    from leanmoe.load.block import block
+    from leanmoe.bench.one_block import block
 
     print(block(entry))
     print()

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 
 
 def calibrate(
@@ -33,10 +33,10 @@ def calibrate(
     Example:
     leanmoe calibrate h200 --model Qwen/Qwen3-30B-A3B -o h200.json
     """
-    from leanmoe.cost.hardware import read_gpu
-    from leanmoe.job.calibrate import LAYERS, Layer, gpu_at_hand, read_tokens, require_gpu
-    from leanmoe.job.calibrate import calibrate as run
-    from leanmoe.job.predict import find_model
+    from leanmoe.predict.calibrate import LAYERS, Layer, gpu_at_hand, read_tokens, require_gpu
+    from leanmoe.predict.calibrate import calibrate as run
+    from leanmoe.predict.hardware import read_gpu
+    from leanmoe.predict.inputs import find_model
 
     described = read_gpu(gpu)
     layers = [Layer(*widths) for widths in LAYERS]

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from leanmoe.cli.options import AsJson, Dtype, Model, Overwrite, RunOutput, Seed, TrustRemoteCode
-from leanmoe.errors import LeanMoeError
-from leanmoe.job.eval_settings import EvalSettings
-from leanmoe.storage import read_json
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json
+from leanmoe.eval.settings import EvalSettings
 
 _DEFAULT = EvalSettings(model="reference")
 
@@ -113,7 +113,7 @@ def eval(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    from leanmoe.job.evaluate import RESULTS, evaluate
+    from leanmoe.eval.run import RESULTS, evaluate
 
     command = "leanmoe " + " ".join(sys.argv[1:])
     folder = evaluate(settings, plan or [], rule or [], output, command, overwrite)
@@ -127,7 +127,7 @@ def eval(
 def _show(results: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
 
-    from leanmoe.job.evaluate import MEAN
+    from leanmoe.eval.run import MEAN
     from leanmoe.report.quality_tables import console_tables
 
     console = Console(highlight=False)

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from leanmoe.engines.export import ENGINES
-from leanmoe.engines.export import export as recipe_for
+from leanmoe.core.files import write_text
 from leanmoe.plan import Plan
-from leanmoe.storage import write_text
+from leanmoe.serve.export import ENGINES
+from leanmoe.serve.export import export as recipe_for
 
 
 def export(

@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from leanmoe.errors import LeanMoeError
-from leanmoe.job.predict import find_shape
-from leanmoe.shape import MoEShape, distinct_grouped, distinct_uniform
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.shape import MoEShape, distinct_grouped, distinct_uniform
+from leanmoe.predict.inputs import find_shape
 
 BATCH_SIZES = ",".join(str(2**n) for n in range(13))
 LOWER_SHARES = (0.75, 0.5, 0.25)

@@ -16,13 +16,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from leanmoe.errors import LeanMoeError
-from leanmoe.progress import bar
-from leanmoe.provenance import collect
-from leanmoe.storage import write_json
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import write_json
+from leanmoe.core.progress import bar
+from leanmoe.core.provenance import collect
 
 if TYPE_CHECKING:
-    from leanmoe.kernels.gpu.tuned import Shape, Tuned
+    from leanmoe.kernels.triton.tuned_tiles import Shape, Tuned
 
 TOKENS = "1,4,8,16,32,64,128,256,512,1024,2048,4096"
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
@@ -109,8 +109,8 @@ def _numbers(option: str, text: str, count: int | None = None) -> list[int]:
 
 
 def _of_model(name: str, dtype: str) -> Shape:
-    from leanmoe.job.predict import find_shape
-    from leanmoe.kernels.gpu.tuned import Shape
+    from leanmoe.kernels.triton.tuned_tiles import Shape
+    from leanmoe.predict.inputs import find_shape
 
     found = find_shape(name)
     transposed = found.model_type in TRANSPOSED
@@ -119,7 +119,7 @@ def _of_model(name: str, dtype: str) -> Shape:
 
 
 def _of_text(text: str, dtype: str, transposed: bool) -> Shape:
-    from leanmoe.kernels.gpu.tuned import Shape
+    from leanmoe.kernels.triton.tuned_tiles import Shape
 
     experts, hidden, width, slots = _numbers("--shape", text, 4)
     if slots > experts:
@@ -135,8 +135,8 @@ def _tune(
     most_error: float | None,
     as_json: bool,
 ) -> None:
-    from leanmoe.kernels.gpu.tune import Tuner
-    from leanmoe.kernels.gpu.tuned import Tuned, capability_of, file_name
+    from leanmoe.kernels.triton.tune_tiles import Tuner
+    from leanmoe.kernels.triton.tuned_tiles import Tuned, capability_of, file_name
 
     progress = _Progress()
     written: list[dict[str, Any]] = []
@@ -186,7 +186,7 @@ class _Progress:
 
 
 def _list(output: Path, as_json: bool) -> None:
-    from leanmoe.kernels.gpu.tuned import SHIPPED, Tuned
+    from leanmoe.kernels.triton.tuned_tiles import SHIPPED, Tuned
 
     folders = {"shipped": SHIPPED, str(output): output}
     found = [

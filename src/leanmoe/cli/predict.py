@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 
 
 class Company(StrEnum):
@@ -92,12 +92,9 @@ def predict(
     Example:
     leanmoe predict deepseek-ai/DeepSeek-V3 --top-k 6 --gpus 8 --concurrency 1,32
     """
-    from leanmoe.cost.hardware import read_gpu
-    from leanmoe.cost.load import Load, read_lengths
-    from leanmoe.cost.predict import default_kernel
-    from leanmoe.cost.predict import predict as predicted
-    from leanmoe.cost.routing import Assumed
-    from leanmoe.job.predict import (
+    from leanmoe.predict.expert_curves import Assumed
+    from leanmoe.predict.hardware import read_gpu
+    from leanmoe.predict.inputs import (
         Limits,
         find_constants,
         find_curves,
@@ -105,6 +102,9 @@ def predict(
         find_model,
         find_plan,
     )
+    from leanmoe.predict.load import Load, read_lengths
+    from leanmoe.predict.predict import default_kernel
+    from leanmoe.predict.predict import predict as predicted
 
     found = find_model(model)
     machine = read_gpu(gpu)
@@ -117,7 +117,7 @@ def predict(
         raise LeanMoeError("--rate goes with neither --concurrency nor --sweep")
     counts = None if gpus is None else _whole(gpus, "--gpus")
     if sweep:
-        from leanmoe.job.sweep import sweep_results
+        from leanmoe.predict.sweep_run import sweep_results
 
         results = sweep_results(
             found,

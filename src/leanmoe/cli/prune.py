@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from leanmoe.cli.options import AsJson, Dtype, Model, Seed, TrustRemoteCode
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 
 CRITERIA = (
     "random, odd, even, first-half, last-half, activate-count, soft-count (arXiv 2505.03531), "
@@ -51,8 +51,8 @@ def prune(
     """
     if tokens < 16:
         raise LeanMoeError(f"--tokens is {tokens}: it must be at least 16")
-    from leanmoe.job.prune import PruneSettings
-    from leanmoe.job.prune import prune as run
+    from leanmoe.prune.run import PruneSettings
+    from leanmoe.prune.run import prune as run
 
     settings = PruneSettings(
         model,

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from leanmoe.errors import LeanMoeError
-from leanmoe.storage import read_json, write_text
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json, write_text
 
 
 def report(
@@ -28,8 +28,8 @@ def report(
     leanmoe report runs/demo --svg verdict.svg
     """
     from leanmoe.report import write_report
-    from leanmoe.report.results import read_results
     from leanmoe.report.svg import verdict_svg
+    from leanmoe.results.tune import read_results
 
     kind = _kind(run)
     if svg is not None and kind != "tune":

@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from leanmoe.engines.honour import PROMPT, check_parts, without
-from leanmoe.engines.vllm import launch
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
-from leanmoe.shape import read_shape
+from leanmoe.serve.plan_support import PROMPT, check_parts, without
+from leanmoe.serve.vllm import launch
 
 ENGINES = ("auto", "vllm", "transformers")
 
@@ -72,7 +72,7 @@ def serve(
     _say({"engine": engine, "plan": path or "none", "model": model}, as_json)
     if dry_run:
         return
-    from leanmoe.engines.transformers import serve as serve_transformers
+    from leanmoe.serve.transformers import serve as serve_transformers
 
     serve_transformers(launch.folder(model), model, chosen, path, host, port)
 

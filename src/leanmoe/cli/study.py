@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 
 
 def study(
@@ -43,12 +43,12 @@ def study(
     Example:
     leanmoe study -o runs/study
     """
-    from leanmoe.job.study import PAGE, earlier_quality
-    from leanmoe.job.study import study as run
+    from leanmoe.study.run import PAGE, earlier_quality
+    from leanmoe.study.run import study as run
 
     section: dict[str, Any] | None = None
     if quality == "measured":
-        from leanmoe.job.study_quality import QualitySettings, saved_quality
+        from leanmoe.study.quality import QualitySettings, saved_quality
 
         section = saved_quality(QualitySettings(model, text, quick=quick, seed=seed), output)
     elif quality.endswith(".json"):

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from leanmoe.cli.options import AsJson, Dtype, Model, Overwrite, RunOutput, Seed, TrustRemoteCode
-from leanmoe.errors import LeanMoeError
-from leanmoe.job.settings import TuneSettings
-from leanmoe.report.results import Results, percent, read_results
-from leanmoe.storage import read_json
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json
+from leanmoe.results.tune import Results, percent, read_results
+from leanmoe.tune.settings import TuneSettings
 
 _DEFAULT = TuneSettings(model="reference")
 
@@ -92,7 +92,7 @@ def tune(
         trust_remote_code=trust_remote_code,
     )
     settings.check()
-    from leanmoe.job.job import tune as run_tune
+    from leanmoe.tune.run import tune as run_tune
 
     command = "leanmoe " + " ".join(sys.argv[1:])
     folder = run_tune(settings, output, command, overwrite)

@@ -4,17 +4,12 @@ Those that compute take `(hidden_TD, ids_TK, weights_TK, weights: ExpertWeights)
 (T,D). An id equal to the number of experts is a skipped slot: no row is computed, no weight read.
 """
 
-from leanmoe.kernels.choose import Choice, Experts, choose_experts
-from leanmoe.kernels.cpu import experts_cpu
-from leanmoe.kernels.gpu.experts import experts_gpu, why_not_gpu
-from leanmoe.kernels.gpu.route import (
-    RoutedGpu,
-    route_gpu,
-    route_gpu_ids,
-    why_not_route_gpu,
-)
+from leanmoe.kernels.cpu.experts import experts_cpu
+from leanmoe.kernels.cpu.router import Routed, route_cpu, why_not_route_cpu
+from leanmoe.kernels.dispatch import Choice, Experts, choose_experts
 from leanmoe.kernels.reference import expert_rows, experts_reference
-from leanmoe.kernels.route_cpu import Routed, route_cpu, why_not_route_cpu
+from leanmoe.kernels.triton.experts import experts_gpu, why_not_gpu
+from leanmoe.kernels.triton.router import RoutedGpu, route_gpu, route_gpu_ids, why_not_route_gpu
 from leanmoe.kernels.weights import ExpertWeights, Gate
 from leanmoe.kernels.work import Work, count_work
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.weights import SCALE_BLOCK, ExpertWeights
 from leanmoe.kernels.work import add_work
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leanmoe.errors import LeanMoeError
-from leanmoe.placement import Placement
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Rule
+from leanmoe.plan.placement import Placement
 from leanmoe.profile.saved import Distinct, Profile, Trace
 from leanmoe.routing import Company, count_distinct, count_distinct_by_rank, count_slots
 from leanmoe.runtime.routing import fast_route
-from leanmoe.shape import distinct_uniform
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 REPLAYED_TOKENS = 16384

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from leanmoe.errors import LeanMoeError
-from leanmoe.families import Router
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json, write_json, write_with
+from leanmoe.models.families import Router
 from leanmoe.plan import Fingerprint
-from leanmoe.storage import read_json, write_json, write_with
 
 SCHEMA_VERSION = 1
 JSON_NAME = "profile.json"

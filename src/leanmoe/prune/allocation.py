@@ -13,9 +13,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from leanmoe.errors import LeanMoeError
-from leanmoe.prune.choose import check_count, groups_of
-from leanmoe.shape import MoEShape
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.shape import MoEShape
+from leanmoe.prune.kept_experts import check_count, groups_of
 
 Counts = tuple[int, ...]
 """For each MoE layer how many experts remain."""

@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from leanmoe.config import FILE, NAMES, TEXT_PARTS
-from leanmoe.errors import LeanMoeError
-from leanmoe.prune.choose import Kept, check_count, groups_of
-from leanmoe.prune.names import Part, check_parts, expert_parts, renumbered
-from leanmoe.shape import MoEShape, read_shape
-from leanmoe.storage import read_json, write_json, write_with
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json, write_json, write_with
+from leanmoe.models.hf_config import FILE, NAMES, TEXT_PARTS
+from leanmoe.models.shape import MoEShape, read_shape
+from leanmoe.prune.kept_experts import Kept, check_count, groups_of
+from leanmoe.prune.tensor_names import Part, check_parts, expert_parts, renumbered
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

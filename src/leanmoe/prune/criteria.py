@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from leanmoe.errors import LeanMoeError, did_you_mean
-from leanmoe.prune.statistics import ExpertStatistics
+from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.prune.expert_statistics import ExpertStatistics
 
 Scores = NDArray[np.float64]
 PAPER = "arXiv 2505.03531"

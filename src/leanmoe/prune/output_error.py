@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routers import Router
 from leanmoe.runtime.experts import all_outputs
 from leanmoe.runtime.layers import MoELayer
 from leanmoe.runtime.routing import fast_route

@@ -6,12 +6,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json, write_text
 from leanmoe.report import bench_plots
 from leanmoe.report.bench_plots import Bench, load_value, names
 from leanmoe.report.page import document, number_cell, plot, ratio_cell, section, table_with
-from leanmoe.report.results import describe_rule
-from leanmoe.storage import read_json, write_text
+from leanmoe.results.tune import describe_rule
 
 SCHEMA_VERSION = 1
 SECTIONS = ("provenance", "variants", "settings", "loads", "devices", "complete")

@@ -8,9 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from leanmoe.core.files import read_json, write_text
 from leanmoe.report import plots
-from leanmoe.report.results import Results, percent, read_results
-from leanmoe.storage import read_json, write_text
+from leanmoe.results.tune import Results, percent, read_results
 
 STYLE = """
 :root { --ink: #1d2b3a; --soft: #5c6b7a; --line: #dfe5ea; --ours: #0b7a75; --bad: #b3261e; }

@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from leanmoe.report.results import Results, describe_rule
+from leanmoe.results.tune import Results, describe_rule
 
 INK = "#1d2b3a"
 FULL = "#8a97a6"

@@ -6,10 +6,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json, write_text
 from leanmoe.report.page import STYLE
 from leanmoe.report.quality_tables import Sheet, sheets
-from leanmoe.storage import read_json, write_text
 
 SCHEMA_VERSION = 1
 

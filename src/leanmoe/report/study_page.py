@@ -9,9 +9,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from leanmoe.core.files import write_text
 from leanmoe.report.page import document, number_cell, plot, ratio_cell, section, table_with
 from leanmoe.report.plots import COLOURS, FULL, figure_with
-from leanmoe.storage import write_text
 
 Section = dict[str, Any]
 

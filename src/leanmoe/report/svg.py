@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from leanmoe.report.results import Results
+from leanmoe.results.tune import Results
 
 INK, SOFT, LINE, PLAN, MARGIN = "#1d2b3a", "#5c6b7a", "#dfe5ea", "#0b7a75", "#b3261e"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from leanmoe.core.files import write_text
 from leanmoe.report.page import document, number_cell, plot, section, table_with
 from leanmoe.report.plots import COLOURS, FULL, figure_with
-from leanmoe.storage import write_text
 
 
 def write_sweep_page(results: dict[str, Any], target: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanmoe.placement import Placement
+from leanmoe.plan.placement import Placement
 from leanmoe.routing.placing import by_rank
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from leanmoe.placement import Placement
+from leanmoe.plan.placement import Placement
 
 
 def by_rank(values_SE: Tensor, placement: Placement, fill: float | bool) -> Tensor:

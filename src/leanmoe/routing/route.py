@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routers import Router
-from leanmoe.routing.company import ALONE, Company, awake_experts, cast_ballot
+from leanmoe.routing.batch_rules import ALONE, Company, awake_experts, cast_ballot
+from leanmoe.routing.gate_weights import votes, weigh
 from leanmoe.routing.ranking import NOT_USABLE, is_usable, order_keys, put_first
 from leanmoe.routing.scores import NEVER, Scores, score
-from leanmoe.routing.select import wanted
-from leanmoe.routing.weights import votes, weigh
+from leanmoe.routing.token_rules import wanted
 
 
 class Routing(NamedTuple):

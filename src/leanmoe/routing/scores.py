@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leanmoe.errors import LeanMoeError
-from leanmoe.routers import Router
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.routers import Router
 
 NEVER = float("-inf")
 

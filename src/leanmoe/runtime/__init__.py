@@ -4,7 +4,7 @@ Letters: N sequences, L tokens of each in a forward call, T = N x L tokens, E ex
 token, D hidden width, S independent forward steps, B sequences that decode together.
 """
 
-from leanmoe.kernels.threads import release_threads
+from leanmoe.kernels.cpu.threads import release_threads
 from leanmoe.runtime.apply import Applied, apply
 from leanmoe.runtime.counts import LayerCounts
 from leanmoe.runtime.experts import IMPLEMENTATION, has_kernel, register_experts

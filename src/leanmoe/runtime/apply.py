@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanmoe.errors import LeanMoeError
-from leanmoe.placement import Placement
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.routers import Router
 from leanmoe.plan import Plan
-from leanmoe.routers import Router
+from leanmoe.plan.placement import Placement
 from leanmoe.routing import Company
 from leanmoe.runtime.choose import Experts, LayerRouting, Observe, without_skipped
 from leanmoe.runtime.counts import LayerCounts

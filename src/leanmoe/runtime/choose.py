@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routers import Router
 from leanmoe.routing import ALONE, Company, Routing, route
 from leanmoe.runtime.counts import LayerCounts
 from leanmoe.runtime.routing import fast_route

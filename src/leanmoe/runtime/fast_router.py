@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routers import Router
 from leanmoe.runtime.layers import MoELayer
 from leanmoe.runtime.routing import fast_route
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanmoe.errors import LeanMoeError
-from leanmoe.routers import Router
-from leanmoe.shape import MoEShape, read_shape
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.routers import Router
+from leanmoe.models.shape import MoEShape, read_shape
 
 ROUTER_NAMES = ("gate", "router")
 

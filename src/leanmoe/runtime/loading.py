@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.shape import REFERENCE, read_shape
 from leanmoe.runtime.layers import find_layers
-from leanmoe.shape import REFERENCE, read_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,7 +49,7 @@ def load_model(
 
 def _source(name: str) -> str:
     if name == REFERENCE:
-        from leanmoe.reference import path
+        from leanmoe.models.reference import path
 
         return str(path())
     local = Path(name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.runtime.layers import MoELayer, find_layers, router_logits
 
 Sink = Callable[[int, Tensor], None]

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from leanmoe.kernels import route_cpu, route_gpu, why_not_route_cpu, why_not_route_gpu
+from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routers import Router
 from leanmoe.routing import ALONE, Company, Routing, route
 
 

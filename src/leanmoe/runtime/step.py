@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Plan, Rule
 
 

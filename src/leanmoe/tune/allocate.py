@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 
 POINTS = 4096
 """Partial allocations kept after each item. Below that many the front is exact. Above, the range

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from leanmoe.models.routers import Router
 from leanmoe.plan import Fingerprint, Plan, Rule
-from leanmoe.routers import Router
 
 Phase = Literal["prompt", "decode"]
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
+from leanmoe.core.progress import bar
 from leanmoe.plan import Fingerprint
-from leanmoe.progress import bar
-from leanmoe.quality.divergence import Reference, reference
-from leanmoe.quality.documents import Divergence
-from leanmoe.quality.forward import final_hidden
-from leanmoe.quality.windows import Batch, Windows
 from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, resume_from
 from leanmoe.runtime.resume import keep_hidden
+from leanmoe.scoring.divergence import Reference, reference
+from leanmoe.scoring.forward import final_hidden
+from leanmoe.scoring.windows import Batch, Windows
+from leanmoe.stats.documents import Divergence
 from leanmoe.tune.candidates import Candidate, Phase
 
 BATCH_TOKENS = 8192

@@ -40,8 +40,8 @@ def _settings() -> None:
 @pytest.fixture
 def load() -> Iterator[Any]:
     """Loads a model (the reference model) in vLLM under a plan, or as trained; one at a time."""
-    from leanmoe.engines.vllm import hook
-    from leanmoe.reference import path
+    from leanmoe.models.reference import path
+    from leanmoe.serve.vllm import patch
 
     def start(plan: Any = None, **settings: Any) -> Any:
         from vllm import LLM
@@ -49,9 +49,9 @@ def load() -> Iterator[Any]:
         _register_kernels_once()
         _shut_down(running)
         if plan is None:
-            hook.stop()
+            patch.stop()
         else:
-            hook.use(plan, "of the test", is_counted=True)
+            patch.use(plan, "of the test", is_counted=True)
         llm = LLM(
             **{
                 "model": str(path()),
@@ -72,7 +72,7 @@ def load() -> Iterator[Any]:
     running: list[Any] = []
     yield start
     _shut_down(running)
-    hook.stop()
+    patch.stop()
 
 
 def _shut_down(running: list[Any]) -> None:

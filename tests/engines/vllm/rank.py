@@ -23,10 +23,10 @@ def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     steps: list[Any] = []
 
-    from leanmoe.engines.statistics import Statistics
-    from leanmoe.engines.vllm import hook
+    from leanmoe.models.reference import path
     from leanmoe.plan import Plan
-    from leanmoe.reference import path
+    from leanmoe.serve.routing_statistics import Statistics
+    from leanmoe.serve.vllm import patch
 
     def note(_self: Any, layer: int, ids_TK: Tensor, weights_TK: Tensor, *_: Any) -> None:
         used = (weights_TK != 0).tolist()
@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
 
     if settings["plan"]:
         Statistics.note = note  # type: ignore[method-assign]
-        hook.use(Plan.load(folder / "plan.json"), is_counted=True, is_of_all=settings["is_of_all"])
+        patch.use(Plan.load(folder / "plan.json"), is_counted=True, is_of_all=settings["is_of_all"])
     from vllm import LLM, SamplingParams
 
     usual = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}}
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
 
     found = {"tokens": replies(), "steps": list(steps)}
     if settings["then_stock"]:
-        model = hook.current()
+        model = patch.current()
         assert model is not None
         for layer in model.layers:  # a router's own method shows again
             del model.runners[layer].router._compute_routing

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan, Rule
-from leanmoe.shape import read_shape
-from tests.job.test_eval import leanmoe
-from tests.job.test_harness import write_tasks
+from tests.eval.test_harness import write_tasks
+from tests.eval.test_run import leanmoe
 
 NEAR = 2e-3
 """Of log-likelihoods in float32: sums in another order, over seven layers."""

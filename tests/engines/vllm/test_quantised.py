@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from leanmoe.engines.choose import is_plain
+from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan, Rule
 from leanmoe.routing import route
-from leanmoe.shape import read_shape
+from leanmoe.serve.routing_choice import is_plain
 from tests.engines.vllm.quantised import EXPERTS, LAYERS, TOP_K, stand_in, write_checkpoint
 
 PROMPTS = [[5, 6, 7, 8 + number, 30 * number + 9] for number in range(4)]
@@ -82,8 +82,8 @@ def test_each_layer_of_int8_experts_routes_as_the_reference(
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from leanmoe.engines.vllm import hook
-    from leanmoe.engines.vllm.routing import LayerRouting
+    from leanmoe.serve.vllm import patch
+    from leanmoe.serve.vllm.layer_routing import LayerRouting
 
     seen: list[tuple[LayerRouting, Tensor, Tensor, Tensor]] = []
     stock = LayerRouting.__call__
@@ -97,7 +97,7 @@ def test_each_layer_of_int8_experts_routes_as_the_reference(
 
     monkeypatch.setattr(LayerRouting, "__call__", watched)
     replies(Plan.per_layer(read_shape(str(checkpoint)).fingerprint(), RULES))
-    model = hook.current()
+    model = patch.current()
     assert model is not None
     assert f"{LAYERS} of {LAYERS} MoE layers under it" in model.describe()
     assert "experts by CPUExpertsInt8" in model.describe()

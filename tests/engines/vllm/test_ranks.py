@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from leanmoe.placement import Placement
+from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan, Rule
-from leanmoe.shape import read_shape
+from leanmoe.plan.placement import Placement
 from tests.engines.vllm.conftest import SETTINGS
 
 MODEL = read_shape("reference").fingerprint()
@@ -191,7 +191,7 @@ def test_the_plan_reaches_the_workers_that_vllm_starts(tmp_path: Path) -> None:
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: leanmoe\nVersion: 0\n")
     (installed / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nleanmoe = leanmoe.engines.vllm.plugin:activate\n"
+        "[vllm.general_plugins]\nleanmoe = leanmoe.serve.vllm.plugin:activate\n"
     )
     OWN.save(tmp_path / "plan.json")
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))

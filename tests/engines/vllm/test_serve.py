@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from leanmoe.models.reference import path
+from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
-from leanmoe.reference import path
-from leanmoe.shape import read_shape
 
 MODEL = read_shape("reference").fingerprint()
 PLAN = Plan(MODEL, (Band(8, (Rule(guaranteed=3),) * 6), Band(None, (Rule(top_k=6),) * 6)))

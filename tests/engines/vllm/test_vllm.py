@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from leanmoe.engines.vllm.skipping import Skipping
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
-from leanmoe.shape import read_shape
+from leanmoe.serve.vllm.skipping import Skipping
 
 MODEL = read_shape("reference").fingerprint()
 PROMPTS = (
@@ -56,7 +56,7 @@ PLANS = {"empty": EMPTY, "uniform": UNIFORM, "searched": SEARCHED}
 def ids() -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    from leanmoe.reference import path
+    from leanmoe.models.reference import path
 
     tokenizer = AutoTokenizer.from_pretrained(path())
     found = [tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS] for text in PROMPTS]
@@ -115,8 +115,8 @@ def test_a_searched_plan_routes_as_in_transformers_layer_by_layer(
     load: Callable[..., Any], transformers_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from leanmoe import apply
-    from leanmoe.engines.statistics import Statistics
     from leanmoe.runtime.choose import LayerRouting
+    from leanmoe.serve.routing_statistics import Statistics
 
     ours, theirs = Steps(), Steps()
     stock = LayerRouting.choose
@@ -201,7 +201,7 @@ def test_likelihoods_in_bfloat16_are_within_its_noise(
 
 
 def test_statistics_name_the_band_and_the_experts(load: Callable[..., Any]) -> None:
-    from leanmoe.engines.vllm.worker import PlanWorker
+    from leanmoe.serve.vllm.worker import PlanWorker
 
     replies(load(SEARCHED), 4)
     found = PlanWorker().leanmoe_statistics()
@@ -245,7 +245,7 @@ def test_small_steps_of_this_vllm_are_as_read() -> None:
     """Its Triton experts do not run here, but what the plugin asks of their code can be asked."""
     from importlib import import_module
 
-    from leanmoe.engines.vllm import skipping
+    from leanmoe.serve.vllm import skipping
 
     functions = import_module(skipping.FUNCTIONS)
     module, name = skipping.TRITON
@@ -259,11 +259,11 @@ def test_small_steps_of_this_vllm_are_as_read() -> None:
 def test_experts_on_a_cpu_have_no_small_steps(
     load: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    from leanmoe.engines.vllm import hook
+    from leanmoe.serve.vllm import patch
 
     with caplog.at_level("INFO", logger="vllm.leanmoe"):
         load(SEARCHED)
-    model = hook.current()
+    model = patch.current()
     assert model is not None
     assert "a skipped slot repeats in small steps: its experts are CPU" in caplog.text
     assert all(layer.skipping == Skipping() for layer in model.layers.values())
@@ -272,11 +272,11 @@ def test_experts_on_a_cpu_have_no_small_steps(
 def test_leanmoes_experts_are_refused_on_a_cpu(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from leanmoe.engines.vllm import hook
+    from leanmoe.serve.vllm import patch
 
-    use = hook.use
+    use = patch.use
     monkeypatch.setattr(
-        hook, "use", lambda *found, **more: use(*found, **more, has_own_experts=True)
+        patch, "use", lambda *found, **more: use(*found, **more, has_own_experts=True)
     )
     with pytest.raises(
         LeanMoeError, match="LEANMOE_EXPERTS=leanmoe cannot compute it: its experts"

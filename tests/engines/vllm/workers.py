@@ -16,13 +16,13 @@ def main(folder: Path) -> None:
     """Runs it."""
     from vllm import LLM, SamplingParams
 
-    from leanmoe.reference import path
+    from leanmoe.models.reference import path
 
     llm = LLM(
         model=str(path()), dtype="float32", enforce_eager=True, max_model_len=256, seed=0,
         max_num_seqs=16, enable_prefix_caching=False, gpu_memory_utilization=0.3,
         compilation_config={"custom_ops": ["none"]}, tensor_parallel_size=2,
-        worker_extension_cls="leanmoe.engines.vllm.worker.PlanWorker",
+        worker_extension_cls="leanmoe.serve.vllm.worker.PlanWorker",
     )  # fmt: skip
     prompts = json.loads((folder / "prompts.json").read_text())
     replies = llm.generate(

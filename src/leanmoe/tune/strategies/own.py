@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from leanmoe.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.tune.allocate import Option, cheapest
 from leanmoe.tune.sensitivity import Sensitivity, loss_rates

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from leanmoe.errors import LeanMoeError, did_you_mean
+from leanmoe.core.errors import LeanMoeError, did_you_mean
 from leanmoe.plan import Fingerprint, Rule
 from leanmoe.tune.sensitivity import Sensitivity
 

@@ -1,0 +1,1 @@
+"""How the model that ships with leanmoe was trained and measured."""

@@ -1,0 +1,192 @@
+"""The load in this process: full model and plans take turns on one loaded model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from leanmoe.bench.continuous import Arrivals, Room, run, served
+from leanmoe.bench.prompts import Request, Supply
+from leanmoe.bench.settings import BenchSettings, ServiceLoad
+from leanmoe.bench.sweep import Outcome, RunOne
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.plan import Plan, Rule
+from leanmoe.runtime import IMPLEMENTATION, apply, has_kernel, shape_of
+
+FULL = "full"
+WATCHED_OUTPUT = 8
+"""Tokens of each reply while the router is watched, after what is timed."""
+
+
+class InProcess:
+    """Runs loads through Transformers' continuous batching under each plan."""
+
+    restarts = False
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        plans: Mapping[str, Plan],
+        settings: BenchSettings,
+        supply: Supply,
+        with_stock: bool = False,
+    ) -> None:
+        """`plans` by variant name; the full model stands before them, `with_stock` after them.
+
+        Raises LeanMoeError when a plan is for another model or a request does not fit it.
+        """
+        self._model, self._name = model, name
+        self._settings, self._supply = settings, supply
+        fingerprint = shape_of(model).fingerprint()
+        for plan_name, plan in plans.items():
+            try:
+                plan.check(fingerprint)
+            except LeanMoeError as error:
+                raise LeanMoeError(f"plan {plan_name}: {error}") from error
+        self._plans = {FULL: Plan(fingerprint), **plans}
+        experts = served_experts(model)
+        self._experts = dict.fromkeys(self._plans, experts)
+        if with_stock and experts != "stock":
+            stock = f"transformers {model.config._experts_implementation}"
+            self._plans[stock], self._experts[stock] = Plan(fingerprint), "stock"
+        self._check_lengths()
+        self._manager: Any = None
+
+    def _check_lengths(self) -> None:
+        most = getattr(self._model.config, "max_position_embeddings", None)
+        if most is not None and self._supply.longest > most:
+            raise LeanMoeError(
+                f"prompt and reply have up to {self._supply.longest:,} tokens: "
+                f"{self._name} takes at most {most:,}; set --input-len and --output-len"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The engine, the model and what computes it."""
+        import transformers
+
+        device = self._model.device.type
+        return {
+            "engine": f"transformers {transformers.__version__} continuous batching, in process",
+            "devices": {"kind": "GPU" if device == "cuda" else device.upper(), "count": 1},
+            "model": {
+                "name": self._name,
+                "fingerprint": vars(shape_of(self._model).fingerprint()),
+                "dtype": str(self._model.dtype).removeprefix("torch."),
+            },
+        }
+
+    def variants(self) -> list[dict[str, Any]]:
+        """Each variant with its plan's digest and the implementation that computes its experts."""
+        found = []
+        for name, plan in self._plans.items():
+            with self._applied(name) as applied:
+                implementation = applied.implementation
+            text = json.dumps(plan.to_json(), sort_keys=True)
+            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+            found.append(
+                {
+                    "name": name,
+                    "plan": None if plan.is_empty else plan.to_json(),
+                    "plan_sha256": digest,
+                    "experts_implementation": implementation,
+                }
+            )
+        return found
+
+    @contextmanager
+    def at(self, load: ServiceLoad) -> Iterator[RunOne]:
+        """A service whose cache fits the load."""
+        together = load.concurrency or min(self._settings.max_concurrency, load.requests)
+        room = Room(together, self._supply.longest_prompt, self._supply.longest)
+        require_memory(self._model, room)
+        with served(self._model, room, self._supply.longest) as self._manager:
+            yield self._run_one
+
+    def close(self) -> None:
+        """Nothing is left running."""
+
+    def _run_one(
+        self, name: str, load: ServiceLoad, requests: Sequence[Request], seed: str
+    ) -> Outcome:
+        if load.rate is None:
+            arrivals = Arrivals(load.concurrency or len(requests))
+        else:
+            arrivals = Arrivals.poisson(load.rate, len(requests), seed)
+        with self._applied(name):
+            timelines = run(self._manager, requests, arrivals, self._settings.max_seconds)
+        return Outcome(timelines)
+
+    def routing(self, load: ServiceLoad, run_one: RunOne) -> dict[str, Any]:
+        """Experts a token used and distinct experts a step woke, means over layers and steps.
+
+        Of the tokens that decode: under every variant prompt tokens are counted apart.
+        """
+        del run_one
+        together = min(load.concurrency or self._settings.max_concurrency, load.requests)
+        requests = [
+            Request(r.prompt, min(r.output_tokens, WATCHED_OUTPUT))
+            for r in self._supply.draw(load, "watched", together)
+        ]
+        found = {}
+        for name in self._plans:
+            watched = _with_prompt_apart(self._plans[name])
+            with apply(self._model, watched, experts=self._experts[name], count=True) as applied:
+                run(self._manager, requests, Arrivals(together), self._settings.max_seconds)
+            layers = applied.generated
+            found[name] = {
+                "experts_a_token": sum(c.slots_per_token for c in layers) / len(layers),
+                "distinct_experts_a_step": sum(c.distinct_per_step for c in layers) / len(layers),
+                "label": "measured",
+            }
+        return found
+
+    def _applied(self, name: str) -> AbstractContextManager[Any]:
+        return apply(self._model, self._plans[name], experts=self._experts[name])
+
+
+def _with_prompt_apart(plan: Plan) -> Plan:
+    """The plan with rules for prompt tokens that change nothing, if it has none of its own."""
+    nothing = Rule(top_k=plan.model.top_k)
+    return replace(plan, prompt=plan.prompt or (nothing,) * plan.model.moe_layers)
+
+
+def served_experts(model: Any) -> str:
+    """Our experts where a kernel computes them; else Transformers' own, for full model and plan.
+
+    Our plain reference would make a slow full model, and any plan look fast beside it.
+    """
+    return IMPLEMENTATION if has_kernel(model) else "stock"
+
+
+def require_memory(model: Any, room: Room) -> None:
+    """Refuses a load whose cache cannot fit, before it is allocated."""
+    needed = cache_bytes(model, room)
+    if model.device.type == "cuda":
+        free = int(torch.cuda.mem_get_info()[0])
+    else:
+        import psutil
+
+        free = int(psutil.virtual_memory().available)
+    if needed > free:
+        raise LeanMoeError(
+            f"{room.together} requests of {room.longest:,} tokens need {needed / 1e9:.1f} GB for "
+            f"keys and values: {free / 1e9:.1f} GB are free; lower the load or the lengths"
+        )
+
+
+def cache_bytes(model: Any, room: Room) -> int:
+    """Keys and values of all layers for the pages of `room`."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+    width = width or config.hidden_size // config.num_attention_heads
+    slots = (room.together + 4) * room.page
+    size = torch.empty((), dtype=model.dtype).element_size()
+    return int(2 * slots * config.num_hidden_layers * heads * width * size)

@@ -1,0 +1,196 @@
+"""What is sent: prompts of real text and how many tokens each reply has. Needs no torch.
+
+Prompts are slices of text and not random ids, because what a router does depends on the text. Each
+repeat has prompts of its own, the same for every variant: a server that keeps prefixes would know
+the prompts of the repeat before.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leanmoe.bench.settings import MOST_TOKENS, Lengths, ServiceLoad
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.progress import bar
+from leanmoe.core.text import read_corpus
+
+ENOUGH_TOKENS = 400_000
+"""Of text to draw prompts from; more is not tokenised."""
+INPUT_FIELDS = ("input_len", "prompt_tokens", "input_tokens", "prompt_len")
+OUTPUT_FIELDS = ("output_len", "output_tokens", "completion_tokens", "reply_tokens")
+PROMPT_TEXTS = ("prompt", "input", "question", "text")
+OUTPUT_TEXTS = ("output", "completion", "response", "answer")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: its prompt's token ids and how many tokens the reply has."""
+
+    prompt: tuple[int, ...]
+    output_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of prompt and reply together."""
+        return len(self.prompt) + self.output_tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a dataset: a prompt's ids or only its length, and its reply's length."""
+
+    prompt: tuple[int, ...] | int
+    output_tokens: int
+
+
+class Supply:
+    """Draws the requests of a run: the same for every variant, others for each repeat."""
+
+    def __init__(
+        self,
+        stream: Sequence[int],
+        input_len: Lengths,
+        output_len: Lengths,
+        rows: Sequence[Row] = (),
+        seed: int = 0,
+    ) -> None:
+        self._stream = tuple(stream)
+        self._input, self._output = input_len, output_len
+        self._rows, self._seed = tuple(rows), seed
+        cut = self._longest_cut
+        if len(self._stream) <= cut:
+            raise LeanMoeError(
+                f"the text has {len(self._stream):,} tokens: prompts of {cut:,} "
+                "cannot be cut from it; give more with --text"
+            )
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt there can be."""
+        if self._rows:
+            return max(_length(row.prompt) for row in self._rows)
+        return self._input.high
+
+    @property
+    def _longest_cut(self) -> int:
+        """Tokens of the longest prompt that is cut from the text."""
+        if not self._rows:
+            return self._input.high
+        return max((row.prompt for row in self._rows if isinstance(row.prompt, int)), default=0)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request there can be, prompt and reply."""
+        if self._rows:
+            return max(_length(row.prompt) + row.output_tokens for row in self._rows)
+        return self._input.high + self._output.high
+
+    def draw(self, load: ServiceLoad, repeat: int | str, count: int | None = None) -> list[Request]:
+        """The requests of one repeat (or of the warm-up) at one load."""
+        rng = random.Random(f"{self._seed} {load.name} {repeat}")
+        made = []
+        for number in range(count or load.requests):
+            if self._rows:
+                row = self._rows[number % len(self._rows)]
+                prompt = self._prompt(row.prompt, rng)
+                made.append(Request(prompt, row.output_tokens))
+            else:
+                prompt = self._prompt(self._input.draw(rng), rng)
+                made.append(Request(prompt, self._output.draw(rng)))
+        return made
+
+    def _prompt(self, prompt: tuple[int, ...] | int, rng: random.Random) -> tuple[int, ...]:
+        if isinstance(prompt, tuple):
+            return prompt
+        first = rng.randrange(len(self._stream) - prompt)
+        return self._stream[first : first + prompt]
+
+
+def read_stream(source: str | None, tokenizer: Any) -> tuple[str, list[int]]:
+    """Where the text comes from, and its token ids, documents one after the other."""
+    corpus = read_corpus(source)
+    stream: list[int] = []
+    order = list(corpus.documents)
+    random.Random(0).shuffle(order)
+    with bar("Reading text", len(order), "documents") as advance:
+        for document in order:
+            if len(stream) < ENOUGH_TOKENS:
+                stream += encode(tokenizer, document.text)
+            advance(1)
+    return corpus.source, stream
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, without what the tokenizer would add."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def read_dataset(path: Path, tokenizer: Any) -> list[Row]:
+    """Rows of a .jsonl file. Raises LeanMoeError naming the line and what a row needs.
+
+    A row has a prompt's length (`input_len`) or text (`prompt`), and a reply's length
+    (`output_len`) or text (`output`). Replies of one token become two: a time per output token
+    needs two.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LeanMoeError(f"cannot read dataset {path}: {reason}") from error
+    rows = [
+        _row(line, f"dataset {path.name} line {number}", tokenizer)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not rows:
+        raise LeanMoeError(f"dataset {path} has no rows")
+    return rows
+
+
+def _row(line: str, where: str, tokenizer: Any) -> Row:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise LeanMoeError(f"{where} is not JSON: {error.msg}") from error
+    if not isinstance(value, dict):
+        raise LeanMoeError(f"{where} is {value!r}: it must be an object")
+    prompt = _counted(value, INPUT_FIELDS, where)
+    output = _counted(value, OUTPUT_FIELDS, where)
+    text, reply = _texts(value, PROMPT_TEXTS), _texts(value, OUTPUT_TEXTS)
+    if (prompt is None and not text) or (output is None and not reply):
+        raise LeanMoeError(
+            f"{where} needs a prompt ({INPUT_FIELDS[0]} or the text {PROMPT_TEXTS[0]}) and a reply "
+            f"({OUTPUT_FIELDS[0]} or the text {OUTPUT_TEXTS[0]})"
+        )
+    if output is None:
+        output = len(encode(tokenizer, reply))
+    ids = tuple(encode(tokenizer, text)) if text else None
+    return Row(ids or prompt or 1, max(output, 2))
+
+
+def _counted(value: dict[str, Any], fields: Sequence[str], where: str) -> int | None:
+    for field in fields:
+        found = value.get(field)
+        if found is None or isinstance(found, str):
+            continue
+        if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= MOST_TOKENS:
+            raise LeanMoeError(
+                f"{where} has {field} {found!r}: it must be a number of tokens, 1 to "
+                f"{MOST_TOKENS:,}"
+            )
+        return found
+    return None
+
+
+def _texts(value: dict[str, Any], fields: Sequence[str]) -> str:
+    return next((value[f] for f in fields if isinstance(value.get(f), str)), "")
+
+
+def _length(prompt: tuple[int, ...] | int) -> int:
+    return prompt if isinstance(prompt, int) else len(prompt)

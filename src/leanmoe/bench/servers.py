@@ -1,0 +1,135 @@
+"""The servers a load is sent to: which they are, whether they answer, and what they serve."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from leanmoe.core.errors import LeanMoeError
+
+ANSWER_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server under test."""
+
+    name: str
+    url: str
+    """Without a path: requests go to its /v1/completions."""
+    model: str = ""
+    """As it calls what it serves."""
+    root: str | None = None
+    """Where the model came from, if the server says so."""
+    max_tokens: int | None = None
+    """Of prompt and reply, if the server says so."""
+
+
+def is_server(target: str) -> bool:
+    """Whether a target of `leanmoe bench` is an address, with or without NAME= before it."""
+    return target.partition("=")[2].startswith(("http://", "https://")) or target.startswith(
+        ("http://", "https://")
+    )
+
+
+def read_address(target: str, allow_remote: bool = False) -> Server:
+    """Reads URL or NAME=URL. Raises LeanMoeError for what is no address, or not this machine's.
+
+    A load test of someone else's machine is an attack on it, so one must say that it is meant.
+    """
+    name, mark, url = target.partition("=")
+    if not mark or name.startswith("http"):
+        name, url = "", target
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise LeanMoeError(f"{url} is no address: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise LeanMoeError(f"{url} is no address: it must be like http://127.0.0.1:8000")
+    if parts.username or parts.password:
+        raise LeanMoeError(f"{parts.hostname} was given with a password in its address: leave it")
+    if parts.path.rstrip("/") not in ("", "/v1") or parts.query:
+        raise LeanMoeError(f"{url} has a path: give the server's address alone")
+    if not (allow_remote or is_local(parts.hostname)):
+        raise LeanMoeError(
+            f"{parts.hostname} is not this machine: a load can take a server down, so add "
+            "--allow-remote if it is yours to test"
+        )
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return Server(name or f"{host}:{port}", f"{parts.scheme}://{host}:{port}")
+
+
+def is_local(host: str) -> bool:
+    """Whether a host is this machine's loopback."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def ask(server: Server, model: str | None = None) -> Server:
+    """The server with what it serves. Raises LeanMoeError where none answers as OpenAI's do."""
+    models = _models(server)
+    known = {str(each["id"]): each for each in models}
+    if model is not None and model not in known:
+        raise LeanMoeError(f"{server.url} does not serve {model}: it serves {', '.join(known)}")
+    chosen = known[model] if model is not None else next(iter(known.values()))
+    most = chosen.get("max_model_len")
+    return Server(
+        server.name,
+        server.url,
+        str(chosen["id"]),
+        str(chosen["root"]) if chosen.get("root") else None,
+        most if isinstance(most, int) else None,
+    )
+
+
+def answers(server: Server) -> bool:
+    """Whether the server still lists its models."""
+    try:
+        _models(server)
+    except LeanMoeError:
+        return False
+    return True
+
+
+def _models(server: Server) -> list[dict[str, Any]]:
+    # A proxy of the environment is not asked: it would be measured with the server.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{server.url}/v1/models", timeout=ANSWER_SECONDS) as answer:
+            value = json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        raise LeanMoeError(
+            f"{server.url} is no OpenAI-compatible server: /v1/models gives HTTP {error.code}"
+        ) from error
+    except http.client.HTTPException as error:
+        raise LeanMoeError(
+            f"{server.url} is no OpenAI-compatible server: it does not speak HTTP"
+        ) from error
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise LeanMoeError(
+            f"{server.url} does not answer: {reason}; start the server first"
+        ) from error
+    except ValueError as error:
+        raise LeanMoeError(
+            f"{server.url} is no OpenAI-compatible server: /v1/models is not JSON"
+        ) from error
+    models = value.get("data") if isinstance(value, dict) else None
+    if not isinstance(models, list) or not models or not all(_is_model(each) for each in models):
+        raise LeanMoeError(f"{server.url} lists no model at /v1/models: it has none to measure")
+    return models
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, dict) and "id" in value

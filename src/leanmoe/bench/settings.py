@@ -1,0 +1,201 @@
+"""What a bench is asked to do; every default of `leanmoe bench` stands here. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from leanmoe.core.errors import LeanMoeError
+
+GOODPUT_LIMITS = ("ttft", "tpot", "e2el")
+"""What `vllm bench serve --goodput` takes."""
+ENGINES = ("transformers", "vllm")
+MOST_CONCURRENCY = 4096
+MOST_REQUESTS = 100_000
+MOST_TOKENS = 1_000_000
+MOST_RATE = 10_000.0
+MOST_SECONDS = 6 * 3600.0
+FEWEST_REQUESTS = 24
+"""With one request at a time; as the square root of the load above it, and two rounds at least."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a prompt or a reply: one length, or any of a range, each as likely."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def parse(cls, option: str, text: str, least: int) -> Lengths:
+        """Reads "1024" or "512:2048". Raises LeanMoeError naming the option."""
+        parts = text.split(":")
+        try:
+            numbers = [int(part) for part in parts]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2) or not least <= numbers[0] <= numbers[-1] <= MOST_TOKENS:
+            raise LeanMoeError(
+                f"{option} is {text!r}: it must be a number of tokens like 1024 or a range like "
+                f"512:2048, from {least} to {MOST_TOKENS:,}"
+            )
+        return cls(numbers[0], numbers[-1])
+
+    def draw(self, rng: random.Random) -> int:
+        """One length."""
+        return rng.randint(self.low, self.high)
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low}:{self.high}"
+
+
+@dataclass(frozen=True)
+class ServiceLoad:
+    """One load: a closed loop of so many requests at once, or an open loop at a Poisson rate."""
+
+    requests: int
+    concurrency: int | None = None
+    rate: float | None = None
+    """Requests a second, arriving as a Poisson process whatever is under way."""
+
+    @property
+    def name(self) -> str:
+        """As a reader would say it."""
+        if self.concurrency is not None:
+            return f"{self.concurrency} at once"
+        return f"{self.rate:g} a second"
+
+    def to_json(self) -> dict[str, Any]:
+        """Under the names that `vllm bench serve` uses."""
+        return {
+            "max_concurrency": self.concurrency,
+            "request_rate": self.rate,
+            "num_prompts": self.requests,
+        }
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """The settings of one bench."""
+
+    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    rates: tuple[float, ...] = ()
+    """If given, loads are open loops at these rates instead."""
+    input_len: Lengths = Lengths(1024, 1024)
+    output_len: Lengths = Lengths(1024, 1024)
+    dataset: str | None = None
+    """A .jsonl file whose rows give the lengths, or the texts, instead."""
+    text: str | None = None
+    requests: int | None = None
+    """Of one run; by default two rounds of the load or more."""
+    repeats: int = 5
+    max_seconds: float = 600.0
+    """No run sends requests for longer than this."""
+    max_concurrency: int = 256
+    """Of an open loop: what arrives beyond it waits."""
+    goodput: tuple[tuple[str, float], ...] = ()
+    confidence: float = 0.95
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises LeanMoeError for the first setting out of range."""
+        for name, values, most in (
+            ("concurrency", self.concurrency, MOST_CONCURRENCY),
+            ("rate", self.rates, MOST_RATE),
+        ):
+            rising = list(values) == sorted(set(values))
+            if not rising or any(not 0 < value <= most for value in values):
+                raise LeanMoeError(
+                    f"--{name} is {','.join(f'{v:g}' for v in values)}: it must be rising numbers "
+                    f"above 0, at most {most:g}"
+                )
+        if not self.rates and not self.concurrency:
+            raise LeanMoeError("no load was given: set --concurrency or --rate")
+        _require(1 <= self.repeats <= 100, "repeats", self.repeats, "1 to 100")
+        _require(
+            0 < self.max_seconds <= MOST_SECONDS,
+            "max-seconds",
+            self.max_seconds,
+            f"above 0 and at most {MOST_SECONDS:g}",
+        )
+        _require(
+            1 <= self.max_concurrency <= MOST_CONCURRENCY,
+            "max-concurrency",
+            self.max_concurrency,
+            f"1 to {MOST_CONCURRENCY}",
+        )
+        _require(0.5 < self.confidence < 1, "confidence", self.confidence, "above 0.5 and below 1")
+        most = max((load.requests for load in self.loads()), default=0)
+        _require(0 < most <= MOST_REQUESTS, "requests", most, f"1 to {MOST_REQUESTS:,}")
+        if self.requests is not None and not self.rates and self.requests < max(self.concurrency):
+            raise LeanMoeError(
+                f"--requests is {self.requests}: it must be at least the largest concurrency, "
+                f"{max(self.concurrency)}"
+            )
+
+    def loads(self) -> tuple[ServiceLoad, ...]:
+        """The loads in the order they run."""
+        if self.rates:
+            count = self.requests or 4 * FEWEST_REQUESTS
+            return tuple(ServiceLoad(count, rate=rate) for rate in self.rates)
+        return tuple(
+            ServiceLoad(self.requests or requests_for(load), concurrency=load)
+            for load in self.concurrency
+        )
+
+    def goodput_limits(self) -> dict[str, float]:
+        """Milliseconds by name."""
+        return dict(self.goodput)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {
+            **asdict(self),
+            "concurrency": list(self.concurrency),
+            "rates": list(self.rates),
+            "input_len": str(self.input_len),
+            "output_len": str(self.output_len),
+            "goodput": self.goodput_limits(),
+        }
+
+
+def requests_for(concurrency: int) -> int:
+    """Requests of a closed loop's run, so that it lasts for more than a moment at any load."""
+    return max(2 * concurrency, math.ceil(FEWEST_REQUESTS * math.sqrt(concurrency)))
+
+
+def parse_goodput(words: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Reads "ttft:500 tpot:50", in milliseconds. Raises LeanMoeError for anything else."""
+    found: dict[str, float] = {}
+    for word in [part for each in words for part in each.replace(",", " ").split()]:
+        name, _, value = word.partition(":")
+        try:
+            limit = float(value)
+        except ValueError:
+            limit = math.nan
+        if name not in GOODPUT_LIMITS or not 0 < limit < math.inf:
+            raise LeanMoeError(
+                f"--goodput has {word!r}: it must be limits in milliseconds like ttft:500 tpot:50, "
+                f"of {', '.join(GOODPUT_LIMITS)}"
+            )
+        found[name] = limit
+    return tuple(found.items())
+
+
+def parse_numbers(option: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """Reads "1,8,32". Raises LeanMoeError naming the option."""
+    try:
+        numbers = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(math.isfinite(number) for number in numbers):
+        raise LeanMoeError(f"{option} is {text!r}: it must be numbers like 1,8,32")
+    return numbers
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise LeanMoeError(f"--{name} is {value}: it must be {allowed}")

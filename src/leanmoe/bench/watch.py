@@ -1,0 +1,171 @@
+"""A short load on a server that is not timed: its /metrics is read while requests are under way."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from leanmoe.bench.scrape import MOST_BYTES, PATH, Step, read_step
+from leanmoe.bench.servers import ANSWER_SECONDS, Server
+from leanmoe.bench.settings import ServiceLoad
+from leanmoe.core.errors import LeanMoeError
+
+SAMPLES = 12
+INTERVAL = 0.05
+"""Seconds between one sample and the next."""
+SECONDS = 30.0
+"""After so long no request is sent any more."""
+
+
+def watch(
+    server: Server,
+    load: ServiceLoad,
+    rows: Sequence[Mapping[str, Any]],
+    together: int,
+    most_rows: int,
+    patience: float,
+) -> dict[str, Any]:
+    """Experts a token used and distinct experts a step woke, means over layers and samples.
+
+    Args:
+        rows: requests, each with "prompt" and "output_tokens_count"; sent in turn until there are
+            SAMPLES samples. Those under way then end as they would.
+        together: at most so many are under way at once.
+        most_rows: steps with more rows are left out: they hold a prompt.
+        patience: seconds that one request may take.
+
+    Where that cannot be seen there is "missing" instead, and why: no reason to end a bench.
+    """
+    try:
+        return asyncio.run(_watched(server, load, rows, together, most_rows, patience))
+    except LeanMoeError as error:
+        return {"missing": str(error)}
+    except httpx.HTTPError as error:
+        return {"missing": f"it does not answer at {PATH}: {error or type(error).__name__}"}
+
+
+async def _watched(
+    server: Server,
+    load: ServiceLoad,
+    rows: Sequence[Mapping[str, Any]],
+    together: int,
+    most_rows: int,
+    patience: float,
+) -> dict[str, Any]:
+    everyone = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(
+        base_url=server.url, timeout=patience, trust_env=False, limits=everyone
+    ) as client:
+        before = await _scrape(client)  # raises where there is nothing to see
+        sender = _Sender(client, server.model, rows)
+        sending = asyncio.create_task(sender.send(load, together))
+        try:
+            seen = await _sample(client, sender, before, most_rows)
+        finally:
+            sender.stop()
+            await sending
+    if not seen:
+        why = f", {sender.failed} requests failed" if sender.failed else ""
+        raise LeanMoeError(f"no step of at most {most_rows} rows was seen at {PATH}{why}")
+    return _summary(seen)
+
+
+async def _sample(
+    client: httpx.AsyncClient, sender: _Sender, before: Step | None, most_rows: int
+) -> list[Step]:
+    """The steps that are shown while requests are under way."""
+    seen: list[Step] = []
+    is_ours = False
+    end = time.monotonic() + SECONDS
+    while len(seen) < SAMPLES and time.monotonic() < end and not sender.is_done:
+        await asyncio.sleep(INTERVAL)
+        if not sender.under_way:
+            continue
+        step = await _scrape(client)
+        is_ours |= step != before or sender.ended > 0  # else it may be the last of an earlier run
+        if is_ours and step is not None and 1 <= step.rows <= most_rows:
+            seen.append(step)
+    return seen
+
+
+async def _scrape(client: httpx.AsyncClient) -> Step | None:
+    body = bytearray()
+    async with client.stream("GET", PATH, timeout=ANSWER_SECONDS) as answer:
+        if answer.status_code != httpx.codes.OK:
+            raise LeanMoeError(f"its {PATH} gives HTTP {answer.status_code}")
+        async for part in answer.aiter_bytes():
+            body += part
+            if len(body) > MOST_BYTES:
+                break
+    return read_step(bytes(body))
+
+
+def _summary(seen: Sequence[Step]) -> dict[str, Any]:
+    bands = Counter((step.band, step.up_to) for step in seen)
+    return {
+        "experts_a_token": sum(step.activated for step in seen) / len(seen),
+        "distinct_experts_a_step": sum(step.distinct for step in seen) / len(seen),
+        "rows_a_step": sum(step.rows for step in seen) / len(seen),
+        "samples": len(seen),
+        "bands": [
+            {"band": band, "up_to": up_to, "samples": count}
+            for (band, up_to), count in sorted(bands.items())
+        ],
+        "label": "measured",
+    }
+
+
+class _Sender:
+    """Keeps a load's requests under way until it is stopped or out of them."""
+
+    def __init__(
+        self, client: httpx.AsyncClient, model: str, rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._client, self._model, self._rows = client, model, rows
+        self._is_stopped = False
+        self.under_way = self.ended = self.failed = 0
+        self.is_done = False
+
+    def stop(self) -> None:
+        """No further request is sent."""
+        self._is_stopped = True
+
+    async def send(self, load: ServiceLoad, together: int) -> None:
+        """A closed loop, or an open one at the load's rate, with so many at once at most."""
+        rng = random.Random(load.name)
+        gate = asyncio.Semaphore(together)
+        async with asyncio.TaskGroup() as group:
+            for row in itertools.takewhile(lambda _: not self._is_stopped, self._rows):
+                await gate.acquire()
+                if self._is_stopped:
+                    break
+                group.create_task(self._one(row, gate))
+                if load.rate is not None:
+                    await asyncio.sleep(rng.expovariate(load.rate))
+        self.is_done = True
+
+    async def _one(self, row: Mapping[str, Any], gate: asyncio.Semaphore) -> None:
+        wanted = {
+            "model": self._model,
+            "prompt": row["prompt"],
+            "max_tokens": row["output_tokens_count"],
+            "temperature": 0.0,
+            "ignore_eos": True,
+        }
+        self.under_way += 1
+        try:
+            answer = await self._client.post("/v1/completions", json=wanted)
+            self.failed += answer.is_error
+        except httpx.HTTPError:
+            self.failed += 1
+        finally:
+            self.under_way -= 1
+            self.ended += 1
+            gate.release()

@@ -1,0 +1,1 @@
+"""What any part of leanmoe may import: errors, files, provenance, progress, text, run folders."""

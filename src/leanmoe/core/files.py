@@ -1,0 +1,85 @@
+"""Files that are whole or absent: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from leanmoe.core.errors import LeanMoeError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renames it onto `path` if the body succeeds.
+
+    Raises LeanMoeError when the folder cannot be written or the disk is full; nothing is left
+    half-written in either case.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise LeanMoeError(f"cannot write {path}: {reason}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON; NaN and infinity are refused, since JSON has neither."""
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise LeanMoeError(f"cannot write {path}: a result is not a finite number") from error
+    write_text(path, text + "\n")
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets a library that wants a path of its own (safetensors, numpy) write atomically too."""
+    with replacing(path) as temporary:
+        write(temporary)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Reads a JSON file; `what` names it in the error ("plan", "results")."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LeanMoeError(f"cannot read {what} {path}: {reason}") from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LeanMoeError(
+            f"{what} {path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+
+
+def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+    """Refuses early when `folder`'s disk has fewer than `needed_bytes` free."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise LeanMoeError(
+            f"not enough disk space in {folder} for {purpose}: "
+            f"{free / 1e6:.0f} MB free, {needed_bytes / 1e6:.0f} MB needed"
+        )

@@ -1,0 +1,1 @@
+"""What plans cost: on tasks, in replies, on kinds of text."""

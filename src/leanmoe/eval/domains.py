@@ -1,0 +1,211 @@
+"""Calibrated on one kind of text, tested on another: the loss of each plan on each domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.run_folder import RunFolder
+from leanmoe.core.text import Document, read_corpus
+from leanmoe.eval.answers import served_experts
+from leanmoe.eval.settings import EvalSettings
+from leanmoe.plan import Plan
+from leanmoe.plan.named_plans import Named
+from leanmoe.prune.criteria import criterion, place_scores
+from leanmoe.prune.kept_experts import as_plan, best_experts, kept_count
+from leanmoe.prune.run import observe, output_errors
+from leanmoe.runtime import apply, shape_of
+from leanmoe.scoring.divergence import losses
+from leanmoe.scoring.windows import WINDOW_TOKENS, Windows, cut
+from leanmoe.stats.documents import Losses
+from leanmoe.stats.paired import loss_increase, require_documents
+
+FEWEST_DOCUMENTS = 60
+"""A text of fewer is cut into passages, which are then what statistics are paired by."""
+PASSAGE_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A text in two halves: one to calibrate on, one to test on."""
+
+    name: str
+    calibration: tuple[Document, ...]
+    heldout: tuple[Document, ...]
+    unit: str
+    """What statistics are paired by: documents, or passages of few documents."""
+
+
+def read_domains(tokenizer: Any, settings: EvalSettings) -> list[tuple[Domain, Windows]]:
+    """Each domain with the windows of it that are tested on.
+
+    Raises LeanMoeError, before anything is measured, for a text that is too short to judge by.
+    """
+    found = []
+    for name, file in settings.domains:
+        domain = read_domain(name, Path(file))
+        windows = cut(
+            domain.heldout, tokenizer, WINDOW_TOKENS, settings.domain_tokens, settings.seed
+        )
+        try:
+            require_documents(windows.documents, settings.confidence)
+        except LeanMoeError as error:
+            raise LeanMoeError(
+                f"domain {name}: {error}; give a longer text, or more than "
+                f"{settings.domain_tokens} --domain-tokens"
+            ) from error
+        if len(windows.lengths_N) < settings.decode_batch:
+            raise LeanMoeError(
+                f"domain {name} gives {len(windows.lengths_N)} windows: --decode-batch "
+                f"{settings.decode_batch} needs as many"
+            )
+        found.append((domain, windows))
+    return found
+
+
+def domain_matrix(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[tuple[Domain, Windows]],
+    plans: Sequence[Named],
+    settings: EvalSettings,
+    folder: RunFolder,
+) -> dict[str, Any]:
+    """Rows: plans as given, and one calibrated on each domain; columns: the domains tested."""
+    domains = [domain for domain, _ in texts]
+    windows = {domain.name: found for domain, found in texts}
+    rows = [*plans]
+    if settings.calibrate is not None:
+        rows += [_calibrated(model, tokenizer, d, settings, folder) for d in domains]
+    empty = Plan(shape_of(model).fingerprint())
+
+    def measured(plan: Plan, key: str, what: str, where: Windows) -> Losses:
+        return Losses.from_json(folder.step(key, _measuring(model, plan, what, where, settings)))
+
+    full = {
+        name: measured(empty, f"domain-{name}-full", f"{name}, full model", where)
+        for name, where in windows.items()
+    }
+    return {
+        "domains": [
+            {
+                "name": d.name,
+                "unit": d.unit,
+                "units": windows[d.name].documents,
+                "tokens": windows[d.name].tokens,
+                "full_loss": full[d.name].mean,
+            }
+            for d in domains
+        ],
+        "calibrate": settings.calibrate,
+        "rows": [
+            {
+                "plan": each.name,
+                "loss": {
+                    name: loss_increase(
+                        full[name],
+                        measured(each.plan, f"domain-{name}-{each.digest}", _what(name, each), w),
+                        settings.confidence,
+                        settings.seed,
+                    ).to_json()
+                    for name, w in windows.items()
+                },
+            }
+            for each in rows
+        ],
+    }
+
+
+def read_domain(name: str, path: Path) -> Domain:
+    """The text of `path`, its first half of each document to calibrate on if they are few.
+
+    Many documents: every other one. Few: passages, the first half of each document's and the
+    rest, so that no passage is in both; every other one of documents that are a passage each.
+    """
+    documents = read_corpus(str(path)).documents
+    if len(documents) >= FEWEST_DOCUMENTS:
+        return Domain(name, documents[::2], documents[1::2], "documents")
+    first: list[Document] = []
+    rest: list[Document] = []
+    single = 0
+    for document in documents:
+        passages = _passages(document)
+        half = (len(passages) + 1) // 2
+        if len(passages) == 1:  # as the sections of a plain file are
+            half = 1 - single % 2
+            single += 1
+        first += passages[:half]
+        rest += passages[half:]
+    if not rest:
+        raise LeanMoeError(f"domain {name}: {path} is too short to be cut into two halves")
+    return Domain(name, tuple(first), tuple(rest), "passages")
+
+
+def _passages(document: Document) -> list[Document]:
+    """The document's paragraphs, gathered until a passage is long enough."""
+    found: list[Document] = []
+    gathered: list[str] = []
+    for paragraph in document.text.split("\n"):
+        gathered.append(paragraph)
+        if sum(map(len, gathered)) >= PASSAGE_CHARACTERS:
+            found.append(Document(f"{document.name}, passage {len(found)}", "\n".join(gathered)))
+            gathered = []
+    if sum(map(len, gathered)) >= PASSAGE_CHARACTERS // 2:
+        found.append(Document(f"{document.name}, passage {len(found)}", "\n".join(gathered)))
+    return found
+
+
+def calibration(text: str) -> tuple[str, str]:
+    """ "easy-ep:75%" as criterion and share. Raises LeanMoeError where it is not."""
+    name, _, keep = text.rpartition(":")
+    if not name or not keep:
+        raise LeanMoeError(f"--calibrate is {text!r}: it must be like easy-ep:75%")
+    criterion(name)
+    return name, keep
+
+
+def _calibrated(
+    model: Any, tokenizer: Any, domain: Domain, settings: EvalSettings, folder: RunFolder
+) -> Named:
+    """Experts ranked on the domain's calibration half."""
+    name, keep = calibration(str(settings.calibrate))
+    wanted, shape = criterion(name), shape_of(model)
+    count = kept_count(keep, shape)
+
+    def rank() -> Any:
+        windows = cut(
+            domain.calibration, tokenizer, WINDOW_TOKENS, settings.domain_tokens, settings.seed
+        )
+        if wanted.by_place is not None:
+            layers = len(shape.moe_layers)
+            return best_experts(
+                place_scores(wanted, layers, shape.experts, settings.seed), count, shape
+            )
+        seen = observe(model, windows)
+        if wanted.by_statistics is not None:
+            scores = wanted.by_statistics(seen)
+        else:
+            scores = output_errors(model, windows, count)
+        return best_experts(scores, count, shape, tuple(seen.super_experts()))
+
+    stored = folder.step(f"calibrated-{domain.name}", rank)
+    kept = tuple(tuple(int(expert) for expert in layer) for layer in stored)
+    return Named(f"{name} {keep}, calibrated on {domain.name}", as_plan(kept, shape))
+
+
+def _measuring(
+    model: Any, plan: Plan, what: str, windows: Windows, settings: EvalSettings
+) -> Callable[[], Any]:
+    def compute() -> Any:
+        together = settings.decode_batch
+        with apply(model, plan, experts=served_experts(model), decode_batch=together):
+            return losses(model, windows, what, together).to_json()
+
+    return compute
+
+
+def _what(domain: str, each: Named) -> str:
+    return f"{domain}, {each.name}"

@@ -1,0 +1,84 @@
+"""lm-evaluation-harness's own model class, with answers scored in the company of a service.
+
+Imported only where the harness is installed.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from leanmoe.eval.answers import served_experts
+from leanmoe.eval.settings import EvalSettings
+from leanmoe.plan.named_plans import Named
+from leanmoe.runtime import apply
+from leanmoe.scoring.rows import Row, score_rows
+
+
+def planned_model(model: Any, tokenizer: Any, each: Named, settings: EvalSettings, mix: int) -> Any:
+    """A model for the harness that answers under a plan, its mix of company drawn by a seed."""
+    made = PlannedHFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=settings.decode_batch,
+        device=str(model.device),
+    )
+    made.plan_by(each, settings, mix)
+    return made
+
+
+class PlannedHFLM(HFLM):  # type: ignore[misc]
+    """Tokenises, truncates and stops as the harness does; scores and writes under a plan."""
+
+    def plan_by(self, each: Named, settings: EvalSettings, mix: int) -> None:
+        """What it answers under."""
+        self._each, self._settings, self._mix = each, settings, mix
+        self._questions: list[int] = []
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """Log-likelihoods of answers; the answers of a question keep each other no company."""
+        del disable_tqdm
+        names = [(request.task_name, request.doc_id) for request in requests]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        self._questions = [numbers[name] for name in names]
+        try:
+            return super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._questions = []
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        del disable_tqdm, override_bs
+        rows = []
+        for _texts, context, continuation in requests:
+            ids = [*context, *continuation][-(self.max_length + 1) :]
+            rows.append(Row(tuple(ids), max(1, len(ids) - len(continuation))))
+        settings = self._settings
+
+        def applying(prompt_tokens: int) -> AbstractContextManager[Any]:
+            return apply(
+                self.model,
+                self._each.plan,
+                experts=served_experts(self.model),
+                decode_batch=settings.decode_batch,
+                prompt_tokens=prompt_tokens,
+            )
+
+        scores = score_rows(
+            self.model,
+            rows,
+            self._questions or list(range(len(rows))),
+            applying,
+            f"Harness, {self._each.name}",
+            settings.decode_batch,
+            settings.seed + self._mix,
+        )
+        return [(-score.nll, score.greedy) for score in scores]
+
+    def _model_generate(self, context: Any, **settings: Any) -> Any:
+        """Writes as many requests at once as decode together, as a step of a service."""
+        with apply(self.model, self._each.plan, experts=served_experts(self.model)):
+            return super()._model_generate(context, **settings)

@@ -1,0 +1,78 @@
+"""Prompts from a file of JSON lines: {"prompt": ...} or {"question": ..., "answer": ...}."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.eval.local_tasks import Encodes
+from leanmoe.stats.replies import NUMBER, answer_in, compiled
+
+FEWEST_PROMPTS = 10
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to write on from, and the answer that the reply should hold, if there is one."""
+
+    ids: tuple[int, ...]
+    answer: str | None
+    pattern: str = NUMBER
+
+    def is_right(self, reply: str) -> bool:
+        """Whether the last answer in the reply is the right one."""
+        return answer_in(reply, compiled(self.pattern)) == self.answer
+
+
+def read_prompts(
+    path: Path, encoder: Encodes, new_tokens: int, limit: int | None = None
+) -> tuple[Prompt, ...]:
+    """The file's prompts, its first `limit`. A line may hold its own "pattern" of answers.
+
+    An answer is what its pattern finds last in it (GSM8K's stand after ####), or all of it.
+    Raises LeanMoeError, naming the line, for one that is not as it must be, and for a prompt that
+    with its reply is longer than the model reads.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LeanMoeError(f"cannot read prompts {path}: {error}") from error
+    found: list[Prompt] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and (limit is None or len(found) < limit):
+            prompt = _prompt(line, encoder, f"{path} line {number}")
+            if len(prompt.ids) + new_tokens > encoder.context:
+                raise LeanMoeError(
+                    f"{path} line {number} has {len(prompt.ids)} tokens: with {new_tokens} of a "
+                    f"reply that is more than the model reads ({encoder.context})"
+                )
+            found.append(prompt)
+    if len(found) < FEWEST_PROMPTS:
+        raise LeanMoeError(
+            f"{path} gives {len(found)} prompts: at least {FEWEST_PROMPTS} are needed to judge by"
+        )
+    if len({prompt.answer is None for prompt in found}) > 1:
+        raise LeanMoeError(f"{path}: some prompts have an answer and some have none")
+    return tuple(found)
+
+
+def _prompt(line: str, encoder: Encodes, where: str) -> Prompt:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise LeanMoeError(f"{where} is not JSON: {error.msg}") from error
+    if not isinstance(value, dict):
+        raise LeanMoeError(f"{where} is no object")
+    text, answer = value.get("prompt", value.get("question")), value.get("answer")
+    if not isinstance(text, str) or not text:
+        raise LeanMoeError(f"{where} has no text in 'prompt' or 'question'")
+    if answer is not None and not isinstance(answer, str):
+        raise LeanMoeError(f"{where}: 'answer' must be a text")
+    pattern = value.get("pattern", NUMBER)
+    if not isinstance(pattern, str):
+        raise LeanMoeError(f"{where}: 'pattern' must be a text")
+    if answer is not None:
+        answer = answer_in(answer, compiled(pattern)) or answer.strip()
+    return Prompt((encoder.start_id, *encoder.encode(text)), answer, pattern)

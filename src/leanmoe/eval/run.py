@@ -1,0 +1,177 @@
+"""`leanmoe eval`: the same questions, texts and prompts under the full model and under plans."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import write_json
+from leanmoe.core.provenance import collect
+from leanmoe.core.run_folder import RunFolder
+from leanmoe.eval.answers import Answers, answer_tasks, loss_changes, served_experts
+from leanmoe.eval.domains import domain_matrix, read_domains
+from leanmoe.eval.generate import generation
+from leanmoe.eval.local_tasks import LOCAL, Encoder, Task, read_task
+from leanmoe.eval.settings import EvalSettings
+from leanmoe.models.shape import read_shape
+from leanmoe.plan import Plan
+from leanmoe.plan.named_plans import FULL, read_plans, require_at_work
+from leanmoe.report.quality_page import SCHEMA_VERSION, write_quality_page
+from leanmoe.runtime import apply, load_model, shape_of
+from leanmoe.stats.outcomes import (
+    Difference,
+    difference,
+    forecast,
+    mean_of_tasks,
+    non_inferior_accuracy,
+)
+from leanmoe.tune.inputs import quiet
+
+RESULTS = "results.json"
+POOLED, MEAN = "all questions", "mean of tasks"
+
+
+def evaluate(
+    settings: EvalSettings,
+    plan_files: Sequence[Path],
+    rules: Sequence[str],
+    output: Path,
+    command: str,
+    overwrite: bool = False,
+) -> Path:
+    """Runs everything asked for into folder `output`, taking up what an earlier run left.
+
+    Raises LeanMoeError before any expensive work where it can.
+    """
+    settings.check()
+    shape = read_shape(settings.model)
+    plans = read_plans(plan_files, rules, shape.fingerprint())
+    require_at_work(plans, settings.decode_batch)
+    if not plans and settings.calibrate is None:
+        raise LeanMoeError("nothing to compare with the full model: give --plan or --rule")
+    local, harness = _sorted_out(settings)
+    if harness:
+        from leanmoe.eval.harness import require_harness
+
+        require_harness(harness, settings)
+    folder = RunFolder.open(output, settings, overwrite, "eval")
+    quiet()
+    model, tokenizer = _load(settings)
+    tasks = _read_local(local, model, tokenizer, settings)
+    texts = read_domains(tokenizer, settings)
+    results: dict[str, Any] = {
+        "leanmoe_eval": SCHEMA_VERSION,
+        "provenance": collect(command, settings.seed).to_json(),
+        "label": "measured",
+        "settings": settings.to_json(),
+        "experts_implementation": _implementation(model, settings),
+        "plans": [{"name": p.name, "plan": p.plan.to_json()} for p in plans],
+    }
+    answers: dict[str, dict[str, list[Answers]]] = {}
+    if plans and tasks:
+        answers = answer_tasks(model, tasks, plans, settings, folder)
+    if plans and harness:
+        from leanmoe.eval.harness import answer_harness
+
+        found = answer_harness(model, tokenizer, harness, plans, settings, folder)
+        for name, by_task in found.items():
+            answers.setdefault(name, {}).update(by_task)
+    if answers:
+        metrics = {task.name: task.metric for task in tasks}
+        results["tasks"] = compared(answers, settings, metrics)
+    if plans and settings.prompts is not None:
+        results["generation"] = generation(model, tokenizer, plans, settings, folder)
+    if settings.domains:
+        results["domains"] = domain_matrix(model, tokenizer, texts, plans, settings, folder)
+    results["seconds"] = folder.seconds()
+    write_json(folder.path / RESULTS, results)
+    write_quality_page(results, folder.path / "report.html")
+    return folder.path
+
+
+def compared(
+    answers: Mapping[str, Mapping[str, Sequence[Answers]]],
+    settings: EvalSettings,
+    metrics: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Each plan on each task, on all questions pooled, and on the mean of tasks, with verdicts."""
+    full = answers[FULL]
+    rows: list[dict[str, Any]] = []
+    for name, by_task in answers.items():
+        if name == FULL:
+            continue
+        found: list[Difference] = []
+        for task, mixes in by_task.items():
+            mixes_MN = np.stack([each.right_N for each in mixes])
+            found.append(difference(full[task][0].right_N, mixes_MN, settings.confidence))
+            loss = loss_changes(full[task][0], mixes, settings)
+            metric = (metrics or {}).get(task, "")
+            rows.append(_row(name, task, found[-1], settings, loss=loss, metric=metric))
+        if len(found) > 1:
+            right_N = np.concatenate([full[task][0].right_N for task in by_task])
+            pooled_MN = np.stack(
+                [
+                    np.concatenate([mixes[mix].right_N for mixes in by_task.values()])
+                    for mix in range(min(map(len, by_task.values())))
+                ]
+            )
+            pooled = difference(right_N, pooled_MN, settings.confidence)
+            rows.append(_row(name, POOLED, pooled, settings))
+            rows.append(_row(name, MEAN, mean_of_tasks(found), settings))
+    return rows
+
+
+def _row(
+    plan: str, task: str, found: Difference, settings: EvalSettings, **more: Any
+) -> dict[str, Any]:
+    verdict = non_inferior_accuracy(found, settings.margin, settings.confidence)
+    values = found.to_json()
+    values["accuracy"] = values.pop("plan")
+    return {"plan": plan, "task": task, **values, "verdict": asdict(verdict), **more}
+
+
+def _sorted_out(settings: EvalSettings) -> tuple[list[str], list[str]]:
+    """The tasks read from files in `data`, and those of lm-evaluation-harness."""
+    local = [name for name in settings.tasks if settings.data is not None and name in LOCAL]
+    return local, [name for name in settings.tasks if name not in local]
+
+
+def _read_local(
+    names: Sequence[str], model: Any, tokenizer: Any, settings: EvalSettings
+) -> list[Task]:
+    if not names:
+        return []
+    encoder = Encoder(model, tokenizer)
+    folder = Path(str(settings.data))
+    tasks = [read_task(name, encoder, folder, settings.limit) for name in names]
+    for task in tasks:
+        line = forecast(task.name, len(task.items), settings.margin, settings.confidence)
+        print(line, file=sys.stderr)
+    if len(tasks) > 1:
+        count = sum(len(task.items) for task in tasks)
+        print(forecast(POOLED, count, settings.margin, settings.confidence), file=sys.stderr)
+    return tasks
+
+
+def _load(settings: EvalSettings) -> tuple[Any, Any]:
+    """The model and its tokenizer; nothing where vLLM loads them in a process of its own."""
+    if settings.engine == "vllm":
+        return None, None
+    return load_model(settings.model, settings.dtype, settings.trust_remote_code)
+
+
+def _implementation(model: Any, settings: EvalSettings) -> str:
+    """What computes the experts."""
+    if settings.engine == "vllm":
+        from leanmoe.bench.vllm_offline import require_vllm
+
+        return f"vllm {require_vllm(with_plans=True)}"
+    plan = Plan(shape_of(model).fingerprint())
+    with apply(model, plan, experts=served_experts(model)) as applied:
+        return applied.implementation

@@ -1,0 +1,64 @@
+"""What a call of routing on the CPU is told, and where its scratch memory holds what.
+
+Numbers and addresses arrive in one array of int64. Shapes: S steps, T tokens in a step, E experts,
+K slots a token.
+"""
+
+# mypy: ignore-errors
+# numba infers the types.
+
+from __future__ import annotations
+
+from numba import carray
+from numba.extending import register_jitable
+
+from leanmoe.kernels.cpu.gemm import padded
+from leanmoe.kernels.cpu.llvm_microkernel import LANES, bytes_at, floats_at, ints_at, longs_at
+
+(
+    LOGITS, BIAS, ALLOWED, PADDING, IDS, WEIGHTS, OVER, NUMBERS, SCRATCH,
+    STEPS, TOKENS, EXPERTS, SLOTS, FULL, LISTED, SCORING, NORMALISE, GROUPS, GROUPS_USED, GROUP_MAX,
+    GUARANTEED, BUDGET, THREADS, TEAM, THREAD_NUMBER, ENTRY, TASK,
+    FIELDS,
+) = range(28)  # fmt: skip
+"""BIAS, ALLOWED, PADDING and OVER are 0 where there is none; so are GUARANTEED and BUDGET. FULL is
+the model's own top-k where its weights are kept, else 0; LISTED the larger of FULL and SLOTS."""
+
+SOFTMAX, SIGMOID, SOFTMAX_AFTER = range(3)
+"""What SCORING may be."""
+THRESHOLD, TOP_P, EPSILON, SCALING = range(4)
+"""Places in NUMBERS; a threshold or top_p below zero is none."""
+
+
+def scratch_bytes(tokens, experts, listed, threads, has_company):
+    """What `SCRATCH` must hold: a row of scores a thread, or a token where tokens share."""
+    rows = tokens if has_company else threads
+    lines = 2 * rows * padded(experts, LANES) * 4 + 2 * tokens * listed * 4
+    return lines + 2 * tokens * 4 + 10 * padded(experts, LANES) + 256
+
+
+@register_jitable
+def scores_at(field, row):
+    """The gates and the ranking of one token, each padded to whole vectors."""
+    width = padded(field[EXPERTS], LANES)
+    at = field[SCRATCH] + 2 * row * width * 4
+    return carray(floats_at(at), width), carray(floats_at(at + width * 4), width)
+
+
+@register_jitable
+def lists_at(field, rows):
+    """Each token's own experts, their number and whole weight; a step's votes and awake experts."""
+    tokens, slots = field[STEPS] * field[TOKENS], field[LISTED]
+    width = padded(field[EXPERTS], LANES)
+    at = field[SCRATCH] + 2 * rows * width * 4
+    own = carray(ints_at(at), tokens * slots)
+    at += tokens * slots * 4
+    own_gates = carray(floats_at(at), tokens * slots)
+    at += tokens * slots * 4
+    counts = carray(ints_at(at), tokens)
+    at += tokens * 4
+    wholes = carray(floats_at(at), tokens)
+    at = (at + tokens * 4 + 63) // 64 * 64
+    votes = carray(longs_at(at), width)
+    awake = carray(bytes_at(at + width * 8), width)
+    return own, own_gates, counts, wholes, votes, awake

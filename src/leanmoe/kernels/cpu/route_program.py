@@ -1,0 +1,217 @@
+"""Routing on the CPU, compiled by numba on first use: scores, a token's own experts, the step's.
+
+One call: every thread takes some of the tokens and finds each one's own experts
+(route_token.py); where tokens share experts, one thread then decides which are awake in each step,
+and fills the slots of every token from those. `leanmoe.routing.route` is the reference.
+"""
+
+# mypy: ignore-errors
+# numba infers the types.
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numba import carray, njit
+
+from leanmoe.kernels.cpu import llvm_microkernel
+from leanmoe.kernels.cpu.llvm_microkernel import bytes_at
+from leanmoe.kernels.cpu.numba_compile import COMPILE, compile_program, stamp_of
+from leanmoe.kernels.cpu.route_args import (
+    BUDGET,
+    ENTRY,
+    EXPERTS,
+    FIELDS,
+    FULL,
+    GROUPS,
+    GUARANTEED,
+    LISTED,
+    OVER,
+    PADDING,
+    SLOTS,
+    STEPS,
+    TASK,
+    TEAM,
+    THREAD_NUMBER,
+    THREADS,
+    TOKENS,
+    lists_at,
+    scores_at,
+)
+from leanmoe.kernels.cpu.route_token import (
+    NEVER,
+    insert,
+    keep,
+    limit_groups,
+    score,
+    share,
+    whole_of,
+    write,
+)
+
+OWN_TASK = 1
+"""What a thread of the team finds in TASK."""
+TOKENS_WORTH_A_THREAD = 48
+"""With fewer for each, waiting for threads costs more than they save."""
+VOTE_UNIT = 4294967296.0
+"""Votes are added as whole numbers of 1/2^32, as the reference adds them."""
+
+
+@njit(**COMPILE)
+def _own(field, part, parts):
+    """Every token's own experts; written out where tokens do not share."""
+    experts, slots, tokens = field[EXPERTS], field[SLOTS], field[STEPS] * field[TOKENS]
+    shares = field[GUARANTEED] > 0 or field[BUDGET] > 0
+    rows = tokens if shares else field[THREADS]
+    own, own_gates, counts, wholes, _votes, _awake = lists_at(field, rows)
+    listed = field[LISTED]
+    padding = carray(bytes_at(field[PADDING]), tokens)
+    ranks = np.empty(listed, np.float32)
+    for token in range(tokens * part // parts, tokens * (part + 1) // parts):
+        ids, picked = own[token * listed :], own_gates[token * listed :]
+        if field[PADDING] != 0 and padding[token] != 0:
+            counts[token] = 0
+            if not shares:
+                write(field, token, ids, picked, 0, np.float32(1.0), True)
+            continue
+        gates, ranking = scores_at(field, token if shares else part)
+        is_number = score(field, token, gates, ranking)
+        if field[GROUPS] > 1:
+            limit_groups(field, ranking)
+        found = 0
+        for e in range(experts):
+            if ranking[e] > NEVER:
+                found = insert(ids, ranks, found, listed, e, ranking[e])
+        for k in range(found):
+            picked[k] = gates[ids[k]]
+        if field[FULL] > 0:
+            wholes[token] = whole_of(field, picked, min(found, field[FULL]))
+        kept = keep(field, ids, picked, min(found, slots))
+        counts[token] = kept if is_number else -1
+        if not shares:
+            write(field, token, ids, picked, kept, wholes[token], is_number)
+
+
+@njit(**COMPILE)
+def _wake(field, step):
+    """Adds up a step's guaranteed experts and votes: awake is 1 for guaranteed, 2 for a best."""
+    listed, tokens = field[LISTED], field[TOKENS]
+    own, own_gates, counts, _wholes, votes, awake = lists_at(field, field[STEPS] * tokens)
+    shares = np.empty(listed, np.float32)
+    awake[:] = 0
+    votes[:] = 0
+    for token in range(step * tokens, (step + 1) * tokens):
+        ids, gates = own[token * listed :], own_gates[token * listed :]
+        kept = counts[token]
+        if kept <= 0:
+            continue
+        for k in range(min(kept, field[GUARANTEED])):
+            awake[ids[k]] |= 1
+        awake[ids[0]] |= 2
+        if field[BUDGET] > 0:
+            share(field, gates, kept, whole_of(field, gates, kept), shares)
+            for k in range(kept):
+                votes[ids[k]] += np.int64(np.float32(shares[k]) * VOTE_UNIT) + 1
+
+
+@njit(**COMPILE)
+def _afford(field, step):
+    """Leaves awake every token's best and the most voted-for, while the budget lasts."""
+    experts = field[EXPERTS]
+    votes, awake = lists_at(field, field[STEPS] * field[TOKENS])[4:]
+    spent = 0
+    for e in range(experts):
+        if field[GUARANTEED] > 0 and awake[e] == 0:
+            votes[e] = 0
+        spent += awake[e] >= 2
+        awake[e] = 1 if awake[e] >= 2 else 0
+    over = carray(bytes_at(field[OVER]), field[STEPS])
+    over[step] = 1 if spent > field[BUDGET] else 0
+    while spent < field[BUDGET]:
+        best, most = -1, np.int64(0)
+        for e in range(experts):
+            if awake[e] == 0 and votes[e] > most:
+                best, most = e, votes[e]
+        if best < 0:
+            break
+        awake[best] = 1
+        spent += 1
+
+
+@njit(**COMPILE)
+def _fill(field, step):
+    """Every token's slots: its own experts that are awake, then the awake that follow."""
+    experts, slots, tokens = field[EXPERTS], field[SLOTS], field[TOKENS]
+    own, own_gates, counts, wholes, _votes, awake = lists_at(field, field[STEPS] * tokens)
+    listed = field[LISTED]
+    ids, ranks = np.empty(slots, np.int32), np.empty(slots, np.float32)
+    picked = np.empty(slots, np.float32)
+    for token in range(step * tokens, (step + 1) * tokens):
+        kept = counts[token]
+        if kept < 0:
+            write(field, token, ids, picked, 0, wholes[token], False)
+            continue
+        found = 0
+        for k in range(kept):
+            expert = own[token * listed + k]
+            if awake[expert] != 0:
+                ids[found] = expert
+                picked[found] = own_gates[token * listed + k]
+                found += 1
+        if found < kept:
+            gates, ranking = scores_at(field, token)
+            more = 0
+            for e in range(experts):
+                if awake[e] != 0 and ranking[e] > NEVER:
+                    is_own = False
+                    for k in range(kept):
+                        is_own |= own[token * listed + k] == e
+                    if not is_own:
+                        more = insert(ids[found:], ranks, more, kept - found, e, ranking[e])
+            for k in range(found, found + more):
+                picked[k] = gates[ids[k]]
+            found += more
+        write(field, token, ids, picked, found, wholes[token], True)
+
+
+@njit(**COMPILE)
+def _whole_call(field):
+    """Own experts on all threads, then step by step who is awake and who uses them."""
+    tokens = field[STEPS] * field[TOKENS]
+    threads = field[THREADS] = max(1, min(field[THREADS], tokens // TOKENS_WORTH_A_THREAD))
+    field[TASK] = OWN_TASK
+    if threads == 1:
+        _own(field, 0, 1)
+    else:
+        llvm_microkernel.call_team(field[TEAM], field[ENTRY], field.ctypes.data, threads)
+    if field[GUARANTEED] == 0 and field[BUDGET] == 0:
+        return 0
+    for step in range(field[STEPS]):
+        _wake(field, step)
+        if field[BUDGET] > 0:
+            _afford(field, step)
+        _fill(field, step)
+    return 0
+
+
+@functools.cache
+def entry() -> int:
+    """Address of the program: a C function, int64 f(int64 fields[FIELDS])."""
+    stamp = stamp_of(
+        "route_program.py",
+        "route_token.py",
+        "route_fields.py",
+        "gemm.py",
+        "llvm_microkernel.py",
+    )
+
+    def program(argument):
+        field = carray(argument, FIELDS)
+        if field[TASK] == OWN_TASK:
+            _own(field, llvm_microkernel.call_int(field[THREAD_NUMBER]), field[THREADS])
+        else:
+            _whole_call(field)
+        return len(stamp)  # numba's cache sees one file; what is closed over is in its key
+
+    return compile_program(program)

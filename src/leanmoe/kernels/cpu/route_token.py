@@ -1,0 +1,222 @@
+"""One token's routing on the CPU: its scores, its own experts in order, what each weighs.
+
+It looks at no other token. `leanmoe.routing` is the reference, and says what the fields of a rule
+mean; see route_args.py for what `field` holds.
+"""
+
+# mypy: ignore-errors
+# numba infers the types.
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+from numba.extending import register_jitable
+
+from leanmoe.kernels.cpu import llvm_microkernel
+from leanmoe.kernels.cpu.gemm import padded
+from leanmoe.kernels.cpu.llvm_microkernel import LANES, bytes_at, floats_at, longs_at
+from leanmoe.kernels.cpu.numba_compile import COMPILE
+from leanmoe.kernels.cpu.route_args import (
+    ALLOWED,
+    BIAS,
+    EPSILON,
+    EXPERTS,
+    FULL,
+    GROUP_MAX,
+    GROUPS,
+    GROUPS_USED,
+    IDS,
+    LOGITS,
+    NORMALISE,
+    NUMBERS,
+    SCALING,
+    SCORING,
+    SIGMOID,
+    SLOTS,
+    SOFTMAX_AFTER,
+    THRESHOLD,
+    TOP_P,
+    WEIGHTS,
+)
+
+NEVER = np.float32(-np.inf)
+INFINITE = np.float32(np.inf)
+TINY = np.float32(np.finfo(np.float32).tiny)
+
+
+@register_jitable
+def _remains(field, expert):
+    """Whether an expert is not pruned."""
+    return field[ALLOWED] == 0 or carray(bytes_at(field[ALLOWED]), field[EXPERTS])[expert] != 0
+
+
+@njit(**COMPILE)
+def score(field, token, gates, ranking):
+    """Fills in a token's gates and ranking; whether they are numbers."""
+    experts, width = field[EXPERTS], padded(field[EXPERTS], LANES)
+    logits = carray(floats_at(field[LOGITS] + token * experts * 4), experts)
+    if field[SCORING] == SOFTMAX_AFTER:
+        for e in range(experts):
+            gates[e] = logits[e]
+    elif field[SCORING] == SIGMOID:
+        for e in range(experts):
+            gates[e] = logits[e]
+        for e in range(experts, width):
+            gates[e] = 0.0
+        llvm_microkernel.sigmoid(gates.ctypes.data, width // LANES)
+    else:
+        # A pruned model's softmax knows nothing of the experts that are gone.
+        best = NEVER
+        for e in range(experts):
+            best = logits[e] if _remains(field, e) and logits[e] > best else best
+        for e in range(experts):
+            gates[e] = logits[e] - best if _remains(field, e) else 0.0
+        for e in range(experts, width):
+            gates[e] = 0.0
+        llvm_microkernel.exponential(gates.ctypes.data, width // LANES)
+        total = np.float32(0.0)
+        for e in range(experts):
+            gates[e] = gates[e] if _remains(field, e) else 0.0
+        for e in range(experts):
+            total += gates[e]
+        for e in range(experts):
+            gates[e] /= total
+    not_numbers = 0
+    for e in range(experts):
+        not_numbers += not np.abs(gates[e]) < INFINITE
+        ranking[e] = gates[e]
+    if field[BIAS] != 0:
+        bias = carray(floats_at(field[BIAS]), experts)
+        for e in range(experts):
+            ranking[e] += bias[e]
+    if field[ALLOWED] != 0:
+        allowed = carray(bytes_at(field[ALLOWED]), experts)
+        for e in range(experts):
+            if allowed[e] == 0:
+                ranking[e] = NEVER
+    return not_numbers == 0
+
+
+@njit(**COMPILE)
+def limit_groups(field, ranking):
+    """Ranks the experts of all but the token's best groups last."""
+    groups, size = field[GROUPS], field[EXPERTS] // field[GROUPS]
+    value = np.empty(64, np.float32)
+    for g in range(groups):
+        first, second = NEVER, NEVER
+        for e in range(g * size, (g + 1) * size):
+            rank = ranking[e]
+            if rank > first:
+                second = first
+                first = rank
+            elif rank > second:
+                second = rank
+        if field[GROUP_MAX] == 1 or second == NEVER:
+            value[g] = first
+        else:
+            value[g] = first + second
+    for g in range(groups):
+        better = 0
+        for other in range(groups):
+            if value[other] > value[g] or (value[other] == value[g] and other < g):
+                better += 1
+        if better >= field[GROUPS_USED]:
+            for e in range(g * size, (g + 1) * size):
+                ranking[e] = NEVER
+
+
+@njit(**COMPILE)
+def insert(ids, ranks, found, most, expert, rank):
+    """Keeps the best `most` experts in order, the lower id first among equals; how many."""
+    if found == most:
+        if rank <= ranks[found - 1]:
+            return found
+    else:
+        found += 1
+    place = found - 1
+    while place > 0 and ranks[place - 1] < rank:
+        ranks[place], ids[place] = ranks[place - 1], ids[place - 1]
+        place -= 1
+    ranks[place], ids[place] = rank, expert
+    return found
+
+
+@njit(**COMPILE)
+def keep(field, ids, gates, found):
+    """Drops what threshold and top_p drop, in place; how many are left."""
+    numbers = carray(floats_at(field[NUMBERS]), 4)
+    threshold, top_p = numbers[THRESHOLD], numbers[TOP_P]
+    if found == 0 or (threshold < 0 and top_p < 0):
+        return found
+    mass = np.empty(found, np.float32)
+    best = gates[0]
+    for k in range(found):
+        best = gates[k] if gates[k] > best else best
+    total = np.float32(0.0)
+    for k in range(found):
+        mass[k] = np.exp(gates[k] - best) if field[SCORING] == SOFTMAX_AFTER else gates[k]
+        total += mass[k]
+    best = np.float32(1.0) if field[SCORING] == SOFTMAX_AFTER else best
+    kept, before = 0, np.float32(0.0)
+    for k in range(found):
+        if threshold >= 0 and mass[k] < threshold * best:
+            continue
+        if top_p >= 0 and before > 0 and before >= top_p * total:
+            break
+        before += mass[k]
+        ids[kept], gates[kept] = ids[k], gates[k]
+        kept += 1
+    return kept
+
+
+@njit(**COMPILE)
+def whole_of(field, gates, count):
+    """What the shares of these slots are taken of: their sum, or that of their exponentials."""
+    if field[SCORING] == SOFTMAX_AFTER:
+        best, total = NEVER, np.float32(0.0)
+        for k in range(count):
+            best = gates[k] if gates[k] > best else best
+        for k in range(count):
+            total += np.exp(gates[k] - best)
+        return best + np.log(total)
+    if field[NORMALISE] == 0:
+        return np.float32(1.0)
+    total = np.float32(0.0)
+    for k in range(count):
+        total += gates[k]
+    total += carray(floats_at(field[NUMBERS]), 4)[EPSILON]
+    return TINY if total < TINY else total
+
+
+@njit(**COMPILE)
+def share(field, gates, kept, whole, shares):
+    """What each kept slot weighs before scaling."""
+    if field[SCORING] == SOFTMAX_AFTER:
+        for k in range(kept):
+            shares[k] = np.exp(gates[k] - whole)
+    else:
+        for k in range(kept):
+            shares[k] = gates[k] / whole
+
+
+@njit(**COMPILE)
+def write(field, token, ids, gates, kept, whole, is_number):
+    """The token's ids and weights; slots beyond `kept` are skipped ones."""
+    slots, experts = field[SLOTS], field[EXPERTS]
+    numbers = carray(floats_at(field[NUMBERS]), 4)
+    out_ids = carray(longs_at(field[IDS] + token * slots * 8), slots)
+    weights = carray(floats_at(field[WEIGHTS] + token * slots * 4), slots)
+    if field[FULL] == 0:
+        whole = whole_of(field, gates, kept)
+    share(field, gates, kept, whole, weights)
+    for k in range(kept):
+        out_ids[k] = ids[k]
+        weights[k] *= numbers[SCALING]
+    for k in range(kept, slots):
+        out_ids[k] = experts
+        weights[k] = 0.0
+    if not is_number:  # NaN in, NaN out: whoever looks at the result must see it
+        for k in range(slots):
+            out_ids[k] = k % experts
+            weights[k] = np.float32(np.nan)

@@ -1,0 +1,157 @@
+"""CPU routing: what `leanmoe.routing.route` computes, in one compiled pass over the tokens.
+
+Shapes: S independent steps (may be absent), T tokens, E experts, K slots a token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leanmoe.kernels.cpu.threads import find_team
+from leanmoe.models.routers import Router
+from leanmoe.plan import Rule
+
+MOST_GROUPS = 64
+
+
+class Routed(NamedTuple):
+    """As `leanmoe.routing.Routing`: a skipped slot has id E and weight 0."""
+
+    ids_STK: Tensor
+    """int64; best ranked first, skipped slots last."""
+    weights_STK: Tensor
+    """float32."""
+    over_budget_S: Tensor | None
+
+
+def why_not_route_cpu(logits_STE: Tensor, router: Router, rule: Rule) -> str | None:
+    """Why `route_cpu` cannot route these tokens; None if it can."""
+    if logits_STE.device.type != "cpu":
+        return f"the logits are on {logits_STE.device}"
+    if router.score_dtype == "logits" and logits_STE.dtype is not torch.float32:
+        return f"the family scores in {logits_STE.dtype}"
+    if rule.top_k == 0:
+        return "nothing is routed"
+    if rule.budget_per_rank is not None:
+        return "budget_per_rank is the reference's alone"
+    if router.groups > MOST_GROUPS:
+        return f"{router.groups} groups are more than {MOST_GROUPS}"
+    return None
+
+
+def route_cpu(
+    logits_STE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None = None,
+    padding_ST: Tensor | None = None,
+) -> Routed:
+    """As `leanmoe.routing.route`, for what `why_not_route_cpu` has nothing against.
+
+    Scores may differ from torch's in the last bits, and with them the order of experts that are as
+    good as equal. Equal ones: the lower id first, and so for groups. Slots come best first. A
+    token whose logits are NaN gets NaN weights.
+    """
+    *leading, tokens, experts = logits_STE.shape
+    steps = leading[0] if leading else 1
+    slots = top_k if rule.top_k is None else rule.top_k
+    logits = logits_STE.to(torch.float32).contiguous()
+    bias = None if bias_E is None else bias_E.to(torch.float32).contiguous()
+    padding = None if padding_ST is None else padding_ST.contiguous()
+    full = top_k if rule.keep_weights else 0
+    listed = max(slots, full)
+    constants = _constants(router, rule, experts)
+    ids = torch.empty((*leading, tokens, slots), dtype=torch.int64)
+    weights = torch.empty((*leading, tokens, slots), dtype=torch.float32)
+    over = None if rule.budget is None else torch.zeros(tuple(leading), dtype=torch.bool)
+    program = _program()
+    threads = program.threads
+    size = program.scratch_bytes(steps * tokens, experts, listed, threads, rule.depends_on_company)
+    scratch = torch.empty(size, dtype=torch.uint8)
+    if steps * tokens:
+        program.run(
+            program.pack(
+                logits.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                constants.allowed.ctypes.data if constants.allowed is not None else 0,
+                0 if padding is None else padding.data_ptr(),
+                ids.data_ptr(),
+                weights.data_ptr(),
+                0 if over is None else over.data_ptr(),
+                constants.numbers.ctypes.data,
+                scratch.data_ptr(),
+                steps,
+                tokens,
+                experts,
+                slots,
+                full,
+                listed,
+                *constants.flags,
+                threads,
+                *program.team,
+                program.entry,
+                0,
+            )
+        )
+    return Routed(ids, weights, over)
+
+
+class _Constants(NamedTuple):
+    """What a router and a rule come to in the program's terms."""
+
+    numbers: np.ndarray
+    allowed: np.ndarray | None
+    flags: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def _constants(router: Router, rule: Rule, experts: int) -> _Constants:
+    shares = [-1.0 if share is None else share for share in (rule.threshold, rule.top_p)]
+    numbers = np.array([*shares, router.normalise_epsilon, router.scaling], np.float32)
+    allowed = None
+    if rule.experts is not None:
+        allowed = np.zeros(experts, np.uint8)
+        allowed[list(rule.experts)] = 1
+    flags = (
+        ("softmax", "sigmoid", "softmax_after_top_k").index(router.scoring),
+        int(router.normalise),
+        router.groups if router.limits_groups else 1,
+        router.groups_used,
+        int(router.group_score == "max"),
+        rule.guaranteed or 0,
+        rule.budget or 0,
+    )
+    return _Constants(numbers, allowed, flags)
+
+
+class _Program:
+    """The compiled program and how to call it."""
+
+    def __init__(self) -> None:
+        # Imported here: numba alone takes half a second, and reading a plan needs none of it.
+        from leanmoe.kernels.cpu import route_args, route_program
+
+        self.entry = route_program.entry()
+        self.run = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(self.entry)
+        self.pack = struct.Struct(f"={route_args.FIELDS}q").pack
+        self.scratch_bytes = lru_cache(maxsize=1024)(route_args.scratch_bytes)
+        found = find_team()
+        self._has_team = found is not None
+        self.team = (found.parallel, found.thread_number) if found else (0, 0)
+
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads() if self._has_team else 1
+
+
+@cache
+def _program() -> _Program:
+    return _Program()

@@ -1,0 +1,382 @@
+"""GPU routing: what `leanmoe.routing.route` computes for one step, and the work list with it.
+
+Letters: T tokens, K slots a token, E experts. One launch where a token's experts are its own
+business, two where tokens share them; sizes depend on T, K and E alone, nothing waits for the
+device: it can be captured in a graph and replayed with other logits and padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels.triton.expert_blocks import WorkList, most_blocks
+from leanmoe.kernels.triton.launch import interprets
+from leanmoe.kernels.triton.state import power_of_two, zeros_for
+from leanmoe.models.routers import Router
+from leanmoe.plan import Rule
+from leanmoe.plan.placement import Placement
+
+MOST_EXPERTS = 512
+MOST_TOKENS = 16_384
+MOST_TOKENS_OF_ALL = 1 << 18
+"""Of all ranks together, where they exchange their ballots; whoever makes an exchange checks it.
+Votes and the id of an expert have 60 bits then, as many as are searched."""
+BLOCK_ROWS = 16
+NO_WORK_LIST = 0
+BEST, GUARANTEED, VOTES = range(3)
+"""Rows of a ballot (3,E), int64, as `leanmoe.routing.batch_rules` has them."""
+Exchange = Callable[[Tensor], Tensor]
+"""Makes of a step's ballot (3,E) that of all ranks, as `leanmoe.routing.Company` has it."""
+SCORINGS = ("softmax", "sigmoid", "softmax_after_top_k")
+
+
+class RoutedGpu(NamedTuple):
+    """As `leanmoe.routing.Routing` for one step; a skipped slot has id E and weight 0."""
+
+    ids_TK: Tensor
+    """Best ranked first, skipped slots last."""
+    weights_TK: Tensor
+    """float32."""
+    over_budget: Tensor | None
+    """Where a budget is set: a bool of no dimensions, on the device."""
+    work: WorkList
+
+
+def why_not_route_gpu(logits_TE: Tensor, router: Router, rule: Rule) -> str | None:
+    """Why `route_gpu` cannot route these tokens; None if it can."""
+    if logits_TE.device.type != "cuda" and not interprets():
+        return f"the logits are on {logits_TE.device}"
+    if logits_TE.dim() != 2:
+        return f"the logits have {logits_TE.dim()} dimensions: one step has 2"
+    if router.score_dtype == "logits" and logits_TE.dtype is not torch.float32:
+        return f"the family scores in {logits_TE.dtype}"
+    if rule.top_k == 0:
+        return "nothing is routed"
+    tokens, experts = logits_TE.shape
+    if experts > MOST_EXPERTS:
+        return f"{experts} experts are more than {MOST_EXPERTS}"
+    if tokens > MOST_TOKENS:
+        return f"{tokens} tokens are more than {MOST_TOKENS}"
+    return None
+
+
+def route_gpu(
+    logits_TE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None = None,
+    padding_T: Tensor | None = None,
+    placement: Placement | None = None,
+    exchange: Exchange | None = None,
+    *,
+    block_rows: int = BLOCK_ROWS,
+    ids_dtype: torch.dtype = torch.int64,
+) -> RoutedGpu:
+    """As `leanmoe.routing.route`, for what `why_not_route_gpu` has nothing against.
+
+    Scores may differ from torch's in the last bits, and with them the order of experts that are as
+    good as equal. Equal ones: the lower id first, and so for groups. A token whose logits are not
+    numbers gets NaN weights. `block_rows` are the rows of the work list's blocks (the experts'
+    config has them). `placement` says on which rank each expert is, for `budget_per_rank`;
+    `exchange` is called between the two launches, and without tokens too. Raises LeanMoeError for
+    what it cannot route.
+    """
+    spelling = (False, logits_TE.shape[-1], block_rows)
+    company = (placement, exchange)
+    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, company, spelling, ids_dtype)
+    ids, weights, over, rows, blocks_3B, used_1 = found
+    over_budget = over.view(torch.bool) if rule.has_budget else None
+    return RoutedGpu(ids, weights, over_budget, WorkList(rows, blocks_3B, used_1, block_rows))
+
+
+def route_gpu_ids(
+    logits_TE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None = None,
+    padding_T: Tensor | None = None,
+    placement: Placement | None = None,
+    exchange: Exchange | None = None,
+    *,
+    skipped_id: int | None = None,
+    ids_dtype: torch.dtype = torch.int32,
+) -> tuple[Tensor, Tensor]:
+    """Ids and weights (T,K) of `route_gpu`, for another's kernels; there is no work list.
+
+    For kernels that pass over some id, `skipped_id` is the id of every skipped slot and of all of a
+    padding token's. For those that want an expert in every slot it is None: a skipped slot repeats
+    the token's best expert with weight 0, and a padding token's slots that of the first token, so
+    that neither wakes an expert.
+    """
+    spelling = (skipped_id is None, skipped_id or 0, NO_WORK_LIST)
+    company = (placement, exchange)
+    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, company, spelling, ids_dtype)
+    return found[0], found[1]
+
+
+def _call(
+    logits_TE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None,
+    padding_T: Tensor | None,
+    company: tuple[Placement | None, Exchange | None],
+    spelling: tuple[bool, int, int],
+    ids_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """`spelling`: whether a skipped slot repeats, its id if not, rows of the work list's blocks."""
+    placement, exchange = company
+    ranks = 1 if placement is None else placement.ranks
+    rule = rule.on(ranks)
+    if reason := why_not_route_gpu(logits_TE, router, rule):
+        raise LeanMoeError(f"route_gpu cannot route these tokens: {reason}")
+    experts, device = logits_TE.shape[1], logits_TE.device
+    rank_E = None
+    if rule.budget_per_rank is not None and placement is not None:
+        placement.check(experts)
+        rank_E = _rank_of(placement, device)
+    arguments = (
+        logits_TE.contiguous(),
+        None if bias_E is None else bias_E.to(torch.float32).contiguous(),
+        None if rule.experts is None else _allowed(rule.experts, experts, device),
+        None if padding_T is None else padding_T.contiguous().view(torch.int8),
+        rank_E,
+        [*_whole_numbers(router, rule, top_k), ranks, *spelling],
+        [_or(rule.threshold), _or(rule.top_p), router.normalise_epsilon, router.scaling],
+        ids_dtype,
+    )
+    if exchange is not None and rule.depends_on_company:
+        return _route(*arguments, exchange)
+    found: tuple[Tensor, ...] = _route_op(*arguments)
+    return found
+
+
+def _or(share: float | None) -> float:
+    return 0.0 if share is None else share
+
+
+def _whole_numbers(router: Router, rule: Rule, top_k: int) -> list[int]:
+    """What a router and a rule come to in whole numbers, as the op takes them."""
+    return [
+        SCORINGS.index(router.scoring),
+        router.normalise,
+        router.groups if router.limits_groups else 1,
+        router.groups_used if router.limits_groups else 1,
+        router.group_score == "max",
+        top_k if rule.top_k is None else rule.top_k,
+        top_k if rule.keep_weights else 0,
+        rule.threshold is not None,
+        rule.top_p is not None,
+        rule.guaranteed or 0,
+        rule.budget or 0,
+        rule.budget_per_rank or 0,
+    ]
+
+
+@lru_cache(maxsize=1024)
+def _allowed(remaining: tuple[int, ...], experts: int, device: torch.device) -> Tensor:
+    """1 for experts that remain (int8, E); kept, since each step asks for the same."""
+    with torch.inference_mode(False):
+        allowed_E = torch.zeros(experts, dtype=torch.int8)
+        allowed_E[list(remaining)] = 1
+        return allowed_E.to(device)
+
+
+@lru_cache(maxsize=64)
+def _rank_of(placement: Placement, device: torch.device) -> Tensor:
+    """The rank of each expert (int32, E); kept as above."""
+    with torch.inference_mode(False):
+        return torch.tensor(placement.rank_of, dtype=torch.int32).to(device)
+
+
+class RouteCall:
+    """One call of the route programs; arguments are checked by `route_gpu`."""
+
+    def __init__(
+        self,
+        logits_TE: Tensor,
+        bias_E: Tensor | None,
+        allowed_E: Tensor | None,
+        padding_T: Tensor | None,
+        rank_E: Tensor | None,
+        wholes: list[int],
+        reals: list[float],
+        outputs: tuple[Tensor, ...],
+        exchange: Exchange | None = None,
+    ) -> None:
+        scoring, normalise, groups, used, by_best, slots, full, *rest = wholes
+        has_threshold, has_top_p, self.guaranteed, self.budget, self.per_rank, *rest = rest
+        self._ranks, repeat, skipped_id, self._block_rows = rest
+        self._rank_E, self._exchange = rank_E, exchange
+        self.tokens, self.experts = logits_TE.shape
+        self._inputs = (logits_TE, bias_E, allowed_E, padding_T)
+        self._spelling = {
+            "REPEAT": bool(repeat),
+            "SKIPPED": skipped_id,
+            "HAS_WORK": self._block_rows > 0,
+        }
+        self._wanted, self._reals, self._outputs = (slots, full), reals, outputs
+        size = self.experts // groups
+        self._options = {
+            "E": self.experts,
+            "SIZE": size,
+            "PADDED_SIZE": power_of_two(size),
+            "GROUPS": groups,
+            "PADDED_E": power_of_two(groups) * power_of_two(size),
+            "USED": used,
+            "BY_BEST": bool(by_best),
+            "SLOTS": power_of_two(max(slots, full)),
+            "SCORING": scoring,
+            "NORMALISE": bool(normalise),
+            "HAS_BIAS": bias_E is not None,
+            "HAS_ALLOWED": allowed_E is not None,
+            "HAS_PADDING": padding_T is not None,
+            "HAS_THRESHOLD": bool(has_threshold),
+            "HAS_TOP_P": bool(has_top_p),
+            "KEEP_WEIGHTS": full > 0,
+            "num_warps": 1,
+        }
+
+    def run(self, program: Any, *arguments: Any, **options: Any) -> None:
+        """Launches a program over the tokens."""
+        program[(self.tokens,)](*arguments, **self._options, **options)
+
+    def route(self) -> None:
+        """Fills in the outputs."""
+        from leanmoe.kernels.triton.router_program import (
+            BEST_BIT,
+            BEST_BIT_OF_ALL,
+            COUNTER_STRIDE,
+            route_alone,
+            route_fill,
+            route_wake,
+        )
+
+        ids, weights, over, rows, blocks_3B, used_1 = self._outputs
+        device, experts = ids.device, self.experts
+        # A program wants some pointer even where it never reads it.
+        inputs = [self._inputs[0] if tensor is None else tensor for tensor in self._inputs]
+        counts = zeros_for("route", (experts + 1) * COUNTER_STRIDE.value, device)
+        outputs = (ids, weights, counts, rows, blocks_3B, used_1)
+        blocks = {"ROWS": self._block_rows, "POWER_E": power_of_two(experts), **self._spelling}
+        sizes = (self.tokens, blocks_3B.shape[1], *self._wanted)
+        has_budget = bool(self.budget or self.per_rank)
+        if not (self.guaranteed or has_budget):
+            self.run(route_alone, *inputs, *outputs, *sizes, *self._reals, **blocks)
+            return
+        name, dtype = ("votes", torch.int64) if has_budget else ("marks", torch.int32)
+        marks = zeros_for(name, experts, device, dtype)
+        has_overlap = not interprets() and self._exchange is None
+        has_guaranteed = self.guaranteed > 0
+        self.run(
+            route_wake, *inputs, marks, *self._wanted, self.guaranteed, *self._reals[:3],
+            HAS_GUARANTEED=has_guaranteed, HAS_BUDGET=has_budget, PDL=has_overlap,
+        )  # fmt: skip
+        tokens, best_bit = self.tokens, BEST_BIT.value
+        if self._exchange is not None:
+            tell_others(marks, self._exchange)
+            tokens, best_bit = MOST_TOKENS_OF_ALL, BEST_BIT_OF_ALL.value
+        low_bits = 3 + (tokens - 1).bit_length()  # votes, 2^32 and one a token, leave 30 bits above
+        after = {"launch_pdl": True} if has_overlap else {}
+        self.run(
+            route_fill, *inputs, *outputs, marks, over,
+            marks if self._rank_E is None else self._rank_E, *sizes, *self._reals,
+            self.guaranteed, self.budget, self.per_rank, self._ranks, low_bits, **blocks,
+            BEST=best_bit, HAS_GUARANTEED=has_guaranteed, HAS_TOTAL=self.budget > 0,
+            HAS_PER_RANK=self.per_rank > 0, PDL=has_overlap, **after,
+        )  # fmt: skip
+
+
+def tell_others(marks_E: Tensor, exchange: Exchange) -> None:
+    """Makes of the marks of this rank's tokens those of all ranks', in place.
+
+    The parts of a mark travel apart: added up in one word, two ranks' would run into each other.
+    """
+    from leanmoe.kernels.triton.router_program import BEST_BIT, BEST_BIT_OF_ALL, GUARANTEED_BIT
+
+    best, guaranteed = BEST_BIT.value, GUARANTEED_BIT.value
+    ballot_3E = marks_E.new_zeros((3, *marks_E.shape), dtype=torch.int64)
+    if marks_E.dtype is not torch.int64:  # guaranteed alone
+        ballot_3E[GUARANTEED] = marks_E
+        marks_E.copy_(exchange(ballot_3E)[GUARANTEED] > 0)
+        return
+    ballot_3E[GUARANTEED] = marks_E >> guaranteed
+    ballot_3E[BEST] = (marks_E & ((1 << guaranteed) - 1)) >> best
+    ballot_3E[VOTES] = marks_E & ((1 << best) - 1)
+    total_3E = exchange(ballot_3E)
+    is_marked_3E = (total_3E > 0).long()
+    marks_E.copy_(total_3E[VOTES])
+    marks_E += is_marked_3E[BEST] << BEST_BIT_OF_ALL.value
+    marks_E += is_marked_3E[GUARANTEED] << guaranteed
+
+
+@torch.library.custom_op("leanmoe::route_gpu", mutates_args=())
+def _route_op(
+    logits: Tensor,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    padding: Tensor | None,
+    ranks: Tensor | None,
+    wholes: list[int],
+    reals: list[float],
+    ids_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _route(logits, bias, allowed, padding, ranks, wholes, reals, ids_dtype, None)
+
+
+def _route(
+    logits: Tensor,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    padding: Tensor | None,
+    ranks: Tensor | None,
+    wholes: list[int],
+    reals: list[float],
+    ids_dtype: torch.dtype,
+    exchange: Exchange | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _empty(logits, wholes, ids_dtype)
+    if logits.shape[0]:
+        inputs = (logits, bias, allowed, padding, ranks)
+        RouteCall(*inputs, wholes, reals, outputs, exchange).route()
+        return outputs
+    if exchange is not None:  # the others wait for this rank's ballot, empty as it is
+        exchange(torch.zeros(3, logits.shape[1], dtype=torch.int64, device=logits.device))
+    outputs[2].zero_()
+    outputs[5].zero_()
+    return outputs
+
+
+@_route_op.register_fake
+def _route_fake(
+    logits: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_inputs, wholes, _reals, ids_dtype = others
+    return _empty(logits, wholes, ids_dtype)
+
+
+def _empty(
+    logits: Tensor, wholes: list[int], ids_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, experts = logits.shape
+    slots, block_rows = wholes[5], wholes[-1]
+    rows, blocks = 0, 0
+    if block_rows != NO_WORK_LIST:
+        rows, blocks = experts * tokens, most_blocks(tokens * slots, experts, block_rows)
+    return (
+        logits.new_empty(tokens, slots, dtype=ids_dtype),
+        logits.new_empty(tokens, slots, dtype=torch.float32),
+        logits.new_empty((), dtype=torch.int8),
+        logits.new_empty(rows, dtype=torch.int32),
+        logits.new_empty(3, blocks, dtype=torch.int32),
+        logits.new_empty(1, dtype=torch.int32),
+    )

@@ -1,0 +1,373 @@
+"""Router logits to ids, weights and the work list: one launch, two where tokens share experts.
+
+Letters: T tokens, K slots a token, L slots looked at, E experts.
+
+Where tokens share experts, the first launch marks whom they want and the second chooses among
+those that are awake by these marks. Whatever is counted is zero again at the end.
+"""
+
+# mypy: ignore-errors
+# Triton's language is not Python's: names are constexprs, tensors or pointers as they are used.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from leanmoe.kernels.triton.expert_blocks_program import is_last_answered, write_blocks
+from leanmoe.kernels.triton.router_token_program import (
+    ASLEEP,
+    FIRST,
+    best_slots,
+    gates_of,
+    more_slots,
+    own_keys,
+    own_slots,
+    shares_of,
+    whole_of,
+)
+
+COUNTER_STRIDE = tl.constexpr(8)
+"""Counters of rows lie so far apart, 32 bytes: atomics on neighbours wait for each other."""
+
+VOTE_UNIT = tl.constexpr(4294967296.0)
+"""Votes are added as whole numbers: the order of the tokens cannot change a sum."""
+BEST_BIT, GUARANTEED_BIT = tl.constexpr(47), tl.constexpr(62)
+"""Of an expert's word. Below: the votes of 2^14 tokens; between: how many have it as their best.
+One word for all of it, since every program reads every expert's."""
+BEST_BIT_OF_ALL = tl.constexpr(61)
+"""Where ranks told each other, whether any token has it as its best; below, votes of all ranks."""
+
+
+@triton.jit
+def _write(
+    ids_L, gates_L, place_L, kept, whole, is_number, filler, token, tokens, scaling, epsilon, slots,
+    ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
+    E: tl.constexpr, SCORING: tl.constexpr, NORMALISE: tl.constexpr,
+    HAS_PADDING: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, HAS_WORK: tl.constexpr,
+):  # fmt: skip
+    """A token's ids and weights, kept slots first, and its rows in the work list.
+
+    `place_L` is where a slot is written, `filler` the id of a skipped one. Returns what the
+    experts' counters answered; without a work list the ids, which are known no earlier than what
+    they were chosen by.
+    """
+    is_kept = place_L < kept
+    if not KEEP_WEIGHTS:
+        whole = whole_of(gates_L, is_kept, epsilon, SCORING, NORMALISE)
+    weights_L = shares_of(gates_L, is_kept, whole, SCORING) * scaling
+    is_nan = ~is_number
+    if HAS_PADDING:
+        is_nan = is_nan & (tl.load(padding_ptr + token) == 0)
+    # NaN in, NaN out: whoever looks at the result must see it.
+    weights_L = tl.where(is_nan, float("nan"), weights_L)
+    is_kept = is_kept | is_nan
+    ids_L = tl.where(is_nan, place_L % E, ids_L)
+    at, is_slot = token * slots + place_L, place_L < slots
+    written_L = tl.where(is_kept, ids_L, filler).to(ids_ptr.dtype.element_ty)
+    tl.store(ids_ptr + at, written_L, mask=is_slot)
+    tl.store(weights_ptr + at, weights_L, mask=is_slot)
+    is_row = is_kept & is_slot
+    if HAS_WORK:
+        count_at = counts_ptr + ids_L * COUNTER_STRIDE
+        answer_L = tl.atomic_add(count_at, 1, mask=is_row, sem="relaxed")
+        tl.store(rows_ptr + ids_L * tokens + answer_L, at.to(tl.int32), mask=is_row)
+    else:
+        answer_L = ids_L
+    return tl.where(is_row, answer_L, 0)
+
+
+@triton.jit
+def _filler(
+    ids_L, place_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+    E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SCORING: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr,
+    REPEAT: tl.constexpr, SKIPPED: tl.constexpr,
+):  # fmt: skip
+    """The id of a token's skipped slots: `SKIPPED`, or with `REPEAT` that of an expert that is
+    awake anyway: the token's best; for padding, that of the first token.
+    """
+    filler = SKIPPED
+    if REPEAT:
+        filler = tl.sum(tl.where(place_L == 0, ids_L, 0), axis=0)
+        if HAS_PADDING:  # noqa: SIM102, constexpr: there is a pointer only with it
+            if tl.load(padding_ptr + token) != 0:
+                keys, e, _is_expert, _top, _total, _is_number = own_keys(
+                    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, 0,
+                    E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
+                    HAS_BIAS, HAS_ALLOWED, False,
+                )  # fmt: skip
+                filler = tl.min(tl.where(keys == tl.max(keys, axis=0), e, E - 1), axis=0)
+    return filler
+
+
+@triton.jit
+def _finish(
+    counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks,
+    E: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr,
+):  # fmt: skip
+    """The last program's: blocks from counts, and the counts zero again."""
+    e = tl.arange(0, POWER_E)[None, :]
+    count_at = counts_ptr + e * COUNTER_STRIDE
+    counts_1E = tl.load(count_at, mask=e < E, other=0, cache_modifier=".cg")
+    tl.store(count_at, 0, mask=e < E)
+    write_blocks(counts_1E, e * tokens, blocks_ptr, used_ptr, most_blocks, ROWS, POWER_E)
+
+
+@triton.jit(do_not_specialize=["tokens", "most_blocks", "slots", "full"])
+def route_alone(
+    logits_ptr, bias_ptr, allowed_ptr, padding_ptr,
+    ids_ptr, weights_ptr, counts_ptr, rows_ptr, blocks_ptr, used_ptr,
+    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling,
+    E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
+    SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, REPEAT: tl.constexpr,
+    SKIPPED: tl.constexpr, HAS_WORK: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr,
+):  # fmt: skip
+    """Rules under which a token's experts are its own business: everything, in one launch."""
+    token = tl.program_id(0)
+    keys, e, _is_expert, top, total, is_number = own_keys(
+        logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING,
+    )  # fmt: skip
+    most = tl.maximum(slots, full)
+    ids_L, gates_L, kept, whole = own_slots(
+        logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
+        E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
+    )  # fmt: skip
+    place_L = tl.arange(0, SLOTS)
+    filler = _filler(
+        ids_L, place_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT, SKIPPED,
+    )  # fmt: skip
+    answers = _write(
+        ids_L, gates_L, place_L, kept, whole, is_number, filler, token, tokens, scaling, epsilon,
+        slots, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
+        E, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_WORK,
+    )  # fmt: skip
+    if HAS_WORK:  # noqa: SIM102, constexpr: nothing is counted without it
+        if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
+            _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)
+
+
+@triton.jit
+def _least_of_best(keys, number):
+    """A whole number that `number` of the keys reach, and how many do: more where keys are equal.
+
+    Found bit by bit, the highest first, until it is so many: two bits a step took as long. Keys
+    have 30 bits; negative ones are none.
+    """
+    least, reached = 0, tl.sum((keys >= 0).to(tl.int32), axis=0)
+    highest = tl.maximum(tl.max(keys, axis=0), 1).to(tl.float32)  # its exponent: where to begin
+    bit = 1 << tl.minimum((highest.to(tl.int32, bitcast=True) >> 23) - 127, 29)
+    bit = tl.where(number > 0, bit, 0)
+    while (bit > 0) & (reached > number):
+        count = tl.sum((keys >= least + bit).to(tl.int32), axis=0)
+        is_enough = count >= number
+        reached = tl.where(is_enough, count, reached)
+        least = tl.where(is_enough, least + bit, least)
+        bit >>= 1
+    return least, reached
+
+
+@triton.jit
+def _most_voted(upper, votes, e, number, low_bits, E: tl.constexpr, POWER_E: tl.constexpr):
+    """The `number` experts of most votes, equal ones by lower id, or all where they are fewer.
+
+    Those with `upper` at all: it is their votes without the `low_bits`, 30 bits, and -1 for others.
+    What is left of the votes, and the id, is searched only among equals in these.
+    """
+    least, reached = _least_of_best(upper, number)
+    is_in = upper >= least
+    if (reached > number) & (number > 0):
+        rest = votes.to(tl.int32) & ((1 << low_bits) - 1)
+        lower = tl.where(upper == least, rest * POWER_E + (E - 1 - e), -1)
+        is_in = upper > least
+        missing = number - tl.sum(is_in.to(tl.int32), axis=0)
+        least, _reached = _least_of_best(lower, missing)
+        is_in = is_in | (lower >= least)
+    return is_in & (number > 0)
+
+
+@triton.jit
+def _afford(
+    marks, is_expert, e, rank_ptr, budget, per_rank, ranks, low_bits,
+    E: tl.constexpr, POWER_E: tl.constexpr, BEST: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
+    HAS_TOTAL: tl.constexpr, HAS_PER_RANK: tl.constexpr,
+):  # fmt: skip
+    """Every token's best stay awake, and the most voted-for while the budgets last.
+
+    Whole numbers in order: votes, then the lower id. A rank's budget comes first, one after the
+    other, and that of all ranks among those that are left. Returns also whether the best alone
+    are more than a budget.
+    """
+    one = tl.zeros_like(marks) + 1
+    votes = marks & ((one << BEST) - 1)
+    is_best = (marks & ((one << GUARANTEED_BIT) - (one << BEST))) != 0
+    is_out = is_best | (votes == 0)
+    if HAS_GUARANTEED:
+        is_out = is_out | ((marks >> GUARANTEED_BIT) == 0)
+    upper = tl.where(is_out, -1, (votes >> low_bits).to(tl.int32))
+    beyond = 0
+    if HAS_PER_RANK:
+        rank_E = tl.load(rank_ptr + e, mask=is_expert, other=-1)
+        is_in = is_expert & (rank_E < 0)  # nobody, in the type of what follows
+        rank = 0
+        while rank < ranks:
+            is_here = rank_E == rank
+            best = tl.sum((is_best & is_here).to(tl.int32), axis=0)
+            left = tl.maximum(per_rank - best, 0)
+            here = tl.where(is_here, upper, -1)
+            is_in = is_in | _most_voted(here, votes, e, left, low_bits, E, POWER_E)
+            beyond = tl.maximum(beyond, best - per_rank)
+            rank += 1
+        upper = tl.where(is_in, upper, -1)
+    if HAS_TOTAL:
+        best = tl.sum(is_best.to(tl.int32), axis=0)
+        left = tl.maximum(budget - best, 0)
+        is_in = _most_voted(upper, votes, e, left, low_bits, E, POWER_E)
+        beyond = tl.maximum(beyond, best - budget)
+    return is_best | is_in, beyond > 0
+
+
+@triton.jit(do_not_specialize=["slots", "full", "guaranteed"])
+def route_wake(
+    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, marks_ptr,
+    slots, full, guaranteed, threshold, top_p, epsilon,
+    E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
+    SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
+    HAS_GUARANTEED: tl.constexpr, HAS_BUDGET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """First of two launches: each token marks the experts it wants.
+
+    `marks`: 1 for an expert guaranteed to some token; with a budget, the votes for an expert.
+    """
+    LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P
+    if PDL:
+        gdc_launch_dependents()
+    k = tl.arange(0, SLOTS)
+    token = tl.program_id(0)
+    keys, e, _is_expert, top, total, _is_number = own_keys(
+        logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING,
+    )  # fmt: skip
+    most = slots if LOOKS_AT_ALL or HAS_BUDGET else guaranteed
+    ids_L, gates_L, kept, _whole = own_slots(
+        logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
+        E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
+    )  # fmt: skip
+    is_kept = k < kept
+    if HAS_BUDGET:
+        whole = whole_of(gates_L, is_kept, epsilon, SCORING, NORMALISE)
+        shares_L = shares_of(gates_L, is_kept, whole, SCORING)
+        votes_L = (shares_L * VOTE_UNIT).to(tl.int64) + 1  # a slot counts, however small its gate
+        votes_L += (k == 0).to(tl.int64) << BEST_BIT
+        tl.atomic_add(marks_ptr + ids_L, votes_L, mask=is_kept, sem="relaxed")
+    if HAS_GUARANTEED:
+        mark = tl.zeros_like(ids_L).to(marks_ptr.dtype.element_ty) + 1
+        if HAS_BUDGET:
+            mark = mark << GUARANTEED_BIT
+        tl.atomic_or(marks_ptr + ids_L, mark, mask=is_kept & (k < guaranteed), sem="relaxed")
+
+
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "most_blocks", "slots", "full", "guaranteed", "budget", "per_rank", "ranks",
+        "low_bits",
+    ]
+)  # fmt: skip
+def route_fill(
+    logits_ptr, bias_ptr, allowed_ptr, padding_ptr,
+    ids_ptr, weights_ptr, counts_ptr, rows_ptr, blocks_ptr, used_ptr,
+    marks_ptr, over_ptr, rank_ptr,
+    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling,
+    guaranteed, budget, per_rank, ranks, low_bits,
+    E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
+    SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
+    REPEAT: tl.constexpr, SKIPPED: tl.constexpr, HAS_WORK: tl.constexpr,
+    BEST: tl.constexpr, HAS_GUARANTEED: tl.constexpr, HAS_TOTAL: tl.constexpr,
+    HAS_PER_RANK: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Second of two launches: each token's slots from its own awake experts, then from the others.
+
+    Each program finds out for itself who is awake, and its own experts again: both take less than
+    to wait for one that writes them down, and the latter is done while the first launch runs. The
+    last makes the marks zero again. `BEST` is the bit of a mark where tokens' best begin.
+    """
+    LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P
+    HAS_BUDGET: tl.constexpr = HAS_TOTAL or HAS_PER_RANK
+    token = tl.program_id(0)
+    keys, e, is_expert, top, total, is_number = own_keys(
+        logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING,
+    )  # fmt: skip
+    k = tl.arange(0, SLOTS)
+    whole = 1.0
+    # A budget may want any of its own asleep; without one those it is guaranteed are all awake.
+    if LOOKS_AT_ALL or KEEP_WEIGHTS:
+        most = tl.maximum(slots, full)
+        ids_L, _gates_L, wanted, whole = own_slots(
+            logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
+            E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
+        )  # fmt: skip
+        own, slot = wanted if HAS_BUDGET else tl.minimum(guaranteed, wanted), 0
+        # A threshold keeps by gate, a bias ranks otherwise: then what it keeps comes before others.
+        last = wanted if HAS_THRESHOLD and HAS_BIAS else own
+        while slot < last:
+            own_id = tl.sum(tl.where(k == slot, ids_L, 0), axis=0)
+            keys = tl.where(e == own_id, tl.where(slot < own, ASLEEP, FIRST - slot), keys)
+            slot += 1
+    elif HAS_BUDGET:
+        ids_L, wanted, keys = best_slots(keys, e, slots, SLOTS)
+        own = wanted
+    else:
+        wanted = tl.minimum(tl.sum((keys > ASLEEP).to(tl.int32), axis=0), slots)
+        ids_L, own, keys = best_slots(keys, e, tl.minimum(guaranteed, wanted), SLOTS)
+    if PDL:
+        gdc_wait()
+    marks = tl.load(marks_ptr + e, mask=is_expert, other=0)
+    place_L = k
+    if HAS_BUDGET:
+        is_awake, is_over = _afford(
+            marks, is_expert, e, rank_ptr, budget, per_rank, ranks, low_bits,
+            E, POWER_E, BEST, HAS_GUARANTEED, HAS_TOTAL, HAS_PER_RANK,
+        )  # fmt: skip
+        tl.store(over_ptr, is_over.to(tl.int8), mask=token == 0)
+        at_L = ids_L // SIZE * PADDED_SIZE + ids_L % SIZE  # where its expert lies in e
+        is_own_L = (k < own) & (tl.gather(is_awake.to(tl.int32), at_L, axis=0) > 0)
+        before_L = tl.cumsum(is_own_L.to(tl.int32), axis=0) - is_own_L.to(tl.int32)
+        own = tl.sum(is_own_L.to(tl.int32), axis=0)
+        place_L = tl.where(is_own_L, before_L, own + k - before_L)
+    else:
+        is_awake = marks > 0
+    others = tl.where(is_awake, keys, ASLEEP)
+    ids_L, found, _others = more_slots(others, e, ids_L, place_L, own, wanted)
+    gates_L = gates_of(logits_ptr, token, ids_L, place_L < found, top, total, E, SCORING)
+    filler = _filler(
+        ids_L, place_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+        E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
+        HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT, SKIPPED,
+    )  # fmt: skip
+    answers = _write(
+        ids_L, gates_L, place_L, found, whole, is_number, filler, token, tokens, scaling, epsilon,
+        slots, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
+        E, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_WORK,
+    )  # fmt: skip
+    if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
+        tl.store(marks_ptr + e, tl.zeros_like(marks), mask=is_expert)
+        if HAS_WORK:
+            _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)

@@ -1,0 +1,185 @@
+"""Which config runs: one found by `leanmoe kernels tune` for this GPU and shape, or a guess.
+
+The files in `tuned/` are one for each GPU, shape and dtype; a user's own lie in the folder that
+LEANMOE_TUNED names and come first. A GPU that nobody tuned takes the tiles of another with the same
+compute capability: the H100 and H200, say, differ in their memory alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json
+from leanmoe.kernels.triton.config import ExpertsConfig, Tile
+from leanmoe.kernels.weights import ExpertWeights
+
+SHIPPED = Path(__file__).parent / "tuned"
+OWN = "LEANMOE_TUNED"
+SCHEMA_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a tuned config was found for; the gate hardly matters."""
+
+    experts: int
+    hidden: int
+    width: int
+    slots: int
+    dtype: str
+    is_transposed: bool = False
+    """Whether the weights are (E,D,2M) and (E,M,D), as gpt-oss keeps them."""
+
+    @classmethod
+    def of(cls, weights: ExpertWeights, slots: int) -> Shape:
+        """The shape of a layer's weights when each token uses `slots` experts."""
+        name = str(weights.gate_up.dtype).removeprefix("torch.")
+        return cls(
+            weights.experts, weights.hidden, weights.width, slots, name, weights.is_transposed
+        )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The best configs found for one shape on one GPU, by number of tokens."""
+
+    gpu: str
+    capability: str
+    """The GPU's compute capability, like "9.0"."""
+    shape: Shape
+    buckets: tuple[tuple[int, ExpertsConfig], ...]
+    """Tokens and the config found for them, tokens ascending."""
+    provenance: dict[str, Any]
+
+    def nearest(self, tokens: int) -> ExpertsConfig:
+        """The config of the first bucket that is no smaller, else of the last."""
+        fitting = (config for size, config in self.buckets if tokens <= size)
+        return next(fitting, self.buckets[-1][1])
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's content."""
+        return {
+            "leanmoe_kernels": SCHEMA_VERSION,
+            "gpu": self.gpu,
+            "capability": self.capability,
+            "shape": self.shape.__dict__,
+            "buckets": [{"tokens": n, "config": c.to_json()} for n, c in self.buckets],
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> Tuned:
+        """Reads and checks a file."""
+        value = read_json(path, "tuned kernels")
+        if not isinstance(value, dict) or value.get("leanmoe_kernels") != SCHEMA_VERSION:
+            raise LeanMoeError(f"{path} is no tuned-kernels file of version {SCHEMA_VERSION}")
+        try:
+            buckets = tuple(
+                (int(b["tokens"]), ExpertsConfig.from_json(b["config"], f"{path.name}: config"))
+                for b in value["buckets"]
+            )
+            shape = Shape(**value["shape"])
+            gpu, capability = str(value["gpu"]), str(value["capability"])
+            found = cls(gpu, capability, shape, buckets, dict(value["provenance"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise LeanMoeError(f"{path} is no tuned-kernels file: {error!r}") from error
+        sizes = [size for size, _ in buckets]
+        if not sizes or sizes != sorted(set(sizes)):
+            raise LeanMoeError(f"{path}: buckets must have ascending tokens, they are {sizes}")
+        return found
+
+
+def file_name(gpu: str, shape: Shape) -> str:
+    """Where the configs of a GPU and shape are kept."""
+    plain = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    sizes = f"e{shape.experts}-d{shape.hidden}-m{shape.width}-k{shape.slots}"
+    layout = "-transposed" if shape.is_transposed else ""
+    return f"{plain}-{sizes}-{shape.dtype}{layout}.json"
+
+
+def config_for(weights: ExpertWeights, tokens: int, slots: int) -> ExpertsConfig:
+    """The config to run: tuned for this shape if there is one, else `guess`.
+
+    A tuned shape with another number of slots stands in: fewer of them are fewer rows.
+    """
+    tuned = _find(*_gpu(weights), Shape.of(weights, slots))
+    if tuned is None:
+        return guess(tokens, weights)
+    config = tuned.nearest(tokens)
+    if config.is_direct and tokens > config.rows:
+        config = guess(tokens, weights)
+    return config
+
+
+def describe(weights: ExpertWeights) -> str:
+    """Where the configs for these weights come from, whatever the number of slots."""
+    tuned = _find(*_gpu(weights), Shape.of(weights, 0))
+    source = "a guess" if tuned is None else f"tuned on {tuned.gpu}"
+    return f"{Shape.of(weights, 0).dtype} weights, tiles {source}"
+
+
+def capability_of(device: torch.device | None = None) -> str:
+    """A CUDA device's compute capability, like "9.0"."""
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
+def _gpu(weights: ExpertWeights) -> tuple[str, str]:
+    """Name and compute capability of the GPU that has the weights."""
+    return _named(weights.gate_up.device)
+
+
+@lru_cache(maxsize=64)
+def _named(device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "interpreter", ""
+    return torch.cuda.get_device_name(device), capability_of(device)
+
+
+def guess(tokens: int, weights: ExpertWeights) -> ExpertsConfig:
+    """A config that runs on any GPU of compute capability 8 or more, for a shape nobody tuned."""
+    if weights.gate_up_scale is not None:
+        wide, down = Tile(128, 128, 8, 3), Tile(64, 128, 4, 3)
+        if tokens <= 512:
+            return ExpertsConfig(16, 0, tokens <= 16, wide, down, parts=2)
+        return ExpertsConfig(64, 0, False, wide, replace(down, depth=64), float16_act=True)
+    depth = 32 if weights.gate_up.dtype.itemsize == 4 else 64
+    few = Tile(columns=32, depth=depth, warps=4, stages=3, weights_left=False)
+    if tokens <= 16:
+        return ExpertsConfig(16, 0, True, few, Tile(64, depth, 4, 3, weights_left=False))
+    if tokens <= 512:
+        return ExpertsConfig(16, 0, False, few, Tile(64, depth, 4, 3, weights_left=False))
+    many = Tile(64, depth, 4, 3, 1, weights_left=False)
+    return ExpertsConfig(64, 0, False, many, Tile(128, depth, 4, 3, 1, False))
+
+
+@lru_cache(maxsize=256)
+def _find(gpu: str, capability: str, shape: Shape) -> Tuned | None:
+    """The nearest that is known of a shape: of this GPU before another, of these slots before."""
+    folders = [SHIPPED]
+    if own := os.environ.get(OWN):
+        folders.insert(0, Path(own))
+    any_slots = file_name("*", shape).replace(f"-k{shape.slots}-", "-k*-").removeprefix("-")
+    known = [Tuned.load(path) for f in folders for path in sorted(f.glob(f"*{any_slots}"))]
+    near = [tuned for tuned in known if tuned.gpu == gpu or tuned.capability == capability]
+    if not near:
+        logger.warning(
+            "no tuned kernels for %s and %s: a guess runs; `leanmoe kernels tune` finds better",
+            gpu,
+            shape,
+        )
+        return None
+    best = min(near, key=lambda tuned: (tuned.gpu != gpu, tuned.shape.slots != shape.slots))
+    if best.gpu != gpu:
+        logger.info("no tuned kernels for %s: those of %s run, for %s", gpu, best.gpu, shape)
+    return best

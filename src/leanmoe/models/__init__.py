@@ -1,0 +1,1 @@
+"""What a model is, read from its config.json alone. Needs no torch."""

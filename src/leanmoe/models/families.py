@@ -1,0 +1,350 @@
+"""The table of model families: how each routes, and what its layers hold, written down once.
+
+Only what truly differs per family stands here; the sizes come from config.json (`shape.py`).
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.models.attention_params import (
+    Mixer,
+    attention,
+    gated_delta_net,
+    hybrid,
+    kimi_delta,
+    latent_attention,
+    lightning_attention,
+    mamba,
+    mamba2,
+    short_convolution,
+    window_and_full,
+)
+from leanmoe.models.hf_config import Settings
+from leanmoe.models.routers import (
+    BIAS,
+    DEEPSEEK_V3,
+    SIGMOID,
+    SIGMOID_NORMALISED,
+    SOFTMAX,
+    SOFTMAX_AFTER_TOP_K,
+    SOFTMAX_NORMALISED,
+    GroupScore,
+    Router,
+    ScoreDtype,
+    Scoring,
+    cohere,
+    deepseek_v2,
+    lfm2,
+    routing,
+)
+
+__all__ = ["FAMILIES", "Family", "GroupScore", "Router", "ScoreDtype", "Scoring", "family_of"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's router works, and where its config.json says what its layers hold."""
+
+    router: Callable[[Settings], Router]
+    mixer: Mixer
+    """Counts the weights of what mixes tokens in a decoder layer."""
+    width: str = "moe_intermediate_size"
+    """Key of a routed expert's width."""
+    dense_width: str = "intermediate_size"
+    """Key of a dense layer's width."""
+    shared_width: str | None = None
+    """Key of the shared expert's own width; else `n_shared_experts` as wide as a routed one."""
+    shared_gate: bool = False
+    """Whether a gate of its own weighs the shared expert."""
+    matrices: int = 3
+    """Matrices of an expert: gate, up and down projection; 2 where there is no gate."""
+    biases: bool = False
+    """Whether the router and the experts have bias terms."""
+    layer_norms: int = 2
+    """Norms of the hidden width in a decoder layer."""
+    moe_norms: int = 0
+    """Further ones in an MoE layer."""
+    norm_biases: bool = False
+    single: bool = False
+    """Whether a layer is a mixer or experts, not one after the other (Nemotron-H)."""
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """What Transformers assumes where a config.json says nothing."""
+    not_runnable: str | None = None
+    """Why no plan can run on the family, which can only be inspected; None where one can."""
+
+
+def family_of(model_type: object) -> Family:
+    """The family of a `model_type`; raises LeanMoeError, naming near ones, for an unknown one."""
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type is None:
+        raise LeanMoeError("config.json has no model_type: it is not a model's config")
+    hint = did_you_mean(str(model_type), FAMILIES)
+    raise LeanMoeError(
+        f"model_type {model_type!r} is not a known mixture-of-experts family: {hint}"
+        f"known are {', '.join(sorted(FAMILIES))}"
+    )
+
+
+def _defaults(**values: Any) -> Mapping[str, Any]:
+    return MappingProxyType(values)
+
+
+_V3 = Family(
+    DEEPSEEK_V3,
+    latent_attention(),
+    defaults=_defaults(
+        first_k_dense_replace=3,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        n_group=8,
+        topk_group=4,
+        n_shared_experts=1,
+    ),
+)
+_LINEAR = {"linear_conv_kernel_dim": 4, "full_attention_interval": 4}
+_GLM = replace(
+    _V3,
+    mixer=attention(norm="head", norm_flag="use_qk_norm"),
+    defaults=_defaults(first_k_dense_replace=1, norm_topk_prob=True, n_shared_experts=1),
+)
+_QWEN2 = Family(
+    SOFTMAX,
+    attention(bias="qkv_bias"),
+    shared_width="shared_expert_intermediate_size",
+    shared_gate=True,
+    defaults=_defaults(qkv_bias=True),
+)
+_QWEN3 = Family(SOFTMAX, attention(norm="head", output_bias=True))
+_QWEN3_NEXT = replace(
+    _QWEN2,
+    mixer=hybrid(attention(norm="head", gate="element"), gated_delta_net),
+    defaults=_defaults(norm_topk_prob=True, **_LINEAR),
+)
+_QWEN3_5 = replace(_QWEN3_NEXT, router=SOFTMAX_NORMALISED)
+_MIXTRAL = Family(SOFTMAX_NORMALISED, attention(bias=False), width="intermediate_size")
+_GRANITE = Family(SOFTMAX_AFTER_TOP_K, attention(output_bias=True), width="intermediate_size")
+_GRANITE_SHARED = replace(_GRANITE, shared_width="shared_intermediate_size")
+_M3 = replace(
+    _MIXTRAL,
+    router=routing(replace(SIGMOID_NORMALISED, sorted_top_k=False)),
+    mixer=attention(bias=False, norm="head"),
+    dense_width="dense_intermediate_size",
+    shared_width="shared_intermediate_size",
+)
+
+FAMILIES: Mapping[str, Family] = {
+    "deepseek_v2": replace(_V3, router=deepseek_v2, defaults=_defaults(n_shared_experts=2)),
+    "deepseek_v3": _V3,
+    "deepseek_v32": replace(_V3, mixer=latent_attention(indexer=True)),
+    "kimi_k2": _V3,
+    "axk1": replace(
+        _V3, moe_norms=1, defaults=_defaults(**{**_V3.defaults, "first_k_dense_replace": 1})
+    ),
+    "glm4_moe": _GLM,
+    "glm4v_moe_text": replace(
+        _GLM, mixer=attention(), defaults=_defaults(**{**_GLM.defaults, "attention_bias": True})
+    ),
+    "glm4_moe_lite": replace(
+        _GLM,
+        mixer=latent_attention(),
+        defaults=_defaults(**{**_GLM.defaults, "routed_scaling_factor": 1.8}),
+    ),
+    "glm_moe_dsa": replace(
+        _GLM,
+        mixer=latent_attention(indexer=True),
+        defaults=_defaults(**{**_V3.defaults, "n_group": 1, "topk_group": 1}),
+    ),
+    "solar_open": replace(
+        _GLM, mixer=attention(), defaults=_defaults(norm_topk_prob=True, n_shared_experts=1)
+    ),
+    "dots1": replace(_GLM, mixer=attention(norm="head", output_bias=True), defaults=_defaults()),
+    "exaone_moe": replace(
+        _GLM,
+        mixer=attention(bias=False, norm="head"),
+        defaults=_defaults(**{**_GLM.defaults, "routed_scaling_factor": 2.5}),
+    ),
+    "mimo_v2_flash": replace(
+        _GLM,
+        mixer=window_and_full,
+        defaults=_defaults(first_k_dense_replace=1, norm_topk_prob=True),
+    ),
+    "mistral4": replace(
+        _V3,
+        router=routing(
+            Router(normalise_epsilon=1e-20, sorted_top_k=False, score_dtype="logits"),
+            "norm_topk_prob",
+            "routed_scaling_factor",
+            groups=True,
+        ),
+        defaults=_defaults(norm_topk_prob=True, n_shared_experts=1),
+    ),
+    "kimi_linear": replace(
+        _V3,
+        mixer=hybrid(latent_attention(), kimi_delta()),
+        defaults=_defaults(**{**_GLM.defaults, "routed_scaling_factor": 2.446}),
+    ),
+    "bailing_hybrid": replace(
+        _V3,
+        mixer=hybrid(latent_attention(gate="head"), kimi_delta(low_rank=False)),
+        defaults=_defaults(
+            **{**_V3.defaults, "first_k_dense_replace": 2, "full_attention_interval": 6}
+        ),
+    ),
+    "beam": Family(
+        routing(replace(SIGMOID, sorted_top_k=True), "norm_topk_prob", groups=True),
+        # A bias of its gates a head: as many weights as sinks.
+        attention(norm="head", gate="element", sinks=True, output_bias=True),
+        layer_norms=4,
+        defaults=_defaults(first_k_dense_replace=3, norm_topk_prob=True, n_group=8, topk_group=4),
+    ),
+    "hy_v3": Family(
+        routing(replace(SIGMOID, normalise=True), scaling="routed_scaling_factor"),
+        attention(norm="head", output_bias=True),
+        defaults=_defaults(
+            first_k_dense_replace=1, n_shared_experts=1, routed_scaling_factor=2.826
+        ),
+    ),
+    "afmoe": Family(
+        routing(
+            replace(SIGMOID, ranking_bias="expert_bias", normalise=True, sorted_top_k=True),
+            scaling="routed_scaling_factor",
+        ),
+        attention(norm="head", gate="element", output_bias=True),
+        layer_norms=4,
+        defaults=_defaults(first_k_dense_replace=1, n_shared_experts=2),
+    ),
+    "laguna": Family(
+        routing(SIGMOID_NORMALISED),
+        attention(norm="head", gate="head", output_bias=True),
+        shared_width="shared_expert_intermediate_size",
+        defaults=_defaults(first_k_dense_replace=1),
+    ),
+    "flint": Family(
+        routing(Router("sigmoid"), "norm_topk_prob"),
+        attention(norm="head", sinks=True, output_bias=True),
+        shared_width="shared_expert_intermediate_size",
+        defaults=_defaults(norm_topk_prob=True, mlp_only_layers=[0, 1]),
+    ),
+    "lfm2_moe": Family(
+        lfm2,
+        hybrid(attention(bias=False, norm="head"), short_convolution),
+        defaults=_defaults(
+            first_k_dense_replace=2,
+            norm_topk_prob=True,
+            use_expert_bias=True,
+            tie_word_embeddings=True,
+            conv_L_cache=3,
+        ),
+    ),
+    "nemotron_h": replace(
+        _GLM,
+        mixer=hybrid(attention(output_bias=True), mamba2),
+        shared_width="moe_shared_expert_intermediate_size",
+        matrices=2,
+        layer_norms=1,
+        single=True,
+        defaults=_defaults(
+            norm_topk_prob=True, n_shared_experts=1, n_groups=8, ssm_state_size=128, conv_kernel=4
+        ),
+    ),
+    "qwen2_moe": _QWEN2,
+    "qwen3_moe": _QWEN3,
+    "qwen3_vl_moe_text": replace(
+        _QWEN3, router=SOFTMAX_NORMALISED, defaults=_defaults(tie_word_embeddings=True)
+    ),
+    "qwen3_omni_moe_text": replace(_QWEN3, defaults=_defaults(norm_topk_prob=True)),
+    "qwen3_next": _QWEN3_NEXT,
+    "qwen3_5_moe_text": _QWEN3_5,
+    "mellum": replace(_QWEN3, defaults=_defaults(norm_topk_prob=True)),
+    "olmoe": Family(SOFTMAX, attention(norm="full", output_bias=True), width="intermediate_size"),
+    "flex_olmo": Family(
+        SOFTMAX, attention(norm="full", output_bias=True), width="intermediate_size"
+    ),
+    "jamba": Family(
+        routing(Router()),
+        hybrid(attention(bias=False), mamba),
+        width="intermediate_size",
+        defaults=_defaults(
+            attn_layer_period=8,
+            attn_layer_offset=4,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            mamba_expand=2,
+            mamba_d_state=16,
+            mamba_d_conv=4,
+            mamba_dt_rank="auto",
+        ),
+    ),
+    "hunyuan_v1_moe": Family(
+        SOFTMAX_NORMALISED,
+        attention(norm="head", output_bias=True),
+        width="intermediate_size",
+        shared_width="intermediate_size",
+    ),
+    "mixtral": _MIXTRAL,
+    "minimax": replace(
+        _MIXTRAL,
+        mixer=hybrid(attention(bias=False), lightning_attention),
+        defaults=_defaults(attn_layer_period=2),
+    ),
+    "minimax_m2": replace(
+        _MIXTRAL,
+        router=routing(replace(SIGMOID_NORMALISED, sorted_top_k=False)),
+        mixer=attention(bias=False, norm="full"),
+    ),
+    "minimax_m3_vl_text": _M3,
+    "gpt_oss": replace(
+        _GRANITE,
+        mixer=attention(output_bias=True, sinks=True),
+        biases=True,
+        defaults=_defaults(attention_bias=True),
+    ),
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE_SHARED,
+    "granitemoe_swa": replace(_GRANITE_SHARED, mixer=attention(output_bias=True, sinks=True)),
+    "granitemoehybrid": replace(
+        _GRANITE_SHARED,
+        mixer=hybrid(attention(output_bias=True), mamba2),
+        defaults=_defaults(
+            shared_intermediate_size=1024,
+            mamba_n_heads=128,
+            mamba_expand=2,
+            mamba_d_state=256,
+            mamba_d_conv=4,
+        ),
+    ),
+    "aria_text": Family(
+        SOFTMAX_AFTER_TOP_K,
+        attention(output_bias=True),
+        width="intermediate_size",
+        defaults=_defaults(n_shared_experts=2),
+    ),
+    "cohere2_moe": Family(
+        cohere,
+        attention(output_bias=True),
+        width="intermediate_size",
+        dense_width="prefix_dense_intermediate_size",
+        layer_norms=1,
+        defaults=_defaults(norm_topk_prob=True, tie_word_embeddings=True),
+    ),
+    "ernie4_5_moe": Family(
+        routing(Router(ranking_bias=f"moe_statics.{BIAS}", normalise=True)),
+        attention(bias="use_bias", output_bias=True),
+        defaults=_defaults(first_k_dense_replace=1, n_shared_experts=2, tie_word_embeddings=True),
+    ),
+    "phimoe": Family(
+        routing(Router()),
+        attention(output_bias=True),
+        width="intermediate_size",
+        norm_biases=True,
+        not_runnable="its router masks the best expert's rivals before it picks a second one",
+    ),
+}
+"""By config.json's `model_type`."""

@@ -1,0 +1,11 @@
+"""The one artefact: what a model may activate. Needs no torch.
+
+`rule` says it for one layer, `plan` for all layers and loads, `placement` which rank holds which
+expert; `named_plans` reads several plans for a comparison.
+"""
+
+from leanmoe.models.fingerprint import Fingerprint
+from leanmoe.plan.plan import SCHEMA_VERSION, Band, Plan
+from leanmoe.plan.rule import Rule
+
+__all__ = ["SCHEMA_VERSION", "Band", "Fingerprint", "Plan", "Rule"]

@@ -1,0 +1,191 @@
+"""What a plan activates in each MoE layer of a step, from a curve for each layer and rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.step_model import Model
+from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.predict.expert_curves import Assumed, Curve, assumed_curve, from_points
+from leanmoe.predict.sampled_steps import ALONE, Company
+
+CurveOf = Callable[[int, Rule], Curve]
+"""A MoE layer's curve under a rule."""
+CurvesOf = Callable[[Company], CurveOf]
+"""The curves by where experts are and whose tokens share them."""
+
+
+@dataclass(frozen=True)
+class Awake:
+    """So many layers that activate the same."""
+
+    layers: int
+    distinct: float
+    rows: float
+    experts: int
+    """That remain in the layer."""
+    columns: float = 0.0
+    """Slots, used or skipped, in an engine's tensors."""
+    is_shared: bool = False
+    """Whether tokens share experts there."""
+    most_loaded: float | None = None
+    """Distinct experts of the most loaded GPU; None where that was not counted."""
+    is_told: bool = False
+    """Whether data-parallel ranks tell each other what their tokens choose."""
+
+
+class Activation:
+    """Distinct experts and rows of every MoE layer, by the tokens of a step."""
+
+    def __init__(self, model: Model, plan: Plan | None, curve_of: CurveOf) -> None:
+        self._plan = plan
+        layers = model.moe_layers
+        bands = [] if plan is None else list(plan.bands)
+        self._bands = [(band.up_to, _grouped(band.rules, curve_of)) for band in bands]
+        self._full = _grouped((Rule(),) * layers, curve_of)
+        prompt = () if plan is None else plan.prompt
+        self._prompt = _paired(prompt, bands, layers, curve_of) if prompt else None
+        used = [curve for _, groups in self._bands for curve, _ in groups]
+        used += [curve for curve, _ in self._full]
+        used += [other for pairs in self._prompt or [] for (_, other), _ in pairs]
+        self.origins = sorted({curve.origin for curve in used})
+
+    def layers(self, decoding: float, prompt: float) -> list[Awake]:
+        """What a step activates with so many tokens that decode and so many of prompts."""
+        if self._prompt is None:
+            return [
+                _awake(curve, n, decoding + prompt) for curve, n in self._band(decoding + prompt)
+            ]
+        number = next(
+            (n for n, (up_to, _) in enumerate(self._bands) if up_to is None or decoding <= up_to),
+            len(self._bands),
+        )
+        found = []
+        for (one, other), count in self._prompt[number]:
+            mine = _awake(one, count, decoding)
+            theirs = _awake(other, count, prompt)
+            total = max(mine.experts, theirs.experts)
+            missed = (1 - mine.distinct / total) * (1 - theirs.distinct / total)
+            awake, rows = total * (1 - missed), mine.rows + theirs.rows
+            columns, is_shared = mine.columns + theirs.columns, one.is_shared or other.is_shared
+            most, is_told = _most_together(mine, theirs, awake), one.is_told or other.is_told
+            found.append(Awake(count, awake, rows, total, columns, is_shared, most, is_told))
+        return found
+
+    def _band(self, tokens: float) -> list[tuple[Curve, int]]:
+        for up_to, groups in self._bands:
+            if up_to is None or tokens <= up_to:
+                return groups
+        return self._full
+
+
+def _awake(curve: Curve, layers: int, tokens: float) -> Awake:
+    if tokens <= 0:
+        return Awake(layers, 0.0, 0.0, curve.experts)
+    distinct, slots = curve.at(tokens)
+    columns = max(curve.columns, slots) * tokens
+    most, is_shared = curve.most_loaded_at(tokens), curve.is_shared
+    rows, experts = slots * tokens, curve.experts
+    return Awake(layers, distinct, rows, experts, columns, is_shared, most, curve.is_told)
+
+
+def _most_together(one: Awake, other: Awake, distinct: float) -> float | None:
+    """Of the most loaded GPU where both wake so many: as uneven as the more uneven of them."""
+    shares = [
+        each.most_loaded / each.distinct
+        for each in (one, other)
+        if each.most_loaded is not None and each.distinct > 0
+    ]
+    return max(shares) * distinct if shares else None
+
+
+def _grouped(rules: tuple[Rule, ...], curve_of: CurveOf) -> list[tuple[Curve, int]]:
+    counts: dict[Curve, int] = {}
+    for layer, rule in enumerate(rules):
+        curve = curve_of(layer, rule)
+        counts[curve] = counts.get(curve, 0) + 1
+    return list(counts.items())
+
+
+def _paired(
+    prompt: tuple[Rule, ...], bands: list[Band], layers: int, curve_of: CurveOf
+) -> list[list[tuple[tuple[Curve, Curve], int]]]:
+    """For each band, and for none, curves of decoding and of prompt tokens, layer by layer."""
+    every = [band.rules for band in bands] + [(Rule(),) * layers]
+    found = []
+    for rules in every:
+        counts: dict[tuple[Curve, Curve], int] = {}
+        for layer in range(layers):
+            pair = (curve_of(layer, rules[layer]), curve_of(layer, prompt[layer]))
+            counts[pair] = counts.get(pair, 0) + 1
+        found.append(list(counts.items()))
+    return found
+
+
+def assumed_curves(model: Model, assumed: Assumed, company: Company = ALONE) -> CurveOf:
+    """Curves where no trace is at hand: the same in every layer."""
+    shape, router = model.shape, model.shape.router
+    cached: dict[Rule, Curve] = {}
+
+    def curve_of(_layer: int, rule: Rule) -> Curve:
+        if rule not in cached:
+            cached[rule] = assumed_curve(
+                shape.experts,
+                shape.top_k,
+                rule,
+                assumed,
+                router.groups,
+                router.groups_used,
+                company,
+            )
+        return cached[rule]
+
+    return curve_of
+
+
+def saved_curves(saved: Mapping[str, object], model: Model) -> CurveOf:
+    """Curves of `profile.json` (its `distinct`), which holds the full model's; needs no torch.
+
+    A rule that lowers `top_k` alone scales every expert's use; any other rule needs its traces
+    replayed (`leanmoe predict --profile` does that where torch is installed). Raises LeanMoeError
+    for a profile of another model.
+    """
+    found = saved.get("model")
+    mine = model.shape.fingerprint()
+    if not isinstance(found, dict) or Fingerprint(**found) != mine:
+        raise LeanMoeError(f"the profile is of another model: {found}, this one is {mine}")
+    shown = saved["profile"]
+    assert isinstance(shown, dict)
+    layers = shown["layers"]
+    cached: dict[tuple[int, Rule], Curve] = {}
+
+    def curve_of(layer: int, rule: Rule) -> Curve:
+        key = (layer, rule)
+        if key not in cached:
+            cached[key] = _saved_curve(layers[layer], rule, model)
+        return cached[key]
+
+    return curve_of
+
+
+def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: Model) -> Curve:
+    experts, top_k = model.shape.experts, model.shape.top_k
+    lower = Rule(top_k=rule.top_k, keep_weights=rule.keep_weights)
+    if rule != lower:
+        raise LeanMoeError(
+            f"rule {rule.to_json()} needs the profile's traces replayed: "
+            "pip install 'leanmoe[tune]'"
+        )
+    slots = top_k if rule.top_k is None else rule.top_k
+    share = slots / top_k
+    points = []
+    for point in layer["distinct"]:
+        # A token wakes share as many; so do 1/share tokens as many as one did before.
+        awake = experts * (1 - (1 - point["measured"] / experts) ** share)
+        points.append((point["tokens"], min(awake, slots * point["tokens"]), float(slots)))
+    origin = "measured: the profile's tokens"
+    if slots != top_k:
+        origin += ", scaled to a lower top_k"
+    return from_points(points, experts, origin, float(slots))

@@ -1,0 +1,124 @@
+"""How a model lies on GPUs: parallelism, what fits, who holds what. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.step_model import Model, require_divides
+from leanmoe.predict.hardware import Gpu
+from leanmoe.predict.sampled_steps import Company
+
+USABLE = 0.92
+"""Share of a GPU's memory for weights, activations and cache, as engines set it by default."""
+RESERVED = 3e9
+"""Bytes for activations, graphs, communication buffers and the runtime."""
+MOST_GPUS = 16384
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Parallelism: `tensor` splits attention and widths, `data` copies attention, `expert` spreads
+    whole experts, `pipeline` splits layers. GPUs = tensor x data x pipeline; experts lie over the
+    tensor x data of a pipeline stage, and where `expert` is less, their widths are split.
+    """
+
+    gpu: Gpu
+    tensor: int = 1
+    expert: int = 1
+    data: int = 1
+    pipeline: int = 1
+
+    @property
+    def gpus(self) -> int:
+        """All of them."""
+        return self.tensor * self.data * self.pipeline
+
+    @property
+    def stage(self) -> int:
+        """GPUs of a pipeline stage."""
+        return self.tensor * self.data
+
+    @property
+    def expert_tensor(self) -> int:
+        """GPUs over which one expert's width is split."""
+        return self.stage // self.expert
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether tokens travel to their experts: attention is copied, experts are spread."""
+        return self.data > 1 and self.expert > 1
+
+    def company(self, is_of_all: bool = False) -> Company:
+        """Where experts are, and whose tokens share them."""
+        return Company(self.expert, self.data, is_of_all)
+
+    def __str__(self) -> str:
+        parts = [f"TP{self.tensor}"]
+        parts += [f"EP{self.expert}"] if self.expert > 1 else []
+        parts += [f"DP{self.data}"] if self.data > 1 else []
+        parts += [f"PP{self.pipeline}"] if self.pipeline > 1 else []
+        return f"{self.gpus} x {self.gpu.name} ({' '.join(parts)})"
+
+    def check(self, model: Model) -> None:
+        """Raises LeanMoeError where the model cannot be split so."""
+        for name in ("tensor", "expert", "data", "pipeline"):
+            value = getattr(self, name)
+            if value < 1:
+                raise LeanMoeError(f"--{name} is {value}: it must be 1 or more")
+        if self.gpus > MOST_GPUS:
+            raise LeanMoeError(f"{self.gpus} GPUs: at most {MOST_GPUS} are modelled")
+        for kind, _ in model.attention:
+            require_divides("attention heads", kind.heads, self.tensor, "--tensor")
+        require_divides("GPUs of --tensor x --data", self.stage, self.expert, "--expert")
+        shape = model.shape
+        require_divides("experts", shape.experts, self.expert, "--expert")
+        require_divides("values of an expert's width", shape.expert_width, self.expert_tensor, "TP")
+        if self.pipeline > shape.layers:
+            raise LeanMoeError(
+                f"--pipeline {self.pipeline} is more than the model's {shape.layers} layers"
+            )
+
+    def weight_bytes(self, model: Model, experts: float | None = None) -> float:
+        """Bytes of weights on each GPU; `experts` a layer where some are pruned."""
+        found, storage = model.shape.parameters, model.shape.storage
+        routed = model.moe_layers * (model.shape.experts if experts is None else experts)
+        whole = model.copied_weights
+        split = (found.mixers - whole + found.dense + found.shared) / self.tensor + whole
+        copied = (found.routers + found.norms) * storage.plain_bytes
+        ends = (found.embedding + found.head) * storage.plain_bytes / self.tensor
+        spread = routed * model.shape.expert_bytes / self.stage
+        return (split * storage.other_bytes + copied + spread) / self.pipeline + ends / min(
+            self.pipeline, 2
+        )
+
+    def memory(self, model: Model, experts: float | None = None) -> Memory:
+        """What lies on each GPU; raises LeanMoeError, by how much, where weights do not fit."""
+        weights = self.weight_bytes(model, experts)
+        usable = self.gpu.memory * USABLE - RESERVED
+        if weights > usable:
+            short = (weights - usable) * self.gpus
+            raise LeanMoeError(
+                f"{model.name} does not fit {self}: {weights / 1e9:.1f} GB of weights on each GPU, "
+                f"{usable / 1e9:.1f} GB usable; {short / 1e9:.0f} GB short in all"
+            )
+        cached = model.cached_bytes(1, self.tensor) / self.pipeline
+        return Memory(weights, usable - weights, cached, self.data)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU."""
+
+    weights: float
+    cache: float
+    """Left for the KV cache."""
+    cached_token: float
+    """Of one token with nothing beyond a window."""
+    copies: int
+    """Of attention, each with a cache of its own."""
+
+    def sequences(self, model: Model, context: float, deployment: Deployment) -> int:
+        """Sequences with `context` tokens that fit at once, over all copies."""
+        each = model.cached_bytes(context, deployment.tensor) / deployment.pipeline
+        return int(self.cache // each) * self.copies if each else 1 << 30

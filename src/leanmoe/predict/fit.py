@@ -1,0 +1,207 @@
+"""Fitting a kernel's constants to measurements, and how far off they are on others.
+
+Constants are non-negative least squares on the relative error, per range of steps, since kernels
+change their tiles there (`schedules`). A row far off weighs less (iteratively reweighted), so that
+one broken measurement does not bend the rest. Which features count is chosen by leaving layers out,
+among the fitted rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.predict.constants import Accuracy, KernelConstants, Regime, Tuned, tuned_tile
+from leanmoe.predict.hardware import Gpu
+from leanmoe.predict.kernel_features import (
+    FEATURES,
+    MICROSECOND,
+    ExpertsShape,
+    Rows,
+    Tile,
+    features,
+)
+from leanmoe.predict.tile_heuristics import CUTLASS, TUNED, Stage
+
+REWEIGHTED = 6
+NEAR = 0.02
+"""Relative error below which a row has its full weight."""
+CLIPPED = 0.3
+"""Error at which a row counts no further when tiles are compared."""
+FEWEST_ROWS = 3
+FOLDS = 4
+"""Of the layers, when sets of features are compared."""
+PLAIN = tuple(name for name in FEATURES if name != "strides")
+FEW = ("call", "longer", "activations", "waves", "waves_hidden", "waves_width", "spread")
+CANDIDATES = (PLAIN, FEATURES, FEW)
+"""Sets of features to choose from."""
+LEAST_WAVES = (1, 2, 3, 4)
+"""Tiles a multiprocessor that may keep the memory busy, to choose from."""
+NOTHING_TUNED: Tuned = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One measured layer."""
+
+    shape: ExpertsShape
+    rows: Rows
+    seconds: float
+
+    @property
+    def layer(self) -> tuple[ExpertsShape, float]:
+        """What is left out as a whole when sets of features are compared."""
+        return self.shape, self.rows.slots
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a fit may use: chosen once for a kernel, among its fitted rows."""
+
+    names: Sequence[str] = FEATURES
+    tuned_names: Sequence[str] = PLAIN
+    """Of layers that have a tuned configuration."""
+    least_waves: int = 1
+
+
+def fit(
+    kernel: str,
+    gpu: Gpu,
+    dtype: str,
+    readings: Sequence[Reading],
+    fitted_to: str,
+    stages: Sequence[Stage] = CUTLASS,
+    form: Form = Form(),
+    tuned: Tuned = NOTHING_TUNED,
+) -> KernelConstants:
+    """Constants of a kernel from `readings`, stage by stage; needs scipy.
+
+    Layers with a configuration in `tuned` are fitted apart. Of several tiles of a stage the best is
+    taken. A stage with fewer than three readings is left to the next one. Raises LeanMoeError when
+    none has as many.
+    """
+    left = list(readings)
+    regimes = []
+    for stage in (*(TUNED if tuned else ()), *stages):
+        within = [r for r in left if _takes(stage, r, tuned)]
+        if len(within) < FEWEST_ROWS:
+            continue
+        left = [r for r in left if not _takes(stage, r, tuned)]
+        regimes.append(_regime(stage, within, gpu, form, tuned))
+    if not any(regime.tile for regime in regimes):
+        raise LeanMoeError(
+            f"{len(readings)} readings of {kernel} are too few to fit: {FEWEST_ROWS} are needed"
+        )
+    return KernelConstants(
+        kernel,
+        gpu.name,
+        dtype,
+        tuple(regimes),
+        fitted_to,
+        tuned=tuned,
+        least_waves=form.least_waves,
+    )
+
+
+def choose(
+    kernel: str,
+    gpu: Gpu,
+    dtype: str,
+    readings: Sequence[Reading],
+    stages: Sequence[Stage],
+    tuned: Tuned = NOTHING_TUNED,
+) -> Form:
+    """The form that predicts left-out layers best, one choice after another."""
+    layers = list(dict.fromkeys(r.layer for r in readings))
+    order = np.random.default_rng(0).permutation(len(layers))
+    fold = {layers[place]: number % FOLDS for number, place in enumerate(order)}
+
+    def off(form: Form) -> float:
+        errors = []
+        for number in range(min(FOLDS, len(layers))):
+            kept = [r for r in readings if fold[r.layer] != number]
+            out = [r for r in readings if fold[r.layer] == number]
+            found = fit(kernel, gpu, dtype, kept, "", stages, form, tuned)
+            errors.append(np.minimum(np.abs(errors_of(found, out, gpu)), CLIPPED))
+        return float(np.concatenate(errors).mean())
+
+    form = min((Form(names) for names in CANDIDATES), key=off)
+    form = min((replace(form, least_waves=least) for least in LEAST_WAVES), key=off)
+    if tuned:
+        form = min((replace(form, tuned_names=names) for names in CANDIDATES), key=off)
+    return form
+
+
+def _takes(stage: Stage, reading: Reading, tuned: Tuned) -> bool:
+    if stage.tiles is None and tuned_tile(tuned, reading.shape, reading.rows.tokens) is None:
+        return False
+    limits = stage.tokens_an_expert, stage.slots_an_expert
+    return Regime(stage.up_to, None, {}, *limits).takes(reading.shape, reading.rows)
+
+
+def _regime(
+    stage: Stage, readings: Sequence[Reading], gpu: Gpu, form: Form, tuned: Tuned
+) -> Regime:
+    names = form.tuned_names if stage.tiles is None else form.names
+    used = [FEATURES.index(name) for name in names]
+    took = np.array([r.seconds for r in readings]) / MICROSECOND
+    best: tuple[float, Tile | None, NDArray[np.float64]] | None = None
+    for tile in stage.tiles or (None,):
+        found = np.array([_values(r, gpu, tile, form.least_waves, tuned)[used] for r in readings])
+        constants = _robust(found / took[:, None])
+        errors = np.abs(found @ constants / took - 1)
+        error = float(np.minimum(errors, CLIPPED).mean())
+        if best is None or error < best[0]:
+            best = (error, tile, constants)
+    assert best is not None
+    values = {
+        name: float(f"{value:.6g}") for name, value in zip(names, best[2], strict=True) if value
+    }
+    return Regime(stage.up_to, best[1], values, stage.tokens_an_expert, stage.slots_an_expert)
+
+
+def _values(
+    reading: Reading, gpu: Gpu, tile: Tile | None, least_waves: int, tuned: Tuned
+) -> NDArray[np.float64]:
+    taken = tile or tuned_tile(tuned, reading.shape, reading.rows.tokens)
+    assert taken is not None
+    return features(reading.shape, reading.rows, gpu, taken, least_waves)
+
+
+def _robust(relative: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Non-negative constants with `relative` @ constants near 1 in most rows."""
+    from scipy.optimize import nnls
+
+    weights = np.ones(len(relative))
+    constants = np.zeros(relative.shape[1])
+    for _ in range(REWEIGHTED + 1):
+        constants, _ = nnls(relative * weights[:, None], weights, maxiter=500)
+        off = np.abs(relative @ constants - 1)
+        weights = 1 / np.sqrt(np.maximum(off, NEAR))
+    return np.asarray(constants)
+
+
+def errors_of(
+    constants: KernelConstants, readings: Sequence[Reading], gpu: Gpu
+) -> NDArray[np.float64]:
+    """Relative error of each prediction, with its sign."""
+    return np.array([constants.seconds(r.shape, r.rows, gpu) / r.seconds - 1 for r in readings])
+
+
+def accuracy(what: str, errors: NDArray[np.float64]) -> Accuracy:
+    """How far off predictions are; raises LeanMoeError where there is none."""
+    if not len(errors):
+        raise LeanMoeError(f"no row to tell how far off predictions are ({what})")
+    off = np.abs(errors)
+    return Accuracy(
+        what,
+        len(off),
+        float(f"{off.mean():.4g}"),
+        float(f"{np.quantile(off, 0.99):.4g}"),
+        float(f"{off.max():.4g}"),
+    )

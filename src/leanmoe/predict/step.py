@@ -1,0 +1,344 @@
+"""The time of one forward step of a whole model on a deployment, part by part.
+
+Letters: T tokens of the step, D hidden width, N GPUs of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+
+from leanmoe.models.step_model import Attention, Model
+from leanmoe.predict.active_experts import Activation, Awake
+from leanmoe.predict.collectives import (
+    exchange_seconds,
+    gather_seconds,
+    library_reduce_seconds,
+    reduce_seconds,
+)
+from leanmoe.predict.constants import Constants, KernelConstants
+from leanmoe.predict.deployment import Deployment
+from leanmoe.predict.expert_curves import busiest, ranks_touched
+from leanmoe.predict.hardware import Gpu
+from leanmoe.predict.interpolation import Ratios
+from leanmoe.predict.kernel_features import ExpertsShape, Rows
+from leanmoe.predict.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
+from leanmoe.predict.tables import ACTIVATION_BYTES, PADDED_TO, VERSION, Measured, measured_curve
+from leanmoe.predict.tile_heuristics import GATHERED
+
+REPLICATED_BYTES = 2.0
+"""Of an activation that is passed on: bf16."""
+BALLOT_BYTES = 3 * 8
+"""Of an expert: what ranks add up where their tokens share experts, three int64."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of a step, by what takes them."""
+
+    projections: float = 0.0
+    """Attention's matrices, and what stands in their place in linear mixers."""
+    attention: float = 0.0
+    """Over the cache, and among a prompt's tokens."""
+    experts: float = 0.0
+    shared: float = 0.0
+    """Shared experts, dense layers, routers."""
+    communication: float = 0.0
+    head: float = 0.0
+    layers: float = 0.0
+    """Norms, rotations, routing and launches of every layer."""
+    engine: float = 0.0
+    """Once a step: scheduling, sampling."""
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return float(sum(getattr(self, f.name) for f in fields(self)))
+
+    def to_json(self) -> dict[str, float]:
+        """The parts in milliseconds."""
+        return {name: 1e3 * value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step computes: sequences that decode, and tokens of prompts."""
+
+    decoding: float
+    context: float = 0.0
+    """Mean tokens that a decoding sequence has."""
+    prompt: float = 0.0
+    """Tokens of prompts."""
+    before: float = 0.0
+    """Mean tokens of their prompts that came in earlier steps."""
+    ending: float = 0.0
+    """Prompts whose last token is among them: each is sampled too."""
+
+    @property
+    def tokens(self) -> float:
+        """All of them."""
+        return self.decoding + self.prompt
+
+
+class ExpertsTime:
+    """The time of one layer's experts: constants, held to measured rows of the same layer."""
+
+    def __init__(self, model: Model, deployment: Deployment, kernel: KernelConstants) -> None:
+        shape, self._gpu = model.shape, deployment.gpu
+        self._kernel = kernel
+        self.shape = ExpertsShape(
+            shape.hidden,
+            shape.expert_width / deployment.expert_tensor,
+            shape.experts // deployment.expert,
+            model.matrices,
+            shape.storage.expert_bytes,
+            ACTIVATION_BYTES.get(kernel.dtype, 2.0),
+            PADDED_TO.get(kernel.dtype, 1),
+        )
+        key = (
+            shape.hidden,
+            shape.expert_width,
+            shape.experts,
+            shape.top_k,
+            deployment.expert_tensor,
+            deployment.expert,
+        )
+        # The tables' rows see all tokens of a step on each GPU, as without an exchange.
+        measured = (
+            []
+            if deployment.exchanges and kernel.kernel not in GATHERED
+            else measured_curve(self._gpu.name, kernel.kernel, kernel.dtype, key)
+        )
+        self._held = Ratios.of((m.tokens, self._ratio(m)) for m in measured)
+        self.is_held = bool(measured)
+        self.origin = "modelled"
+        if measured:
+            self.origin = (
+                f"interpolated: {len(measured)} measured rows of this layer "
+                f"(aiconfigurator-core {VERSION})"
+            )
+        if model.is_as_if:
+            self.origin += f", {shape.storage.name} weights read, computed as if by bf16's kernel"
+        elif kernel.dtype in ACTIVATION_BYTES and self._gpu.flops_fp8 <= self._gpu.flops:
+            self.origin += f", as if {self._gpu.name} computed fp8 at its bf16 rate"
+
+    def _ratio(self, row: Measured) -> float:
+        rows = row.rows(self._kernel.kernel)
+        modelled = self._kernel.seconds(row.shape(self._kernel.dtype), rows, self._gpu)
+        return row.seconds / modelled if modelled > 0 else 1.0
+
+    def on(self, gpu: Gpu) -> ExpertsTime:
+        """The same with another GPU's rates."""
+        other = copy(self)
+        other._gpu = gpu
+        return other
+
+    def seconds(self, rows: Rows) -> float:
+        """Of one layer on one GPU."""
+        found = self._kernel.seconds(self.shape, rows, self._gpu)
+        return found * self._held.at(max(rows.tokens, 1.0))
+
+
+class StepTime:
+    """Times of steps of one model on one deployment, under any activation."""
+
+    def __init__(
+        self,
+        model: Model,
+        deployment: Deployment,
+        constants: Constants,
+        kernel: str,
+        small_steps: SmallSteps = SmallSteps.GROUP,
+    ) -> None:
+        deployment.check(model)
+        self.model, self.deployment = model, deployment
+        found, self.kernel_origin = constants.find(kernel, deployment.gpu.name, model.dtype)
+        self.kernel = found
+        self._experts = ExpertsTime(model, deployment, found)
+        self._rates, self.rates_origin = constants.rates_for(deployment.gpu.name)
+        self._gathers = kernel in GATHERED
+        self._small_steps = small_steps if deployment.data == 1 else SmallSteps.REPEAT
+        self._experts_seconds: Callable[[float, Awake], float] = lru_cache(maxsize=65536)(
+            self._experts_of
+        )
+
+    def on(self, gpu: Gpu) -> StepTime:
+        """The same with another GPU's rates, measured rows of this one's still holding."""
+        other = copy(self)
+        other.deployment = replace(self.deployment, gpu=gpu)
+        other._experts = self._experts.on(gpu)
+        other._experts_seconds = other._experts_of
+        return other
+
+    @property
+    def is_as_tested(self) -> bool:
+        """Whether the stated accuracy is that of layers like this one."""
+        return self._experts.shape.is_as_tested
+
+    @property
+    def is_interpolated(self) -> bool:
+        """Whether the experts' time is held to measured rows of this very layer."""
+        return self._experts.is_held
+
+    @property
+    def experts_origin(self) -> str:
+        """What the experts' time stands on."""
+        return self._experts.origin
+
+    def parts(self, batch: Batch, activation: Activation) -> Parts:
+        """Seconds of a step by part. With pipeline stages, of one part of the batch through all.
+
+        Attention and its matrices see a copy's share of the tokens; the experts see all tokens.
+        """
+        here, rates = self.deployment, self._rates
+        shared_by = here.pipeline
+        tokens = batch.tokens / shared_by
+        mine = tokens / here.data
+        layers = self.model.shape.layers
+        awake = activation.layers(batch.decoding / shared_by, batch.prompt / shared_by)
+        sampled = (batch.decoding + batch.ending) / shared_by
+        return Parts(
+            projections=self._projections(mine),
+            attention=self._attention(batch, shared_by * here.data),
+            experts=sum(each.layers * self._experts_seconds(tokens, each) for each in awake),
+            shared=self._shared(mine),
+            communication=self._communication(mine, tokens, awake),
+            head=self._head(sampled / here.data),
+            layers=layers * rates.layer_seconds,
+            engine=rates.step_seconds + sampled * rates.sampled_seconds,
+        )
+
+    def _products(self, weights: float, weight_bytes: float, tokens: float, calls: float) -> float:
+        """Dense products with `weights` values in all, in so many calls."""
+        if weights <= 0 or tokens <= 0:
+            return 0.0
+        gpu, rates = self.deployment.gpu, self._rates
+        rate = gpu.flops_fp8 if weight_bytes < 1.5 else gpu.flops
+        reading = weights * weight_bytes / (gpu.bandwidth * rates.product_bandwidth)
+        computing = 2 * weights * tokens / (rate * rates.product_flops)
+        return calls * rates.product_seconds + max(reading, computing)
+
+    def _projections(self, tokens: float) -> float:
+        found, storage = self.model.shape.parameters, self.model.shape.storage
+        latent = any(kind.latent for kind, _ in self.model.attention)
+        calls = self.model.shape.layers * (5 if latent else 2)
+        whole = self.model.copied_weights
+        weights = (found.mixers - whole) / self.deployment.tensor + whole
+        return self._products(weights, storage.other_bytes, tokens, calls)
+
+    def _shared(self, tokens: float) -> float:
+        found, shape = self.model.shape.parameters, self.model.shape
+        dense = shape.layers - self.model.moe_layers
+        calls = 2 * (self.model.moe_layers if found.shared else 0) + 2 * (
+            dense if found.dense else 0
+        )
+        split = (found.shared + found.dense) / self.deployment.tensor
+        return self._products(split, shape.storage.other_bytes, tokens, calls) + self._products(
+            found.routers, shape.storage.plain_bytes, tokens, self.model.moe_layers
+        )
+
+    def _head(self, tokens: float) -> float:
+        found = self.model.shape.parameters
+        weights = (found.head or found.embedding) / self.deployment.tensor
+        return self._products(weights, self.model.shape.storage.plain_bytes, tokens, 1)
+
+    def _attention(self, batch: Batch, copies: float) -> float:
+        gpu, rates, tensor = self.deployment.gpu, self._rates, self.deployment.tensor
+        seconds = 0.0
+        for kind, count in self.model.attention:
+            if batch.decoding > 0:
+                seconds += count * self._decoding(kind, batch.decoding / copies, batch.context)
+            if batch.prompt > 0:
+                products = kind.prefill_products(batch.prompt / copies, batch.before, tensor)
+                computing = products / (gpu.flops * rates.attention_flops)
+                seconds += count * (rates.attention_seconds + computing)
+        return seconds
+
+    def _decoding(self, kind: Attention, sequences: float, context: float) -> float:
+        """One layer's attention of `sequences` that decode, over what is cached of each."""
+        gpu, rates, tensor = self.deployment.gpu, self._rates, self.deployment.tensor
+        if kind.latent:
+            fixed = rates.latent_seconds + sequences * rates.latent_sequence_seconds
+            bandwidth, flops = rates.latent_bandwidth, rates.latent_flops
+        else:
+            heads = max(1.0, kind.pairs / tensor)
+            fixed = rates.attention_seconds + sequences * heads * rates.attention_sequence_seconds
+            bandwidth, flops = rates.attention_bandwidth, rates.attention_flops
+        read = sequences * kind.cached_width(tensor) * kind.reach(context) * REPLICATED_BYTES
+        products = sequences * kind.decode_products(context, tensor)
+        return fixed + max(read / (gpu.bandwidth * bandwidth), products / (gpu.flops * flops))
+
+    def _experts_of(self, tokens: float, awake: Awake) -> float:
+        """One layer of those awake."""
+        rows, here = awake.rows, self.deployment
+        if tokens <= 0 or rows <= 0:
+            return 0.0
+        if self._is_slot_by_slot(tokens, awake):
+            plain = Rows(tokens, rows / tokens, rows, awake.distinct)
+            blocks = awake.columns if self._small_steps is SmallSteps.REPEAT else rows
+            shape = self._experts.shape
+            return self._experts.seconds(slot_by_slot(shape, plain, blocks, here.gpu))
+        share = busiest(awake.distinct, rows, awake.experts, here.expert, awake.most_loaded)
+        if here.exchanges and not self._gathers:
+            tokens = self._received(tokens, rows, share.rows)
+            rows = share.rows
+        return self._experts.seconds(
+            Rows(tokens, rows / tokens, share.rows, max(share.distinct, 1e-9))
+        )
+
+    def _is_slot_by_slot(self, tokens: float, awake: Awake) -> bool:
+        share = SLOT_BY_SLOT.get((self.kernel.kernel, self.kernel.dtype), 0.0)
+        few = share * self.model.shape.experts
+        if self.deployment.expert > 1 or awake.columns > few:
+            return False
+        is_grouped = awake.is_shared and tokens > 1 and self._small_steps is SmallSteps.GROUP
+        return not is_grouped
+
+    def _received(self, tokens: float, rows: float, most: float) -> float:
+        """Tokens that reach the busiest GPU, of all that are sent; they hold `most` rows."""
+        touched = self._touched(rows / tokens)
+        return tokens * touched / self.deployment.expert * most * self.deployment.expert / rows
+
+    def _touched(self, slots: float) -> float:
+        router = self.model.shape.router
+        return ranks_touched(
+            self.model.shape.experts,
+            slots,
+            self.deployment.expert,
+            router.groups,
+            router.groups_used,
+        )
+
+    def _communication(self, mine: float, tokens: float, awake: list[Awake]) -> float:
+        """All-reduces of tensor parallelism; tokens to their experts and back where attention is
+        copied."""
+        here, shape, rates = self.deployment, self.model.shape, self._rates
+        size = mine * shape.hidden * REPLICATED_BYTES
+        seconds = 0.0
+        if here.tensor > 1:
+            calls = shape.layers * (1 if here.data > 1 else 2)
+            seconds += calls * reduce_seconds(rates, here.gpu, size, here.tensor)
+        if here.data > 1:
+            seconds += sum(each.layers * self._to_experts(mine, tokens, each) for each in awake)
+        if here.pipeline > 1:
+            hop = size / here.gpu.network + rates.exchange_seconds
+            seconds += (here.pipeline - 1) * hop
+        return seconds
+
+    def _to_experts(self, mine: float, tokens: float, awake: Awake) -> float:
+        """One layer's tokens to their experts and back, with data parallelism, and what ranks tell
+        each other of their tokens' choices before."""
+        here, hidden, rates = self.deployment, self.model.shape.hidden, self._rates
+        told = 0.0
+        if awake.is_told:
+            ballot = BALLOT_BYTES * self.model.shape.experts
+            told = library_reduce_seconds(rates, here.gpu, ballot, here.data)
+        if here.exchanges and not self._gathers:
+            touched = self._touched(awake.rows / tokens if tokens else 0.0)
+            return told + 2 * exchange_seconds(rates, here.gpu, mine, touched, hidden, here.expert)
+        size = tokens * hidden * REPLICATED_BYTES
+        if self._gathers:
+            return told + 2 * gather_seconds(rates, here.gpu, size, here.stage)
+        return told + reduce_seconds(rates, here.gpu, size, here.stage)

@@ -1,0 +1,281 @@
+"""Ranking a model's experts on calibration text, and writing a checkpoint or a plan without some.
+
+Letters: L MoE layers, E experts, T tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import write_json
+from leanmoe.core.progress import bar
+from leanmoe.core.provenance import collect
+from leanmoe.core.text import read_corpus, split
+from leanmoe.models.shape import REFERENCE, MoEShape, read_shape
+from leanmoe.prune.allocation import Allocated, Counts, Evolution, evolve, fewest
+from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
+from leanmoe.prune.criteria import Criterion, Scores, criterion, place_scores
+from leanmoe.prune.expert_statistics import ExpertStatistics, watch
+from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
+from leanmoe.prune.output_error import SAMPLE_TOKENS, removal_order
+from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, load_model, record, shape_of
+from leanmoe.scoring.acceptance import Acceptance
+from leanmoe.scoring.forward import final_hidden, hidden_of
+from leanmoe.scoring.windows import Windows, cut
+from leanmoe.tune.inputs import quiet
+
+PLAN_FILE = "plan.json"
+EVEN = "even"
+ALLOCATIONS = (EVEN, "evoesap")
+ALLOCATION_TOKENS = 4096
+"""Of calibration text, on which each allocation is compared with the full model."""
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What `leanmoe prune` was asked for; defaults in one place."""
+
+    model: str
+    keep: str = "75%"
+    criterion: str = "reap"
+    text: str | None = None
+    tokens: int = 32768
+    seed: int = 0
+    protect: bool = True
+    """Whether experts with extreme outputs stay whatever their score."""
+    as_plan: bool = False
+    allocation: str = "even"
+    """How layers share the experts: "even", or "evoesap" (a plan's layers may differ)."""
+    dtype: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was done."""
+
+    output: Path
+    shape: MoEShape
+    kept: Kept
+    protected: tuple[tuple[int, int], ...]
+    bytes_before: int
+    bytes_after: int
+
+
+def prune(settings: PruneSettings, output: Path) -> Pruned:
+    """Ranks, chooses and writes. Raises LeanMoeError before any expensive work where it can."""
+    wanted = criterion(settings.criterion)
+    shape = read_shape(settings.model)
+    count = kept_count(settings.keep, shape)
+    _check_allocation(settings, wanted)
+    source = None if settings.as_plan else read_source(checkpoint_folder(settings.model))
+    if source is not None:
+        check_output(output, source)
+    elif (output / PLAN_FILE).exists():
+        raise LeanMoeError(f"output {output} holds a {PLAN_FILE}: give another folder")
+    ranked = _rank(settings, wanted, shape, count)
+    protected = ranked.protected if settings.protect else ()
+    found = _allocate(settings, ranked, shape, count, protected)
+    counts = count if found is None else found.counts
+    kept = best_experts(ranked.scores_LE, counts, shape, protected)
+    provenance = collect(" ".join(["leanmoe", *sys.argv[1:]]), settings.seed).to_json()
+    record_of = {
+        "settings": asdict(settings),
+        "criterion": {"title": wanted.title, "source": wanted.source},
+        "calibration_tokens": ranked.tokens,
+        "allocation": None if found is None else asdict(found),
+        "protected": [list(pair) for pair in protected],
+        "provenance": provenance,
+    }
+    if source is None:
+        before = int(shape.total_parameters() * shape.weight_bytes)
+        write_json(output / PLAN_FILE, as_plan(kept, shape, record_of).to_json())
+        return Pruned(output / PLAN_FILE, shape, kept, protected, before, before)
+    with bar("Writing shards", len(source.shards), "shards") as advance:
+        write_pruned(source, kept, output, record_of, advance)
+    before = sum(source.bytes.values())
+    after = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    return Pruned(output, shape, kept, protected, before, after)
+
+
+def checkpoint_folder(name: str) -> Path:
+    """The folder of a checkpoint's files: local, the one that ships, or fetched from the hub."""
+    if name == REFERENCE:
+        from leanmoe.models.reference import path
+
+        return path()
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=files, local_files_only=True))
+    except LocalEntryNotFoundError:
+        print(f"leanmoe: fetching {name} from the Hugging Face Hub", file=sys.stderr)
+    except Exception as error:
+        raise LeanMoeError(f"model {name} is no local folder: {error}") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # not found, gated, no network: the client raises many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LeanMoeError(f"model {name} could not be fetched: {reason}") from error
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """Scores [L,E], the experts with extreme outputs, the tokens read, and what they were read by:
+    absent where no text is needed."""
+
+    scores_LE: Scores
+    protected: tuple[tuple[int, int], ...] = ()
+    tokens: int = 0
+    model: Any = None
+    windows: Windows | None = None
+
+
+def _rank(settings: PruneSettings, wanted: Criterion, shape: MoEShape, count: int) -> _Ranked:
+    layers = len(shape.moe_layers)
+    if not wanted.needs_text:
+        return _Ranked(place_scores(wanted, layers, shape.experts, settings.seed))
+    corpus = read_corpus(settings.text)
+    quiet()
+    calibration, _ = split(corpus.documents, 0.5, settings.seed)
+    model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
+    windows = cut(calibration, tokenizer, tokens=settings.tokens, seed=settings.seed)
+    seen = observe(model, windows)
+    protected = tuple(seen.super_experts())
+    if wanted.by_statistics is not None:
+        scores_LE = wanted.by_statistics(seen)
+    else:
+        least = count if settings.allocation == EVEN else fewest(shape)
+        scores_LE = output_errors(model, windows, least)
+    return _Ranked(scores_LE, protected, seen.tokens, model, windows)
+
+
+def _check_allocation(settings: PruneSettings, wanted: Criterion) -> None:
+    if settings.allocation not in ALLOCATIONS:
+        raise LeanMoeError(
+            f"allocation is {settings.allocation!r}: it must be {' or '.join(ALLOCATIONS)}"
+        )
+    if settings.allocation == EVEN:
+        return
+    if not settings.as_plan:
+        raise LeanMoeError(
+            f"--allocation {settings.allocation} gives layers different numbers of experts, which "
+            "no stock engine loads: add --plan, which touches no weights"
+        )
+    if not wanted.needs_text:
+        raise LeanMoeError(
+            f"--allocation {settings.allocation} compares models on text: criterion "
+            f"{wanted.name} reads none"
+        )
+
+
+def _allocate(
+    settings: PruneSettings,
+    ranked: _Ranked,
+    shape: MoEShape,
+    count: int,
+    protected: tuple[tuple[int, int], ...],
+) -> Allocated | None:
+    """Each layer's number of experts; None where all keep as many."""
+    if settings.allocation == EVEN or ranked.windows is None:
+        return None
+    searched = first_windows(ranked.windows, ALLOCATION_TOKENS)
+    return allocate(
+        ranked.model, ranked.scores_LE, searched, shape, count, protected, settings.seed
+    )
+
+
+def allocate(
+    model: Any,
+    scores_LE: Scores,
+    windows: Windows,
+    shape: MoEShape,
+    count: int,
+    protected: tuple[tuple[int, int], ...] = (),
+    seed: int = 0,
+) -> Allocated:
+    """EvoESAP: numbers of experts whose mean is `count`, fittest by acceptance on the windows."""
+    against = Acceptance(model, windows)
+
+    def fitness(counts: Counts) -> float:
+        try:
+            kept = best_experts(scores_LE, counts, shape, protected)
+        except LeanMoeError:  # more protected than so few leave room for
+            return 0.0
+        with apply(model, as_plan(kept, shape), experts=IMPLEMENTATION):
+            return against.of(model)
+
+    evolution = Evolution()
+    total = 1 + evolution.generations * evolution.children
+    with bar("Allocating experts", total, "allocations") as advance:
+        return evolve(count, shape, fitness, evolution, seed, advance)
+
+
+def first_windows(windows: Windows, tokens: int) -> Windows:
+    """The first of the windows, until they hold so many tokens; their documents' names stay."""
+    held = windows.lengths_N.cumsum(0)
+    count = int((held < tokens).sum()) + 1
+    return replace(
+        windows,
+        ids_NL=windows.ids_NL[:count],
+        lengths_N=windows.lengths_N[:count],
+        documents_N=windows.documents_N[:count],
+    )
+
+
+def observe(model: Any, windows: Windows) -> ExpertStatistics:
+    """What the experts of a model do on the windows, padding left out."""
+    with watch(model) as watching, bar("Watching experts", windows.tokens, "tokens") as advance:
+        for batch in windows.batches():
+            watching.real_T = batch.mask_NL.reshape(-1)
+            final_hidden(model, batch)
+            advance(batch.tokens)
+    return watching.result()
+
+
+def output_errors(model: Any, windows: Windows, least: int) -> Scores:
+    """Scores [L,E] by `output_error` on a sample of the windows' tokens."""
+    shape, layers = shape_of(model), find_layers(model)
+    hidden: dict[int, Tensor] = {}
+    logits: dict[int, Tensor] = {}
+    hooks = [
+        layer.experts.register_forward_hook(
+            lambda _m, inputs, _o, n=layer.number: hidden.__setitem__(n, inputs[0])
+        )
+        for layer in layers
+    ]
+    try:
+        with record(model, logits.__setitem__):
+            batch, _ = next(hidden_of(model, windows, "Sampling tokens"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    real = batch.mask_NL.reshape(-1).nonzero().flatten()
+    draw = torch.Generator().manual_seed(windows.seed)
+    chosen = real[torch.randperm(len(real), generator=draw)[:SAMPLE_TOKENS]]
+    with bar("Removing experts", len(layers) * (shape.experts - least), "experts") as advance:
+        found = [
+            removal_order(
+                layer,
+                shape.router,
+                shape.top_k,
+                hidden[layer.number][chosen],
+                logits[layer.number][chosen],
+                least,
+                advance,
+            )
+            for layer in layers
+        ]
+    return np.stack(found)

@@ -1,0 +1,1 @@
+"""What results files hold, and reading them. Needs no torch."""

@@ -1,0 +1,258 @@
+"""Documents cut into windows of tokens, and batches of windows for a model to run.
+
+Letters: N windows, L tokens in a window, B sequences that decode together.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.text import Document
+
+WINDOW_TOKENS = 256
+MINIMUM_WINDOW_TOKENS = 16
+"""Shorter pieces are left out: nearly all of their tokens would be predicted without context."""
+BATCH_TOKENS = 4096
+"""Tokens in one forward call, unless the sequences that decode together need more."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows that one forward call runs together, padded on the right to the longest of them."""
+
+    ids_NL: Tensor
+    mask_NL: Tensor
+    """True where there is a token."""
+    rows_N: Tensor
+    """Each row's number in its `Windows`."""
+    scored_N: Tensor
+    """False for a window that only keeps the others company; it is scored in another batch."""
+    prompt_tokens: int = 0
+    reply_tokens: int = 0
+    """Where above 0, the tokens after the prompt are replies of so many tokens; see `replies`."""
+
+    @property
+    def prompt_in_call(self) -> int:
+        """The first tokens of a row in the model's call that are a prompt: what `apply` takes."""
+        return self.ids_NL.shape[1] if self.reply_tokens else self.prompt_tokens
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """What the model's forward takes: None when there is no padding."""
+        return None if bool(self.mask_NL.all()) else self.mask_NL.long()
+
+    @property
+    def predicted(self) -> Tensor:
+        """True [N, L-1] at positions whose next token exists and whose prediction counts."""
+        read_L = torch.arange(self.ids_NL.shape[1] - 1) >= self.prompt_tokens
+        return self.mask_NL[:, 1:] & self.scored_N[:, None] & read_L
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count."""
+        return int(self.mask_NL[self.scored_N].sum())
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Pieces of documents, padded on the right; no token of a document is in two of them."""
+
+    ids_NL: Tensor
+    lengths_N: Tensor
+    documents_N: Tensor
+    """The number of the document in `names` that a window is from."""
+    names: tuple[str, ...]
+    seed: int = 0
+    prompt_tokens: int = 0
+    """The first tokens of each window whose next-token prediction nobody reads: not scored."""
+    reply_tokens: int = 0
+    """Where above 0, what follows are replies of so many tokens to ever longer prompts."""
+
+    @classmethod
+    def of_ids(cls, ids_NL: Tensor, names: Sequence[str] | None = None) -> Windows:
+        """Full windows, each a document of its own."""
+        rows, length = ids_NL.shape
+        named = tuple(names) if names else tuple(f"sequence {n}" for n in range(rows))
+        return cls(ids_NL, torch.full((rows,), length), torch.arange(rows), named)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows, padding not counted."""
+        return int(self.lengths_N.sum())
+
+    @property
+    def documents(self) -> int:
+        """Documents the windows are from."""
+        return len(self.names)
+
+    @property
+    def mask(self) -> Tensor:
+        """True [N, L] where there is a token."""
+        return torch.arange(self.ids_NL.shape[1]) < self.lengths_N[:, None]
+
+    @property
+    def prompt_in_call(self) -> int:
+        """The first tokens of a row in the model's call that are a prompt: what `apply` takes."""
+        return self.ids_NL.shape[1] if self.reply_tokens else self.prompt_tokens
+
+    @property
+    def tokens_run(self) -> int:
+        """Tokens that one pass computes, padding not counted."""
+        twice = self.ids_NL.shape[1] - self.prompt_tokens if self.reply_tokens else 0
+        return self.tokens + twice * len(self.lengths_N)
+
+    def after_prompt(self, tokens: int, reply: int = 0) -> Windows:
+        """The same windows with their first `tokens` tokens as a prompt, which is not scored.
+
+        With `reply`, the rest is cut into replies of so many tokens, each to the prompt of all
+        tokens before it; windows must be full then.
+        """
+        if not 0 <= tokens < self.ids_NL.shape[1] - 1:
+            raise LeanMoeError(
+                f"prompt is {tokens} tokens: it must be 0 to {self.ids_NL.shape[1] - 2}, so that "
+                f"windows of {self.ids_NL.shape[1]} have a token to predict after it"
+            )
+        if reply and not bool((self.lengths_N == self.ids_NL.shape[1]).all()):
+            raise LeanMoeError("windows with replies must all be full: one of them is padded")
+        return replace(self, prompt_tokens=tokens, reply_tokens=reply)
+
+    def batches(
+        self, batch_tokens: int = BATCH_TOKENS, decode_batch: int | None = None
+    ) -> tuple[Batch, ...]:
+        """All windows, longest first and those of a document spread out, in batches.
+
+        With `decode_batch` = B, every batch holds a multiple of B windows and each B neighbours,
+        from different documents as far as there are enough, decode together. Windows of the last
+        B that are missing are filled up with others, which are not scored again.
+
+        Raises LeanMoeError when there are fewer than B windows.
+        """
+        step = decode_batch or 1
+        count = len(self.lengths_N)
+        if count < step:
+            raise LeanMoeError(
+                f"decode_batch is {step}: the text gives {count} windows, so at most {count} "
+                "sequences can decode together; give more text or shorter windows"
+            )
+        order = self._spread()
+        missing = -count % step
+        company = random.Random(self.seed).sample(order[: count - (step - missing)], missing)
+        rows = torch.tensor(order + company)
+        scored = torch.arange(len(rows)) < count
+        size = step * max(1, batch_tokens // (step * self.ids_NL.shape[1]))
+        return tuple(
+            self._batch(rows[start : start + size], scored[start : start + size])
+            for start in range(0, len(rows), size)
+        )
+
+    def _spread(self) -> list[int]:
+        """Window numbers by falling length; each document's evenly spread among equal lengths."""
+        draw = random.Random(self.seed)
+        offsets = [draw.random() for _ in self.names]
+        documents = self.documents_N.tolist()
+        counts = torch.bincount(self.documents_N, minlength=len(self.names)).tolist()
+        seen = [0] * len(self.names)
+        keys: list[tuple[int, float]] = []
+        for document, length in zip(documents, self.lengths_N.tolist(), strict=True):
+            place = (seen[document] + offsets[document]) / counts[document]
+            keys.append((-length, place))
+            seen[document] += 1
+        return sorted(range(len(keys)), key=keys.__getitem__)
+
+    def _batch(self, rows_N: Tensor, scored_N: Tensor) -> Batch:
+        longest = int(self.lengths_N[rows_N].max())
+        return Batch(
+            self.ids_NL[rows_N, :longest],
+            self.mask[rows_N, :longest],
+            rows_N,
+            scored_N,
+            self.prompt_tokens,
+            self.reply_tokens,
+        )
+
+
+def cut(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    length: int = WINDOW_TOKENS,
+    tokens: int | None = None,
+    seed: int = 0,
+) -> Windows:
+    """Windows of at most `length` tokens from `documents`, about `tokens` in all (None: all).
+
+    As many documents as possible share the tokens, since statistics are paired by document: one
+    window of each, in shuffled order, then a second of each, until there are enough. A document's
+    windows are taken in shuffled order too. Each document starts with the tokenizer's
+    beginning-of-text token, if it has one. `seed` decides every shuffle.
+
+    Raises LeanMoeError when no document is long enough.
+    """
+    if length < MINIMUM_WINDOW_TOKENS:
+        raise LeanMoeError(
+            f"window length is {length} tokens: it must be at least {MINIMUM_WINDOW_TOKENS}"
+        )
+    draw = random.Random(seed)
+    shuffled = list(documents)
+    draw.shuffle(shuffled)
+    pieces = {}
+    available = 0
+    for number, document in enumerate(shuffled):
+        if tokens is not None and available >= tokens:
+            break
+        found = list(_pieces(_token_ids(document, tokenizer), length))
+        draw.shuffle(found)
+        if found:
+            pieces[number] = found
+            available += len(found[0])
+    if not pieces:
+        raise LeanMoeError(
+            f"the text is too short: none of its {len(documents)} documents has "
+            f"{MINIMUM_WINDOW_TOKENS} tokens"
+        )
+    chosen = list(_in_rounds(pieces, tokens))
+    used = sorted({number for number, _ in chosen})
+    renumbered = {number: n for n, number in enumerate(used)}
+    ids_NL = torch.zeros((len(chosen), length), dtype=torch.int64)
+    for row, (_, piece) in enumerate(chosen):
+        ids_NL[row, : len(piece)] = torch.tensor(piece)
+    return Windows(
+        ids_NL,
+        torch.tensor([len(piece) for _, piece in chosen]),
+        torch.tensor([renumbered[number] for number, _ in chosen]),
+        tuple(shuffled[number].name for number in used),
+        seed,
+    )
+
+
+def _token_ids(document: Document, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+    start = tokenizer.bos_token_id
+    return ids if start is None else [start, *ids]
+
+
+def _pieces(ids: list[int], length: int) -> Iterator[list[int]]:
+    for start in range(0, len(ids), length):
+        piece = ids[start : start + length]
+        if len(piece) >= MINIMUM_WINDOW_TOKENS:
+            yield piece
+
+
+def _in_rounds(
+    pieces: dict[int, list[list[int]]], tokens: int | None
+) -> Iterable[tuple[int, list[int]]]:
+    """One piece of each document, then another of each, until there are `tokens`."""
+    taken = 0
+    for turn in range(max(map(len, pieces.values()))):
+        for number, found in pieces.items():
+            if tokens is not None and taken >= tokens:
+                return
+            if turn < len(found):
+                taken += len(found[turn])
+                yield number, found[turn]

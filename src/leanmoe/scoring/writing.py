@@ -1,0 +1,188 @@
+"""Replies written token by token, as many requests at once as a service has.
+
+Letters: N requests of a call, P columns of prompts, L columns of a call, T predicted tokens,
+D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.progress import bar
+from leanmoe.scoring.head import Head
+from leanmoe.scoring.rows import Applying, Laid, Row, bundled, calls
+
+REQUESTS_AT_ONCE = 32
+"""In one call, unless those that decode together are more."""
+
+
+@torch.inference_mode()
+def write_on(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    applying: Applying,
+    what: str,
+    decode_batch: int = 1,
+    seed: int = 0,
+    temperature: float | None = None,
+    draws: int = 0,
+) -> list[list[int]]:
+    """`new_tokens` tokens after each prompt, none stopped early: requests stay company to the end.
+
+    Greedy, or drawn at `temperature`: then by lots that depend on `draws`, the prompt's number and
+    the position alone, so that two models with the same distribution write the same. Every
+    `decode_batch` requests decode together, in an order drawn by `seed`; the last few are filled
+    up with others. Raises LeanMoeError when there are fewer prompts than decode together, or the
+    model reads fewer tokens.
+    """
+    _require_room(model, prompts, new_tokens, decode_batch)
+    order = list(range(len(prompts)))
+    draw = random.Random(seed)
+    draw.shuffle(order)
+    missing = -len(order) % decode_batch
+    order += draw.sample(order[: len(order) - (decode_batch - missing)], missing)
+    size = decode_batch * max(1, REQUESTS_AT_ONCE // decode_batch)
+    replies: dict[int, list[int]] = {}
+    with bar(what, len(order) * new_tokens, "tokens") as advance:
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            lots = None if temperature is None else _Lots(chosen, temperature, draws)
+            written = _write(model, [prompts[n] for n in chosen], new_tokens, applying, lots)
+            for number, reply in zip(chosen, written.tolist(), strict=True):
+                replies.setdefault(number, reply)
+            advance(len(chosen) * new_tokens)
+    return [replies[number] for number in range(len(prompts))]
+
+
+class _Lots:
+    """Draws by Gumbel noise of each request's own."""
+
+    def __init__(self, numbers: Sequence[int], temperature: float, draws: int) -> None:
+        self._temperature = temperature
+        self._sources = [
+            np.random.Generator(np.random.Philox(key=draws * 1_000_003 + number))
+            for number in numbers
+        ]
+
+    def choose(self, logits_NV: Tensor) -> Tensor:
+        noise_NV = np.stack([source.gumbel(size=logits_NV.shape[1]) for source in self._sources])
+        scores_NV = logits_NV.double().cpu() / self._temperature + torch.from_numpy(noise_NV)
+        return scores_NV.argmax(-1).to(logits_NV.device)
+
+
+def _write(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    applying: Applying,
+    lots: _Lots | None,
+) -> Tensor:
+    from transformers import DynamicCache
+
+    width = max(map(len, prompts))
+    ids_NP = torch.full((len(prompts), width), int(prompts[0][0]))
+    mask_NL = torch.zeros((len(prompts), width + new_tokens), dtype=torch.long)
+    for number, prompt in enumerate(prompts):
+        ids_NP[number, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask_NL[number, width - len(prompt) :] = 1
+    device, cache = model.device, DynamicCache(config=model.config)
+    mask_NL = mask_NL.to(device)
+    positions_NL = (mask_NL.cumsum(1) - 1).clamp(min=0)
+
+    def step(ids: Tensor, start: int, end: int) -> Tensor:
+        done = model(
+            input_ids=ids,
+            attention_mask=mask_NL[:, :end],
+            position_ids=positions_NL[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits_NV = done.logits[:, -1].float()
+        if not bool(logits_NV.isfinite().all()):
+            raise LeanMoeError("the model's logits are not finite numbers while it writes")
+        return logits_NV.argmax(-1) if lots is None else lots.choose(logits_NV)
+
+    with applying(width - 1):
+        written = [step(ids_NP.to(device), 0, width)]
+    with applying(0):
+        for place in range(width, width + new_tokens - 1):
+            written.append(step(written[-1][:, None], place, place + 1))
+    return torch.stack(written, dim=1).cpu()
+
+
+@torch.inference_mode()
+def divergence_by_position(
+    model: Any,
+    rows: Sequence[Row],
+    full: Applying,
+    plan: Applying,
+    what: str,
+    decode_batch: int = 1,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """KL(full ‖ plan), nats, [rows, positions of the reply]: both read the row's own tokens.
+
+    Each model's keys and values are its own from the first token on, so what goes wrong early
+    stays in the context of what comes later. All replies must be equally long.
+    """
+    if len({row.reply for row in rows}) != 1:
+        raise LeanMoeError("replies of different lengths have no common positions")
+    head = Head.of(model)
+    kl = np.zeros((len(rows), rows[0].reply))
+    bundles = bundled(rows, range(len(rows)))
+    with bar(what, sum(len(row.ids) for row in rows), "tokens") as advance:
+        for call in calls(bundles, decode_batch, seed):
+            laid = Laid.of(call.bundles)
+            hidden = []
+            for applying in (full, plan):
+                with applying(laid.prompt_tokens):
+                    hidden_NLD = laid.run(model)
+                hidden.append(hidden_NLD.flatten(0, 1)[laid.place_T.to(model.device)])
+            kl_NT = _kl(head, *hidden).reshape(len(call.bundles), -1)
+            for bundle, is_scored, kl_T in zip(call.bundles, call.scored, kl_NT, strict=True):
+                if is_scored:
+                    kl[bundle.numbers[0]] = kl_T
+                    advance(len(bundle.rows[0].ids))
+    return kl
+
+
+def _kl(head: Head, full_TD: Tensor, plan_TD: Tensor) -> NDArray[np.float64]:
+    log_full_T, expected_TD = head.expected(full_TD)
+    log_plan_T = head.log_normaliser(plan_TD)
+    kl_T = (
+        head.crossed(expected_TD, full_TD)
+        - log_full_T.double()
+        - head.crossed(expected_TD, plan_TD)
+        + log_plan_T.double()
+    )
+    if not bool(kl_T.isfinite().all()):
+        raise LeanMoeError("the model's logits are not finite numbers: check the plan")
+    found: NDArray[np.float64] = kl_T.cpu().numpy()
+    return found
+
+
+def _require_room(
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, decode_batch: int
+) -> None:
+    if len(prompts) < decode_batch:
+        raise LeanMoeError(
+            f"decode_batch is {decode_batch}: {len(prompts)} prompts cannot decode together"
+        )
+    if not min(map(len, prompts)):
+        raise LeanMoeError("a prompt has no token")
+    most = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts)) + new_tokens
+    if most is not None and longest > most:
+        raise LeanMoeError(
+            f"a prompt with its reply has {longest} tokens; the model reads at most {most}"
+        )

@@ -1,0 +1,178 @@
+"""What each engine needs to run a plan, and which parts of it the engine cannot honour.
+
+Needs no torch and no engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.plan import Plan, Rule
+from leanmoe.serve.plan_support import PROMPT, check_parts, notes, without
+
+ENGINES = ("vllm", "sglang", "llama.cpp", "transformers")
+GGUF = {
+    "BailingMoeV2ForCausalLM": "bailingmoe2",
+    "DeepseekV2ForCausalLM": "deepseek2",
+    "DeepseekV3ForCausalLM": "deepseek2",
+    "Dots1ForCausalLM": "dots1",
+    "Ernie4_5_MoeForCausalLM": "ernie4_5-moe",
+    "Glm4MoeForCausalLM": "glm4moe",
+    "GptOssForCausalLM": "gpt-oss",
+    "GraniteMoeForCausalLM": "granitemoe",
+    "HunYuanMoEV1ForCausalLM": "hunyuan-moe",
+    "Lfm2MoeForCausalLM": "lfm2moe",
+    "MiniMaxM2ForCausalLM": "minimax-m2",
+    "MixtralForCausalLM": "llama",
+    "OlmoeForCausalLM": "olmoe",
+    "PhimoeForCausalLM": "phimoe",
+    "Qwen2MoeForCausalLM": "qwen2moe",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "Qwen3NextForCausalLM": "qwen3next",
+}
+"""llama.cpp's name (`general.architecture`) for some of Transformers' classes."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to run a plan in an engine."""
+
+    engine: str
+    environment: dict[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
+    code: str = ""
+    """Python to run, where there is no command."""
+    notes: tuple[str, ...] = ()
+    """What the engine makes of the plan that its user should know."""
+    left_out: tuple[str, ...] = ()
+    """Parts of the plan that do not run, by the user's own consent."""
+
+    def text(self) -> str:
+        """A script: comments, and what to run."""
+        lines = [f"# {note}" for note in self.notes]
+        lines += [f"# Left out of the plan: {part}" for part in self.left_out]
+        if self.code:
+            return "\n".join([*lines, self.code])
+        variables = [f"{name}={quote(value)}" for name, value in self.environment.items()]
+        return "\n".join([*lines, " ".join([*variables, *map(quote, self.command)])])
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+def export(
+    plan: Plan,
+    path: Path,
+    engine: str,
+    model: str = "MODEL",
+    drop: Sequence[str] = (),
+    gguf: str | None = None,
+) -> Recipe:
+    """What `engine` needs to run the plan at `path`; `gguf` is llama.cpp's name for such models.
+
+    Raises LeanMoeError for a plan that the engine cannot honour, unless the user drops that part.
+    """
+    if engine not in ENGINES:
+        hint = did_you_mean(engine, ENGINES)
+        raise LeanMoeError(f"engine is {engine!r}: {hint}it must be one of {', '.join(ENGINES)}")
+    whole, plan = plan, without(plan, drop)
+    left_out = tuple(part for part in drop if whole != plan)
+    if engine == "transformers":
+        if drop:
+            raise LeanMoeError("transformers runs all of a plan: leave --drop away")
+        return Recipe(engine, code=_code(path, model))
+    if engine == "llama.cpp":
+        return _llama_cpp(plan, model, gguf, left_out)
+    name = {"vllm": "vLLM", "sglang": "SGLang"}[engine]
+    check_parts(plan, name, f"--drop {PROMPT}")
+    top_k = uniform_top_k(plan)
+    variables = {"LEANMOE_PLAN": str(path.resolve())}
+    if drop:
+        variables["LEANMOE_DROP"] = ",".join(drop)
+    found = list(notes(plan, name))
+    if engine == "sglang":
+        found.append(
+            "written for SGLang 0.5.23: run in its select_experts on a CPU, in no SGLang server"
+        )
+        arguments = ["python", "-m", "sglang.launch_server", "--model-path", model]
+        if top_k is not None:
+            found.append("a top_k that is the same everywhere needs no plugin")
+            override = json.dumps({"num_experts_per_tok": top_k})
+            return Recipe(
+                engine, {}, (*arguments, "--json-model-override-args", override), "",
+                tuple(found), left_out,
+            )  # fmt: skip
+        return Recipe(engine, variables, tuple(arguments), "", tuple(found), left_out)
+    arguments = ["vllm", "serve", model]
+    from leanmoe.serve.vllm.launch import capture_sizes
+
+    if sizes := capture_sizes(plan):
+        settings = json.dumps({"cudagraph_capture_sizes": sizes}, separators=(",", ":"))
+        arguments += ["--compilation-config", settings]
+    if top_k is not None:
+        override = json.dumps({"num_experts_per_tok": top_k})
+        found.append(f"the same without a plugin: vllm serve {model} --hf-overrides '{override}'")
+    return Recipe(engine, variables, tuple(arguments), "", tuple(found), left_out)
+
+
+def uniform_top_k(plan: Plan) -> int | None:
+    """The `top_k` of a plan that has nothing else, the same in all layers at every load."""
+    rules = {rule for band in plan.bands for rule in band.rules}
+    is_everywhere = bool(plan.bands) and plan.bands[-1].up_to is None
+    if len(rules) != 1 or not is_everywhere or any(not rule.is_empty for rule in plan.prompt):
+        return None
+    rule = next(iter(rules))
+    return rule.top_k if rule == Rule(top_k=rule.top_k) else None
+
+
+def _llama_cpp(plan: Plan, model: str, gguf: str | None, left_out: tuple[str, ...]) -> Recipe:
+    if any(not rule.is_empty for rule in plan.prompt):
+        raise LeanMoeError(
+            "llama.cpp has no rules for prompt tokens; --drop prompt leaves them out"
+        )
+    top_k = plan.model.top_k if plan.is_empty else uniform_top_k(plan)
+    if top_k is None:
+        raise LeanMoeError(
+            "llama.cpp can only run one top_k, the same in all layers at every load: this plan has "
+            f"{_reason(plan)}; use vllm, sglang or transformers"
+        )
+    name = gguf or GGUF.get(plan.model.architecture)
+    if name is None:
+        raise LeanMoeError(
+            f"llama.cpp's name for {plan.model.architecture} is not known: give it as --gguf-arch "
+            "(general.architecture in the GGUF file)"
+        )
+    override = f"{name}.expert_used_count=int:{top_k}"
+    return Recipe(
+        "llama.cpp", {}, ("llama-server", "-m", model, "--override-kv", override),
+        notes=("-m wants the model as a GGUF file",), left_out=left_out,
+    )  # fmt: skip
+
+
+def _reason(plan: Plan) -> str:
+    """Which part of a plan is more than one `top_k`."""
+    rules = {rule for band in plan.bands for rule in band.rules}
+    fields = sorted({name for rule in rules for name in rule.to_json()} - {"top_k"})
+    if fields:
+        return ", ".join(fields)
+    if len(plan.bands) > 1 or plan.bands[-1].up_to is not None:
+        return "bands"
+    return "other values of top_k in other layers"
+
+
+def _code(path: Path, model: str) -> str:
+    return (
+        "import leanmoe\n"
+        "from leanmoe import Plan\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({model!r})\n"
+        f'with leanmoe.apply(model, Plan.load("{path}"), experts="leanmoe"):\n'
+        "    model.generate(...)"
+    )

@@ -1,0 +1,218 @@
+"""Transformers' own server, with continuous batching, for a model under a plan.
+
+It is what `leanmoe serve` uses where vLLM is not installed.
+
+Letters: T rows of a step, K slots a token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.plan import Plan
+from leanmoe.serve.metrics import TokenRate, exposition
+
+PACKAGES = "fastapi, uvicorn, openai and accelerate: pip install 'transformers[serving]' accelerate"
+NO_END = -1
+"""An end-of-sequence id that no token has, as continuous batching spells "never stop"."""
+CPU_CACHE_BYTES = 1 << 30
+"""Of keys and values on a CPU, as `leanmoe serve` gives vLLM there."""
+
+
+class Step(NamedTuple):
+    """What one forward step ran."""
+
+    routing: Any
+    """The `Statistics` of this step alone."""
+    rows: int
+    read: int
+    """Rows whose prediction is read: one for each sequence that gets a token."""
+
+
+class PlannedServer:
+    """Puts a plan to work in the model that Transformers' server loads."""
+
+    def __init__(self, plan: Plan, path: str) -> None:
+        self.plan, self._path = plan, path
+        self._context: Any = None
+        self._running: Step | None = None
+        self._last: Step | None = None
+        self._generated = 0
+        self._rate = TokenRate()
+
+    def apply(self, model: Any) -> Any:
+        """The model, under the plan until the process ends."""
+        from leanmoe.runtime import apply
+
+        widen_cached_heads(model.config)
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model.register_forward_hook(self._end)
+        self._context = apply(model, self.plan, experts="leanmoe", observe=self._note)
+        applied = self._context.__enter__()
+        what = f"plan {self._path} at work" if self._path else "the full model, no plan"
+        print(f"leanmoe: {what}, experts run by {applied.implementation}", flush=True)
+        return model
+
+    def metrics(self) -> str:
+        """Prometheus' text about the last step; reading it waits for the device."""
+        step, rate = self._last, self._rate.per_second(self._generated)
+        if step is None:
+            return exposition(self._path, "transformers", None, rate)
+        found = {**step.routing.read(), **self._band(step), "rows": step.rows}
+        return exposition(self._path, "transformers", found, rate)
+
+    def _begin(self, _model: Any, inputs: Any, keywords: dict[str, Any]) -> None:
+        from leanmoe.serve.routing_statistics import Statistics
+
+        tokens = keywords.get("input_ids", inputs[0] if inputs else None)
+        rows = 0 if tokens is None else int(tokens.numel())
+        keep = keywords.get("logits_to_keep")
+        read = rows if keep is None or isinstance(keep, int) else int(keep.numel())
+        self._running = Step(Statistics(self.plan.model.moe_layers), rows, read)
+
+    def _note(self, layer: int, ids_TK: Any, weights_TK: Any) -> None:
+        if self._running is not None:
+            self._running.routing.note(layer, ids_TK, weights_TK, None)
+
+    def _end(self, _model: Any, _inputs: Any, _output: Any) -> None:
+        self._last = self._running
+        self._generated += 0 if self._running is None else self._running.read
+
+    def _band(self, step: Step) -> dict[str, Any]:
+        """The band of a step: with rules for prompt tokens it is picked by the other rows."""
+        band = self.plan.band_for(max(1, step.read if self.plan.prompt else step.rows))
+        return {
+            "band": None if band is None else self.plan.bands.index(band),
+            "up_to": None if band is None else band.up_to,
+        }
+
+
+def widen_cached_heads(config: Any) -> None:
+    """Tells continuous batching how wide a cached head of DeepSeek's is, for as long as it serves.
+
+    Its cache is as wide as `head_dim`, which Transformers sets to the rotary part of MLA. Raises
+    LeanMoeError where keys and values differ in width: the cache holds one width.
+    """
+    whole = getattr(config, "qk_head_dim", None)
+    if whole is None:
+        return
+    if whole != config.v_head_dim:
+        raise LeanMoeError(
+            f"this model caches keys {whole} wide and values {config.v_head_dim} wide: "
+            "Transformers' continuous batching cannot serve it; serve it with vLLM"
+        )
+    config.head_dim = whole
+
+
+def cache_share() -> float | None:
+    """The share of memory that continuous batching may take; None leaves it to Transformers.
+
+    On a CPU it would take 90% of the machine's memory, also of what others use.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(0.5, CPU_CACHE_BYTES / whole)
+
+
+def serve(model: str, name: str, plan: Plan, path: str, host: str, port: int) -> None:
+    """Serves until interrupted; raises LeanMoeError where a package is missing.
+
+    Args:
+        model: the folder or hub name that weights are loaded from.
+        name: what requests call it, as well as `model`.
+        plan: an empty one serves the full model, on leanmoe's experts too.
+        path: the plan's file, for the metrics; empty without one.
+    """
+    try:
+        from transformers.cli.serve import Serve
+        from transformers.cli.serving import server
+        from transformers.cli.serving.model_manager import ModelManager
+        from transformers.cli.serving.utils import BaseHandler
+        from transformers.utils.import_utils import is_serve_available
+    except ImportError as error:
+        raise LeanMoeError(f"this Transformers has no server ({error.name}): 5.17 has") from error
+    if not is_serve_available() or find_spec("accelerate") is None:
+        raise LeanMoeError(f"Transformers' server needs {PACKAGES}")
+    planned = PlannedServer(plan, path)
+    load, build = ModelManager._load_model, server.build_server
+
+    def load_model(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        return planned.apply(load(self, *arguments, **keywords))
+
+    def build_server(*arguments: Any, **keywords: Any) -> Any:
+        from fastapi.responses import PlainTextResponse
+
+        app = build(*arguments, **keywords)
+        app.add_api_route("/metrics", lambda: PlainTextResponse(planned.metrics()))
+        return app
+
+    def models(*_: Any) -> list[dict[str, Any]]:
+        return [{"id": name, "object": "model", "created": 0, "owned_by": "leanmoe", "root": model}]
+
+    with _replaced(
+        (ModelManager, "_load_model", load_model),
+        (ModelManager, "get_gen_models", staticmethod(models)),
+        (server, "build_server", build_server),
+        *_requests(BaseHandler, model, name),
+    ):
+        # A captured step would keep the band it was captured with, and its padding would vote.
+        Serve(
+            force_model=model,
+            continuous_batching=True,
+            cb_use_cuda_graph=False,
+            cb_max_memory_percent=cache_share(),
+            host=host,
+            port=port,
+        )
+
+
+def _requests(handler: Any, model: str, name: str) -> list[tuple[Any, str, Any]]:
+    """What Transformers' handlers must know of requests: the served name, and `ignore_eos`.
+
+    `ignore_eos` is vLLM's, and load generators send it so that every reply has its length.
+    """
+    resolve, validate = handler._resolve_model, handler._validate_request
+    configure = handler._build_generation_config
+
+    def resolve_model(self: Any, body: dict[str, Any]) -> Any:
+        if body.get("model") == name:
+            body["model"] = model
+        return resolve(self, body)
+
+    def validate_request(self: Any, body: dict[str, Any]) -> None:
+        validate(self, {key: value for key, value in body.items() if key != "ignore_eos"})
+
+    def build_generation_config(
+        self: Any, body: dict[str, Any], *arguments: Any, **keywords: Any
+    ) -> Any:
+        found = configure(self, body, *arguments, **keywords)
+        if body.get("ignore_eos"):
+            found.eos_token_id = NO_END
+        return found
+
+    return [
+        (handler, "_resolve_model", resolve_model),
+        (handler, "_validate_request", validate_request),
+        (handler, "_build_generation_config", build_generation_config),
+    ]
+
+
+@contextmanager
+def _replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Attributes set to other values inside the `with`."""
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)

@@ -1,0 +1,149 @@
+"""What must be so for a plan to run in vLLM; each check refuses with one line that says what to do.
+
+A plan never runs in part, nor a model in full under the name of a plan.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels.triton.router import MOST_TOKENS_OF_ALL
+from leanmoe.plan import Rule
+from leanmoe.serve.routing_choice import is_plain
+from leanmoe.serve.vllm.ranks import placement_of
+from leanmoe.serve.vllm.version import TESTED
+from leanmoe.serve.vllm.vllm_router import why_not_read
+
+HOOK = ["self", "hidden_states", "router_logits", "indices_type", "input_ids"]
+"""Parameters of `_compute_routing`, in whose place the plan is put."""
+SETS_OF_EXPERTS = "BaseOAITritonExperts"
+"""The class of experts of vLLM that take a token's experts as a set: none may be named twice."""
+
+
+def check_hook(base_router: Any, version: str) -> None:
+    """Refuses a vLLM whose routers are called in another way."""
+    found = getattr(base_router, "_compute_routing", None)
+    names = [] if found is None else list(inspect.signature(found).parameters)
+    if names != HOOK:
+        raise LeanMoeError(
+            f"vLLM {version} calls its routers in another way than {' to '.join(TESTED)}, which "
+            "leanmoe was tested with: install one of those, or unset LEANMOE_PLAN"
+        )
+
+
+def check_router(router: Any, rules: list[Rule], top_k: int, name: str) -> None:
+    """Refuses a router whose choice leanmoe cannot compute, where a rule needs that."""
+    if router.top_k != top_k:
+        raise LeanMoeError(
+            f"{name}: vLLM gives each token {router.top_k} experts, the plan was made for {top_k}: "
+            "remove the override of num_experts_per_tok"
+        )
+    reason = why_not_read(router)
+    if reason is not None and not all(map(is_plain, rules)):
+        raise LeanMoeError(f"{name}: {reason}: only rules with top_k alone can run here")
+
+
+def check_runner(runner: Any, rules: list[Rule], name: str) -> None:
+    """Refuses a loaded layer that chooses experts inside its kernel, or cannot skip a slot."""
+    method = runner.routed_experts.quant_method
+    if method.is_monolithic:
+        raise LeanMoeError(
+            f"{name}: {type(method).__name__} chooses experts inside its kernel: set "
+            "--moe-backend triton (or marlin for MXFP4), or unset LEANMOE_PLAN"
+        )
+    experts = experts_class(method)
+    takes_sets = SETS_OF_EXPERTS in [parent.__name__ for parent in experts.__mro__]
+    if takes_sets and not all(map(is_plain, rules)):
+        raise LeanMoeError(
+            f"{name}: {experts.__name__} cannot skip a slot: set --moe-backend marlin, or use a "
+            "plan with top_k alone"
+        )
+    shares = any(rule.depends_on_company for rule in rules)
+    if shares and getattr(runner, "do_naive_dispatch_combine", False):
+        raise LeanMoeError(
+            f"{name}: data-parallel ranks gather their tokens before they are routed, so rules "
+            "that share experts cannot tell padding: set --moe-backend triton or "
+            "--data-parallel-size 1"
+        )
+    if shares and runner.moe_config.pcp_size > 1:
+        raise LeanMoeError(
+            f"{name}: rules that share experts cannot run with prefill context parallelism: set "
+            "--prefill-context-parallel-size 1"
+        )
+
+
+def check_ranks(runner: Any, rules: list[Rule], is_of_all: bool, config: Any, name: str) -> None:
+    """Refuses rules that need to know of other ranks where that is not known, or would wait."""
+    parallel = runner.moe_config.moe_parallel_config
+    if any(rule.budget_per_rank is not None for rule in rules):
+        if parallel.use_ep and getattr(parallel, "enable_eplb", False):
+            raise LeanMoeError(
+                f"{name}: budget_per_rank cannot run where vLLM moves experts between GPUs: remove "
+                "--enable-eplb, or use budget"
+            )
+        check_placement(runner, name)
+    shares = any(rule.depends_on_company for rule in rules)
+    if not (is_of_all and shares and parallel.dp_size > 1):
+        return
+    if getattr(config.parallel_config, "use_ubatching", False):
+        raise LeanMoeError(
+            f"{name}: LEANMOE_COMPANY=all cannot run with steps cut in two: remove --enable-dbo"
+        )
+    tokens = config.scheduler_config.max_num_batched_tokens
+    if tokens * parallel.dp_size > MOST_TOKENS_OF_ALL:
+        raise LeanMoeError(
+            f"{name}: LEANMOE_COMPANY=all counts at most {MOST_TOKENS_OF_ALL} tokens of all ranks: "
+            f"{parallel.dp_size} ranks may have {tokens} each; set --max-num-batched-tokens to "
+            f"{MOST_TOKENS_OF_ALL // parallel.dp_size} or fewer"
+        )
+
+
+def check_placement(runner: Any, name: str) -> None:
+    """Refuses a vLLM that has other experts on this GPU than leanmoe takes it to have."""
+    local_of_E = runner.expert_map_manager.expert_map
+    experts, rank = runner.router.global_num_experts, runner.moe_config.ep_rank
+    placement = placement_of(runner, experts)
+    if placement is None or local_of_E is None:
+        return
+    held = tuple(e for e, local in enumerate(local_of_E.tolist()[:experts]) if local >= 0)
+    if held != placement.experts_on(rank):
+        raise LeanMoeError(
+            f"{name}: vLLM has experts {list(held)} on rank {rank}, leanmoe expected "
+            f"{list(placement.experts_on(rank))}: budget_per_rank cannot run; use budget"
+        )
+
+
+def check_padding(config: Any, rules: list[Rule]) -> None:
+    """Refuses settings under which an older vLLM does not say which rows are padding."""
+    from vllm.forward_context import ForwardContext
+
+    if hasattr(ForwardContext, "is_padding") or not any(r.depends_on_company for r in rules):
+        return
+    if getattr(config, "use_v2_model_runner", False):
+        raise LeanMoeError(
+            "this vLLM's newer model runner does not say which rows are padding, so rules that "
+            "share experts cannot run: set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if getattr(config.parallel_config, "decode_context_parallel_size", 1) > 1:
+        raise LeanMoeError(
+            "this vLLM does not say which rows are padding under decode context parallelism, so "
+            "rules that share experts cannot run: set --decode-context-parallel-size 1"
+        )
+
+
+def experts_class(method: Any) -> type:
+    """The class that computes a layer's experts; that of its quantisation where it says no more."""
+    kernel = getattr(method, "moe_kernel", None)
+    kernel = getattr(kernel, "impl", kernel)
+    return type(getattr(kernel, "fused_experts", method))
+
+
+def check_layers(found: list[int], wanted: list[int]) -> None:
+    """Refuses a model whose MoE layers were not all found."""
+    if found != wanted:
+        raise LeanMoeError(
+            f"the plan has rules for MoE layers {wanted}, vLLM built {found}: this model runs "
+            "outside of vLLM's MoERunner; unset LEANMOE_PLAN to run it in full"
+        )

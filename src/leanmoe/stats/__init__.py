@@ -1,0 +1,1 @@
+"""Paired differences, fixed sequences and ratios of runs: NumPy, no torch."""

@@ -1,0 +1,249 @@
+"""How sure we are of a change in accuracy: paired statistics over questions. Needs no torch.
+
+Full model and plan answer the same questions, so what varies is the questions that change sides.
+Letters: N questions, M mixes (runs in other company, by other seeds).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.stats.paired import CONFIDENCE, POWER
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+ASSUMED_CHANGES = 0.05
+"""Share of questions that change sides, assumed before a run; what is seen replaces it after."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy under a plan less the full model's, in shares (0.01 is one percentage point)."""
+
+    items: int
+    full: float
+    plan: float
+    """Accuracies."""
+    difference: float
+    low: float
+    high: float
+    """Two-sided interval at the confidence asked for."""
+    lower_bound: float
+    """One-sided: with the confidence asked for, the truth is not below it."""
+    lost: int
+    gained: int
+    """Questions that only the full model, and only the plan, has right; of the first mix."""
+    mcnemar: float
+    """Exact two-sided p of the first mix that losses and gains are equally likely."""
+    smallest_seen: float
+    """The smallest loss that so many questions show with power 0.8, by the changes seen."""
+    mixes: int = 1
+    lowest_mix: float = 0.0
+    highest_mix: float = 0.0
+    """The difference of the worst and of the best mix."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As result files hold it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class AccuracyVerdict:
+    """Whether a plan's accuracy is within the margin of the full model's, and why."""
+
+    accepted: bool
+    margin: float
+    reason: str
+
+
+def difference(full_N: Bools, plan_MN: Bools, confidence: float = CONFIDENCE) -> Difference:
+    """Accuracy of `plan_MN` less that of `full_N`, question by question.
+
+    One mix: Tango's score interval for paired proportions (Statistics in Medicine 17, 1998), which
+    holds where few or no questions change sides. Several mixes: a question counts with its mean
+    over mixes, and questions are the units of a t interval that is never narrower than Tango's on
+    as many questions that change sides as there are in the mean mix. Raises LeanMoeError when
+    there are no questions or numbers of them differ.
+    """
+    if not len(full_N) or plan_MN.ndim != 2 or plan_MN.shape[1] != len(full_N):
+        raise LeanMoeError(
+            f"{len(full_N)} questions of the full model cannot be paired with "
+            f"{plan_MN.shape} of the plan"
+        )
+    lost_M = (full_N & ~plan_MN).sum(1)
+    gained_M = (~full_N & plan_MN).sum(1)
+    mixes_M = (gained_M - lost_M) / len(full_N)
+    mean = float(mixes_M.mean())
+    gained, lost = float(gained_M.mean()), float(lost_M.mean())
+    error = 0.0
+    if len(plan_MN) > 1 and len(full_N) > 1:
+        change_N = plan_MN.mean(0) - full_N
+        error = float(change_N.std(ddof=1) / math.sqrt(len(full_N)))
+
+    def reach(miss: float, up: bool) -> float:
+        tango = tango_bound(gained, lost, len(full_N), miss, up)
+        t = float(stats.t.ppf(1 - miss, max(len(full_N) - 1, 1))) * error
+        return max(tango, mean + t) if up else min(tango, mean - t)
+
+    miss = 1 - confidence
+    changes = (gained + lost) / len(full_N)
+    return Difference(
+        items=len(full_N),
+        full=float(full_N.mean()),
+        plan=float(plan_MN.mean()),
+        difference=mean,
+        low=reach(miss / 2, up=False),
+        high=reach(miss / 2, up=True),
+        lower_bound=reach(miss, up=False),
+        lost=int(lost_M[0]),
+        gained=int(gained_M[0]),
+        mcnemar=mcnemar(int(lost_M[0]), int(gained_M[0])),
+        smallest_seen=smallest_loss(len(full_N), changes, confidence),
+        mixes=len(plan_MN),
+        lowest_mix=float(mixes_M.min()),
+        highest_mix=float(mixes_M.max()),
+    )
+
+
+def mean_of_tasks(found: Sequence[Difference]) -> Difference:
+    """The mean over tasks, each counting the same whatever its number of questions.
+
+    Its interval adds the tasks' own as independent ones, each side on its own (Newcombe's square
+    and add, Statistics in Medicine 17, 1998). Counts are sums; McNemar is of those.
+    """
+    if not found:
+        raise LeanMoeError("there is no task to take a mean of")
+    count = len(found)
+    mean = sum(d.difference for d in found) / count
+
+    def reach(bound: Callable[[Difference], float]) -> float:
+        return math.sqrt(sum((d.difference - bound(d)) ** 2 for d in found)) / count
+
+    lost, gained = sum(d.lost for d in found), sum(d.gained for d in found)
+    return Difference(
+        items=sum(d.items for d in found),
+        full=sum(d.full for d in found) / count,
+        plan=sum(d.plan for d in found) / count,
+        difference=mean,
+        low=mean - reach(lambda d: d.low),
+        high=mean + reach(lambda d: d.high),
+        lower_bound=mean - reach(lambda d: d.lower_bound),
+        lost=lost,
+        gained=gained,
+        mcnemar=mcnemar(lost, gained),
+        smallest_seen=math.sqrt(sum(d.smallest_seen**2 for d in found)) / count,
+        mixes=found[0].mixes,
+        lowest_mix=sum(d.lowest_mix for d in found) / count,
+        highest_mix=sum(d.highest_mix for d in found) / count,
+    )
+
+
+def non_inferior_accuracy(
+    found: Difference, margin: float, confidence: float = CONFIDENCE
+) -> AccuracyVerdict:
+    """Accepts only if, with `confidence`, accuracy is at most `margin` below the full model's."""
+    shown = (
+        f"accuracy {100 * found.difference:+.2f} points, at least "
+        f"{100 * found.lower_bound:+.2f} with {confidence:.0%}"
+    )
+    if found.lower_bound >= -margin:
+        return AccuracyVerdict(True, margin, f"{shown}: within {100 * margin:g} points")
+    reason = f"{shown}: not shown to be within {100 * margin:g} points"
+    if found.difference > -margin:
+        reason += f"; {found.items:,} questions like these show {100 * found.smallest_seen:.2f}"
+    return AccuracyVerdict(False, margin, reason)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Exact two-sided p of McNemar's test: a fair coin for each question that changes sides."""
+    if lost + gained == 0:
+        return 1.0
+    return float(stats.binomtest(lost, lost + gained, 0.5).pvalue)
+
+
+def tango_bound(gained: float, lost: float, items: int, miss: float, up: bool) -> float:
+    """The bound on the difference of paired proportions beyond which the score test rejects.
+
+    T. Tango, Statistics in Medicine 17 (1998), 891-908: the variance is that of the likeliest
+    proportions with the difference that is tested.
+    """
+    wanted = float(stats.norm.ppf(1 - miss))
+
+    def over(value: float) -> float:
+        score = _score(gained, lost, items, value)
+        return (-score if up else score) - wanted
+
+    estimate = (gained - lost) / items
+    edge = 1.0 if up else -1.0
+    if over(edge * (1 - 1e-12)) <= 0:
+        return edge
+    low, high = sorted((estimate, edge * (1 - 1e-12)))
+    return float(optimize.brentq(over, low, high, xtol=1e-12))
+
+
+def _score(gained: float, lost: float, items: int, value: float) -> float:
+    """Standard errors between the difference seen and `value`."""
+    a = 2 * items
+    b = -gained - lost + (2 * items - gained + lost) * value
+    c = -lost * value * (1 - value)
+    share_lost = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+    variance = items * (2 * share_lost + value * (1 - value))
+    off = gained - lost - items * value
+    if variance <= 0:
+        return 0.0 if off == 0 else math.copysign(math.inf, off)
+    return off / math.sqrt(variance)
+
+
+@lru_cache(maxsize=256)
+def smallest_loss(
+    items: int, changes: float = ASSUMED_CHANGES, confidence: float = CONFIDENCE,
+    power: float = POWER,
+) -> float:  # fmt: skip
+    """The smallest true loss that `items` questions show, one-sided, with probability `power`.
+
+    `changes` is the share of questions that change sides. No less than `least_loss`, since what is
+    lost changes sides itself.
+    """
+    reach = float(stats.norm.ppf(confidence) + stats.norm.ppf(power))
+    return min(1.0, max(reach * math.sqrt(changes / items), least_loss(items, confidence, power)))
+
+
+@lru_cache(maxsize=256)
+def least_loss(items: int, confidence: float = CONFIDENCE, power: float = POWER) -> float:
+    """The smallest loss that `items` questions could show if no question were ever gained.
+
+    The exact test needs so many losses and no gain that a fair coin would give them rarely; a
+    smaller true loss makes so many too seldom, whatever the model.
+    """
+    needed = math.ceil(math.log(1 - confidence) / math.log(0.5) - 1e-9)
+    if needed > items:
+        return 1.0
+
+    def short(share: float) -> float:
+        return float(stats.binom.sf(needed - 1, items, share)) - power
+
+    return 1.0 if short(1.0) < 0 else float(optimize.brentq(short, 1e-12, 1.0))
+
+
+def forecast(name: str, items: int, margin: float, confidence: float = CONFIDENCE) -> str:
+    """What so many questions can and cannot show, said before they are run."""
+    least, likely = least_loss(items, confidence), smallest_loss(items, confidence=confidence)
+    text = (
+        f"{name}: {items:,} questions show no loss below {100 * least:.2g} points, whatever the "
+        f"model; {100 * likely:.2g} if {ASSUMED_CHANGES:.0%} of them change sides"
+    )
+    if least > margin:
+        return f"{text}. They can't show {100 * margin:g} points."
+    if likely > margin:
+        return f"{text}. To show {100 * margin:g}, fewer must change."
+    return f"{text}."

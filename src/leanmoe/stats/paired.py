@@ -1,0 +1,234 @@
+"""How sure we are of what a plan costs: paired statistics over documents. Needs no torch.
+
+Letters: N documents, R bootstrap replicates.
+
+The cost of a plan is the relative increase of next-token loss, Σ loss(plan) / Σ loss(full) − 1:
+sums over tokens, so long documents weigh more. Tokens of a document are alike and must not count
+as independent; documents do. Both models read the same tokens, so what varies is the difference
+alone. Two bounds are computed, and the worse one counts:
+
+- t: the linearised variance of a ratio (Cochran, Sampling Techniques, 3rd ed., section 6.4) with
+  each residual divided by 1 − its leverage (HC3; MacKinnon and White 1985), and as many degrees of
+  freedom as equally long documents would give the same concentration of tokens. This holds where a
+  few long documents make up much of the text.
+- bootstrap-t over documents (Efron and Tibshirani, An Introduction to the Bootstrap, section 12.5).
+  This holds where a few documents are harmed far more than the rest, where t is too sure.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.stats.documents import Floats, Losses, require_paired
+
+CONFIDENCE = 0.95
+POWER = 0.8
+REPLICATES = 4000
+REPLICATES_AT_ONCE = 500
+SMALLEST_ERROR = 1e-3
+"""Of a replicate, as a share of the sample's own standard error."""
+MINIMUM_DOCUMENTS = 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A ratio of sums over documents, with its uncertainty."""
+
+    ratio: float
+    low: float
+    high: float
+    """Two-sided interval at the confidence asked for."""
+    upper_bound: float
+    """One-sided: with the confidence asked for, the truth is not above it."""
+    documents: int
+    spread: float
+    """Standard error times √documents: what one more document adds is judged by it."""
+    confidence: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As result files hold it."""
+        return {
+            "ratio": self.ratio,
+            "low": self.low,
+            "high": self.high,
+            "upper_bound": self.upper_bound,
+            "documents": self.documents,
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a plan's loss is within the margin, and why."""
+
+    accepted: bool
+    loss: Estimate
+    margin: float
+    reason: str
+
+
+def loss_increase(
+    full: Losses, plan: Losses, confidence: float = CONFIDENCE, seed: int = 0
+) -> Estimate:
+    """Relative increase in next-token loss from `full` to `plan`.
+
+    Raises LeanMoeError when the two are not of the same tokens, or documents are too few.
+    """
+    require_paired(full, plan)
+    return ratio_of_sums(plan.loss_N - full.loss_N, full.loss_N, confidence, seed)
+
+
+def loss_difference(
+    full: Losses, first: Losses, second: Losses, confidence: float = CONFIDENCE, seed: int = 0
+) -> Estimate:
+    """How much more `first` loses than `second`, relative to the full model's loss.
+
+    Raises LeanMoeError when the three are not of the same tokens, or documents are too few.
+    """
+    require_paired(full, first)
+    require_paired(full, second)
+    return ratio_of_sums(first.loss_N - second.loss_N, full.loss_N, confidence, seed)
+
+
+def non_inferior(
+    full: Losses, plan: Losses, margin: float, confidence: float = CONFIDENCE, seed: int = 0
+) -> Verdict:
+    """Accepts the plan only if, with `confidence`, its loss increase is at most `margin`."""
+    loss = loss_increase(full, plan, confidence, seed)
+    shown = f"loss {loss.ratio:+.2%}, at most {loss.upper_bound:+.2%} with {confidence:.0%}"
+    if loss.upper_bound <= margin:
+        return Verdict(True, loss, margin, f"{shown}: within the margin of {margin:.2%}")
+    reason = f"{shown}: above the margin of {margin:.2%}"
+    if loss.ratio < margin:
+        needed = documents_needed(loss.spread, margin, confidence, loss=max(loss.ratio, 0.0))
+        reason += (
+            f"; if it truly loses {loss.ratio:.2%}, about {needed:,} documents like these would "
+            f"show that it is within (there were {loss.documents})"
+        )
+    return Verdict(False, loss, margin, reason)
+
+
+def ratio_of_sums(
+    change_N: Floats, base_N: Floats, confidence: float = CONFIDENCE, seed: int = 0
+) -> Estimate:
+    """Σ change / Σ base with intervals; each document is a unit, drawn from many like it.
+
+    Documents with base 0 (nothing predicted) are left out. Raises LeanMoeError when too few remain
+    or a sum is not a finite number.
+    """
+    if not (np.isfinite(change_N).all() and np.isfinite(base_N).all()):
+        raise LeanMoeError("losses hold NaN or infinity: they cannot be compared")
+    measured_N = base_N > 0
+    change_N, base_N = change_N[measured_N], base_N[measured_N]
+    require_documents(len(base_N), confidence)
+    share_N = base_N / base_N.sum()
+    ratio = float(change_N.sum() / base_N.sum())
+    residual_N = share_N * (change_N / base_N - ratio)
+    t_error = float(np.sqrt(np.square(residual_N / (1 - share_N)).sum()))
+    freedom = max(1 / float(np.square(share_N).sum()) - 1, 1.0)
+    studentised_R = _bootstrap_t(residual_N, share_N, seed)
+    bootstrap_error = float(np.sqrt(np.square(residual_N).sum()))
+
+    def below(miss: float) -> float:
+        """The ratio less what it may be too high by; the truth is lower with probability `miss`."""
+        t = float(stats.t.ppf(1 - miss, freedom)) * t_error
+        bootstrap = float(np.quantile(studentised_R, 1 - miss)) * bootstrap_error
+        return ratio - max(t, bootstrap)
+
+    def above(miss: float) -> float:
+        """The ratio plus what it may be too low by; the truth is higher with probability `miss`."""
+        t = float(stats.t.ppf(1 - miss, freedom)) * t_error
+        bootstrap = -float(np.quantile(studentised_R, miss)) * bootstrap_error
+        return ratio + max(t, bootstrap)
+
+    miss = 1 - confidence
+    return Estimate(
+        ratio=ratio,
+        low=below(miss / 2),
+        high=above(miss / 2),
+        upper_bound=above(miss),
+        documents=len(base_N),
+        spread=t_error * math.sqrt(len(base_N)),
+        confidence=confidence,
+    )
+
+
+def _bootstrap_t(residual_N: Floats, share_N: Floats, seed: int) -> Floats:
+    """[R] of (replicate's ratio - ratio) / replicate's standard error, documents drawn again.
+
+    `residual_N` and `share_N` are each document's linearised residual and share of the base; they
+    sum to 0 and 1.
+    """
+    draw = np.random.default_rng(seed)
+    count = len(residual_N)
+    moments_N5 = np.stack(
+        [share_N, residual_N, share_N**2, share_N * residual_N, residual_N**2], axis=1
+    )
+    # Replicates without the one document that differs have no variance but rounding.
+    least = max(SMALLEST_ERROR**2 * float(np.square(residual_N).sum()), np.finfo(float).tiny)
+    parts = []
+    for start in range(0, REPLICATES, REPLICATES_AT_ONCE):
+        replicates = min(REPLICATES_AT_ONCE, REPLICATES - start)
+        places_RN = draw.integers(count, size=(replicates, count))
+        places_RN += count * np.arange(replicates)[:, None]
+        times_RN = np.bincount(places_RN.ravel(), minlength=replicates * count).reshape(-1, count)
+        base, change, base2, cross, change2 = (times_RN @ moments_N5).T
+        off = change / base
+        variance = np.maximum(change2 - 2 * off * cross + off**2 * base2, least)
+        parts.append(off * base / np.sqrt(variance))
+    return np.concatenate(parts)
+
+
+def require_documents(documents: int, confidence: float = CONFIDENCE) -> None:
+    """Raises LeanMoeError, saying how many are needed, when the documents are too few to judge by.
+
+    At least 20, and 1 / (1 - confidence): with fewer, documents as rare as the error that is
+    allowed are more likely absent than there.
+    """
+    needed = max(MINIMUM_DOCUMENTS, math.ceil(1 / (1 - confidence) - 1e-9))
+    if documents < needed:
+        raise LeanMoeError(
+            f"too few documents for {confidence:.4g} confidence: {documents} found, {needed} needed"
+        )
+
+
+def documents_needed(
+    spread: float,
+    margin: float,
+    confidence: float = CONFIDENCE,
+    loss: float = 0.0,
+    power: float = POWER,
+) -> int:
+    """Documents with which a plan that truly loses `loss` is accepted with probability `power`.
+
+    `spread` is that of an `Estimate` on documents like those. Raises LeanMoeError when the loss is
+    not below the margin, which no number of documents would show.
+    """
+    if loss >= margin:
+        raise LeanMoeError(
+            f"loss {loss:.4g} is not below the margin {margin:.4g}: no number of documents suffices"
+        )
+    normal = float(stats.norm.ppf(confidence) + stats.norm.ppf(power))
+    # From below, where t quantiles are taken for normal ones: a step or two short.
+    needed = max(MINIMUM_DOCUMENTS, math.floor((normal * spread / (margin - loss)) ** 2))
+    while smallest_detectable(spread, needed, confidence, power) > margin - loss:
+        needed += 1
+    return needed
+
+
+def smallest_detectable(
+    spread: float, documents: int, confidence: float = CONFIDENCE, power: float = POWER
+) -> float:
+    """The margin within which a plan that loses nothing is accepted with probability `power`."""
+    return _quantiles(documents, confidence, power) * spread / math.sqrt(documents)
+
+
+def _quantiles(documents: int, confidence: float, power: float) -> float:
+    """Standard errors between truth and margin: those of the bound and those of the luck."""
+    both = stats.t.ppf(confidence, documents - 1) + stats.t.ppf(power, documents - 1)
+    return float(both)

@@ -1,0 +1,1 @@
+"""The paper's study again, on models at hand and by prediction."""

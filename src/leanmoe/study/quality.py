@@ -1,0 +1,208 @@
+"""What the paper's settings cost on a model that runs here: k, its skipping shapes, pruning.
+
+Next-token loss on held-out documents, paired by document with the full model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json, write_json
+from leanmoe.core.provenance import collect
+from leanmoe.core.text import read_corpus, split
+from leanmoe.models.shape import MoEShape
+from leanmoe.plan import Fingerprint, Plan, Rule
+from leanmoe.prune.criteria import CRITERIA, place_scores
+from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
+from leanmoe.prune.run import observe, output_errors
+from leanmoe.runtime import apply, load_model, shape_of
+from leanmoe.scoring.divergence import losses
+from leanmoe.scoring.windows import Windows, cut
+from leanmoe.stats.documents import Losses
+from leanmoe.stats.paired import loss_increase
+from leanmoe.tune.inputs import quiet
+
+FILE = "quality.json"
+KEEP = ("75%", "50%", "25%")
+"""The paper's 48, 32 and 16 of 64."""
+GRID_CRITERION = "reap"
+GRID_KEEP = ("75%", "50%")
+QUICK_TOKENS = 6144
+"""Enough documents for an interval, and no more."""
+QUICK_CRITERIA = ("random", "activate-count", "reap")
+SHAPES = {
+    "(6, 8, 8, 61), the paper's best": (6 / 8, 1.0, 1.0, 1.0),
+    "rising, 4 to 8": (0.5, 1.0, 1.0, 1.0),
+    "falling, 8 to 4": (1.0, 1.0, 0.5, 0.0),
+    "hill, 4 to 8 to 4": (0.5, 1.0, 0.5, 0.5),
+    "valley, 8 to 4 to 8": (1.0, 0.5, 1.0, 0.5),
+}
+"""(b, h, e, p) as shares: experts in the first layer, at the turn, in the last; its depth."""
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """What quality is measured on."""
+
+    model: str = "reference"
+    text: str | None = None
+    calibration_tokens: int = 32768
+    heldout_tokens: int = 16384
+    quick: bool = False
+    """Little text, three criteria, one share: to see that it runs."""
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises LeanMoeError for a value out of range."""
+        for name in ("calibration_tokens", "heldout_tokens"):
+            value = getattr(self, name)
+            if value < 1024:
+                raise LeanMoeError(f"{name} is {value}: it must be at least 1024")
+
+    @property
+    def heldout(self) -> int:
+        """Tokens that losses are measured on."""
+        return min(QUICK_TOKENS, self.heldout_tokens) if self.quick else self.heldout_tokens
+
+    @property
+    def calibration(self) -> int:
+        """Tokens that experts are ranked on."""
+        return min(QUICK_TOKENS, self.calibration_tokens) if self.quick else self.calibration_tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting to measure."""
+
+    group: str
+    name: str
+    slots: float
+    """Mean experts a token."""
+    share: float
+    """Of the experts that remain."""
+    plan: Plan
+
+
+def shape_rules(model: Fingerprint, shape: tuple[float, float, float, float]) -> tuple[Rule, ...]:
+    """A (b, h, e, p) shape at this depth and k: two straight lines, rounded."""
+    begin, high, end, turn = shape
+    layers = model.moe_layers
+    share = [
+        begin + (high - begin) * depth / turn
+        if turn and depth <= turn
+        else high + (end - high) * (depth - turn) / max(1 - turn, 1e-9)
+        for depth in (n / max(layers - 1, 1) for n in range(layers))
+    ]
+    return tuple(Rule(top_k=max(1, round(value * model.top_k))) for value in share)
+
+
+def saved_quality(settings: QualitySettings, output: Path) -> dict[str, Any]:
+    """Losses under every setting, as JSON values; minutes on two cores.
+
+    Kept in folder `output` as soon as they are measured, and taken from there by a later run with
+    the same settings.
+    """
+    settings.check()
+    path = output / FILE
+    if path.exists():
+        found = read_json(path, "quality")
+        if isinstance(found, dict) and found.get("settings") == asdict(settings):
+            print(f"leanmoe: {path} holds these settings' losses already", file=sys.stderr)
+            return found
+    found = measure_quality(settings)
+    write_json(path, found)
+    return found
+
+
+def measure_quality(settings: QualitySettings) -> dict[str, Any]:
+    """Measures them all."""
+    settings.check()
+    quiet()
+    corpus = read_corpus(settings.text)
+    calibration, heldout = split(corpus.documents, 0.5, settings.seed)
+    model, tokenizer = load_model(settings.model)
+    shape = shape_of(model)
+    ranking = cut(calibration, tokenizer, tokens=settings.calibration)
+    windows = cut(heldout, tokenizer, tokens=settings.heldout)
+    cases = list(_cases(model, shape, ranking, settings))
+    full = _losses(model, Plan(shape.fingerprint()), windows, "Full model")
+    rows = []
+    for number, case in enumerate(cases, 1):
+        what = f"{number} of {len(cases)}: {case.name}, {case.share:.0%}"
+        increase = loss_increase(full, _losses(model, case.plan, windows, what))
+        rows.append(
+            {
+                "group": case.group,
+                "name": case.name,
+                "slots": case.slots,
+                "share": case.share,
+                "increase": increase.to_json(),
+            }
+        )
+    return {
+        "label": "measured",
+        "settings": asdict(settings),
+        "model": settings.model,
+        "text": corpus.source,
+        "provenance": collect(" ".join(["leanmoe", *sys.argv[1:]]), settings.seed).to_json(),
+        "quick": settings.quick,
+        "heldout": {"documents": windows.documents, "tokens": windows.tokens},
+        "rows": rows,
+    }
+
+
+def _losses(model: Any, plan: Plan, windows: Windows, what: str) -> Losses:
+    with apply(model, plan, experts="leanmoe"):
+        return losses(model, windows, what=what)
+
+
+def _cases(
+    model: Any, shape: MoEShape, ranking: Windows, settings: QualitySettings
+) -> Iterator[Case]:
+    print_ = shape.fingerprint()
+    every = range(shape.top_k - 1, 0, -1) if not settings.quick else (shape.top_k * 3 // 4,)
+    for k in every:
+        yield Case("k", f"k={k}", k, 1.0, Plan.uniform(print_, Rule(top_k=k)))
+        kept = Rule(top_k=k, keep_weights=True)
+        yield Case("k, weights kept", f"k={k}", k, 1.0, Plan.uniform(print_, kept))
+    for name, values in SHAPES.items():
+        rules = shape_rules(print_, values)
+        mean = float(np.mean([rule.top_k or 0 for rule in rules]))
+        yield Case("shape", name, mean, 1.0, Plan.per_layer(print_, rules))
+    yield from _pruned(model, shape, ranking, settings)
+
+
+def _pruned(
+    model: Any, shape: MoEShape, ranking: Windows, settings: QualitySettings
+) -> Iterator[Case]:
+    shares = KEEP[:1] if settings.quick else KEEP
+    counts = {keep: kept_count(keep, shape) for keep in shares}
+    seen = observe(model, ranking)
+    for name, each in CRITERIA.items():
+        if settings.quick and name not in QUICK_CRITERIA:
+            continue
+        if each.by_place is not None:
+            scores = place_scores(each, len(shape.moe_layers), shape.experts, settings.seed)
+        elif each.by_statistics is not None:
+            scores = each.by_statistics(seen)
+        else:
+            scores = output_errors(model, ranking, min(counts.values()))
+        for keep, count in counts.items():
+            kept: Kept = best_experts(scores, count, shape)
+            share = count / shape.experts
+            yield Case("pruning", name, shape.top_k, share, as_plan(kept, shape))
+            if name == GRID_CRITERION and keep in GRID_KEEP:
+                for k in (shape.top_k * 3 // 4, shape.top_k // 2):
+                    yield Case("both", f"{name}, k={k}", k, share, _fewer(as_plan(kept, shape), k))
+
+
+def _fewer(plan: Plan, k: int) -> Plan:
+    rules = tuple(Rule(top_k=k, experts=rule.experts) for rule in plan.bands[0].rules)
+    return Plan.per_layer(plan.model, rules)

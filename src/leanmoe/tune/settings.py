@@ -1,0 +1,116 @@
+"""What a tune run is asked to do; every default of the main job stands here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from leanmoe.core.errors import LeanMoeError
+
+PROMPT_SPREAD = 64
+"""Replies are scored after prompts up to this many tokens shorter or longer than the load's."""
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """The settings of one run; a run folder belongs to exactly one of them."""
+
+    model: str
+    text: str | None = None
+    loads: tuple[int, ...] = (1, 8, 32)
+    """Requests at once; each becomes a load band of the plan."""
+    margin: float = 0.005
+    """Largest relative increase in next-token loss that is accepted."""
+    confidence: float = 0.95
+    strategy: str = "auto"
+    """A strategy by name, or "auto": leanmoe's own search, compared with all the others."""
+    keep: str | None = None
+    """A memory budget: share or number of a layer's experts that the plan may use at all."""
+    criterion: str = "easy-ep"
+    """By what experts are ranked where there is a memory budget."""
+    input_tokens: int = 256
+    output_tokens: int = 32
+    repeats: int = 5
+    """Interleaved repeats of each throughput measurement."""
+    profile_tokens: int = 200_000
+    sensitivity_tokens: int = 20_000
+    heldout_tokens: int = 80_000
+    """Tokens of text that each plan is proven on; about 40% of them are scored."""
+    heldout_share: float = 0.4
+    """Share of the documents that the search never sees."""
+    compared_share: float = 0.3
+    """Share of the held-out text that the table of strategies is measured on."""
+    seed: int = 0
+    dtype: str | None = None
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Raises LeanMoeError for the first setting out of range."""
+        if not self.loads or list(self.loads) != sorted(set(self.loads)) or self.loads[0] < 1:
+            raise LeanMoeError(
+                f"loads is {list(self.loads)}: it must be rising numbers of requests, from 1 up"
+            )
+        _require(0 < self.margin < 1, "margin", self.margin, "above 0 and below 1")
+        _require(0.5 < self.confidence < 1, "confidence", self.confidence, "above 0.5 and below 1")
+        _require(self.repeats >= 3, "repeats", self.repeats, "at least 3, for an interval")
+        _require(0 < self.heldout_share < 1, "heldout-share", self.heldout_share, "0 to 1")
+        for name in (
+            "input_tokens",
+            "profile_tokens",
+            "sensitivity_tokens",
+            "heldout_tokens",
+        ):
+            value = getattr(self, name)
+            _require(value >= 16, name.replace("_", "-"), value, "at least 16")
+        if self.strategy != "auto":
+            from leanmoe.tune.strategies import strategy  # needs torch, and --help must not
+
+            strategy(self.strategy)
+        if self.keep is not None:
+            from leanmoe.models.shape import read_shape
+            from leanmoe.prune.criteria import criterion
+            from leanmoe.prune.kept_experts import kept_count
+
+            criterion(self.criterion)
+            kept_count(self.keep, read_shape(self.model))
+        _require(self.output_tokens >= 2, "output-tokens", self.output_tokens, "at least 2")
+
+    def scored_window(self, can_branch: bool) -> tuple[int, int, int]:
+        """Tokens of a window that is scored, of its shortest prompt, and of each of its replies.
+
+        With branching, replies of the load's output length follow prompts whose mean length is
+        the load's; otherwise one reply follows a prompt of just that length, and 0 is returned
+        for the replies.
+        """
+        if not can_branch:
+            return self.input_tokens + self.output_tokens, self.input_tokens, 0
+        spread = min(PROMPT_SPREAD, self.input_tokens // 2)
+        replies = max(1, 2 * spread // self.output_tokens)
+        prompt = self.input_tokens - spread
+        return prompt + replies * self.output_tokens, prompt, self.output_tokens
+
+    def bands(self) -> tuple[int | None, ...]:
+        """The upper end of each load's band, in tokens of a forward step.
+
+        A load's band reaches halfway, in ratio, to the next load; the last load's reaches twice
+        its tokens. Larger steps are prefill, which the band after these covers.
+        """
+        ends: list[int | None] = []
+        for load, following in zip(self.loads, self.loads[1:], strict=False):
+            ends.append(int((load * following) ** 0.5))
+        return (*ends, 2 * self.loads[-1])
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {**asdict(self), "loads": list(self.loads)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TuneSettings:
+        """Reads what `to_json` wrote."""
+        return cls(**{**value, "loads": tuple(value["loads"])})
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise LeanMoeError(f"{name} is {value}: it must be {allowed}")

@@ -1,0 +1,40 @@
+"""Which pieces of a server's stream are tokens."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+pytest.importorskip("guidellm", reason="the extra leanmoe[bench] is not installed")
+
+from leanmoe.bench.guidellm_client import TimedCompletions
+
+
+def piece(text: str | None, tokens: int | None = None) -> str:
+    found: dict[str, Any] = {"choices": [] if text is None else [{"text": text, "index": 0}]}
+    if tokens is not None:
+        found["usage"] = {"prompt_tokens": 3, "completion_tokens": tokens}
+    return f"data: {json.dumps(found)}"
+
+
+def arrivals(*lines: str) -> int:
+    client = TimedCompletions()
+    for line in lines:
+        client.add_streaming_line(line)
+    return len(client._arrivals)
+
+
+def test_usage_once_at_the_end_is_no_token() -> None:
+    """As Transformers' server sends it."""
+    assert arrivals(piece("a"), piece("b"), piece("", 2)) == 2
+
+
+def test_a_token_without_text_counts_where_usage_comes_with_each() -> None:
+    """As vLLM sends it: part of a character has no text yet."""
+    assert arrivals(piece("a", 1), piece("", 2), piece("b", 3), piece(None, 3)) == 3
+
+
+def test_a_token_that_only_the_last_usage_tells_of_came_with_it() -> None:
+    assert arrivals(piece("a"), piece("", 2)) == 2

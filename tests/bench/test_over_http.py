@@ -1,0 +1,154 @@
+"""The load over HTTP: what GuideLLM reports against what a server with known latencies did."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from leanmoe.bench.one_block import block
+from leanmoe.bench.run import Job, run_job
+from leanmoe.bench.settings import BenchSettings, Lengths
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.serve.metrics import exposition
+from tests.bench.mock_server import MockServer, serving
+
+pytest.importorskip("guidellm", reason="the extra leanmoe[bench] is not installed")
+
+OUTPUT = 12
+TTFT, ITL = 0.08, 0.02
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[tuple[MockServer, MockServer]]:
+    with serving(ttft=TTFT, itl=ITL) as full, serving(ttft=TTFT / 2, itl=ITL / 2) as plan:
+        yield full, plan
+
+
+def job(output: Path, *targets: str, **changes: object) -> Job:
+    settings: dict = {
+        "text": str(Path(__file__).parents[2] / "docs"),
+        "concurrency": (3,),
+        "input_len": Lengths(10, 20),
+        "output_len": Lengths(OUTPUT, OUTPUT),
+        "repeats": 2,
+        "requests": 9,
+        "max_seconds": 30.0,
+        "goodput": (("ttft", 1e3 * TTFT * 0.9),),
+        **changes,
+    }
+    return Job(
+        targets, (), BenchSettings(**settings), output, "leanmoe bench", tokenizer="reference"
+    )
+
+
+def bench(wanted: Job) -> dict:
+    return run_job(wanted, lambda *_: None, lambda _: None).to_json()
+
+
+@pytest.mark.slow
+def test_figures_are_what_the_servers_did(
+    servers: tuple[MockServer, MockServer], tmp_path: Path
+) -> None:
+    full, plan = servers
+    found = bench(job(tmp_path, f"full={full.url}", f"plan={plan.url}"))
+    assert found["complete"]
+    (entry,) = found["loads"]
+    for name, server in (("full", full), ("plan", plan)):
+        timed = server.timed()
+        assert len(timed) == 18, "two repeats of nine requests"
+        assert len(entry["runs"][name]) == 2
+        run = entry["runs"][name][0]
+        first = sorted(timed, key=lambda seen: seen.received)[:9]
+        assert (run["completed"], run["failed"]) == (9, 0)
+        assert run["total_output_tokens"] == 9 * OUTPUT, "tokens without text are tokens"
+        assert run["total_input_tokens"] == sum(len(seen.prompt.split()) for seen in first)
+        ttft = statistics.mean(1e3 * (seen.tokens[0] - seen.received) for seen in first)
+        assert run["mean_ttft_ms"] == pytest.approx(ttft, abs=15)
+        tpot = statistics.mean(
+            1e3 * (seen.tokens[-1] - seen.tokens[0]) / (OUTPUT - 1) for seen in first
+        )
+        assert run["mean_tpot_ms"] == pytest.approx(tpot, abs=2)
+        assert run["mean_itl_ms"] == pytest.approx(tpot, abs=2)
+        lasted = max(s.tokens[-1] for s in first) - min(s.received for s in first)
+        assert run["duration"] == pytest.approx(lasted, abs=0.05)
+        assert run["output_throughput"] == pytest.approx(9 * OUTPUT / lasted, rel=0.1)
+    assert entry["runs"]["full"][0]["request_goodput"] == 0
+    good = entry["runs"]["plan"][0]
+    assert good["request_goodput"] == pytest.approx(good["request_throughput"], rel=0.2)
+    assert entry["gain"]["plan"]["output_throughput"]["median"] > 1.4
+    prompts = [{seen.prompt for seen in server.timed()} for server in servers]
+    assert prompts[0] == prompts[1], "both servers get the same requests"
+    assert len(prompts[0]) == 18, "each repeat has prompts of its own"
+
+
+@pytest.mark.slow
+def test_distinct_experts_stand_beside_the_times_where_a_server_shows_them(tmp_path: Path) -> None:
+    layers = [{"distinct": 7, "activated": 2.0}, {"distinct": 10, "activated": 3.0}]
+    step = {"rows": 2, "band": None, "up_to": None, "layers": layers}
+    shown = exposition("plan.json", "vllm", step, None).encode()
+    with serving(ttft=0.01) as full, serving(ttft=0.01, metrics=lambda _: shown) as plan:
+        wanted = job(tmp_path, f"full={full.url}", f"plan={plan.url}", concurrency=(2,), repeats=1)
+        (entry,) = bench(wanted)["loads"]
+        assert len(full.timed()) == 9
+        assert len(plan.timed()) > 9
+    assert entry["routing"]["plan"]["distinct_experts_a_step"] == 8.5
+    assert entry["routing"]["plan"]["experts_a_token"] == 2.5
+    assert entry["routing"]["full"] == {"missing": "its /metrics gives HTTP 404"}
+    assert entry["runs"]["plan"][0]["completed"] == 9, "what is watched is not timed"
+    (line,) = [line for line in block(entry).splitlines() if line.startswith("Distinct experts")]
+    assert line.split()[-2:] == ["-", "8.50"]
+    assert "full: distinct experts are not to be seen: its /metrics gives HTTP 404." in block(entry)
+
+
+LATE_MS = 25
+"""Half of a mean gap of the test below: requests that late tell nothing of the rate."""
+
+
+@pytest.mark.slow
+def test_an_open_loop_arrives_at_its_rate(tmp_path: Path) -> None:
+    for attempt in range(4):  # a busy machine may start the client too late: it then says so
+        with serving(ttft=0.01, itl=0.001) as server:
+            folder = tmp_path / str(attempt)
+            wanted = job(folder, server.url, concurrency=(), rates=(20.0,), requests=60, repeats=1)
+            (entry,) = bench(wanted)["loads"]
+            received = sorted(seen.received for seen in server.timed())
+        (run,) = entry["runs"][next(iter(entry["runs"]))]
+        if run["median_delay_ms"] < LATE_MS:
+            break
+    assert len(received) == 60
+    rate = 59 / (received[-1] - received[0])
+    # Of 59 exponential gaps the mean has a standard error of 13%.
+    assert 20 * 0.6 < rate < 20 * 1.6
+    gaps = [b - a for a, b in pairwise(received)]
+    assert statistics.stdev(gaps) > 0.5 * statistics.mean(gaps), "not evenly spaced"
+    assert run["median_delay_ms"] < LATE_MS
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_leaves_what_was_measured(tmp_path: Path) -> None:
+    with serving(ttft=0.01, itl=0.001, dies_after=30) as server:
+        wanted = job(tmp_path, server.url, concurrency=(1, 2, 4), requests=8, repeats=2)
+        written: list[Path] = []
+        with pytest.raises(LeanMoeError, match=r"stopped answering at .* marked incomplete"):
+            run_job(wanted, lambda *_: None, written.append)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert written == [tmp_path / "results.json"]
+    assert stored["complete"] is False
+    assert "stopped answering" in stored["stopped"]
+    assert stored["loads"][0]["max_concurrency"] == 1
+    (runs,) = stored["loads"][0]["runs"].values()
+    assert [run["completed"] for run in runs] == [8, 8]
+
+
+def test_a_server_without_room_for_the_lengths_is_refused(
+    servers: tuple[MockServer, MockServer], tmp_path: Path
+) -> None:
+    wanted = job(tmp_path, servers[0].url, input_len=Lengths(4096, 4096))
+    with pytest.raises(LeanMoeError, match="takes at most 4,096"):
+        bench(wanted)
+    assert not (tmp_path / "results.json").exists()

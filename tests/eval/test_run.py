@@ -1,0 +1,310 @@
+"""`leanmoe eval` on the reference model, very small: what it leaves, and what stops it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leanmoe.cli import main
+from leanmoe.eval import answers, domains
+from leanmoe.eval import run as run_module
+from leanmoe.eval.domains import read_domain
+from leanmoe.eval.prompts import read_prompts
+from leanmoe.models.shape import read_shape
+from leanmoe.plan import Band, Plan, Rule
+from leanmoe.plan.named_plans import parse_rule
+
+NOUNS = (
+    *("cat", "dog", "king", "queen", "ship", "tree"),
+    *("river", "song", "letter", "garden", "window", "table"),
+)
+
+
+def leanmoe(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    return int(stopped.value.code or 0)
+
+
+def write_lines(path: Path, values: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files in the published forms, of our own making."""
+    folder = tmp_path_factory.mktemp("data")
+    pairs = [
+        {"sentence_good": f"The {noun}s are here.", "sentence_bad": f"The {noun}s is here."}
+        for noun in NOUNS
+    ]
+    write_lines(folder / "blimp" / "agreement.jsonl", pairs)
+    write_lines(folder / "blimp" / "agreement_2.jsonl", pairs[::-1])
+    passages = [{"text": f"I saw a {n}. You saw it too, the same {n}"} for n in NOUNS]
+    write_lines(folder / "lambada_openai_test.jsonl", passages)
+    questions = [
+        {"goal": f"draw a {n}", "sol1": "take a pencil and paper", "sol2": "sleep"} for n in NOUNS
+    ]
+    write_lines(folder / "piqa_valid.jsonl", questions)
+    (folder / "piqa_valid-labels.lst").write_text("0\n1\n" * (len(NOUNS) // 2))
+    choices = [{"text": n, "label": chr(65 + k)} for k, n in enumerate(NOUNS[:8])]
+    write_lines(
+        folder / "qasc_dev.jsonl",
+        [
+            {"question": {"stem": f"Which is no {n}?", "choices": choices}, "answerKey": "C"}
+            for n in NOUNS
+        ],
+    )
+    write_lines(
+        folder / "prompts.jsonl",
+        [{"prompt": f"The {n} and the", "answer": n, "pattern": r"\w+"} for n in NOUNS],
+    )
+    for name, words in (("old", "thou hast seen the "), ("new", "call the function with a ")):
+        lines = [{"text": f"{k} {n}: " + (words + f"{n} and {NOUNS[k % 12]}. ") * 12}
+                 for k, n in enumerate(NOUNS * 8)]  # fmt: skip
+        write_lines(folder / f"{name}.jsonl", lines)
+    return folder
+
+
+SMALL = ("--tasks", "blimp,lambada,piqa,qasc", "--margin", "5", "--decode-batch", "4")
+PLANS = ("--rule", "top_k=4,keep_weights", "--rule", "guaranteed=2", "--mixes", "2")
+
+
+def asked(data: Path, output: Path) -> list[str]:
+    return [
+        *("eval", "reference", *PLANS, *SMALL, "--data", str(data), "-o", str(output)),
+        *("--prompts", str(data / "prompts.jsonl"), "--generate-tokens", "8", "--samples", "2"),
+        *("--domain", f"old={data / 'old.jsonl'}", "--domain", f"new={data / 'new.jsonl'}"),
+        *("--calibrate", "activate-count:50%", "--domain-tokens", "6000"),
+    ]
+
+
+def _interrupt(*_arguments: Any, **_settings: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _never(*_arguments: Any, **_settings: Any) -> None:
+    raise AssertionError("a step that is stored ran again")
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that was interrupted on its way."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "domain_matrix", _interrupt)
+        assert leanmoe(*asked(data, folder)) == 130
+    assert not (folder / "results.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "score_rows", _never)
+        assert leanmoe(*asked(data, folder), "--json") == 0
+    return folder
+
+
+def results_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "results.json").read_text())
+    return found
+
+
+def test_every_task_is_paired_and_pooled(run: Path) -> None:
+    found = results_of(run)
+    assert found["provenance"]["versions"]["torch"]
+    rows = {(row["plan"], row["task"]): row for row in found["tasks"]}
+    assert len(rows) == 2 * (4 + 2)
+    sizes = {task: row["items"] for (plan, task), row in rows.items() if plan == "guaranteed=2"}
+    assert sizes == {"blimp": 24, "lambada": 12, "piqa": 12, "qasc": 12, "all questions": 60,
+                     "mean of tasks": 60}  # fmt: skip
+    for row in rows.values():
+        assert row["difference"] == pytest.approx(row["accuracy"] - row["full"])
+        assert row["low"] <= row["lower_bound"] <= row["difference"] <= row["high"]
+        assert row["verdict"]["accepted"] == (row["lower_bound"] >= -0.05)
+    assert rows["guaranteed=2", "piqa"]["mixes"] == 2
+    assert rows["top_k=4,keep_weights", "piqa"]["mixes"] == 1
+
+
+def test_replies_are_judged(run: Path) -> None:
+    found = results_of(run)["generation"]
+    assert (found["prompts"], found["tokens"], found["samples"]) == (12, 8, 2)
+    for row in found["rows"]:
+        assert 0 <= row["agreement"]["same"] <= 1
+        assert all(part["mean"] > 0 for part in row["divergence"]["parts"])
+        assert [entry["n"] for entry in row["pass_at"]] == [1, 2]
+        assert all(e["full"] <= 1 and e["low"] <= e["mean"] <= e["high"] for e in row["pass_at"])
+
+
+def test_the_matrix_has_a_row_for_each_plan_and_each_domain_calibrated_on(run: Path) -> None:
+    found = results_of(run)["domains"]
+    assert [domain["name"] for domain in found["domains"]] == ["old", "new"]
+    names = [row["plan"] for row in found["rows"]]
+    assert names[:2] == ["top_k=4,keep_weights", "guaranteed=2"]
+    assert names[2:] == [f"activate-count 50%, calibrated on {name}" for name in ("old", "new")]
+    for row in found["rows"]:
+        assert set(row["loss"]) == {"old", "new"}
+
+
+def test_the_page_shows_every_table(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    for words in ("Tasks", "Greedy replies", "Answers in replies", "Domains", "Provenance"):
+        assert words in page
+    assert "<script" not in page
+
+
+def test_another_plan_is_added_without_asking_the_rest_again(
+    run: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.glob("tasks-*.json")}
+    assert leanmoe(*asked(data, run), "--rule", "top_k=7") == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert {"top_k=7", "guaranteed=2"} <= {row["plan"] for row in results_of(run)["tasks"]}
+    assert "show no loss below" in capsys.readouterr().err
+
+
+def test_a_plan_equal_to_the_model_changes_nothing(data: Path, tmp_path: Path) -> None:
+    """So that a difference comes from the plan and not from how it is measured."""
+    arguments = ["eval", "reference", "--tasks", "blimp,piqa", "--data", str(data)]
+    arguments += ["--rule", "top_k=8", "-o", str(tmp_path / "run")]
+    assert leanmoe(*arguments) == 0
+    for row in results_of(tmp_path / "run")["tasks"]:
+        assert (row["lost"], row["gained"], row["difference"]) == (0, 0, 0)
+
+
+def _bad_line(tmp: Path) -> tuple[str, ...]:
+    write_lines(tmp / "qasc_dev.jsonl", [{"question": {"stem": "?", "choices": []}}])
+    return ("--rule", "top_k=4", "--tasks", "qasc", "--data", str(tmp))
+
+
+def _wrong_plan(tmp: Path) -> tuple[str, ...]:
+    from dataclasses import replace
+
+    fingerprint = replace(read_shape("reference").fingerprint(), experts=32)
+    Plan.uniform(fingerprint, Rule(top_k=4)).save(tmp / "p.json")
+    return ("--plan", str(tmp / "p.json"))
+
+
+def _idle_plan(tmp: Path) -> tuple[str, ...]:
+    fingerprint = read_shape("reference").fingerprint()
+    rules = (Rule(top_k=4),) * fingerprint.moe_layers
+    Plan(fingerprint, (Band(8, rules),)).save(tmp / "p.json")
+    return ("--plan", str(tmp / "p.json"), "--decode-batch", "32")
+
+
+def _few_prompts(tmp: Path) -> tuple[str, ...]:
+    path = write_lines(tmp / "p.jsonl", [{"prompt": "one"}] * 3)
+    return ("--rule", "top_k=4", "--tasks", "none", "--prompts", str(path))
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
+    "no plan": (lambda _: (), "give --plan or --rule"),
+    "another model's plan": (_wrong_plan, "experts"),
+    "a plan that does nothing": (_idle_plan, "runs the full model in steps of 32 tokens"),
+    "a rule": (lambda _: ("--rule", "topk=4"), "did you mean top_k"),
+    "a rule's value": (lambda _: ("--rule", "top_k=99"), "must be 1 to 8"),
+    "a plan twice": (lambda _: ("--rule", "top_k=4", "--rule", "top_k=4"), "two plans"),
+    "margin": (lambda _: ("--rule", "top_k=4", "--margin", "much"), "percentage points"),
+    "engine": (lambda _: ("--rule", "top_k=4", "--engine", "sglang"), "transformers or vllm"),
+    "nothing for vllm": (lambda _: ("--rule", "top_k=4", "--engine", "vllm"), "none is asked for"),
+    "files in vllm": (
+        lambda t: ("--rule", "top_k=4", "--engine", "vllm", "--data", str(t)),
+        "--data needs --engine transformers"),
+    "replies in vllm": (
+        lambda _: ("--rule", "top_k=4", "--engine", "vllm", "--prompts", "x.jsonl"),
+        "--prompts needs --engine transformers"),
+    "no folder": (lambda _: ("--rule", "top_k=4", "--data", "/nowhere"), "is no folder"),
+    "file missing": (
+        lambda t: ("--rule", "top_k=4", "--tasks", "piqa", "--data", str(t)), "does not exist"),
+    "a bad line": (_bad_line, "is not as it must be"),
+    "few prompts": (_few_prompts, "at least 10"),
+    "domain": (lambda _: ("--rule", "top_k=4", "--domain", "x"), "NAME=FILE"),
+    "calibrate": (lambda _: ("--rule", "top_k=4", "--calibrate", "reap:50%"), "none is given"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line(
+    mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = MISTAKES[mistake]
+    given = arguments(tmp_path)
+    tasks = () if "--tasks" in given else ("--tasks", "none")
+    assert leanmoe("eval", "reference", *given, *tasks, "-o", str(tmp_path / "run")) == 1
+    said = capsys.readouterr().err.strip()
+    assert message in said
+    assert len([line for line in said.splitlines() if line.startswith("leanmoe:")]) == 1
+    assert "Traceback" not in said
+
+
+def test_without_the_harness_its_tasks_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanmoe.eval import harness
+
+    monkeypatch.setattr(harness, "find_spec", lambda _name: None)
+    assert leanmoe("eval", "reference", "--rule", "top_k=4", "-o", str(tmp_path / "run")) == 1
+    said = capsys.readouterr().err
+    assert "arc_challenge" in said
+    assert "leanmoe[eval]" in said
+    assert "--data" in said
+
+
+def test_rules_in_words() -> None:
+    assert parse_rule("top_k=6, keep_weights") == Rule(top_k=6, keep_weights=True)
+    assert parse_rule("threshold=0.2") == Rule(threshold=0.2)
+
+
+def test_few_documents_are_cut_into_passages_of_which_none_is_in_both_halves(
+    tmp_path: Path,
+) -> None:
+    text = "\n<|endoftext|>\n".join(
+        "\n".join(f"document {n}, paragraph {p}. " * 30 for p in range(40)) for n in range(3)
+    )
+    (tmp_path / "few.txt").write_text(text)
+    found = read_domain("few", tmp_path / "few.txt")
+    assert found.unit == "passages"
+    first = {document.text for document in found.calibration}
+    assert len(first) >= 3
+    assert not first & {document.text for document in found.heldout}
+    assert domains.calibration("easy-ep:75%") == ("easy-ep", "75%")
+
+
+def test_sections_of_a_plain_file_are_dealt_to_both_halves(tmp_path: Path) -> None:
+    paragraphs = (f"paragraph {n}. " + "word " * 400 for n in range(60))
+    (tmp_path / "plain.txt").write_text("\n\n".join(paragraphs))
+    found = read_domain("plain", tmp_path / "plain.txt")
+    assert abs(len(found.calibration) - len(found.heldout)) <= 1
+    assert not {d.text for d in found.calibration} & {d.text for d in found.heldout}
+
+
+def test_a_domain_too_short_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("\n\n".join(f"{n} " + "word " * 400 for n in range(12)))
+    short = ["--domain", f"short={tmp_path / 'short.txt'}", "--tasks", "none"]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once"}\n' * 10)
+    prompts = ["--prompts", str(tmp_path / "prompts.jsonl")]
+    out = tmp_path / "run"
+    assert leanmoe("eval", "reference", "--rule", "top_k=6", *short, *prompts, "-o", str(out)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "domain short: too few documents for 0.95 confidence" in said
+    assert "give a longer text, or more than 16384 --domain-tokens" in said
+    assert [path.name for path in out.iterdir()] == ["settings.json"]
+
+
+def test_an_answer_after_four_hashes_is_gsm8ks(tmp_path: Path) -> None:
+    class Letters:
+        start_id, context = 0, 100
+
+        def encode(self, text: str) -> list[int]:
+            return [ord(letter) for letter in text]
+
+    line = {"question": "How many?", "answer": "3 and 4 make 7.\n#### 1,007"}
+    path = write_lines(tmp_path / "gsm.jsonl", [line] * 10)
+    (prompt, *_) = read_prompts(path, Letters(), 8)
+    assert prompt.answer == "1007"
+    assert prompt.is_right("I think it is 1,007.")
+    assert not prompt.is_right("1007 or 8")

@@ -1,0 +1,90 @@
+"""Running `route_gpu` where there is a GPU or not, and comparing what it finds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanmoe.kernels.triton.expert_blocks import work_list_reference
+from leanmoe.kernels.triton.router import RoutedGpu, route_gpu, route_gpu_ids
+from leanmoe.routing import Routing, route
+from tests.kernels.cpu.test_router import by_expert
+from tests.routing.cases import Case
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(tokens: int, experts: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, experts, generator=generator)
+    return logits, torch.randn(experts, generator=generator) * 0.1
+
+
+def there(values: Any) -> Any:
+    return [v.to(DEVICE) if isinstance(v, Tensor) else v for v in values]
+
+
+def route_here(*arguments: Any, **options: Any) -> RoutedGpu:
+    """`route_gpu` on the GPU where there is one, what it finds back on the CPU."""
+    found = route_gpu(*there(arguments), **options)
+    work = found.work._replace(
+        **{name: getattr(found.work, name).cpu() for name in ("rows", "blocks_3B", "used_1")}
+    )
+    over = None if found.over_budget is None else found.over_budget.cpu()
+    return RoutedGpu(found.ids_TK.cpu(), found.weights_TK.cpu(), over, work)
+
+
+def repeating_here(*arguments: Any) -> tuple[Tensor, Tensor]:
+    ids_TK, weights_TK = route_gpu_ids(*there(arguments))
+    return ids_TK.cpu(), weights_TK.cpu()
+
+
+def one_step(case: Case) -> Case:
+    """The first of a case's steps."""
+    padding = None if case.padding_ST is None else case.padding_ST[0]
+    return replace(case, logits_STE=case.logits_STE[0], padding_ST=padding)
+
+
+def run(case: Case, block_rows: int = 16) -> RoutedGpu:
+    arguments = (case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
+    return route_here(*arguments, block_rows=block_rows)
+
+
+def expected(case: Case) -> Routing:
+    return route(case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
+
+
+def slots_by_expert(found: RoutedGpu, experts: int) -> list[set[int]]:
+    """Which slots the work list has for each expert; fails where one is listed twice."""
+    rows, blocks, used, block_rows = found.work
+    slots: list[list[int]] = [[] for _ in range(experts)]
+    for expert, first, count in blocks[:, : int(used)].T.tolist():
+        assert 0 < count <= block_rows
+        slots[expert] += rows[first : first + count].tolist()
+    assert all(len(set(listed)) == len(listed) for listed in slots)
+    return [set(listed) for listed in slots]
+
+
+def check_work(found: RoutedGpu, experts: int) -> None:
+    flat = found.ids_TK.flatten().tolist()
+    wanted: list[set[int]] = [set() for _ in range(experts)]
+    for slot, expert in enumerate(flat):
+        if expert < experts:
+            wanted[expert].add(slot)
+    assert slots_by_expert(found, experts) == wanted
+    reference = work_list_reference(found.ids_TK, experts, found.work.block_rows)
+    assert int(found.work.used_1) == int(reference.used_1)
+
+
+def check_same(found: RoutedGpu, wanted: Routing, experts: int) -> None:
+    routing = Routing(found.ids_TK, found.weights_TK, found.over_budget)
+    assert found.ids_TK.sort(dim=-1)[0].tolist() == wanted.ids_STK.sort(dim=-1)[0].tolist()
+    torch.testing.assert_close(
+        by_expert(routing, experts), by_expert(wanted, experts), atol=1e-5, rtol=1e-4
+    )
+    assert (found.over_budget is None) == (wanted.over_budget_S is None)
+    if found.over_budget is not None and wanted.over_budget_S is not None:
+        assert bool(found.over_budget) == bool(wanted.over_budget_S)

@@ -1,0 +1,355 @@
+"""experts_gpu against the definition, in Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels import ExpertWeights, Gate, experts_reference
+from leanmoe.kernels.weights import ACTIVATIONS
+from tests.kernels.layers import random_call, random_layer, slot_by_slot
+
+pytest.importorskip("triton")
+
+from leanmoe.kernels.triton.config import ExpertsConfig, Tile
+from leanmoe.kernels.triton.expert_blocks import work_list_reference
+from leanmoe.kernels.triton.experts import experts_gpu, why_not_gpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP8_ROUNDING = 1e-2 if DEVICE == "cuda" else 2e-3
+"""Hopper's fp8 products keep fewer bits of their sums (DeepSeek-V3 report, section 3.3.2)."""
+TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
+LEFT, RIGHT = Tile(16, 32, 4, 2), Tile(32, 16, 4, 2, 2, weights_left=False)
+COPIED, COPIED_RIGHT = replace(LEFT, described=True), replace(RIGHT, described=True)
+WAYS = {
+    "direct": ExpertsConfig(16, 0, True, LEFT, RIGHT),
+    "joined": ExpertsConfig(16, 0, True, LEFT, Tile(8, 16), is_joined=True),
+    "direct, weights right": ExpertsConfig(16, 0, True, RIGHT, LEFT),
+    "listed": ExpertsConfig(16, 0, False, RIGHT, LEFT),
+    "listed with a tail": ExpertsConfig(16, 16, False, LEFT, RIGHT),
+    "listed with a long tail": ExpertsConfig(16, 32, False, RIGHT, LEFT),
+    "listed in pieces": ExpertsConfig(16, 0, False, RIGHT, LEFT, pieces=2),
+    "listed in pieces with a long tail": ExpertsConfig(16, 32, False, LEFT, RIGHT, pieces=2),
+    "listed in three pieces": ExpertsConfig(16, 16, False, RIGHT, RIGHT, pieces=3),
+    "direct, described": ExpertsConfig(16, 0, True, COPIED, COPIED),
+    "listed with a tail, described": ExpertsConfig(16, 16, False, COPIED_RIGHT, COPIED),
+    "listed in pieces, described": ExpertsConfig(16, 16, False, COPIED, COPIED_RIGHT, pieces=2),
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "concatenated": {},
+    "transposed": {"transposed": True},
+    "gpt-oss": {
+        "transposed": True,
+        "concatenated": False,
+        "biased": True,
+        "gate": Gate.gpt_oss(limit=1.0),
+    },
+    "interleaved": {"concatenated": False},
+    "without a gate": {"gated": False, "gate": Gate("relu2")},
+}
+
+
+def on_device(weights: ExpertWeights) -> ExpertWeights:
+    moved = {name: getattr(weights, name) for name in TENSORS}
+    return replace(weights, **{k: None if t is None else t.to(DEVICE) for k, t in moved.items()})
+
+
+def run(
+    call: tuple[Tensor, Tensor, Tensor], weights: ExpertWeights, config: ExpertsConfig
+) -> Tensor:
+    hidden, ids, gates = (t.to(DEVICE) for t in call)
+    return experts_gpu(hidden, ids, gates, on_device(weights), config=config).cpu()
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_every_way(layout: str, way: str) -> None:
+    weights = random_layer(**LAYOUTS[layout])
+    call = random_call(weights, 13, 3)
+    assert error(run(call, weights, WAYS[way]), slot_by_slot(*call, weights)) < 1e-5
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_every_activation(activation: Any) -> None:
+    weights = random_layer(gate=Gate(activation))
+    call = random_call(weights, 3, 2)
+    assert error(run(call, weights, WAYS["direct"]), slot_by_slot(*call, weights)) < 1e-5
+
+
+@given(st.integers(1, 40), st.integers(1, 4), st.sampled_from((0.0, 0.5, 1.0)), st.integers(0, 99))
+@settings(deadline=None, max_examples=12)
+def test_ragged_calls(tokens: int, slots: int, skipped: float, seed: int) -> None:
+    weights = random_layer(experts=9, hidden=24, width=20, seed=seed)
+    call = random_call(weights, tokens, slots, seed, skipped)
+    wanted = slot_by_slot(*call, weights)
+    for way, config in WAYS.items():
+        if not config.is_direct or tokens <= config.rows:
+            torch.testing.assert_close(
+                run(call, weights, config).double(), wanted, atol=1e-5, rtol=1e-4, msg=way
+            )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_tokens_on_one_expert(way: str) -> None:
+    weights = random_layer()
+    hidden, ids, gates = random_call(weights, 16, 2)
+    ids[:, 0], ids[:, 1] = 4, weights.experts
+    wanted = slot_by_slot(hidden, ids, gates, weights)
+    assert error(run((hidden, ids, gates), weights, WAYS[way]), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [*range(1, 6), 15, 16, 17, 24, *range(31, 35), 40, 47, 48, 49, 64])
+def test_blocks_of_every_length(rows: int) -> None:
+    """At each edge of a block, a piece and a tail; beside it an expert with a row or two."""
+    weights = random_layer(experts=3, hidden=24, width=20)
+    hidden, ids, gates = random_call(weights, rows, 1)
+    ids[:] = 1
+    ids[:2] = 2
+    wanted = slot_by_slot(hidden, ids, gates, weights)
+    for way, config in WAYS.items():
+        if not config.is_direct:
+            found = run((hidden, ids, gates), weights, config)
+            torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-4, msg=way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_skipped_leaks_nothing(way: str) -> None:
+    """0 x NaN is NaN: a skipped slot, a sleeping expert and another token's row are never read."""
+    weights = random_layer()
+    hidden, ids, gates = random_call(weights, 6, 3, skipped=0.5)
+    ids[ids == 2] = weights.experts
+    ids[5] = weights.experts
+    wanted = slot_by_slot(hidden, ids, gates, weights)
+    hidden[5] = float("nan")
+    gates[ids == weights.experts] = float("nan")
+    weights.gate_up[2], weights.down[2] = float("nan"), float("inf")
+    found = run((hidden, ids, gates), weights, WAYS[way])
+    assert bool((found[5] == 0).all())
+    assert error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", WAYS)
+def test_half_precision(way: str, dtype: torch.dtype) -> None:
+    weights = random_layer(dtype=dtype)
+    hidden, ids, gates = random_call(weights, 9, 3)
+    call = (hidden.to(dtype), ids, gates)
+    assert error(run(call, weights, WAYS[way]), slot_by_slot(*call, weights)) < 1e-2
+
+
+def fp8_layer(experts: int, hidden: int, width: int) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        values = torch.randn(experts, rows, columns, generator=generator)
+        scales = torch.rand(experts, -(-rows // 128), -(-columns // 128), generator=generator)
+        return values.to(torch.float8_e4m3fn), scales / columns**0.5
+
+    (up, up_scale), (down, down_scale) = draw(2 * width, hidden), draw(hidden, width)
+    return ExpertWeights(up, down, gate_up_scale=up_scale, down_scale=down_scale)
+
+
+def rounded(values: Tensor, block: int) -> Tensor:
+    """As fp8 with a scale for every `block` columns of a row leaves them; float64."""
+    parts = values.double().split(block, dim=-1)
+    scales = [part.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / 448.0 for part in parts]
+    coded = [(p / s).float().to(torch.float8_e4m3fn) for p, s in zip(parts, scales, strict=True)]
+    return torch.cat([c.double() * s for c, s in zip(coded, scales, strict=True)], dim=-1)
+
+
+def fp8_reference(
+    call: tuple[Tensor, Tensor, Tensor], weights: ExpertWeights, block: int | None
+) -> Tensor:
+    """The definition with activations made fp8 where the kernel makes them so.
+
+    What lies between the products, with a scale for every `block` columns, or not at all.
+    """
+    hidden, ids, gates = call
+    scales = (weights.gate_up_scale, weights.down_scale)
+    up, down = (
+        w.double() * spread(s, w.shape)
+        for w, s in zip((weights.gate_up, weights.down), scales, strict=True)
+    )
+    out = torch.zeros(hidden.shape, dtype=torch.float64)
+    for token, row in enumerate(rounded(hidden, 128)):
+        for expert, gate in zip(ids[token].tolist(), gates[token].tolist(), strict=True):
+            if expert < weights.experts:
+                act = weights.activated((up[expert] @ row)[None])
+                coded = act if block is None else rounded(act, block)
+                out[token] += gate * (down[expert] @ coded[0])
+    return out
+
+
+def spread(scale: Tensor | None, shape: torch.Size) -> Tensor:
+    assert scale is not None
+    whole = scale.double().repeat_interleave(128, 1).repeat_interleave(128, 2)
+    return whole[:, : shape[1], : shape[2]]
+
+
+WIDE, DEEP, DEEP_RIGHT = Tile(64, 64, 4, 2), replace(LEFT, depth=64), replace(RIGHT, depth=32)
+WAYS_FP8 = {
+    "direct": ExpertsConfig(16, 0, True, WIDE, DEEP),
+    "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True),
+    "listed": ExpertsConfig(16, 0, False, replace(WIDE, weights_left=False), DEEP_RIGHT),
+    "listed with a long tail, described": ExpertsConfig(
+        16, 32, False, replace(WIDE, described=True), replace(DEEP, described=True)
+    ),
+    "described right": ExpertsConfig(
+        16,
+        16,
+        False,
+        replace(WIDE, weights_left=False, described=True),
+        replace(DEEP_RIGHT, described=True),
+    ),
+}
+
+
+WAYS_TWO_PARTS = {
+    "direct": ExpertsConfig(16, 0, True, WIDE, DEEP, parts=2),
+    "direct, described": ExpertsConfig(
+        16, 0, True, replace(WIDE, described=True), replace(DEEP, described=True), parts=2
+    ),
+    "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True, parts=2),
+    "listed": ExpertsConfig(16, 0, False, WIDE, DEEP, parts=2),
+    "listed in long blocks": ExpertsConfig(32, 0, False, WIDE, DEEP, parts=2),
+}
+
+
+@pytest.mark.parametrize("way", [name for name in WAYS_FP8 if not WAYS_FP8[name].is_direct])
+def test_what_lies_between_fp8_products_may_stay_float16(way: str) -> None:
+    weights = fp8_layer(3, 208, 144)
+    hidden, ids, gates = random_call(weights, 13, 2)
+    call = (hidden.half(), ids, gates)
+    found = run(call, weights, replace(WAYS_FP8[way], float16_act=True))
+    assert error(found, fp8_reference(call, weights, None)) < FP8_ROUNDING
+
+
+@pytest.mark.parametrize("way", WAYS_TWO_PARTS)
+def test_fp8_activations_of_two_parts_are_as_exact_as_bfloat16(way: str) -> None:
+    config = WAYS_TWO_PARTS[way]
+    weights = fp8_layer(3, 208, 144)
+    hidden, ids, gates = random_call(weights, 13, 2)
+    found = run((hidden.half(), ids, gates), weights, config)
+    assert error(found, experts_reference(hidden.half().double(), ids, gates, weights)) < 5e-3
+
+
+@pytest.mark.parametrize("way", WAYS_FP8)
+def test_fp8_with_a_scale_for_each_block(way: str) -> None:
+    weights = fp8_layer(3, 208, 144)  # ends in the middle of a block
+    hidden, ids, gates = random_call(weights, 13, 2)
+    call = (hidden.half(), ids, gates)
+    found = run(call, weights, WAYS_FP8[way])
+    assert error(found, fp8_reference(call, weights, 64)) < FP8_ROUNDING
+    whole = experts_reference(hidden.double(), ids, gates, weights)
+    assert error(found, whole) < 4e-2
+
+
+def test_fp8_config_must_fit_its_scales() -> None:
+    weights = fp8_layer(2, 128, 128)
+    call = random_call(weights, 3, 1)
+    config = ExpertsConfig(16, 0, False, Tile(32, 32, 4, 2), Tile(32, 64, 4, 2))
+    with pytest.raises(LeanMoeError, match="no more than the first's 32 columns"):
+        run(call, weights, config)
+    two = WAYS_TWO_PARTS["listed"]
+    for odd in ({"tail": 16}, {"gate_up": replace(WIDE, weights_left=False)}, {"parts": 3}):
+        with pytest.raises(LeanMoeError, match="must be 1, or 2 without a tail and with the wei"):
+            replace(two, **odd)
+    with pytest.raises(LeanMoeError, match="2 fp8 parts for other weights"):
+        run(random_call(random_layer(), 3, 1), random_layer(), two)
+    for many in (two, WAYS_FP8["direct"]):
+        with pytest.raises(LeanMoeError, match="float16_act true: it must be false where"):
+            replace(many, float16_act=True)
+    between = replace(WAYS["listed"], float16_act=True)
+    with pytest.raises(LeanMoeError, match="float16_act true for weights that are not fp8"):
+        run(random_call(random_layer(), 3, 1), random_layer(), between)
+    with pytest.raises(LeanMoeError, match="fp8 has pieces 2: it must be 1"):
+        run(call, weights, replace(WAYS_FP8["listed"], pieces=2))
+    shallow = ExpertsConfig(16, 0, False, Tile(32, 16, 4, 2), Tile(32, 32, 4, 2))
+    with pytest.raises(LeanMoeError, match="reads 16 columns a step"):
+        run(call, weights, shallow)
+
+
+@pytest.mark.parametrize("tokens", [3, 20, 600])
+def test_a_guess_is_exact_enough_for_fp8(tokens: int) -> None:
+    weights = fp8_layer(2, 128, 128)
+    hidden, ids, gates = random_call(weights, tokens, 1)
+    there = on_device(weights)
+    found = experts_gpu(hidden.to(DEVICE), ids.to(DEVICE), gates.to(DEVICE), there).cpu()
+    assert error(found, experts_reference(hidden.double(), ids, gates, weights)) < 4e-2
+
+
+def test_the_same_bits_every_time() -> None:
+    weights = random_layer()
+    call = random_call(weights, 16, 3)
+    for config in WAYS.values():
+        first = run(call, weights, config)
+        assert all(torch.equal(first, run(call, weights, config)) for _ in range(2))
+
+
+def test_a_work_list_made_before_is_used() -> None:
+    layer = random_layer()
+    weights, call = on_device(layer), random_call(layer, 20, 3)
+    hidden, ids, gates = (t.to(DEVICE) for t in call)
+    config = WAYS["listed"]
+    work = work_list_reference(ids, weights.experts, config.block_rows)
+    found = experts_gpu(hidden, ids, gates, weights, config=config, work=work)
+    assert error(found.cpu(), slot_by_slot(*call, layer)) < 1e-5
+    with pytest.raises(LeanMoeError, match="blocks of 16 rows: the config wants 32"):
+        experts_gpu(hidden, ids, gates, weights, config=WAYS["listed with a tail"], work=work)
+
+
+def test_pieces_must_fit() -> None:
+    with pytest.raises(LeanMoeError, match="pieces 0: it must be 1 or more"):
+        replace(WAYS["listed"], pieces=0)
+    for odd in (WAYS["direct"], WAYS_TWO_PARTS["listed"]):
+        with pytest.raises(LeanMoeError, match="1 where is_direct is true or parts is 2"):
+            replace(odd, pieces=2)
+
+
+def test_a_config_from_before_there_were_pieces_and_float16_between() -> None:
+    for config in (WAYS["listed with a tail"], WAYS["listed in pieces"]):
+        written = config.to_json()
+        assert ExpertsConfig.from_json(written, "config") == config
+        del written["pieces"], written["float16_act"]
+        assert ExpertsConfig.from_json(written, "config") == replace(config, pieces=1)
+
+
+def test_no_tokens() -> None:
+    weights = random_layer()
+    call = random_call(weights, 0, 3)
+    assert run(call, weights, WAYS["listed"]).shape == (0, weights.hidden)
+
+
+def test_says_what_it_cannot_do() -> None:
+    weights = random_layer()
+    assert why_not_gpu(replace(weights, gate=lambda x: x)) is not None
+    assert why_not_gpu(replace(weights, after=lambda x: x)) is not None
+    hidden, ids, gates = random_call(weights, 20, 3)
+    with pytest.raises(LeanMoeError, match="rows must be at least the tokens"):
+        run((hidden, ids, gates), weights, WAYS["direct"])
+    with pytest.raises(LeanMoeError, match="must be of one dtype"):
+        run((hidden.half(), ids, gates), weights, WAYS["listed"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_place_for_the_result_is_filled(way: str) -> None:
+    layer = on_device(random_layer())
+    call = [tensor.to(layer.gate_up.device) for tensor in random_call(layer, 5, 3)]
+    place = torch.full_like(call[0], float("nan"))
+    found = experts_gpu(*call, layer, config=WAYS[way], out=place)
+    assert found is place
+    assert torch.equal(place, experts_gpu(*call, layer, config=WAYS[way]))
+    for wrong in (place[:4], place.double(), place.T.contiguous().T):
+        with pytest.raises(LeanMoeError, match="place for the result"):
+            experts_gpu(*call, layer, out=wrong)

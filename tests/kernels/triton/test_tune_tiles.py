@@ -1,0 +1,240 @@
+"""The tuner without a GPU: what it tries, picks and writes; times are made up."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leanmoe.cli import main
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels.triton import tune_tiles
+from leanmoe.kernels.triton.config import ExpertsConfig, Tile
+from leanmoe.kernels.triton.search_tiles import tiles, ways
+from leanmoe.kernels.triton.tune_tiles import Tuner, random_call, random_weights
+from leanmoe.kernels.triton.tuned_tiles import SHIPPED, Shape, Tuned, config_for, file_name
+
+SMALL = Shape(8, 256, 128, 2, "float16")
+V3 = Shape(256, 7168, 2048, 8, "bfloat16")
+
+
+@pytest.fixture
+def pretending(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU that compiles nothing and times in order: later calls are faster."""
+    seen: list[str] = []
+
+    def time_calls(*_: Any, is_rough: bool = False) -> float:
+        seen.append("rough" if is_rough else "careful")
+        return 1000.0 - len(seen)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune_tiles, "time_calls", time_calls)
+    monkeypatch.setattr(tune_tiles, "_compile", lambda *_: None)
+    monkeypatch.setattr(tune_tiles, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
+    monkeypatch.setattr(tune_tiles, "random_weights", lambda shape: random_weights(shape, "cpu"))
+    monkeypatch.setattr(
+        tune_tiles, "random_call", lambda shape, size, seed: random_call(shape, size, seed, "cpu")
+    )
+    return seen
+
+
+def test_finds_a_config_for_every_number_of_tokens(pretending: list[str]) -> None:
+    stages: list[str] = []
+    tuner = Tuner([SMALL, SMALL], [4, 1, 1], lambda s, *_: stages.append(s))
+    for shape, found in tuner.tune():
+        assert shape == SMALL
+        assert [tokens for tokens, _, _ in found] == [1, 4]
+        for tokens, config, _ in found:
+            assert not config.is_direct or tokens <= config.rows
+    assert {"rough", "careful"} == set(pretending)
+    assert any(stage.startswith("compiling") for stage in stages)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_all_that_is_timed_was_compiled_ahead(
+    pretending: list[str], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """A program that was not is compiled while its turn to be timed has come: seconds for each."""
+    compiled: set[str] = set()
+    launched: set[str] = set()
+
+    def named(seen: set[str]) -> Any:
+        def run(_: Any, program: Any, __: Any, *___: Any, **options: Any) -> None:
+            seen.add(f"{program.__name__} {sorted(options.items())}")
+
+        return run
+
+    def compile_(shape: Shape, tokens: int, config: ExpertsConfig, product: str) -> None:
+        call = tune_tiles._call(
+            tune_tiles._Compiled, shape, tokens, config, random_weights(shape, "meta"), None, "meta"
+        )
+        work = () if config.is_direct else tune_tiles._empty_work()
+        (call.first_product if product == tune_tiles.FIRST else call.second_product)(*work)
+
+    def time_calls(calls: Any, **_: Any) -> float:
+        if getattr(calls[0], "func", None) is None:  # a product, not the whole op
+            calls[0]()
+        pretending.append("x")
+        return 1000.0 - len(pretending)
+
+    monkeypatch.setattr(tune_tiles, "_compile", compile_)
+    monkeypatch.setattr(tune_tiles, "time_calls", time_calls)
+    monkeypatch.setattr(tune_tiles._Compiled, "run", named(compiled))
+    monkeypatch.setattr(tune_tiles.ExpertsCall, "run", named(launched))
+    monkeypatch.setattr(tune_tiles, "error_of", lambda *_: 0.0)
+    shape = Shape(8, 512, 256, 2, dtype)
+    assert len(list(Tuner([shape], [1, 40, 700], lambda *_: None).tune())) == 1
+    assert launched
+    assert launched <= compiled
+
+
+def test_a_tile_that_fails_does_not_end_the_search(
+    pretending: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> float:
+        pretending.append("x")
+        if len(pretending) % 3 == 0:
+            raise RuntimeError("out of shared memory")
+        return float(len(pretending))
+
+    monkeypatch.setattr(tune_tiles, "time_calls", fails)
+    tuner = Tuner([SMALL], [1], lambda *_: None)
+    assert len(list(tuner.tune())) == 1
+    assert any("out of shared memory" in trial.get("failed", "") for trial in tuner.trials)
+
+
+@pytest.mark.usefixtures("pretending")
+def test_a_config_that_is_too_far_off_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tune_tiles.experts_gpu
+
+    def miscompiled(*call: Any, config: ExpertsConfig) -> torch.Tensor:
+        return right(*call, config=config) * (1.02 if config.is_joined else 1.0)
+
+    monkeypatch.setattr(tune_tiles, "experts_gpu", miscompiled)
+    tuner = Tuner([SMALL], [1], lambda *_: None)
+    ((_, [(_, config, _)]),) = list(tuner.tune())
+    assert not config.is_joined
+    ((_, [(_, config, _)]),) = list(Tuner([SMALL], [1], lambda *_: None, most_error=0.03).tune())
+    assert config.is_joined  # tried last, and later calls are faster
+    assert any(t.get("failed") == "2.0% off float64, 1.0% is the most" for t in tuner.trials)
+    monkeypatch.setattr(tune_tiles, "experts_gpu", lambda hidden, *_, **__: hidden * float("nan"))
+    with pytest.raises(LeanMoeError, match="nan% off float64"):
+        list(tuner.tune())
+
+
+@pytest.mark.usefixtures("pretending")
+def test_writes_a_file_that_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    command = ["kernels", "tune", "--shape", "8,256,128,2", "--dtype", "float16"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--tokens", "1,8", "-o", str(tmp_path), "--json"])
+    assert not stopped.value.code
+    printed = json.loads(capsys.readouterr().out)
+    path = tmp_path / file_name("Some GPU", SMALL)
+    assert [entry["file"] for entry in printed["written"]] == [str(path)]
+    tuned = Tuned.load(path)
+    assert tuned.shape == SMALL
+    assert tuned.nearest(5) == tuned.buckets[1][1]
+    assert tuned.nearest(500) == tuned.buckets[1][1]
+    assert tuned.provenance["commit"]
+
+
+def test_a_users_own_config_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = random_weights(SMALL, "cpu")
+    mine = ExpertsConfig(16, 0, False, Tile(32, 32), Tile(16, 64))
+    tuned = Tuned("interpreter", "", SMALL, ((64, mine),), {})
+    (tmp_path / file_name("interpreter", SMALL)).write_text(json.dumps(tuned.to_json()))
+    monkeypatch.setenv("LEANMOE_TUNED", str(tmp_path))
+    from leanmoe.kernels.triton import tuned_tiles as module
+
+    module._find.cache_clear()
+    assert config_for(weights, 3, 2) == mine
+    assert config_for(weights, 3, 1) == mine, "fewer slots: the nearest there is"
+    monkeypatch.delenv("LEANMOE_TUNED")
+    module._find.cache_clear()
+    assert config_for(weights, 3, 2) != mine
+
+
+def test_a_gpu_nobody_tuned_takes_the_tiles_of_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanmoe.kernels.triton import tuned_tiles as module
+
+    def keep(gpu: str, capability: str, slots: int) -> None:
+        shape = replace(SMALL, slots=slots)
+        found = Tuned(gpu, capability, shape, ((64, ExpertsConfig()),), {})
+        (tmp_path / file_name(gpu, shape)).write_text(json.dumps(found.to_json()))
+
+    keep("NVIDIA H200", "9.0", 2)
+    keep("NVIDIA A100", "8.0", 2)
+    monkeypatch.setenv("LEANMOE_TUNED", str(tmp_path))
+    module._find.cache_clear()
+    found = module._find("NVIDIA H100", "9.0", SMALL)
+    assert found is not None
+    assert found.gpu == "NVIDIA H200"
+    assert module._find("NVIDIA L4", "8.9", SMALL) is None
+    keep("NVIDIA H100", "9.0", 4)
+    module._find.cache_clear()
+    found = module._find("NVIDIA H100", "9.0", SMALL)
+    assert found is not None
+    assert (found.gpu, found.shape.slots) == ("NVIDIA H100", 4)
+    module._find.cache_clear()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 500, 4096])
+def test_what_is_tried_fits_the_machine(tokens: int) -> None:
+    for shape in (V3, Shape(256, 7168, 2048, 8, "float8_e4m3fn"), Shape(64, 256, 48, 8, "float32")):
+        for way in ways(shape, tokens):
+            assert not way.is_direct or way.rows >= tokens
+            for is_first in (True, False):
+                assert list(tiles(way, shape, is_first)), (shape, way)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda p: p.name)
+def test_shipped_files_are_whole(path: Path) -> None:
+    tuned = Tuned.load(path)
+    assert path.name == file_name(tuned.gpu, tuned.shape)
+    assert {"date", "commit", "versions", "microseconds"} <= set(tuned.provenance)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"leanmoe_kernels": 9}, "no tuned-kernels file of version 1"),
+        ({"buckets": []}, "ascending"),
+        ({"buckets": [{"tokens": 1}]}, "no tuned-kernels file"),
+        ({"shape": {"experts": 1}}, "no tuned-kernels file"),
+        ({"buckets": [{"tokens": 1, "config": {"rows": 16}}]}, "must have the fields"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(
+        json.dumps({**Tuned("g", "9.0", SMALL, ((1, ExpertsConfig()),), {}).to_json(), **change})
+    )
+    with pytest.raises(LeanMoeError, match=message):
+        Tuned.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rows", 24, "power of two"),
+        ("rows", 8, "power of two"),
+        ("tail", -1, "power of two"),
+        ("is_direct", 1, "must be bool"),
+        ("gate_up", {"columns": 3}, "must have the fields"),
+        ("down", {**Tile().__dict__, "warps": 3}, "power of two"),
+    ],
+)
+def test_a_bad_config_is_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(LeanMoeError, match=message):
+        ExpertsConfig.from_json({**ExpertsConfig().to_json(), field: value}, "config")

@@ -1,0 +1,144 @@
+"""The table against Transformers: each family's own router, its layers and its weights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from tests import tiny
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.families import FAMILIES, family_of
+from leanmoe.models.hf_config import Settings
+from leanmoe.models.shape import read_shape
+from leanmoe.plan import Rule
+from leanmoe.routing import route
+from leanmoe.runtime import MoELayer, find_layers, shape_of
+
+HERE = sorted(name for name in FAMILIES if name in CONFIG_MAPPING)
+RUNNABLE = [name for name in HERE if FAMILIES[name].not_runnable is None]
+
+
+def logits_of(output: Any) -> Tensor:
+    """A router's logits; Granite's came after its ids and weights before Transformers 5.23."""
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if output[0].is_floating_point() else output[-1]
+
+
+def routed(model: Any, dtype: torch.dtype) -> list[tuple[MoELayer, Tensor, Tensor, Tensor]]:
+    """Each MoE layer with its router's logits, and the ids and weights its experts were given."""
+    seen = []
+    generator = torch.Generator().manual_seed(5)
+    for layer in find_layers(model):
+        logits: list[Tensor] = []
+        given: list[Tensor] = []
+        hooks = (
+            layer.router.register_forward_hook(
+                lambda _module, _inputs, output, logits=logits: logits.append(logits_of(output))
+            ),
+            layer.experts.register_forward_pre_hook(
+                lambda _module, inputs, given=given: given.extend(inputs)
+            ),
+        )
+        hidden_BTD = torch.randn(1, 64, shape_of(model).hidden, generator=generator)
+        with torch.inference_mode():
+            layer.block(hidden_BTD.to(dtype))
+        for hook in hooks:
+            hook.remove()
+        _hidden_TD, ids_TK, weights_TK = given
+        seen.append((layer, logits[0].flatten(0, -2), ids_TK, weights_TK))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", RUNNABLE)
+def test_router_is_the_familys_own_bit_for_bit(family: str, dtype: torch.dtype) -> None:
+    if family == "aria_text" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("its router is a plain linear layer in this Transformers")
+    model = tiny.build(family, dtype)
+    shape = shape_of(model)
+    for layer, logits_TE, ids_TK, weights_TK in routed(model, dtype):
+        bias_E = layer.ranking_bias(shape.router)
+        found = route(logits_TE, shape.router, shape.top_k, Rule(), bias_E)
+        assert torch.equal(found.ids_STK, ids_TK)
+        assert torch.equal(found.weights_STK.to(weights_TK.dtype), weights_TK)
+
+
+@pytest.mark.parametrize("family", HERE)
+def test_layers_and_weights_are_those_transformers_builds(family: str) -> None:
+    model = tiny.build(family, device="meta")
+    shape = shape_of(model)
+    owners = [
+        re.search(r"layers\.(\d+)\..*(?<!shared_)experts\.", name)
+        for name, _ in model.named_parameters()
+    ]
+    assert shape.moe_layers == tuple(sorted({int(owner[1]) for owner in owners if owner}))
+    tensors = dict(model.named_parameters())
+    if shape.router.ranking_bias:
+        tensors |= {
+            name: tensor
+            for name, tensor in model.named_buffers()
+            if name.endswith(shape.router.ranking_bias)
+        }
+    head = 0 if model.get_output_embeddings() is not None else shape.parameters.head
+    assert shape.total_parameters() - head == sum(t.numel() for t in tensors.values())
+
+
+@pytest.mark.parametrize("family", HERE)
+def test_what_a_config_leaves_out_is_what_transformers_assumes(family: str) -> None:
+    """A config.json of sizes alone, against the same with every default written out."""
+    kind = CONFIG_MAPPING[family]
+    sizes: dict[str, Any] = {
+        name: value
+        for name, value in tiny.settings(family).items()
+        if name in tiny.SIZES and name not in ("n_group", "topk_group")
+    } | tiny.NEEDED.get(family, {})
+    told = {"model_type": family, **sizes}
+    written_out = kind(**sizes).to_dict()
+    assert read_shape(told) == read_shape(written_out)
+
+
+def test_unknown_family_names_near_and_known_ones() -> None:
+    with pytest.raises(LeanMoeError, match=r"'deepseek_v9' is not .* did you mean .*deepseek_v3"):
+        family_of("deepseek_v9")
+    with pytest.raises(LeanMoeError, match=r"known are afmoe, .* qwen3_next"):
+        family_of("llama")
+    with pytest.raises(LeanMoeError, match="has no model_type"):
+        family_of(None)
+
+
+def test_every_name_asked_for_is_there() -> None:
+    asked = (
+        "deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 qwen2_moe qwen3_moe qwen3_next olmoe mixtral "
+        "gpt_oss glm4_moe ernie4_5_moe minimax minimax_m2 granitemoe granitemoeshared "
+        "granitemoehybrid"
+    )
+    assert set(asked.split()) <= set(FAMILIES)
+
+
+def test_a_family_that_cannot_run_gives_no_fingerprint() -> None:
+    shape = read_shape(CONFIG_MAPPING["phimoe"]().to_dict())
+    assert shape.total_parameters() > 0
+    with pytest.raises(LeanMoeError, match="no plan can run on phimoe: its router"):
+        shape.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("routed_scaling_factor", "2", r"routed_scaling_factor is '2': it must be a number"),
+        ("norm_topk_prob", 1, r"norm_topk_prob is 1: it must be true or false"),
+        ("n_group", 0, r"n_group is 0: it must be a whole number, 1 or more"),
+    ],
+)
+def test_router_settings_are_validated(name: str, value: object, message: str) -> None:
+    family = family_of("deepseek_v3")
+    with pytest.raises(LeanMoeError, match=message):
+        family.router(Settings({name: value}, family.defaults))

@@ -1,0 +1,114 @@
+"""The packaged model: as promised, within its limits, and one whose experts matter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from reference_model.architecture import ModelSettings, correction_bias, routers
+from reference_model.scoring import Row, Scorer
+from transformers import AutoModelForCausalLM
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models import reference
+
+MOST_BYTES = 36_000_000
+MOST_SHARD_BYTES = 15_000_000
+PROSE = (
+    "The old man put down his cup and looked out of the window. It had been raining since the "
+    "morning, and the road to the village was covered with water. He thought of his daughter, who "
+    "had promised to come home before the end of the week, and of the letter that he had not yet "
+    "found the courage to write. At last he rose, took his hat from the wall, and went out into "
+    "the garden to see what the storm had left of his roses."
+)
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    return Scorer(reference.path(), "cpu")
+
+
+def test_sizes_are_within_the_limits() -> None:
+    files = [file for file in reference.path().iterdir() if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= MOST_BYTES
+    shards = [file for file in files if file.suffix == ".safetensors"]
+    assert shards
+    assert all(shard.stat().st_size <= MOST_SHARD_BYTES for shard in shards)
+
+
+def test_the_config_is_as_promised() -> None:
+    config = json.loads((reference.path() / "config.json").read_text())
+    promised = ModelSettings().to_config().to_dict()
+    for key in set(promised) - {"dtype", "architectures", "transformers_version"}:
+        # Some keys come and go with Transformers' version; those of the architecture do not.
+        assert key not in config or config[key] == promised[key], key
+    for key, value in {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "n_group": 8,
+        "topk_group": 4,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 7,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "dtype": "bfloat16",
+    }.items():
+        assert config[key] == value, key
+
+
+def test_it_loads_without_missing_or_unexpected_weights() -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        reference.path(), dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for gate in routers(model):
+        assert correction_bias(gate).dtype == torch.float32
+        assert correction_bias(gate).abs().max() > 0
+
+
+def test_fewer_experts_cost_and_all_are_back_afterwards(scorer: Scorer) -> None:
+    row = Row((scorer.start_id, *scorer.encode(PROSE)))
+    assert scorer.bytes_per_id[list(row.ids[1:])].sum() == len(PROSE.encode())
+
+    def nats_per_token() -> float:
+        return scorer.score([row], "prose")[0].nll / (len(row.ids) - 1)
+
+    full = nats_per_token()
+    with scorer.uniform_k(2):
+        pair = nats_per_token()
+    with scorer.uniform_k(8):
+        assert nats_per_token() == full
+    assert full < 3.6
+    assert pair > full + 0.5
+    with pytest.raises(LeanMoeError, match="k is 9"), scorer.uniform_k(9):
+        pass
+
+
+def test_padding_changes_nothing_and_is_not_counted(scorer: Scorer) -> None:
+    ids = [scorer.start_id, *scorer.encode(PROSE)]
+    rows = [Row(tuple(ids)), Row(tuple(ids[:20])), Row(tuple(ids[:40]), first=30)]
+    with scorer.counting_experts() as counts_LE:
+        together = scorer.score(rows, "together")
+    apart = [scorer.score([row], "apart")[0] for row in rows]
+    for mine, other in zip(together, apart, strict=True):
+        assert mine.nll == pytest.approx(other.nll, rel=0.02)
+    assert (counts_LE.sum(dim=1) == 8 * sum(len(row.ids) - 1 for row in rows)).all()
+
+
+def test_path_needs_no_torch_and_names_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import sys, leanmoe.models.reference as r; r.path(); "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setattr(reference.resources, "files", lambda _name: tmp_path)
+    with pytest.raises(LeanMoeError, match=r"lacks config\.json, tokenizer\.json"):
+        reference.path()

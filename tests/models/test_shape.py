@@ -1,0 +1,311 @@
+"""Shapes from config.json alone: published sizes, distinct experts, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.published import MODELS
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.shape import distinct_grouped, distinct_uniform, read_shape
+
+DEEPSEEK = MODELS["deepseek-ai/DeepSeek-V3"].config
+QWEN3 = MODELS["Qwen/Qwen3-30B-A3B"].config
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_the_makers_state(name: str) -> None:
+    published = MODELS[name]
+    shape = read_shape(published.config)
+    assert shape.total_parameters() / 1e9 == pytest.approx(published.total, rel=0.015)
+    if published.active is not None:
+        active = shape.active_parameters()
+        if not published.counts_embedding:
+            active -= shape.parameters.embedding
+        assert active / 1e9 == pytest.approx(published.active, rel=0.03)
+
+
+def test_deepseek_v3() -> None:
+    shape = read_shape(DEEPSEEK)
+    assert shape.expert_width == 2048  # not the dense layers' 18432
+    assert shape.dense_width == 18432
+    assert shape.moe_layers == tuple(range(3, 61))
+    assert (shape.experts, shape.top_k, shape.shared_experts) == (256, 8, 1)
+    assert (shape.router.groups, shape.router.groups_used) == (8, 4)
+    assert shape.router.scoring == "sigmoid"
+    assert shape.expert_parameters == 3 * 7168 * 2048
+    assert shape.expert_bytes == shape.expert_parameters * (1 + 4 / 128**2)  # fp8, block scales
+    assert shape.fingerprint().moe_layers == 58
+    assert shape.fingerprint().architecture == "DeepseekV3ForCausalLM"
+
+
+def test_gpt_oss_stores_experts_alone_in_four_bits() -> None:
+    shape = read_shape(MODELS["openai/gpt-oss-120b"].config)
+    assert shape.weight_bytes == pytest.approx(4.25 / 8)
+    assert shape.storage.other_bytes == 2.0
+    assert shape.decode_bytes(128) == pytest.approx(65.2e9, rel=0.05)  # the checkpoint's size
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "name", "stored", "other"),
+    [
+        (None, "bfloat16", 2.0, 2.0),
+        ({"quant_method": "fp8"}, "fp8", 1.0, 1.0),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "int4", 0.515625, 0.515625),
+        ({"quant_method": "awq", "bits": 4, "group_size": -1}, "int4", 0.5, 0.5),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8", 1.0, 1.0),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "ignore": ["re:.*self_attn.*", "lm_head"],
+                "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}},
+            },
+            "int4",
+            0.5625,
+            2.0,
+        ),
+        ({"quant_method": "new"}, "bfloat16 (as if: new is not known)", 2.0, 2.0),
+    ],
+)
+def test_bytes_of_stored_weights(quantisation: Any, name: str, stored: float, other: float) -> None:
+    shape = read_shape({**QWEN3, "quantization_config": quantisation})
+    assert shape.storage.name == name
+    assert shape.storage.expert_bytes == stored
+    assert shape.storage.other_bytes == other
+
+
+def test_decode_bytes_grow_with_distinct_experts_and_leave_out_the_embedding() -> None:
+    shape = read_shape(QWEN3)
+    every = shape.decode_bytes(shape.experts)
+    assert every == 2 * (shape.total_parameters() - shape.parameters.embedding)
+    assert every - shape.decode_bytes(shape.experts - 1) == 48 * shape.expert_bytes
+    tied = read_shape({**QWEN3, "tie_word_embeddings": True})
+    assert tied.decode_bytes(1) == shape.decode_bytes(1)  # the table is read as the head
+
+
+@pytest.mark.parametrize(
+    ("changes", "moe_layers"),
+    [
+        ({"decoder_sparse_step": 2}, (1, 3, 5)),
+        ({"mlp_only_layers": [0, 5]}, (1, 2, 3, 4)),
+        ({"mlp_layer_types": ["dense", "sparse"] * 3}, (1, 3, 5)),
+        ({"moe_layer_freq": [0, 1, 1, 0, 0, 1]}, (1, 2, 5)),
+        ({"first_k_dense_replace": 4}, (4, 5)),
+        ({"moe_layer_start_index": 1, "moe_layer_end_index": 3}, (1, 2, 3)),
+    ],
+)
+def test_which_layers_have_experts(changes: dict[str, Any], moe_layers: tuple[int, ...]) -> None:
+    assert read_shape({**QWEN3, "num_hidden_layers": 6, **changes}).moe_layers == moe_layers
+
+
+def test_a_multimodal_models_language_part_is_read() -> None:
+    text = {**QWEN3, "model_type": "qwen3_vl_moe_text"}
+    del text["architectures"], text["tie_word_embeddings"]
+    outer = {
+        "model_type": "qwen3_vl_moe",
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": {"hidden_size": 1152},
+    }
+    shape = read_shape(outer)
+    assert shape.architecture == "Qwen3VLMoeForConditionalGeneration"
+    assert shape.total_parameters() == read_shape(QWEN3).total_parameters()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing: it must be a whole number, 1 or more"),
+        ({"hidden_size": "2048"}, "hidden_size is '2048': it must be a whole number"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1: it must be a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"moe_intermediate_size": 0.5}, r"moe_intermediate_size is 0\.5"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0: it must be a whole number, 1"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok is 129: it must be at most 128"),
+        ({"num_experts_per_tok": None}, r"num_experts_per_tok \(or .*\) is missing"),
+        ({"num_experts": 0}, "num_experts 0 is not a mixture-of-experts model"),
+        ({"num_experts": None}, "num_experts None is not a mixture-of-experts model"),
+        ({"num_experts": [8, 8]}, r"num_experts is \[8, 8\]: it must be a whole number"),
+        ({"mlp_only_layers": "none"}, "mlp_only_layers is 'none': it must be a list"),
+        ({"mlp_only_layers": list(range(48))}, "no decoder layer has routed experts"),
+        ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types is .* one for each of 48 layers"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no': it must be true or false"),
+        ({"model_type": "llama"}, "model_type 'llama' is not a known mixture-of-experts family"),
+        ({"model_type": "llama", "num_experts": None}, "'llama' has no routed experts"),
+        ({"model_type": ["x"]}, r"model_type \['x'\] is not a known"),
+        ({"quantization_config": 4}, "quantization_config is 4: it must be an object"),
+    ],
+)
+def test_values_out_of_range_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LeanMoeError, match=message):
+        read_shape({**QWEN3, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_group": 7}, "4 of 7 groups .* of 256 experts is not possible"),
+        ({"topk_group": 9}, "9 of 8 groups"),
+        ({"num_experts_per_tok": 40, "topk_group": 1}, "it must be at most 32, the experts of 1"),
+        ({"routed_scaling_factor": 0}, "routed_scaling_factor is 0: it must be a number above 0"),
+        ({"topk_method": "noaux_tc", "model_type": "deepseek_v2"}, "topk_method is 'noaux_tc'"),
+    ],
+)
+def test_impossible_routing_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LeanMoeError, match=message):
+        read_shape({**DEEPSEEK, **changes})
+
+
+def test_folders_and_files(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(QWEN3))
+    assert read_shape(tmp_path) == read_shape(str(file)) == read_shape(QWEN3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ("{}", "None has no routed experts in its config"),
+        (None, "has no config.json: it is not a model's folder"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(LeanMoeError, match=message):
+        read_shape(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "./none/here", "nonsense", "", "a/b.json"])
+def test_what_is_neither_file_nor_hub_name(source: str) -> None:
+    with pytest.raises(LeanMoeError, match=r"does not exist: give a folder, a config\.json"):
+        read_shape(source)
+
+
+def test_hub_names_stay_off_the_network_where_it_is_forbidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(LeanMoeError, match="not in the local cache, and HF_HUB_OFFLINE forbids"):
+        read_shape("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("offline", "message"),
+    [
+        (False, r"could not be fetched: 404 for nobody/nothing$"),
+        (True, r"and https://\S+ cannot be reached to look for it$"),
+    ],
+)
+def test_hub_failures_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    offline: bool,
+    message: str,
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(name: str, _file: str, local_files_only: bool = False) -> str:
+        if not local_files_only:
+            logger.warning("Retrying in 8s")
+        if local_files_only or offline:
+            raise LocalEntryNotFoundError("not cached")
+        raise OSError(f"404 for {name}\nand more lines")
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    level, shown = logger.getEffectiveLevel(), MemoryHandler(100)
+    monkeypatch.setattr(logger, "handlers", [shown])
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    with pytest.raises(LeanMoeError, match=message):
+        read_shape("nobody/nothing")
+    assert "fetching config.json of nobody/nothing from https://" in capsys.readouterr().err
+    assert not shown.buffer  # the client's lines about each try
+    assert logger.getEffectiveLevel() == level
+
+
+def test_the_reference_model_is_read_by_name() -> None:
+    shape = read_shape("reference")
+    assert shape.model_type == "deepseek_v3"
+    assert (shape.experts, shape.top_k) == (64, 8)
+    assert (shape.router.groups, shape.router.groups_used) == (8, 4)
+
+
+def choose_grouped(
+    random: np.random.Generator, tokens: int, experts: int, top_k: int, groups: int, used: int
+) -> np.ndarray:
+    """Experts [T,K] of tokens that pick groups, then experts of those groups, all alike."""
+    size = experts // groups
+    chosen = []
+    for _ in range(tokens):
+        allowed = random.permutation(groups)[:used]
+        reachable = (allowed[:, None] * size + np.arange(size)).ravel()
+        chosen.append(random.permutation(reachable)[:top_k])
+    return np.stack(chosen)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize(("groups", "used"), [(1, 1), (8, 4), (8, 2)])
+def test_distinct_experts_against_simulation(tokens: int, groups: int, used: int) -> None:
+    """Group limits alone leave the uniform formula exact: a token's chances stay k/E."""
+    random = np.random.default_rng(0)
+    steps = 1500
+    counts = [
+        len(np.unique(choose_grouped(random, tokens, 64, 8, groups, used))) for _ in range(steps)
+    ]
+    error = np.std(counts) / np.sqrt(steps)
+    assert np.mean(counts) == pytest.approx(distinct_uniform(64, 8, tokens), abs=4 * error + 1e-9)
+
+
+def test_distinct_experts_when_tokens_agree_on_groups() -> None:
+    random = np.random.default_rng(0)
+    counts = []
+    for _ in range(1500):
+        tokens = [random.permutation(32)[:8] for _ in range(8)]  # 4 of 8 groups of 64 experts
+        counts.append(len(np.unique(tokens)))
+    assert np.mean(counts) == pytest.approx(distinct_grouped(64, 8, 8, 8, 4), rel=0.01)
+
+
+def test_distinct_experts_near_what_was_measured() -> None:
+    """A DeepSeek-V3 layer at 32 tokens woke 162 of its 256 experts."""
+    assert distinct_uniform(256, 8, 32) == pytest.approx(162, rel=0.01)
+
+
+@given(
+    experts=st.integers(1, 512),
+    share=st.floats(0, 1),
+    tokens=st.integers(0, 4096),
+)
+def test_distinct_experts_stay_in_range(experts: int, share: float, tokens: int) -> None:
+    top_k = max(1, round(share * experts))
+    found = distinct_uniform(experts, top_k, tokens)
+    assert 0 <= found <= min(experts, top_k * tokens) + 1e-6
+    assert found <= distinct_uniform(experts, top_k, tokens + 1) + 1e-9
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 64))
+def test_agreement_wakes_no_more_than_independence(size: int, used: int, tokens: int) -> None:
+    experts, top_k = 8 * size, size
+    agreed = distinct_grouped(experts, top_k, tokens, 8, used)
+    assert agreed <= distinct_uniform(experts, top_k, tokens) + 1e-9
+
+
+@pytest.mark.parametrize(("groups", "used", "top_k"), [(7, 1, 1), (8, 9, 1), (8, 0, 1), (8, 1, 9)])
+def test_impossible_groups(groups: int, used: int, top_k: int) -> None:
+    with pytest.raises(LeanMoeError, match=r"not possible|is above"):
+        distinct_grouped(64, top_k, 4, groups, used)

@@ -1,0 +1,378 @@
+"""Plans: what is written is read back, and whatever a model cannot honour is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.plan import Band, Fingerprint, Plan, Rule
+
+MODEL = Fingerprint("DeepseekV3ForCausalLM", layers=3, moe_layers=2, experts=16, top_k=4)
+PLAN = Plan(
+    MODEL,
+    (
+        Band(4, (Rule(top_k=3), Rule(threshold=0.25, top_p=0.9))),
+        Band(None, (Rule(), Rule(guaranteed=2, budget=9, experts=(0, 3, 5, *range(7, 16))))),
+    ),
+    prompt=(Rule(top_k=0), Rule(top_k=1)),
+    provenance={"date": "2026-01-01", "documents": 12},
+)
+SHARES = st.floats(0, 1, exclude_min=True)
+
+
+def rules(fewest: int = 1) -> st.SearchStrategy[Rule]:
+    """Any rule that the model can honour."""
+    return st.builds(
+        Rule,
+        top_k=st.none() | st.integers(fewest, MODEL.top_k),
+        threshold=st.none() | SHARES,
+        top_p=st.none() | SHARES,
+        guaranteed=st.none() | st.just(1),
+        budget=st.none() | st.integers(1, MODEL.top_k),
+        budget_per_rank=st.none() | st.integers(1, MODEL.top_k),
+        experts=st.none()
+        | st.sets(st.integers(0, MODEL.experts - 1), min_size=MODEL.top_k).map(tuple),
+    )
+
+
+def layers_of_rules(fewest: int = 1) -> st.SearchStrategy[tuple[Rule, ...]]:
+    return st.lists(rules(fewest), min_size=MODEL.moe_layers, max_size=MODEL.moe_layers).map(tuple)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Any plan for the model: bands in order, the last one perhaps without an end."""
+    ends: list[int | None] = sorted(draw(st.sets(st.integers(1, 4096), max_size=4)))  # type: ignore[assignment]
+    if draw(st.booleans()):
+        ends.append(None)
+    bands = tuple(Band(end, draw(layers_of_rules())) for end in ends)
+    prompt = draw(st.just(()) | layers_of_rules(fewest=0))
+    return Plan(MODEL, bands, prompt, draw(st.dictionaries(st.text(), st.integers())))
+
+
+@given(plans())
+def test_json_gives_the_plan_back(plan: Plan) -> None:
+    plan.check(MODEL)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_files_give_the_plan_back(tmp_path: Path) -> None:
+    PLAN.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == PLAN
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_json_holds_only_what_is_set() -> None:
+    assert PLAN.to_json() == {
+        "leanmoe_plan": 1,
+        "model": {
+            "architecture": "DeepseekV3ForCausalLM",
+            "layers": 3,
+            "moe_layers": 2,
+            "experts": 16,
+            "top_k": 4,
+        },
+        "bands": [
+            {"up_to": 4, "rules": [{"top_k": 3}, {"threshold": 0.25, "top_p": 0.9}]},
+            {
+                "up_to": None,
+                "rules": [
+                    {},
+                    {"guaranteed": 2, "budget": 9, "experts": [0, 3, 5, *range(7, 16)]},
+                ],
+            },
+        ],
+        "prompt": [{"top_k": 0}, {"top_k": 1}],
+        "provenance": {"date": "2026-01-01", "documents": 12},
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Rule(top_k=0), r"top_k is 0: it must be 1 to 4 \(the model was trained with 4\)"),
+        (Rule(top_k=5), r"top_k is 5: it must be 1 to 4 \(the model was trained with 4\)"),
+        (Rule(top_k=-1), "top_k is -1"),
+        (Rule(top_k=2.5), r"top_k is 2\.5: it must be a whole number"),  # type: ignore[arg-type]
+        (Rule(top_k=True), "top_k is True: it must be a whole number"),
+        (Rule(top_k=3, experts=(1, 2)), r"top_k is 3: it must be 1 to 2 \(2 experts remain\)"),
+        (Rule(threshold=0.0), r"threshold is 0\.0: it must be above 0 and at most 1"),
+        (Rule(threshold=1.01), r"threshold is 1\.01"),
+        (Rule(threshold=float("nan")), "threshold is nan"),
+        (Rule(threshold="0.5"), "threshold is '0.5': it must be a number"),  # type: ignore[arg-type]
+        (Rule(top_p=0), "top_p is 0: it must be above 0"),
+        (Rule(top_p=float("inf")), "top_p is inf"),
+        (Rule(guaranteed=0), "guaranteed is 0: it must be 1 to 4"),
+        (Rule(guaranteed=5), "guaranteed is 5: it must be 1 to 4"),
+        (Rule(guaranteed=3, top_k=2), "guaranteed is 3: it must be 1 to 2"),
+        (Rule(budget=0), "budget is 0: it must be 1 to 16"),
+        (Rule(budget=17), "budget is 17: it must be 1 to 16"),
+        (Rule(budget=3, experts=(1, 2)), "budget is 3: it must be 1 to 2"),
+        (Rule(budget_per_rank=0), "budget_per_rank is 0: it must be 1 to 16"),
+        (Rule(budget_per_rank=3, experts=(1, 2)), "budget_per_rank is 3: it must be 1 to 2"),
+        (Rule(budget_per_rank=True), "budget_per_rank is True: it must be a whole number"),
+        (Rule(experts=()), "experts is empty: at least one expert must remain"),
+        (Rule(experts=(), top_k=2), "experts is empty"),
+        (Rule(experts=(3, 3)), "experts names an expert twice"),
+        (Rule(experts=(3, 16)), "experts names 16: it must be 0 to 15"),
+        (Rule(experts=(-1,)), "experts names -1: it must be 0 to 15"),
+    ],
+)
+def test_rules_out_of_range_are_named(rule: Rule, message: str) -> None:
+    with pytest.raises(LeanMoeError, match=message):
+        rule.check(MODEL)
+
+
+def test_where_a_rule_stands_is_named() -> None:
+    plan = Plan(MODEL, (Band(2, (Rule(), Rule())), Band(None, (Rule(), Rule(top_k=9)))))
+    with pytest.raises(LeanMoeError, match=r"bands\[1\]\.rules\[1\]\.top_k is 9"):
+        plan.check(MODEL)
+    with pytest.raises(LeanMoeError, match=r"prompt\[0\]\.budget is 99"):
+        Plan(MODEL, prompt=(Rule(budget=99), Rule())).check(MODEL)
+
+
+def test_more_experts_than_trained_only_where_asked_for() -> None:
+    plan = Plan.uniform(MODEL, Rule(top_k=16, guaranteed=5))
+    with pytest.raises(LeanMoeError, match="top_k is 16"):
+        plan.check(MODEL)
+    plan.check(MODEL, more_experts=True)
+    with pytest.raises(LeanMoeError, match=r"top_k is 17: it must be 1 to 16 \(16 experts remain"):
+        Plan.uniform(MODEL, Rule(top_k=17)).check(MODEL, more_experts=True)
+
+
+def test_no_expert_at_all_is_for_prompt_tokens_only() -> None:
+    Plan(MODEL, prompt=(Rule(top_k=0),) * 2).check(MODEL)
+    with pytest.raises(LeanMoeError, match="top_k is 0"):
+        Plan.uniform(MODEL, Rule(top_k=0)).check(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architecture", "Qwen3MoeForCausalLM"),
+        ("layers", 4),
+        ("moe_layers", 3),
+        ("experts", 17),
+        ("top_k", 5),
+    ],
+)
+def test_another_models_plan_is_refused_by_name(field: str, value: Any) -> None:
+    other = replace(MODEL, **{field: value})
+    with pytest.raises(LeanMoeError, match=f"made for another model: its {field} is .* {value}$"):
+        PLAN.check(other)
+
+
+@pytest.mark.parametrize(
+    ("bands", "message"),
+    [
+        ([(None, 2), (8, 2)], r"bands\[0\]\.up_to is null: only the last band"),
+        ([(8, 2), (8, 2)], r"bands\[1\]\.up_to is 8: it must be above 8"),
+        ([(8, 2), (4, 2)], r"bands\[1\]\.up_to is 4: it must be above 8"),
+        ([(0, 2)], r"bands\[0\]\.up_to is 0: it must be above 0"),
+        ([(-3, 2)], r"bands\[0\]\.up_to is -3"),
+        ([(8, 1)], r"bands\[0\] has 1 rules: the model has 2 MoE layers"),
+        ([(8, 0)], r"bands\[0\] has 0 rules"),
+    ],
+)
+def test_bands_out_of_order_or_short(bands: list[tuple[int | None, int]], message: str) -> None:
+    plan = Plan(MODEL, tuple(Band(end, (Rule(),) * count) for end, count in bands))
+    with pytest.raises(LeanMoeError, match=message):
+        plan.check(MODEL)
+
+
+def test_too_few_prompt_rules() -> None:
+    with pytest.raises(LeanMoeError, match="prompt has 1 rules: the model has 2 MoE layers"):
+        Plan(MODEL, prompt=(Rule(),)).check(MODEL)
+
+
+def test_a_step_falls_into_the_first_band_that_holds_it() -> None:
+    small, large = (Rule(top_k=1),) * 2, (Rule(top_k=2),) * 2
+    plan = Plan(MODEL, (Band(4, small), Band(32, large)))
+    assert [plan.rules_for(tokens) for tokens in (1, 4)] == [small, small]
+    assert [plan.rules_for(tokens) for tokens in (5, 32)] == [large, large]
+    assert plan.band_for(33) is None
+    assert plan.rules_for(33) == (Rule(), Rule())
+    assert Plan.per_layer(MODEL, small).rules_for(10**9) == small
+
+
+@given(plans(), st.integers(1, 5000))
+def test_every_step_has_one_rule_a_layer(plan: Plan, tokens: int) -> None:
+    assert len(plan.rules_for(tokens)) == MODEL.moe_layers
+    band = plan.band_for(tokens)
+    if band is not None and band.up_to is not None:
+        assert tokens <= band.up_to
+
+
+def test_what_counts_as_empty() -> None:
+    assert Rule().is_empty
+    assert not Rule(experts=(0,)).is_empty
+    assert Plan(MODEL).is_empty
+    assert Plan.uniform(MODEL, Rule()).is_empty
+    assert not Plan(MODEL, prompt=(Rule(), Rule(top_k=1))).is_empty
+    assert not PLAN.is_empty
+
+
+@pytest.mark.parametrize(
+    ("rule", "depends"),
+    [
+        (Rule(top_k=2, threshold=0.5, top_p=0.5), False),
+        (Rule(guaranteed=1), True),
+        (Rule(budget=1), True),
+        (Rule(budget_per_rank=1), True),
+    ],
+)
+def test_which_rules_depend_on_other_tokens(rule: Rule, depends: bool) -> None:
+    assert rule.depends_on_company is depends
+
+
+@pytest.mark.parametrize(
+    ("rule", "on_one"),
+    [
+        (Rule(budget_per_rank=3), Rule(budget=3)),
+        (Rule(budget=5, budget_per_rank=3, top_k=2), Rule(budget=3, top_k=2)),
+        (Rule(budget=2, budget_per_rank=3), Rule(budget=2)),
+        (Rule(budget=2, guaranteed=1), Rule(budget=2, guaranteed=1)),
+        (Rule(), Rule()),
+    ],
+)
+def test_on_one_rank_a_budget_per_rank_is_a_budget(rule: Rule, on_one: Rule) -> None:
+    assert rule.on(1) == on_one
+    assert rule.on(2) is rule
+    assert Plan.uniform(MODEL, rule).has_budget_per_rank == (rule.budget_per_rank is not None)
+
+
+def changed(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
+    """The plan's JSON with one value changed; `...` removes it."""
+    plan: dict[str, Any] = json.loads(json.dumps(PLAN.to_json()))
+    place: Any = plan
+    for step in path[:-1]:
+        place = place[step]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return plan
+
+
+FIRST_RULE = ("bands", 0, "rules", 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("leanmoe_plan",), 2, "schema version 2: this leanmoe reads 1"),
+        (("leanmoe_plan",), ..., "schema version None"),
+        (("extra",), 1, "plan has an unknown field 'extra': allowed are bands, "),
+        (("model",), ..., "plan.model is None: it must be an object"),
+        (("model", "experts"), ..., r"plan\.model\.experts is missing: it must be a whole number"),
+        (("model", "experts"), "16", r"plan\.model\.experts is '16': it must be a whole number"),
+        (("model", "architecture"), 3, r"plan\.model\.architecture is 3: it must be a name"),
+        (("model", "heads"), 3, r"plan\.model has an unknown field 'heads'"),
+        (("bands",), ..., r"plan\.bands is None: it must be a list of bands"),
+        (("bands",), {}, r"plan\.bands is {}: it must be a list"),
+        (("bands", 0), [], r"bands\[0\] is \[\]: it must be an object"),
+        (("bands", 0, "up_to"), "4", r"bands\[0\]\.up_to is '4': it must be a number of tokens"),
+        (("bands", 0, "up_to"), 4.5, r"bands\[0\]\.up_to is 4\.5"),
+        (("bands", 0, "rules"), ..., r"bands\[0\]\.rules is None: it must be a list of rules"),
+        (("bands", 1, "rules", 0), 5, r"bands\[1\]\.rules\[0\] is 5: it must be an object"),
+        ((*FIRST_RULE, "topk"), 3, r"bands\[0\]\.rules\[0\] has an unknown field 'topk'"),
+        ((*FIRST_RULE, "top_k"), 3.0, r"rules\[0\]\.top_k is 3\.0: it must be a whole number"),
+        ((*FIRST_RULE, "top_k"), True, r"rules\[0\]\.top_k is True"),
+        ((*FIRST_RULE, "top_k"), 17, r"rules\[0\]\.top_k is 17: it must be 1 to 16"),
+        ((*FIRST_RULE, "budget_per_rank"), 2.0, r"budget_per_rank is 2\.0: it must be a whole"),
+        ((*FIRST_RULE, "threshold"), "a", r"threshold is 'a': it must be a number"),
+        ((*FIRST_RULE, "experts"), "all", r"experts is 'all': it must be a list of expert ids"),
+        ((*FIRST_RULE, "experts"), [0, 1.5], r"experts is 1\.5: it must be a list of expert ids"),
+        (("prompt",), {}, r"plan\.prompt is {}: it must be a list of rules"),
+        (("prompt", 0, "top_k"), -1, r"prompt\[0\]\.top_k is -1: it must be 0 to 16"),
+        (("provenance",), [], r"plan\.provenance is \[\]: it must be an object"),
+    ],
+)
+def test_malformed_plans_are_named(path: tuple[str | int, ...], value: Any, message: str) -> None:
+    with pytest.raises(LeanMoeError, match=message):
+        Plan.from_json(changed(path, value))
+
+
+@pytest.mark.parametrize("value", [None, [], "plan", 3])
+def test_what_is_no_plan_at_all(value: Any) -> None:
+    with pytest.raises(LeanMoeError, match=r"plan is .* it must be an object"):
+        Plan.from_json(value)
+
+
+def test_prompt_rules_may_be_left_out() -> None:
+    assert Plan.from_json(changed(("prompt",), ...)) == replace(PLAN, prompt=())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", r"plan .*plan\.json is not JSON"),
+        (b"\xff\xfe", "cannot read plan"),
+        (b"", "not JSON"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "plan.json"
+    file.write_bytes(content)
+    with pytest.raises(LeanMoeError, match=message):
+        Plan.load(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LeanMoeError, match=r"cannot read plan .*none\.json: No such file"):
+        Plan.load(tmp_path / "none.json")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(
+                    [
+                        "leanmoe_plan",
+                        "model",
+                        "bands",
+                        "up_to",
+                        "rules",
+                        "top_k",
+                        "prompt",
+                        "experts",
+                    ]
+                ),
+                inner,
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_anything_else_is_refused_without_a_traceback(value: Any) -> None:
+    with pytest.raises(LeanMoeError):
+        Plan.from_json(value)
+
+
+@given(
+    st.sampled_from([("bands",), ("prompt",), ("model",), FIRST_RULE, (*FIRST_RULE, "top_k")]),
+    st.recursive(
+        st.none() | st.integers(-2, 20) | st.floats() | st.text(max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["up_to", "rules", "top_k", "experts"]), inner)
+        ),
+        max_leaves=6,
+    ),
+)
+def test_one_wrong_place_gives_a_plan_or_an_error(path: tuple[Any, ...], value: Any) -> None:
+    try:
+        plan = Plan.from_json(changed(path, value))
+    except LeanMoeError:
+        return
+    plan.check(MODEL, more_experts=True)

@@ -1,0 +1,160 @@
+"""Drawn steps under rules by which tokens share experts, beside the reference routing's counts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leanmoe.models.routers import Router
+from leanmoe.plan import Rule
+from leanmoe.plan.placement import Placement
+from leanmoe.predict.expert_curves import Assumed, Curve, assumed_curve, busiest
+from leanmoe.predict.sampled_steps import ALONE, Choices, Company, decided, drawn, drawn_at, shared
+from leanmoe.routing import Company as RoutedCompany
+from leanmoe.routing import count_distinct_by_rank, route
+
+COUNTED = Path(__file__).parents[2] / "benchmarks/results"
+ROUTER = Router(normalise=True)
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> tuple[int, int, int, int, Rule]:
+    """Experts, slots, ranks, tokens and a rule that shares experts."""
+    experts = draw(st.integers(4, 24))
+    slots = draw(st.integers(1, min(6, experts)))
+    ranks = draw(st.integers(1, min(4, experts)))
+    limits = {
+        "guaranteed": draw(st.none() | st.integers(1, slots)),
+        "budget": draw(st.none() | st.integers(1, experts)),
+        "budget_per_rank": draw(st.none() | st.integers(1, experts)),
+    }
+    if all(limit is None for limit in limits.values()):
+        limits["budget"] = draw(st.integers(1, experts))
+    return experts, slots, ranks, draw(st.integers(1, 20)), Rule(**limits)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rules(), st.integers(0, 2**32 - 1), st.floats(0.1, 8))
+def test_a_company_wakes_and_uses_what_the_reference_routes(
+    case: tuple[int, int, int, int, Rule], seed: int, spread: float
+) -> None:
+    experts, slots, ranks, tokens, rule = case
+    logits_SCTE = spread * np.random.default_rng(seed).normal(size=(3, 2, tokens, experts))
+    placement = Placement.linear(experts, ranks)
+    awake_SCE, slots_SCT = shared(logits_SCTE, slots, rule, placement)
+    logits = torch.from_numpy(logits_SCTE).view(6, tokens, experts)
+    found = route(logits, ROUTER, slots, rule.on(ranks), company=RoutedCompany(placement))
+    by_rank_SR = count_distinct_by_rank(found.ids_STK, placement)
+    awake_SE = torch.from_numpy(awake_SCE).view(6, experts)
+    for rank in range(ranks):
+        mine = list(placement.experts_on(rank))
+        assert awake_SE[:, mine].sum(-1).tolist() == by_rank_SR[:, rank].tolist()
+    used = (found.ids_STK < experts).sum(-1).view(3, 2, tokens)
+    assert slots_SCT.tolist() == used.tolist()
+
+
+def counted() -> list[dict[str, float]]:
+    (path,) = COUNTED.glob("*-most-loaded-rank.json")
+    rows = json.loads(path.read_text())["rows"]
+    return [row for row in rows if row["routing"] == "uniform" and "budget" in row["rule"]]
+
+
+@pytest.mark.parametrize("tokens", [8, 32, 128])
+def test_budgets_are_as_the_reference_routing_counted_them(tokens: int) -> None:
+    """128 experts, 8 a token, drawn evenly in `most_loaded_rank.py`: other draws, same counts."""
+    choices = Choices(np.ones(128))
+    rows = [row for row in counted() if row["tokens"] == tokens]
+    assert rows
+    for row in rows:
+        ranks = int(row["ranks"])
+        is_total = str(row["rule"]).startswith("budget=")
+        rule = Rule(budget=48) if is_total else Rule(budget_per_rank=48 // ranks)
+        found = [drawn(choices, 8, rule, tokens, Company(ranks), seed) for seed in range(4)]
+        distinct = np.mean([each.distinct for each in found])
+        most_loaded = np.mean([each.most_loaded for each in found])
+        assert distinct == pytest.approx(row["distinct"], rel=0.02)
+        assert most_loaded == pytest.approx(row["most_loaded"], rel=0.03)
+
+
+@pytest.mark.parametrize("rule", [Rule(budget=24), Rule(guaranteed=2, budget=30)], ids=str)
+def test_steps_are_the_same_wherever_the_experts_are(rule: Rule) -> None:
+    choices = Choices(np.ones(64), 8, 4, 0.5)
+    for ranks in (1, 2, 8):
+        company = Company(ranks, 2)
+        once = decided(choices, 6, rule, 32, replace(company, ranks=1)).on(ranks)
+        assert once == drawn(choices, 6, rule, 32, company)
+
+
+def test_ranks_that_decide_alone_wake_more_than_all_together() -> None:
+    """Each of two ranks spends the budget on its own tokens' wishes."""
+    choices = Choices(np.arange(1, 129) ** -0.5)
+    rule, tokens = Rule(budget_per_rank=24), 16
+    alone, together = (
+        drawn(choices, 8, rule, tokens, Company(2, 2, is_of_all)) for is_of_all in (False, True)
+    )
+    assert together.most_loaded <= 24
+    assert 24 < alone.most_loaded <= 48
+    assert alone.distinct > 1.2 * together.distinct
+    one = drawn(choices, 8, rule, tokens // 2, Company(2))
+    assert alone.slots == pytest.approx(one.slots, rel=0.02)
+    two = drawn(choices, 8, rule, tokens, Company(2))
+    assert together.distinct == pytest.approx(two.distinct, rel=0.02)
+
+
+def test_tokens_use_experts_of_their_own_groups() -> None:
+    """One group of four, the same for all tokens: no more is awake than it holds."""
+    rule = Rule(budget=32)
+    alike = drawn(Choices(np.ones(64), 4, 1, 1.0), 8, rule, 32)
+    apart = drawn(Choices(np.ones(64), 4, 1, 0.0), 8, rule, 32)
+    assert alike.distinct == pytest.approx(16, abs=0.1)
+    assert apart.distinct == pytest.approx(32, abs=0.1)
+    assert alike.slots == 8
+
+
+@pytest.mark.parametrize("is_of_all", [False, True])
+def test_a_company_of_one_rank_fills_up_from_fewer(is_of_all: bool) -> None:
+    """As many are awake, whoever decides; what a token may fill up with is not the same."""
+    rule = Rule(guaranteed=3)
+
+    def curve(company: Company) -> Curve:
+        return assumed_curve(128, 8, rule, Assumed(), company=company)
+
+    alone, several = curve(ALONE), curve(Company(4, 4, is_of_all))
+    distinct, slots = several.at(4)
+    assert distinct == pytest.approx(alone.at(4)[0])
+    assert slots == pytest.approx(8 if is_of_all else 3, abs=1e-9)
+    assert several.is_told is is_of_all
+    assert ("company rank" in several.origin) is not is_of_all
+
+
+def test_a_budget_per_rank_on_one_gpu_is_a_budget() -> None:
+    one, other = (
+        assumed_curve(64, 8, rule, Assumed())
+        for rule in (Rule(budget_per_rank=20), Rule(budget=20))
+    )
+    assert one == other
+    assert one.most_loaded_at(8) == one.at(8)[0]
+
+
+def test_many_companies_are_drawn_to_fewer_tokens_each() -> None:
+    assert drawn_at(ALONE)[-1] == drawn_at(Company(4, 4))[-1] == 1024
+    assert drawn_at(Company(64, 64))[-1] == 64
+    assert drawn_at(Company(64, 1024))[-1] == 8
+    assert drawn_at(Company(64, 1024, is_of_all=True)) == drawn_at(ALONE)
+
+
+def test_beyond_what_is_drawn_no_gpu_wakes_more_than_it_holds() -> None:
+    """Of 16 GPUs with 8 experts each, at 100,000 tokens."""
+    rule = Rule(budget_per_rank=6)
+    curve = assumed_curve(128, 8, rule, Assumed(skew=1.0), company=Company(16, 16))
+    tokens = 1e5
+    distinct, slots = curve.at(tokens)
+    found = busiest(distinct, slots * tokens, 128, 16, curve.most_loaded_at(tokens))
+    assert 7 < found.distinct <= 8

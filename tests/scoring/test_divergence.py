@@ -1,0 +1,169 @@
+"""Losses and divergences per document, against those of the models' own logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.plan import Plan, Rule
+from leanmoe.runtime import apply, shape_of
+from leanmoe.scoring.divergence import divergence, losses, reference
+from leanmoe.scoring.head import Head
+from leanmoe.scoring.windows import Windows
+from tests.runtime.families import CONFIGS, build
+
+LENGTH = 24
+
+
+def some_windows(rows: int = 6, vocabulary: int = 64) -> Windows:
+    """Two windows a document, of different lengths."""
+    draw = torch.Generator().manual_seed(3)
+    ids_NL = torch.randint(1, vocabulary, (rows, LENGTH), generator=draw)
+    lengths_N = torch.tensor([LENGTH, LENGTH, 17, LENGTH, 20, 9][:rows])
+    documents_N = torch.arange(rows) // 2
+    names = tuple(f"document {n}" for n in range(rows // 2))
+    return Windows(ids_NL, lengths_N, documents_N, names)
+
+
+def uniform(model: Any, rule: Rule) -> Plan:
+    return Plan.uniform(shape_of(model).fingerprint(), rule)
+
+
+@torch.inference_mode()
+def by_hand(model: Any, windows: Windows) -> list[torch.Tensor]:
+    """Each window's log-probabilities [its length, V], one window at a time, without padding."""
+    rows = zip(windows.ids_NL, windows.lengths_N.tolist(), strict=True)
+    return [model(ids[None, :length]).logits[0].double().log_softmax(-1) for ids, length in rows]
+
+
+def sums_by_hand(
+    windows: Windows, full: list[torch.Tensor], plan: list[torch.Tensor]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    kl_N, loss_N = np.zeros(windows.documents), np.zeros(windows.documents)
+    for row, (p, q) in enumerate(zip(full, plan, strict=True)):
+        document, targets = int(windows.documents_N[row]), windows.ids_NL[row, 1 : len(p)]
+        kl_N[document] += float((p.exp() * (p - q))[:-1].sum())
+        loss_N[document] -= float(q[:-1].gather(1, targets[:, None]).sum())
+    return kl_N, loss_N
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_divergence_is_that_of_the_models_own_logits(family: str) -> None:
+    changes = {"logits_scaling": 6.0} if family == "granitemoe" else {}
+    model, windows = build(family, **changes), some_windows()
+    against = reference(model, windows)
+    full = by_hand(model, windows)
+    with apply(model, uniform(model, Rule(top_k=2))):
+        found = divergence(model, against)
+        kl_N, loss_N = sums_by_hand(windows, full, by_hand(model, windows))
+    np.testing.assert_allclose(found.kl_N, kl_N, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.plan.loss_N, loss_N, rtol=1e-5)
+    np.testing.assert_allclose(found.full.loss_N, sums_by_hand(windows, full, full)[1], rtol=1e-5)
+    assert found.plan.tokens_N.tolist() == [46, 39, 27]
+    assert found.plan.names == windows.names
+
+
+def test_the_full_model_does_not_diverge_from_itself() -> None:
+    model, windows = build("deepseek_v3"), some_windows()
+    found = divergence(model, reference(model, windows))
+    assert found.kl_N.tolist() == [0.0, 0.0, 0.0]
+    assert found.loss_difference == 0.0
+    np.testing.assert_array_equal(found.full.loss_N, losses(model, windows).loss_N)
+
+
+def test_padding_neither_counts_nor_votes() -> None:
+    model = build("deepseek_v3")
+    windows = some_windows()
+    other = windows.ids_NL.clone()
+    other[~windows.mask] = 63
+    changed = Windows(other, windows.lengths_N, windows.documents_N, windows.names)
+    with apply(model, uniform(model, Rule(guaranteed=1)), decode_batch=3):
+        one = losses(model, windows, decode_batch=3)
+        two = losses(model, changed, decode_batch=3)
+    np.testing.assert_allclose(one.loss_N, two.loss_N, rtol=1e-6)
+
+
+def test_company_of_the_decode_batch_matters_and_size_of_the_call_does_not() -> None:
+    model, windows = build("deepseek_v3"), some_windows()
+    plan = uniform(model, Rule(guaranteed=1))
+
+    def measured(together: int, batch_tokens: int) -> float:
+        with apply(model, plan, decode_batch=together):
+            return losses(model, windows, "", together, batch_tokens).mean
+
+    alone, of_three, of_six = (measured(b, 1000) for b in (1, 3, 6))
+    assert len({round(loss, 6) for loss in (alone, of_three, of_six)}) == 3
+    assert measured(3, 3 * LENGTH) == pytest.approx(of_three, rel=1e-6)
+    with apply(model, uniform(model, Rule(top_k=1))):
+        assert losses(model, windows).mean == pytest.approx(alone, rel=1e-6)
+
+
+def test_scoring_reads_every_prediction_so_no_token_is_a_prompt() -> None:
+    model, windows = build("deepseek_v3"), some_windows()
+    fingerprint = shape_of(model).fingerprint()
+    prompt = Plan(fingerprint, prompt=(Rule(top_k=1),) * fingerprint.moe_layers)
+    full = losses(model, windows)
+    with apply(model, prompt):
+        np.testing.assert_allclose(losses(model, windows).loss_N, full.loss_N, rtol=1e-6)
+    after = windows.after_prompt(8)
+    with apply(model, prompt, prompt_tokens=8):
+        found = losses(model, after)
+    assert found.tokens_N.tolist() == [30, 23, 11]
+    assert found.mean != pytest.approx(losses(model, after).mean, rel=1e-6)
+
+
+def test_nan_is_traced_to_its_document() -> None:
+    model, windows = build("qwen3_moe"), some_windows()
+    against = reference(model, windows)
+    row = int(windows.batches()[0].rows_N[1])
+    expected = windows.names[int(windows.documents_N[row])]
+
+    def poison(_module: Any, _inputs: Any, output: Any) -> None:
+        output[0][1] = float("nan")  # the second window of the batch
+
+    model.base_model.register_forward_hook(poison)
+    for measure in (lambda: divergence(model, against), lambda: losses(model, windows)):
+        with pytest.raises(LeanMoeError, match=f"not finite numbers in document '{expected}'"):
+            measure()
+
+
+def test_nan_in_the_head_is_said_to_be_there() -> None:
+    model, windows = build("qwen3_moe"), some_windows()
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = float("nan")
+    with pytest.raises(LeanMoeError, match="output matrix of Qwen3MoeForCausalLM holds NaN"):
+        losses(model, windows)
+
+
+def test_a_head_that_is_not_linear_is_refused() -> None:
+    model = build("qwen3_moe")
+    plain = type(model).forward
+
+    class Capped(type(model)):  # type: ignore[misc]
+        def forward(self, *inputs: Any, **settings: Any) -> Any:
+            done = plain(self, *inputs, **settings)
+            done.logits = done.logits.tanh() * 0.1
+            return done
+
+    model.__class__ = Capped
+    with pytest.raises(LeanMoeError, match="is not linear"):
+        Head.of(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_of_short_floats_pass_the_check(dtype: torch.dtype) -> None:
+    model = build("deepseek_v3").to(dtype)
+    assert Head.of(model).scale == 1.0
+
+
+def test_slices_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, windows = build("deepseek_v3"), some_windows()
+    whole = reference(model, windows)
+    monkeypatch.setattr("leanmoe.scoring.head.SLICE_BYTES", 4 * 64 * 5)
+    sliced = reference(model, windows)
+    torch.testing.assert_close(whole.expected_NLD, sliced.expected_NLD)
+    torch.testing.assert_close(whole.loss_NL, sliced.loss_NL, rtol=1e-6, atol=1e-6)

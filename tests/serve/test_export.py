@@ -1,0 +1,133 @@
+"""What each engine is told of a plan, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.serve.export import export, uniform_top_k
+from leanmoe.serve.plan_support import check_company, notes, without
+from leanmoe.serve.vllm.launch import capture_sizes, missing_in
+
+QWEN = Fingerprint("Qwen3MoeForCausalLM", 48, 2, 128, 8)
+SIX = Plan.uniform(QWEN, Rule(top_k=6))
+SHARED = Plan(QWEN, (Band(30, (Rule(guaranteed=3),) * 2), Band(None, (Rule(), Rule(top_k=6)))))
+PROMPT = Plan(QWEN, SHARED.bands, (Rule(top_k=2), Rule()))
+PATH = Path("plan.json")
+
+
+def test_llama_cpp_gets_the_exact_override() -> None:
+    found = export(SIX, PATH, "llama.cpp", "model.gguf")
+    assert found.command[-2:] == ("--override-kv", "qwen3moe.expert_used_count=int:6")
+
+
+def test_llama_cpp_takes_the_name_of_an_architecture_it_does_not_list() -> None:
+    odd = Plan.uniform(Fingerprint("OddForCausalLM", 2, 2, 8, 4), Rule(top_k=2))
+    with pytest.raises(LeanMoeError, match="--gguf-arch"):
+        export(odd, PATH, "llama.cpp")
+    assert "odd.expert_used_count=int:2" in export(odd, PATH, "llama.cpp", gguf="odd").text()
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (SHARED, "guaranteed"),
+        (Plan.uniform(QWEN, Rule(top_k=6, keep_weights=True)), "keep_weights"),
+        (Plan.per_layer(QWEN, (Rule(top_k=6), Rule(top_k=7))), "other layers"),
+        (Plan(QWEN, (Band(8, (Rule(top_k=6),) * 2),)), "bands"),
+        (PROMPT, "prompt"),
+    ],
+)
+def test_llama_cpp_refuses_what_is_more_than_one_top_k(plan: Plan, reason: str) -> None:
+    with pytest.raises(LeanMoeError, match=reason):
+        export(plan, PATH, "llama.cpp")
+
+
+def test_a_uniform_plan_needs_no_plugin_in_sglang() -> None:
+    found = export(SIX, PATH, "sglang", "some/model")
+    assert not found.environment
+    assert json.loads(found.command[-1]) == {"num_experts_per_tok": 6}
+    assert export(SHARED, PATH, "sglang").environment["LEANMOE_PLAN"] == str(PATH.resolve())
+
+
+def test_vllm_captures_the_ends_of_the_bands() -> None:
+    found = export(SHARED, PATH, "vllm", "some/model")
+    sizes = json.loads(found.command[-1])["cudagraph_capture_sizes"]
+    assert 30 in sizes
+    assert sizes == sorted(sizes)
+    assert any("capture sizes" in note for note in found.notes)
+    assert capture_sizes(Plan(QWEN, (Band(32, (Rule(),) * 2),))) == []
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_rules_for_prompts_run_only_if_the_user_drops_them(engine: str) -> None:
+    with pytest.raises(LeanMoeError, match="--drop prompt"):
+        export(PROMPT, PATH, engine)
+    found = export(PROMPT, PATH, engine, drop=["prompt"])
+    assert found.environment["LEANMOE_DROP"] == "prompt"
+    assert found.left_out == ("prompt",)
+    assert "Left out of the plan: prompt" in found.text()
+
+
+def test_transformers_runs_all_of_a_plan() -> None:
+    assert 'Plan.load("plan.json")' in export(PROMPT, PATH, "transformers", "m").text()
+    with pytest.raises(LeanMoeError, match="runs all"):
+        export(PROMPT, PATH, "transformers", drop=["prompt"])
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(LeanMoeError, match="did you mean vllm"):
+        export(SIX, PATH, "vlm")
+    with pytest.raises(LeanMoeError, match="cannot drop 'bands'"):
+        without(SIX, ["bands"])
+
+
+def test_only_one_top_k_everywhere_is_uniform() -> None:
+    assert uniform_top_k(SIX) == 6
+    assert uniform_top_k(SHARED) is None
+    assert uniform_top_k(Plan(QWEN, (Band(8, (Rule(top_k=6),) * 2),))) is None
+    assert uniform_top_k(Plan(QWEN)) is None
+
+
+def test_notes_say_what_a_skipped_slot_costs() -> None:
+    assert any("skipped slot" in note for note in notes(SHARED, "vLLM"))
+    assert not notes(SIX, "vLLM")
+
+
+def test_a_config_without_its_routing_method_is_completed() -> None:
+    bare = {"model_type": "deepseek_v3"}
+    assert missing_in(bare) == {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    assert missing_in({**bare, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}) == {}
+    assert missing_in({"model_type": "qwen3_moe"}) == {}
+
+
+@pytest.mark.parametrize("engine", ["sglang", "llama.cpp"])
+def test_a_budget_per_rank_runs_in_vllm_alone(engine: str) -> None:
+    plan = Plan.per_layer(QWEN, (Rule(), Rule(budget_per_rank=6)))
+    with pytest.raises(LeanMoeError, match="budget_per_rank"):
+        export(plan, PATH, engine)
+    export(plan, PATH, "transformers")
+    export(plan, PATH, "vllm")
+
+
+def test_whose_tokens_share_experts_is_asked_for_by_name() -> None:
+    check_company("rank", "vLLM")
+    check_company("all", "vLLM")
+    with pytest.raises(LeanMoeError, match="SGLang cannot share experts among data-parallel ranks"):
+        check_company("all", "SGLang")
+    with pytest.raises(LeanMoeError, match="LEANMOE_COMPANY is 'world': it must be rank or all"):
+        check_company("world", "vLLM")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_what_lies_beyond_the_last_band_is_said(engine: str) -> None:
+    def notes_of(end: int | None) -> str:
+        plan = Plan(QWEN, (Band(end, (Rule(guaranteed=3),) * QWEN.moe_layers),))
+        return export(plan, PATH, engine).text()
+
+    assert "steps of more than 64 rows run the full model" in notes_of(64)
+    assert "run the full model" not in notes_of(None)

@@ -1,0 +1,223 @@
+"""What the plugin refuses, with stand-ins for vLLM's objects: one line that says what to set."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tests.serve.stand_ins import BaseRouter, CustomRoutingRouter, FusedTopKRouter, install_context
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.plan.placement import Placement
+from leanmoe.routing import ALONE
+from leanmoe.serve.vllm import checks, plugin
+from leanmoe.serve.vllm.patch import _bands_between, decoder_index
+from leanmoe.serve.vllm.ranks import company_of
+from leanmoe.serve.vllm.version import check_version
+
+SHARED, FEWER = [Rule(guaranteed=2)], [Rule(top_k=2)]
+
+
+class BaseOAITritonExperts:
+    """Experts that take a token's experts as a set."""
+
+
+class SetExperts(BaseOAITritonExperts):
+    """One of them."""
+
+
+def runner(experts: type = object, is_monolithic: bool = False, **more: Any) -> Any:
+    kernel = SimpleNamespace(impl=SimpleNamespace(fused_experts=experts()))
+    method = SimpleNamespace(is_monolithic=is_monolithic, moe_kernel=kernel)
+    settings = {"do_naive_dispatch_combine": False, "pcp": 1, **more}
+    return SimpleNamespace(
+        routed_experts=SimpleNamespace(quant_method=method),
+        do_naive_dispatch_combine=settings["do_naive_dispatch_combine"],
+        moe_config=SimpleNamespace(pcp_size=settings["pcp"]),
+    )
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.32.0", "1.0.0", "0.24.0rc1+cu130", "dev"])
+def test_new_versions_pass(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.23.9", "0.8.5"])
+def test_old_versions_are_refused(version: str) -> None:
+    with pytest.raises(LeanMoeError, match=r"needs 0\.24 or newer"):
+        check_version(version)
+
+
+def test_a_hook_that_has_moved_is_refused() -> None:
+    checks.check_hook(BaseRouter, "0.24.0")
+    for moved in (
+        type("Router", (), {}),
+        type("Router", (), {"_compute_routing": lambda _self: 0}),
+    ):
+        with pytest.raises(LeanMoeError, match="another way"):
+            checks.check_hook(moved, "0.99.0")
+
+
+def test_routers_that_cannot_be_computed_run_top_k_alone() -> None:
+    checks.check_router(CustomRoutingRouter(), FEWER, 4, "layer 1")
+    checks.check_router(FusedTopKRouter(), SHARED, 4, "layer 1")
+    with pytest.raises(LeanMoeError, match="layer 1: its router is a CustomRoutingRouter"):
+        checks.check_router(CustomRoutingRouter(), SHARED, 4, "layer 1")
+    with pytest.raises(LeanMoeError, match="num_experts_per_tok"):
+        checks.check_router(FusedTopKRouter(), FEWER, 8, "layer 1")
+
+
+@pytest.mark.parametrize(
+    ("loaded", "message"),
+    [
+        (runner(is_monolithic=True), "--moe-backend triton"),
+        (runner(SetExperts), "SetExperts cannot skip"),
+        (runner(do_naive_dispatch_combine=True), "--data-parallel-size 1"),
+        (runner(pcp=2), "--prefill-context-parallel-size 1"),
+    ],
+)
+def test_layers_that_cannot_share_experts_are_refused(loaded: Any, message: str) -> None:
+    with pytest.raises(LeanMoeError, match=message):
+        checks.check_runner(loaded, SHARED, "layer 1")
+    if message != "--moe-backend triton":
+        checks.check_runner(loaded, FEWER, "layer 1")
+
+
+def test_layers_that_were_not_found_are_named() -> None:
+    checks.check_layers([1, 2], [1, 2])
+    with pytest.raises(LeanMoeError, match=r"MoE layers \[1, 2\], vLLM built \[1\]"):
+        checks.check_layers([1], [1, 2])
+
+
+def test_older_versions_say_nothing_of_padding_in_some_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_context(monkeypatch, None)
+    import vllm.forward_context as module
+
+    parallel = SimpleNamespace(decode_context_parallel_size=1)
+    plain = SimpleNamespace(use_v2_model_runner=False, parallel_config=parallel)
+    newer = SimpleNamespace(use_v2_model_runner=True, parallel_config=parallel)
+    module.ForwardContext = type("ForwardContext", (), {})
+    checks.check_padding(plain, SHARED)
+    checks.check_padding(newer, FEWER)
+    with pytest.raises(LeanMoeError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        checks.check_padding(newer, SHARED)
+    parallel.decode_context_parallel_size = 2
+    with pytest.raises(LeanMoeError, match="--decode-context-parallel-size 1"):
+        checks.check_padding(plain, SHARED)
+    module.ForwardContext = type("ForwardContext", (), {"is_padding": None})
+    checks.check_padding(newer, SHARED)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("model.layers.3.mlp.experts", 3),
+        ("language_model.model.layers.12.block_sparse_moe.experts", 12),
+        ("transformer.blocks.7.ffn.experts", 7),
+    ],
+)
+def test_the_decoder_layer_is_in_a_layers_name(name: str, index: int) -> None:
+    assert decoder_index(name) == index
+
+
+def test_a_name_without_a_number_is_refused() -> None:
+    with pytest.raises(LeanMoeError, match="no layer number"):
+        decoder_index("experts")
+
+
+def test_bands_that_end_between_captured_sizes_are_named() -> None:
+    model = Fingerprint("Model", 2, 1, 16, 4)
+    compilation = SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4, 8, 16])
+    config = SimpleNamespace(compilation_config=compilation)
+
+    def between(*ends: int) -> str | None:
+        plan = Plan(model, tuple(Band(end, (Rule(top_k=2),)) for end in ends))
+        planned: Any = SimpleNamespace(config=lambda: config, plan=plan)
+        return _bands_between(planned)
+
+    assert between(4, 16) is None
+    assert between(100) is None  # steps so large are not padded
+    assert "6, 12" in str(between(4, 6, 12))
+
+
+def test_a_company_of_another_name_is_refused_as_the_plugin_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LEANMOE_COMPANY", "world")
+    plugin.activate()  # no plan, nothing to refuse
+    monkeypatch.setenv("LEANMOE_PLAN", "plan.json")
+    with pytest.raises(LeanMoeError, match="LEANMOE_COMPANY is 'world': it must be rank or all"):
+        plugin.activate()
+
+
+def spread(ranks: int, rank: int = 0, strategy: str = "linear", data: int = 1, **more: Any) -> Any:
+    """A layer of vLLM whose 16 experts are on so many ranks, held as vLLM would."""
+    placed: Any = {"linear": Placement.linear, "round_robin": Placement.round_robin}
+    held = placed[more.pop("held", strategy)](16, ranks).experts_on(rank)
+    local_of_E = torch.tensor([held.index(e) if e in held else -1 for e in range(16)])
+    parallel = SimpleNamespace(
+        use_ep=ranks > 1, ep_size=ranks, ep_rank=rank, dp_size=data, is_sequence_parallel=False,
+        enable_eplb=more.get("eplb", False),
+    )  # fmt: skip
+    parallel.moe_parallel_config = parallel
+    return SimpleNamespace(
+        moe_config=parallel,
+        layer_name="layer 1",
+        router=FusedTopKRouter(),
+        expert_map_manager=SimpleNamespace(placement_strategy=strategy, expert_map=local_of_E),
+    )
+
+
+PLACED = [Rule(budget_per_rank=2)]
+FEW_TOKENS = SimpleNamespace(max_num_batched_tokens=8192)
+WHOLE = SimpleNamespace(
+    parallel_config=SimpleNamespace(use_ubatching=False), scheduler_config=FEW_TOKENS
+)
+CUT = SimpleNamespace(
+    parallel_config=SimpleNamespace(use_ubatching=True), scheduler_config=FEW_TOKENS
+)
+
+
+def test_experts_are_where_vllm_has_them() -> None:
+    for strategy, expected in (
+        ("linear", Placement.linear(16, 3)),
+        ("round_robin", Placement.round_robin(16, 3)),
+    ):
+        for rank in range(3):
+            layer = spread(3, rank, strategy)
+            assert company_of(layer, 16, False).placement == expected
+            checks.check_ranks(layer, PLACED, False, WHOLE, "layer 1")
+    assert company_of(spread(1), 16, True) == ALONE
+    assert company_of(spread(2, data=2), 16, False).exchange is None
+    assert company_of(spread(2, data=2), 16, True).exchange is not None
+
+
+def test_a_placement_that_is_not_known_is_refused() -> None:
+    with pytest.raises(LeanMoeError, match=r"vLLM has experts \[0, 2, .* leanmoe expected"):
+        checks.check_ranks(spread(2, held="round_robin"), PLACED, False, WHOLE, "layer 1")
+    with pytest.raises(LeanMoeError, match="remove --enable-eplb"):
+        checks.check_ranks(spread(2, eplb=True), PLACED, False, WHOLE, "layer 1")
+    checks.check_ranks(spread(2, eplb=True), SHARED, False, WHOLE, "layer 1")
+    other = spread(2)
+    other.expert_map_manager.placement_strategy = "by the moon"
+    with pytest.raises(LeanMoeError, match="places experts by 'by the moon'"):
+        company_of(other, 16, False)
+
+
+def test_a_step_cut_in_two_cannot_wait_for_other_ranks() -> None:
+    checks.check_ranks(spread(2, data=2), SHARED, False, CUT, "layer 1")
+    checks.check_ranks(spread(2, data=2), FEWER, True, CUT, "layer 1")
+    with pytest.raises(LeanMoeError, match="remove --enable-dbo"):
+        checks.check_ranks(spread(2, data=2), SHARED, True, CUT, "layer 1")
+
+
+def test_more_tokens_than_ranks_can_count_together_are_refused() -> None:
+    checks.check_ranks(spread(2, data=32), SHARED, True, WHOLE, "layer 1")
+    checks.check_ranks(spread(2, data=64), SHARED, False, WHOLE, "layer 1")
+    with pytest.raises(LeanMoeError, match=r"64 ranks may have 8192 each; .* to 4096 or fewer"):
+        checks.check_ranks(spread(2, data=64), SHARED, True, WHOLE, "layer 1")

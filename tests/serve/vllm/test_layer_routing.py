@@ -1,0 +1,163 @@
+"""The plugin's routing against the reference, with stand-ins for vLLM's objects."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.serve.stand_ins import (
+    BaseRouter,
+    Context,
+    CustomRoutingRouter,
+    FusedTopKRouter,
+    GroupedTopKRouter,
+    install_context,
+    ranks,
+)
+from torch import Tensor
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.routers import Router
+from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.routing import route
+from leanmoe.serve.routing_statistics import Statistics
+from leanmoe.serve.skipped_slots import repeat_best
+from leanmoe.serve.vllm.layer_routing import LayerRouting, step_rows
+from leanmoe.serve.vllm.padding import padding_rows, share
+from leanmoe.serve.vllm.vllm_router import read_router, why_not_read
+
+MODEL = Fingerprint("Model", 3, 2, 16, 4)
+SHARED = Rule(guaranteed=2, threshold=0.3, keep_weights=True)
+BANDED = Plan(
+    MODEL,
+    (
+        Band(4, (Rule(), Rule(top_k=2))),
+        Band(8, (SHARED, Rule(budget=5))),
+        Band(16, (Rule(top_k=3, guaranteed=1), Rule(top_p=0.6))),
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_context(monkeypatch, None)
+
+
+def logits(rows: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def routed(router: BaseRouter, plan: Plan, layer: int, rows: int, **more: object) -> list[Tensor]:
+    routing = LayerRouting(router, plan, layer, **more)  # type: ignore[arg-type]
+    return list(routing(torch.empty(rows, 1), logits(rows), None))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 16, 17])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("kind", [FusedTopKRouter, GroupedTopKRouter])
+def test_each_band_routes_as_the_reference(kind: type[BaseRouter], layer: int, rows: int) -> None:
+    rule = BANDED.rules_for(rows)[layer]
+    router = kind()
+    weights, ids = routed(router, BANDED, layer, rows)
+    if rule.is_empty:
+        stock = router._compute_routing(torch.empty(rows, 1), logits(rows), None)
+        assert torch.equal(weights, stock[0])
+        assert torch.equal(ids, stock[1])
+        return
+    if rule.top_k is not None and rule == Rule(top_k=rule.top_k):
+        router.top_k = rule.top_k
+        assert torch.equal(weights, router._compute_routing(weights, logits(rows), None)[0])
+        return
+    bias = getattr(router, "e_score_correction_bias", None)
+    wanted = route(logits(rows), read_router(router), 4, rule, bias)
+    assert ids.dtype is torch.int32
+    assert ids.tolist() == repeat_best(wanted.ids_STK, 16).tolist()
+    torch.testing.assert_close(weights, wanted.weights_STK, atol=1e-6, rtol=1e-5)
+
+
+def test_every_step_has_the_models_width_where_ranks_exchange_ids() -> None:
+    for rows in (4, 8, 16, 17):
+        weights, ids = routed(FusedTopKRouter(), BANDED, 1, rows, is_full_width=True)
+        assert ids.shape == weights.shape == (rows, 4)
+
+
+def test_rows_without_a_place_in_the_cache_are_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = Context({"attention": torch.tensor([5, 6, 7, -1, -1])})
+    install_context(monkeypatch, context)
+    padding = padding_rows(5)
+    assert padding is not None
+    assert padding.tolist() == [False, False, False, True, True]
+    assert padding_rows(5) is not None
+    assert len(context.additional_kwargs) == 1  # computed once a step
+    weights, ids = routed(FusedTopKRouter(), Plan.uniform(MODEL, Rule(guaranteed=1)), 0, 5)
+    alone, _, _ = route(logits(5)[:3], Router(normalise=True), 4, Rule(guaranteed=1))
+    assert ids[:3].tolist() == repeat_best(alone, 16).tolist()
+    assert not bool(weights[3:].any())
+    assert set(ids[3:].flatten().tolist()) == {int(ids[0, 0])}
+
+
+def test_what_vllm_says_of_padding_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = Context({"attention": torch.tensor([5, 6])})
+    context.is_padding = torch.tensor([False, True, True])  # type: ignore[attr-defined]
+    install_context(monkeypatch, context)
+    found = padding_rows(2)
+    assert found is not None
+    assert found.tolist() == [False, True]
+
+
+def test_a_step_with_no_cache_has_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_context(monkeypatch, Context())
+    assert padding_rows(3) is None
+
+
+def test_each_sequence_parallel_rank_has_its_share_of_padding() -> None:
+    mask = torch.tensor([False, False, False, True, True])
+    assert share(mask, 0, 2).tolist() == [False, False, False]
+    assert share(mask, 1, 2).tolist() == [True, True, True]
+
+
+def test_gathered_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_context(monkeypatch, Context({"attention": torch.tensor([5, 6])}))
+    with pytest.raises(LeanMoeError, match="data_parallel_size"):
+        padding_rows(4)
+
+
+def test_the_band_is_that_of_all_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_context(monkeypatch, Context(dp_metadata=ranks(4, 4)))
+    assert step_rows(4) == 8
+    install_context(monkeypatch, Context())
+    assert step_rows(4) == 4
+
+
+def test_routers_are_read_as_vllm_has_them() -> None:
+    assert read_router(FusedTopKRouter()) == Router(normalise=True, group_score="max")
+    found = read_router(GroupedTopKRouter())
+    assert (found.groups, found.groups_used, found.group_score) == (4, 2, "top2_sum")
+    assert found.scaling == 2.5
+    too_few = GroupedTopKRouter()
+    too_few.num_expert_group = 3
+    assert not read_router(too_few).limits_groups
+
+
+def test_routers_that_cannot_be_read_say_why() -> None:
+    assert "CustomRoutingRouter" in str(why_not_read(CustomRoutingRouter()))
+    odd = FusedTopKRouter()
+    odd.scoring_func = "sqrtsoftplus"
+    assert "sqrtsoftplus" in str(why_not_read(odd))
+    fused = FusedTopKRouter()
+    fused.num_fused_shared_experts = 1  # type: ignore[attr-defined]
+    assert "shared experts" in str(why_not_read(fused))
+
+
+def test_statistics_say_what_the_last_step_ran() -> None:
+    statistics = Statistics(2)
+    assert statistics.read()["layers"] == [None, None]
+    routed(FusedTopKRouter(), BANDED, 0, 6, statistics=statistics)
+    routed(FusedTopKRouter(), BANDED, 1, 6, statistics=statistics)
+    found = statistics.read()
+    assert (found["rows"], found["is_captured"]) == (6, False)
+    assert found["layers"][1]["tokens"] == 6
+    assert found["layers"][1]["distinct"] <= 6  # the budget of 5, or every token's best
+    wanted = route(logits(6), Router(normalise=True), 4, SHARED)
+    used = wanted.ids_STK[wanted.ids_STK < 16]
+    assert found["layers"][0]["distinct"] == len(used.unique())
+    assert found["layers"][0]["activated"] == pytest.approx(len(used) / 6)

@@ -1,0 +1,98 @@
+"""leanmoe's kernels in the place of vLLM's experts, with stand-ins for vLLM's objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.kernels.layers import random_call, random_layer
+from tests.serve.stand_ins import loaded_runner
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels import ExpertWeights, Gate, experts_reference
+from leanmoe.serve.vllm import plugin
+from leanmoe.serve.vllm.leanmoe_experts import GATES, OwnExperts, check_experts, weights_of
+
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def runner_of(layer: ExpertWeights, activation: str, **settings: Any) -> Any:
+    """A loaded layer with these weights, as vLLM has it."""
+    runner = loaded_runner(activation=activation, **settings)
+    runner.routed_experts.w13_weight = torch.nn.Parameter(layer.gate_up.to(HERE), False)
+    runner.routed_experts.w2_weight = torch.nn.Parameter(layer.down.to(HERE), False)
+    config = runner.routed_experts.quant_method.moe_kernel.fused_experts.quant_config
+    biases = (layer.gate_up_bias, layer.down_bias)
+    config.w1_bias, config.w2_bias = (None if b is None else b.to(HERE) for b in biases)
+    return runner
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize(
+    ("activation", "gate", "biased"),
+    [
+        ("silu", Gate(), False),
+        ("gelu", Gate("gelu"), True),
+        ("gelu_tanh", Gate("gelu_tanh"), False),
+        ("swigluoai", Gate.gpt_oss(), True),
+    ],
+)
+def test_the_output_is_that_of_the_reference(
+    activation: str, gate: Gate, biased: bool, tokens: int
+) -> None:
+    is_concatenated = activation != "swigluoai"
+    layer = random_layer(8, biased=biased, gate=gate, concatenated=is_concatenated)
+    hidden, ids, weights = random_call(layer, tokens, 4, skipped=0.4)
+    runner = runner_of(layer, activation)
+    check_experts(runner, "layer 1")
+    experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
+    OwnExperts(runner).put()
+    output = torch.full_like(hidden, float("nan"), device=HERE)
+    experts.apply(
+        output=output,
+        hidden_states=hidden.to(HERE),
+        w1=None,
+        topk_weights=weights.to(HERE),
+        topk_ids=ids.int().to(HERE),
+        expert_map=None,
+        workspace13=None,
+    )
+    wanted = experts_reference(hidden, ids, weights, layer)
+    torch.testing.assert_close(output.cpu(), wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_a_layer_is_read_where_it_lies() -> None:
+    layer = random_layer(8)
+    runner = runner_of(layer, "silu")
+    found = weights_of(runner.routed_experts)
+    assert found.gate_up.data_ptr() == runner.routed_experts.w13_weight.data_ptr()
+    assert set(GATES) == {"silu", "gelu", "gelu_tanh", "swigluoai"}
+
+
+@pytest.mark.parametrize(
+    ("activation", "settings", "reason"),
+    [
+        ("silu", {"experts": "FlashInferExperts"}, "FlashInferExperts.*--moe-backend triton"),
+        ("silu", {"expert_map": torch.zeros(1)}, "on several GPUs"),
+        ("silu", {"quant_dtype": torch.float8_e4m3fn}, "quantised by"),
+        ("silu", {"w1_scale": torch.ones(1)}, "quantised by"),
+        ("silu", {"gemm1_clamp_limit": 7.0}, "silu is clamped"),
+        ("swiglustep", {}, "activation is swiglustep"),
+        ("silu", {"apply_router_weight_on_input": True}, "go to the input"),
+    ],
+)
+def test_other_layers_are_refused(activation: str, settings: dict[str, Any], reason: str) -> None:
+    runner = runner_of(random_layer(8), activation, **settings)
+    with pytest.raises(LeanMoeError, match=f"layer 1: LEANMOE_EXPERTS=leanmoe.*{reason}"):
+        check_experts(runner, "layer 1")
+
+
+def test_the_setting_has_two_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plugin.has_own_experts("leanmoe")
+    assert not plugin.has_own_experts("vllm")
+    assert not plugin.has_own_experts("")
+    monkeypatch.setenv("LEANMOE_PLAN", "plan.json")
+    monkeypatch.setenv("LEANMOE_EXPERTS", "fast")
+    with pytest.raises(LeanMoeError, match="LEANMOE_EXPERTS is 'fast': it must be vllm or leanmoe"):
+        plugin.activate()

@@ -1,0 +1,233 @@
+"""The whole job on the reference model, very small: what it leaves, and what stops it."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leanmoe import Plan
+from leanmoe.cli import main
+from leanmoe.runtime import load_model, shape_of
+from leanmoe.stats.paired import Estimate
+from leanmoe.tune import prune_or_skip
+from leanmoe.tune import run as run_module
+from leanmoe.tune.settings import TuneSettings
+
+SMALL = [
+    *("--loads", "1,2", "--margin", "5%", "--input-tokens", "32", "--output-tokens", "4"),
+    *("--repeats", "3", "--profile-tokens", "2000", "--sensitivity-tokens", "400"),
+    *("--heldout-tokens", "2500"),
+]
+
+
+def leanmoe(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    return int(stopped.value.code or 0)
+
+
+def tune(folder: Path, *more: str) -> int:
+    return leanmoe("tune", "reference", "-o", str(folder), *SMALL, *more)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that was interrupted on its way."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "compare_strategies", _interrupt)
+        assert tune(folder) == 130
+    assert (folder / "full.json").exists()
+    assert not (folder / "results.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "measure", _never)
+        patch.setattr(run_module, "measure_profile", _never)
+        assert tune(folder, "--json") == 0
+    return folder
+
+
+def _interrupt(*_arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _never(*_arguments: Any, **_settings: Any) -> None:
+    raise AssertionError("a step that is stored ran again")
+
+
+def test_an_interrupted_run_goes_on_to_its_end(run: Path) -> None:
+    assert {f.name for f in run.glob("*")} >= {"plan.json", "results.json", "report.html"}
+    assert not list(run.glob(".*")), "nothing half-written"
+
+
+def test_results_say_how_everything_was_measured(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    assert results["provenance"]["versions"]["torch"]
+    assert results["peak_memory_bytes"] > 0
+    assert [v["concurrency"] for v in results["verdicts"]] == [1, 2]
+    assert {s["phase"] for s in results["sensitivity"]["candidates"]} == {"prompt", "decode"}
+    for entry in results["gain"]:
+        names = list(entry["variants"])
+        assert names[:2] == ["full", "plan"]
+        assert names[2].startswith("transformers")
+        assert all(len(v["runs"]) == 3 for v in entry["variants"].values())
+    compared = {row["strategy"] for row in results["strategies"][-1]["rows"]}
+    assert compared >= {"uniform", "bhep", "threshold", "top_p", "lexi", "guaranteed", "budget"}
+
+
+def test_the_plan_is_one_for_this_model_and_claims_what_was_proven(run: Path) -> None:
+    plan = Plan.load(run / "plan.json")
+    model, _ = load_model("reference")
+    plan.check(shape_of(model).fingerprint())
+    results = json.loads((run / "results.json").read_text())
+    for band, verdict in zip(plan.bands, results["verdicts"], strict=True):
+        assert band.up_to == verdict["up_to"]
+        if not verdict["accepted"]:
+            assert band.is_empty
+        else:
+            assert verdict["loss"]["upper_bound"] <= 0.05
+            assert verdict["gain"]["low"] > 1
+    for front in results["fronts"]:
+        verdicts = [point["accepted"] for point in front["points"]]
+        assert verdicts[:-1] == [True] * (len(verdicts) - 1), "the first failure ends the sequence"
+
+
+def test_a_memory_budget_restricts_every_rule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = ["--loads", "2", "--margin", "60%", "--keep", "50%", "--criterion", "soft-count"]
+    assert tune(tmp_path / "run", *budget) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = results["total_or_activated"]
+    assert [row["budget"] for row in rows] == ["50%"] * 3 + ["87.5%"] * 3 + ["75%"] * 3
+    for pruned, skipped, both in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert pruned["way"] == "fewer in total"
+        assert pruned["memory"] == both["memory"] < skipped["memory"] == 1
+        assert skipped["against"]["verdict"]
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    rules = [rule for band in plan.bands for rule in band.rules] + list(plan.prompt)
+    assert plan.bands[-1].up_to is None
+    assert {len(rule.experts or ()) for rule in rules} == {32}
+    assert "Fewer experts in total" in (tmp_path / "run" / "report.html").read_text()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Fewer experts in total" in shown
+    assert "the plan stays empty" not in shown
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_as_fast", "said"),
+    [
+        (-0.02, -0.01, True, "fewer a token loses less"),
+        (0.01, 0.02, True, "fewer in total loses less"),
+        (-0.01, 0.02, True, "undecided"),
+        (-0.02, -0.01, False, "no skipping is as fast"),
+    ],
+)
+def test_only_ways_as_fast_are_compared(
+    low: float, high: float, is_as_fast: bool, said: str
+) -> None:
+    found = Estimate((low + high) / 2, low, high, high, 40, 0.1, 0.95)
+    assert prune_or_skip.verdict(found, is_as_fast) == said
+
+
+def test_report_is_written_again_without_measuring(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, picture = tmp_path / "page.html", tmp_path / "verdict.svg"
+    assert leanmoe("report", str(run), "--output", str(page), "--svg", str(picture)) == 0
+    assert page.read_text() == (run / "report.html").read_text()
+    assert picture.read_text().startswith("<svg")
+    assert "The picture" in capsys.readouterr().out
+
+
+def test_other_settings_do_not_mix_into_a_run(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(run, "--seed", "1") == 1
+    assert "another seed" in capsys.readouterr().err
+
+
+def _write(path: Path, documents: int, words: int) -> str:
+    lines = [json.dumps({"text": f"{n} " + "one two three " * words}) for n in range(documents)]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
+    "no such model": (lambda _: ("nowhere/at/all",), "nowhere"),
+    "empty text": (
+        lambda tmp: ("reference", "--text", _write(tmp / "empty.jsonl", 0, 0)),
+        "holds no words",
+    ),
+    "too few documents": (
+        lambda tmp: ("reference", "--text", _write(tmp / "few.jsonl", 12, 200)),
+        "20 needed",
+    ),
+    "short documents": (
+        lambda tmp: ("reference", "--text", _write(tmp / "short.jsonl", 100, 2)),
+        "too short",
+    ),
+    "loads": (lambda _: ("reference", "--loads", "8,1"), "loads is [8, 1]"),
+    "margin": (lambda _: ("reference", "--margin", "lots"), "margin is 'lots'"),
+    "no repeats": (lambda _: ("reference", "--repeats", "1"), "repeats is 1"),
+    "keep": (lambda _: ("reference", "--keep", "5%"), "keep"),
+    "criterion": (lambda _: ("reference", "--keep", "75%", "--criterion", "reep"), "mean reap"),
+    "strategy": (lambda _: ("reference", "--strategy", "unifrom"), "did you mean uniform"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_cost_nothing(
+    mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = MISTAKES[mistake]
+    given = arguments(tmp_path)
+    small = [] if any(a in given for a in ("--loads", "--margin", "--repeats")) else SMALL
+    assert leanmoe("tune", *given, "-o", str(tmp_path / "run"), *small) == 1
+    said = capsys.readouterr().err.strip()
+    assert message in said
+    assert "Traceback" not in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_dense_model_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    assert leanmoe("tune", str(tmp_path / "dense"), "-o", str(tmp_path / "run")) == 1
+    assert "experts" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.write_text
+
+    def full(path: Path, text: str, **settings: Any) -> int:
+        if "full.json" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, text, **settings)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(run_module, "_profile", lambda *_: None)
+    monkeypatch.setattr(run_module, "_sensitivities", lambda *_: [])
+    assert tune(tmp_path / "run") == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert "Traceback" not in said
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["settings.json"]
+
+
+def test_replies_are_as_long_as_the_loads_and_prompts_around_its_length() -> None:
+    settings = TuneSettings("reference", input_tokens=256, output_tokens=8)
+    window, prompt, reply = settings.scored_window(can_branch=True)
+    assert (prompt, reply, window) == (192, 8, 320)
+    assert settings.scored_window(can_branch=False) == (264, 256, 0)
