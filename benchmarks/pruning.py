@@ -61,8 +61,10 @@ from leanmoe.prune.run import (
 from leanmoe.runtime import load_model, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
-from leanmoe.stats.documents import Losses
-from leanmoe.stats.paired import loss_increase
+from leanmoe.stats.paired import (
+    Losses,
+    loss_increase,
+)
 from leanmoe.tune.inputs import quiet
 
 KEEP = ("87.5%", "75%", "50%", "25%")

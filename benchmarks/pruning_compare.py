@@ -8,8 +8,11 @@ from typing import Any
 
 from pruning_speed import STEPS, Pair, Timed
 
-from leanmoe.stats.documents import Losses
-from leanmoe.stats.paired import Estimate, loss_difference
+from leanmoe.stats.paired import (
+    Estimate,
+    Losses,
+    loss_difference,
+)
 
 RIVALS = ("random", "activate-count")
 BY_OUTPUT = ("reap", "easy-ep", "output-sum", "output-error")

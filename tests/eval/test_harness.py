@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.eval.test_run import NOUNS, leanmoe, write_lines
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.eval.harness import judged, right_or_wrong
@@ -20,6 +19,7 @@ from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.plan.named_plans import FULL, Named
 from leanmoe.runtime import load_model
+from tests.eval.test_run import NOUNS, leanmoe, write_lines
 
 WHY = "lm-evaluation-harness is not installed here: pip install 'leanmoe[eval]'"
 

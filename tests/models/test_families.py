@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tests import tiny
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
@@ -20,6 +19,7 @@ from leanmoe.models.shape import read_shape
 from leanmoe.plan import Rule
 from leanmoe.routing import route
 from leanmoe.runtime import MoELayer, find_layers, shape_of
+from tests import tiny
 
 HERE = sorted(name for name in FAMILIES if name in CONFIG_MAPPING)
 RUNNABLE = [name for name in HERE if FAMILIES[name].not_runnable is None]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.published import MODELS
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import distinct_grouped, distinct_uniform, read_shape
+from tests.published import MODELS
 
 DEEPSEEK = MODELS["deepseek-ai/DeepSeek-V3"].config
 QWEN3 = MODELS["Qwen/Qwen3-30B-A3B"].config

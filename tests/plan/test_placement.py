@@ -8,7 +8,10 @@ import torch
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import count_distinct_by_rank
-from leanmoe.routing.placing import by_rank, from_ranks
+from leanmoe.routing.counting import (
+    by_rank,
+    from_ranks,
+)
 
 
 def test_blocks_and_turns() -> None:

@@ -9,8 +9,10 @@ import torch
 
 from leanmoe.models.families import Router
 from leanmoe.plan import Fingerprint
+from leanmoe.profile.record import (
+    LayerStatistics,
+)
 from leanmoe.profile.replay import distinct_curve
-from leanmoe.profile.router_statistics import LayerStatistics
 from leanmoe.profile.saved import Profile, Trace
 
 EXPERTS, TOP_K, LAYERS, DOCUMENTS, EACH = 16, 4, 2, 12, 40

@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leanmoe.models.families import Router
-from leanmoe.profile.router_statistics import BINS, LayerStatistics
+from leanmoe.profile.record import (
+    BINS,
+    LayerStatistics,
+)
 from leanmoe.profile.saved import QUANTILES
 from leanmoe.runtime import find_layers, record, shape_of
 from tests.runtime.families import CONFIGS, build

@@ -116,7 +116,7 @@ def test_reading_a_profile_needs_no_torch(tmp_path: Path) -> None:
     profile().save(tmp_path)
     program = (
         "import sys, pathlib; from leanmoe.profile.saved import Profile; "
-        "import leanmoe.stats.paired, leanmoe.stats.sequence; "
+        "import leanmoe.stats.paired, leanmoe.stats.paired; "
         f"Profile.load(pathlib.Path({str(tmp_path)!r})); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -10,9 +10,14 @@ import torch
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.families import FAMILIES
-from leanmoe.prune.criteria import CRITERIA, criterion, place_scores
-from leanmoe.prune.expert_statistics import ExpertStatistics, watch
-from leanmoe.prune.output_error import removal_order
+from leanmoe.prune.criteria import (
+    CRITERIA,
+    ExpertStatistics,
+    criterion,
+    place_scores,
+    removal_order,
+    watch,
+)
 from leanmoe.runtime import find_layers, record, shape_of
 from leanmoe.runtime.experts import all_outputs
 from tests import tiny

@@ -8,7 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanmoe.routing.ranking import is_usable, order_keys, put_first
+from leanmoe.routing.scores import (
+    is_usable,
+    order_keys,
+    put_first,
+)
 
 FLOATS = st.floats(width=32, allow_nan=False) | st.sampled_from((0.0, -0.0, 1.0))
 

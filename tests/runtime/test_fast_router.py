@@ -7,7 +7,9 @@ import torch
 
 from leanmoe import Plan, Rule, apply
 from leanmoe.runtime import find_layers, has_kernel, shape_of
-from leanmoe.runtime.fast_router import fast_router
+from leanmoe.runtime.routing import (
+    fast_router,
+)
 from tests.runtime.families import CONFIGS, build
 from tests.runtime.test_apply import ids, logits
 

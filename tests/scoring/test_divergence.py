@@ -12,7 +12,9 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Plan, Rule
 from leanmoe.runtime import apply, shape_of
 from leanmoe.scoring.divergence import divergence, losses, reference
-from leanmoe.scoring.head import Head
+from leanmoe.scoring.forward import (
+    Head,
+)
 from leanmoe.scoring.windows import Windows
 from tests.runtime.families import CONFIGS, build
 
@@ -163,7 +165,7 @@ def test_heads_of_short_floats_pass_the_check(dtype: torch.dtype) -> None:
 def test_slices_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows = build("deepseek_v3"), some_windows()
     whole = reference(model, windows)
-    monkeypatch.setattr("leanmoe.scoring.head.SLICE_BYTES", 4 * 64 * 5)
+    monkeypatch.setattr("leanmoe.scoring.forward.SLICE_BYTES", 4 * 64 * 5)
     sliced = reference(model, windows)
     torch.testing.assert_close(whole.expected_NLD, sliced.expected_NLD)
     torch.testing.assert_close(whole.loss_NL, sliced.loss_NL, rtol=1e-6, atol=1e-6)

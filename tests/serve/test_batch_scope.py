@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tests.routing.cases import ROUTERS
 from torch import Tensor
 
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
@@ -25,6 +24,7 @@ from leanmoe.plan.placement import Placement
 from leanmoe.routing import Company, Routing, count_distinct_by_rank, route
 from leanmoe.runtime.routing import fast_route
 from leanmoe.serve.batch_scope import company_of_all, tokens_of_all
+from tests.routing.cases import ROUTERS
 
 WORLDS = (2, 4)
 TIMEOUT = timedelta(seconds=40)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from hypothesis import given, settings
-from tests.routing.cases import Case, cases
 
 from leanmoe.kernels.triton.router import route_gpu, route_gpu_ids, why_not_route_gpu
 from leanmoe.routing import route
 from leanmoe.serve.skipped_slots import Skipped, repeat_best, spelled, widened
+from tests.routing.cases import Case, cases
 
 
 def test_a_skipped_slot_repeats_the_tokens_best() -> None:

@@ -13,7 +13,10 @@ from scipy import stats
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.stats import paired
-from leanmoe.stats.documents import Divergence, Losses
+from leanmoe.stats.paired import (
+    Divergence,
+    Losses,
+)
 
 Floats = NDArray[np.float64]
 TRIALS = 600

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from leanmoe.stats.sequence import fixed_sequence
+from leanmoe.stats.paired import (
+    fixed_sequence,
+)
 
 
 def test_stops_at_the_first_failure_and_tests_nothing_behind_it() -> None:

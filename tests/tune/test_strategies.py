@@ -8,10 +8,18 @@ import pytest
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Fingerprint, Rule
-from leanmoe.tune.candidates import Candidate, candidates
-from leanmoe.tune.front import Workload, front
+from leanmoe.tune.allocate import (
+    Workload,
+    front,
+)
 from leanmoe.tune.layer_time import LayerTime
-from leanmoe.tune.sensitivity import LEAST_RATE, Sensitivity, loss_rates
+from leanmoe.tune.sensitivity import (
+    LEAST_RATE,
+    Candidate,
+    Sensitivity,
+    candidates,
+    loss_rates,
+)
 from leanmoe.tune.strategies import STRATEGIES, Budget, Setting, strategy
 
 MODEL = Fingerprint("Model", 7, 6, 64, 8)

@@ -19,9 +19,12 @@ from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
 from leanmoe.runtime import IMPLEMENTATION, apply, has_kernel
 from leanmoe.scoring.rows import Row, Score, score_rows
-from leanmoe.stats.documents import Losses
 from leanmoe.stats.outcomes import Bools
-from leanmoe.stats.paired import MINIMUM_DOCUMENTS, loss_increase
+from leanmoe.stats.paired import (
+    MINIMUM_DOCUMENTS,
+    Losses,
+    loss_increase,
+)
 
 
 @dataclass(frozen=True)

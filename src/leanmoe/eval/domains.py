@@ -20,8 +20,11 @@ from leanmoe.prune.run import observe, output_errors
 from leanmoe.runtime import apply, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import WINDOW_TOKENS, Windows, cut
-from leanmoe.stats.documents import Losses
-from leanmoe.stats.paired import loss_increase, require_documents
+from leanmoe.stats.paired import (
+    Losses,
+    loss_increase,
+    require_documents,
+)
 
 FEWEST_DOCUMENTS = 60
 """A text of fewer is cut into passages, which are then what statistics are paired by."""

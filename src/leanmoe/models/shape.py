@@ -1,6 +1,8 @@
 """What a mixture-of-experts model is, read from its config.json alone: no torch, no weights.
 
 Letters: E experts, k experts a token, B tokens in a forward step, G groups, D hidden width.
+
+Which model a plan or a profile was made for. Needs no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.families import FAMILIES, Family, Router, family_of
-from leanmoe.models.fingerprint import Fingerprint
 from leanmoe.models.hf_config import FILE, REFERENCE, Settings, language_part, read_config
 from leanmoe.models.weight_format import Storage, storage
 
@@ -321,3 +322,14 @@ def _parameters(
         norms=norms,
         expert=family.matrices * inner * width + (2 * width + hidden) * int(family.biases),
     )
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The model a plan was made for; a plan is refused on any other."""
+
+    architecture: str
+    layers: int
+    moe_layers: int
+    experts: int
+    top_k: int

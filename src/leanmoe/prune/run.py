@@ -22,10 +22,17 @@ from leanmoe.core.text import read_corpus, split
 from leanmoe.models.shape import REFERENCE, MoEShape, read_shape
 from leanmoe.prune.allocation import Allocated, Counts, Evolution, evolve, fewest
 from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
-from leanmoe.prune.criteria import Criterion, Scores, criterion, place_scores
-from leanmoe.prune.expert_statistics import ExpertStatistics, watch
+from leanmoe.prune.criteria import (
+    SAMPLE_TOKENS,
+    Criterion,
+    ExpertStatistics,
+    Scores,
+    criterion,
+    place_scores,
+    removal_order,
+    watch,
+)
 from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
-from leanmoe.prune.output_error import SAMPLE_TOKENS, removal_order
 from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, load_model, record, shape_of
 from leanmoe.scoring.acceptance import Acceptance
 from leanmoe.scoring.forward import final_hidden, hidden_of

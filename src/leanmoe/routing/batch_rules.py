@@ -18,8 +18,13 @@ from torch import Tensor
 
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.routing.placing import by_rank, from_ranks
-from leanmoe.routing.ranking import lower_first
+from leanmoe.routing.counting import (
+    by_rank,
+    from_ranks,
+)
+from leanmoe.routing.scores import (
+    lower_first,
+)
 
 BEST, GUARANTEED, VOTES = range(3)
 """Rows of a ballot (S,3,E), int64: tokens whose best an expert is, tokens that guarantee it, and

@@ -14,8 +14,15 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.routing.batch_rules import ALONE, Company, awake_experts, cast_ballot
 from leanmoe.routing.gate_weights import votes, weigh
-from leanmoe.routing.ranking import NOT_USABLE, is_usable, order_keys, put_first
-from leanmoe.routing.scores import NEVER, Scores, score
+from leanmoe.routing.scores import (
+    NEVER,
+    NOT_USABLE,
+    Scores,
+    is_usable,
+    order_keys,
+    put_first,
+    score,
+)
 from leanmoe.routing.token_rules import wanted
 
 

@@ -8,10 +8,16 @@ from leanmoe.kernels.cpu.threads import release_threads
 from leanmoe.runtime.apply import Applied, apply
 from leanmoe.runtime.counts import LayerCounts
 from leanmoe.runtime.experts import IMPLEMENTATION, has_kernel, register_experts
-from leanmoe.runtime.layers import MoELayer, find_layers, shape_of, why_not_full_attention
-from leanmoe.runtime.loading import load_model
-from leanmoe.runtime.record import record
-from leanmoe.runtime.resume import hidden_before, resume_from
+from leanmoe.runtime.model import (
+    MoELayer,
+    find_layers,
+    hidden_before,
+    load_model,
+    record,
+    resume_from,
+    shape_of,
+    why_not_full_attention,
+)
 
 __all__ = [
     "IMPLEMENTATION",

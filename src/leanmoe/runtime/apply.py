@@ -16,11 +16,22 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Plan
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import Company
-from leanmoe.runtime.choose import Experts, LayerRouting, Observe, without_skipped
 from leanmoe.runtime.counts import LayerCounts
 from leanmoe.runtime.experts import IMPLEMENTATION, prepared, register_experts
-from leanmoe.runtime.fast_router import FastRouter, fast_router
-from leanmoe.runtime.layers import MoELayer, find_layers, router_logits, shape_of
+from leanmoe.runtime.model import (
+    MoELayer,
+    find_layers,
+    router_logits,
+    shape_of,
+)
+from leanmoe.runtime.routing import (
+    Experts,
+    FastRouter,
+    LayerRouting,
+    Observe,
+    fast_router,
+    without_skipped,
+)
 from leanmoe.runtime.step import Part, scoring_parts, served_parts
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from leanmoe.kernels import Choice, ExpertWeights, Gate, choose_experts, expert_rows
 from leanmoe.kernels.weights import ACTIVATIONS, Activation
-from leanmoe.runtime.layers import find_layers
+from leanmoe.runtime.model import (
+    find_layers,
+)
 
 IMPLEMENTATION = "leanmoe"
 PROBE_ROWS, PROBE_WIDTH = 8, 16

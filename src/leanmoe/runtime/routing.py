@@ -1,15 +1,179 @@
-"""Which function routes: the reference, or a kernel where one can."""
+"""The experts of every token of a call, each part of it under its own rules.
+
+Letters: T tokens of the call, E experts, K slots a token.
+
+Which function routes: the reference, or a kernel where one can.
+
+Our own routing in place of a router module's, where it is sure to be the same.
+
+A router is a linear layer and a choice among its outputs. The choice, in plain torch operations,
+takes longer than the chosen experts of a small model do. Where a module's logits turn out to be
+its weight times the hidden states, and our choice the module's own, on a probe, ours stands in.
+
+Letters: T tokens, E experts, K slots a token, D hidden width.
+"""
 
 from __future__ import annotations
 
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from leanmoe.kernels import route_cpu, route_gpu, why_not_route_cpu, why_not_route_gpu
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.routing import ALONE, Company, Routing, route
+from leanmoe.runtime.counts import LayerCounts
+from leanmoe.runtime.model import (
+    MoELayer,
+)
+from leanmoe.runtime.step import Part
+
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+Observe = Callable[[int, Tensor, Tensor], None]
+"""Called with a layer's number and a step's ids and weights (T,K), which it must not change."""
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """How one layer's tokens are routed, whatever the call."""
+
+    number: int
+    router: Router
+    top_k: int
+    """The model's own."""
+    experts: int
+    bias_E: Tensor | None
+    is_fast: bool
+    """Whether our own routing may stand for the reference."""
+    counts: tuple[LayerCounts, LayerCounts] | None
+    """Where to count what generated tokens do and what prompt tokens do."""
+    company: Company = ALONE
+    observe: Observe | None = None
+
+    def choose(
+        self, logits_TE: Tensor, stock: tuple[Tensor, Tensor] | None, parts: Sequence[Part]
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Ids and weights (T,K) under the parts' rules, and whether any slot may be skipped.
+
+        `stock` is what the model's own router chose: it stands wherever a rule is empty.
+        """
+        if len(parts) == 1 and parts[0].index_ST is None:
+            ids_TK, weights_TK = self._part(logits_TE, stock, parts[0], None)
+            skips = _skips(parts[0], self.number)
+        else:
+            ids_TK, weights_TK = self._joined(logits_TE, stock, parts)
+            skips = True
+        if self.observe is not None:
+            self.observe(self.number, ids_TK, weights_TK)
+        return ids_TK, weights_TK, skips
+
+    def _part(
+        self,
+        logits_TE: Tensor,
+        stock: tuple[Tensor, Tensor] | None,
+        part: Part,
+        index: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        rule = part.rules[self.number]
+        if rule.is_empty and stock is not None:
+            ids, weights = stock if index is None else (stock[0][index], stock[1][index])
+        else:
+            logits = logits_TE if index is None else logits_TE[index]
+            ids, weights, over_S = self._route(logits, rule, part.padding_ST)
+            weights = weights if stock is None else weights.to(stock[1].dtype)
+            self._count_budget(over_S, part)
+        self._count(ids, part)
+        return ids, weights
+
+    def _route(self, logits: Tensor, rule: Rule, padding: Tensor | None) -> Routing:
+        function = fast_route if self.is_fast else route
+        return function(logits, self.router, self.top_k, rule, self.bias_E, padding, self.company)
+
+    def _joined(
+        self, logits_TE: Tensor, stock: tuple[Tensor, Tensor] | None, parts: Sequence[Part]
+    ) -> tuple[Tensor, Tensor]:
+        """The parts' slots in token order, with as many slots as the widest part has."""
+        most, *others = sorted(parts, key=_tokens, reverse=True)
+        # Routing the others' tokens too is cheaper than taking the largest part's out and back.
+        index = None if self._fits_all(most, logits_TE.shape[0]) else most.index_ST
+        chosen = [(index, *self._part(logits_TE, stock, most, index))]
+        chosen += [(p.index_ST, *self._part(logits_TE, stock, p, p.index_ST)) for p in others]
+        slots = max(ids.shape[-1] for _, ids, _ in chosen)
+        all_ids_TK = chosen[0][1].new_full((logits_TE.shape[0], slots), self.experts)
+        all_weights_TK = chosen[0][2].new_zeros((logits_TE.shape[0], slots))
+        for place, ids, weights in chosen:
+            if place is None:
+                all_ids_TK[:, : ids.shape[-1]] = ids
+                all_weights_TK[:, : ids.shape[-1]] = weights
+            else:
+                at = place.flatten()
+                all_ids_TK[at] = _widened(ids, slots, self.experts)
+                all_weights_TK[at] = _widened(weights, slots, 0)
+        return all_ids_TK, all_weights_TK
+
+    def _fits_all(self, part: Part, tokens: int) -> bool:
+        """Whether the part is most of the call and its tokens are routed each on its own."""
+        alone = not part.rules[self.number].depends_on_company and part.padding_ST is None
+        return alone and self.counts is None and 2 * _tokens(part) > tokens
+
+    def _count(self, ids: Tensor, part: Part) -> None:
+        if self.counts is None:
+            return
+        ids_STK = ids if ids.dim() == 3 else ids.unsqueeze(0)
+        padding_ST = part.padding_ST
+        if padding_ST is not None and padding_ST.dim() == 1:
+            padding_ST = padding_ST.unsqueeze(0)
+        self.counts[part.is_prompt].add(ids_STK, padding_ST, self.experts)
+
+    def _count_budget(self, over_S: Tensor | None, part: Part) -> None:
+        if over_S is not None and self.counts is not None:
+            self.counts[part.is_prompt].over_budget_steps += int(over_S.sum())
+
+
+def _tokens(part: Part) -> int:
+    assert part.index_ST is not None
+    return part.index_ST.numel()
+
+
+def _widened(values: Tensor, slots: int, fill: int) -> Tensor:
+    """(...,K) to (T,slots), the slots beyond K filled."""
+    flat_TK = values.flatten(0, -2)
+    return functional.pad(flat_TK, (0, slots - flat_TK.shape[-1]), value=fill)
+
+
+def _skips(part: Part, layer: int) -> bool:
+    """Whether a slot may be skipped: never under an empty rule or one with a plain `top_k`."""
+    rule = part.rules[layer]
+    if rule.is_empty:
+        return False
+    return rule != Rule(top_k=rule.top_k) or rule.top_k == 0 or part.padding_ST is not None
+
+
+def without_skipped(
+    stock: Experts, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int
+) -> Tensor:
+    """Runs an implementation that knows no skipped slots on the slots that are left.
+
+    Each is a token of its own with one slot, so that skipped ones cost no row and leak no NaN.
+    """
+    token_R, slot_R = (ids_TK < experts).nonzero(as_tuple=True)
+    out_TD = torch.zeros_like(hidden_TD)
+    if len(token_R):
+        rows_RD = stock(
+            hidden_TD[token_R],
+            ids_TK[token_R, slot_R].unsqueeze(-1),
+            weights_TK[token_R, slot_R].unsqueeze(-1),
+        )
+        out_TD.index_add_(0, token_R, rows_RD.to(out_TD.dtype))
+    return out_TD
 
 
 def fast_route(
@@ -54,3 +218,101 @@ def _on_gpu(
         return Routing(found.ids_TK, found.weights_TK, found.over_budget)
     over_S = None if found.over_budget is None else found.over_budget[None]
     return Routing(found.ids_TK[None], found.weights_TK[None], over_S)
+
+
+PROBE_TOKENS = 5
+
+logger = logging.getLogger(__name__)
+Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Logits (T,E) to ids and weights (T,K)."""
+
+
+@dataclass(frozen=True)
+class FastRouter:
+    """How one router module makes its logits, and what its forward returns."""
+
+    module: Any
+    dtype: torch.dtype
+    """In which the linear layer runs."""
+    weights_dtype: torch.dtype
+    places: tuple[int, int, int]
+    """Of logits, weights and ids in the module's output."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Router logits (T,E) of hidden states (...,D)."""
+        flat_TD = hidden.reshape(-1, hidden.shape[-1]).to(self.dtype)
+        bias = getattr(self.module, "bias", None)
+        bias = None if bias is None else bias.to(self.dtype)
+        return functional.linear(flat_TD, self.module.weight.to(self.dtype), bias)
+
+    def forward(self, hidden: Tensor, choose: Choose) -> tuple[Tensor, ...]:
+        """What the module's forward returns, with the experts that `choose` picks."""
+        logits_TE = self.logits(hidden)
+        ids_TK, weights_TK = choose(logits_TE)
+        returned = {
+            self.places[0]: logits_TE,
+            self.places[1]: weights_TK.to(self.weights_dtype),
+            self.places[2]: ids_TK,
+        }
+        return tuple(returned[place] for place in range(3))
+
+
+@torch.inference_mode()
+def fast_router(layer: MoELayer, router: Router, top_k: int) -> FastRouter | None:
+    """The stand-in for a layer's router; None where it would not be the same."""
+    module, experts = layer.router, int(layer.experts.num_experts)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.dim() != 2:
+        return None
+    if weight.shape[0] != experts or experts == top_k or not _takes_hidden_alone(module):
+        return None
+    draw = torch.Generator().manual_seed(0)
+    probe_TD = torch.randn(PROBE_TOKENS, weight.shape[1], generator=draw).to(weight)
+    output = module(probe_TD)
+    places = _places(output, experts, top_k)
+    if places is None or [o.shape for o in module(probe_TD[None])] != [o.shape for o in output]:
+        return None
+    logits_TE, weights_TK, ids_TK = (output[place] for place in places)
+    for dtype in (torch.float32, weight.dtype):
+        found = FastRouter(module, dtype, weights_TK.dtype, places)
+        ours_TE = found.logits(probe_TD)
+        same = ours_TE.dtype is logits_TE.dtype and torch.equal(ours_TE, logits_TE)
+        if same and _chooses_alike(ours_TE, ids_TK, weights_TK, layer, router, top_k):
+            return found
+    logger.info("%s: its router is not one we know to replace; it runs as it is", layer.name)
+    return None
+
+
+def _takes_hidden_alone(module: Any) -> bool:
+    """Whether its forward is its class's own and wants nothing but hidden states."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    return "forward" not in vars(module) and len(required) == 1
+
+
+def _places(output: Any, experts: int, top_k: int) -> tuple[int, int, int] | None:
+    if not isinstance(output, tuple) or len(output) != 3:
+        return None
+    kinds = [
+        (part.is_floating_point(), part.shape[-1] if part.dim() == 2 else 0) for part in output
+    ]
+    wanted = [(True, experts), (True, top_k), (False, top_k)]
+    if sorted(kinds) != sorted(wanted):
+        return None
+    return (kinds.index(wanted[0]), kinds.index(wanted[1]), kinds.index(wanted[2]))
+
+
+def _chooses_alike(
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    layer: MoELayer,
+    router: Router,
+    top_k: int,
+) -> bool:
+    bias_E = layer.ranking_bias(router)
+    ours = fast_route(logits_TE, router, top_k, Rule(), bias_E)
+    nothing_TE = torch.zeros_like(logits_TE, dtype=torch.float32)
+    theirs_TE = nothing_TE.scatter(-1, ids_TK, weights_TK.float())
+    ours_TE = nothing_TE.scatter(-1, ours.ids_STK, ours.weights_STK.float())
+    return torch.allclose(ours_TE, theirs_TE, rtol=2e-2 if weights_TK.dtype.itemsize < 4 else 1e-4)

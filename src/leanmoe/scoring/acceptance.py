@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.scoring.forward import final_hidden
-from leanmoe.scoring.head import Head
+from leanmoe.scoring.forward import (
+    Head,
+    final_hidden,
+)
 from leanmoe.scoring.windows import Batch, Windows
 
 

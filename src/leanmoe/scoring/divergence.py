@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.scoring.forward import hidden_of
-from leanmoe.scoring.head import Head
+from leanmoe.scoring.forward import (
+    Head,
+    hidden_of,
+)
 from leanmoe.scoring.windows import BATCH_TOKENS, Batch, Windows
-from leanmoe.stats.documents import Counts, Divergence, Floats, Losses
+from leanmoe.stats.paired import (
+    Counts,
+    Divergence,
+    Floats,
+    Losses,
+)
 
 
 @dataclass(frozen=True)

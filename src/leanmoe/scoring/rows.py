@@ -25,7 +25,9 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.runtime import why_not_full_attention
-from leanmoe.scoring.head import Head
+from leanmoe.scoring.forward import (
+    Head,
+)
 
 BATCH_TOKENS = 8192
 """Columns times bundles of one forward call, unless those that decode together need more."""

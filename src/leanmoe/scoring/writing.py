@@ -17,7 +17,9 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
-from leanmoe.scoring.head import Head
+from leanmoe.scoring.forward import (
+    Head,
+)
 from leanmoe.scoring.rows import Applying, Laid, Row, bundled, calls
 
 REQUESTS_AT_ONCE = 32

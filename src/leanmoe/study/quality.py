@@ -25,8 +25,10 @@ from leanmoe.prune.run import observe, output_errors
 from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
-from leanmoe.stats.documents import Losses
-from leanmoe.stats.paired import loss_increase
+from leanmoe.stats.paired import (
+    Losses,
+    loss_increase,
+)
 from leanmoe.tune.inputs import quiet
 
 FILE = "quality.json"

@@ -10,14 +10,23 @@ from typing import Any
 from leanmoe.plan import Plan, Rule
 from leanmoe.profile.replay import replay
 from leanmoe.profile.saved import Profile
-from leanmoe.stats.documents import Losses
-from leanmoe.stats.paired import loss_difference, loss_increase
-from leanmoe.tune.candidates import Phase
-from leanmoe.tune.front import Point
+from leanmoe.stats.paired import (
+    Losses,
+    loss_difference,
+    loss_increase,
+)
+from leanmoe.tune.allocate import (
+    Point,
+)
 from leanmoe.tune.inputs import Inputs
-from leanmoe.tune.layer_time import LayerTime
-from leanmoe.tune.perturbation import perturbation
-from leanmoe.tune.sensitivity import Sensitivity
+from leanmoe.tune.layer_time import (
+    LayerTime,
+    perturbation,
+)
+from leanmoe.tune.sensitivity import (
+    Phase,
+    Sensitivity,
+)
 from leanmoe.tune.settings import TuneSettings
 from leanmoe.tune.strategies import STRATEGIES, Budget, Kind, Setting, Strategy, strategy
 from leanmoe.tune.validate import plan_losses

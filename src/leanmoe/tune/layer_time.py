@@ -3,6 +3,8 @@
 Real routing (a profile's trace) goes through each rule and the experts function that serving will
 use; what is timed includes the rule's own routing. A line through those times, in rows and
 distinct experts, smooths the noise.
+
+How far fewer experts move a layer's output on random input: LExI's measure, no data needed.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import torch
 from leanmoe.plan import Rule
 from leanmoe.profile.replay import draw_steps
 from leanmoe.profile.saved import Profile
-from leanmoe.routing import count_distinct, count_slots
-from leanmoe.runtime import find_layers
+from leanmoe.routing import count_distinct, count_slots, route
+from leanmoe.runtime import find_layers, shape_of
 from leanmoe.runtime.experts import experts_forward
 from leanmoe.runtime.routing import fast_route
 
@@ -129,3 +131,33 @@ def _not_negative(columns: np.ndarray, seen: np.ndarray) -> np.ndarray:
     scale = weighted.max(axis=0)
     solution, _ = nnls(weighted / scale, np.ones(len(seen)))
     return np.asarray(solution / scale)
+
+
+TOKENS = 512
+
+
+@torch.inference_mode()
+def perturbation(model: Any, tokens: int = TOKENS, seed: int = 0) -> dict[tuple[int, int], float]:
+    """Mean Frobenius distance between a layer's output at k and at full k, by (layer, k).
+
+    Inputs are standard normal, as layer inputs are normalised (LExI, arXiv 2509.02753, stage 1).
+    """
+    shape = shape_of(model)
+    moved: dict[tuple[int, int], float] = {}
+    draw = torch.Generator().manual_seed(seed)
+    for layer in find_layers(model):
+        weight = layer.experts.down_proj
+        hidden_TD = torch.randn(tokens, profile_hidden(layer), generator=draw).to(weight)
+        bias_E = layer.ranking_bias(shape.router)
+        logits_TE = hidden_TD.float() @ layer.router.weight.float().T
+        outputs = []
+        for k in range(1, shape.top_k + 1):
+            routing = route(logits_TE, shape.router, shape.top_k, Rule(top_k=k), bias_E)
+            outputs.append(
+                experts_forward(
+                    layer.experts, hidden_TD, routing.ids_STK, routing.weights_STK.to(weight)
+                )
+            )
+        for k, output in enumerate(outputs, start=1):
+            moved[layer.number, k] = float((output - outputs[-1]).norm() / tokens**0.5)
+    return moved

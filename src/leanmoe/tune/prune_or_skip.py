@@ -19,15 +19,23 @@ from leanmoe.profile.saved import Profile
 from leanmoe.prune.criteria import Scores, criterion, place_scores
 from leanmoe.prune.kept_experts import Kept, best_experts, kept_count, restricted
 from leanmoe.prune.run import observe, output_errors
-from leanmoe.stats.documents import Losses
-from leanmoe.stats.paired import Estimate, loss_difference, loss_increase
+from leanmoe.stats.paired import (
+    Estimate,
+    Losses,
+    loss_difference,
+    loss_increase,
+)
 from leanmoe.tune.allocate import Option, pareto
-from leanmoe.tune.candidates import Phase
 from leanmoe.tune.inputs import Inputs
 from leanmoe.tune.layer_time import LayerTime
-from leanmoe.tune.sensitivity import Sensitivity
+from leanmoe.tune.sensitivity import (
+    Phase,
+    Sensitivity,
+)
 from leanmoe.tune.settings import TuneSettings
-from leanmoe.tune.strategies.own import layer_rules
+from leanmoe.tune.strategies import (
+    layer_rules,
+)
 from leanmoe.tune.validate import plan_losses
 
 BUDGETS = ("87.5%", "75%", "50%")

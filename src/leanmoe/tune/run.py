@@ -24,17 +24,33 @@ from leanmoe.profile.saved import Profile
 from leanmoe.prune.kept_experts import restricted
 from leanmoe.report import write_report
 from leanmoe.runtime import IMPLEMENTATION, apply
-from leanmoe.stats.documents import Losses
-from leanmoe.tune.candidates import Candidate, Phase, candidates
+from leanmoe.stats.paired import (
+    Losses,
+)
+from leanmoe.tune.allocate import (
+    Point,
+)
 from leanmoe.tune.compare_strategies import compare_strategies, strategy_points
-from leanmoe.tune.front import Point
 from leanmoe.tune.inputs import Inputs, read_inputs
 from leanmoe.tune.layer_time import LayerTime
 from leanmoe.tune.prune_or_skip import kept_by_budget, total_or_activated
-from leanmoe.tune.sensitivity import Sensitivity, measure
+from leanmoe.tune.sensitivity import (
+    Candidate,
+    Phase,
+    Sensitivity,
+    candidates,
+    measure,
+)
 from leanmoe.tune.settings import TuneSettings
-from leanmoe.tune.validate import Proved, plan_losses, point_plan, points_for, prove, workloads
-from leanmoe.tune.verdict import verdict_on
+from leanmoe.tune.validate import (
+    Proved,
+    plan_losses,
+    point_plan,
+    points_for,
+    prove,
+    verdict_on,
+    workloads,
+)
 
 REQUESTS = 24
 """In a throughput run with one request at a time; as the square root of the load above it, so that

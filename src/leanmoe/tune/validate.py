@@ -1,4 +1,7 @@
-"""The steps between text and a proven plan: sensitivities, layer times, fronts, validation."""
+"""The steps between text and a proven plan: sensitivities, layer times, fronts, validation.
+
+What is claimed at each load: only what both the loss and the throughput bear out.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,24 @@ from leanmoe.prune.kept_experts import restricted
 from leanmoe.runtime import IMPLEMENTATION, apply
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows
-from leanmoe.stats.documents import Losses
-from leanmoe.stats.paired import Verdict, non_inferior
-from leanmoe.stats.sequence import fixed_sequence
-from leanmoe.tune.candidates import Phase
-from leanmoe.tune.front import SHARES_OF_MARGIN, Point, Workload, front
+from leanmoe.stats.paired import (
+    Losses,
+    Verdict,
+    fixed_sequence,
+    non_inferior,
+)
+from leanmoe.tune.allocate import (
+    SHARES_OF_MARGIN,
+    Point,
+    Workload,
+    front,
+)
 from leanmoe.tune.inputs import Inputs
 from leanmoe.tune.layer_time import LayerTime, fit
-from leanmoe.tune.sensitivity import Sensitivity
+from leanmoe.tune.sensitivity import (
+    Phase,
+    Sensitivity,
+)
 from leanmoe.tune.settings import TuneSettings
 
 BATCH_TOKENS = 8192
@@ -161,3 +174,38 @@ def point_plan(inputs: Inputs, point: Point) -> Plan:
     plan = Plan.per_layer(fingerprint, point.decode)
     plan = Plan(fingerprint, plan.bands, point.prompt)
     return plan if inputs.kept is None else restricted(plan, inputs.kept)
+
+
+def verdict_on(
+    load: int,
+    up_to: int | None,
+    points: Sequence[Proved],
+    chosen: Proved | None,
+    gain: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Accepted if a plan's loss is within the margin and its throughput surely above full's."""
+    ratio = gain["ratio"]
+    verdict: dict[str, Any] = {
+        "concurrency": load,
+        "up_to": up_to,
+        "accepted": False,
+        "loss": None,
+        "gain": None,
+    }
+    if chosen is None:
+        last = points[0].verdict.reason if points else "no plan was predicted to be within it"
+        return {**verdict, "reason": f"no plan is within the margin: {last}"}
+    verdict |= {"loss": chosen.verdict.loss.to_json(), "gain": ratio}
+    if ratio["low"] <= 1.0:
+        reason = (
+            f"throughput is not surely higher ({ratio['low']:.3f} to {ratio['high']:.3f} times): "
+            "the full model stays"
+        )
+        return {**verdict, "reason": reason}
+    stopped = points[-1].verdict
+    reason = (
+        "the fastest plan tried is within the margin"
+        if stopped.accepted
+        else "the next faster plan is not within the margin"
+    )
+    return {**verdict, "accepted": True, "reason": reason}

@@ -106,7 +106,9 @@ def by_expert(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def transformers_model() -> Any:
-    from leanmoe.runtime.loading import load_model
+    from leanmoe.runtime.model import (
+        load_model,
+    )
 
     return load_model("reference", "float32")[0]
 
@@ -115,7 +117,9 @@ def test_a_searched_plan_routes_as_in_transformers_layer_by_layer(
     load: Callable[..., Any], transformers_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from leanmoe import apply
-    from leanmoe.runtime.choose import LayerRouting
+    from leanmoe.runtime.routing import (
+        LayerRouting,
+    )
     from leanmoe.serve.routing_statistics import Statistics
 
     ours, theirs = Steps(), Steps()
@@ -189,7 +193,9 @@ def test_likelihoods_in_bfloat16_are_within_its_noise(
 
     Without a plan it is 1.6 times: its router's logits are bfloat16, Transformers' float32.
     """
-    from leanmoe.runtime.loading import load_model
+    from leanmoe.runtime.model import (
+        load_model,
+    )
 
     exact = likelihoods_in_transformers(transformers_model, PLANS[name])
     rounded = likelihoods_in_transformers(load_model("reference", "bfloat16")[0], PLANS[name])

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.layers import random_call, random_layer, slot_by_slot
-from tests.kernels.test_reference import LAYOUTS
 from torch.testing import assert_close
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import ExpertWeights, count_work, experts_cpu, experts_reference
+from tests.kernels.layers import random_call, random_layer, slot_by_slot
+from tests.kernels.test_reference import LAYOUTS
 
 NEAR = {"rtol": 1e-5, "atol": 2e-5}
 """Float32 sums of some dozens of products of order 1."""

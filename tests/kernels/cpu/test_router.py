@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from tests.routing.cases import ROUTERS, Case, cases
 from torch import Tensor
 
 from leanmoe.kernels.cpu.router import route_cpu, why_not_route_cpu
 from leanmoe.plan import Rule
 from leanmoe.routing import Routing, route, score
+from tests.routing.cases import ROUTERS, Case, cases
 
 PATIENT = settings(deadline=None, max_examples=300)
 CLOSE = 1e-5

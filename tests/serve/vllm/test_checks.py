@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.serve.stand_ins import BaseRouter, CustomRoutingRouter, FusedTopKRouter, install_context
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
@@ -17,6 +16,7 @@ from leanmoe.serve.vllm import checks, plugin
 from leanmoe.serve.vllm.patch import _bands_between, decoder_index
 from leanmoe.serve.vllm.ranks import company_of
 from leanmoe.serve.vllm.version import check_version
+from tests.serve.stand_ins import BaseRouter, CustomRoutingRouter, FusedTopKRouter, install_context
 
 SHARED, FEWER = [Rule(guaranteed=2)], [Rule(top_k=2)]
 

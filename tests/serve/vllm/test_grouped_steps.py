@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.serve.stand_ins import FusedTopKRouter, install_context
 from torch import Tensor
 
 from leanmoe.models.routers import Router
@@ -19,6 +18,7 @@ from leanmoe.serve.skipped_slots import Skipped, repeat_best
 from leanmoe.serve.vllm import grouped_steps
 from leanmoe.serve.vllm.layer_routing import LayerRouting
 from leanmoe.serve.vllm.skipping import Skipping
+from tests.serve.stand_ins import FusedTopKRouter, install_context
 
 MODEL = Fingerprint("Model", 3, 1, 64, 4)
 PLUGIN = Skipping(small=Skipped.MINUS_ONE, groups=True)

@@ -4,15 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.serve.stand_ins import (
-    BaseRouter,
-    Context,
-    CustomRoutingRouter,
-    FusedTopKRouter,
-    GroupedTopKRouter,
-    install_context,
-    ranks,
-)
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
@@ -24,6 +15,15 @@ from leanmoe.serve.skipped_slots import repeat_best
 from leanmoe.serve.vllm.layer_routing import LayerRouting, step_rows
 from leanmoe.serve.vllm.padding import padding_rows, share
 from leanmoe.serve.vllm.vllm_router import read_router, why_not_read
+from tests.serve.stand_ins import (
+    BaseRouter,
+    Context,
+    CustomRoutingRouter,
+    FusedTopKRouter,
+    GroupedTopKRouter,
+    install_context,
+    ranks,
+)
 
 MODEL = Fingerprint("Model", 3, 2, 16, 4)
 SHARED = Rule(guaranteed=2, threshold=0.3, keep_weights=True)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.layers import random_call, random_layer
-from tests.serve.stand_ins import loaded_runner
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import ExpertWeights, Gate, experts_reference
 from leanmoe.serve.vllm import plugin
 from leanmoe.serve.vllm.leanmoe_experts import GATES, OwnExperts, check_experts, weights_of
+from tests.kernels.layers import random_call, random_layer
+from tests.serve.stand_ins import loaded_runner
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.serve.stand_ins import Context, FusedTopKRouter, install_context, loaded_runner
 from torch import Tensor
 
 from leanmoe.models.routers import Router
@@ -17,6 +16,7 @@ from leanmoe.serve.skipped_slots import Skipped, repeat_best
 from leanmoe.serve.vllm import skipping
 from leanmoe.serve.vllm.layer_routing import LayerRouting
 from leanmoe.serve.vllm.skipping import Skipping, is_small, why_not_skip
+from tests.serve.stand_ins import Context, FusedTopKRouter, install_context, loaded_runner
 
 MODEL = Fingerprint("Model", 3, 1, 64, 4)
 RULE = Rule(guaranteed=1)

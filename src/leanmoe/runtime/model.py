@@ -1,0 +1,255 @@
+"""A Transformers model at hand: loading it, finding its MoE layers, watching and resuming it.
+
+Nothing is looked up by a family's name: an MoE layer is a module that holds experts beside a
+router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.routers import Router
+from leanmoe.models.shape import REFERENCE, MoEShape, read_shape
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    name: str, dtype: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """The model, ready to run, and its tokenizer.
+
+    `name` is a folder, a hub name (local cache first, then the network) or "reference". Without
+    `dtype` weights load as float32 on a CPU and as they are stored on a GPU. Only safetensors are
+    read: nothing is unpickled. Raises LeanMoeError for what is missing, damaged or no
+    mixture-of-experts model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    read_shape(name)
+    if dtype is not None and dtype not in DTYPES:
+        raise LeanMoeError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    source = _source(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted: Any = DTYPES[dtype] if dtype else (torch.float32 if device == "cpu" else "auto")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except LeanMoeError:
+        raise
+    except Exception as error:  # safetensors, the hub and Transformers each raise their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LeanMoeError(f"model {name} cannot be loaded: {reason}") from error
+    model = model.to(device).eval()
+    find_layers(model)
+    return model, tokenizer
+
+
+def _source(name: str) -> str:
+    if name == REFERENCE:
+        from leanmoe.models.reference import path
+
+        return str(path())
+    local = Path(name)
+    return str(local.parent) if local.name == "config.json" and local.is_file() else name
+
+
+ROUTER_NAMES = ("gate", "router")
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One MoE layer of a loaded model."""
+
+    number: int
+    """Its place among the MoE layers, from 0."""
+    decoder_index: int
+    """Its place among all decoder layers."""
+    name: str
+    router: Any
+    """This and the next are modules whose attributes differ by family."""
+    experts: Any
+    block: nn.Module
+    """What holds both."""
+
+    def ranking_bias(self, router: Router) -> Tensor | None:
+        """The bias that ranks without weighing, from the router or the block around it."""
+        if router.ranking_bias is None:
+            return None
+        for module in (self.router, self.block):
+            found: object = module
+            for name in router.ranking_bias.split("."):
+                found = getattr(found, name, None)
+            if isinstance(found, Tensor):
+                return found.reshape(-1)
+        raise LeanMoeError(
+            f"{self.name} has no {router.ranking_bias}: this family's router has one"
+        )
+
+
+def shape_of(model: Any) -> MoEShape:
+    """The shape of a loaded model, from its own config."""
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    return read_shape(config)
+
+
+def find_layers(model: Any) -> tuple[MoELayer, ...]:
+    """The MoE layers in order; raises LeanMoeError where they do not match the config."""
+    shape = shape_of(model)
+    layers: list[MoELayer] = []
+    for index, decoder in enumerate(decoder_layers(model)):
+        for name, block in decoder.named_modules():
+            experts = getattr(block, "experts", None)
+            router = next((getattr(block, n) for n in ROUTER_NAMES if hasattr(block, n)), None)
+            if experts is not None and _is_experts(experts) and isinstance(router, nn.Module):
+                layers.append(
+                    MoELayer(len(layers), index, f"layers.{index}.{name}", router, experts, block)
+                )
+    found = tuple(layer.decoder_index for layer in layers)
+    if found != shape.moe_layers:
+        raise LeanMoeError(
+            f"{shape.architecture}: MoE layers were found at {list(found)}, "
+            f"but its config says {list(shape.moe_layers)}: this family cannot be run yet"
+        )
+    return tuple(layers)
+
+
+def router_logits(output: Any) -> Tensor:
+    """The logits a router's forward returns, alone or in a tuple.
+
+    They come first, but for Granite's router in Transformers 5.17 (ids, weights, logits).
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits: Tensor = output[0] if output[0].is_floating_point() else output[-1]
+    return logits
+
+
+def why_not_full_attention(config: Any) -> str | None:
+    """Why a token of this model does not see all tokens before it; None if it does."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds:
+        return f"it has layers of {', '.join(sorted(map(str, kinds)))}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        return f"its attention reaches back {window} tokens only"
+    return None
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers, the longest list of modules below the model's head."""
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise LeanMoeError(f"{type(model).__name__} has no list of decoder layers")
+    return max(lists, key=len)
+
+
+def _is_experts(module: Any) -> bool:
+    """Whether Transformers' experts interface dispatches this module."""
+    return isinstance(module, nn.Module) and hasattr(module, "_apply_gate")
+
+
+Sink = Callable[[int, Tensor], None]
+
+
+@contextmanager
+def record(model: Any, sink: Sink) -> Iterator[None]:
+    """Calls `sink(layer number, logits_TE)` for each MoE layer of each forward call.
+
+    Raises LeanMoeError, naming the layer, when a router's logits are not finite.
+    """
+    with ExitStack() as hooks:
+        for layer in find_layers(model):
+            hooks.callback(layer.router.register_forward_hook(_pass_on(layer, sink)).remove)
+        yield
+
+
+def _pass_on(layer: MoELayer, sink: Sink) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        logits_TE = router_logits(output).flatten(0, -2).float()
+        if not bool(logits_TE.isfinite().all()):
+            raise LeanMoeError(f"{layer.name}: router logits are not finite (NaN or infinity)")
+        sink(layer.number, logits_TE)
+
+    return hook
+
+
+@contextmanager
+def keep_hidden(model: Any, decoder_indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Fills the yielded mapping with the hidden states [N,L,D] that enter these decoder layers."""
+    layers = decoder_layers(model)
+    kept: dict[int, Tensor] = {}
+    with ExitStack() as hooks:
+        for index in decoder_indices:
+            hook = layers[index].register_forward_pre_hook(_keep(kept, index), with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield kept
+
+
+@torch.inference_mode()
+def hidden_before(
+    model: Any, input_ids_NL: Tensor, decoder_indices: Sequence[int]
+) -> dict[int, Tensor]:
+    """The hidden states [N,L,D] that enter these decoder layers for these tokens."""
+    with keep_hidden(model, decoder_indices) as kept:
+        model(input_ids=input_ids_NL, use_cache=False, logits_to_keep=1)
+    return kept
+
+
+@contextmanager
+def resume_from(model: Any, decoder_index: int, hidden_NLD: Tensor) -> Iterator[None]:
+    """Makes `model`'s forward start at decoder layer `decoder_index` with these hidden states.
+
+    The layers before it return at once; masks and position embeddings are the model's own, so
+    the logits are those of the whole forward, bit for bit. Scoring calls only (no cache).
+    """
+    layers = decoder_layers(model)
+    if not 0 <= decoder_index < len(layers):
+        raise LeanMoeError(
+            f"decoder layer {decoder_index} does not exist: it must be 0 to {len(layers) - 1}"
+        )
+    before = [layer.forward for layer in layers[:decoder_index]]
+    hook = layers[decoder_index].register_forward_pre_hook(
+        lambda _module, inputs, keywords: _replaced(inputs, keywords, hidden_NLD), with_kwargs=True
+    )
+    try:
+        for layer in layers[:decoder_index]:
+            layer.forward = _pass_through
+        yield
+    finally:
+        hook.remove()
+        for layer, forward in zip(layers, before, strict=False):
+            if "forward" in vars(layer):
+                del layer.forward
+            if layer.forward != forward:
+                layer.forward = forward
+
+
+def _pass_through(hidden_states: Tensor, *_inputs: Any, **_keywords: Any) -> Tensor:
+    return hidden_states
+
+
+def _replaced(
+    inputs: tuple[Any, ...], keywords: dict[str, Any], hidden_NLD: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if "hidden_states" in keywords:
+        return inputs, {**keywords, "hidden_states": hidden_NLD}
+    return (hidden_NLD, *inputs[1:]), keywords
+
+
+def _keep(kept: dict[int, Tensor], index: int) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
+        kept[index] = keywords["hidden_states"] if "hidden_states" in keywords else inputs[0]
+
+    return hook
