@@ -115,7 +115,7 @@ class EngineRun:
             self.model.shape.experts,
             "measured in the run",
             columns,
-            rule.depends_on_company,
+            rule.is_batch_aware,
             most,
             way.get("company") == "all",
         )

@@ -146,9 +146,9 @@ def between_tokens(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def turnaround_ms(starts: list[float], ends: list[float], together: int) -> float | None:
+def turnaround_ms(starts: list[float], ends: list[float], decode_batch: int) -> float | None:
     """From a request's last token to the next request that takes its place: median, if any."""
-    gaps = [b - a for a, b in zip(sorted(ends), sorted(starts)[together:], strict=False)]
+    gaps = [b - a for a, b in zip(sorted(ends), sorted(starts)[decode_batch:], strict=False)]
     return 1e3 * median(gaps) if gaps else None
 
 

@@ -21,7 +21,7 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import route
-from leanmoe.routing.batch_rules import Company
+from leanmoe.routing.batch_rules import BatchScope
 
 SHAPES = (
     Shape(12, 200, 72, 3, "bfloat16"),
@@ -98,7 +98,7 @@ def check_route(router: Router, rule: Rule, tokens: int) -> None:
     bias_E = torch.linspace(-0.1, 0.1, 64, device=DEVICE) if router.ranking_bias else None
     padding_T = torch.arange(tokens, device=DEVICE) % 5 == 4
     got = route_gpu(logits_TE, router, 6, rule, bias_E, padding_T, PLACEMENT)
-    want = route(logits_TE, router, 6, rule, bias_E, padding_T, Company(PLACEMENT))
+    want = route(logits_TE, router, 6, rule, bias_E, padding_T, BatchScope(PLACEMENT))
     # Some families leave their own top-k unsorted.
     agree = float((got.ids_TK.sort()[0] == want.ids_STK.sort()[0]).float().mean())
     print(f"route {router.scoring} {rule} T={tokens}: {agree:.1%} of ids agree", flush=True)

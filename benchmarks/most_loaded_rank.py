@@ -28,7 +28,7 @@ from leanmoe.core.provenance import collect
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.routing import Company, count_distinct, count_distinct_by_rank, route, score
+from leanmoe.routing import BatchScope, count_distinct, count_distinct_by_rank, route, score
 
 sys.path.insert(0, str(Path(__file__).parent))
 from vllm_replay import ROUTINGS, Replay
@@ -87,7 +87,7 @@ def drawn(kind: str, steps: int, tokens: int, seed: int) -> Tensor:
 def counted(logits_STE: Tensor, rule: Rule, ranks: int) -> dict[str, float]:
     """What steps wake under a rule, on the most loaded rank and in all, and the mass that runs."""
     placement = Placement.linear(EXPERTS, ranks)
-    routing = route(logits_STE, ROUTER, TOP_K, rule, company=Company(placement))
+    routing = route(logits_STE, ROUTER, TOP_K, rule, scope=BatchScope(placement))
     most_S = count_distinct_by_rank(routing.ids_STK, placement).amax(dim=-1).double()
     gates_STE = torch.nn.functional.pad(score(logits_STE, ROUTER).gates_STE, (0, 1))
     ran_ST = gates_STE.gather(-1, routing.ids_STK).sum(dim=-1)

@@ -6,7 +6,7 @@ For each setting vLLM runs a small drawn model with worker processes of its own,
 all requests come at once, so every run has the same steps. It runs twice without the plugin, under
 an empty plan, with and without statistics, with fewer experts by vLLM's own setting and by a plan,
 and under a plan that skips experts. Compared are the greedy tokens, and what each worker says of
-its last step. Nothing is timed, so `--together` engines run at once.
+its last step. Nothing is timed, so `--decode_batch` engines run at once.
 
 With `tp2-ep-eplb` vLLM moves its experts while the replies are made, and copies some, by how often
 each was chosen. It counts padding rows, too, in which stands what was in memory before: 16 replies,
@@ -225,7 +225,7 @@ def main() -> None:
         draw(model, MODEL)
         entry_point(folder)
         keys = [(name, run) for name in names for run in asked_runs]
-        with ThreadPoolExecutor(options.together) as pool:
+        with ThreadPoolExecutor(options.decode_batch) as pool:
             runs = {
                 key: pool.submit(start, *key, model, folder / "-".join(key), options)
                 for key in keys

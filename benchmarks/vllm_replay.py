@@ -24,7 +24,7 @@ from leanmoe.plan.placement import Placement
 from leanmoe.serve.vllm import grouped_steps
 from leanmoe.serve.vllm.layer_routing import LayerRouting
 from leanmoe.serve.vllm.leanmoe_experts import OwnExperts, why_not_ours
-from leanmoe.serve.vllm.ranks import company_of
+from leanmoe.serve.vllm.ranks import scope_of
 from leanmoe.serve.vllm.skipping import why_not_skip
 
 ROUTINGS = ("skewed", "uniform")
@@ -86,15 +86,15 @@ class Replay:
     def used(self, way: str, rows: int, tokens: int) -> tuple[Tensor, float]:
         """Experts each layer woke in the last step of so many rows (L,E), and experts a token."""
         layers = self.kept[way, rows]
-        awake_LE = torch.zeros(len(layers), self._experts, dtype=torch.int32)
+        active_LE = torch.zeros(len(layers), self._experts, dtype=torch.int32)
         used = []
-        for awake_E, (_, (ids_TK, weights_TK)) in zip(
-            awake_LE, sorted(layers.items()), strict=True
+        for active_E, (_, (ids_TK, weights_TK)) in zip(
+            active_LE, sorted(layers.items()), strict=True
         ):
             is_used_TK = weights_TK[:tokens] != 0
-            awake_E[ids_TK[:tokens][is_used_TK].long().cpu()] = 1
+            active_E[ids_TK[:tokens][is_used_TK].long().cpu()] = 1
             used.append(float(is_used_TK.sum()) / tokens)
-        return awake_LE, float(np.mean(used))
+        return active_LE, float(np.mean(used))
 
 
 class Switch:
@@ -112,8 +112,8 @@ class Switch:
         if way.plan is None:
             self._ways[way.name] = self._stock
             return
-        company = company_of(self._runner, way.plan.model.experts, way.is_of_all)
-        routing = LayerRouting(self._router, way.plan, self._layer, company=company)
+        scope = scope_of(self._runner, way.plan.model.experts, way.cross_rank)
+        routing = LayerRouting(self._router, way.plan, self._layer, scope=scope)
         if not way.is_plain:
             routing.skipping = way.skipping
         self._ways[way.name] = routing
@@ -256,10 +256,10 @@ class Engine:
     def experts(self, way: str, requests: int) -> Seen:
         """What the last step of so many requests woke, on all GPUs."""
         rows = requests // self._layout.data
-        awake_LE, activated = self.replay.used(way, rows, rows)
-        awake_LE = self.ranks.most(awake_LE)
-        placement = Placement.linear(awake_LE.shape[1], self._layout.expert_ranks)
-        by_rank = [awake_LE[:, placement.experts_on(r)].sum(-1) for r in range(placement.ranks)]
+        active_LE, activated = self.replay.used(way, rows, rows)
+        active_LE = self.ranks.most(active_LE)
+        placement = Placement.linear(active_LE.shape[1], self._layout.expert_ranks)
+        by_rank = [active_LE[:, placement.experts_on(r)].sum(-1) for r in range(placement.ranks)]
         count_LR = torch.stack(by_rank, dim=-1).double()
         return Seen(
             float(count_LR.sum(-1).mean()),

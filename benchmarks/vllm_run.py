@@ -149,7 +149,7 @@ class Run:
         singles = {
             way.name: way.plan
             for way in self.ways
-            if way.plan and way.experts == VLLM and not (way.is_second or way.is_of_all)
+            if way.plan and way.experts == VLLM and not (way.is_second or way.cross_rank)
         }
         bands: list[Band] = []
         for number, load in enumerate(self.loads):

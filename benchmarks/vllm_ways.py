@@ -37,7 +37,7 @@ class Way:
     """None for vLLM's own routing."""
     small_steps: str = GROUP
     experts: str = VLLM
-    is_of_all: bool = False
+    cross_rank: bool = False
     """Whether a token's company is that of all data-parallel ranks."""
     is_second: bool = False
     """Whether it differs from another way in small steps alone."""
@@ -77,7 +77,7 @@ class Way:
         found: dict[str, Any] = {"experts": self.experts}
         if not self.is_plain and self.experts == VLLM:
             found["small_steps"] = self.small_steps
-        if self.is_of_all:
+        if self.cross_rank:
             found["company"] = "all"
         if self.plan is not None:
             bands = self.plan.to_json()["bands"]
@@ -110,14 +110,14 @@ def ways_of(
         name, _, fields = part.partition(":")
         if not name.strip():
             continue
-        is_of_all = OF_ALL in fields.split()
+        cross_rank = OF_ALL in fields.split()
         rule = rule_of(fields.replace(OF_ALL, ""), shape.experts)
         is_on_one = rule.budget_per_rank is not None and layout.expert_ranks == 1
-        if is_on_one or (is_of_all and layout.data == 1):
+        if is_on_one or (cross_rank and layout.data == 1):
             continue
         plan = Plan.uniform(model, rule)
         plan.check(model)
-        found += variants(name.strip(), plan, small_steps, experts, is_of_all)
+        found += variants(name.strip(), plan, small_steps, experts, cross_rank)
     return found
 
 
@@ -126,19 +126,19 @@ def variants(
     plan: Plan,
     small_steps: Sequence[str],
     experts: Sequence[str],
-    is_of_all: bool = False,
+    cross_rank: bool = False,
 ) -> list[Way]:
     """A plan in all ways that are asked for."""
     found = []
     if VLLM in experts:
-        found.append(Way(name, plan, small_steps[0], is_of_all=is_of_all))
+        found.append(Way(name, plan, small_steps[0], cross_rank=cross_rank))
         others = [] if found[0].is_plain else small_steps[1:]
         found += [
             replace(found[0], name=f"{name}, {how}", small_steps=how, is_second=True)
             for how in others
         ]
     if LEANMOE in experts:
-        found.append(Way(f"{name}, {LEANMOE}", plan, experts=LEANMOE, is_of_all=is_of_all))
+        found.append(Way(f"{name}, {LEANMOE}", plan, experts=LEANMOE, cross_rank=cross_rank))
     return found
 
 

@@ -63,12 +63,12 @@ def test_full_model_and_plan_in_the_same_run(tmp_path: Path, plan: Path) -> None
         assert full["total_output_tokens"] == shared["total_output_tokens"]
         assert full["total_input_tokens"] == shared["total_input_tokens"]
         assert entry["gain"]["shared"]["output_throughput"]["repeats"] == 2
-    alone, together = (entry["routing"] for entry in found["loads"])
+    alone, decode_batch = (entry["routing"] for entry in found["loads"])
     assert alone["full"]["distinct_experts_a_step"] == 8, "one token a step: prompts are apart"
-    assert together["full"]["experts_a_token"] == 8
+    assert decode_batch["full"]["experts_a_token"] == 8
     assert (
-        together["shared"]["distinct_experts_a_step"]
-        < (together["full"]["distinct_experts_a_step"])
+        decode_batch["shared"]["distinct_experts_a_step"]
+        < (decode_batch["full"]["distinct_experts_a_step"])
     )
 
 

@@ -59,7 +59,7 @@ def test_models_known_here_are_shown_without_a_network(
     assert {**here, "model": ""} == {**published, "model": ""}
 
 
-def test_gain_is_large_where_few_experts_are_awake_and_gone_where_all_are(
+def test_gain_is_large_where_few_experts_are_active_and_gone_where_all_are(
     capsys: pytest.CaptureFixture[str], deepseek: str
 ) -> None:
     steps = json.loads(inspect(capsys, deepseek, "--json"))["steps"]

@@ -129,12 +129,12 @@ def test_a_budget_per_rank_and_whose_tokens_spend_it(
     spread = ["--tensor", "1", "--data", "2", "--expert", "2", "--concurrency", "32", "--json"]
     command = ["predict", name, "--plan", str(path), *SMALL[2:], *spread]
     found = {}
-    for company in ("rank", "all"):
-        code, out, _ = run(capsys, *command, "--company", company)
+    for scope in ("rank", "all"):
+        code, out, _ = run(capsys, *command, "--company", scope)
         assert code == 0
-        found[company] = json.loads(out)[0]["plan"]
+        found[scope] = json.loads(out)[0]["plan"]
     assert 24 <= found["all"]["distinct"] < 0.7 * found["rank"]["distinct"]
-    steps = {company: each["step_ms"] for company, each in found.items()}
+    steps = {scope: each["step_ms"] for scope, each in found.items()}
     assert steps["all"]["experts"] < steps["rank"]["experts"]
     assert steps["all"]["communication"] > steps["rank"]["communication"]
     code, _, _ = run(capsys, "predict", name, "--plan", str(path), *SMALL, "--sweep", "--gpus", "2")

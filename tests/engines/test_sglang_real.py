@@ -136,8 +136,8 @@ def test_a_rule_routes_as_the_reference_does(name: str, rule: str, patched: Any)
     torch.testing.assert_close(
         dense(ids, weights), dense(wanted_ids, wanted.weights_STK), atol=1e-6, rtol=1e-5
     )
-    awake = set(ids[weights != 0].tolist())
-    assert awake == set(wanted.ids_STK[wanted.ids_STK < EXPERTS].tolist())
+    active = set(ids[weights != 0].tolist())
+    assert active == set(wanted.ids_STK[wanted.ids_STK < EXPERTS].tolist())
     assert int(ids.min()) >= 0
     assert int(ids.max()) < EXPERTS
 

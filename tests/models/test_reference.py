@@ -94,9 +94,9 @@ def test_padding_changes_nothing_and_is_not_counted(scorer: Scorer) -> None:
     ids = [scorer.start_id, *scorer.encode(PROSE)]
     rows = [Row(tuple(ids)), Row(tuple(ids[:20])), Row(tuple(ids[:40]), first=30)]
     with scorer.counting_experts() as counts_LE:
-        together = scorer.score(rows, "together")
+        decode_batch = scorer.score(rows, "together")
     apart = [scorer.score([row], "apart")[0] for row in rows]
-    for mine, other in zip(together, apart, strict=True):
+    for mine, other in zip(decode_batch, apart, strict=True):
         assert mine.nll == pytest.approx(other.nll, rel=0.02)
     assert (counts_LE.sum(dim=1) == 8 * sum(len(row.ids) - 1 for row in rows)).all()
 

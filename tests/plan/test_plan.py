@@ -229,7 +229,7 @@ def test_what_counts_as_empty() -> None:
     ],
 )
 def test_which_rules_depend_on_other_tokens(rule: Rule, depends: bool) -> None:
-    assert rule.depends_on_company is depends
+    assert rule.is_batch_aware is depends
 
 
 @pytest.mark.parametrize(

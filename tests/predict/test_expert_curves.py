@@ -75,7 +75,9 @@ def test_a_skewed_router_wakes_fewer() -> None:
 
 @pytest.mark.parametrize("groups_used", [8, 4])
 @pytest.mark.parametrize("tokens", [1, 2, 4, 16])
-def test_guaranteed_fills_up_from_the_experts_that_are_awake(tokens: int, groups_used: int) -> None:
+def test_guaranteed_fills_up_from_the_experts_that_are_active(
+    tokens: int, groups_used: int
+) -> None:
     """Beside steps drawn: a token takes awake experts of its groups, however far down it ranks."""
     draw = np.random.default_rng(2)
     experts, k, first, groups = 128, 8, 3, 8
@@ -97,7 +99,7 @@ def test_guaranteed_fills_up_from_the_experts_that_are_awake(tokens: int, groups
     assert found[1] == pytest.approx(np.mean(slots), rel=0.08)
 
 
-def test_tokens_that_agree_on_their_groups_may_use_all_that_is_awake() -> None:
+def test_tokens_that_agree_on_their_groups_may_use_all_that_is_active() -> None:
     rule, k = Rule(guaranteed=3), 8
     apart = assumed_curve(128, k, rule, Assumed(), 8, 4).at(2)
     alike = assumed_curve(128, k, rule, Assumed(agreement=1.0), 8, 4).at(2)

@@ -24,7 +24,7 @@ from leanmoe.predict.tables import balanced_counts
 
 @pytest.mark.parametrize("mean", [1.05, 2.0, 9.0, 40.0, 300.0])
 @pytest.mark.parametrize("tile", [16, 64])
-def test_tiles_of_an_awake_expert(mean: float, tile: int) -> None:
+def test_tiles_of_an_active_expert(mean: float, tile: int) -> None:
     draw = np.random.default_rng(0)
     rate = next(r for r in np.linspace(1e-3, 400, 400_000) if r / (1 - math.exp(-r)) >= mean)
     rows = draw.poisson(rate, 400_000)
@@ -57,7 +57,7 @@ def test_the_tables_pattern_expert_by_expert(
     assert balanced_counts(tokens, experts, k, ranks) == tuple(mine)
 
 
-def test_a_grouped_router_halves_the_awake_experts_and_keeps_the_rows() -> None:
+def test_a_grouped_router_halves_the_active_experts_and_keeps_the_rows() -> None:
     plain = balanced_counts(256, 256, 8, 1)
     grouped = balanced_counts(256, 256, 8, 1, grouped=True)
     assert (len(plain), len(grouped)) == (256, 128)

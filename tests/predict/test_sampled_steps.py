@@ -16,8 +16,16 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.predict.expert_curves import Assumed, Curve, assumed_curve, busiest
-from leanmoe.predict.sampled_steps import ALONE, Choices, Company, decided, drawn, drawn_at, shared
-from leanmoe.routing import Company as RoutedCompany
+from leanmoe.predict.sampled_steps import (
+    ALONE,
+    BatchScope,
+    Choices,
+    decided,
+    drawn,
+    drawn_at,
+    shared,
+)
+from leanmoe.routing import BatchScope as RoutedCompany
 from leanmoe.routing import count_distinct_by_rank, route
 
 COUNTED = Path(__file__).parents[2] / "benchmarks/results"
@@ -48,14 +56,14 @@ def test_a_company_wakes_and_uses_what_the_reference_routes(
     experts, slots, ranks, tokens, rule = case
     logits_SCTE = spread * np.random.default_rng(seed).normal(size=(3, 2, tokens, experts))
     placement = Placement.linear(experts, ranks)
-    awake_SCE, slots_SCT = shared(logits_SCTE, slots, rule, placement)
+    active_SCE, slots_SCT = shared(logits_SCTE, slots, rule, placement)
     logits = torch.from_numpy(logits_SCTE).view(6, tokens, experts)
-    found = route(logits, ROUTER, slots, rule.on(ranks), company=RoutedCompany(placement))
+    found = route(logits, ROUTER, slots, rule.on(ranks), scope=RoutedCompany(placement))
     by_rank_SR = count_distinct_by_rank(found.ids_STK, placement)
-    awake_SE = torch.from_numpy(awake_SCE).view(6, experts)
+    active_SE = torch.from_numpy(active_SCE).view(6, experts)
     for rank in range(ranks):
         mine = list(placement.experts_on(rank))
-        assert awake_SE[:, mine].sum(-1).tolist() == by_rank_SR[:, rank].tolist()
+        assert active_SE[:, mine].sum(-1).tolist() == by_rank_SR[:, rank].tolist()
     used = (found.ids_STK < experts).sum(-1).view(3, 2, tokens)
     assert slots_SCT.tolist() == used.tolist()
 
@@ -76,7 +84,7 @@ def test_budgets_are_as_the_reference_routing_counted_them(tokens: int) -> None:
         ranks = int(row["ranks"])
         is_total = str(row["rule"]).startswith("budget=")
         rule = Rule(budget=48) if is_total else Rule(budget_per_rank=48 // ranks)
-        found = [drawn(choices, 8, rule, tokens, Company(ranks), seed) for seed in range(4)]
+        found = [drawn(choices, 8, rule, tokens, BatchScope(ranks), seed) for seed in range(4)]
         distinct = np.mean([each.distinct for each in found])
         most_loaded = np.mean([each.most_loaded for each in found])
         assert distinct == pytest.approx(row["distinct"], rel=0.02)
@@ -87,25 +95,26 @@ def test_budgets_are_as_the_reference_routing_counted_them(tokens: int) -> None:
 def test_steps_are_the_same_wherever_the_experts_are(rule: Rule) -> None:
     choices = Choices(np.ones(64), 8, 4, 0.5)
     for ranks in (1, 2, 8):
-        company = Company(ranks, 2)
-        once = decided(choices, 6, rule, 32, replace(company, ranks=1)).on(ranks)
-        assert once == drawn(choices, 6, rule, 32, company)
+        scope = BatchScope(ranks, 2)
+        once = decided(choices, 6, rule, 32, replace(scope, ranks=1)).on(ranks)
+        assert once == drawn(choices, 6, rule, 32, scope)
 
 
 def test_ranks_that_decide_alone_wake_more_than_all_together() -> None:
     """Each of two ranks spends the budget on its own tokens' wishes."""
     choices = Choices(np.arange(1, 129) ** -0.5)
     rule, tokens = Rule(budget_per_rank=24), 16
-    alone, together = (
-        drawn(choices, 8, rule, tokens, Company(2, 2, is_of_all)) for is_of_all in (False, True)
+    alone, decode_batch = (
+        drawn(choices, 8, rule, tokens, BatchScope(2, 2, cross_rank))
+        for cross_rank in (False, True)
     )
-    assert together.most_loaded <= 24
+    assert decode_batch.most_loaded <= 24
     assert 24 < alone.most_loaded <= 48
-    assert alone.distinct > 1.2 * together.distinct
-    one = drawn(choices, 8, rule, tokens // 2, Company(2))
+    assert alone.distinct > 1.2 * decode_batch.distinct
+    one = drawn(choices, 8, rule, tokens // 2, BatchScope(2))
     assert alone.slots == pytest.approx(one.slots, rel=0.02)
-    two = drawn(choices, 8, rule, tokens, Company(2))
-    assert together.distinct == pytest.approx(two.distinct, rel=0.02)
+    two = drawn(choices, 8, rule, tokens, BatchScope(2))
+    assert decode_batch.distinct == pytest.approx(two.distinct, rel=0.02)
 
 
 def test_tokens_use_experts_of_their_own_groups() -> None:
@@ -118,20 +127,20 @@ def test_tokens_use_experts_of_their_own_groups() -> None:
     assert alike.slots == 8
 
 
-@pytest.mark.parametrize("is_of_all", [False, True])
-def test_a_company_of_one_rank_fills_up_from_fewer(is_of_all: bool) -> None:
+@pytest.mark.parametrize("cross_rank", [False, True])
+def test_a_company_of_one_rank_fills_up_from_fewer(cross_rank: bool) -> None:
     """As many are awake, whoever decides; what a token may fill up with is not the same."""
     rule = Rule(guaranteed=3)
 
-    def curve(company: Company) -> Curve:
-        return assumed_curve(128, 8, rule, Assumed(), company=company)
+    def curve(scope: BatchScope) -> Curve:
+        return assumed_curve(128, 8, rule, Assumed(), scope=scope)
 
-    alone, several = curve(ALONE), curve(Company(4, 4, is_of_all))
+    alone, several = curve(ALONE), curve(BatchScope(4, 4, cross_rank))
     distinct, slots = several.at(4)
     assert distinct == pytest.approx(alone.at(4)[0])
-    assert slots == pytest.approx(8 if is_of_all else 3, abs=1e-9)
-    assert several.is_told is is_of_all
-    assert ("company rank" in several.origin) is not is_of_all
+    assert slots == pytest.approx(8 if cross_rank else 3, abs=1e-9)
+    assert several.is_told is cross_rank
+    assert ("company rank" in several.origin) is not cross_rank
 
 
 def test_a_budget_per_rank_on_one_gpu_is_a_budget() -> None:
@@ -144,16 +153,16 @@ def test_a_budget_per_rank_on_one_gpu_is_a_budget() -> None:
 
 
 def test_many_companies_are_drawn_to_fewer_tokens_each() -> None:
-    assert drawn_at(ALONE)[-1] == drawn_at(Company(4, 4))[-1] == 1024
-    assert drawn_at(Company(64, 64))[-1] == 64
-    assert drawn_at(Company(64, 1024))[-1] == 8
-    assert drawn_at(Company(64, 1024, is_of_all=True)) == drawn_at(ALONE)
+    assert drawn_at(ALONE)[-1] == drawn_at(BatchScope(4, 4))[-1] == 1024
+    assert drawn_at(BatchScope(64, 64))[-1] == 64
+    assert drawn_at(BatchScope(64, 1024))[-1] == 8
+    assert drawn_at(BatchScope(64, 1024, cross_rank=True)) == drawn_at(ALONE)
 
 
 def test_beyond_what_is_drawn_no_gpu_wakes_more_than_it_holds() -> None:
     """Of 16 GPUs with 8 experts each, at 100,000 tokens."""
     rule = Rule(budget_per_rank=6)
-    curve = assumed_curve(128, 8, rule, Assumed(skew=1.0), company=Company(16, 16))
+    curve = assumed_curve(128, 8, rule, Assumed(skew=1.0), scope=BatchScope(16, 16))
     tokens = 1e5
     distinct, slots = curve.at(tokens)
     found = busiest(distinct, slots * tokens, 128, 16, curve.most_loaded_at(tokens))

@@ -24,12 +24,12 @@ GPT_OSS = ExpertsShape(2880, 2880, 128)
 def test_blocks_beside_each_other_are_what_shared_memory_holds() -> None:
     """(16 + 64) x 128 bf16 values in 4 stages are 80 KiB: 2 blocks on each of 132."""
     launch = Launch(64, 128, 4)
-    assert launch.together(4096, 2, H100) == 264 / 64
-    assert launch.together(4096, 1, H100) == 5 * 132 / 64
-    assert Launch(64, 256, 4).together(4096, 2, H100) == 132 / 64
-    assert Launch(16, 16, 2).together(16, 2, H100) == 16 * 132  # as many as it may hold
-    assert Launch(64, 1024, 4).together(64, 2, H100) == 132  # one at least
-    assert Launch(64, 128, 4, 64).together(4096, 2, H100) == 64
+    assert launch.decode_batch(4096, 2, H100) == 264 / 64
+    assert launch.decode_batch(4096, 1, H100) == 5 * 132 / 64
+    assert Launch(64, 256, 4).decode_batch(4096, 2, H100) == 132 / 64
+    assert Launch(16, 16, 2).decode_batch(16, 2, H100) == 16 * 132  # as many as it may hold
+    assert Launch(64, 1024, 4).decode_batch(64, 2, H100) == 132  # one at least
+    assert Launch(64, 128, 4, 64).decode_batch(4096, 2, H100) == 64
 
 
 def test_a_layer_with_a_configuration_is_launched_by_it() -> None:

@@ -185,8 +185,8 @@ def test_prompt_tokens_join_a_step_that_is_shared() -> None:
     bands = Plan.uniform(QWEN.shape.fingerprint(), Rule(guaranteed=3)).bands
     plan = Plan(QWEN.shape.fingerprint(), bands, prompt=(Rule(),) * layers)
     curves = assumed_curves(QWEN, Assumed())
-    (awake,) = Activation(QWEN, plan, curves).layers(2, 1)
-    assert awake.is_shared
+    (active,) = Activation(QWEN, plan, curves).layers(2, 1)
+    assert active.is_shared
     (alone,) = Activation(QWEN, None, curves).layers(2, 1)
     assert not alone.is_shared
 

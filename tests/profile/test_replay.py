@@ -14,7 +14,7 @@ from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.profile.replay import distinct_curve, draw_steps, replay
 from leanmoe.profile.saved import Trace
-from leanmoe.routing import Company, route
+from leanmoe.routing import BatchScope, route
 from tests.profile.example import DOCUMENTS, EACH, EXPERTS, TOP_K, profile
 
 
@@ -68,9 +68,9 @@ def test_rules_activate_what_they_say() -> None:
     few = replay(made, 1, Rule(budget=6), 8)
     assert few.distinct <= 6 or few.over_budget > 0
     assert replay(made, 1, Rule(budget=1), 8).over_budget == 1.0
-    company = replay(made, 1, Rule(guaranteed=1), 8)
-    assert company.distinct == pytest.approx(replay(made, 1, Rule(top_k=1), 8).distinct)
-    assert 1 < company.slots <= TOP_K
+    scope = replay(made, 1, Rule(guaranteed=1), 8)
+    assert scope.distinct == pytest.approx(replay(made, 1, Rule(top_k=1), 8).distinct)
+    assert 1 < scope.slots <= TOP_K
     assert replay(made, 1, Rule(experts=(0, 3, 5, 7)), 64).distinct == 4
 
 
@@ -85,16 +85,16 @@ def test_companies_and_ranks_are_counted_apart(rule: Rule) -> None:
     logits_TE = torch.from_numpy(made.trace.logits_LTE[1]).float()
     distinct, most, slots = [], [], []
     for places_B in draw_steps(made.trace, tokens, steps, 0):
-        awake = set()
+        active = set()
         for mine in places_B.chunk(companies):
             routing = route(
-                logits_TE[mine], made.router, TOP_K, rule, bias_E, company=Company(placement)
+                logits_TE[mine], made.router, TOP_K, rule, bias_E, scope=BatchScope(placement)
             )
             used = routing.ids_STK[routing.ids_STK < EXPERTS].tolist()
-            awake |= set(used)
+            active |= set(used)
             slots.append(len(used))
-        distinct.append(len(awake))
-        most.append(max(sum(placement.rank_of[e] == rank for e in awake) for rank in range(4)))
+        distinct.append(len(active))
+        most.append(max(sum(placement.rank_of[e] == rank for e in active) for rank in range(4)))
     assert found.distinct == pytest.approx(np.mean(distinct))
     assert found.most_loaded == pytest.approx(np.mean(most))
     assert found.slots == pytest.approx(sum(slots) / (steps * tokens))

@@ -54,9 +54,9 @@ class Case:
 
 @st.composite
 def cases(
-    draw: st.DrawFn, company: bool | None = None, hostile: bool = True, placed: bool = False
+    draw: st.DrawFn, scope: bool | None = None, hostile: bool = True, placed: bool = False
 ) -> Case:
-    """`company`: whether tokens share experts, None for either; `hostile`: ties and saturation;
+    """`scope`: whether tokens share experts, None for either; `hostile`: ties and saturation;
     `placed`: experts are on several ranks, each with a budget."""
     name = draw(st.sampled_from(sorted(ROUTERS)))
     experts = draw(st.sampled_from((32, 64)))  # whole vectors: sigmoid rounds a rest differently
@@ -72,7 +72,7 @@ def cases(
         padding = torch.rand(shape[:2], generator=generator) < draw(st.sampled_from((0.3, 1.0)))
         logits = logits.masked_fill(padding.unsqueeze(-1), float("nan"))
     top_k = draw(st.integers(1, 6))
-    rule = draw(rules(experts, top_k, company))
+    rule = draw(rules(experts, top_k, scope))
     placement = None
     if placed:
         rule = replace(rule, budget_per_rank=draw(st.integers(1, 8)))
@@ -94,7 +94,7 @@ def placements(draw: st.DrawFn, experts: int) -> Placement:
 
 
 @st.composite
-def rules(draw: st.DrawFn, experts: int, top_k: int, company: bool | None) -> Rule:
+def rules(draw: st.DrawFn, experts: int, top_k: int, scope: bool | None) -> Rule:
     """Rules that `Rule.check` accepts, each field absent as often as not."""
 
     def maybe(strategy: st.SearchStrategy[Any]) -> Any:
@@ -105,10 +105,10 @@ def rules(draw: st.DrawFn, experts: int, top_k: int, company: bool | None) -> Ru
     fewer = maybe(st.integers(1, most))
     slots = most if fewer is None else fewer
     share = st.sampled_from(SHARES)
-    guaranteed = None if company is False else maybe(st.integers(1, slots))
+    guaranteed = None if scope is False else maybe(st.integers(1, slots))
     kept = experts if remain is None else len(remain)
-    budget = None if company is False else maybe(st.integers(1, kept))
-    if company and guaranteed is None and budget is None:
+    budget = None if scope is False else maybe(st.integers(1, kept))
+    if scope and guaranteed is None and budget is None:
         guaranteed = draw(st.integers(1, slots))
     keep = draw(st.sampled_from((None, False, True)))
     rule = Rule(fewer, maybe(share), maybe(share), guaranteed, budget, remain, keep)

@@ -44,20 +44,20 @@ def run(
         [] if is_padding else keep(row, experts[:slots], rule)
         for row, experts, is_padding in zip(gates, usable, padding, strict=True)
     ]
-    if not rule.depends_on_company:
+    if not rule.is_batch_aware:
         return Step(own, False)
 
-    awake = {expert for kept in own for expert in kept}
+    active = {expert for kept in own for expert in kept}
     if rule.guaranteed is not None:
-        awake = {expert for kept in own for expert in kept[: rule.guaranteed]}
+        active = {expert for kept in own for expert in kept[: rule.guaranteed]}
     over_budget = False
     if rule.has_budget:
         ranks = rank_of or [0] * len(gates[0]) if gates else []
-        awake, over_budget = affordable(gates, own, awake, rule, normalise, ranks)
+        active, over_budget = affordable(gates, own, active, rule, normalise, ranks)
     filled = []
     for kept, experts in zip(own, usable, strict=True):
         following = kept + [expert for expert in experts if expert not in kept]
-        filled.append([expert for expert in following if expert in awake][: len(kept)])
+        filled.append([expert for expert in following if expert in active][: len(kept)])
     return Step(filled, over_budget)
 
 
@@ -94,27 +94,27 @@ def affordable(
             if expert in candidates:
                 vote = Fraction(row[expert]) / (total if normalise else 1)
                 votes[expert] = votes.get(expert, Fraction(0)) + vote
-    awake = {kept[0] for kept in own if kept}
-    over_budget = exceeds(awake, rule, rank_of)
+    active = {kept[0] for kept in own if kept}
+    over_budget = exceeds(active, rule, rank_of)
     for expert in sorted(votes, key=lambda e: (-votes[e], e)):
-        if expert not in awake and has_room(awake, expert, rule, rank_of):
-            awake.add(expert)
-    return awake, over_budget
+        if expert not in active and has_room(active, expert, rule, rank_of):
+            active.add(expert)
+    return active, over_budget
 
 
-def on_rank(awake: set[int], rank: int, rank_of: Sequence[int]) -> int:
-    return sum(rank_of[expert] == rank for expert in awake)
+def on_rank(active: set[int], rank: int, rank_of: Sequence[int]) -> int:
+    return sum(rank_of[expert] == rank for expert in active)
 
 
-def exceeds(awake: set[int], rule: Rule, rank_of: Sequence[int]) -> bool:
-    if rule.budget is not None and len(awake) > rule.budget:
+def exceeds(active: set[int], rule: Rule, rank_of: Sequence[int]) -> bool:
+    if rule.budget is not None and len(active) > rule.budget:
         return True
-    most = max((on_rank(awake, rank, rank_of) for rank in rank_of), default=0)
+    most = max((on_rank(active, rank, rank_of) for rank in rank_of), default=0)
     return rule.budget_per_rank is not None and most > rule.budget_per_rank
 
 
-def has_room(awake: set[int], expert: int, rule: Rule, rank_of: Sequence[int]) -> bool:
-    if rule.budget is not None and len(awake) >= rule.budget:
+def has_room(active: set[int], expert: int, rule: Rule, rank_of: Sequence[int]) -> bool:
+    if rule.budget is not None and len(active) >= rule.budget:
         return False
-    there = on_rank(awake, rank_of[expert], rank_of)
+    there = on_rank(active, rank_of[expert], rank_of)
     return rule.budget_per_rank is None or there < rule.budget_per_rank

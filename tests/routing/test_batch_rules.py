@@ -9,29 +9,29 @@ from torch import Tensor
 
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.routing.batch_rules import awake_experts, cast_ballot
+from leanmoe.routing.batch_rules import count_demand, select_active_experts
 from tests.routing.cases import placements
 
 EXPERTS = 10
 
 
-def awake(mask_E: Tensor) -> set[int]:
+def active(mask_E: Tensor) -> set[int]:
     return set(mask_E.nonzero().flatten().tolist())
 
 
 def decided(
     ids: Tensor, kept: Tensor | None, votes: Tensor, rule: Rule, placement: Placement | None = None
 ) -> tuple[set[int], bool]:
-    ballot = cast_ballot(ids, kept, EXPERTS, rule.guaranteed, votes)
-    chosen, over = awake_experts(ballot, rule, placement)
-    return awake(chosen), bool(over)
+    demand = count_demand(ids, kept, EXPERTS, rule.guaranteed, votes)
+    chosen, over = select_active_experts(demand, rule, placement)
+    return active(chosen), bool(over)
 
 
 def test_guaranteed_is_the_union_of_the_first_slots_that_are_kept() -> None:
     ids = torch.tensor([[0, 1, 2], [3, 0, 4], [5, 6, 7]])
     kept = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
-    chosen, over = awake_experts(cast_ballot(ids, kept, 8, 2), Rule(guaranteed=2))
-    assert awake(chosen) == {0, 1, 3}
+    chosen, over = select_active_experts(count_demand(ids, kept, 8, 2), Rule(guaranteed=2))
+    assert active(chosen) == {0, 1, 3}
     assert over is None
 
 

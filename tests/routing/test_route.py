@@ -13,7 +13,7 @@ from leanmoe.models.families import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import (
-    Company,
+    BatchScope,
     Routing,
     count_distinct,
     count_distinct_by_rank,
@@ -28,9 +28,9 @@ PATIENT = settings(deadline=None)  # a call's time says nothing on a busy machin
 
 
 def routed(case: Case) -> Routing:
-    company = Company(case.placement)
+    scope = BatchScope(case.placement)
     return route(
-        case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST, company
+        case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST, scope
     )
 
 
@@ -64,14 +64,14 @@ def by_loops(case: Case) -> list[loops.Step]:
     ]
 
 
-@given(cases(company=True))
+@given(cases(scope=True))
 @PATIENT
 def test_shared_experts_are_those_of_the_loops(case: Case) -> None:
     assume(case.rule.budget is None)  # rounding of votes would decide ties: test_company has them
     assert steps(case, routed(case)) == [step.experts for step in by_loops(case)]
 
 
-@given(cases(company=True, hostile=False))
+@given(cases(scope=True, hostile=False))
 @PATIENT
 def test_budget_is_that_of_the_loops(case: Case) -> None:
     assume(case.rule.budget is not None)
@@ -98,10 +98,10 @@ def test_no_rank_exceeds_its_budget_but_for_its_tokens_bests(case: Case) -> None
     assert case.placement is not None
     assert case.rule.budget_per_rank is not None
     routing = routed(case)
-    awake_SR = count_distinct_by_rank(routing.ids_STK, case.placement)
+    active_SR = count_distinct_by_rank(routing.ids_STK, case.placement)
     bests_SR = count_distinct_by_rank(routing.ids_STK[..., :1], case.placement)
-    assert (awake_SR <= bests_SR.clamp(min=case.rule.budget_per_rank)).all()
-    assert torch.equal(awake_SR.sum(dim=-1), count_distinct(routing.ids_STK, case.experts))
+    assert (active_SR <= bests_SR.clamp(min=case.rule.budget_per_rank)).all()
+    assert torch.equal(active_SR.sum(dim=-1), count_distinct(routing.ids_STK, case.experts))
 
 
 @given(cases(placed=True))
@@ -117,7 +117,7 @@ def test_on_one_rank_the_budget_per_rank_is_a_budget(case: Case) -> None:
         assert torch.equal(routed(other).weights_STK, routed(one).weights_STK)
 
 
-@given(cases(company=False, hostile=False))
+@given(cases(scope=False, hostile=False))
 @PATIENT
 def test_a_tokens_own_experts_are_those_of_the_loops(case: Case) -> None:
     found = [[sorted(token) for token in step] for step in steps(case, routed(case))]
@@ -154,7 +154,7 @@ def test_padding_uses_nothing_and_changes_nothing_for_others(case: Case) -> None
         torch.testing.assert_close(routing.weights_STK[number, ~is_padding], alone.weights_STK)
 
 
-@given(cases(company=True))
+@given(cases(scope=True))
 @PATIENT
 def test_each_token_keeps_its_best(case: Case) -> None:
     own = route(
@@ -171,7 +171,7 @@ def test_each_token_keeps_its_best(case: Case) -> None:
             assert token[:surely] == experts[:surely]
 
 
-@given(cases(company=True))
+@given(cases(scope=True))
 @PATIENT
 def test_budget_holds_unless_bests_alone_exceed_it(case: Case) -> None:
     routing = routed(case)
@@ -185,7 +185,7 @@ def test_budget_holds_unless_bests_alone_exceed_it(case: Case) -> None:
     assert (distinct <= bests.clamp(min=case.rule.budget)).all()
 
 
-@given(cases(company=True))
+@given(cases(scope=True))
 @PATIENT
 def test_sharing_wakes_no_more_experts_and_no_more_slots(case: Case) -> None:
     alone = Rule(
@@ -261,7 +261,7 @@ def test_a_step_alone_is_routed_as_among_others(case: Case) -> None:
             assert bool(alone.over_budget_S) == bool(routing.over_budget_S[number])
 
 
-@given(cases(company=True))
+@given(cases(scope=True))
 @PATIENT
 def test_slots_come_best_first_and_skipped_last(case: Case) -> None:
     assume(case.rule.threshold is None)  # keeps slots by gate, which a bias does not rank by
@@ -280,7 +280,7 @@ def test_oea_fills_from_far_down_a_tokens_own_ranking() -> None:
     torch.testing.assert_close(routing.weights_STK.sum(dim=-1), torch.ones(2))
 
 
-def test_a_token_with_too_few_experts_awake_skips_slots() -> None:
+def test_a_token_with_too_few_experts_active_skips_slots() -> None:
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 2)
     routing = route(logits, Router(normalise=True), 3, Rule(guaranteed=1))
     assert routing.ids_STK.tolist() == [[0, 4, 4]] * 2

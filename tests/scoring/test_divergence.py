@@ -93,9 +93,9 @@ def test_company_of_the_decode_batch_matters_and_size_of_the_call_does_not() -> 
     model, windows = build("deepseek_v3"), some_windows()
     plan = uniform(model, Rule(guaranteed=1))
 
-    def measured(together: int, batch_tokens: int) -> float:
-        with apply(model, plan, decode_batch=together):
-            return losses(model, windows, "", together, batch_tokens).mean
+    def measured(decode_batch: int, batch_tokens: int) -> float:
+        with apply(model, plan, decode_batch=decode_batch):
+            return losses(model, windows, "", decode_batch, batch_tokens).mean
 
     alone, of_three, of_six = (measured(b, 1000) for b in (1, 3, 6))
     assert len({round(loss, 6) for loss in (alone, of_three, of_six)}) == 3

@@ -103,10 +103,10 @@ def test_a_step_holds_one_token_of_each_neighbour_and_no_padding() -> None:
 
 def test_company_depends_on_the_seed_and_is_of_other_questions() -> None:
     bundles = bundled([Row((1, n % 9, n), 2) for n in range(40)], range(40))
-    mixes = [calls(bundles, 8, seed) for seed in range(3)]
-    assert mixes[0] == calls(bundles, 8, 0)
-    assert mixes[0] != mixes[1] != mixes[2]
-    for mix in mixes:
+    batch_draws = [calls(bundles, 8, seed) for seed in range(3)]
+    assert batch_draws[0] == calls(bundles, 8, 0)
+    assert batch_draws[0] != batch_draws[1] != batch_draws[2]
+    for mix in batch_draws:
         for call in mix:
             for start in range(0, len(call.bundles), 8):
                 step = call.bundles[start : start + 8]

@@ -88,27 +88,27 @@ def test_a_window_length_out_of_range_is_named() -> None:
 @given(
     lengths=st.lists(st.integers(16, 150), min_size=1, max_size=12),
     batch_tokens=st.integers(1, 400),
-    together=st.one_of(st.none(), st.integers(1, 6)),
+    decode_batch=st.one_of(st.none(), st.integers(1, 6)),
 )
 def test_every_window_is_scored_once(
-    lengths: list[int], batch_tokens: int, together: int | None
+    lengths: list[int], batch_tokens: int, decode_batch: int | None
 ) -> None:
     windows = cut(documents(lengths), CharactersWithoutStart(), 32)
     count = len(windows.lengths_N)
-    if together is not None and count < together:
-        with pytest.raises(LeanMoeError, match=f"decode_batch is {together}"):
-            windows.batches(batch_tokens, together)
+    if decode_batch is not None and count < decode_batch:
+        with pytest.raises(LeanMoeError, match=f"decode_batch is {decode_batch}"):
+            windows.batches(batch_tokens, decode_batch)
         return
-    batches = windows.batches(batch_tokens, together)
+    batches = windows.batches(batch_tokens, decode_batch)
     scored = [int(row) for b in batches for row in b.rows_N[b.scored_N]]
     assert sorted(scored) == list(range(count))
     assert sum(batch.tokens for batch in batches) == windows.tokens
     predicted = sum(int(batch.predicted.sum()) for batch in batches)
     assert predicted == windows.tokens - count
     for batch in batches:
-        assert len(batch.rows_N) % (together or 1) == 0
-        for start in range(0, len(batch.rows_N), together or 1):
-            group = batch.rows_N[start : start + (together or 1)].tolist()
+        assert len(batch.rows_N) % (decode_batch or 1) == 0
+        for start in range(0, len(batch.rows_N), decode_batch or 1):
+            group = batch.rows_N[start : start + (decode_batch or 1)].tolist()
             assert len(set(group)) == len(group), "a window kept itself company"
         rows = batch.rows_N
         assert torch.equal(batch.mask_NL.sum(1), windows.lengths_N[rows])

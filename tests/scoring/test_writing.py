@@ -29,9 +29,9 @@ from tests.runtime.families import build
 PROMPTS = [(1, 5, 9), (1, 7), (1, 3, 4, 8, 2), (1, 60), (1, 5, 5, 5, 5, 5, 6)]
 
 
-def under(model: Any, rule: Rule, together: int) -> Any:
+def under(model: Any, rule: Rule, decode_batch: int) -> Any:
     plan = Plan.uniform(shape_of(model).fingerprint(), rule)
-    return lambda prompt: apply(model, plan, decode_batch=together, prompt_tokens=prompt)
+    return lambda prompt: apply(model, plan, decode_batch=decode_batch, prompt_tokens=prompt)
 
 
 @torch.inference_mode()

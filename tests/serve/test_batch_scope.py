@@ -21,9 +21,9 @@ from torch import Tensor
 
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.routing import Company, Routing, count_distinct_by_rank, route
+from leanmoe.routing import BatchScope, Routing, count_distinct_by_rank, route
 from leanmoe.runtime.routing import fast_route
-from leanmoe.serve.batch_scope import company_of_all, tokens_of_all
+from leanmoe.serve.batch_scope import scope_of_all_ranks, tokens_of_all
 from tests.routing.cases import ROUTERS
 
 WORLDS = (2, 4)
@@ -67,11 +67,11 @@ def assert_equal(found: Routing, expected: Routing, rows: slice = slice(None)) -
 def tensor_parallel(rank: int, ranks: int) -> None:
     """All ranks route all tokens alike, each with as many threads as it likes."""
     torch.set_num_threads(1 + rank % 2)
-    company = Company(Placement.linear(EXPERTS, ranks))
+    scope = BatchScope(Placement.linear(EXPERTS, ranks))
     for name, router in ROUTERS.items():
         for seed, rule in enumerate((*RULES, Rule(), Rule(top_k=2), Rule(top_p=0.6))):
             for function in (route, fast_route):
-                found = function(draw(40, seed), router, TOP_K, rule, bias_of(name), None, company)
+                found = function(draw(40, seed), router, TOP_K, rule, bias_of(name), None, scope)
                 for value in found[:2]:
                     assert all(torch.equal(value, other) for other in gathered(value))
     torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def tensor_parallel(rank: int, ranks: int) -> None:
 
 def all_ranks_tokens(rank: int, ranks: int) -> None:
     """With the company of all, each rank's tokens get what one process with all would give them."""
-    company = company_of_all(placement=Placement.round_robin(EXPERTS, ranks))
+    scope = scope_of_all_ranks(placement=Placement.round_robin(EXPERTS, ranks))
     for name, router in ROUTERS.items():
         for rule in RULES:
             for seed, counts in enumerate(UNEVEN):
@@ -90,9 +90,9 @@ def all_ranks_tokens(rank: int, ranks: int) -> None:
                 before = sum(counts[:rank])
                 mine = slice(before, before + counts[rank])
                 found = route(
-                    all_TE[mine], router, TOP_K, rule, bias_of(name), padding_T[mine], company
+                    all_TE[mine], router, TOP_K, rule, bias_of(name), padding_T[mine], scope
                 )
-                alone = Company(company.placement)
+                alone = BatchScope(scope.placement)
                 expected = route(all_TE, router, TOP_K, rule, bias_of(name), padding_T, alone)
                 assert_equal(found, expected, mine)
 
@@ -103,7 +103,7 @@ def a_rank_of_padding(rank: int, ranks: int) -> None:
     padding_T = torch.arange(6 * ranks) < 6  # all of rank 0's
     mine = slice(6 * rank, 6 * rank + 6)
     router = ROUTERS["softmax, normalised"]
-    found = route(all_TE[mine], router, TOP_K, rule, None, padding_T[mine], company_of_all())
+    found = route(all_TE[mine], router, TOP_K, rule, None, padding_T[mine], scope_of_all_ranks())
     expected = route(all_TE[6:], router, TOP_K, rule)
     if rank == 0:
         assert (found.ids_STK == EXPERTS).all()
@@ -115,21 +115,21 @@ def own_ranks_tokens(rank: int, ranks: int) -> None:
     """By default a rank's company is its own tokens: another choice than with the others'."""
     router, rule = ROUTERS["softmax"], Rule(guaranteed=1)
     own = route(draw(8, rank), router, TOP_K, rule)
-    shared = route(draw(8, rank), router, TOP_K, rule, company=company_of_all())
+    shared = route(draw(8, rank), router, TOP_K, rule, scope=scope_of_all_ranks())
     assert not torch.equal(own.ids_STK, shared.ids_STK)
     assert ranks > 1
 
 
 def many_steps(rank: int, ranks: int) -> None:
     """Steps of any size in a row, most of them without tokens on some rank."""
-    company = company_of_all()
+    scope = scope_of_all_ranks()
     sizes = torch.Generator().manual_seed(7)
     for step in range(60):
         counts = torch.randint(0, 4, (ranks,), generator=sizes).tolist()
         all_TE = draw(sum(counts), step)
         mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         arguments = (ROUTERS["V3 groups"], TOP_K, Rule(budget=5), bias_of("V3 groups"))
-        found = route(all_TE[mine], *arguments, company=company)
+        found = route(all_TE[mine], *arguments, scope=scope)
         assert_equal(found, route(all_TE, *arguments), mine)
 
 
@@ -141,7 +141,7 @@ def one_band_for_all(rank: int, ranks: int) -> None:
         tokens = tokens_of_all(counts[rank])
         assert tokens == sum(counts[:ranks])
         (rule,) = plan.rules_for(max(tokens, 1))
-        route(draw(counts[rank], rank), ROUTERS["softmax"], TOP_K, rule, company=company_of_all())
+        route(draw(counts[rank], rank), ROUTERS["softmax"], TOP_K, rule, scope=scope_of_all_ranks())
     assert tokens_of_all(0) == 0
 
 
@@ -151,7 +151,7 @@ def expert_parallel(rank: int, ranks: int) -> None:
     hidden_TD = draw(24, 1)[:, :WIDTH].double()
     weights_EDD = draw(EXPERTS * WIDTH, 2)[:, :WIDTH].reshape(EXPERTS, WIDTH, WIDTH).double()
     for placement in (Placement.linear(EXPERTS, ranks), Placement.round_robin(EXPERTS, ranks)):
-        found = route(draw(24, 3), router, TOP_K, rule, company=Company(placement))
+        found = route(draw(24, 3), router, TOP_K, rule, scope=BatchScope(placement))
         mine = placement.experts_on(rank)
         whole_TD = computed(hidden_TD, found, weights_EDD, range(EXPERTS))
         part_TD = computed(hidden_TD, found, weights_EDD, mine)
@@ -172,7 +172,7 @@ def logical_ids(rank: int, ranks: int) -> None:
     placement = Placement.linear(EXPERTS, ranks)
     router, rule = ROUTERS["sigmoid with a bias"], Rule(guaranteed=2, budget_per_rank=5)
     bias_E = bias_of("sigmoid with a bias")
-    found = route(draw(16, 4), router, TOP_K, rule, bias_E, None, Company(placement))
+    found = route(draw(16, 4), router, TOP_K, rule, bias_E, None, BatchScope(placement))
     hidden_TD = draw(16, 5)[:, :WIDTH].double()
     weights_EDD = draw(EXPERTS * WIDTH, 6)[:, :WIDTH].reshape(EXPERTS, WIDTH, WIDTH).double()
     each = EXPERTS // ranks
@@ -209,7 +209,9 @@ def a_rank_that_stays_away(rank: int, ranks: int) -> None:
         time.sleep(4)
         return
     with pytest.raises(RuntimeError):
-        route(draw(3, 0), ROUTERS["softmax"], 4, Rule(guaranteed=1), company=company_of_all(group))
+        route(
+            draw(3, 0), ROUTERS["softmax"], 4, Rule(guaranteed=1), scope=scope_of_all_ranks(group)
+        )
 
 
 SCENARIOS: tuple[Callable[[int, int], None], ...] = (

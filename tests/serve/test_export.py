@@ -10,7 +10,7 @@ import pytest
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.serve.export import export, uniform_top_k
-from leanmoe.serve.plan_support import check_company, notes, without
+from leanmoe.serve.plan_support import check_batch_scope, notes, without
 from leanmoe.serve.vllm.launch import capture_sizes, missing_in
 
 QWEN = Fingerprint("Qwen3MoeForCausalLM", 48, 2, 128, 8)
@@ -115,12 +115,14 @@ def test_a_budget_per_rank_runs_in_vllm_alone(engine: str) -> None:
 
 
 def test_whose_tokens_share_experts_is_asked_for_by_name() -> None:
-    check_company("rank", "vLLM")
-    check_company("all", "vLLM")
+    check_batch_scope("rank", "vLLM")
+    check_batch_scope("all", "vLLM")
     with pytest.raises(LeanMoeError, match="SGLang cannot share experts among data-parallel ranks"):
-        check_company("all", "SGLang")
-    with pytest.raises(LeanMoeError, match="LEANMOE_COMPANY is 'world': it must be rank or all"):
-        check_company("world", "vLLM")
+        check_batch_scope("all", "SGLang")
+    with pytest.raises(
+        LeanMoeError, match="LEANMOE_BATCH_SCOPE is 'world': it must be rank or all"
+    ):
+        check_batch_scope("world", "vLLM")
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])

@@ -95,7 +95,7 @@ def test_mixes_widen_the_interval_and_are_shown() -> None:
     full, plan = answers(10, 4, 150, 136)
     other = np.roll(plan, 1, axis=1)
     one, both = difference(full, plan), difference(full, np.concatenate([plan, other]))
-    assert both.mixes == 2
+    assert both.batch_draws == 2
     assert both.lowest_mix <= both.difference <= both.highest_mix
     assert (one.lowest_mix, one.highest_mix) == (one.difference, one.difference)
 

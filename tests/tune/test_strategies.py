@@ -42,16 +42,16 @@ def sensitivity(candidate: Candidate) -> Sensitivity:
     return Sensitivity(candidate, divergence, 0.5 * divergence, slots, 4 * slots)
 
 
-def setting(budget: float, together: int = 1) -> Setting:
-    tried = [sensitivity(c) for c in candidates(MODEL, (1, together))]
+def setting(budget: float, decode_batch: int = 1) -> Setting:
+    tried = [sensitivity(c) for c in candidates(MODEL, (1, decode_batch))]
     moved = {(n, k): (8 - k) * (6 - n) / 10 for n in range(6) for k in range(1, 9)}
-    return Setting(MODEL, together, Budget("slots", budget), cost, tried, moved)
+    return Setting(MODEL, decode_batch, Budget("slots", budget), cost, tried, moved)
 
 
 @pytest.mark.parametrize("budget", [7.5, 6.0, 4.2])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_each_spends_the_budget_and_no_more(name: str, budget: float) -> None:
-    given = setting(budget, together=8)
+    given = setting(budget, decode_batch=8)
     rules = STRATEGIES[name].rules(given)
     assert len(rules) == MODEL.moe_layers
     for rule in rules:

@@ -29,7 +29,7 @@ SECONDS_WITHOUT_RESULT = 120.0
 class Room:
     """What the cache of a service must hold."""
 
-    together: int
+    decode_batch: int
     """Requests under way at most."""
     longest_prompt: int
     longest: int
@@ -39,7 +39,7 @@ class Room:
     def step_tokens(self) -> int:
         """Of a step at most; chunks of prompts where whole ones would do cost attention."""
         whole = PREFILL_TOKENS_A_STEP // self.longest_prompt * self.longest_prompt
-        return (whole or PREFILL_TOKENS_A_STEP) + self.together
+        return (whole or PREFILL_TOKENS_A_STEP) + self.decode_batch
 
     @property
     def page(self) -> int:
@@ -50,9 +50,9 @@ class Room:
 class Arrivals:
     """When a run may send its next request."""
 
-    def __init__(self, together: int, gaps: Sequence[float] | None = None) -> None:
-        """A closed loop of `together` requests; with `gaps`, an open loop: seconds between them."""
-        self._together = together
+    def __init__(self, decode_batch: int, gaps: Sequence[float] | None = None) -> None:
+        """A closed loop of `decode_batch` requests; with `gaps`, an open loop: seconds between."""
+        self._concurrency = decode_batch
         self._due = None if gaps is None else np.cumsum(gaps).tolist()
 
     @classmethod
@@ -73,7 +73,7 @@ class Arrivals:
         """Seconds until request number `sent` may go; infinity while the loop is full."""
         if self._due is not None:
             return max(0.0, float(self._due[sent]) - elapsed)
-        return 0.0 if under_way < self._together else float("inf")
+        return 0.0 if under_way < self._concurrency else float("inf")
 
     def delay(self, sent: int, elapsed: float) -> float:
         """How late request number `sent` is; 0 in a closed loop."""
@@ -87,9 +87,9 @@ def served(model: Any, room: Room, most_output: int) -> Iterator[Any]:
 
     settings = ContinuousBatchingConfig(
         **{"page_size" if has_pages() else "block_size": room.page},
-        num_blocks=room.together + 4,
+        num_blocks=room.decode_batch + 4,
         max_batch_tokens=room.step_tokens,
-        max_requests_per_batch=room.together,
+        max_requests_per_batch=room.decode_batch,
         allow_block_sharing=False,  # shared prefixes would spare one variant's prefill
         use_async_batching=False if model.device.type == "cpu" else None,
     )

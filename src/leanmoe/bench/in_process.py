@@ -103,8 +103,8 @@ class InProcess:
     @contextmanager
     def at(self, load: ServiceLoad) -> Iterator[RunOne]:
         """A service whose cache fits the load."""
-        together = load.concurrency or min(self._settings.max_concurrency, load.requests)
-        room = Room(together, self._supply.longest_prompt, self._supply.longest)
+        decode_batch = load.concurrency or min(self._settings.max_concurrency, load.requests)
+        room = Room(decode_batch, self._supply.longest_prompt, self._supply.longest)
         require_memory(self._model, room)
         with served(self._model, room, self._supply.longest) as self._manager:
             yield self._run_one
@@ -129,16 +129,16 @@ class InProcess:
         Of the tokens that decode: under every variant prompt tokens are counted apart.
         """
         del run_one
-        together = min(load.concurrency or self._settings.max_concurrency, load.requests)
+        decode_batch = min(load.concurrency or self._settings.max_concurrency, load.requests)
         requests = [
             Request(r.prompt, min(r.output_tokens, WATCHED_OUTPUT))
-            for r in self._supply.draw(load, "watched", together)
+            for r in self._supply.draw(load, "watched", decode_batch)
         ]
         found = {}
         for name in self._plans:
             watched = _with_prompt_apart(self._plans[name])
             with apply(self._model, watched, experts=self._experts[name], count=True) as applied:
-                run(self._manager, requests, Arrivals(together), self._settings.max_seconds)
+                run(self._manager, requests, Arrivals(decode_batch), self._settings.max_seconds)
             layers = applied.generated
             found[name] = {
                 "experts_a_token": sum(c.slots_per_token for c in layers) / len(layers),
@@ -176,8 +176,8 @@ def require_memory(model: Any, room: Room) -> None:
         free = int(psutil.virtual_memory().available)
     if needed > free:
         raise LeanMoeError(
-            f"{room.together} requests of {room.longest:,} tokens need {needed / 1e9:.1f} GB for "
-            f"keys and values: {free / 1e9:.1f} GB are free; lower the load or the lengths"
+            f"{room.decode_batch} requests of {room.longest:,} tokens need {needed / 1e9:.1f} GB "
+            f"for keys and values: {free / 1e9:.1f} GB are free; lower the load or the lengths"
         )
 
 
@@ -187,6 +187,6 @@ def cache_bytes(model: Any, room: Room) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
     width = width or config.hidden_size // config.num_attention_heads
-    slots = (room.together + 4) * room.page
+    slots = (room.decode_batch + 4) * room.page
     size = torch.empty((), dtype=model.dtype).element_size()
     return int(2 * slots * config.num_hidden_layers * heads * width * size)

@@ -85,14 +85,14 @@ class OverHTTP:
         del run_one
         from leanmoe.bench.watch import watch
 
-        together = min(load.concurrency or self._settings.max_concurrency, load.requests)
-        requests = self._supply.draw(load, "watched", WATCHED_ROUNDS * together)
+        decode_batch = min(load.concurrency or self._settings.max_concurrency, load.requests)
+        requests = self._supply.draw(load, "watched", WATCHED_ROUNDS * decode_batch)
         # A step of fewer rows than any prompt has decodes only, and so does one of a closed loop
         # whose rows are no more than its requests.
         most_rows = max(load.concurrency or 1, min(len(r.prompt) for r in requests) - 1)
         rows = self._rows([replace(r, output_tokens=_watched(r)) for r in requests])
         return {
-            name: watch(server, load, rows, together, most_rows, self._settings.max_seconds)
+            name: watch(server, load, rows, decode_batch, most_rows, self._settings.max_seconds)
             for name, server in self._servers.items()
         }
 
@@ -153,12 +153,12 @@ def bypass_proxies(hosts: set[str]) -> None:
         os.environ[name] = ",".join(sorted(known | hosts))
 
 
-def set_processes(together: int) -> None:
+def set_processes(decode_batch: int) -> None:
     """As many of GuideLLM's processes as the streams need, on the cores there are."""
     from guidellm.settings import settings
 
     cores = os.cpu_count() or 1
-    settings.max_worker_processes = max(1, min(cores, math.ceil(together / STREAMS_A_PROCESS)))
+    settings.max_worker_processes = max(1, min(cores, math.ceil(decode_batch / STREAMS_A_PROCESS)))
 
 
 def scenario(

@@ -37,9 +37,9 @@ def start_engine(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def closed_loop(
-    engine: Any, requests: Sequence[Mapping[str, Any]], together: int, max_seconds: float
+    engine: Any, requests: Sequence[Mapping[str, Any]], decode_batch: int, max_seconds: float
 ) -> list[dict[str, Any]]:
-    """Keeps `together` requests under way until all are done; sends none after `max_seconds`.
+    """Keeps `decode_batch` requests under way until all are done; sends none after `max_seconds`.
 
     Each request has "prompt" (token ids) and "output" (tokens); each answer has "sent", "tokens"
     (when each came), "input" and "output". Decoding is greedy and never stops early.
@@ -50,7 +50,7 @@ def closed_loop(
     finished: list[str] = []
     total = len(requests)
     while len(finished) < total:
-        while len(sent) < total and len(sent) - len(finished) < together:
+        while len(sent) < total and len(sent) - len(finished) < decode_batch:
             if sent and time.perf_counter() - start > max_seconds:
                 total = len(sent)
                 break

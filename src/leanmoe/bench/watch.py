@@ -28,7 +28,7 @@ def watch(
     server: Server,
     load: ServiceLoad,
     rows: Sequence[Mapping[str, Any]],
-    together: int,
+    decode_batch: int,
     most_rows: int,
     patience: float,
 ) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def watch(
     Where that cannot be seen there is "missing" instead, and why: no reason to end a bench.
     """
     try:
-        return asyncio.run(_watched(server, load, rows, together, most_rows, patience))
+        return asyncio.run(_watched(server, load, rows, decode_batch, most_rows, patience))
     except LeanMoeError as error:
         return {"missing": str(error)}
     except httpx.HTTPError as error:
@@ -55,7 +55,7 @@ async def _watched(
     server: Server,
     load: ServiceLoad,
     rows: Sequence[Mapping[str, Any]],
-    together: int,
+    decode_batch: int,
     most_rows: int,
     patience: float,
 ) -> dict[str, Any]:
@@ -65,7 +65,7 @@ async def _watched(
     ) as client:
         before = await _scrape(client)  # raises where there is nothing to see
         sender = _Sender(client, server.model, rows)
-        sending = asyncio.create_task(sender.send(load, together))
+        sending = asyncio.create_task(sender.send(load, decode_batch))
         try:
             seen = await _sample(client, sender, before, most_rows)
         finally:
@@ -137,10 +137,10 @@ class _Sender:
         """No further request is sent."""
         self._is_stopped = True
 
-    async def send(self, load: ServiceLoad, together: int) -> None:
+    async def send(self, load: ServiceLoad, decode_batch: int) -> None:
         """A closed loop, or an open one at the load's rate, with so many at once at most."""
         rng = random.Random(load.name)
-        gate = asyncio.Semaphore(together)
+        gate = asyncio.Semaphore(decode_batch)
         async with asyncio.TaskGroup() as group:
             for row in itertools.takewhile(lambda _: not self._is_stopped, self._rows):
                 await gate.acquire()

@@ -47,9 +47,9 @@ def eval(
     decode_batch: Annotated[
         int, typer.Option(help="Requests that decode together in your service.")
     ] = _DEFAULT.decode_batch,
-    mixes: Annotated[
+    batch_draws: Annotated[
         int, typer.Option(help="Runs in other company, for rules that depend on it.")
-    ] = _DEFAULT.mixes,
+    ] = _DEFAULT.batch_draws,
     margin: Annotated[
         str, typer.Option(help="Largest loss of accuracy to accept, in percentage points.")
     ] = f"{100 * _DEFAULT.margin:g}",
@@ -98,7 +98,7 @@ def eval(
         limit=limit,
         fewshot=fewshot,
         decode_batch=decode_batch,
-        mixes=mixes,
+        batch_draws=batch_draws,
         margin=_margin(margin),
         confidence=confidence,
         engine=engine,

@@ -15,7 +15,7 @@ from rich.table import Table
 from leanmoe.core.errors import LeanMoeError
 
 
-class Company(StrEnum):
+class BatchScope(StrEnum):
     """Whose tokens a rule sees with data parallelism."""
 
     RANK = "rank"
@@ -44,10 +44,10 @@ def predict(
     expert: Annotated[int, typer.Option(help="GPUs that share the experts whole.")] = 1,
     data: Annotated[int, typer.Option(help="Copies of attention.")] = 1,
     pipeline: Annotated[int, typer.Option(help="Stages of layers.")] = 1,
-    company: Annotated[
-        Company,
+    scope: Annotated[
+        BatchScope,
         typer.Option(help="Whose tokens share experts, with --data: their rank's, or all."),
-    ] = Company.RANK,
+    ] = BatchScope.RANK,
     concurrency: Annotated[
         str | None, typer.Option(help=f"Requests at once, comma separated; {CONCURRENCIES}.")
     ] = None,
@@ -130,7 +130,7 @@ def predict(
             kernel or default_kernel(found),
             curves,
             Limits(tpot, ttft, price),
-            company is Company.ALL,
+            scope is BatchScope.ALL,
         )
         _show_sweep(results, page, as_json)
         return
@@ -153,7 +153,7 @@ def predict(
             curves,
             own,
             seed=seed,
-            is_of_all=company is Company.ALL,
+            cross_rank=scope is BatchScope.ALL,
         )
         for size in sizes
     ]
@@ -191,12 +191,12 @@ def _show(predictions: list[Any]) -> None:
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for each in predictions:
         load = f"{each.load.rate:g}/s" if arrives else str(each.load.concurrency)
-        tokens, tpot, awake = _cells(each.full)
-        row = [load, tokens, f"{1e3 * each.full.ttft:.0f}", tpot, awake]
+        tokens, tpot, active = _cells(each.full)
+        row = [load, tokens, f"{1e3 * each.full.ttft:.0f}", tpot, active]
         if planned:
-            tokens, tpot, awake = _cells(each.plan)
+            tokens, tpot, active = _cells(each.plan)
             gain = each.tpot_gain if arrives else each.gain
-            row += [tpot if arrives else tokens, awake, f"{100 * (gain - 1):+.1f}%"]
+            row += [tpot if arrives else tokens, active, f"{100 * (gain - 1):+.1f}%"]
         table.add_row(*row, _longest(each.full))
     console.print(table)
     console.print("Modelled; awake: distinct experts of a layer. It stands on:", style="dim")

@@ -55,9 +55,9 @@ def answer_tasks(
     full = Named(FULL, Plan(plans[0].plan.model))
     found: dict[str, dict[str, list[Answers]]] = {}
     for each in (full, *plans):
-        mixes = settings.mixes if each.depends_on_company(settings.decode_batch) else 1
+        batch_draws = settings.batch_draws if each.is_batch_aware(settings.decode_batch) else 1
         found[each.name] = {task.name: [] for task in tasks}
-        for mix in range(mixes):
+        for mix in range(batch_draws):
             score = _scoring(model, each, rows, questions, settings, mix)
             stored = folder.step(f"tasks-{_step(each, full)}-{mix}", score)
             scores = [Score(nll, bool(greedy)) for nll, greedy in zip(*stored, strict=True)]

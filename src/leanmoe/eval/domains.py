@@ -203,9 +203,9 @@ def _measuring(
     model: Any, plan: Plan, what: str, windows: Windows, settings: EvalSettings
 ) -> Callable[[], Any]:
     def compute() -> Any:
-        together = settings.decode_batch
-        with apply(model, plan, experts=served_experts(model), decode_batch=together):
-            return losses(model, windows, what, together).to_json()
+        decode_batch = settings.decode_batch
+        with apply(model, plan, experts=served_experts(model), decode_batch=decode_batch):
+            return losses(model, windows, what, decode_batch).to_json()
 
     return compute
 

@@ -52,14 +52,14 @@ def generation(
     rows: list[dict[str, Any]] = []
     drawn = writer.drawn(full, 0) if writer.draws else None
     for each in plans:
-        mixes = settings.mixes if each.depends_on_company(settings.decode_batch) else 1
-        theirs = [writer.greedy(each, mix) for mix in range(mixes)]
+        batch_draws = settings.batch_draws if each.is_batch_aware(settings.decode_batch) else 1
+        theirs = [writer.greedy(each, mix) for mix in range(batch_draws)]
         row: dict[str, Any] = {
             "plan": each.name,
-            "mixes": mixes,
+            "mixes": batch_draws,
             "agreement": _agreement(replies, theirs[0], settings.generate_tokens),
             **_drift(writer, replies, theirs, settings),
-            "divergence": writer.divergence(each, full, replies, mixes),
+            "divergence": writer.divergence(each, full, replies, batch_draws),
         }
         if prompts[0].answer is not None:
             right_N = writer.right(replies)
@@ -68,7 +68,7 @@ def generation(
             )
             row["exact_match"] = found.to_json()
         if drawn is not None:
-            plan_drawn = [writer.drawn(each, mix) for mix in range(mixes)]
+            plan_drawn = [writer.drawn(each, mix) for mix in range(batch_draws)]
             row["pass_at"] = _pass_at(writer, drawn, plan_drawn, settings)
         rows.append(row)
     return {
@@ -150,7 +150,7 @@ class _Writer:
         )
 
     def divergence(
-        self, each: Named, full: Named, replies: Sequence[Sequence[int]], mixes: int
+        self, each: Named, full: Named, replies: Sequence[Sequence[int]], batch_draws: int
     ) -> dict[str, Any]:
         """KL from the full model along its own replies, by stretches of positions."""
         rows = [
@@ -169,7 +169,7 @@ class _Writer:
                 self._settings.seed + mix,
             ).tolist()
 
-        found = [self._folder.step(f"kl-{each.digest}-{m}", compute(m)) for m in range(mixes)]
+        found = [self._folder.step(f"kl-{each.digest}-{m}", compute(m)) for m in range(batch_draws)]
         return _by_part(np.mean([np.asarray(kl) for kl in found], axis=0), self._settings)
 
 

@@ -62,10 +62,10 @@ def answer_harness(
     full = Named(FULL, Plan(plans[0].plan.model))
     found: dict[str, dict[str, list[Answers]]] = {}
     for each in (full, *plans):
-        company = each.depends_on_company(settings.decode_batch)
-        mixes = settings.mixes if company and settings.engine == "transformers" else 1
+        scope = each.is_batch_aware(settings.decode_batch)
+        batch_draws = settings.batch_draws if scope and settings.engine == "transformers" else 1
         found[each.name] = {}
-        for mix in range(mixes):
+        for mix in range(batch_draws):
             key = "full" if each is full else each.digest
             if settings.engine == "vllm":
                 from leanmoe.eval.harness_vllm import in_vllm

@@ -107,17 +107,17 @@ def compared(
         if name == FULL:
             continue
         found: list[Difference] = []
-        for task, mixes in by_task.items():
-            mixes_MN = np.stack([each.right_N for each in mixes])
-            found.append(difference(full[task][0].right_N, mixes_MN, settings.confidence))
-            loss = loss_changes(full[task][0], mixes, settings)
+        for task, batch_draws in by_task.items():
+            draws_MN = np.stack([each.right_N for each in batch_draws])
+            found.append(difference(full[task][0].right_N, draws_MN, settings.confidence))
+            loss = loss_changes(full[task][0], batch_draws, settings)
             metric = (metrics or {}).get(task, "")
             rows.append(_row(name, task, found[-1], settings, loss=loss, metric=metric))
         if len(found) > 1:
             right_N = np.concatenate([full[task][0].right_N for task in by_task])
             pooled_MN = np.stack(
                 [
-                    np.concatenate([mixes[mix].right_N for mixes in by_task.values()])
+                    np.concatenate([batch_draws[mix].right_N for batch_draws in by_task.values()])
                     for mix in range(min(map(len, by_task.values())))
                 ]
             )

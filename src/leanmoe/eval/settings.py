@@ -29,7 +29,7 @@ class EvalSettings:
     fewshot: int | None = None
     decode_batch: int = 1
     """Requests that decode together."""
-    mixes: int = 3
+    batch_draws: int = 3
     """Runs in other company, for plans whose rules depend on it."""
     margin: float = 0.01
     """Largest loss of accuracy that is accepted, in shares: 0.01 is one point."""
@@ -55,7 +55,7 @@ class EvalSettings:
         """Raises LeanMoeError for the first setting out of range."""
         _require(0 < self.margin < 1, "margin", f"{self.margin:g}", "above 0 and below 100%")
         _require(0.5 < self.confidence < 1, "confidence", self.confidence, "above 0.5, below 1")
-        for name in ("decode_batch", "mixes", "generate_tokens", "domain_tokens"):
+        for name in ("decode_batch", "batch_draws", "generate_tokens", "domain_tokens"):
             value = getattr(self, name)
             _require(value >= 1, name.replace("_", "-"), value, "at least 1")
         _require(self.samples >= 0, "samples", self.samples, "0 or more")

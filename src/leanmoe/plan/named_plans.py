@@ -29,9 +29,9 @@ class Named:
         text = json.dumps([value["bands"], value["prompt"]])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def depends_on_company(self, tokens: int) -> bool:
+    def is_batch_aware(self, tokens: int) -> bool:
         """Whether what a token gets in a step of so many depends on the others in it."""
-        return any(rule.depends_on_company for rule in self.plan.rules_for(tokens))
+        return any(rule.is_batch_aware for rule in self.plan.rules_for(tokens))
 
 
 def read_plans(

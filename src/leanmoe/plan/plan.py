@@ -233,7 +233,7 @@ class Rule:
         return replace(self, keep_weights=None) == Rule()
 
     @property
-    def depends_on_company(self) -> bool:
+    def is_batch_aware(self) -> bool:
         """Whether a token's experts depend on the other tokens in its step."""
         return self.guaranteed is not None or self.has_budget
 

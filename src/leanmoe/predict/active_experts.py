@@ -9,16 +9,16 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.step_model import Model
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.predict.expert_curves import Assumed, Curve, assumed_curve, from_points
-from leanmoe.predict.sampled_steps import ALONE, Company
+from leanmoe.predict.sampled_steps import ALONE, BatchScope
 
 CurveOf = Callable[[int, Rule], Curve]
 """A MoE layer's curve under a rule."""
-CurvesOf = Callable[[Company], CurveOf]
+CurvesOf = Callable[[BatchScope], CurveOf]
 """The curves by where experts are and whose tokens share them."""
 
 
 @dataclass(frozen=True)
-class Awake:
+class Active:
     """So many layers that activate the same."""
 
     layers: int
@@ -52,11 +52,11 @@ class Activation:
         used += [other for pairs in self._prompt or [] for (_, other), _ in pairs]
         self.origins = sorted({curve.origin for curve in used})
 
-    def layers(self, decoding: float, prompt: float) -> list[Awake]:
+    def layers(self, decoding: float, prompt: float) -> list[Active]:
         """What a step activates with so many tokens that decode and so many of prompts."""
         if self._prompt is None:
             return [
-                _awake(curve, n, decoding + prompt) for curve, n in self._band(decoding + prompt)
+                _active(curve, n, decoding + prompt) for curve, n in self._band(decoding + prompt)
             ]
         number = next(
             (n for n, (up_to, _) in enumerate(self._bands) if up_to is None or decoding <= up_to),
@@ -64,14 +64,14 @@ class Activation:
         )
         found = []
         for (one, other), count in self._prompt[number]:
-            mine = _awake(one, count, decoding)
-            theirs = _awake(other, count, prompt)
+            mine = _active(one, count, decoding)
+            theirs = _active(other, count, prompt)
             total = max(mine.experts, theirs.experts)
             missed = (1 - mine.distinct / total) * (1 - theirs.distinct / total)
-            awake, rows = total * (1 - missed), mine.rows + theirs.rows
+            active, rows = total * (1 - missed), mine.rows + theirs.rows
             columns, is_shared = mine.columns + theirs.columns, one.is_shared or other.is_shared
-            most, is_told = _most_together(mine, theirs, awake), one.is_told or other.is_told
-            found.append(Awake(count, awake, rows, total, columns, is_shared, most, is_told))
+            most, is_told = _most_decoding(mine, theirs, active), one.is_told or other.is_told
+            found.append(Active(count, active, rows, total, columns, is_shared, most, is_told))
         return found
 
     def _band(self, tokens: float) -> list[tuple[Curve, int]]:
@@ -81,17 +81,17 @@ class Activation:
         return self._full
 
 
-def _awake(curve: Curve, layers: int, tokens: float) -> Awake:
+def _active(curve: Curve, layers: int, tokens: float) -> Active:
     if tokens <= 0:
-        return Awake(layers, 0.0, 0.0, curve.experts)
+        return Active(layers, 0.0, 0.0, curve.experts)
     distinct, slots = curve.at(tokens)
     columns = max(curve.columns, slots) * tokens
     most, is_shared = curve.most_loaded_at(tokens), curve.is_shared
     rows, experts = slots * tokens, curve.experts
-    return Awake(layers, distinct, rows, experts, columns, is_shared, most, curve.is_told)
+    return Active(layers, distinct, rows, experts, columns, is_shared, most, curve.is_told)
 
 
-def _most_together(one: Awake, other: Awake, distinct: float) -> float | None:
+def _most_decoding(one: Active, other: Active, distinct: float) -> float | None:
     """Of the most loaded GPU where both wake so many: as uneven as the more uneven of them."""
     shares = [
         each.most_loaded / each.distinct
@@ -124,7 +124,7 @@ def _paired(
     return found
 
 
-def assumed_curves(model: Model, assumed: Assumed, company: Company = ALONE) -> CurveOf:
+def assumed_curves(model: Model, assumed: Assumed, scope: BatchScope = ALONE) -> CurveOf:
     """Curves where no trace is at hand: the same in every layer."""
     shape, router = model.shape, model.shape.router
     cached: dict[Rule, Curve] = {}
@@ -138,7 +138,7 @@ def assumed_curves(model: Model, assumed: Assumed, company: Company = ALONE) -> 
                 assumed,
                 router.groups,
                 router.groups_used,
-                company,
+                scope,
             )
         return cached[rule]
 
@@ -183,8 +183,8 @@ def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: Mo
     points = []
     for point in layer["distinct"]:
         # A token wakes share as many; so do 1/share tokens as many as one did before.
-        awake = experts * (1 - (1 - point["measured"] / experts) ** share)
-        points.append((point["tokens"], min(awake, slots * point["tokens"]), float(slots)))
+        active = experts * (1 - (1 - point["measured"] / experts) ** share)
+        points.append((point["tokens"], min(active, slots * point["tokens"]), float(slots)))
     origin = "measured: the profile's tokens"
     if slots != top_k:
         origin += ", scaled to a lower top_k"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.step_model import Model, require_divides
 from leanmoe.predict.hardware import Gpu
-from leanmoe.predict.sampled_steps import Company
+from leanmoe.predict.sampled_steps import BatchScope
 
 USABLE = 0.92
 """Share of a GPU's memory for weights, activations and cache, as engines set it by default."""
@@ -49,9 +49,9 @@ class Deployment:
         """Whether tokens travel to their experts: attention is copied, experts are spread."""
         return self.data > 1 and self.expert > 1
 
-    def company(self, is_of_all: bool = False) -> Company:
+    def scope(self, cross_rank: bool = False) -> BatchScope:
         """Where experts are, and whose tokens share them."""
-        return Company(self.expert, self.data, is_of_all)
+        return BatchScope(self.expert, self.data, cross_rank)
 
     def __str__(self) -> str:
         parts = [f"TP{self.tensor}"]

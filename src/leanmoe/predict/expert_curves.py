@@ -26,8 +26,8 @@ from leanmoe.plan import Rule
 from leanmoe.predict.sampled_steps import (
     ALONE,
     DRAWN_TOKENS,
+    BatchScope,
     Choices,
-    Company,
     Drawn,
     Steps,
     decided,
@@ -51,7 +51,7 @@ class Curve:
     columns: float = 0.0
     """Slots of a token in an engine's tensors, used or skipped; 0 for as many as are used."""
     is_shared: bool = False
-    """Whether tokens of a step share experts (`Rule.depends_on_company`)."""
+    """Whether tokens of a step share experts (`Rule.is_batch_aware`)."""
     most_loaded: tuple[float, ...] = ()
     """Distinct experts of the most loaded GPU, where experts are spread and this was counted."""
     is_told: bool = False
@@ -68,8 +68,8 @@ class Curve:
         slots = float(np.interp(place, grid, self.slots))
         if tokens > self.tokens[-1]:
             share = self.distinct[-1] / self.experts
-            awake = self.experts * (1 - (1 - min(share, 1.0)) ** (tokens / self.tokens[-1]))
-            return float(awake), slots
+            active = self.experts * (1 - (1 - min(share, 1.0)) ** (tokens / self.tokens[-1]))
+            return float(active), slots
         distinct = float(np.interp(place, grid, self.distinct))
         return min(distinct, slots * max(tokens, 1.0)), slots
 
@@ -131,7 +131,7 @@ def assumed_curve(
     assumed: Assumed,
     groups: int = 1,
     groups_used: int = 1,
-    company: Company = ALONE,
+    scope: BatchScope = ALONE,
 ) -> Curve:
     """What a rule activates where tokens choose as assumed; all but thresholds, which need traces.
 
@@ -152,22 +152,20 @@ def assumed_curve(
     most: list[float] = []
     if rule.has_budget and slots:
         drawn_of = pool if pool.is_limited else _Pool(kept)
-        found = [
-            _drawn(drawn_of, slots, rule, count, assumed, company) for count in drawn_at(company)
-        ]
+        found = [_drawn(drawn_of, slots, rule, count, assumed, scope) for count in drawn_at(scope)]
         points = [(tokens, each.distinct, each.slots) for tokens, each in found]
         most = [each.most_loaded for _, each in found]
     else:
-        points = [_unlimited(pool, slots, rule, count, assumed, company) for count in GRID]
+        points = [_unlimited(pool, slots, rule, count, assumed, scope) for count in GRID]
     words = "modelled: independent tokens, even use"
     if assumed.skew:
         words = f"modelled: independent tokens, popularity as rank^-{assumed.skew:g}"
     if assumed.agreement and groups_used < groups:
         words += f", tokens agree on groups by {assumed.agreement:g} of 1"
-    shares = rule.depends_on_company
-    if shares and company.data > 1:
-        words += f", company {'all' if company.is_of_all else 'rank'}"
-    is_told = shares and company.is_told
+    shares = rule.is_batch_aware
+    if shares and scope.data > 1:
+        words += f", company {'all' if scope.cross_rank else 'rank'}"
+    is_told = shares and scope.is_told
     return from_points(points, kept, words, slots, shares, most, is_told)
 
 
@@ -186,42 +184,42 @@ class _Pool:
 
 
 def _unlimited(
-    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, company: Company
+    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: BatchScope
 ) -> tuple[float, float, float]:
     """A curve's point without a budget, for so many tokens of a company."""
     first = min(rule.guaranteed, slots) if rule.guaranteed is not None else slots
-    ours = _awake(pool, first, count, assumed)
-    tokens = count * company.companies
-    awake = _awake(pool, first, tokens, assumed)
+    ours = _active(pool, first, count, assumed)
+    tokens = count * scope.companies
+    active = _active(pool, first, tokens, assumed)
     # Of the others' experts a token may use those of its groups; tokens that agree have the same.
     share = pool.groups_used / pool.groups
     reach = share + (1 - share) * assumed.agreement
     own = min(float(first), ours)
     used = max(1.0, own + (ours - own) * reach) if slots else 0.0
-    return float(tokens), awake, min(float(slots), used)
+    return float(tokens), active, min(float(slots), used)
 
 
 def _drawn(
-    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, company: Company
+    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: BatchScope
 ) -> tuple[float, Drawn]:
     """A curve's point under a budget, for so many tokens of a company."""
-    tokens, rule = count * company.companies, rule.on(company.ranks)
-    deciding = company if rule.budget_per_rank is not None else replace(company, ranks=1)
+    tokens, rule = count * scope.companies, rule.on(scope.ranks)
+    deciding = scope if rule.budget_per_rank is not None else replace(scope, ranks=1)
     steps = _decided(pool, slots, rule, tokens, assumed, deciding)
-    return float(tokens), steps.on(company.ranks)
+    return float(tokens), steps.on(scope.ranks)
 
 
 @cache
 def _decided(
-    pool: _Pool, slots: int, rule: Rule, tokens: int, assumed: Assumed, company: Company
+    pool: _Pool, slots: int, rule: Rule, tokens: int, assumed: Assumed, scope: BatchScope
 ) -> Steps:
     """Drawn once for all numbers of ranks that decide alike."""
     popularity_E = inclusion(pool.experts, slots, assumed.skew)
     choices = Choices(popularity_E, pool.groups, pool.groups_used, assumed.agreement)
-    return decided(choices, slots, rule, tokens, company)
+    return decided(choices, slots, rule, tokens, scope)
 
 
-def _awake(pool: _Pool, top_k: int, tokens: int, assumed: Assumed) -> float:
+def _active(pool: _Pool, top_k: int, tokens: int, assumed: Assumed) -> float:
     if top_k == 0:
         return 0.0
     if pool.is_limited and assumed.agreement > 0:

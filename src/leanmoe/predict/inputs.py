@@ -26,7 +26,7 @@ from leanmoe.predict.constants import Constants, read_constants, shipped
 from leanmoe.predict.deployment import Deployment
 from leanmoe.predict.expert_curves import Assumed, Curve, from_points
 from leanmoe.predict.hardware import Gpu
-from leanmoe.predict.sampled_steps import ALONE, Company
+from leanmoe.predict.sampled_steps import ALONE, BatchScope
 
 if TYPE_CHECKING:
     from leanmoe.profile.saved import Profile
@@ -153,15 +153,15 @@ def find_curves(
     simple = saved_curves(saved, model)
     rules = {rule for rule in _rules_of(plan) if not _is_simple(rule)}
     if not rules or plan is None:
-        return lambda _company: simple
+        return lambda _scope: simple
     from leanmoe.profile.saved import Profile
 
     loaded = Profile.load(profile)
-    shared = {rule for rule in rules if rule.depends_on_company}
+    shared = {rule for rule in rules if rule.is_batch_aware}
     alike = _replayed(loaded, plan, rules - shared)
 
-    def curves_of(company: Company) -> CurveOf:
-        replayed = alike | _replayed(loaded, plan, shared, company)
+    def curves_of(scope: BatchScope) -> CurveOf:
+        replayed = alike | _replayed(loaded, plan, shared, scope)
 
         def curve_of(layer: int, rule: Rule) -> Curve:
             found = replayed.get((layer, rule))
@@ -183,7 +183,7 @@ def _is_simple(rule: Rule) -> bool:
 
 
 def _replayed(
-    profile: Profile, plan: Plan, rules: set[Rule], company: Company = ALONE
+    profile: Profile, plan: Plan, rules: set[Rule], scope: BatchScope = ALONE
 ) -> dict[tuple[int, Rule], Curve]:
     """Curves of these rules of the plan, in the layers that have them."""
     from leanmoe.profile.replay import BATCH_SIZES, replay
@@ -191,19 +191,19 @@ def _replayed(
     every: Sequence[Sequence[Rule]] = [band.rules for band in plan.bands]
     every = [*every, plan.prompt] if plan.prompt else every
     wanted = {(n, rule) for layers in every for n, rule in enumerate(layers) if rule in rules}
-    sizes = [company.companies * size for size in BATCH_SIZES]
+    sizes = [scope.companies * size for size in BATCH_SIZES]
     sizes = [size for size in sizes if size <= profile.trace.tokens]
     if wanted and not sizes:
         raise LeanMoeError(
             f"the profile's sample of {profile.trace.tokens} tokens is too small for a token of "
-            f"each of {company.companies} data-parallel ranks"
+            f"each of {scope.companies} data-parallel ranks"
         )
-    placement = Placement.linear(profile.model.experts, company.ranks)
+    placement = Placement.linear(profile.model.experts, scope.ranks)
     found = {}
     with bar("Replaying traces", len(wanted), "layers and rules") as advance:
         for layer, rule in sorted(wanted, key=lambda pair: (pair[0], str(pair[1]))):
             runs = [
-                replay(profile, layer, rule, size, None, 0, placement, company.companies)
+                replay(profile, layer, rule, size, None, 0, placement, scope.companies)
                 for size in sizes
             ]
             found[layer, rule] = from_points(
@@ -211,9 +211,9 @@ def _replayed(
                 profile.model.experts,
                 "measured: the profile's traces, replayed under the plan",
                 profile.model.top_k if rule.top_k is None else rule.top_k,
-                rule.depends_on_company,
+                rule.is_batch_aware,
                 [run.most_loaded for run in runs],
-                rule.depends_on_company and company.is_told,
+                rule.is_batch_aware and scope.is_told,
             )
             advance(1)
     return found

@@ -128,12 +128,12 @@ def predict(
     simulated: bool = True,
     seed: int = 0,
     requests: int | None = None,
-    is_of_all: bool = False,
+    cross_rank: bool = False,
 ) -> Prediction:
     """Predicts the full model and the plan on the same machine under the same load.
 
     `curves_of` gives distinct experts from replayed traces; without it routing is `assumed`.
-    `is_of_all`: tokens share experts with those of all data-parallel ranks, not only their own.
+    `cross_rank`: tokens share experts with those of all data-parallel ranks, not only their own.
     Raises LeanMoeError for a plan of another model, and for what does not fit.
     """
     load.check()
@@ -141,11 +141,11 @@ def predict(
         plan.check(model.shape.fingerprint(), more_experts=True)
     constants = constants or shipped()
     step = StepTime(model, deployment, constants, kernel or default_kernel(model))
-    company = deployment.company(is_of_all)
+    scope = deployment.scope(cross_rank)
     if curves_of is None:
-        curves = assumed_curves(model, assumed or Assumed(), company)
+        curves = assumed_curves(model, assumed or Assumed(), scope)
     else:
-        curves = curves_of(company)
+        curves = curves_of(scope)
     sides = {"full": None, **({} if plan is None else {"plan": plan})}
     found = {}
     origins: set[str] = set()
@@ -195,13 +195,13 @@ def _variant(
     served = closed_loop(step, activation, closed, experts)
     context = load.inputs.mean + load.outputs.remaining
     batch = Batch(served.running, context)
-    awake = activation.layers(served.running, 0)
-    layers = sum(each.layers for each in awake)
+    active = activation.layers(served.running, 0)
+    layers = sum(each.layers for each in active)
     return Variant(
         served,
         run,
-        sum(each.layers * each.distinct for each in awake) / layers,
-        sum(each.layers * each.rows for each in awake) / layers / served.running,
+        sum(each.layers * each.distinct for each in active) / layers,
+        sum(each.layers * each.rows for each in active) / layers / served.running,
         memory,
         bounds(step, batch, activation),
     )

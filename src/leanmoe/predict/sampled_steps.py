@@ -37,29 +37,29 @@ Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Company:
+class BatchScope:
     """Whose tokens a rule sees in a step, and where the experts are."""
 
     ranks: int = 1
     """GPUs that hold whole experts, in blocks (vLLM's default)."""
     data: int = 1
     """Data-parallel ranks that the step's tokens are from, evenly."""
-    is_of_all: bool = False
-    """Whether tokens share experts with those of all data-parallel ranks (`LEANMOE_COMPANY=all`),
-    or with those of their own."""
+    cross_rank: bool = False
+    """Whether tokens share experts with those of all data-parallel ranks
+    (`LEANMOE_BATCH_SCOPE=all`), or with those of their own."""
 
     @property
     def companies(self) -> int:
         """Groups of a step's tokens that decide each for themselves."""
-        return 1 if self.is_of_all else self.data
+        return 1 if self.cross_rank else self.data
 
     @property
     def is_told(self) -> bool:
         """Whether ranks tell each other what their tokens choose."""
-        return self.is_of_all and self.data > 1
+        return self.cross_rank and self.data > 1
 
 
-ALONE = Company()
+ALONE = BatchScope()
 """One GPU, or tensor parallelism: all tokens and all experts."""
 
 
@@ -90,31 +90,31 @@ class Drawn:
 class Steps:
     """Drawn steps, decided."""
 
-    awake_SE: Bools
+    active_SE: Bools
     """The experts that any company wakes."""
     slots: float
     """Experts a token uses, mean."""
 
     def on(self, ranks: int) -> Drawn:
         """What they activate where the experts lie on so many GPUs, in blocks."""
-        placement = Placement.linear(self.awake_SE.shape[1], ranks)
-        awake_SR = _by_rank(self.awake_SE, placement)
-        distinct, most = awake_SR.sum(axis=1).mean(), awake_SR.max(axis=1).mean()
+        placement = Placement.linear(self.active_SE.shape[1], ranks)
+        active_SR = _by_rank(self.active_SE, placement)
+        distinct, most = active_SR.sum(axis=1).mean(), active_SR.max(axis=1).mean()
         return Drawn(float(distinct), float(most), self.slots)
 
 
 def drawn(
-    choices: Choices, slots: int, rule: Rule, tokens: int, company: Company = ALONE, seed: int = 0
+    choices: Choices, slots: int, rule: Rule, tokens: int, scope: BatchScope = ALONE, seed: int = 0
 ) -> Drawn:
     """What steps of `tokens`, a multiple of the companies, activate under a rule.
 
     `slots` are the most that a token uses; `rule` is one that shares experts.
     """
-    return decided(choices, slots, rule, tokens, company, seed).on(company.ranks)
+    return decided(choices, slots, rule, tokens, scope, seed).on(scope.ranks)
 
 
 def decided(
-    choices: Choices, slots: int, rule: Rule, tokens: int, company: Company = ALONE, seed: int = 0
+    choices: Choices, slots: int, rule: Rule, tokens: int, scope: BatchScope = ALONE, seed: int = 0
 ) -> Steps:
     """As `drawn`, before anybody counts by GPU.
 
@@ -124,21 +124,19 @@ def decided(
     draw = np.random.default_rng(seed)
     steps = max(8, DRAWN_TOKENS // tokens)
     kept = len(choices.popularity_E)
-    placement = Placement.linear(kept, company.ranks)
-    awake, used = [], []
+    placement = Placement.linear(kept, scope.ranks)
+    active, used = [], []
     for count in _portions(steps, tokens * kept):
-        logits_SCTE = _logits(
-            draw, choices, (count, company.companies, tokens // company.companies)
-        )
-        awake_SCE, slots_SCT = shared(logits_SCTE, slots, rule, placement)
-        awake.append(awake_SCE.any(axis=1))
+        logits_SCTE = _logits(draw, choices, (count, scope.companies, tokens // scope.companies))
+        active_SCE, slots_SCT = shared(logits_SCTE, slots, rule, placement)
+        active.append(active_SCE.any(axis=1))
         used.append(slots_SCT.mean(axis=(1, 2)))
-    return Steps(np.concatenate(awake), float(np.concatenate(used).mean()))
+    return Steps(np.concatenate(active), float(np.concatenate(used).mean()))
 
 
-def drawn_at(company: Company) -> tuple[int, ...]:
+def drawn_at(scope: BatchScope) -> tuple[int, ...]:
     """Tokens of each company at which a curve is drawn."""
-    most = max(8, MOST_DRAWN // company.companies)
+    most = max(8, MOST_DRAWN // scope.companies)
     return tuple(count for count in DRAWN_AT if count <= most)
 
 
@@ -155,14 +153,14 @@ def shared(
     picked_SCTK = np.take_along_axis(logits_SCTE, order_SCTK, axis=-1)
     best_SCE = _count(order_SCTK[..., :1], logits_SCTE.shape) > 0
     guaranteed_SCE = _count(order_SCTK[..., : rule.guaranteed], logits_SCTE.shape) > 0
-    awake_SCE = guaranteed_SCE
+    active_SCE = guaranteed_SCE
     if rule.has_budget:
         gates_SCTK = np.exp(picked_SCTK - picked_SCTK[..., :1])
         gates_SCTK /= gates_SCTK.sum(axis=-1, keepdims=True)
         votes_SCE = _count(order_SCTK, logits_SCTE.shape, gates_SCTK) * guaranteed_SCE
-        awake_SCE = _within_budgets(votes_SCE, best_SCE, rule, placement)
-    usable_SCTE = awake_SCE[:, :, None, :] & np.isfinite(logits_SCTE)
-    return awake_SCE, np.minimum(usable_SCTE.sum(axis=-1), slots)
+        active_SCE = _within_budgets(votes_SCE, best_SCE, rule, placement)
+    usable_SCTE = active_SCE[:, :, None, :] & np.isfinite(logits_SCTE)
+    return active_SCE, np.minimum(usable_SCTE.sum(axis=-1), slots)
 
 
 def _best_first(logits_SCTE: Logits, slots: int) -> NDArray[np.int64]:
@@ -203,9 +201,10 @@ def _count(
     return np.asarray(found, dtype=np.float64).reshape(steps, companies, experts)
 
 
-def _by_rank(awake_SE: Bools, placement: Placement) -> NDArray[np.int64]:
+def _by_rank(active_SE: Bools, placement: Placement) -> NDArray[np.int64]:
     counts = [
-        awake_SE[:, list(placement.experts_on(rank))].sum(axis=1) for rank in range(placement.ranks)
+        active_SE[:, list(placement.experts_on(rank))].sum(axis=1)
+        for rank in range(placement.ranks)
     ]
     return np.stack(counts, axis=1)
 

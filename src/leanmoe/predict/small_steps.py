@@ -63,7 +63,7 @@ class Launch:
     group: int = 1
     """GROUP_SIZE_M: slots whose blocks of the same columns run next to each other."""
 
-    def together(self, width: float, value_bytes: float, gpu: Gpu) -> float:
+    def decode_batch(self, width: float, value_bytes: float, gpu: Gpu) -> float:
         """Slots whose blocks run at the same time, of a product that is so wide."""
         each = (ROWS + self.columns) * self.depth * value_bytes * self.stages
         blocks = max(1, min(MOST_BLOCKS, SHARED_MEMORY // each)) * gpu.multiprocessors
@@ -103,7 +103,7 @@ def slot_by_slot(shape: ExpertsShape, rows: Rows, columns: float, gpu: Gpu) -> R
     """
     launch, gates = launch_of(shape, rows.tokens, gpu), shape.matrices - 1
     of_up, of_down = (
-        _reads(rows, launch.together(width, shape.activation_bytes, gpu))
+        _reads(rows, launch.decode_batch(width, shape.activation_bytes, gpu))
         for width in (shape.padded_width * gates, shape.padded_hidden)
     )
     reads = (gates * of_up + of_down) / shape.matrices
@@ -112,12 +112,12 @@ def slot_by_slot(shape: ExpertsShape, rows: Rows, columns: float, gpu: Gpu) -> R
     return Rows(rows.tokens, columns / rows.tokens, columns, reads, blocks)
 
 
-def _reads(rows: Rows, together: float) -> float:
+def _reads(rows: Rows, decode_batch: float) -> float:
     """Experts that are read, each time counted, where so many slots run together."""
-    if together >= rows.rows or rows.distinct >= rows.rows:
+    if decode_batch >= rows.rows or rows.distinct >= rows.rows:
         return rows.distinct
-    among = distinct_among(together, rows.rows, rows.distinct)
-    return min(rows.rows, max(rows.distinct, rows.rows / together * among))
+    among = distinct_among(decode_batch, rows.rows, rows.distinct)
+    return min(rows.rows, max(rows.distinct, rows.rows / decode_batch * among))
 
 
 def distinct_among(some: float, slots: float, distinct: float) -> float:

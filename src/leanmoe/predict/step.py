@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
 from leanmoe.models.step_model import Attention, Model
-from leanmoe.predict.active_experts import Activation, Awake
+from leanmoe.predict.active_experts import Activation, Active
 from leanmoe.predict.collectives import (
     exchange_seconds,
     gather_seconds,
@@ -160,7 +160,7 @@ class StepTime:
         self._rates, self.rates_origin = constants.rates_for(deployment.gpu.name)
         self._gathers = kernel in GATHERED
         self._small_steps = small_steps if deployment.data == 1 else SmallSteps.REPEAT
-        self._experts_seconds: Callable[[float, Awake], float] = lru_cache(maxsize=65536)(
+        self._experts_seconds: Callable[[float, Active], float] = lru_cache(maxsize=65536)(
             self._experts_of
         )
 
@@ -197,14 +197,14 @@ class StepTime:
         tokens = batch.tokens / shared_by
         mine = tokens / here.data
         layers = self.model.shape.layers
-        awake = activation.layers(batch.decoding / shared_by, batch.prompt / shared_by)
+        active = activation.layers(batch.decoding / shared_by, batch.prompt / shared_by)
         sampled = (batch.decoding + batch.ending) / shared_by
         return Parts(
             projections=self._projections(mine),
             attention=self._attention(batch, shared_by * here.data),
-            experts=sum(each.layers * self._experts_seconds(tokens, each) for each in awake),
+            experts=sum(each.layers * self._experts_seconds(tokens, each) for each in active),
             shared=self._shared(mine),
-            communication=self._communication(mine, tokens, awake),
+            communication=self._communication(mine, tokens, active),
             head=self._head(sampled / here.data),
             layers=layers * rates.layer_seconds,
             engine=rates.step_seconds + sampled * rates.sampled_seconds,
@@ -270,17 +270,17 @@ class StepTime:
         products = sequences * kind.decode_products(context, tensor)
         return fixed + max(read / (gpu.bandwidth * bandwidth), products / (gpu.flops * flops))
 
-    def _experts_of(self, tokens: float, awake: Awake) -> float:
+    def _experts_of(self, tokens: float, active: Active) -> float:
         """One layer of those awake."""
-        rows, here = awake.rows, self.deployment
+        rows, here = active.rows, self.deployment
         if tokens <= 0 or rows <= 0:
             return 0.0
-        if self._is_slot_by_slot(tokens, awake):
-            plain = Rows(tokens, rows / tokens, rows, awake.distinct)
-            blocks = awake.columns if self._small_steps is SmallSteps.REPEAT else rows
+        if self._is_slot_by_slot(tokens, active):
+            plain = Rows(tokens, rows / tokens, rows, active.distinct)
+            blocks = active.columns if self._small_steps is SmallSteps.REPEAT else rows
             shape = self._experts.shape
             return self._experts.seconds(slot_by_slot(shape, plain, blocks, here.gpu))
-        share = busiest(awake.distinct, rows, awake.experts, here.expert, awake.most_loaded)
+        share = busiest(active.distinct, rows, active.experts, here.expert, active.most_loaded)
         if here.exchanges and not self._gathers:
             tokens = self._received(tokens, rows, share.rows)
             rows = share.rows
@@ -288,12 +288,12 @@ class StepTime:
             Rows(tokens, rows / tokens, share.rows, max(share.distinct, 1e-9))
         )
 
-    def _is_slot_by_slot(self, tokens: float, awake: Awake) -> bool:
+    def _is_slot_by_slot(self, tokens: float, active: Active) -> bool:
         share = SLOT_BY_SLOT.get((self.kernel.kernel, self.kernel.dtype), 0.0)
         few = share * self.model.shape.experts
-        if self.deployment.expert > 1 or awake.columns > few:
+        if self.deployment.expert > 1 or active.columns > few:
             return False
-        is_grouped = awake.is_shared and tokens > 1 and self._small_steps is SmallSteps.GROUP
+        is_grouped = active.is_shared and tokens > 1 and self._small_steps is SmallSteps.GROUP
         return not is_grouped
 
     def _received(self, tokens: float, rows: float, most: float) -> float:
@@ -311,7 +311,7 @@ class StepTime:
             router.groups_used,
         )
 
-    def _communication(self, mine: float, tokens: float, awake: list[Awake]) -> float:
+    def _communication(self, mine: float, tokens: float, active: list[Active]) -> float:
         """All-reduces of tensor parallelism; tokens to their experts and back where attention is
         copied."""
         here, shape, rates = self.deployment, self.model.shape, self._rates
@@ -321,22 +321,22 @@ class StepTime:
             calls = shape.layers * (1 if here.data > 1 else 2)
             seconds += calls * reduce_seconds(rates, here.gpu, size, here.tensor)
         if here.data > 1:
-            seconds += sum(each.layers * self._to_experts(mine, tokens, each) for each in awake)
+            seconds += sum(each.layers * self._to_experts(mine, tokens, each) for each in active)
         if here.pipeline > 1:
             hop = size / here.gpu.network + rates.exchange_seconds
             seconds += (here.pipeline - 1) * hop
         return seconds
 
-    def _to_experts(self, mine: float, tokens: float, awake: Awake) -> float:
+    def _to_experts(self, mine: float, tokens: float, active: Active) -> float:
         """One layer's tokens to their experts and back, with data parallelism, and what ranks tell
         each other of their tokens' choices before."""
         here, hidden, rates = self.deployment, self.model.shape.hidden, self._rates
         told = 0.0
-        if awake.is_told:
-            ballot = BALLOT_BYTES * self.model.shape.experts
-            told = library_reduce_seconds(rates, here.gpu, ballot, here.data)
+        if active.is_told:
+            demand = BALLOT_BYTES * self.model.shape.experts
+            told = library_reduce_seconds(rates, here.gpu, demand, here.data)
         if here.exchanges and not self._gathers:
-            touched = self._touched(awake.rows / tokens if tokens else 0.0)
+            touched = self._touched(active.rows / tokens if tokens else 0.0)
             return told + 2 * exchange_seconds(rates, here.gpu, mine, touched, hidden, here.expert)
         size = tokens * hidden * REPLICATED_BYTES
         if self._gathers:

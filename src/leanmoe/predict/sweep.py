@@ -121,20 +121,20 @@ def sweep(
     kernel: str,
     curves_of: CurvesOf,
     advance: Callable[[int], None] = lambda _done: None,
-    is_of_all: bool = False,
+    cross_rank: bool = False,
 ) -> list[Point]:
     """Every plan on every deployment at every concurrency; what does not fit is left out."""
-    companies = {here.company(is_of_all) for here in places}
-    curves = {company: curves_of(company) for company in companies}
+    companies = {here.scope(cross_rank) for here in places}
+    curves = {scope: curves_of(scope) for scope in companies}
     activations_of = {
-        company: {name: Activation(model, plan, curves[company]) for name, plan in plans.items()}
-        for company in companies
+        scope: {name: Activation(model, plan, curves[scope]) for name, plan in plans.items()}
+        for scope in companies
     }
     kept = {name: remaining(plan) for name, plan in plans.items()}
     found = []
     for here in places:
         step = StepTime(model, here, constants, kernel)
-        activations = activations_of[here.company(is_of_all)]
+        activations = activations_of[here.scope(cross_rank)]
         for load in loads:
             for name, activation in activations.items():
                 try:

@@ -40,7 +40,7 @@ def sweep_results(
     kernel: str,
     curves_of: CurvesOf,
     limits: Limits,
-    is_of_all: bool = False,
+    cross_rank: bool = False,
 ) -> dict[str, Any]:
     """Everything a sweep found, as JSON values; raises LeanMoeError where nothing fits."""
     limits.check()
@@ -55,7 +55,7 @@ def sweep_results(
     started = time.monotonic()
     with bar("Comparing", total, "configurations") as advance:
         points = sweep(
-            model, every, places, loads, constants, kernel, curves_of, advance, is_of_all
+            model, every, places, loads, constants, kernel, curves_of, advance, cross_rank
         )
     if not points:
         raise LeanMoeError("at no concurrency do the requests fit beside the weights")

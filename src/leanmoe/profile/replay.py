@@ -21,7 +21,7 @@ from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.profile.saved import Distinct, Profile, Trace
-from leanmoe.routing import Company, count_distinct, count_distinct_by_rank, count_slots
+from leanmoe.routing import BatchScope, count_distinct, count_distinct_by_rank, count_slots
 from leanmoe.runtime.routing import fast_route
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -85,10 +85,8 @@ def replay(
     bias_E = None if profile.bias_LE is None else torch.from_numpy(profile.bias_LE[layer])
     places_CB = places_SB.view(count * companies, -1)
     logits_CBE = logits_TE[places_CB].float()
-    company = Company(placed)
-    routing = fast_route(
-        logits_CBE, profile.router, profile.model.top_k, rule, bias_E, company=company
-    )
+    scope = BatchScope(placed)
+    routing = fast_route(logits_CBE, profile.router, profile.model.top_k, rule, bias_E, scope=scope)
     over = routing.over_budget_S
     ids_SBK = routing.ids_STK.view(count, tokens_in_step, -1)
     distinct_S = count_distinct(ids_SBK, experts).double()

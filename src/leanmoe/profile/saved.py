@@ -28,7 +28,7 @@ JSON_NAME = "profile.json"
 ARRAYS_NAME = "profile.safetensors"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PAIRS_KEPT = 16
-MINIMUM_TOGETHER = 50
+MINIMUM_DECODE_BATCH = 50
 """Tokens that must have chosen both experts of a pair before its lift is worth a mention."""
 
 
@@ -53,7 +53,9 @@ class LayerCounts:
         use_E = self.use_E.astype(np.float64)
         expected_EE = np.maximum(np.outer(use_E, use_E) / max(self.tokens, 1), 1e-12)
         lift_EE = np.where(
-            np.triu(self.together_EE, 1) >= MINIMUM_TOGETHER, self.together_EE / expected_EE, 0.0
+            np.triu(self.together_EE, 1) >= MINIMUM_DECODE_BATCH,
+            self.together_EE / expected_EE,
+            0.0,
         )
         strongest = np.argsort(lift_EE, axis=None, kind="stable")[::-1][:PAIRS_KEPT]
         places = (np.unravel_index(int(place), lift_EE.shape) for place in strongest)

@@ -90,14 +90,14 @@ def _tasks(results: Results) -> list[Sheet]:
                 f"{row['lost']}/{row['gained']}",
                 f"{row['mcnemar']:.2g}",
                 f"{100 * row['smallest_seen']:.2f}",
-                _mixes(row),
+                _batch_draws(row),
                 "" if loss is None else _percent(loss["ratio"], loss["low"], loss["high"]),
             )
         )
     return [
         Sheet(
             f"Tasks: accuracy in percent, plan less full model in points [{sure}]",
-            f"Paired by question; {_company(settings['decode_batch'])}.",
+            f"Paired by question; {_scope(settings['decode_batch'])}.",
             (
                 "plan",
                 "task",
@@ -120,11 +120,11 @@ def _tasks(results: Results) -> list[Sheet]:
     ]
 
 
-def _company(requests: int) -> str:
+def _scope(requests: int) -> str:
     return "each decodes alone" if requests == 1 else f"{requests} decode together"
 
 
-def _mixes(row: Results) -> str:
+def _batch_draws(row: Results) -> str:
     if row["mixes"] == 1:
         return "1"
     return f"{row['mixes']}: {100 * row['lowest_mix']:+.2f} to {100 * row['highest_mix']:+.2f}"
@@ -149,7 +149,7 @@ def _generation(found: Results) -> list[Sheet]:
     sheets = [
         Sheet(
             f"Greedy replies of {found['tokens']} tokens to {found['prompts']} prompts",
-            f"Of the requests {_company(found['together'])}. Divergence: KL from the full model "
+            f"Of the requests {_scope(found['together'])}. Divergence: KL from the full model "
             "along its own replies, nats per token, each model with its own keys and values.",
             (
                 "plan",

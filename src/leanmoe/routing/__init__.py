@@ -4,14 +4,14 @@ Letters: S independent forward steps (may be absent), T tokens in a step, E expe
 token, G groups of experts. An id equal to E is a skipped slot; its weight is 0.
 """
 
-from leanmoe.routing.batch_rules import ALONE, Company
+from leanmoe.routing.batch_rules import ALONE, BatchScope
 from leanmoe.routing.counting import count_distinct, count_distinct_by_rank, count_slots
 from leanmoe.routing.route import Routing, route
 from leanmoe.routing.scores import Scores, check_logits, score
 
 __all__ = [
     "ALONE",
-    "Company",
+    "BatchScope",
     "Routing",
     "Scores",
     "check_logits",

@@ -36,7 +36,7 @@ _BEST = 1 << 62
 
 
 @dataclass(frozen=True)
-class Company:
+class BatchScope:
     """With whom the tokens of a step share experts, and where the experts are."""
 
     placement: Placement | None = None
@@ -51,11 +51,11 @@ class Company:
         return 1 if self.placement is None else self.placement.ranks
 
 
-ALONE = Company()
+ALONE = BatchScope()
 """One process, all tokens and all experts in it."""
 
 
-def cast_ballot(
+def count_demand(
     ids_STK: Tensor,
     kept_STK: Tensor | None,
     experts: int,
@@ -67,12 +67,12 @@ def cast_ballot(
     `votes_STK`, 0 to 1, are how much a slot matters to its token. Rows that are not asked for stay
     0: the shape is the same for any rule, and for no tokens.
     """
-    ballot_S3E = ids_STK.new_zeros((*ids_STK.shape[:-2], 3, experts))
+    demand_S3E = ids_STK.new_zeros((*ids_STK.shape[:-2], 3, experts))
     count_STK = torch.ones_like(ids_STK) if kept_STK is None else kept_STK.long()
 
     def add(row: int, slots: int, values_STK: Tensor) -> None:
         ids_SN, values_SN = (x[..., :slots].flatten(-2) for x in (ids_STK, values_STK))
-        ballot_S3E[..., row, :].scatter_add_(-1, ids_SN, values_SN)
+        demand_S3E[..., row, :].scatter_add_(-1, ids_SN, values_SN)
 
     add(BEST, 1, count_STK)
     if guaranteed is not None:
@@ -80,11 +80,11 @@ def cast_ballot(
     if votes_STK is not None:
         whole_STK = (votes_STK.float() * _UNIT).long() + 1  # a slot counts, however small its gate
         add(VOTES, ids_STK.shape[-1], whole_STK.masked_fill(count_STK == 0, 0))
-    return ballot_S3E
+    return demand_S3E
 
 
-def awake_experts(
-    ballot_S3E: Tensor, rule: Rule, placement: Placement | None = None
+def select_active_experts(
+    demand_S3E: Tensor, rule: Rule, placement: Placement | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The experts (S,E) a step may wake, and (S) whether a budget is too small for it.
 
@@ -99,30 +99,30 @@ def awake_experts(
 
     With both kinds the candidates are the guaranteed ones, and the budget prevails.
     """
-    guaranteed_SE = ballot_S3E[..., GUARANTEED, :] > 0
+    guaranteed_SE = demand_S3E[..., GUARANTEED, :] > 0
     if not rule.has_budget:
         return guaranteed_SE, None
-    best_SE = ballot_S3E[..., BEST, :] > 0
-    votes_SE = ballot_S3E[..., VOTES, :]
+    best_SE = demand_S3E[..., BEST, :] > 0
+    votes_SE = demand_S3E[..., VOTES, :]
     if rule.guaranteed is not None:
         votes_SE = votes_SE.masked_fill(~guaranteed_SE, 0)
-    experts = ballot_S3E.shape[-1]
-    lower_E = lower_first(experts, ballot_S3E.device)
+    experts = demand_S3E.shape[-1]
+    lower_E = lower_first(experts, demand_S3E.device)
     order_SE = torch.add(lower_E, votes_SE, alpha=experts).masked_fill(best_SE, _BEST)
-    awake_SE = best_SE | (votes_SE > 0)
+    active_SE = best_SE | (votes_SE > 0)
     over_S = torch.zeros_like(best_SE[..., 0])
     if rule.budget_per_rank is not None:
         placed = placement or Placement.linear(experts, 1)
         order_SRL = by_rank(order_SE, placed, fill=-1)
         first_SE = from_ranks(_first(order_SRL, rule.budget_per_rank), placed)
-        awake_SE = awake_SE & (first_SE | best_SE)
+        active_SE = active_SE & (first_SE | best_SE)
         bests_SR = by_rank(best_SE, placed, fill=False).sum(dim=-1)
         over_S = (bests_SR > rule.budget_per_rank).any(dim=-1)
     if rule.budget is not None:
-        first_SE = _first(order_SE.masked_fill(~awake_SE, -1), rule.budget)
-        awake_SE = awake_SE & (first_SE | best_SE)
+        first_SE = _first(order_SE.masked_fill(~active_SE, -1), rule.budget)
+        active_SE = active_SE & (first_SE | best_SE)
         over_S = over_S | (best_SE.sum(dim=-1) > rule.budget)
-    return awake_SE, over_S
+    return active_SE, over_S
 
 
 def _first(order: Tensor, count: int) -> Tensor:

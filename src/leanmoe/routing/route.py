@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routing.batch_rules import ALONE, Company, awake_experts, cast_ballot
+from leanmoe.routing.batch_rules import ALONE, BatchScope, count_demand, select_active_experts
 from leanmoe.routing.gate_weights import votes, weigh
 from leanmoe.routing.scores import (
     NEVER,
@@ -45,7 +45,7 @@ def route(
     rule: Rule,
     bias_E: Tensor | None = None,
     padding_ST: Tensor | None = None,
-    company: Company = ALONE,
+    scope: BatchScope = ALONE,
 ) -> Routing:
     """Picks and weighs each token's experts under `rule`.
 
@@ -83,9 +83,9 @@ def route(
     full = _full_gates(scores, top_k, router) if rule.keep_weights else None
     kept: Tensor | None
     over_budget = None
-    if rule.depends_on_company:
+    if rule.is_batch_aware:
         has_bias = bias_E is not None
-        ids, kept, over_budget = _shared(scores, slots, rule, router, has_bias, padding_ST, company)
+        ids, kept, over_budget = _shared(scores, slots, rule, router, has_bias, padding_ST, scope)
         weights = weigh(scores.gates_STE.gather(-1, ids), router, kept, full)
     elif rule.threshold is None and rule.top_p is None:
         ids, weights, kept = _best(scores, slots, rule, router, padding_ST, full)
@@ -147,7 +147,7 @@ def _shared(
     router: Router,
     has_bias: bool,
     padding_ST: Tensor | None,
-    company: Company,
+    scope: BatchScope,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids of the slots a token fills from the experts awake in its step, and which of them."""
     experts = scores.ranking_STE.shape[-1]
@@ -165,11 +165,11 @@ def _shared(
     votes_STK = None
     if rule.has_budget:
         votes_STK = votes(scores.gates_STE.gather(-1, ids_STK), router, kept_STK)
-    ballot_S3E = cast_ballot(ids_STK, kept_STK, experts, rule.guaranteed, votes_STK)
-    if company.exchange is not None:
-        ballot_S3E = company.exchange(ballot_S3E)
-    awake_SE, over_budget = awake_experts(ballot_S3E, rule, company.placement)
-    usable_STE = keys_STE.masked_fill(~awake_SE.unsqueeze(-2), NOT_USABLE)
+    demand_S3E = count_demand(ids_STK, kept_STK, experts, rule.guaranteed, votes_STK)
+    if scope.exchange is not None:
+        demand_S3E = scope.exchange(demand_S3E)
+    active_SE, over_budget = select_active_experts(demand_S3E, rule, scope.placement)
+    usable_STE = keys_STE.masked_fill(~active_SE.unsqueeze(-2), NOT_USABLE)
     found_STK, found_ids_STK = usable_STE.topk(slots, dim=-1)
     filled_STK = is_usable(found_STK, experts)
     if kept_STK is not None:

@@ -15,7 +15,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.routers import Router
 from leanmoe.plan import Plan
 from leanmoe.plan.placement import Placement
-from leanmoe.routing import Company
+from leanmoe.routing import BatchScope
 from leanmoe.runtime.counts import LayerCounts
 from leanmoe.runtime.experts import IMPLEMENTATION, prepared, register_experts
 from leanmoe.runtime.model import (
@@ -97,7 +97,7 @@ def apply(
     """
     shape = shape_of(model)
     plan.check(shape.fingerprint(), more_experts)
-    company = Company(placement)
+    scope = BatchScope(placement)
     if placement is not None:
         placement.check(plan.model.experts)
     if experts not in ("stock", IMPLEMENTATION):
@@ -120,7 +120,7 @@ def apply(
             applied.generated = tuple(LayerCounts() for _ in layers)
             applied.prompt = tuple(LayerCounts() for _ in layers)
         if count or observe or not plan.is_empty or experts == IMPLEMENTATION:
-            _hook(model, plan, layers, shape.router, applied, scoring, company, observe, undo)
+            _hook(model, plan, layers, shape.router, applied, scoring, scope, observe, undo)
         logger.info(
             "plan applied to %s, experts run by %s", type(model).__name__, applied.implementation
         )
@@ -144,7 +144,7 @@ def _hook(
     router: Router,
     applied: Applied,
     scoring: tuple[int | None, int] | None,
-    company: Company,
+    scope: BatchScope,
     observe: Observe | None,
     undo: list[Callable[[], object]],
 ) -> None:
@@ -174,7 +174,7 @@ def _hook(
     undo.append(model.base_model.register_forward_pre_hook(note_step, with_kwargs=True).remove)
     is_fast = model.config._experts_implementation == IMPLEMENTATION
     is_on_gpu = model.device.type == "cuda"
-    if is_fast and company.ranks > 1 and plan.has_budget_per_rank and not is_on_gpu:
+    if is_fast and scope.ranks > 1 and plan.has_budget_per_rank and not is_on_gpu:
         logger.warning("rules with budget_per_rank are routed by the reference, in plain torch")
     for layer in layers:
         how = LayerRouting(
@@ -187,7 +187,7 @@ def _hook(
             (applied.generated[layer.number], applied.prompt[layer.number])
             if applied.generated
             else None,
-            company,
+            scope,
             observe,
         )
         undo.append(_hook_layer(layer, how, call))

@@ -29,7 +29,7 @@ from torch.nn import functional
 from leanmoe.kernels import route_cpu, route_gpu, why_not_route_cpu, why_not_route_gpu
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routing import ALONE, Company, Routing, route
+from leanmoe.routing import ALONE, BatchScope, Routing, route
 from leanmoe.runtime.counts import LayerCounts
 from leanmoe.runtime.model import (
     MoELayer,
@@ -55,7 +55,7 @@ class LayerRouting:
     """Whether our own routing may stand for the reference."""
     counts: tuple[LayerCounts, LayerCounts] | None
     """Where to count what generated tokens do and what prompt tokens do."""
-    company: Company = ALONE
+    scope: BatchScope = ALONE
     observe: Observe | None = None
 
     def choose(
@@ -95,7 +95,7 @@ class LayerRouting:
 
     def _route(self, logits: Tensor, rule: Rule, padding: Tensor | None) -> Routing:
         function = fast_route if self.is_fast else route
-        return function(logits, self.router, self.top_k, rule, self.bias_E, padding, self.company)
+        return function(logits, self.router, self.top_k, rule, self.bias_E, padding, self.scope)
 
     def _joined(
         self, logits_TE: Tensor, stock: tuple[Tensor, Tensor] | None, parts: Sequence[Part]
@@ -121,7 +121,7 @@ class LayerRouting:
 
     def _fits_all(self, part: Part, tokens: int) -> bool:
         """Whether the part is most of the call and its tokens are routed each on its own."""
-        alone = not part.rules[self.number].depends_on_company and part.padding_ST is None
+        alone = not part.rules[self.number].is_batch_aware and part.padding_ST is None
         return alone and self.counts is None and 2 * _tokens(part) > tokens
 
     def _count(self, ids: Tensor, part: Part) -> None:
@@ -183,14 +183,14 @@ def fast_route(
     rule: Rule,
     bias_E: Tensor | None = None,
     padding_ST: Tensor | None = None,
-    company: Company = ALONE,
+    scope: BatchScope = ALONE,
 ) -> Routing:
     """As `leanmoe.routing.route`, by the fastest function that agrees with it."""
-    rule = rule.on(company.ranks)
+    rule = rule.on(scope.ranks)
     if logits_STE.device.type == "cuda":
-        return _on_gpu(logits_STE, router, top_k, rule, bias_E, padding_ST, company)
-    if company.exchange is not None or rule.budget_per_rank is not None:
-        return route(logits_STE, router, top_k, rule, bias_E, padding_ST, company)
+        return _on_gpu(logits_STE, router, top_k, rule, bias_E, padding_ST, scope)
+    if scope.exchange is not None or rule.budget_per_rank is not None:
+        return route(logits_STE, router, top_k, rule, bias_E, padding_ST, scope)
     if why_not_route_cpu(logits_STE, router, rule):
         return route(logits_STE, router, top_k, rule, bias_E, padding_ST)
     return Routing(*route_cpu(logits_STE, router, top_k, rule, bias_E, padding_ST))
@@ -203,16 +203,16 @@ def _on_gpu(
     rule: Rule,
     bias_E: Tensor | None,
     padding_ST: Tensor | None,
-    company: Company,
+    scope: BatchScope,
 ) -> Routing:
     """One step in one or two launches; many steps, which only scoring has, by the reference."""
     is_one = logits_STE.dim() == 3 and logits_STE.shape[0] == 1
     logits_TE = logits_STE[0] if is_one else logits_STE
     if find_spec("triton") is None or why_not_route_gpu(logits_TE, router, rule):
-        return route(logits_STE, router, top_k, rule, bias_E, padding_ST, company)
+        return route(logits_STE, router, top_k, rule, bias_E, padding_ST, scope)
     padding_T = padding_ST[0] if is_one and padding_ST is not None else padding_ST
     found = route_gpu(
-        logits_TE, router, top_k, rule, bias_E, padding_T, company.placement, company.exchange
+        logits_TE, router, top_k, rule, bias_E, padding_T, scope.placement, scope.exchange
     )
     if not is_one:
         return Routing(found.ids_TK, found.weights_TK, found.over_budget)

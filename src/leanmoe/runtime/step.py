@@ -63,10 +63,10 @@ def scoring_parts(
     The rest decodes in steps of `decode_batch` sequences, or is one step without it.
     """
     sequences, length = shape_NL
-    together = decode_batch or sequences
-    if sequences % together:
+    step_sequences = decode_batch or sequences
+    if sequences % step_sequences:
         raise LeanMoeError(
-            f"a call has {sequences} sequences: decode_batch {together} must divide it"
+            f"a call has {sequences} sequences: decode_batch {step_sequences} must divide it"
         )
     padding_T = None if padding_NL is None or not bool(padding_NL.any()) else padding_NL.flatten()
     place_NL = torch.arange(sequences * length).view(sequences, length)
@@ -79,9 +79,11 @@ def scoring_parts(
         rest_ST = place_NL[:, prompt_tokens:].reshape(1, -1)
         parts.append(_part(rest_ST, padding_T, plan.rules_for(rest_ST.shape[1])))
     else:
-        groups = place_NL[:, prompt_tokens:].reshape(sequences // together, together, -1)
-        steps_ST = groups.transpose(1, 2).reshape(-1, together)
-        parts.append(_part(steps_ST, padding_T, plan.rules_for(together)))
+        groups = place_NL[:, prompt_tokens:].reshape(
+            sequences // step_sequences, step_sequences, -1
+        )
+        steps_ST = groups.transpose(1, 2).reshape(-1, step_sequences)
+        parts.append(_part(steps_ST, padding_T, plan.rules_for(step_sequences)))
     return tuple(parts)
 
 

@@ -144,23 +144,25 @@ def calls(
 
     order = sorted(range(len(bundles)), key=key)
     missing = -len(order) % decode_batch
-    company = draw.sample(order[: len(order) - (decode_batch - missing)], missing)
+    scope = draw.sample(order[: len(order) - (decode_batch - missing)], missing)
     scored = [True] * len(order) + [False] * missing
-    chosen = [bundles[number] for number in order + company]
+    chosen = [bundles[number] for number in order + scope]
     return tuple(
         Call(tuple(chosen[start:end]), tuple(scored[start:end]))
         for start, end in _cuts(chosen, decode_batch, batch_tokens)
     )
 
 
-def _cuts(bundles: Sequence[Bundle], together: int, batch_tokens: int) -> Iterator[tuple[int, int]]:
+def _cuts(
+    bundles: Sequence[Bundle], decode_batch: int, batch_tokens: int
+) -> Iterator[tuple[int, int]]:
     """Starts and ends of calls: whole steps, as many as fit in `batch_tokens`."""
     start = prompt = decoded = 0
-    for step in range(0, len(bundles), together):
-        chosen = bundles[step : step + together]
+    for step in range(0, len(bundles), decode_batch):
+        chosen = bundles[step : step + decode_batch]
         widest = max(b.prompt for b in chosen), max(b.decoded for b in chosen)
         wider = max(prompt, widest[0]), max(decoded, widest[1])
-        if step > start and sum(wider) * (step + together - start) > batch_tokens:
+        if step > start and sum(wider) * (step + decode_batch - start) > batch_tokens:
             yield start, step
             start, wider = step, widest
         prompt, decoded = wider

@@ -143,8 +143,8 @@ class Windows:
             )
         order = self._spread()
         missing = -count % step
-        company = random.Random(self.seed).sample(order[: count - (step - missing)], missing)
-        rows = torch.tensor(order + company)
+        scope = random.Random(self.seed).sample(order[: count - (step - missing)], missing)
+        rows = torch.tensor(order + scope)
         scored = torch.arange(len(rows)) < count
         size = step * max(1, batch_tokens // (step * self.ids_NL.shape[1]))
         return tuple(

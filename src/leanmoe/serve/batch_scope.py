@@ -17,12 +17,12 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.triton.router import MOST_TOKENS_OF_ALL
 from leanmoe.plan.placement import Placement
-from leanmoe.routing import Company
+from leanmoe.routing import BatchScope
 
 
-def company_of_all(
+def scope_of_all_ranks(
     group: dist.ProcessGroup | None = None, placement: Placement | None = None
-) -> Company:
+) -> BatchScope:
     """The company of the tokens of all ranks of `group` (None: of all processes).
 
     Every rank must route every step of every layer, with no tokens where it has none, under the
@@ -33,12 +33,12 @@ def company_of_all(
     and is waited for: bound by latency, not by bytes.
     """
 
-    def exchange(ballot_S3E: Tensor) -> Tensor:
-        total_S3E = ballot_S3E.clone()
+    def exchange(demand_S3E: Tensor) -> Tensor:
+        total_S3E = demand_S3E.clone()
         dist.all_reduce(total_S3E, group=group)
         return total_S3E
 
-    return Company(placement, exchange)
+    return BatchScope(placement, exchange)
 
 
 def tokens_of_all(

@@ -19,7 +19,7 @@ PROMPT_REASON = (
     "tokens are a prompt's"
 )
 
-COMPANY = "LEANMOE_COMPANY"
+BATCH_SCOPE = "LEANMOE_BATCH_SCOPE"
 """Variable: whose tokens a rule that shares experts sees under data parallelism."""
 RANK, ALL = "rank", "all"
 KNOW_RANKS = ("vLLM",)
@@ -54,14 +54,14 @@ def check_placed(plan: Plan, engine: str) -> None:
         )
 
 
-def check_company(value: str, engine: str) -> None:
-    """Raises LeanMoeError unless `value`, of LEANMOE_COMPANY, is what `engine` can do."""
+def check_batch_scope(value: str, engine: str) -> None:
+    """Raises LeanMoeError unless `value`, of LEANMOE_BATCH_SCOPE, is what `engine` can do."""
     if value not in (RANK, ALL):
-        raise LeanMoeError(f"{COMPANY} is {value!r}: it must be {RANK} or {ALL}")
+        raise LeanMoeError(f"{BATCH_SCOPE} is {value!r}: it must be {RANK} or {ALL}")
     if value == ALL and engine not in KNOW_RANKS:
         raise LeanMoeError(
-            f"{COMPANY} is {ALL!r}: {engine} cannot share experts among data-parallel ranks under "
-            f"leanmoe; unset it, or set {RANK}"
+            f"{BATCH_SCOPE} is {ALL!r}: {engine} cannot share experts among data-parallel ranks "
+            f"under leanmoe; unset it, or set {RANK}"
         )
 
 
@@ -69,7 +69,7 @@ def notes(plan: Plan, engine: str) -> tuple[str, ...]:
     """What an engine makes of the plan that its user should know, one sentence each."""
     rules = [rule for band in plan.bands for rule in band.rules]
     skips = any(
-        rule.threshold or rule.top_p or rule.depends_on_company or rule.experts for rule in rules
+        rule.threshold or rule.top_p or rule.is_batch_aware or rule.experts for rule in rules
     )
     found = []
     if skips:
@@ -85,7 +85,7 @@ def notes(plan: Plan, engine: str) -> tuple[str, ...]:
         )
     if plan.bands and plan.bands[-1].up_to is not None:
         found.append(f"steps of more than {plan.bands[-1].up_to} rows run the full model")
-    if any(rule.depends_on_company for rule in rules):
-        more = f"; {COMPANY}={ALL} makes it all ranks'" if engine in KNOW_RANKS else ""
+    if any(rule.is_batch_aware for rule in rules):
+        more = f"; {BATCH_SCOPE}={ALL} makes it all ranks'" if engine in KNOW_RANKS else ""
         found.append(f"a token's company is that of its own data-parallel rank{more}")
     return tuple(found)

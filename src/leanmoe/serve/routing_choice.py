@@ -18,18 +18,18 @@ from leanmoe.kernels import (
 )
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routing import ALONE, Company, route
+from leanmoe.routing import ALONE, BatchScope, route
 from leanmoe.serve.skipped_slots import Skipped, spelled
 
 
-def implementation(logits_TE: Tensor, router: Router, rule: Rule, company: Company = ALONE) -> str:
+def implementation(logits_TE: Tensor, router: Router, rule: Rule, scope: BatchScope = ALONE) -> str:
     """Which routing function runs: "gpu", "cpu" or "reference"."""
-    rule = rule.on(company.ranks)
+    rule = rule.on(scope.ranks)
     if logits_TE.is_cuda:
         has_triton = find_spec("triton") is not None
         can = has_triton and why_not_route_gpu(logits_TE, router, rule) is None
         return "gpu" if can else "reference"
-    if rule.depends_on_company and company.exchange is not None:
+    if rule.is_batch_aware and scope.exchange is not None:
         return "reference"
     has_numba = find_spec("numba") is not None
     can = has_numba and why_not_route_cpu(logits_TE, router, rule) is None
@@ -53,19 +53,19 @@ def choose(
     padding_T: Tensor | None,
     ids_dtype: torch.dtype,
     skipped: Skipped = Skipped.REPEATED,
-    company: Company = ALONE,
+    scope: BatchScope = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Ids and float32 weights (T,K) under a rule, its skipped slots as `skipped` says."""
-    rule = rule.on(company.ranks)
+    rule = rule.on(scope.ranks)
     bias_E = None if bias_E is None else bias_E.detach()
     arguments = (logits_TE, router, top_k, rule, bias_E, padding_T)
-    name, experts = implementation(logits_TE, router, rule, company), logits_TE.shape[1]
+    name, experts = implementation(logits_TE, router, rule, scope), logits_TE.shape[1]
     if name == "gpu":
         skipped_id = None if skipped is Skipped.REPEATED else skipped.id(experts)
-        on_gpu = (*arguments, company.placement, company.exchange)
+        on_gpu = (*arguments, scope.placement, scope.exchange)
         return route_gpu_ids(*on_gpu, skipped_id=skipped_id, ids_dtype=ids_dtype)
     if name == "cpu":
         ids, weights, _over_budget = route_cpu(*arguments)
     else:
-        ids, weights, _over_budget = route(*arguments, company)
+        ids, weights, _over_budget = route(*arguments, scope)
     return spelled(ids, experts, padding_T, skipped).to(ids_dtype), weights.float()

@@ -47,7 +47,7 @@ class Difference:
     """Exact two-sided p of the first mix that losses and gains are equally likely."""
     smallest_seen: float
     """The smallest loss that so many questions show with power 0.8, by the changes seen."""
-    mixes: int = 1
+    batch_draws: int = 1
     lowest_mix: float = 0.0
     highest_mix: float = 0.0
     """The difference of the worst and of the best mix."""
@@ -82,8 +82,8 @@ def difference(full_N: Bools, plan_MN: Bools, confidence: float = CONFIDENCE) ->
         )
     lost_M = (full_N & ~plan_MN).sum(1)
     gained_M = (~full_N & plan_MN).sum(1)
-    mixes_M = (gained_M - lost_M) / len(full_N)
-    mean = float(mixes_M.mean())
+    draws_M = (gained_M - lost_M) / len(full_N)
+    mean = float(draws_M.mean())
     gained, lost = float(gained_M.mean()), float(lost_M.mean())
     error = 0.0
     if len(plan_MN) > 1 and len(full_N) > 1:
@@ -109,9 +109,9 @@ def difference(full_N: Bools, plan_MN: Bools, confidence: float = CONFIDENCE) ->
         gained=int(gained_M[0]),
         mcnemar=mcnemar(int(lost_M[0]), int(gained_M[0])),
         smallest_seen=smallest_loss(len(full_N), changes, confidence),
-        mixes=len(plan_MN),
-        lowest_mix=float(mixes_M.min()),
-        highest_mix=float(mixes_M.max()),
+        batch_draws=len(plan_MN),
+        lowest_mix=float(draws_M.min()),
+        highest_mix=float(draws_M.max()),
     )
 
 
@@ -142,7 +142,7 @@ def mean_of_tasks(found: Sequence[Difference]) -> Difference:
         gained=gained,
         mcnemar=mcnemar(lost, gained),
         smallest_seen=math.sqrt(sum(d.smallest_seen**2 for d in found)) / count,
-        mixes=found[0].mixes,
+        batch_draws=found[0].batch_draws,
         lowest_mix=sum(d.lowest_mix for d in found) / count,
         highest_mix=sum(d.highest_mix for d in found) / count,
     )

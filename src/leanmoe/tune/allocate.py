@@ -139,7 +139,7 @@ that fails on held-out text ends the sequence."""
 class Workload:
     """What one request costs at a load: its tokens, and the layer times of both kinds of step."""
 
-    together: int
+    decode_batch: int
     prompt_tokens: int
     output_tokens: int
     prefill_step: int
@@ -151,8 +151,8 @@ class Workload:
             rows = slots * self.prefill_step
             step = self.times[phase].seconds(rows, distinct, has_rule)
             return step * self.prompt_tokens / self.prefill_step
-        step = self.times[phase].seconds(slots * self.together, distinct, has_rule)
-        return step * self.output_tokens / self.together
+        step = self.times[phase].seconds(slots * self.decode_batch, distinct, has_rule)
+        return step * self.output_tokens / self.decode_batch
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _items(
         _offer(item, Rule(), 0.0, workload.seconds(phase, slots, distinct, has_rule=False))
         for found in sensitivities:
             tried = found.candidate
-            fits = not tried.rule.depends_on_company or tried.together == workload.together
+            fits = not tried.rule.is_batch_aware or tried.decode_batch == workload.decode_batch
             if (tried.phase, tried.layer) == (phase, layer) and fits:
                 seconds = workload.seconds(phase, found.slots, found.distinct, has_rule=True)
                 loss = rates[phase, layer] * max(found.divergence, 0.0)

@@ -44,27 +44,29 @@ def compare_strategies(
     inputs: Inputs,
     profile: Profile,
     sensitivities: Sequence[Sensitivity],
-    together: int,
+    decode_batch: int,
     settings: TuneSettings,
     store: Callable[[str, Callable[[], Any]], Any],
 ) -> dict[str, Any]:
     """One table: what each strategy loses, and how it stands against leanmoe's own."""
-    setting = _setting(inputs, profile, sensitivities, together)
+    setting = _setting(inputs, profile, sensitivities, decode_batch)
     nothing = (Rule(),) * len(profile.layers)
     full = Losses.from_json(store("strategy-full", _losses_of(inputs, nothing, None, "full")))
     found: dict[str, tuple[tuple[Rule, ...], Losses]] = {}
     for name, each in STRATEGIES.items():
-        if each.needs_company and together < 2:
+        if each.needs_batch and decode_batch < 2:
             continue
         rules = each.rules(setting)
-        stored = store(f"strategy-{together}-{name}", _losses_of(inputs, rules, together, name))
+        stored = store(
+            f"strategy-{decode_batch}-{name}", _losses_of(inputs, rules, decode_batch, name)
+        )
         found[name] = (rules, Losses.from_json(stored))
     own = found["leanmoe"][1]
     rows = []
     for name, (rules, lost) in found.items():
-        rows.append(_row(STRATEGIES[name], rules, lost, own, full, profile, together, settings))
+        rows.append(_row(STRATEGIES[name], rules, lost, own, full, profile, decode_batch, settings))
     return {
-        "concurrency": together,
+        "concurrency": decode_batch,
         "budget": {"kind": setting.budget.kind, "value": setting.budget.value},
         "rows": rows,
     }
@@ -74,22 +76,24 @@ def strategy_points(
     inputs: Inputs,
     profile: Profile,
     sensitivities: Sequence[Sensitivity],
-    together: int,
+    decode_batch: int,
     times: Mapping[Phase, LayerTime],
     settings: TuneSettings,
 ) -> list[Point]:
     """The strategy that `settings` names, at ever smaller budgets: plans to validate in turn."""
     each = strategy(settings.strategy)
-    if each.needs_company and together < 2:
+    if each.needs_batch and decode_batch < 2:
         return []
-    whole = Budget("slots" if together == 1 else "distinct", float("inf"))
-    setting = _setting(inputs, profile, sensitivities, together, whole)
+    whole = Budget("slots" if decode_batch == 1 else "distinct", float("inf"))
+    setting = _setting(inputs, profile, sensitivities, decode_batch, whole)
     nothing = (Rule(),) * len(profile.layers)
     full = setting.mean_cost(nothing)
     points: list[Point] = []
     for share in BUDGET_SHARES:
         rules = each.rules(replace(setting, budget=Budget(whole.kind, share * full)))
-        time = _time(profile, rules, together, times) / _time(profile, nothing, together, times)
+        time = _time(profile, rules, decode_batch, times) / _time(
+            profile, nothing, decode_batch, times
+        )
         point = Point((), rules, 0.0, time, settings.strategy)
         if not points or point.decode != points[-1].decode:
             points.append(point)
@@ -97,22 +101,22 @@ def strategy_points(
 
 
 def _time(
-    profile: Profile, rules: Sequence[Rule], together: int, times: Mapping[Phase, LayerTime]
+    profile: Profile, rules: Sequence[Rule], decode_batch: int, times: Mapping[Phase, LayerTime]
 ) -> float:
-    replays = [replay(profile, layer, rule, together) for layer, rule in enumerate(rules)]
+    replays = [replay(profile, layer, rule, decode_batch) for layer, rule in enumerate(rules)]
     return sum(
-        times["decode"].seconds(r.slots * together, r.distinct, not rule.is_empty)
+        times["decode"].seconds(r.slots * decode_batch, r.distinct, not rule.is_empty)
         for r, rule in zip(replays, rules, strict=True)
     )
 
 
 def _losses_of(
-    inputs: Inputs, rules: tuple[Rule, ...], together: int | None, name: str
+    inputs: Inputs, rules: tuple[Rule, ...], decode_batch: int | None, name: str
 ) -> Callable[[], Any]:
     def compute() -> Any:
         plan = Plan.per_layer(inputs.shape.fingerprint(), rules)
-        what = f"Strategy {name}" + (f", {together} at once" if together else "")
-        return plan_losses(inputs, inputs.compared, plan, together, what).to_json()
+        what = f"Strategy {name}" + (f", {decode_batch} at once" if decode_batch else "")
+        return plan_losses(inputs, inputs.compared, plan, decode_batch, what).to_json()
 
     return compute
 
@@ -121,28 +125,28 @@ def _setting(
     inputs: Inputs,
     profile: Profile,
     sensitivities: Sequence[Sensitivity],
-    together: int,
+    decode_batch: int,
     budget: Budget | None = None,
 ) -> Setting:
     layers = len(profile.layers)
 
     @cache
     def cost(layer: int, rule: Rule) -> float:
-        result = replay(profile, layer, rule, together)
-        return result.slots if together == 1 else result.distinct
+        result = replay(profile, layer, rule, decode_batch)
+        return result.slots if decode_batch == 1 else result.distinct
 
     if budget is None:
         full = sum(cost(layer, Rule()) for layer in range(layers)) / layers
-        kind: Kind = "slots" if together == 1 else "distinct"
-        budget = Budget(kind, full * (SLOTS_SHARE if together == 1 else DISTINCT_SHARE))
+        kind: Kind = "slots" if decode_batch == 1 else "distinct"
+        budget = Budget(kind, full * (SLOTS_SHARE if decode_batch == 1 else DISTINCT_SHARE))
 
     def measure(rules: tuple[Rule, ...]) -> float:
         plan = Plan.per_layer(inputs.shape.fingerprint(), rules)
-        return plan_losses(inputs, inputs.searched, plan, together, CHOOSING).mean
+        return plan_losses(inputs, inputs.searched, plan, decode_batch, CHOOSING).mean
 
     return Setting(
         inputs.shape.fingerprint(),
-        together,
+        decode_batch,
         budget,
         cost,
         tuple(sensitivities),
@@ -158,10 +162,10 @@ def _row(
     own: Losses,
     full: Losses,
     profile: Profile,
-    together: int,
+    decode_batch: int,
     settings: TuneSettings,
 ) -> dict[str, Any]:
-    replays = [replay(profile, layer, rule, together) for layer, rule in enumerate(rules)]
+    replays = [replay(profile, layer, rule, decode_batch) for layer, rule in enumerate(rules)]
     row: dict[str, Any] = {
         "strategy": each.name,
         "title": each.title,

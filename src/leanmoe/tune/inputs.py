@@ -62,12 +62,12 @@ def read_inputs(settings: TuneSettings) -> Inputs:
     some = min(max(some, FEWEST_COMPARED * whole), settings.heldout_tokens)
     compared = full_windows(heldout, tokenizer, whole, some, settings)
     require_documents(compared.documents, settings.confidence)
-    together = max(settings.loads)
+    decode_batch = max(settings.loads)
     for name, windows in (("calibration", searched), ("held-out", compared)):
-        if len(windows.lengths_N) < together:
+        if len(windows.lengths_N) < decode_batch:
             raise LeanMoeError(
                 f"the {name} text gives {len(windows.lengths_N)} windows of {whole} tokens: "
-                f"{together} are needed for {together} requests at once; give more text"
+                f"{decode_batch} are needed for {decode_batch} requests at once; give more text"
             )
     return Inputs(
         model=model,
@@ -77,7 +77,7 @@ def read_inputs(settings: TuneSettings) -> Inputs:
         searched=searched.after_prompt(prompt, reply),
         proved=proved.after_prompt(prompt, reply),
         compared=compared.after_prompt(prompt, reply),
-        prompts=_prompts(heldout, tokenizer, settings.input_tokens, 2 * together),
+        prompts=_prompts(heldout, tokenizer, settings.input_tokens, 2 * decode_batch),
         counts={
             "calibration": {"documents": len(calibration), "tokens": searched.tokens},
             "heldout": {"documents": proved.documents, "tokens": proved.tokens},

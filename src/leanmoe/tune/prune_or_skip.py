@@ -149,16 +149,16 @@ class _Measured:
     def __init__(self, inputs: Inputs, settings: TuneSettings, store: Store) -> None:
         self._inputs, self._settings, self._store = inputs, settings, store
 
-    def losses(self, rules: Sequence[Rule], together: int | None) -> Losses:
-        company = any(rule.depends_on_company for rule in rules)
-        text = json.dumps([[rule.to_json() for rule in rules], together if company else None])
+    def losses(self, rules: Sequence[Rule], decode_batch: int | None) -> Losses:
+        scope = any(rule.is_batch_aware for rule in rules)
+        text = json.dumps([[rule.to_json() for rule in rules], decode_batch if scope else None])
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         plan = Plan.per_layer(self._inputs.shape.fingerprint(), tuple(rules))
 
         def compute() -> Any:
             where = self._inputs.compared
             what = "Total or activated experts"
-            return plan_losses(self._inputs, where, plan, together, what).to_json()
+            return plan_losses(self._inputs, where, plan, decode_batch, what).to_json()
 
         return Losses.from_json(self._store(f"total-{digest}", compute))
 

@@ -77,8 +77,8 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
         inputs = replace(inputs, kept=kept[settings.keep])
     proved = _prove_all(inputs, profile, found, times, full, folder, settings)
     strategies = [
-        compare_strategies(inputs, profile, found, together, settings, folder.step)
-        for together in sorted({settings.loads[0], settings.loads[-1]})
+        compare_strategies(inputs, profile, found, decode_batch, settings, folder.step)
+        for decode_batch in sorted({settings.loads[0], settings.loads[-1]})
         if settings.strategy == "auto"
     ]
     chosen = {load: _last_accepted(points) for load, points in proved.items()}
@@ -180,16 +180,16 @@ def _sensitivities(inputs: Inputs, folder: RunFolder, settings: TuneSettings) ->
     fingerprint = inputs.shape.fingerprint()
     tried = candidates(fingerprint, settings.loads, inputs.shape.router)
     found: list[Sensitivity] = []
-    for together, phase in sorted({(c.together, c.phase) for c in tried}):
-        group = [c for c in tried if (c.together, c.phase) == (together, phase)]
-        name = f"sensitivity-{phase}-{together}"
+    for decode_batch, phase in sorted({(c.decode_batch, c.phase) for c in tried}):
+        group = [c for c in tried if (c.decode_batch, c.phase) == (decode_batch, phase)]
+        name = f"sensitivity-{phase}-{decode_batch}"
         stored = folder.step(name, _measuring(inputs, group))
         found += [Sensitivity.from_json(piece) for piece in stored]
     return found
 
 
 def _measuring(inputs: Inputs, group: Sequence[Candidate]) -> Callable[[], Any]:
-    what = f"Sensitivity, {group[0].phase}, {group[0].together} at once"
+    what = f"Sensitivity, {group[0].phase}, {group[0].decode_batch} at once"
 
     def compute() -> Any:
         fingerprint = inputs.shape.fingerprint()

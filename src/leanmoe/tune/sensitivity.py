@@ -39,7 +39,7 @@ class Candidate:
     phase: Phase
     layer: int
     rule: Rule
-    together: int = 1
+    decode_batch: int = 1
     """Requests that decode together; 1 for rules that do not depend on company."""
 
     def plan(self, model: Fingerprint) -> Plan:
@@ -56,7 +56,7 @@ class Candidate:
             "phase": self.phase,
             "layer": self.layer,
             "rule": self.rule.to_json(),
-            "together": self.together,
+            "together": self.decode_batch,
         }
 
     @classmethod
@@ -81,15 +81,15 @@ def own_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
     return (*fewer, *gated, *mass)
 
 
-def company_rules(
-    top_k: int, experts: int, together: int, keep: bool | None = None
+def batch_aware_rules(
+    top_k: int, experts: int, decode_batch: int, keep: bool | None = None
 ) -> tuple[Rule, ...]:
     """Rules in which the tokens of a step share experts; none for a token on its own."""
-    if together < 2:
+    if decode_batch < 2:
         return ()
     counts = range(top_k - 3, max(top_k // 4, 0), -1)
     kept = tuple(Rule(guaranteed=k, keep_weights=keep) for k in counts)
-    expected = experts * (1 - (1 - top_k / experts) ** together)
+    expected = experts * (1 - (1 - top_k / experts) ** decode_batch)
     budgets = sorted({max(1, round(expected * share)) for share in (0.8, 0.65)}, reverse=True)
     return (*kept, *(Rule(budget=budget, keep_weights=keep) for budget in budgets))
 
@@ -107,10 +107,10 @@ def candidates(
     prompt = [Candidate("prompt", n, r) for n in layers for r in prompt_rules(model.top_k, keep)]
     own = [Candidate("decode", n, r) for n in layers for r in own_rules(model.top_k, keep)]
     shared = [
-        Candidate("decode", n, rule, together)
-        for together in loads
+        Candidate("decode", n, rule, decode_batch)
+        for decode_batch in loads
         for n in layers
-        for rule in company_rules(model.top_k, model.experts, together, keep)
+        for rule in batch_aware_rules(model.top_k, model.experts, decode_batch, keep)
     ]
     return (*prompt, *own, *shared)
 
@@ -186,14 +186,14 @@ def measure(
 ) -> list[Sensitivity]:
     """Measures every candidate on the windows' tokens after their prompt.
 
-    Candidates of one `together` share their batches; see `candidates.candidates`.
+    Candidates of one `decode_batch` share their batches; see `candidates.candidates`.
     """
     against = reference(model, windows, BATCH_TOKENS)
     found: dict[Candidate, Sensitivity] = {}
     with bar(what, len(tried) * windows.tokens, "tokens") as advance:
-        for together in sorted({candidate.together for candidate in tried}):
-            group = [c for c in tried if c.together == together]
-            for result in _group(model, against, group, fingerprint, together, advance):
+        for decode_batch in sorted({candidate.decode_batch for candidate in tried}):
+            group = [c for c in tried if c.decode_batch == decode_batch]
+            for result in _group(model, against, group, fingerprint, decode_batch, advance):
                 found[result.candidate] = result
     return [found[candidate] for candidate in tried]
 
@@ -204,13 +204,13 @@ def _group(
     against: Reference,
     group: Sequence[Candidate],
     fingerprint: Fingerprint,
-    together: int,
+    decode_batch: int,
     advance: Any,
 ) -> Iterable[Sensitivity]:
     layers = find_layers(model)
     sums: dict[Candidate, list[Divergence]] = {candidate: [] for candidate in group}
     counted: dict[Candidate, list[tuple[int, int, float, int]]] = {c: [] for c in group}
-    for batch in against.windows.batches(BATCH_TOKENS, together):
+    for batch in against.windows.batches(BATCH_TOKENS, decode_batch):
         with keep_hidden(model, [layer.decoder_index for layer in layers]) as kept:
             final_hidden(model, batch)
         hidden = dict(kept)
@@ -222,7 +222,7 @@ def _group(
                     model,
                     candidate.plan(fingerprint),
                     experts=IMPLEMENTATION,
-                    decode_batch=together,
+                    decode_batch=decode_batch,
                     prompt_tokens=batch.prompt_in_call,
                     count=True,
                 ) as applied,

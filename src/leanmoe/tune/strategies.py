@@ -40,7 +40,7 @@ class Setting:
     """What a strategy has to work with at one load."""
 
     model: Fingerprint
-    together: int
+    decode_batch: int
     budget: Budget
     cost: Cost
     sensitivities: Sequence[Sensitivity] = ()
@@ -62,7 +62,7 @@ class Strategy:
     title: str
     source: str
     rules: Callable[[Setting], tuple[Rule, ...]]
-    needs_company: bool = False
+    needs_batch: bool = False
 
 
 def strategy(name: str) -> Strategy:
@@ -211,7 +211,7 @@ def leanmoe(setting: Setting) -> tuple[Rule, ...]:
     beside the simple ways to keep the weights of the whole top-k, and the best of them is taken.
     """
     simple = [uniform]
-    if setting.together > 1:
+    if setting.decode_batch > 1:
         simple.append(guaranteed)
     else:
         simple += [threshold, top_p]
@@ -227,7 +227,7 @@ def leanmoe(setting: Setting) -> tuple[Rule, ...]:
 
 def knapsack(setting: Setting) -> tuple[Rule, ...]:
     """The rule of each layer for the least sum of single-layer losses within the budget."""
-    options = layer_rules(setting.model.moe_layers, setting.sensitivities, setting.together)
+    options = layer_rules(setting.model.moe_layers, setting.sensitivities, setting.decode_batch)
     items = [
         [Option(setting.cost(n, rule), loss) for rule, loss in rules]
         for n, rules in enumerate(options)
@@ -237,14 +237,14 @@ def knapsack(setting: Setting) -> tuple[Rule, ...]:
 
 
 def layer_rules(
-    layers: int, sensitivities: Sequence[Sensitivity], together: int
+    layers: int, sensitivities: Sequence[Sensitivity], decode_batch: int
 ) -> list[list[tuple[Rule, float]]]:
     """Per layer, every decode rule for this company with its loss; full first."""
     rates = loss_rates(sensitivities)
     options: list[list[tuple[Rule, float]]] = [[(Rule(), 0.0)] for _ in range(layers)]
     for found in sensitivities:
         tried = found.candidate
-        fits = not tried.rule.depends_on_company or tried.together == together
+        fits = not tried.rule.is_batch_aware or tried.decode_batch == decode_batch
         if tried.phase == "decode" and fits:
             loss = rates["decode", tried.layer] * max(found.divergence, 0.0)
             options[tried.layer].append((tried.rule, loss))
@@ -273,14 +273,14 @@ def _all() -> dict[str, Strategy]:
             "own best, the rest from the awake",
             "arXiv 2511.02237",
             guaranteed,
-            needs_company=True,
+            needs_batch=True,
         ),
         Strategy(
             "budget",
             "at most so many distinct experts",
             "arXiv 2602.07265",
             budget,
-            needs_company=True,
+            needs_batch=True,
         ),
         Strategy(
             "uniform_kept",
@@ -293,7 +293,7 @@ def _all() -> dict[str, Strategy]:
             "guaranteed, weights of the whole top-k kept",
             "leanmoe",
             guaranteed_kept,
-            needs_company=True,
+            needs_batch=True,
         ),
         Strategy("leanmoe", "rules per layer by measured loss", "leanmoe", leanmoe),
     )

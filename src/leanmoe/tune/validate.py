@@ -43,17 +43,17 @@ BATCH_TOKENS = 8192
 
 
 def plan_losses(
-    inputs: Inputs, windows: Windows, plan: Plan, together: int | None, what: str
+    inputs: Inputs, windows: Windows, plan: Plan, decode_batch: int | None, what: str
 ) -> Losses:
-    """Next-token loss per document of `windows` under `plan`, `together` requests decoding."""
+    """Next-token loss per document of `windows` under `plan`, `decode_batch` requests decoding."""
     with apply(
         inputs.model,
         plan,
         experts=IMPLEMENTATION,
-        decode_batch=together,
+        decode_batch=decode_batch,
         prompt_tokens=windows.prompt_in_call,
     ):
-        return losses(inputs.model, windows, what, together, BATCH_TOKENS)
+        return losses(inputs.model, windows, what, decode_batch, BATCH_TOKENS)
 
 
 def workloads(
@@ -64,12 +64,12 @@ def workloads(
     fewer = [Rule(), *(Rule(top_k=k) for k in {max(1, top_k // 2), max(1, top_k // 4)})]
     prefill = fit(inputs.model, profile, prefill_step(profile), fewer, settings.seed)
     found: dict[int, dict[Phase, LayerTime]] = {}
-    for together in settings.loads:
+    for decode_batch in settings.loads:
         rules = [*fewer]
-        if together > 1:
+        if decode_batch > 1:
             rules += [Rule(guaranteed=max(1, top_k // 2)), Rule(guaranteed=max(1, top_k // 4))]
-        decode = fit(inputs.model, profile, together, rules, settings.seed)
-        found[together] = {"prompt": prefill, "decode": decode}
+        decode = fit(inputs.model, profile, decode_batch, rules, settings.seed)
+        found[decode_batch] = {"prompt": prefill, "decode": decode}
     return found
 
 
@@ -78,11 +78,13 @@ def prefill_step(profile: Profile) -> int:
     return min(PREFILL_TOKENS_A_STEP, profile.trace.tokens)
 
 
-def full_activity(profile: Profile, together: int) -> dict[tuple[Phase, int], tuple[float, float]]:
+def full_activity(
+    profile: Profile, decode_batch: int
+) -> dict[tuple[Phase, int], tuple[float, float]]:
     """Slots a token and distinct experts a step of the full model, by phase and layer."""
     activity: dict[tuple[Phase, int], tuple[float, float]] = {}
     for layer in range(len(profile.layers)):
-        decode = replay(profile, layer, Rule(), together)
+        decode = replay(profile, layer, Rule(), decode_batch)
         prompt = replay(profile, layer, Rule(), prefill_step(profile), steps=8)
         activity["decode", layer] = (decode.slots, decode.distinct)
         activity["prompt", layer] = (prompt.slots, prompt.distinct)
@@ -116,7 +118,7 @@ class Proved:
 
 
 def points_for(
-    together: int,
+    decode_batch: int,
     sensitivities: Sequence[Sensitivity],
     profile: Profile,
     times: Mapping[Phase, LayerTime],
@@ -126,16 +128,16 @@ def points_for(
 ) -> list[Point]:
     """The plans to validate at one load, safest first."""
     workload = Workload(
-        together, settings.input_tokens, settings.output_tokens, prefill_step(profile), times
+        decode_batch, settings.input_tokens, settings.output_tokens, prefill_step(profile), times
     )
     budgets = [share * settings.margin * full_loss for share in SHARES_OF_MARGIN]
-    return front(sensitivities, full_activity(profile, together), workload, budgets, prompt)
+    return front(sensitivities, full_activity(profile, decode_batch), workload, budgets, prompt)
 
 
 def prove(
     inputs: Inputs,
     points: Sequence[Point],
-    together: int,
+    decode_batch: int,
     full: Losses,
     settings: TuneSettings,
     store: Callable[[str, Callable[[], Any]], Any],
@@ -145,14 +147,14 @@ def prove(
     numbers = {id(point): number for number, point in enumerate(points)}
 
     def accepts(point: Point) -> bool:
-        name = f"validation-{together}-{numbers[id(point)]}"
+        name = f"validation-{decode_batch}-{numbers[id(point)]}"
         if all(rule.is_empty for rule in point.decode):  # then company decides nothing
             name = f"validation-prompt-{_digest(point.prompt)}"
 
         def compute() -> dict[str, Any]:
             plan = point_plan(inputs, point)
-            what = f"Validate, {together} at once"
-            return plan_losses(inputs, inputs.proved, plan, together, what).to_json()
+            what = f"Validate, {decode_batch} at once"
+            return plan_losses(inputs, inputs.proved, plan, decode_batch, what).to_json()
 
         found = Losses.from_json(store(name, compute))
         verdict = non_inferior(full, found, settings.margin, settings.confidence, settings.seed)

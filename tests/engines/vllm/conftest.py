@@ -51,7 +51,7 @@ def load() -> Iterator[Any]:
         if plan is None:
             patch.stop()
         else:
-            patch.use(plan, "of the test", is_counted=True)
+            patch.use(plan, "of the test", collect_stats=True)
         llm = LLM(
             **{
                 "model": str(path()),

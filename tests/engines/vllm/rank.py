@@ -34,7 +34,9 @@ def main(folder: Path) -> None:
 
     if settings["plan"]:
         Statistics.note = note  # type: ignore[method-assign]
-        patch.use(Plan.load(folder / "plan.json"), is_counted=True, is_of_all=settings["is_of_all"])
+        patch.use(
+            Plan.load(folder / "plan.json"), collect_stats=True, cross_rank=settings["cross_rank"]
+        )
     from vllm import LLM, SamplingParams
 
     usual = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}}

@@ -43,7 +43,7 @@ def run(
     layout: dict[str, Any],
     requests: list[Any],
     plan: Plan | None = None,
-    is_of_all: bool = False,
+    cross_rank: bool = False,
     then_stock: bool = False,
 ) -> list[dict[str, Any]]:
     """What two processes found, each with its own requests."""
@@ -53,7 +53,7 @@ def run(
     if plan is not None:
         plan.save(folder / "plan.json")
     settings = {
-        "plan": plan is not None, "is_of_all": is_of_all, "layout": layout, "requests": requests,
+        "plan": plan is not None, "cross_rank": cross_rank, "layout": layout, "requests": requests,
         "then_stock": then_stock,
     }  # fmt: skip
     (folder / "settings.json").write_text(json.dumps(settings))
@@ -150,13 +150,13 @@ def test_each_pipeline_stage_runs_its_own_layers_of_the_plan(
         assert stage["tokens"] == tensor_parallel[0]["tokens"] != stock
 
 
-@pytest.mark.parametrize("is_of_all", [True, False], ids=["all", "rank"])
+@pytest.mark.parametrize("cross_rank", [True, False], ids=["all", "rank"])
 def test_uneven_data_parallel_ranks_end_and_share_their_experts(
-    tmp_path: Path, is_of_all: bool
+    tmp_path: Path, cross_rank: bool
 ) -> None:
     """One rank has more requests, and goes on long after the other has none."""
     requests = [[(PROMPTS[0], 3)], [(PROMPTS[1], 12), (PROMPTS[2], 9), (PROMPTS[3], 12)]]
-    found = run(tmp_path / "found", DATA, requests, SEVERAL, is_of_all)
+    found = run(tmp_path / "found", DATA, requests, SEVERAL, cross_rank)
     assert [len(tokens) for tokens in found[1]["tokens"]] == [12, 9, 12]
     steps = [one["steps"] for one in found]
     assert len(steps[0]) == len(steps[1])  # a rank without requests takes part
@@ -170,16 +170,16 @@ def test_uneven_data_parallel_ranks_end_and_share_their_experts(
         every = bests[0] | bests[1]
         if layer == 0:  # guaranteed=1: nobody is awake but somebody's best
             for step, own in zip(sides, bests, strict=True):
-                assert woken(step) <= (every if is_of_all else own)
+                assert woken(step) <= (every if cross_rank else own)
                 borrowed += len(woken(step) - own)
         if layer == 1:
-            groups = [woken(mine) | woken(other)] if is_of_all else [woken(s) for s in sides]
-            limits = [every] if is_of_all else bests
-            for awake, best in zip(groups, limits, strict=True):
+            groups = [woken(mine) | woken(other)] if cross_rank else [woken(s) for s in sides]
+            limits = [every] if cross_rank else bests
+            for active, best in zip(groups, limits, strict=True):
                 for rank in range(2):
                     held = set(placement.experts_on(rank))
-                    assert len(awake & held) <= max(6, len(best & held))
-    assert (borrowed > 0) == is_of_all
+                    assert len(active & held) <= max(6, len(best & held))
+    assert (borrowed > 0) == cross_rank
 
 
 def test_the_plan_reaches_the_workers_that_vllm_starts(tmp_path: Path) -> None:

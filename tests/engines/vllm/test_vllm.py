@@ -282,7 +282,7 @@ def test_leanmoes_experts_are_refused_on_a_cpu(
 
     use = patch.use
     monkeypatch.setattr(
-        patch, "use", lambda *found, **more: use(*found, **more, has_own_experts=True)
+        patch, "use", lambda *found, **more: use(*found, **more, leanmoe_kernels=True)
     )
     with pytest.raises(
         LeanMoeError, match="LEANMOE_EXPERTS=leanmoe cannot compute it: its experts"

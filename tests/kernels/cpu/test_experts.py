@@ -178,10 +178,10 @@ def test_runs_in_several_threads_at_once_and_in_inference_mode() -> None:
                 if not torch.equal(experts_cpu(*calls[number], weights), wanted[number]):
                     wrong.append(number)
 
-    together = [threading.Thread(target=work, args=(n,)) for n in range(3)]
-    for thread in together:
+    decode_batch = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in decode_batch:
         thread.start()
-    for thread in together:
+    for thread in decode_batch:
         thread.join()
     assert not wrong
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanmoe.kernels.triton.expert_blocks import work_list_reference
+from leanmoe.kernels.triton.expert_blocks import expert_blocks_reference
 from leanmoe.kernels.triton.router import RoutedGpu, route_gpu, route_gpu_ids
 from leanmoe.routing import Routing, route
 from tests.kernels.cpu.test_router import by_expert
@@ -75,7 +75,7 @@ def check_work(found: RoutedGpu, experts: int) -> None:
         if expert < experts:
             wanted[expert].add(slot)
     assert slots_by_expert(found, experts) == wanted
-    reference = work_list_reference(found.ids_TK, experts, found.work.block_rows)
+    reference = expert_blocks_reference(found.ids_TK, experts, found.work.block_rows)
     assert int(found.work.used_1) == int(reference.used_1)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from leanmoe.kernels.triton import expert_blocks
 from leanmoe.kernels.triton.expert_blocks import (
     WorkList,
-    build_work_list,
+    build_expert_blocks,
+    expert_blocks_reference,
     most_blocks,
-    work_list_reference,
 )
 
 pytest.importorskip("triton")
@@ -37,8 +37,8 @@ def by_expert(work: WorkList) -> dict[int, list[int]]:
 
 
 def check(ids: Tensor, experts: int, block_rows: int) -> None:
-    found = build_work_list(ids.to(DEVICE), experts, block_rows)
-    wanted = work_list_reference(ids, experts, block_rows)
+    found = build_expert_blocks(ids.to(DEVICE), experts, block_rows)
+    wanted = expert_blocks_reference(ids, experts, block_rows)
     assert by_block(found) == by_block(wanted)
     assert by_expert(found) == by_expert(wanted)
     assert found.blocks_3B.shape == wanted.blocks_3B.shape
@@ -73,7 +73,9 @@ def test_all_slots_on_one_expert() -> None:
 
 
 def test_no_slots() -> None:
-    assert int(build_work_list(torch.empty(0, 4, dtype=torch.int64).to(DEVICE), 8, 16).used_1) == 0
+    assert (
+        int(build_expert_blocks(torch.empty(0, 4, dtype=torch.int64).to(DEVICE), 8, 16).used_1) == 0
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.kernels.layers import random_call, random_layer, slot_by_slot
 pytest.importorskip("triton")
 
 from leanmoe.kernels.triton.config import ExpertsConfig, Tile
-from leanmoe.kernels.triton.expert_blocks import work_list_reference
+from leanmoe.kernels.triton.expert_blocks import expert_blocks_reference
 from leanmoe.kernels.triton.experts import experts_gpu, why_not_gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -297,12 +297,12 @@ def test_the_same_bits_every_time() -> None:
         assert all(torch.equal(first, run(call, weights, config)) for _ in range(2))
 
 
-def test_a_work_list_made_before_is_used() -> None:
+def test_a_expert_blocks_made_before_is_used() -> None:
     layer = random_layer()
     weights, call = on_device(layer), random_call(layer, 20, 3)
     hidden, ids, gates = (t.to(DEVICE) for t in call)
     config = WAYS["listed"]
-    work = work_list_reference(ids, weights.experts, config.block_rows)
+    work = expert_blocks_reference(ids, weights.experts, config.block_rows)
     found = experts_gpu(hidden, ids, gates, weights, config=config, work=work)
     assert error(found.cpu(), slot_by_slot(*call, layer)) < 1e-5
     with pytest.raises(LeanMoeError, match="blocks of 16 rows: the config wants 32"):

@@ -76,10 +76,10 @@ def test_hostile_scores_keep_every_promise(drawn: Case) -> None:
     assert bool((found.weights_TK[~used] == 0).all())
     assert bool(found.weights_TK.isfinite().all())
     for token in found.ids_TK.tolist():
-        awake = [expert for expert in token if expert < case.experts]
-        assert len(set(awake)) == len(awake)
-        assert token == awake + [case.experts] * (len(token) - len(awake))
-        assert case.rule.experts is None or set(awake) <= set(case.rule.experts)
+        active = [expert for expert in token if expert < case.experts]
+        assert len(set(active)) == len(active)
+        assert token == active + [case.experts] * (len(token) - len(active))
+        assert case.rule.experts is None or set(active) <= set(case.rule.experts)
     if case.padding_ST is not None:
         assert not bool(used[case.padding_ST].any())
     if case.rule.budget is not None:
@@ -181,7 +181,7 @@ def check_repeating(case: Case) -> None:
 
 @given(cases(hostile=False))
 @FEW
-def test_repeating_spells_skipped_slots_by_experts_that_are_awake(drawn: Case) -> None:
+def test_repeating_spells_skipped_slots_by_experts_that_are_active(drawn: Case) -> None:
     case = one_step(drawn)
     if case.padding_ST is not None:  # else the first token has no routing of its own
         assume(not bool(case.padding_ST[:1].any()))

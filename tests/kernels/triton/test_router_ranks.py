@@ -11,7 +11,7 @@ from leanmoe.kernels.triton.router import MOST_TOKENS_OF_ALL, route_gpu_ids
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.routing import Company, route
+from leanmoe.routing import BatchScope, route
 from tests.kernels.triton.routed import check_same, check_work, draw, route_here, there
 from tests.routing.cases import ROUTERS
 
@@ -46,7 +46,7 @@ def test_budgets_per_rank_are_those_of_the_reference(rule: Rule, placement: Plac
         padding = torch.arange(tokens) % 5 == 4
         arguments = (logits, ROUTERS[name], 4, rule, bias_E, padding)
         found = route_here(*arguments, placement)
-        check_same(found, route(*arguments, Company(placement)), 32)
+        check_same(found, route(*arguments, BatchScope(placement)), 32)
         check_work(found, 32)
 
 
@@ -58,7 +58,7 @@ def test_equal_votes_on_a_rank_go_to_the_lower_id(budget: int) -> None:
     rule, router = Rule(budget_per_rank=budget), ROUTERS["softmax after top-k"]
     for placement in PLACEMENTS:
         found = route_here(logits, router, 2, rule, None, None, placement)
-        check_same(found, route(logits, router, 2, rule, company=Company(placement)), 32)
+        check_same(found, route(logits, router, 2, rule, scope=BatchScope(placement)), 32)
 
 
 @pytest.mark.parametrize(
@@ -68,17 +68,17 @@ def test_equal_votes_on_a_rank_go_to_the_lower_id(budget: int) -> None:
 def test_tokens_of_other_ranks_count_as_in_one_step_with_them(own: int, rule: Rule) -> None:
     logits, _ = draw(12, 32)
     placement, router = PLACEMENTS[0], ROUTERS["softmax, normalised"]
-    wanted = route(logits, router, 4, rule, company=Company(placement))
-    ballots: list[Tensor] = []
+    wanted = route(logits, router, 4, rule, scope=BatchScope(placement))
+    demands: list[Tensor] = []
 
-    def listen(ballot_3E: Tensor) -> Tensor:
-        ballots.append(ballot_3E)
-        return ballot_3E
+    def listen(demand_3E: Tensor) -> Tensor:
+        demands.append(demand_3E)
+        return demand_3E
 
-    route(logits[own:], router, 4, rule, company=Company(placement, listen))
+    route(logits[own:], router, 4, rule, scope=BatchScope(placement, listen))
 
-    def add(ballot_3E: Tensor) -> Tensor:
-        return ballot_3E + ballots[0].to(ballot_3E.device)
+    def add(demand_3E: Tensor) -> Tensor:
+        return demand_3E + demands[0].to(demand_3E.device)
 
     for _ in range(2):  # the second finds nothing that the first left
         found = route_here(logits[:own], router, 4, rule, None, None, placement, add)
@@ -99,17 +99,17 @@ def test_as_many_tokens_of_other_ranks_as_there_may_be(rule: Rule, seed: int) ->
     logits, _ = draw(6, 32, seed)
     placement, router = PLACEMENTS[0], ROUTERS["softmax, normalised"]
     others, unit = MOST_TOKENS_OF_ALL - 6, 1 << 32
-    ballot_3E = torch.zeros(3, 32, dtype=torch.int64)
-    ballot_3E[0, seed] = others
-    ballot_3E[1, 2:12] = torch.randint(1, others, (10,), generator=generator)
-    ballot_3E[2, :16] = torch.randint(0, others * (unit + 1), (16,), generator=generator)
-    ballot_3E[2, 16:19] = others * (unit + 1)
-    ballot_3E[2, 19:22] = 1
+    demand_3E = torch.zeros(3, 32, dtype=torch.int64)
+    demand_3E[0, seed] = others
+    demand_3E[1, 2:12] = torch.randint(1, others, (10,), generator=generator)
+    demand_3E[2, :16] = torch.randint(0, others * (unit + 1), (16,), generator=generator)
+    demand_3E[2, 16:19] = others * (unit + 1)
+    demand_3E[2, 19:22] = 1
 
     def add(own: Tensor) -> Tensor:
-        return own + ballot_3E.to(own.device)
+        return own + demand_3E.to(own.device)
 
-    wanted = route(logits, router, 4, rule, company=Company(placement, add))
+    wanted = route(logits, router, 4, rule, scope=BatchScope(placement, add))
     for _ in range(2):
         found = route_here(logits, router, 4, rule, None, None, placement, add)
         check_same(found, wanted, 32)
@@ -122,10 +122,10 @@ def test_skipped_slots_of_any_id_where_ranks_share_experts(rule: Rule) -> None:
     logits, _ = draw(9, 32)
     padding = torch.arange(9) % 5 == 4
     placement, router = PLACEMENTS[0], ROUTERS["softmax, normalised"]
-    ballot_3E = torch.ones(3, 32, dtype=torch.int64)
+    demand_3E = torch.ones(3, 32, dtype=torch.int64)
 
     def add(own: Tensor) -> Tensor:
-        return own + ballot_3E.to(own.device) * (torch.arange(32, device=own.device) < 5)
+        return own + demand_3E.to(own.device) * (torch.arange(32, device=own.device) < 5)
 
     arguments = (logits, router, 4, rule, None, padding, placement, add)
     wanted = route_here(*arguments)

@@ -171,8 +171,8 @@ def test_a_plan_that_cannot_run_ends_the_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LEANMOE_PLAN", "no/such/plan.json")
     with pytest.raises(SystemExit, match="leanmoe: "):
         plugin.activate()
-    monkeypatch.setenv("LEANMOE_COMPANY", "all")
-    with pytest.raises(SystemExit, match="LEANMOE_COMPANY is 'all': SGLang cannot"):
+    monkeypatch.setenv("LEANMOE_BATCH_SCOPE", "all")
+    with pytest.raises(SystemExit, match="LEANMOE_BATCH_SCOPE is 'all': SGLang cannot"):
         plugin.activate()
     monkeypatch.delenv("LEANMOE_PLAN")
     plugin.activate()

@@ -14,7 +14,7 @@ from leanmoe.plan.placement import Placement
 from leanmoe.routing import ALONE
 from leanmoe.serve.vllm import checks, plugin
 from leanmoe.serve.vllm.patch import _bands_between, decoder_index
-from leanmoe.serve.vllm.ranks import company_of
+from leanmoe.serve.vllm.ranks import scope_of
 from leanmoe.serve.vllm.version import check_version
 from tests.serve.stand_ins import BaseRouter, CustomRoutingRouter, FusedTopKRouter, install_context
 
@@ -148,10 +148,12 @@ def test_bands_that_end_between_captured_sizes_are_named() -> None:
 def test_a_company_of_another_name_is_refused_as_the_plugin_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("LEANMOE_COMPANY", "world")
+    monkeypatch.setenv("LEANMOE_BATCH_SCOPE", "world")
     plugin.activate()  # no plan, nothing to refuse
     monkeypatch.setenv("LEANMOE_PLAN", "plan.json")
-    with pytest.raises(LeanMoeError, match="LEANMOE_COMPANY is 'world': it must be rank or all"):
+    with pytest.raises(
+        LeanMoeError, match="LEANMOE_BATCH_SCOPE is 'world': it must be rank or all"
+    ):
         plugin.activate()
 
 
@@ -190,11 +192,11 @@ def test_experts_are_where_vllm_has_them() -> None:
     ):
         for rank in range(3):
             layer = spread(3, rank, strategy)
-            assert company_of(layer, 16, False).placement == expected
+            assert scope_of(layer, 16, False).placement == expected
             checks.check_ranks(layer, PLACED, False, WHOLE, "layer 1")
-    assert company_of(spread(1), 16, True) == ALONE
-    assert company_of(spread(2, data=2), 16, False).exchange is None
-    assert company_of(spread(2, data=2), 16, True).exchange is not None
+    assert scope_of(spread(1), 16, True) == ALONE
+    assert scope_of(spread(2, data=2), 16, False).exchange is None
+    assert scope_of(spread(2, data=2), 16, True).exchange is not None
 
 
 def test_a_placement_that_is_not_known_is_refused() -> None:
@@ -206,7 +208,7 @@ def test_a_placement_that_is_not_known_is_refused() -> None:
     other = spread(2)
     other.expert_map_manager.placement_strategy = "by the moon"
     with pytest.raises(LeanMoeError, match="places experts by 'by the moon'"):
-        company_of(other, 16, False)
+        scope_of(other, 16, False)
 
 
 def test_a_step_cut_in_two_cannot_wait_for_other_ranks() -> None:

@@ -89,9 +89,9 @@ def test_other_layers_are_refused(activation: str, settings: dict[str, Any], rea
 
 
 def test_the_setting_has_two_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plugin.has_own_experts("leanmoe")
-    assert not plugin.has_own_experts("vllm")
-    assert not plugin.has_own_experts("")
+    assert plugin.leanmoe_kernels("leanmoe")
+    assert not plugin.leanmoe_kernels("vllm")
+    assert not plugin.leanmoe_kernels("")
     monkeypatch.setenv("LEANMOE_PLAN", "plan.json")
     monkeypatch.setenv("LEANMOE_EXPERTS", "fast")
     with pytest.raises(LeanMoeError, match="LEANMOE_EXPERTS is 'fast': it must be vllm or leanmoe"):

@@ -252,17 +252,17 @@ def _whole_call(field):
     wrong = _sort(field, starts, order)
     if wrong >= 0:
         return -1 - wrong
-    rows, awake = starts[experts], 0
+    rows, active = starts[experts], 0
     for e in range(experts):
-        awake += starts[e + 1] > starts[e]
+        active += starts[e + 1] > starts[e]
     field[USED] = rows
     worth = _cost(starts, experts) // COST_WORTH_A_THREAD
     threads = field[THREADS] = max(1, min(field[THREADS], worth))
     sums_bytes = _sums_bytes(tokens, field[WIDTH_D], threads)
-    field[BY_TOKENS] = rows >= ROWS_BY_TOKENS * awake * threads or sums_bytes == 0
+    field[BY_TOKENS] = rows >= ROWS_BY_TOKENS * active * threads or sums_bytes == 0
     if threads == 1:
         _part(field, 0, 1)
-        return (rows << 32) + awake
+        return (rows << 32) + active
     field[TASK] = ROWS_TASK
     llvm_microkernel.call_team(field[TEAM], field[ENTRY], field.ctypes.data, threads)
     if field[BY_TOKENS] == 0 and sums_bytes <= 4 * FLOATS_WORTH_A_TEAM:
@@ -270,7 +270,7 @@ def _whole_call(field):
     elif field[BY_TOKENS] == 0:
         field[TASK] = SUMS_TASK
         llvm_microkernel.call_team(field[TEAM], field[ENTRY], field.ctypes.data, threads)
-    return (rows << 32) + awake
+    return (rows << 32) + active
 
 
 @functools.cache

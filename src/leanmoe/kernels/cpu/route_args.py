@@ -30,9 +30,9 @@ THRESHOLD, TOP_P, EPSILON, SCALING = range(4)
 """Places in NUMBERS; a threshold or top_p below zero is none."""
 
 
-def scratch_bytes(tokens, experts, listed, threads, has_company):
+def scratch_bytes(tokens, experts, listed, threads, is_batch_aware):
     """What `SCRATCH` must hold: a row of scores a thread, or a token where tokens share."""
-    rows = tokens if has_company else threads
+    rows = tokens if is_batch_aware else threads
     lines = 2 * rows * padded(experts, LANES) * 4 + 2 * tokens * listed * 4
     return lines + 2 * tokens * 4 + 10 * padded(experts, LANES) + 256
 
@@ -60,5 +60,5 @@ def lists_at(field, rows):
     wholes = carray(floats_at(at), tokens)
     at = (at + tokens * 4 + 63) // 64 * 64
     votes = carray(longs_at(at), width)
-    awake = carray(bytes_at(at + width * 8), width)
-    return own, own_gates, counts, wholes, votes, awake
+    active = carray(bytes_at(at + width * 8), width)
+    return own, own_gates, counts, wholes, votes, active

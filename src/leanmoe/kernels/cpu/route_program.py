@@ -64,7 +64,7 @@ def _own(field, part, parts):
     experts, slots, tokens = field[EXPERTS], field[SLOTS], field[STEPS] * field[TOKENS]
     shares = field[GUARANTEED] > 0 or field[BUDGET] > 0
     rows = tokens if shares else field[THREADS]
-    own, own_gates, counts, wholes, _votes, _awake = lists_at(field, rows)
+    own, own_gates, counts, wholes, _votes, _active = lists_at(field, rows)
     listed = field[LISTED]
     padding = carray(bytes_at(field[PADDING]), tokens)
     ranks = np.empty(listed, np.float32)
@@ -94,12 +94,12 @@ def _own(field, part, parts):
 
 
 @njit(**COMPILE)
-def _wake(field, step):
+def _activates(field, step):
     """Adds up a step's guaranteed experts and votes: awake is 1 for guaranteed, 2 for a best."""
     listed, tokens = field[LISTED], field[TOKENS]
-    own, own_gates, counts, _wholes, votes, awake = lists_at(field, field[STEPS] * tokens)
+    own, own_gates, counts, _wholes, votes, active = lists_at(field, field[STEPS] * tokens)
     shares = np.empty(listed, np.float32)
-    awake[:] = 0
+    active[:] = 0
     votes[:] = 0
     for token in range(step * tokens, (step + 1) * tokens):
         ids, gates = own[token * listed :], own_gates[token * listed :]
@@ -107,8 +107,8 @@ def _wake(field, step):
         if kept <= 0:
             continue
         for k in range(min(kept, field[GUARANTEED])):
-            awake[ids[k]] |= 1
-        awake[ids[0]] |= 2
+            active[ids[k]] |= 1
+        active[ids[0]] |= 2
         if field[BUDGET] > 0:
             share(field, gates, kept, whole_of(field, gates, kept), shares)
             for k in range(kept):
@@ -119,23 +119,23 @@ def _wake(field, step):
 def _afford(field, step):
     """Leaves awake every token's best and the most voted-for, while the budget lasts."""
     experts = field[EXPERTS]
-    votes, awake = lists_at(field, field[STEPS] * field[TOKENS])[4:]
+    votes, active = lists_at(field, field[STEPS] * field[TOKENS])[4:]
     spent = 0
     for e in range(experts):
-        if field[GUARANTEED] > 0 and awake[e] == 0:
+        if field[GUARANTEED] > 0 and active[e] == 0:
             votes[e] = 0
-        spent += awake[e] >= 2
-        awake[e] = 1 if awake[e] >= 2 else 0
+        spent += active[e] >= 2
+        active[e] = 1 if active[e] >= 2 else 0
     over = carray(bytes_at(field[OVER]), field[STEPS])
     over[step] = 1 if spent > field[BUDGET] else 0
     while spent < field[BUDGET]:
         best, most = -1, np.int64(0)
         for e in range(experts):
-            if awake[e] == 0 and votes[e] > most:
+            if active[e] == 0 and votes[e] > most:
                 best, most = e, votes[e]
         if best < 0:
             break
-        awake[best] = 1
+        active[best] = 1
         spent += 1
 
 
@@ -143,7 +143,7 @@ def _afford(field, step):
 def _fill(field, step):
     """Every token's slots: its own experts that are awake, then the awake that follow."""
     experts, slots, tokens = field[EXPERTS], field[SLOTS], field[TOKENS]
-    own, own_gates, counts, wholes, _votes, awake = lists_at(field, field[STEPS] * tokens)
+    own, own_gates, counts, wholes, _votes, active = lists_at(field, field[STEPS] * tokens)
     listed = field[LISTED]
     ids, ranks = np.empty(slots, np.int32), np.empty(slots, np.float32)
     picked = np.empty(slots, np.float32)
@@ -155,7 +155,7 @@ def _fill(field, step):
         found = 0
         for k in range(kept):
             expert = own[token * listed + k]
-            if awake[expert] != 0:
+            if active[expert] != 0:
                 ids[found] = expert
                 picked[found] = own_gates[token * listed + k]
                 found += 1
@@ -163,7 +163,7 @@ def _fill(field, step):
             gates, ranking = scores_at(field, token)
             more = 0
             for e in range(experts):
-                if awake[e] != 0 and ranking[e] > NEVER:
+                if active[e] != 0 and ranking[e] > NEVER:
                     is_own = False
                     for k in range(kept):
                         is_own |= own[token * listed + k] == e
@@ -188,7 +188,7 @@ def _whole_call(field):
     if field[GUARANTEED] == 0 and field[BUDGET] == 0:
         return 0
     for step in range(field[STEPS]):
-        _wake(field, step)
+        _activates(field, step)
         if field[BUDGET] > 0:
             _afford(field, step)
         _fill(field, step)

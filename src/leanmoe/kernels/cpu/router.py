@@ -74,7 +74,7 @@ def route_cpu(
     over = None if rule.budget is None else torch.zeros(tuple(leading), dtype=torch.bool)
     program = _program()
     threads = program.threads
-    size = program.scratch_bytes(steps * tokens, experts, listed, threads, rule.depends_on_company)
+    size = program.scratch_bytes(steps * tokens, experts, listed, threads, rule.is_batch_aware)
     scratch = torch.empty(size, dtype=torch.uint8)
     if steps * tokens:
         program.run(

@@ -40,7 +40,7 @@ def most_blocks(slots: int, experts: int, block_rows: int) -> int:
     return min(slots, slots // block_rows + min(experts, slots))
 
 
-def work_list_reference(ids_TK: Tensor, experts: int, block_rows: int) -> WorkList:
+def expert_blocks_reference(ids_TK: Tensor, experts: int, block_rows: int) -> WorkList:
     """The work list in plain torch, rows of an expert in order; waits for the device."""
     flat_N = ids_TK.reshape(-1)
     order_N = flat_N.sort(stable=True)[1]
@@ -59,14 +59,16 @@ def work_list_reference(ids_TK: Tensor, experts: int, block_rows: int) -> WorkLi
     return WorkList(order_N.to(torch.int32), blocks_3B.to(device), used_1, block_rows)
 
 
-def build_work_list(ids_TK: Tensor, experts: int, block_rows: int) -> WorkList:
+def build_expert_blocks(ids_TK: Tensor, experts: int, block_rows: int) -> WorkList:
     """The work list of ids from anywhere, (T,K); E for a skipped slot. Waits for nothing."""
-    rows, blocks_3B, used_1 = _work_list_op(ids_TK.contiguous(), experts, block_rows)
+    rows, blocks_3B, used_1 = _expert_blocks_op(ids_TK.contiguous(), experts, block_rows)
     return WorkList(rows, blocks_3B, used_1, block_rows)
 
 
 @torch.library.custom_op("leanmoe::work_list", mutates_args=())
-def _work_list_op(ids_TK: Tensor, experts: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _expert_blocks_op(
+    ids_TK: Tensor, experts: int, block_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
     from leanmoe.kernels.triton.expert_blocks_program import group_slots, scatter_slots
 
     slots, (rows, blocks_3B, used_1) = ids_TK.numel(), _empty(ids_TK, experts, block_rows)
@@ -87,8 +89,10 @@ def _work_list_op(ids_TK: Tensor, experts: int, block_rows: int) -> tuple[Tensor
     return rows, blocks_3B, used_1
 
 
-@_work_list_op.register_fake
-def _work_list_fake(ids_TK: Tensor, experts: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+@_expert_blocks_op.register_fake
+def _expert_blocks_fake(
+    ids_TK: Tensor, experts: int, block_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(ids_TK, experts, block_rows)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.reference import check_call
 from leanmoe.kernels.triton.config import MOST_DIRECT_TOKENS, ExpertsConfig, Tile
-from leanmoe.kernels.triton.expert_blocks import WorkList, build_work_list
+from leanmoe.kernels.triton.expert_blocks import WorkList, build_expert_blocks
 from leanmoe.kernels.triton.launch import ExpertsCall, interprets
 from leanmoe.kernels.weights import ACTIVATIONS, SCALE_BLOCK, ExpertWeights, Gate
 
@@ -80,7 +80,7 @@ def experts_gpu(
         config = config_for(weights, tokens, slots)
     _check_config(config, tokens, work, weights.gate_up_scale is not None)
     if work is None and not config.is_direct:
-        work = build_work_list(ids_TK, weights.experts, config.block_rows)
+        work = build_expert_blocks(ids_TK, weights.experts, config.block_rows)
     extras, listed, *gate = operands(weights, work if not config.is_direct else None)
     hidden, ids, gates = (t.contiguous() for t in (hidden_TD, ids_TK, weights_TK))
     inputs = (hidden, ids, gates, weights.gate_up, weights.down, extras)

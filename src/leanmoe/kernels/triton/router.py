@@ -32,7 +32,7 @@ NO_WORK_LIST = 0
 BEST, GUARANTEED, VOTES = range(3)
 """Rows of a ballot (3,E), int64, as `leanmoe.routing.batch_rules` has them."""
 Exchange = Callable[[Tensor], Tensor]
-"""Makes of a step's ballot (3,E) that of all ranks, as `leanmoe.routing.Company` has it."""
+"""Makes of a step's ballot (3,E) that of all ranks, as `leanmoe.routing.BatchScope` has it."""
 SCORINGS = ("softmax", "sigmoid", "softmax_after_top_k")
 
 
@@ -89,8 +89,8 @@ def route_gpu(
     what it cannot route.
     """
     spelling = (False, logits_TE.shape[-1], block_rows)
-    company = (placement, exchange)
-    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, company, spelling, ids_dtype)
+    scope = (placement, exchange)
+    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, scope, spelling, ids_dtype)
     ids, weights, over, rows, blocks_3B, used_1 = found
     over_budget = over.view(torch.bool) if rule.has_budget else None
     return RoutedGpu(ids, weights, over_budget, WorkList(rows, blocks_3B, used_1, block_rows))
@@ -117,8 +117,8 @@ def route_gpu_ids(
     that neither wakes an expert.
     """
     spelling = (skipped_id is None, skipped_id or 0, NO_WORK_LIST)
-    company = (placement, exchange)
-    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, company, spelling, ids_dtype)
+    scope = (placement, exchange)
+    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, scope, spelling, ids_dtype)
     return found[0], found[1]
 
 
@@ -129,12 +129,12 @@ def _call(
     rule: Rule,
     bias_E: Tensor | None,
     padding_T: Tensor | None,
-    company: tuple[Placement | None, Exchange | None],
+    scope: tuple[Placement | None, Exchange | None],
     spelling: tuple[bool, int, int],
     ids_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """`spelling`: whether a skipped slot repeats, its id if not, rows of the work list's blocks."""
-    placement, exchange = company
+    placement, exchange = scope
     ranks = 1 if placement is None else placement.ranks
     rule = rule.on(ranks)
     if reason := why_not_route_gpu(logits_TE, router, rule):
@@ -154,7 +154,7 @@ def _call(
         [_or(rule.threshold), _or(rule.top_p), router.normalise_epsilon, router.scaling],
         ids_dtype,
     )
-    if exchange is not None and rule.depends_on_company:
+    if exchange is not None and rule.is_batch_aware:
         return _route(*arguments, exchange)
     found: tuple[Tensor, ...] = _route_op(*arguments)
     return found
@@ -256,9 +256,9 @@ class RouteCall:
             BEST_BIT,
             BEST_BIT_OF_ALL,
             COUNTER_STRIDE,
+            route_activate,
             route_alone,
             route_fill,
-            route_wake,
         )
 
         ids, weights, over, rows, blocks_3B, used_1 = self._outputs
@@ -278,7 +278,7 @@ class RouteCall:
         has_overlap = not interprets() and self._exchange is None
         has_guaranteed = self.guaranteed > 0
         self.run(
-            route_wake, *inputs, marks, *self._wanted, self.guaranteed, *self._reals[:3],
+            route_activate, *inputs, marks, *self._wanted, self.guaranteed, *self._reals[:3],
             HAS_GUARANTEED=has_guaranteed, HAS_BUDGET=has_budget, PDL=has_overlap,
         )  # fmt: skip
         tokens, best_bit = self.tokens, BEST_BIT.value
@@ -304,15 +304,15 @@ def tell_others(marks_E: Tensor, exchange: Exchange) -> None:
     from leanmoe.kernels.triton.router_program import BEST_BIT, BEST_BIT_OF_ALL, GUARANTEED_BIT
 
     best, guaranteed = BEST_BIT.value, GUARANTEED_BIT.value
-    ballot_3E = marks_E.new_zeros((3, *marks_E.shape), dtype=torch.int64)
+    demand_3E = marks_E.new_zeros((3, *marks_E.shape), dtype=torch.int64)
     if marks_E.dtype is not torch.int64:  # guaranteed alone
-        ballot_3E[GUARANTEED] = marks_E
-        marks_E.copy_(exchange(ballot_3E)[GUARANTEED] > 0)
+        demand_3E[GUARANTEED] = marks_E
+        marks_E.copy_(exchange(demand_3E)[GUARANTEED] > 0)
         return
-    ballot_3E[GUARANTEED] = marks_E >> guaranteed
-    ballot_3E[BEST] = (marks_E & ((1 << guaranteed) - 1)) >> best
-    ballot_3E[VOTES] = marks_E & ((1 << best) - 1)
-    total_3E = exchange(ballot_3E)
+    demand_3E[GUARANTEED] = marks_E >> guaranteed
+    demand_3E[BEST] = (marks_E & ((1 << guaranteed) - 1)) >> best
+    demand_3E[VOTES] = marks_E & ((1 << best) - 1)
+    total_3E = exchange(demand_3E)
     is_marked_3E = (total_3E > 0).long()
     marks_E.copy_(total_3E[VOTES])
     marks_E += is_marked_3E[BEST] << BEST_BIT_OF_ALL.value

@@ -237,7 +237,7 @@ def _afford(
 
 
 @triton.jit(do_not_specialize=["slots", "full", "guaranteed"])
-def route_wake(
+def route_activate(
     logits_ptr, bias_ptr, allowed_ptr, padding_ptr, marks_ptr,
     slots, full, guaranteed, threshold, top_p, epsilon,
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
@@ -342,19 +342,19 @@ def route_fill(
     marks = tl.load(marks_ptr + e, mask=is_expert, other=0)
     place_L = k
     if HAS_BUDGET:
-        is_awake, is_over = _afford(
+        is_active, is_over = _afford(
             marks, is_expert, e, rank_ptr, budget, per_rank, ranks, low_bits,
             E, POWER_E, BEST, HAS_GUARANTEED, HAS_TOTAL, HAS_PER_RANK,
         )  # fmt: skip
         tl.store(over_ptr, is_over.to(tl.int8), mask=token == 0)
         at_L = ids_L // SIZE * PADDED_SIZE + ids_L % SIZE  # where its expert lies in e
-        is_own_L = (k < own) & (tl.gather(is_awake.to(tl.int32), at_L, axis=0) > 0)
+        is_own_L = (k < own) & (tl.gather(is_active.to(tl.int32), at_L, axis=0) > 0)
         before_L = tl.cumsum(is_own_L.to(tl.int32), axis=0) - is_own_L.to(tl.int32)
         own = tl.sum(is_own_L.to(tl.int32), axis=0)
         place_L = tl.where(is_own_L, before_L, own + k - before_L)
     else:
-        is_awake = marks > 0
-    others = tl.where(is_awake, keys, ASLEEP)
+        is_active = marks > 0
+    others = tl.where(is_active, keys, ASLEEP)
     ids_L, found, _others = more_slots(others, e, ids_L, place_L, own, wanted)
     gates_L = gates_of(logits_ptr, token, ids_L, place_L < found, top, total, E, SCORING)
     filler = _filler(

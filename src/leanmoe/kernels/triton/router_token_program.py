@@ -146,14 +146,14 @@ def _kept_first(ids_L, gates_L, is_kept, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def whole_of(gates_L, is_counted, epsilon, SCORING: tl.constexpr, NORMALISE: tl.constexpr):
+def whole_of(gates_L, collect_stats, epsilon, SCORING: tl.constexpr, NORMALISE: tl.constexpr):
     """What the shares of these slots are taken of: their sum, or that of their exponentials."""
     if SCORING == SOFTMAX_AFTER:
-        best = tl.max(tl.where(is_counted, gates_L, NEVER), axis=0)
+        best = tl.max(tl.where(collect_stats, gates_L, NEVER), axis=0)
         best = tl.where(best > NEVER, best, 0.0)
-        whole = best + tl.log(tl.sum(tl.where(is_counted, tl.exp(gates_L - best), 0.0), axis=0))
+        whole = best + tl.log(tl.sum(tl.where(collect_stats, tl.exp(gates_L - best), 0.0), axis=0))
     elif NORMALISE:
-        whole = tl.maximum(tl.sum(tl.where(is_counted, gates_L, 0.0), axis=0) + epsilon, TINY)
+        whole = tl.maximum(tl.sum(tl.where(collect_stats, gates_L, 0.0), axis=0) + epsilon, TINY)
     else:
         whole = 1.0
     return whole

@@ -19,7 +19,7 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.reference import experts_reference
 from leanmoe.kernels.triton.config import ExpertsConfig, Tile
-from leanmoe.kernels.triton.expert_blocks import WorkList, work_list_reference
+from leanmoe.kernels.triton.expert_blocks import WorkList, expert_blocks_reference
 from leanmoe.kernels.triton.experts import FP8, experts_gpu, operands
 from leanmoe.kernels.triton.launch import MOST_FLOAT32_PARTS, ExpertsCall, settle_keys
 from leanmoe.kernels.triton.search_tiles import is_fp8, tiles, ways
@@ -311,7 +311,7 @@ def _with(config: ExpertsConfig, product: Product, tile: Tile) -> ExpertsConfig:
 
 
 def _work(way: ExpertsConfig, ids_TK: Tensor, shape: Shape) -> WorkList | None:
-    return None if way.is_direct else work_list_reference(ids_TK, shape.experts, way.block_rows)
+    return None if way.is_direct else expert_blocks_reference(ids_TK, shape.experts, way.block_rows)
 
 
 def _product(call: ExpertsCall, product: Product, work: WorkList | None) -> Callable[[], object]:

@@ -21,8 +21,8 @@ def activate() -> None:
         from leanmoe.serve import plan_support
         from leanmoe.serve.sglang.patch import install
 
-        scope = os.environ.get(plan_support.COMPANY, plan_support.RANK)
-        plan_support.check_company(scope, "SGLang")
+        scope = os.environ.get(plan_support.BATCH_SCOPE, plan_support.RANK)
+        plan_support.check_batch_scope(scope, "SGLang")
         drop = [part.strip() for part in os.environ.get(DROP, "").split(",") if part.strip()]
         install(path, drop)
     except Exception as error:

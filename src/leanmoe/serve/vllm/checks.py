@@ -60,7 +60,7 @@ def check_runner(runner: Any, rules: list[Rule], name: str) -> None:
             f"{name}: {experts.__name__} cannot skip a slot: set --moe-backend marlin, or use a "
             "plan with top_k alone"
         )
-    shares = any(rule.depends_on_company for rule in rules)
+    shares = any(rule.is_batch_aware for rule in rules)
     if shares and getattr(runner, "do_naive_dispatch_combine", False):
         raise LeanMoeError(
             f"{name}: data-parallel ranks gather their tokens before they are routed, so rules "
@@ -74,7 +74,7 @@ def check_runner(runner: Any, rules: list[Rule], name: str) -> None:
         )
 
 
-def check_ranks(runner: Any, rules: list[Rule], is_of_all: bool, config: Any, name: str) -> None:
+def check_ranks(runner: Any, rules: list[Rule], cross_rank: bool, config: Any, name: str) -> None:
     """Refuses rules that need to know of other ranks where that is not known, or would wait."""
     parallel = runner.moe_config.moe_parallel_config
     if any(rule.budget_per_rank is not None for rule in rules):
@@ -84,19 +84,19 @@ def check_ranks(runner: Any, rules: list[Rule], is_of_all: bool, config: Any, na
                 "--enable-eplb, or use budget"
             )
         check_placement(runner, name)
-    shares = any(rule.depends_on_company for rule in rules)
-    if not (is_of_all and shares and parallel.dp_size > 1):
+    shares = any(rule.is_batch_aware for rule in rules)
+    if not (cross_rank and shares and parallel.dp_size > 1):
         return
     if getattr(config.parallel_config, "use_ubatching", False):
         raise LeanMoeError(
-            f"{name}: LEANMOE_COMPANY=all cannot run with steps cut in two: remove --enable-dbo"
+            f"{name}: LEANMOE_BATCH_SCOPE=all cannot run with steps cut in two: remove --enable-dbo"
         )
     tokens = config.scheduler_config.max_num_batched_tokens
     if tokens * parallel.dp_size > MOST_TOKENS_OF_ALL:
         raise LeanMoeError(
-            f"{name}: LEANMOE_COMPANY=all counts at most {MOST_TOKENS_OF_ALL} tokens of all ranks: "
-            f"{parallel.dp_size} ranks may have {tokens} each; set --max-num-batched-tokens to "
-            f"{MOST_TOKENS_OF_ALL // parallel.dp_size} or fewer"
+            f"{name}: LEANMOE_BATCH_SCOPE=all counts at most {MOST_TOKENS_OF_ALL} tokens of all "
+            f"ranks: {parallel.dp_size} ranks may have {tokens} each; set --max-num-batched-tokens "
+            f"to {MOST_TOKENS_OF_ALL // parallel.dp_size} or fewer"
         )
 
 
@@ -119,7 +119,7 @@ def check_padding(config: Any, rules: list[Rule]) -> None:
     """Refuses settings under which an older vLLM does not say which rows are padding."""
     from vllm.forward_context import ForwardContext
 
-    if hasattr(ForwardContext, "is_padding") or not any(r.depends_on_company for r in rules):
+    if hasattr(ForwardContext, "is_padding") or not any(r.is_batch_aware for r in rules):
         return
     if getattr(config, "use_v2_model_runner", False):
         raise LeanMoeError(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from leanmoe.models.routers import Router
 from leanmoe.plan import Plan, Rule
-from leanmoe.routing import ALONE, Company
+from leanmoe.routing import ALONE, BatchScope
 from leanmoe.serve.routing_choice import choose, is_plain
 from leanmoe.serve.routing_statistics import Statistics
 from leanmoe.serve.skipped_slots import Skipped, widened
@@ -45,11 +45,11 @@ class LayerRouting:
         sequence_parallel: tuple[int, int] | None = None,
         is_full_width: bool = False,
         statistics: Statistics | None = None,
-        company: Company = ALONE,
+        scope: BatchScope = ALONE,
     ) -> None:
         """`layer` counts MoE layers; `is_full_width` gives every step the model's own K slots.
 
-        `company` says where the layer's experts are, and how to hear of other ranks' tokens.
+        `scope` says where the layer's experts are, and how to hear of other ranks' tokens.
         """
         self.plan, self.layer = plan, layer
         self._vllm, self._experts = router, plan.model.experts
@@ -57,7 +57,7 @@ class LayerRouting:
         self._sequence_parallel = sequence_parallel
         self._is_full_width = is_full_width
         self._statistics = statistics
-        self.company = company
+        self.scope = scope
         self.skipping = Skipping()
         """Set when the layer is loaded, and it is known what its experts do."""
         self._most_slots = max(self._slots(rule) for rule in self.rules)
@@ -139,7 +139,7 @@ class LayerRouting:
     ) -> tuple[Tensor, Tensor]:
         top_k = self.plan.model.top_k
         step = (logits_TE, self.router, top_k, rule, bias_E, padding_T, ids_dtype)
-        return choose(*step, skipped, self.company)
+        return choose(*step, skipped, self.scope)
 
     def routed(
         self, logits_TE: Tensor, bias_E: Tensor | None, slots: int, ids_dtype: torch.dtype

@@ -24,7 +24,7 @@ from leanmoe.serve.vllm.grouped_steps import why_not_group
 from leanmoe.serve.vllm.layer_routing import LayerRouting
 from leanmoe.serve.vllm.leanmoe_experts import OwnExperts, check_experts, weights_of
 from leanmoe.serve.vllm.plugin import DROP
-from leanmoe.serve.vllm.ranks import GATHERING, company_of
+from leanmoe.serve.vllm.ranks import GATHERING, scope_of
 from leanmoe.serve.vllm.skipping import Skipping, why_not_skip
 from leanmoe.serve.vllm.version import TESTED, check_version
 
@@ -39,21 +39,21 @@ class PlannedModel:
         self,
         plan: Plan,
         config: Any,
-        is_counted: bool,
+        collect_stats: bool,
         *,
-        is_of_all: bool = False,
-        has_own_experts: bool = False,
+        cross_rank: bool = False,
+        leanmoe_kernels: bool = False,
     ) -> None:
-        """`is_of_all`: a token's company is that of all data-parallel ranks, not of its own;
-        `has_own_experts`: leanmoe's kernels compute the experts, not vLLM's.
+        """`cross_rank`: a token's company is that of all data-parallel ranks, not of its own;
+        `leanmoe_kernels`: leanmoe's kernels compute the experts, not vLLM's.
         """
         self.config = weakref.ref(config)
         self.plan = plan
-        self.has_own_experts = has_own_experts
+        self.leanmoe_kernels = leanmoe_kernels
         self.shape = shape_of(config.model_config.hf_config)
         plan.check(self.shape.fingerprint())
-        self._is_of_all = is_of_all
-        self.statistics = Statistics(plan.model.moe_layers) if is_counted else None
+        self._cross_rank = cross_rank
+        self.statistics = Statistics(plan.model.moe_layers) if collect_stats else None
         self.layers: dict[int, LayerRouting] = {}
         self.runners: dict[int, Any] = {}
 
@@ -79,10 +79,10 @@ class PlannedModel:
             sequence_parallel=share,
             is_full_width=self._is_full_width(parallel),
             statistics=self.statistics,
-            company=company_of(runner, self.plan.model.experts, self._is_of_all),
+            scope=scope_of(runner, self.plan.model.experts, self._cross_rank),
         )
         rules = routing.rules
-        checks.check_ranks(runner, rules, self._is_of_all, self.config(), runner.layer_name)
+        checks.check_ranks(runner, rules, self._cross_rank, self.config(), runner.layer_name)
         checks.check_router(runner.router, rules, self.plan.model.top_k, runner.layer_name)
         if all(rule.is_empty for rule in rules) and self.statistics is None:
             return
@@ -102,7 +102,7 @@ class PlannedModel:
         for layer, routing in self.layers.items():
             runner = self.runners[layer]
             checks.check_runner(runner, routing.rules, runner.layer_name)
-        if self.has_own_experts:
+        if self.leanmoe_kernels:
             for runner in self.runners.values():
                 check_experts(runner, runner.layer_name)
 
@@ -112,7 +112,7 @@ class PlannedModel:
         For a model that `check` has nothing against.
         """
         for layer, runner in self.runners.items():
-            if self.has_own_experts:
+            if self.leanmoe_kernels:
                 OwnExperts(runner).put()
             if layer in self.layers:
                 self.layers[layer].skipping = self._skipping(runner, self.layers[layer])
@@ -120,7 +120,7 @@ class PlannedModel:
     def _skipping(self, runner: Any, routing: LayerRouting) -> Skipping:
         if all(map(is_plain, routing.rules)) or not routing.may_skip:
             return Skipping()
-        if self.has_own_experts:
+        if self.leanmoe_kernels:
             return Skipping(Skipped.BEYOND, Skipped.BEYOND)
         reason = why_not_skip(runner, routing.slots, self.plan.model.experts)
         if reason is None:
@@ -139,7 +139,7 @@ class PlannedModel:
         runner = next(iter(self.runners.values()), None)
         method = None if runner is None else runner.routed_experts.quant_method
         experts = "none here" if method is None else checks.experts_class(method).__name__
-        if runner is not None and self.has_own_experts:
+        if runner is not None and self.leanmoe_kernels:
             from leanmoe.kernels.triton.tuned_tiles import describe
 
             experts = f"leanmoe, {describe(weights_of(runner.routed_experts))}"
@@ -158,7 +158,7 @@ class PlannedModel:
         names = {
             "vllm"
             if is_plain(rule)
-            else implementation(logits, routing.router, rule, routing.company)
+            else implementation(logits, routing.router, rule, routing.scope)
             for routing in self.layers.values()
             for rule in routing.rules
         }
@@ -194,9 +194,9 @@ class _Installed:
 
     plan: Plan | None = None
     path = ""
-    is_counted = False
-    is_of_all = False
-    has_own_experts = False
+    collect_stats = False
+    cross_rank = False
+    leanmoe_kernels = False
     model: PlannedModel | None = None
 
 
@@ -208,10 +208,10 @@ def current() -> PlannedModel | None:
 def install(
     path: str,
     drop: Sequence[str],
-    is_counted: bool = False,
+    collect_stats: bool = False,
     *,
-    is_of_all: bool = False,
-    has_own_experts: bool = False,
+    cross_rank: bool = False,
+    leanmoe_kernels: bool = False,
 ) -> None:
     """Puts a plan to work in every model that vLLM builds in this process from now on.
 
@@ -220,16 +220,16 @@ def install(
     """
     plan = plan_support.without(Plan.load(Path(path)), drop)
     plan_support.check_parts(plan, "vLLM", f"{DROP}={plan_support.PROMPT}")
-    use(plan, path, is_counted, is_of_all=is_of_all, has_own_experts=has_own_experts)
+    use(plan, path, collect_stats, cross_rank=cross_rank, leanmoe_kernels=leanmoe_kernels)
 
 
 def use(
     plan: Plan,
     path: str = "",
-    is_counted: bool = False,
+    collect_stats: bool = False,
     *,
-    is_of_all: bool = False,
-    has_own_experts: bool = False,
+    cross_rank: bool = False,
+    leanmoe_kernels: bool = False,
 ) -> None:
     """As `install`, for a plan that is no file."""
     import vllm
@@ -237,8 +237,8 @@ def use(
     check_version(vllm.__version__)
     if not _patched:
         _patch(vllm.__version__)
-    _Installed.plan, _Installed.path, _Installed.is_counted = plan, path, is_counted
-    _Installed.is_of_all, _Installed.has_own_experts = is_of_all, has_own_experts
+    _Installed.plan, _Installed.path, _Installed.collect_stats = plan, path, collect_stats
+    _Installed.cross_rank, _Installed.leanmoe_kernels = cross_rank, leanmoe_kernels
     _Installed.model = None
     logger.info("leanmoe: plan %s read in process %d", path, os.getpid())
 
@@ -303,9 +303,9 @@ def _adopt(runner: Any) -> None:
         model = _Installed.model = PlannedModel(
             plan,
             config,
-            _Installed.is_counted,
-            is_of_all=_Installed.is_of_all,
-            has_own_experts=_Installed.has_own_experts,
+            _Installed.collect_stats,
+            cross_rank=_Installed.cross_rank,
+            leanmoe_kernels=_Installed.leanmoe_kernels,
         )
         _mark_compiled(config, plan)
     model.adopt(runner)

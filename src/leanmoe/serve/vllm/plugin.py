@@ -26,19 +26,19 @@ def activate() -> None:
     from leanmoe.serve import plan_support
     from leanmoe.serve.vllm.patch import install
 
-    company = os.environ.get(plan_support.COMPANY, plan_support.RANK)
-    plan_support.check_company(company, "vLLM")
+    scope = os.environ.get(plan_support.BATCH_SCOPE, plan_support.RANK)
+    plan_support.check_batch_scope(scope, "vLLM")
     drop = [part.strip() for part in os.environ.get(DROP, "").split(",") if part.strip()]
     install(
         path,
         drop,
-        is_counted=os.environ.get(STATISTICS) == "1",
-        is_of_all=company == plan_support.ALL,
-        has_own_experts=has_own_experts(os.environ.get(EXPERTS, "")),
+        collect_stats=os.environ.get(STATISTICS) == "1",
+        cross_rank=scope == plan_support.ALL,
+        leanmoe_kernels=leanmoe_kernels(os.environ.get(EXPERTS, "")),
     )
 
 
-def has_own_experts(value: str) -> bool:
+def leanmoe_kernels(value: str) -> bool:
     """Whether LEANMOE_EXPERTS asks for leanmoe's kernels; raises LeanMoeError for other words."""
     if value not in ("", "vllm", OWN_EXPERTS):
         from leanmoe.core.errors import LeanMoeError

@@ -8,20 +8,20 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan.placement import Placement
-from leanmoe.routing import Company
+from leanmoe.routing import BatchScope
 
 GATHERING = ("allgather_reducescatter", "naive")
 """Ways of vLLM's ranks to exchange tokens that gather them whole: any number of slots will do."""
 
 
-def company_of(runner: Any, experts: int, is_of_all: bool) -> Company:
+def scope_of(runner: Any, experts: int, cross_rank: bool) -> BatchScope:
     """With whom the tokens of a layer share experts, and where these are.
 
-    `is_of_all`: with those of all data-parallel ranks. Each of them runs every step, one without
+    `cross_rank`: with those of all data-parallel ranks. Each of them runs every step, one without
     requests a dummy of padding alone, and all are in the same band: so all meet in each layer.
     """
-    shares = is_of_all and runner.moe_config.dp_size > 1
-    return Company(placement_of(runner, experts), _summing(runner) if shares else None)
+    shares = cross_rank and runner.moe_config.dp_size > 1
+    return BatchScope(placement_of(runner, experts), _summing(runner) if shares else None)
 
 
 def placement_of(runner: Any, experts: int) -> Placement | None:
@@ -51,11 +51,11 @@ def _summing(runner: Any) -> Any:
     """
     is_divided = runner.moe_config.is_sequence_parallel
 
-    def exchange(ballot: Tensor) -> Tensor:
+    def exchange(demand: Tensor) -> Tensor:
         from vllm.distributed.parallel_state import get_dp_group, get_ep_group
 
         group = get_ep_group() if is_divided else get_dp_group()
-        total: Tensor = group.all_reduce(ballot.clone())
+        total: Tensor = group.all_reduce(demand.clone())
         return total
 
     return exchange

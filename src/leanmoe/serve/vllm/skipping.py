@@ -50,7 +50,7 @@ class Skipping:
 
     def is_grouped(self, rule: Rule, rows: int, slots: int, experts: int) -> bool:
         """Whether that step is a small one to be grouped, skipped slots as in larger steps."""
-        is_shared = rule.depends_on_company and rows > 1
+        is_shared = rule.is_batch_aware and rows > 1
         return self.groups and is_shared and is_small(rows, slots, experts)
 
     def describe(self) -> str:
