@@ -16,6 +16,7 @@ from leanmoe.bench.attention import attention_per_request, has_pages
 from leanmoe.bench.metrics import Timeline
 from leanmoe.bench.prompts import Request
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.quiet import quiet_loggers
 from leanmoe.runtime import release_threads, why_not_full_attention
 
 PREFILL_TOKENS_A_STEP = 2048
@@ -97,7 +98,7 @@ def served(model: Any, room: Room, most_output: int) -> Iterator[Any]:
         max_new_tokens=most_output, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
     with ExitStack() as stack:
-        stack.enter_context(_quiet("ContinuousBatchingLogger"))
+        stack.enter_context(quiet_loggers("ContinuousBatchingLogger", level=logging.CRITICAL))
         stack.enter_context(_cache_width(model.config))
         if model.device.type == "cpu" and why_not_full_attention(model.config) is None:
             stack.enter_context(attention_per_request(model, room.page))
@@ -213,15 +214,3 @@ def _cache_width(config: Any) -> Iterator[None]:
         yield
     finally:
         config.head_dim = before
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keeps a logger's remarks on settings off the screen; failures are raised, not logged."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

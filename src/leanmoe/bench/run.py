@@ -16,6 +16,7 @@ from leanmoe.bench.settings import ENGINES, BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Runner, sweep
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.provenance import collect
+from leanmoe.core.quiet import quiet_transformers
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 
@@ -174,7 +175,7 @@ def _in_process(job: Job) -> tuple[Runner, Supply, str]:
     from leanmoe.bench.in_process import InProcess
     from leanmoe.runtime import load_model
 
-    quiet()
+    quiet_transformers()
     model, tokenizer = load_model(job.targets[0], job.dtype, job.trust_remote_code)
     source, supply = make_supply(job.settings, tokenizer)
     runner = InProcess(model, job.targets[0], plans, job.settings, supply, job.with_stock)
@@ -257,7 +258,7 @@ def load_tokenizer(job: Job, servers: Sequence[Server]) -> Any:
     """The tokenizer that cuts prompts to length: of --tokenizer, or of what is served."""
     from transformers import AutoTokenizer
 
-    quiet()
+    quiet_transformers()
     guesses = [job.tokenizer] if job.tokenizer else _guesses(job, servers)
     for guess in guesses:
         if guess == "reference":
@@ -277,14 +278,6 @@ def load_tokenizer(job: Job, servers: Sequence[Server]) -> Any:
         f"no tokenizer was found ({tried}): give a folder, a hub name or 'reference' with "
         "--tokenizer; prompts are cut to length with it"
     )
-
-
-def quiet() -> None:
-    """Keeps loading bars and remarks of Transformers off the screen."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def _guesses(job: Job, servers: Sequence[Server]) -> list[str]:

@@ -11,7 +11,6 @@ import typer
 
 from leanmoe.cli.options import AsJson, Dtype, Model, Overwrite, RunOutput, Seed, TrustRemoteCode
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.files import read_json
 from leanmoe.eval.settings import EvalSettings
 
 _DEFAULT = EvalSettings(model="reference")
@@ -114,10 +113,13 @@ def eval(
         trust_remote_code=trust_remote_code,
     )
     from leanmoe.eval.run import RESULTS, evaluate
+    from leanmoe.report.quality_page import write_quality_page
+    from leanmoe.results.eval import read_evaluation
 
     command = "leanmoe " + " ".join(sys.argv[1:])
     folder = evaluate(settings, plan or [], rule or [], output, command, overwrite)
-    results = read_json(folder / RESULTS, "results")
+    results = read_evaluation(folder / RESULTS)
+    write_quality_page(results, folder / "report.html")
     if as_json:
         print(json.dumps({"run": str(folder), **results}))
         return

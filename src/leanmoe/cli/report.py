@@ -62,6 +62,7 @@ def _write(kind: str, results: Path, page: Path) -> None:
 
         write_bench_page(results, page)
     else:
-        from leanmoe.report.quality_page import read_evaluation, write_quality_page
+        from leanmoe.report.quality_page import write_quality_page
+        from leanmoe.results.eval import read_evaluation
 
         write_quality_page(read_evaluation(results), page)

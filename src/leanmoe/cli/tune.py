@@ -92,11 +92,13 @@ def tune(
         trust_remote_code=trust_remote_code,
     )
     settings.check()
+    from leanmoe.report import write_report
     from leanmoe.tune.run import tune as run_tune
 
     command = "leanmoe " + " ".join(sys.argv[1:])
     folder = run_tune(settings, output, command, overwrite)
     results = read_results(folder / "results.json")
+    write_report(folder)
     if as_json:
         plan = read_json(folder / "plan.json", "plan")
         print(json.dumps({"run": str(folder), "verdicts": results["verdicts"], "plan": plan}))

@@ -5,10 +5,8 @@ Letters: N questions.
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.core.quiet import quiet_loggers
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.eval.answers import Answers
 from leanmoe.eval.settings import EvalSettings
@@ -92,7 +91,7 @@ def _manager(names: Sequence[str], settings: EvalSettings) -> Any:
     made, own = import_module("lm_eval.tasks").TaskManager, settings.tasks_dir
     if own is None:
         return _index_of_the_harness()
-    with _quiet():
+    with quiet_loggers(*LOGGERS):
         index = made(include_path=own, include_defaults=False)
         has_all = set(names) <= set(index.all_subtasks)
         return index if has_all else made(include_path=own)
@@ -100,7 +99,7 @@ def _manager(names: Sequence[str], settings: EvalSettings) -> Any:
 
 @cache
 def _index_of_the_harness() -> Any:
-    with _quiet():
+    with quiet_loggers(*LOGGERS):
         return import_module("lm_eval.tasks").TaskManager()
 
 
@@ -110,7 +109,7 @@ def _announce(names: Sequence[str], settings: EvalSettings) -> None:
     count = 0
     for name in names:
         try:
-            with _quiet():
+            with quiet_loggers(*LOGGERS):
                 tasks = manager.load([name])["tasks"]
                 sizes = {task: len(value.eval_docs) for task, value in tasks.items()}
         except Exception as error:  # datasets, the hub and task code each raise their own
@@ -149,7 +148,7 @@ def _in_process(
 
 def _answers(made: Any, names: Sequence[str], settings: EvalSettings) -> Stored:
     """What is stored of each task, in the questions' order."""
-    with _quiet():
+    with quiet_loggers(*LOGGERS):
         done = import_module("lm_eval").simple_evaluate(
             model=made,
             tasks=list(names),
@@ -213,17 +212,3 @@ def _loss(sample: dict[str, Any], scores: list[float] | None) -> float | None:
         return -scores[0]
     number = str(sample.get("target", ""))
     return -scores[int(number)] if number.isdigit() and int(number) < len(scores) else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness's own log and its many progress bars stay off the screen."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

@@ -13,6 +13,7 @@ import numpy as np
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect
+from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.eval.answers import Answers, answer_tasks, loss_changes, served_experts
 from leanmoe.eval.domains import domain_matrix, read_domains
@@ -22,7 +23,7 @@ from leanmoe.eval.settings import EvalSettings
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, read_plans, require_at_work
-from leanmoe.report.quality_page import SCHEMA_VERSION, write_quality_page
+from leanmoe.results.eval import SCHEMA_VERSION
 from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.stats.outcomes import (
     Difference,
@@ -31,7 +32,6 @@ from leanmoe.stats.outcomes import (
     mean_of_tasks,
     non_inferior_accuracy,
 )
-from leanmoe.tune.inputs import quiet
 
 RESULTS = "results.json"
 POOLED, MEAN = "all questions", "mean of tasks"
@@ -61,7 +61,7 @@ def evaluate(
 
         require_harness(harness, settings)
     folder = RunFolder.open(output, settings, overwrite, "eval")
-    quiet()
+    quiet_transformers()
     model, tokenizer = _load(settings)
     tasks = _read_local(local, model, tokenizer, settings)
     texts = read_domains(tokenizer, settings)
@@ -91,7 +91,6 @@ def evaluate(
         results["domains"] = domain_matrix(model, tokenizer, texts, plans, settings, folder)
     results["seconds"] = folder.seconds()
     write_json(folder.path / RESULTS, results)
-    write_quality_page(results, folder.path / "report.html")
     return folder.path
 
 

@@ -18,6 +18,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import write_json
 from leanmoe.core.progress import bar
 from leanmoe.core.provenance import collect
+from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.text import read_corpus, split
 from leanmoe.models.shape import REFERENCE, MoEShape, read_shape
 from leanmoe.prune.allocation import Allocated, Counts, Evolution, evolve, fewest
@@ -37,7 +38,6 @@ from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, load_model, reco
 from leanmoe.scoring.acceptance import Acceptance
 from leanmoe.scoring.forward import final_hidden, hidden_of
 from leanmoe.scoring.windows import Windows, cut
-from leanmoe.tune.inputs import quiet
 
 PLAN_FILE = "plan.json"
 EVEN = "even"
@@ -155,7 +155,7 @@ def _rank(settings: PruneSettings, wanted: Criterion, shape: MoEShape, count: in
     if not wanted.needs_text:
         return _Ranked(place_scores(wanted, layers, shape.experts, settings.seed))
     corpus = read_corpus(settings.text)
-    quiet()
+    quiet_transformers()
     calibration, _ = split(corpus.documents, 0.5, settings.seed)
     model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
     windows = cut(calibration, tokenizer, tokens=settings.tokens, seed=settings.seed)

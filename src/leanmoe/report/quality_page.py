@@ -6,24 +6,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.files import read_json, write_text
+from leanmoe.core.files import write_text
 from leanmoe.report.page import STYLE
 from leanmoe.report.quality_tables import Sheet, sheets
-
-SCHEMA_VERSION = 1
-
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """The results of `leanmoe eval`, with their schema version checked."""
-    found = read_json(path, "results of eval")
-    version = found.get("leanmoe_eval") if isinstance(found, dict) else None
-    if version != SCHEMA_VERSION:
-        raise LeanMoeError(
-            f"results of eval {path} have schema version {version!r}: this leanmoe reads "
-            f"{SCHEMA_VERSION}"
-        )
-    return dict(found)
 
 
 def write_quality_page(results: dict[str, Any], target: Path) -> None:

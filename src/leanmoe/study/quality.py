@@ -16,6 +16,7 @@ import numpy as np
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, write_json
 from leanmoe.core.provenance import collect
+from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.text import read_corpus, split
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Fingerprint, Plan, Rule
@@ -29,7 +30,6 @@ from leanmoe.stats.paired import (
     Losses,
     loss_increase,
 )
-from leanmoe.tune.inputs import quiet
 
 FILE = "quality.json"
 KEEP = ("75%", "50%", "25%")
@@ -126,7 +126,7 @@ def saved_quality(settings: QualitySettings, output: Path) -> dict[str, Any]:
 def measure_quality(settings: QualitySettings) -> dict[str, Any]:
     """Measures them all."""
     settings.check()
-    quiet()
+    quiet_transformers()
     corpus = read_corpus(settings.text)
     calibration, heldout = split(corpus.documents, 0.5, settings.seed)
     model, tokenizer = load_model(settings.model)

@@ -27,7 +27,7 @@ def study(
     seed: int = 0,
     tuned: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs everything, writes results and page into folder `output`, returns the results."""
+    """Runs everything, writes results into folder `output`, returns the results."""
     searched = None if tuned is None else searched_plan(tuned)
     nine = table_9()
     overhead = nine["step_overhead_ms"] / 1e3
@@ -46,9 +46,6 @@ def study(
     }
     results["claims"] = claims(results)
     write_json(output / RESULTS, results)
-    from leanmoe.report.study_page import write_study_page
-
-    write_study_page(results, output / PAGE)
     return results
 
 

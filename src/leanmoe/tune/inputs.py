@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.text import Document, read_corpus, split
 from leanmoe.models.shape import MoEShape
 from leanmoe.prune.kept_experts import Kept
@@ -47,7 +48,7 @@ def read_inputs(settings: TuneSettings) -> Inputs:
 
     Raises LeanMoeError for a model that cannot be run and for text that is too short.
     """
-    quiet()
+    quiet_transformers()
     corpus = read_corpus(settings.text)
     calibration, heldout = split(corpus.documents, settings.heldout_share, settings.seed)
     model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
@@ -131,12 +132,3 @@ def _prompts(
             f"the text is too short: no held-out document has the {length} tokens of a prompt"
         )
     return prompts
-
-
-def quiet() -> None:
-    """Keeps loading bars and remarks of the libraries below off the screen."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("numba").setLevel(logging.WARNING)

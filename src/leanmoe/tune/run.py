@@ -22,7 +22,6 @@ from leanmoe.plan import Band, Plan, Rule
 from leanmoe.profile.record import profile as measure_profile
 from leanmoe.profile.saved import Profile
 from leanmoe.prune.kept_experts import restricted
-from leanmoe.report import write_report
 from leanmoe.runtime import IMPLEMENTATION, apply
 from leanmoe.stats.paired import (
     Losses,
@@ -120,7 +119,6 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
         "peak_memory_bytes": peak_memory(),
     }
     write_json(folder.path / "results.json", results)
-    write_report(folder.path)
     return folder.path
 
 
