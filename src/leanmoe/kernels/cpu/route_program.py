@@ -201,7 +201,7 @@ def entry() -> int:
     stamp = stamp_of(
         "route_program.py",
         "route_token.py",
-        "route_fields.py",
+        "route_args.py",
         "gemm.py",
         "llvm_microkernel.py",
     )
