@@ -6,7 +6,6 @@ import json
 import sys
 import textwrap
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +15,9 @@ import pytest
 from leanmoe.bench import vllm_offline, vllm_worker
 from leanmoe.bench.prompts import Supply
 from leanmoe.bench.settings import BenchSettings, Lengths
-from leanmoe.bench.vllm_offline import VLLMOffline, require_vllm
+from leanmoe.bench.vllm_offline import VLLMOffline
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.installed_vllm import VllmInstall
 
 SETTINGS = BenchSettings(
     concurrency=(2,), input_len=Lengths(4, 6), output_len=Lengths(3, 5), repeats=2, requests=4
@@ -62,23 +62,6 @@ def test_the_loop_keeps_as_many_under_way(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(few) == 1, "after the first, nothing is sent when the time is up"
 
 
-def test_vllm_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(_name: str) -> str:
-        raise metadata.PackageNotFoundError
-
-    monkeypatch.setattr(vllm_offline.metadata, "version", absent)
-    with pytest.raises(LeanMoeError, match=r"pip install 'leanmoe\[vllm\]'"):
-        require_vllm(with_plans=False)
-
-
-def test_without_the_plugin_no_plan_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_offline.metadata, "version", lambda _name: "0.24.0")
-    monkeypatch.setattr(vllm_offline.metadata, "entry_points", lambda **_: ())
-    assert require_vllm(with_plans=False) == "0.24.0"
-    with pytest.raises(LeanMoeError, match="would run the full model and call it the plan"):
-        require_vllm(with_plans=True)
-
-
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for the worker: answers as it does, and writes down LEANMOE_PLAN."""
@@ -101,7 +84,9 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
     monkeypatch.setenv("LEANMOE_PLAN", "/left/over/from/the/shell.json")
-    monkeypatch.setattr(vllm_offline, "require_vllm", lambda _with_plans: "0.24.0")
+    monkeypatch.setattr(
+        vllm_offline, "require_vllm", lambda _with_plans: VllmInstall("vllm", "0.24.0")
+    )
     monkeypatch.setattr(vllm_offline, "WORKER", [sys.executable, str(script)])
     return tmp_path
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from leanmoe.cli import main
+from leanmoe.core import installed_vllm
+from leanmoe.core.installed_vllm import VllmInstall
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Fingerprint, Plan, Rule
-from leanmoe.serve.vllm import launch
 
 MODEL = read_shape("reference").fingerprint()
 
@@ -39,7 +40,9 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, found: tuple[str, str] | None) -> None:
-    monkeypatch.setattr(launch, "installed", lambda: found)
+    install = None if found is None else VllmInstall(*found)
+    monkeypatch.setattr(installed_vllm, "find_vllm", lambda: install)
+    monkeypatch.setattr("leanmoe.cli.serve.find_vllm", lambda: install)
 
 
 def test_the_command_is_checked_and_shown(

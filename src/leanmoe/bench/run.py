@@ -207,7 +207,8 @@ def _http(job: Job) -> tuple[Runner, Supply, str]:
 def _vllm(job: Job) -> tuple[Runner, Supply, str]:
     plans = read_plans(job.plans)
     check_plans(plans, job.targets[0])
-    from leanmoe.bench.vllm_offline import VLLMOffline, require_vllm
+    from leanmoe.bench.vllm_offline import VLLMOffline
+    from leanmoe.core.installed_vllm import require_vllm
 
     require_vllm(bool(plans))
     tokenizer = load_tokenizer(job, [])

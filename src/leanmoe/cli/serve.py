@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.installed_vllm import find_vllm, require_vllm
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.serve.plan_support import PROMPT, check_parts, without
@@ -58,7 +59,7 @@ def serve(
     chosen.check(shape)
     _check_port(host, port)
     if engine == "auto":
-        engine = "transformers" if launch.installed() is None else "vllm"
+        engine = "transformers" if find_vllm() is None else "vllm"
     if engine == "vllm":
         check_parts(chosen, "vLLM", f"--drop {PROMPT}")
         _serve_vllm(model, plan, chosen, host, port, drop or [], engine_arguments or [],
@@ -89,9 +90,9 @@ def _serve_vllm(
     as_json: bool,
 ) -> None:
     """Becomes vLLM's server, so that signals and the exit code are its own."""
-    distribution = launch.check_installed()
-    variables = launch.environment(model, path, drop, distribution)
-    command = launch.command(model, host, port, None if path is None else plan, more, distribution)
+    install = require_vllm(with_plans=path is not None)
+    variables = launch.environment(model, path, drop, install)
+    command = launch.command(model, host, port, None if path is None else plan, more, install)
     _say({"engine": "vllm", "environment": variables, "command": command}, as_json)
     if not dry_run:
         sys.stdout.flush()

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from leanmoe.core.environment import COMMIT
+
 Label = Literal["measured", "modelled", "cited"]
 """Every number shown carries one: seen here, computed from seen constants, or from a source."""
 
@@ -73,7 +75,7 @@ def commit() -> str:
 
     LEANMOE_COMMIT says it where a tree was copied without its history.
     """
-    if told := os.environ.get("LEANMOE_COMMIT"):
+    if told := os.environ.get(COMMIT):
         return told
     folder = Path(__file__).parent
     try:

@@ -17,23 +17,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from leanmoe.bench.vllm_offline import model_folder, require_vllm
+from leanmoe.bench.vllm_offline import model_folder
+from leanmoe.core.environment import PLAN, STATISTICS
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import write_json
+from leanmoe.core.installed_vllm import require_vllm
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.models.hf_config import read_config
 from leanmoe.plan import Band, Plan
 from leanmoe.plan.named_plans import Named
-from leanmoe.serve.vllm.launch import (
-    ON_CPU,
-    check_installed,
-    compilation,
-    environment,
-    lacks_mla_kernel,
-    missing_in,
-)
-from leanmoe.serve.vllm.plugin import PLAN, STATISTICS
+from leanmoe.serve.vllm.launch import compilation, environment, lacks_mla_kernel, missing_in
 
 Judge = Callable[[Any, Sequence[str], EvalSettings], Any]
 """Asks a model of the harness the tasks, and returns what JSON holds of its answers."""
@@ -50,7 +44,6 @@ class Engine:
 
 def require_engine() -> None:
     """Raises LeanMoeError unless vLLM is here, and leanmoe's plugin among its own."""
-    check_installed()
     require_vllm(with_plans=True)
 
 
@@ -97,10 +90,10 @@ def in_vllm(
 
 
 def _engine(plan: Plan, path: Path, settings: EvalSettings) -> Engine:
-    distribution = check_installed()
+    install = require_vllm(with_plans=True)
     config = read_config(settings.model)
-    has_no_mla = lacks_mla_kernel(config, distribution)
-    variables = environment(settings.model, path, (), distribution)
+    has_no_mla = lacks_mla_kernel(config, install)
+    variables = environment(settings.model, path, (), install)
     del variables[STATISTICS]
     if plan.is_empty:
         del variables[PLAN]
@@ -110,7 +103,7 @@ def _engine(plan: Plan, path: Path, settings: EvalSettings) -> Engine:
         "trust_remote_code": settings.trust_remote_code,
         "seed": settings.seed,
         "max_num_seqs": settings.decode_batch,
-        "enforce_eager": distribution == ON_CPU,  # compiling takes longer there than it saves
+        "enforce_eager": install.is_for_cpus,  # compiling takes longer there than it saves
     }
     if compiled := compilation(plan, has_no_mla):
         found["compilation_config"] = compiled
@@ -137,10 +130,10 @@ def _called_vllm() -> Iterator[None]:
 
     vLLM itself must be loaded before: it tells by that version what it runs on.
     """
-    asked, distribution = importlib.metadata.version, check_installed()
+    asked, install = importlib.metadata.version, require_vllm(with_plans=True)
 
     def version(distribution_name: str) -> str:
-        return asked(distribution if distribution_name == "vllm" else distribution_name)
+        return asked(install.distribution if distribution_name == "vllm" else distribution_name)
 
     importlib.metadata.version = version
     try:

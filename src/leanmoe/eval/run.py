@@ -168,9 +168,9 @@ def _load(settings: EvalSettings) -> tuple[Any, Any]:
 def _implementation(model: Any, settings: EvalSettings) -> str:
     """What computes the experts."""
     if settings.engine == "vllm":
-        from leanmoe.bench.vllm_offline import require_vllm
+        from leanmoe.core.installed_vllm import require_vllm
 
-        return f"vllm {require_vllm(with_plans=True)}"
+        return f"vllm {require_vllm(with_plans=True).version}"
     plan = Plan(shape_of(model).fingerprint())
     with apply(model, plan, experts=served_experts(model)) as applied:
         return applied.implementation

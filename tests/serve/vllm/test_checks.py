@@ -15,7 +15,6 @@ from leanmoe.routing import ALONE
 from leanmoe.serve.vllm import checks, plugin
 from leanmoe.serve.vllm.patch import _bands_between, decoder_index
 from leanmoe.serve.vllm.ranks import scope_of
-from leanmoe.serve.vllm.version import check_version
 from tests.serve.stand_ins import BaseRouter, CustomRoutingRouter, FusedTopKRouter, install_context
 
 SHARED, FEWER = [Rule(guaranteed=2)], [Rule(top_k=2)]
@@ -38,17 +37,6 @@ def runner(experts: type = object, is_monolithic: bool = False, **more: Any) -> 
         do_naive_dispatch_combine=settings["do_naive_dispatch_combine"],
         moe_config=SimpleNamespace(pcp_size=settings["pcp"]),
     )
-
-
-@pytest.mark.parametrize("version", ["0.24.0", "0.32.0", "1.0.0", "0.24.0rc1+cu130", "dev"])
-def test_new_versions_pass(version: str) -> None:
-    check_version(version)
-
-
-@pytest.mark.parametrize("version", ["0.23.9", "0.8.5"])
-def test_old_versions_are_refused(version: str) -> None:
-    with pytest.raises(LeanMoeError, match=r"needs 0\.24 or newer"):
-        check_version(version)
 
 
 def test_a_hook_that_has_moved_is_refused() -> None:

@@ -9,11 +9,11 @@ import inspect
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.installed_vllm import TESTED
 from leanmoe.kernels.triton.router import MOST_TOKENS_OF_ALL
 from leanmoe.plan import Rule
 from leanmoe.serve.routing_choice import is_plain
 from leanmoe.serve.vllm.ranks import placement_of
-from leanmoe.serve.vllm.version import TESTED
 from leanmoe.serve.vllm.vllm_router import why_not_read
 
 HOOK = ["self", "hidden_states", "router_logits", "indices_type", "input_ids"]

