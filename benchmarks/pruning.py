@@ -289,7 +289,7 @@ def time_all(
 
     None while there are too few rounds for an interval.
     """
-    done = folder.lines("rounds")
+    done = folder.lines("rounds", timed=True)
     empty = Plan(shape_of(model).fingerprint())
     variants = [Variant(FULL, model, empty)]
     for pair, plan in plans.items():

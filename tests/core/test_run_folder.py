@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from leanmoe.core import run_folder
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.provenance import MadeWith
 from leanmoe.core.run_folder import RunFolder
-from leanmoe.tune.settings import TuneSettings
 
-SETTINGS = TuneSettings(model="reference")
+
+@dataclass(frozen=True)
+class Asked:
+    """Settings of a run."""
+
+    model: str = "reference"
+    margin: float = 0.005
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+SETTINGS = Asked()
+NOW = {
+    "leanmoe": "1.0", "commit": "0123456789ab", "torch": "2.0", "transformers": "5.0",
+    "weights": "aa", "machine": "a processor, 2 cores",
+}  # fmt: skip
 
 
 def test_a_step_runs_once(tmp_path: Path) -> None:
@@ -75,22 +97,102 @@ def test_pieces_survive_a_line_cut_short(tmp_path: Path) -> None:
     assert list(pieces) == [{"layer": 0}, {"layer": 1}]
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"loads": (8, 1)}, "loads is"),
-        ({"loads": ()}, "loads is"),
-        ({"margin": 0.0}, "margin is 0.0"),
-        ({"confidence": 1.0}, "confidence is 1.0"),
-        ({"repeats": 1}, "repeats is 1"),
-        ({"input_tokens": 4}, "input-tokens is 4"),
-    ],
-)
-def test_settings_out_of_range_are_named(changed: dict[str, object], message: str) -> None:
-    with pytest.raises(LeanMoeError, match=message):
-        replace(SETTINGS, **changed).check()  # type: ignore[arg-type]
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what steps are made with from now on."""
+
+    def set_to(**changed: str) -> None:
+        monkeypatch.setattr(run_folder, "made_with", lambda _: MadeWith(**{**NOW, **changed}))
+
+    set_to()
+    return set_to
 
 
-def test_bands_meet_between_loads() -> None:
-    assert replace(SETTINGS, loads=(1, 8, 32)).bands() == (2, 16, 64)
-    assert TuneSettings.from_json(SETTINGS.to_json()) == SETTINGS
+def run(folder: Path, loss: float, seconds: float) -> tuple[float, float]:
+    """A run of one step that measures a loss and one that measures a time: what it results in."""
+    steps = RunFolder.open(folder, SETTINGS, overwrite=False)
+    return steps.step("loss", lambda: loss), steps.step("time", lambda: seconds, timed=True)
+
+
+@pytest.mark.parametrize("changed", ["leanmoe", "commit", "torch", "transformers", "weights"])
+def test_what_other_code_or_weights_measured_is_measured_again(
+    changed: str,
+    made: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(tmp_path, 1.0, 2.0) == (1.0, 2.0)
+    assert run(tmp_path, 3.0, 4.0) == (1.0, 2.0)
+    assert not capsys.readouterr().err
+    made(**{changed: "another"})
+    assert run(tmp_path, 5.0, 6.0) == (5.0, 6.0)
+    said = capsys.readouterr().err
+    assert f"{changed} {NOW[changed]} (now another)" in said
+    assert len(said.splitlines()) == 1, "a reason is said once"
+    made()
+    assert run(tmp_path, 7.0, 8.0) == (7.0, 8.0)
+
+
+def test_losses_survive_another_machine_and_times_do_not(
+    made: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, 1.0, 2.0)
+    made(machine="another processor, 8 cores")
+    steps = RunFolder.open(tmp_path, SETTINGS, overwrite=False)
+    assert steps.step("loss", lambda: 3.0) == 1.0
+    assert steps.step("time", lambda: 4.0, timed=True) == 4.0
+    assert (
+        "machine a processor, 2 cores (now another processor, 8 cores)" in capsys.readouterr().err
+    )
+    assert [(made["machine"], made["steps"]) for made in steps.made_with()] == [
+        ("a processor, 2 cores", ["loss"]),
+        ("another processor, 8 cores", ["time"]),
+    ]
+
+
+@pytest.mark.usefixtures("made")
+def test_a_step_of_before_provenance_was_stored_is_measured_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = RunFolder.open(tmp_path, SETTINGS, overwrite=False)
+    (tmp_path / "loss.json").write_text(json.dumps({"seconds": 1.0, "result": 1.0}))
+    assert steps.step("loss", lambda: 2.0) == 2.0
+    assert "no provenance" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("made")
+def test_a_moved_folder_stays_valid(tmp_path: Path) -> None:
+    run(tmp_path / "here", 1.0, 2.0)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert run(tmp_path / "there", 3.0, 4.0) == (1.0, 2.0)
+
+
+def test_pieces_of_other_code_are_dropped(made: Callable[..., None], tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, SETTINGS, overwrite=False).lines("rounds").append(1)
+    assert list(RunFolder.open(tmp_path, SETTINGS, overwrite=False).lines("rounds")) == [1]
+    made(commit="another")
+    steps = RunFolder.open(tmp_path, SETTINGS, overwrite=False)
+    assert list(steps.lines("rounds")) == []
+    steps.lines("rounds").append(2)
+    assert list(RunFolder.open(tmp_path, SETTINGS, overwrite=False).lines("rounds")) == [2]
+
+
+def test_the_second_commit_does_not_get_the_first_ones_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"weight": torch.zeros(8)}, model / "model.safetensors")
+    asked = replace(SETTINGS, model=str(model))
+
+    def result(number: int) -> int:
+        folder = RunFolder.open(tmp_path / "run", asked, overwrite=False)
+        measured: int = folder.step("loss", lambda: number)
+        return measured
+
+    monkeypatch.setenv("LEANMOE_COMMIT", "000000000001")
+    assert (result(1), result(2)) == (1, 1)
+    monkeypatch.setenv("LEANMOE_COMMIT", "000000000002")
+    assert (result(3), result(4)) == (3, 3)
+    save_file({"weight": torch.ones(8)}, model / "model.safetensors")  # in place, of the same shape
+    assert (result(5), result(6)) == (5, 5)

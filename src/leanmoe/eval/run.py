@@ -89,6 +89,7 @@ def evaluate(
         results["generation"] = generation(model, tokenizer, plans, settings, folder)
     if settings.domains:
         results["domains"] = domain_matrix(model, tokenizer, texts, plans, settings, folder)
+    results["made_with"] = folder.made_with()
     results["seconds"] = folder.seconds()
     write_json(folder.path / RESULTS, results)
     return folder.path

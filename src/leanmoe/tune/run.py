@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,7 +14,7 @@ from typing import Any
 from leanmoe.bench import Load, Variant, compare
 from leanmoe.bench.in_process import served_experts
 from leanmoe.core.files import write_json
-from leanmoe.core.provenance import collect
+from leanmoe.core.provenance import collect, peak_memory
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.profile.record import profile as measure_profile
@@ -85,7 +83,7 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
         inputs = replace(inputs, kept=None)
     proposal = assemble(inputs, chosen, settings)
     gain = [
-        folder.step(f"gain-{load}", partial(_gain, inputs, proposal, load, settings))
+        folder.step(f"gain-{load}", partial(_gain, inputs, proposal, load, settings), timed=True)
         for load in settings.loads
     ]
     verdicts = [
@@ -115,6 +113,7 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
         "gain": gain,
         "verdicts": verdicts,
         "notes": _notes(verdicts, settings, inputs.kept is not None),
+        "made_with": folder.made_with(),
         "seconds": folder.seconds(),
         "peak_memory_bytes": peak_memory(),
     }
@@ -144,12 +143,6 @@ def assemble(
             prompt = point.point.prompt
     plan = Plan(fingerprint, tuple(bands), prompt, dict(provenance or {}))
     return plan if inputs.kept is None else restricted(plan, inputs.kept)
-
-
-def peak_memory() -> int:
-    """The most memory this process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else 1024 * peak)
 
 
 def _full_losses(inputs: Inputs) -> Any:
@@ -207,7 +200,7 @@ def _times(
             for load, phases in found.items()
         }
 
-    stored = folder.step("layer-times", compute)
+    stored = folder.step("layer-times", compute, timed=True)
     return {
         int(load): {phase: LayerTime(**time) for phase, time in phases.items()}
         for load, phases in stored.items()

@@ -1,0 +1,33 @@
+"""What a tune run may be asked, and the bands that its loads come to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.tune.settings import TuneSettings
+
+SETTINGS = TuneSettings(model="reference")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"loads": (8, 1)}, "loads is"),
+        ({"loads": ()}, "loads is"),
+        ({"margin": 0.0}, "margin is 0.0"),
+        ({"confidence": 1.0}, "confidence is 1.0"),
+        ({"repeats": 1}, "repeats is 1"),
+        ({"input_tokens": 4}, "input-tokens is 4"),
+    ],
+)
+def test_settings_out_of_range_are_named(changed: dict[str, object], message: str) -> None:
+    with pytest.raises(LeanMoeError, match=message):
+        replace(SETTINGS, **changed).check()  # type: ignore[arg-type]
+
+
+def test_bands_meet_between_loads() -> None:
+    assert replace(SETTINGS, loads=(1, 8, 32)).bands() == (2, 16, 64)
+    assert TuneSettings.from_json(SETTINGS.to_json()) == SETTINGS
