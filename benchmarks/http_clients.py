@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from leanmoe.bench.metrics import Ratio
 from leanmoe.bench.over_http import OverHTTP
 from leanmoe.bench.prompts import Request
 from leanmoe.bench.run import Job, load_tokenizer, make_supply
@@ -34,6 +33,7 @@ from leanmoe.bench.settings import BenchSettings, Lengths, ServiceLoad
 from leanmoe.bench.sweep import measured, warm_up
 from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect
+from leanmoe.stats.ratios import Ratio
 
 OURS = "leanmoe bench"
 WAYS: dict[str, dict[str, bool]] = {

@@ -26,7 +26,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, write_json
 from leanmoe.eval.local_tasks import Item, blimp_pairs, lambada_rows, piqa_choices, qasc_choices
 from leanmoe.models.reference import path
-from leanmoe.scoring.rows import Row
+from leanmoe.scoring.rows import ScoredRow
 from reference_model import tasks
 from reference_model.scoring import Scorer
 from reference_model.tasks import Text
@@ -109,14 +109,14 @@ def evaluate_choices(scorer: Scorer, questions: Sequence[Item], what: str) -> di
     }
 
 
-def evaluate_lambada(scorer: Scorer, rows: Sequence[Row], what: str) -> dict[str, Any]:
+def evaluate_lambada(scorer: Scorer, rows: Sequence[ScoredRow], what: str) -> dict[str, Any]:
     """Share of last words whose every token is the likeliest one."""
     scores = scorer.score(rows, what)
     return share(sum(score.greedy for score in scores), len(scores))
 
 
 def evaluate_blimp(
-    scorer: Scorer, pairs: dict[str, list[tuple[Row, Row]]], what: str
+    scorer: Scorer, pairs: dict[str, list[tuple[ScoredRow, ScoredRow]]], what: str
 ) -> dict[str, Any]:
     """Share of pairs whose good sentence is the likelier; by paradigm and overall."""
     scores = scorer.score([row for items in pairs.values() for pair in items for row in pair], what)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.scoring.rows import Row, Score, score_rows
+from leanmoe.scoring.rows import Score, ScoredRow, score_rows
 from reference_model.architecture import routers
 
 
@@ -58,7 +58,7 @@ class Scorer:
         for gate in routers(self.model):
             setattr(gate, "top_k", k)  # noqa: B010
 
-    def score(self, rows: Sequence[Row], what: str) -> list[Score]:
+    def score(self, rows: Sequence[ScoredRow], what: str) -> list[Score]:
         """One Score per row, in the given order; rows of similar length share a batch."""
 
         def note(real_T: Tensor) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.eval.local_tasks import BLIMP, LAMBADA, PIQA, PIQA_LABELS, QASC
-from leanmoe.scoring.rows import Row
+from leanmoe.scoring.rows import ScoredRow
 from reference_model.prepare import split_documents
 from reference_model.scoring import Scorer
 
@@ -40,7 +40,7 @@ def require_files(folder: Path) -> None:
 class Text:
     """A held-out text cut into windows, each belonging to one unit (document or passage)."""
 
-    rows: list[Row]
+    rows: list[ScoredRow]
     row_bytes: list[int]
     """UTF-8 bytes of each row's predicted tokens."""
     units: list[int]
@@ -67,14 +67,14 @@ def text_rows(scorer: Scorer, name: str, folder: Path) -> Text:
     if not documents:
         raise LeanMoeError(f"{folder / TEXTS[name]} holds no documents")
     by_passage = len(documents) < FEWEST_DOCUMENTS
-    rows: list[Row] = []
+    rows: list[ScoredRow] = []
     units: list[int] = []
     for document in documents:
         ids = [scorer.start_id, *scorer.encode(document)]
         for start in range(0, len(ids) - 1, scorer.context):
             new_unit = by_passage or start == 0
             units.append((units[-1] if units else -1) + new_unit)
-            rows.append(Row(tuple(ids[start : start + scorer.context + 1])))
+            rows.append(ScoredRow(tuple(ids[start : start + scorer.context + 1])))
     row_bytes = [int(scorer.bytes_per_id[list(row.ids[1:])].sum()) for row in rows]
     kind = "passage" if by_passage else "document"
     return Text(rows, row_bytes, units, kind, len(documents), len(text.split()))

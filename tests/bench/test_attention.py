@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from leanmoe.bench import Load, Variant, compare
+from leanmoe.bench import ClosedLoop, Variant, compare
 from leanmoe.bench.attention import attend_per_request, attention_per_request
 from leanmoe.bench.continuous import Arrivals, Room, run, served
 from leanmoe.bench.prompts import Request
@@ -122,7 +122,7 @@ def test_compare_interleaves_and_orders_times(reference_model) -> None:
 
     model, tokenizer = reference_model
     ids = tokenizer("import this " * 30)["input_ids"][:32]
-    load = Load(2, 16, 4, 4)
+    load = ClosedLoop(2, 16, 4, 4)
     variants = [Variant("one", nullcontext), Variant("other", nullcontext)]
     found = compare(model, [ids[:16], ids[16:32]], load, variants, repeats=3)
     for runs in found.runs.values():
@@ -137,6 +137,6 @@ def test_compare_interleaves_and_orders_times(reference_model) -> None:
 def test_a_short_prompt_is_refused_by_length(reference_model) -> None:
     model, _ = reference_model
     with pytest.raises(LeanMoeError, match="a prompt of 3 tokens was given"):
-        compare(model, [[1, 2, 3]], Load(1, 16, 4, 1), [], repeats=3)
+        compare(model, [[1, 2, 3]], ClosedLoop(1, 16, 4, 1), [], repeats=3)
     with pytest.raises(LeanMoeError, match="no prompt was given"):
-        compare(model, [], Load(1, 16, 4, 1), [], repeats=3)
+        compare(model, [], ClosedLoop(1, 16, 4, 1), [], repeats=3)

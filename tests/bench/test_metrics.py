@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from leanmoe.bench.metrics import Measurement, Ratio, Timeline
+from leanmoe.bench.metrics import Measurement, Timeline
 from leanmoe.core.errors import LeanMoeError
 
 FAST = Timeline(10.0, (10.1, 10.2, 10.4), 5, 3)
@@ -78,12 +78,3 @@ def test_names_are_those_of_vllm_bench_serve() -> None:
 def test_nothing_completed_is_no_measurement() -> None:
     with pytest.raises(LeanMoeError, match="no request was completed, 3 failed"):
         Measurement.of([], failed=3)
-
-
-def test_the_interval_is_of_paired_ratios() -> None:
-    first, other = [100.0, 200.0, 50.0], [110.0, 218.0, 55.5]
-    found = Ratio.of(first, other)
-    assert found.low < found.median < found.high
-    assert found.low > 1.05, "repeats that differ twofold do not widen an interval of pairs"
-    with pytest.raises(LeanMoeError, match="at least 2"):
-        Ratio.of([1.0], [1.0])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from leanmoe.bench.prompts import Row, Supply, read_dataset
+from leanmoe.bench.prompts import DatasetRow, Supply, read_dataset
 from leanmoe.bench.settings import Lengths, ServiceLoad
 from leanmoe.core.errors import LeanMoeError
 
@@ -44,7 +44,7 @@ def test_a_repeat_has_prompts_of_its_own_the_same_each_time() -> None:
 
 
 def test_rows_are_taken_in_turn() -> None:
-    rows = [Row(12, 3), Row((7, 8, 9), 4)]
+    rows = [DatasetRow(12, 3), DatasetRow((7, 8, 9), 4)]
     drawn = supply(rows=rows).draw(LOAD, 0)
     assert [(len(r.prompt), r.output_tokens) for r in drawn[:4]] == [(12, 3), (3, 4)] * 2
     assert drawn[1].prompt == (7, 8, 9)
@@ -66,10 +66,10 @@ def test_a_dataset_of_lengths_and_texts(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     assert read_dataset(path, Words()) == [
-        Row(100, 20),
-        Row((1, 2, 3), 3),
-        Row(7, 2),
-        Row((3, 4), 5),
+        DatasetRow(100, 20),
+        DatasetRow((1, 2, 3), 3),
+        DatasetRow(7, 2),
+        DatasetRow((3, 4), 5),
     ]
 
 

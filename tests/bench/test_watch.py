@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from leanmoe.bench.scrape import MOST_BYTES, Step, read_step
+from leanmoe.bench.scrape import MOST_BYTES, ScrapedStep, read_step
 from leanmoe.bench.servers import Server
 from leanmoe.bench.settings import ServiceLoad
 from leanmoe.bench.watch import SAMPLES, watch
@@ -26,8 +26,8 @@ def text(rows: int = 12, **changes: Any) -> bytes:
 
 def test_what_leanmoe_shows_is_read_back() -> None:
     others = b'vllm:requests{model="a"} NaN\n# HELP leanmoe_band nothing\n'
-    assert read_step(others + text()) == Step(12, "0", "16", 19, 4)
-    assert read_step(text(band=None, up_to=None)) == Step(12, "full model", "none", 19, 4)
+    assert read_step(others + text()) == ScrapedStep(12, "0", "16", 19, 4)
+    assert read_step(text(band=None, up_to=None)) == ScrapedStep(12, "full model", "none", 19, 4)
     assert read_step(exposition("p", "vllm", None, None).encode()) is None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference_model.architecture import ModelSettings, correction_bias, routers
-from reference_model.scoring import Row, Scorer
+from reference_model.scoring import ScoredRow, Scorer
 from transformers import AutoModelForCausalLM
 
 from leanmoe.core.errors import LeanMoeError
@@ -73,7 +73,7 @@ def test_it_loads_without_missing_or_unexpected_weights() -> None:
 
 
 def test_fewer_experts_cost_and_all_are_back_afterwards(scorer: Scorer) -> None:
-    row = Row((scorer.start_id, *scorer.encode(PROSE)))
+    row = ScoredRow((scorer.start_id, *scorer.encode(PROSE)))
     assert scorer.bytes_per_id[list(row.ids[1:])].sum() == len(PROSE.encode())
 
     def nats_per_token() -> float:
@@ -92,7 +92,7 @@ def test_fewer_experts_cost_and_all_are_back_afterwards(scorer: Scorer) -> None:
 
 def test_padding_changes_nothing_and_is_not_counted(scorer: Scorer) -> None:
     ids = [scorer.start_id, *scorer.encode(PROSE)]
-    rows = [Row(tuple(ids)), Row(tuple(ids[:20])), Row(tuple(ids[:40]), first=30)]
+    rows = [ScoredRow(tuple(ids)), ScoredRow(tuple(ids[:20])), ScoredRow(tuple(ids[:40]), first=30)]
     with scorer.counting_experts() as counts_LE:
         decode_batch = scorer.score(rows, "together")
     apart = [scorer.score([row], "apart")[0] for row in rows]

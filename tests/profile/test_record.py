@@ -21,11 +21,11 @@ from tests.runtime.families import build
 def some_windows(documents: int = 6, length: int = 20, each: int = 2) -> Windows:
     draw = torch.Generator().manual_seed(1)
     rows = documents * each
-    lengths_N = torch.full((rows,), length)
-    lengths_N[1] = 7
+    lengths_S = torch.full((rows,), length)
+    lengths_S[1] = 7
     return Windows(
         torch.randint(3, 64, (rows, length), generator=draw),
-        lengths_N,
+        lengths_S,
         torch.arange(rows) // each,
         tuple(f"d{n}" for n in range(documents)),
     )
@@ -57,12 +57,12 @@ def test_the_sample_holds_the_logits_of_its_tokens() -> None:
 
     caught: dict[int, torch.Tensor] = {}
     with record(model, caught.__setitem__), torch.inference_mode():
-        model(windows.ids_NL)
+        model(windows.ids_SN)
     for layer in find_layers(model):
-        logits_NLE = caught[layer.number].view(*windows.ids_NL.shape, -1)
+        logits_NLE = caught[layer.number].view(*windows.ids_SN.shape, -1)
         for place in range(trace.tokens):
             document, position = int(trace.document_T[place]), int(trace.position_T[place])
-            rows = (windows.documents_N == document).nonzero().flatten()
+            rows = (windows.documents_S == document).nonzero().flatten()
             off = [
                 (
                     logits_NLE[row, position]
@@ -76,14 +76,14 @@ def test_the_sample_holds_the_logits_of_its_tokens() -> None:
 def test_replay_of_the_sample_is_what_the_model_activates() -> None:
     model, windows = build("deepseek_v3"), some_windows(each=1)
     made = profile(model, windows, trace_tokens=10_000)
-    assert made.trace.tokens == windows.tokens - len(windows.lengths_N)
+    assert made.trace.tokens == windows.tokens - len(windows.lengths_S)
     caught: dict[int, torch.Tensor] = {}
     with record(model, caught.__setitem__), torch.inference_mode():
-        model(windows.ids_NL)
+        model(windows.ids_SN)
     shape, layer = shape_of(model), find_layers(model)[1]
     rule = Rule(threshold=0.8)
     routing = route(
-        caught[layer.number].view(*windows.ids_NL.shape, -1)[windows.mask],
+        caught[layer.number].view(*windows.ids_SN.shape, -1)[windows.mask],
         shape.router,
         shape.top_k,
         rule,

@@ -103,8 +103,8 @@ def test_the_experts_are_those_the_model_itself_uses(family: str) -> None:
         if number == layer.number:
             counts.add(logits_TE)
 
-    ids_NL = torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(0))
+    ids_SN = torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(0))
     with record(model, sink), torch.inference_mode():
-        model(ids_NL)
+        model(ids_SN)
     wanted = torch.bincount(used[0].flatten(), minlength=shape.experts)
     assert counts.result().use_E.tolist() == wanted.tolist()

@@ -63,13 +63,13 @@ def test_what_cannot_differ_is_said(shape: MoEShape) -> None:
 
 def test_acceptance_is_the_overlap_of_the_distributions() -> None:
     model = build("deepseek_v3")
-    ids_NL = torch.randint(1, 64, (3, 20), generator=torch.Generator().manual_seed(0))
-    against = Acceptance(model, Windows.of_ids(ids_NL))
+    ids_SN = torch.randint(1, 64, (3, 20), generator=torch.Generator().manual_seed(0))
+    against = Acceptance(model, Windows.of_ids(ids_SN))
     plan = Plan.uniform(shape_of(model).fingerprint(), Rule(top_k=1))
     with torch.inference_mode():
-        full = model(ids_NL).logits[:, :-1].double().softmax(-1)
+        full = model(ids_SN).logits[:, :-1].double().softmax(-1)
         with apply(model, plan):
-            less = model(ids_NL).logits[:, :-1].double().softmax(-1)
+            less = model(ids_SN).logits[:, :-1].double().softmax(-1)
             found = against.of(model)
     assert found == pytest.approx(float(torch.minimum(full, less).sum(-1).mean()), abs=1e-5)
     assert found < 0.9999

@@ -25,7 +25,7 @@ from reference_model.evaluate import (
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import write_json
 from leanmoe.eval.local_tasks import Item
-from leanmoe.scoring.rows import Row, Score
+from leanmoe.scoring.rows import Score, ScoredRow
 from reference_model import tasks
 
 LN2 = math.log(2)
@@ -37,7 +37,7 @@ class Fixed:
     def __init__(self, scores: list[Score]) -> None:
         self.scores = scores
 
-    def score(self, rows: list[Row], _what: str) -> list[Score]:
+    def score(self, rows: list[ScoredRow], _what: str) -> list[Score]:
         assert len(rows) == len(self.scores)
         return self.scores
 
@@ -46,7 +46,7 @@ def fixed(*nlls: float, greedy: bool = False) -> Any:
     return Fixed([Score(nll, greedy) for nll in nlls])
 
 
-ROW = Row((0, 1))
+ROW = ScoredRow((0, 1))
 
 
 def test_bits_per_byte_weighs_units_by_their_bytes() -> None:
@@ -104,7 +104,7 @@ def test_wikitext_is_split_at_article_titles_only() -> None:
 
 
 def test_the_sample_is_the_first_window_of_each_unit() -> None:
-    rows = [Row((0, i, i)) for i in range(1, 6)]
+    rows = [ScoredRow((0, i, i)) for i in range(1, 6)]
     text = tasks.Text(rows, [1, 2, 3, 4, 5], [0, 0, 1, 2, 2], "document", 3, 10)
     assert text.unit_bytes.tolist() == [3, 3, 9]
     whole = tasks.first_windows(text, tokens=1000, seed=0)

@@ -24,11 +24,11 @@ LENGTH = 24
 def some_windows(rows: int = 6, vocabulary: int = 64) -> Windows:
     """Two windows a document, of different lengths."""
     draw = torch.Generator().manual_seed(3)
-    ids_NL = torch.randint(1, vocabulary, (rows, LENGTH), generator=draw)
-    lengths_N = torch.tensor([LENGTH, LENGTH, 17, LENGTH, 20, 9][:rows])
-    documents_N = torch.arange(rows) // 2
+    ids_SN = torch.randint(1, vocabulary, (rows, LENGTH), generator=draw)
+    lengths_S = torch.tensor([LENGTH, LENGTH, 17, LENGTH, 20, 9][:rows])
+    documents_S = torch.arange(rows) // 2
     names = tuple(f"document {n}" for n in range(rows // 2))
-    return Windows(ids_NL, lengths_N, documents_N, names)
+    return Windows(ids_SN, lengths_S, documents_S, names)
 
 
 def uniform(model: Any, rule: Rule) -> Plan:
@@ -38,19 +38,19 @@ def uniform(model: Any, rule: Rule) -> Plan:
 @torch.inference_mode()
 def by_hand(model: Any, windows: Windows) -> list[torch.Tensor]:
     """Each window's log-probabilities [its length, V], one window at a time, without padding."""
-    rows = zip(windows.ids_NL, windows.lengths_N.tolist(), strict=True)
+    rows = zip(windows.ids_SN, windows.lengths_S.tolist(), strict=True)
     return [model(ids[None, :length]).logits[0].double().log_softmax(-1) for ids, length in rows]
 
 
 def sums_by_hand(
     windows: Windows, full: list[torch.Tensor], plan: list[torch.Tensor]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    kl_N, loss_N = np.zeros(windows.documents), np.zeros(windows.documents)
+    kl_U, loss_U = np.zeros(windows.documents), np.zeros(windows.documents)
     for row, (p, q) in enumerate(zip(full, plan, strict=True)):
-        document, targets = int(windows.documents_N[row]), windows.ids_NL[row, 1 : len(p)]
-        kl_N[document] += float((p.exp() * (p - q))[:-1].sum())
-        loss_N[document] -= float(q[:-1].gather(1, targets[:, None]).sum())
-    return kl_N, loss_N
+        document, targets = int(windows.documents_S[row]), windows.ids_SN[row, 1 : len(p)]
+        kl_U[document] += float((p.exp() * (p - q))[:-1].sum())
+        loss_U[document] -= float(q[:-1].gather(1, targets[:, None]).sum())
+    return kl_U, loss_U
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -61,32 +61,32 @@ def test_divergence_is_that_of_the_models_own_logits(family: str) -> None:
     full = by_hand(model, windows)
     with apply(model, uniform(model, Rule(top_k=2))):
         found = divergence(model, against)
-        kl_N, loss_N = sums_by_hand(windows, full, by_hand(model, windows))
-    np.testing.assert_allclose(found.kl_N, kl_N, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(found.plan.loss_N, loss_N, rtol=1e-5)
-    np.testing.assert_allclose(found.full.loss_N, sums_by_hand(windows, full, full)[1], rtol=1e-5)
-    assert found.plan.tokens_N.tolist() == [46, 39, 27]
+        kl_U, loss_U = sums_by_hand(windows, full, by_hand(model, windows))
+    np.testing.assert_allclose(found.kl_U, kl_U, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.plan.loss_U, loss_U, rtol=1e-5)
+    np.testing.assert_allclose(found.full.loss_U, sums_by_hand(windows, full, full)[1], rtol=1e-5)
+    assert found.plan.tokens_U.tolist() == [46, 39, 27]
     assert found.plan.names == windows.names
 
 
 def test_the_full_model_does_not_diverge_from_itself() -> None:
     model, windows = build("deepseek_v3"), some_windows()
     found = divergence(model, reference(model, windows))
-    assert found.kl_N.tolist() == [0.0, 0.0, 0.0]
+    assert found.kl_U.tolist() == [0.0, 0.0, 0.0]
     assert found.loss_difference == 0.0
-    np.testing.assert_array_equal(found.full.loss_N, losses(model, windows).loss_N)
+    np.testing.assert_array_equal(found.full.loss_U, losses(model, windows).loss_U)
 
 
 def test_padding_neither_counts_nor_votes() -> None:
     model = build("deepseek_v3")
     windows = some_windows()
-    other = windows.ids_NL.clone()
+    other = windows.ids_SN.clone()
     other[~windows.mask] = 63
-    changed = Windows(other, windows.lengths_N, windows.documents_N, windows.names)
+    changed = Windows(other, windows.lengths_S, windows.documents_S, windows.names)
     with apply(model, uniform(model, Rule(guaranteed=1)), decode_batch=3):
         one = losses(model, windows, decode_batch=3)
         two = losses(model, changed, decode_batch=3)
-    np.testing.assert_allclose(one.loss_N, two.loss_N, rtol=1e-6)
+    np.testing.assert_allclose(one.loss_U, two.loss_U, rtol=1e-6)
 
 
 def test_company_of_the_decode_batch_matters_and_size_of_the_call_does_not() -> None:
@@ -110,19 +110,19 @@ def test_scoring_reads_every_prediction_so_no_token_is_a_prompt() -> None:
     prompt = Plan(fingerprint, prompt=(Rule(top_k=1),) * fingerprint.moe_layers)
     full = losses(model, windows)
     with apply(model, prompt):
-        np.testing.assert_allclose(losses(model, windows).loss_N, full.loss_N, rtol=1e-6)
+        np.testing.assert_allclose(losses(model, windows).loss_U, full.loss_U, rtol=1e-6)
     after = windows.after_prompt(8)
     with apply(model, prompt, prompt_tokens=8):
         found = losses(model, after)
-    assert found.tokens_N.tolist() == [30, 23, 11]
+    assert found.tokens_U.tolist() == [30, 23, 11]
     assert found.mean != pytest.approx(losses(model, after).mean, rel=1e-6)
 
 
 def test_nan_is_traced_to_its_document() -> None:
     model, windows = build("qwen3_moe"), some_windows()
     against = reference(model, windows)
-    row = int(windows.batches()[0].rows_N[1])
-    expected = windows.names[int(windows.documents_N[row])]
+    row = int(windows.batches()[0].rows_S[1])
+    expected = windows.names[int(windows.documents_S[row])]
 
     def poison(_module: Any, _inputs: Any, output: Any) -> None:
         output[0][1] = float("nan")  # the second window of the batch

@@ -45,8 +45,8 @@ def test_one_pass_scores_every_reply_as_if_alone(family: str) -> None:
     batch = scored.batches()[0]
     with apply(model, plan, prompt_tokens=batch.prompt_in_call, decode_batch=1):
         whole = final_hidden(model, batch)
-    assert whole.shape[:2] == batch.ids_NL.shape
-    for number, row in enumerate(batch.ids_NL):
+    assert whole.shape[:2] == batch.ids_SN.shape
+    for number, row in enumerate(batch.ids_SN):
         alone = one_by_one(model, plan, row)
         torch.testing.assert_close(whole[number, PROMPT:], torch.stack(alone))
 
@@ -55,7 +55,7 @@ def test_an_empty_plan_gives_the_models_own_predictions() -> None:
     model = build("deepseek_v3")
     scored = windows()
     batch = scored.batches()[0]
-    plain = Windows.of_ids(scored.ids_NL).after_prompt(PROMPT).batches()[0]
+    plain = Windows.of_ids(scored.ids_SN).after_prompt(PROMPT).batches()[0]
     branched, whole = final_hidden(model, batch), final_hidden(model, plain)
     torch.testing.assert_close(branched[:, PROMPT:], whole[:, PROMPT:])
     assert torch.equal(batch.predicted, plain.predicted)

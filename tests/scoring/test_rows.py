@@ -12,34 +12,34 @@ import torch
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.runtime import apply, shape_of
-from leanmoe.scoring.rows import Bundle, Row, bundled, calls, score_rows
+from leanmoe.scoring.rows import Bundle, ScoredRow, bundled, calls, score_rows
 from tests.runtime.families import build
 
 VOCABULARY = 64
 
 
-def some_rows(seed: int = 0) -> tuple[list[Row], list[int]]:
+def some_rows(seed: int = 0) -> tuple[list[ScoredRow], list[int]]:
     """Questions with several answers, with none in common, with one answer, with no prompt."""
     draw = random.Random(seed)
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(draw.randrange(1, VOCABULARY) for _ in range(count))
 
-    rows: list[Row] = []
+    rows: list[ScoredRow] = []
     questions: list[int] = []
     for question in range(12):
         prompt = ids(draw.choice((1, 1, 4, 9)))
         start = ids(draw.choice((0, 2)))
         for _ in range(draw.choice((1, 2, 4))):
-            rows.append(Row((*prompt, *start, *ids(draw.randrange(1, 7))), len(prompt)))
+            rows.append(ScoredRow((*prompt, *start, *ids(draw.randrange(1, 7))), len(prompt)))
             questions.append(question)
-    rows += [rows[-1], Row(ids(7), 3), Row(ids(5), 4)]
+    rows += [rows[-1], ScoredRow(ids(7), 3), ScoredRow(ids(5), 4)]
     questions += [questions[-1], 99, 99]
     return rows, questions
 
 
 @torch.inference_mode()
-def alone(model: Any, row: Row) -> tuple[float, bool]:
+def alone(model: Any, row: ScoredRow) -> tuple[float, bool]:
     logits_TV = model(torch.tensor([row.ids])).logits[0].double()
     found = logits_TV.log_softmax(-1)[row.first - 1 : -1]
     targets = torch.tensor(row.ids[row.first :])
@@ -102,7 +102,7 @@ def test_a_step_holds_one_token_of_each_neighbour_and_no_padding() -> None:
 
 
 def test_company_depends_on_the_seed_and_is_of_other_questions() -> None:
-    bundles = bundled([Row((1, n % 9, n), 2) for n in range(40)], range(40))
+    bundles = bundled([ScoredRow((1, n % 9, n), 2) for n in range(40)], range(40))
     batch_draws = [calls(bundles, 8, seed) for seed in range(3)]
     assert batch_draws[0] == calls(bundles, 8, 0)
     assert batch_draws[0] != batch_draws[1] != batch_draws[2]
@@ -116,7 +116,7 @@ def test_company_depends_on_the_seed_and_is_of_other_questions() -> None:
 
 
 def test_the_last_step_is_filled_with_questions_scored_elsewhere() -> None:
-    bundles = bundled([Row((1, n, n)) for n in range(10)], range(10))
+    bundles = bundled([ScoredRow((1, n, n)) for n in range(10)], range(10))
     (call,) = calls(bundles, 4)
     assert len(call.bundles) == 12
     assert call.scored.count(False) == 2
@@ -124,7 +124,7 @@ def test_the_last_step_is_filled_with_questions_scored_elsewhere() -> None:
 
 def test_calls_stay_within_their_tokens() -> None:
     draw = random.Random(0)
-    bundles = [Bundle((n,), (Row((1,) * draw.randrange(2, 40)),), 1) for n in range(60)]
+    bundles = [Bundle((n,), (ScoredRow((1,) * draw.randrange(2, 40)),), 1) for n in range(60)]
     bundles = list(bundled([b.rows[0] for b in bundles], range(60)))
     for call in calls(bundles, 2, batch_tokens=200):
         width = max(b.prompt for b in call.bundles) + max(b.decoded for b in call.bundles)
@@ -134,9 +134,11 @@ def test_calls_stay_within_their_tokens() -> None:
 def test_mistakes_name_the_answer() -> None:
     model = build("qwen3_moe")
     with pytest.raises(LeanMoeError, match="answer 1 has no token to predict"):
-        score_rows(model, [Row((1, 2)), Row((1,))], [0, 1], lambda _: nullcontext(), "x")
+        score_rows(
+            model, [ScoredRow((1, 2)), ScoredRow((1,))], [0, 1], lambda _: nullcontext(), "x"
+        )
     with pytest.raises(LeanMoeError, match="3 questions"):
-        calls(bundled([Row((1, 2))] * 3, range(3)), 4)
+        calls(bundled([ScoredRow((1, 2))] * 3, range(3)), 4)
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(LeanMoeError, match="not finite numbers in answer 0"):
-        score_rows(model, [Row((1, 2))], [0], lambda _: nullcontext(), "x")
+        score_rows(model, [ScoredRow((1, 2))], [0], lambda _: nullcontext(), "x")

@@ -38,7 +38,7 @@ def documents(lengths: list[int]) -> list[Document]:
 
 
 def tokens_of(windows: Windows) -> Counter[int]:
-    return Counter(windows.ids_NL[windows.mask].tolist())
+    return Counter(windows.ids_SN[windows.mask].tolist())
 
 
 def test_every_token_of_long_documents_is_in_one_window() -> None:
@@ -47,19 +47,19 @@ def test_every_token_of_long_documents_is_in_one_window() -> None:
     assert tokens_of(windows)[1000] == 1
     # 200 = 6 x 32 + 8, and a last piece of 8 is too short to predict from.
     assert windows.tokens == 63 + 31 + 192
-    assert sorted(windows.lengths_N.tolist()) == [31, 31, *[32] * 7]
+    assert sorted(windows.lengths_S.tolist()) == [31, 31, *[32] * 7]
 
 
 def test_a_document_starts_with_the_tokenizers_start() -> None:
     windows = cut(documents([40]), Characters(), length=64)
-    assert windows.ids_NL[0, :2].tolist() == [START, 1000]
+    assert windows.ids_SN[0, :2].tolist() == [START, 1000]
     assert windows.tokens == 41
 
 
 def test_tokens_are_spread_over_as_many_documents_as_possible() -> None:
     windows = cut(documents([3200, 32, 32, 3200]), CharactersWithoutStart(), 32, tokens=32 * 6)
-    assert Counter(windows.documents_N.tolist()) == Counter({0: 2, 1: 1, 2: 1, 3: 2}) or sorted(
-        Counter(windows.documents_N.tolist()).values()
+    assert Counter(windows.documents_S.tolist()) == Counter({0: 2, 1: 1, 2: 1, 3: 2}) or sorted(
+        Counter(windows.documents_S.tolist()).values()
     ) == [1, 1, 2, 2]
     assert windows.tokens == 32 * 6
 
@@ -68,7 +68,7 @@ def test_the_same_seed_cuts_the_same_windows() -> None:
     texts = documents([100] * 20)
     one, same, other = (cut(texts, Characters(), 32, 500, seed) for seed in (0, 0, 1))
     assert one.names == same.names
-    assert torch.equal(one.ids_NL, same.ids_NL)
+    assert torch.equal(one.ids_SN, same.ids_SN)
     assert one.names != other.names
 
 
@@ -94,32 +94,32 @@ def test_every_window_is_scored_once(
     lengths: list[int], batch_tokens: int, decode_batch: int | None
 ) -> None:
     windows = cut(documents(lengths), CharactersWithoutStart(), 32)
-    count = len(windows.lengths_N)
+    count = len(windows.lengths_S)
     if decode_batch is not None and count < decode_batch:
         with pytest.raises(LeanMoeError, match=f"decode_batch is {decode_batch}"):
             windows.batches(batch_tokens, decode_batch)
         return
     batches = windows.batches(batch_tokens, decode_batch)
-    scored = [int(row) for b in batches for row in b.rows_N[b.scored_N]]
+    scored = [int(row) for b in batches for row in b.rows_S[b.scored_S]]
     assert sorted(scored) == list(range(count))
     assert sum(batch.tokens for batch in batches) == windows.tokens
     predicted = sum(int(batch.predicted.sum()) for batch in batches)
     assert predicted == windows.tokens - count
     for batch in batches:
-        assert len(batch.rows_N) % (decode_batch or 1) == 0
-        for start in range(0, len(batch.rows_N), decode_batch or 1):
-            group = batch.rows_N[start : start + (decode_batch or 1)].tolist()
+        assert len(batch.rows_S) % (decode_batch or 1) == 0
+        for start in range(0, len(batch.rows_S), decode_batch or 1):
+            group = batch.rows_S[start : start + (decode_batch or 1)].tolist()
             assert len(set(group)) == len(group), "a window kept itself company"
-        rows = batch.rows_N
-        assert torch.equal(batch.mask_NL.sum(1), windows.lengths_N[rows])
-        assert torch.equal(batch.ids_NL[batch.mask_NL], windows.ids_NL[rows][windows.mask[rows]])
+        rows = batch.rows_S
+        assert torch.equal(batch.mask_SN.sum(1), windows.lengths_S[rows])
+        assert torch.equal(batch.ids_SN[batch.mask_SN], windows.ids_SN[rows][windows.mask[rows]])
 
 
 def test_windows_of_a_document_decode_with_those_of_others() -> None:
     windows = cut(documents([32 * 4] * 8), CharactersWithoutStart(), 32)
     batches = windows.batches(decode_batch=4)
-    rows = torch.cat([batch.rows_N for batch in batches]).view(-1, 4)
-    documents_SB = windows.documents_N[rows]
+    rows = torch.cat([batch.rows_S for batch in batches]).view(-1, 4)
+    documents_SB = windows.documents_S[rows]
     repeated = sum(4 - len(set(step)) for step in documents_SB.tolist())
     # By chance alone, 4 of 8 documents' windows would repeat a document 5 times in these 8 steps.
     assert repeated <= 3

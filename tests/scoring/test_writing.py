@@ -13,7 +13,7 @@ import torch
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Plan, Rule
 from leanmoe.runtime import apply, shape_of
-from leanmoe.scoring.rows import Row
+from leanmoe.scoring.rows import ScoredRow
 from leanmoe.scoring.writing import divergence_by_position, write_on
 from leanmoe.stats.replies import (
     NUMBER,
@@ -85,7 +85,7 @@ def test_draws_are_from_the_models_distribution() -> None:
 
 def test_divergence_by_position_is_that_of_the_logits() -> None:
     model = build("deepseek_v3")
-    rows = [Row((*prompt, 7, 8, 9, 10), len(prompt)) for prompt in PROMPTS]
+    rows = [ScoredRow((*prompt, 7, 8, 9, 10), len(prompt)) for prompt in PROMPTS]
     found = divergence_by_position(
         model, rows, under(model, Rule(), 1), under(model, Rule(top_k=1), 1), "x"
     )

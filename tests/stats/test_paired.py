@@ -23,9 +23,9 @@ TRIALS = 600
 TRUE_LOSS = 0.005
 
 
-def losses(loss_N: Floats, tokens: int = 100) -> Losses:
-    names = tuple(f"d{n}" for n in range(len(loss_N)))
-    return Losses(names, loss_N, np.full(len(loss_N), tokens))
+def losses(loss_U: Floats, tokens: int = 100) -> Losses:
+    names = tuple(f"d{n}" for n in range(len(loss_U)))
+    return Losses(names, loss_U, np.full(len(loss_U), tokens))
 
 
 def some_losses(count: int, increase: float, seed: int = 0) -> tuple[Losses, Losses]:
@@ -86,13 +86,13 @@ def test_no_change_is_no_loss_with_certainty() -> None:
     seed=st.integers(0, 3),
 )
 def test_bounds_are_ordered_and_know_no_unit(change: list[float], scale: float, seed: int) -> None:
-    change_N = np.array(change)
-    base_N = np.random.default_rng(0).uniform(1, 9, len(change))
-    found = paired.ratio_of_sums(change_N, base_N, seed=seed)
+    change_U = np.array(change)
+    base_U = np.random.default_rng(0).uniform(1, 9, len(change))
+    found = paired.ratio_of_sums(change_U, base_U, seed=seed)
     assert found.low <= found.ratio <= found.upper_bound <= found.high
-    scaled = paired.ratio_of_sums(change_N * scale, base_N * scale, seed=seed)
+    scaled = paired.ratio_of_sums(change_U * scale, base_U * scale, seed=seed)
     assert scaled.upper_bound == pytest.approx(found.upper_bound, rel=1e-6, abs=1e-9)
-    bolder = paired.ratio_of_sums(change_N, base_N, 0.9, seed)
+    bolder = paired.ratio_of_sums(change_U, base_U, 0.9, seed)
     assert bolder.upper_bound <= found.upper_bound
 
 
@@ -168,21 +168,21 @@ def test_too_few_documents_say_how_many_are_needed() -> None:
 
 def test_documents_without_a_prediction_are_left_out() -> None:
     full, plan = some_losses(25, 0.01)
-    more = [Losses((*x.names, "empty"), np.append(x.loss_N, 0.0), np.append(x.tokens_N, 0))
+    more = [Losses((*x.names, "empty"), np.append(x.loss_U, 0.0), np.append(x.tokens_U, 0))
             for x in (full, plan)]  # fmt: skip
     assert paired.loss_increase(*more) == paired.loss_increase(full, plan)
 
 
 def test_a_document_that_is_not_a_number_is_not_left_out() -> None:
     full, plan = some_losses(25, 0.01)
-    plan.loss_N[3] = np.nan
+    plan.loss_U[3] = np.nan
     with pytest.raises(LeanMoeError, match="NaN"):
         paired.loss_increase(full, plan)
 
 
 def test_two_plans_are_compared_document_by_document() -> None:
     full, one = some_losses(50, 0.01, seed=1)
-    other = losses(one.loss_N + 0.001 * full.loss_N)
+    other = losses(one.loss_U + 0.001 * full.loss_U)
     found = paired.loss_difference(full, other, one)
     assert found.ratio == pytest.approx(0.001)
     assert found.high - found.low < 1e-9 < paired.loss_increase(full, one).high
@@ -190,17 +190,17 @@ def test_two_plans_are_compared_document_by_document() -> None:
 
 def test_losses_of_other_texts_are_not_compared() -> None:
     full, plan = some_losses(30, 0.0)
-    fewer = Losses(plan.names[:29], plan.loss_N[:29], plan.tokens_N[:29])
+    fewer = Losses(plan.names[:29], plan.loss_U[:29], plan.tokens_U[:29])
     with pytest.raises(LeanMoeError, match="30 documents in one, 29 in the other"):
         paired.loss_increase(full, fewer)
-    other = Losses(plan.names, plan.loss_N, plan.tokens_N + np.eye(30, dtype=np.int64)[4])
+    other = Losses(plan.names, plan.loss_U, plan.tokens_U + np.eye(30, dtype=np.int64)[4])
     with pytest.raises(LeanMoeError, match="document 'd4' has 100 predicted tokens in one and 101"):
         paired.loss_increase(full, other)
 
 
 def test_sums_add_up_and_survive_json() -> None:
     full, plan = some_losses(3, 0.01)
-    assert Losses.from_json(plan.to_json()).loss_N.tolist() == plan.loss_N.tolist()
+    assert Losses.from_json(plan.to_json()).loss_U.tolist() == plan.loss_U.tolist()
     once = Divergence(np.array([1.0, 2.0, 3.0]), plan, full)
     assert (once + once).mean_kl == pytest.approx(6.0 / 300)
     assert once.loss_difference == pytest.approx(plan.mean - full.mean)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leanmoe.bench.measure import Comparison, Variant, compare
-    from leanmoe.bench.metrics import Load, Measurement, Ratio, Timeline
+    from leanmoe.bench.metrics import ClosedLoop, Measurement, Ratio, Timeline
 
-__all__ = ["Comparison", "Load", "Measurement", "Ratio", "Timeline", "Variant", "compare"]
+__all__ = ["ClosedLoop", "Comparison", "Measurement", "Ratio", "Timeline", "Variant", "compare"]
 _MEASURE = {"Comparison", "Variant", "compare"}
 
 

@@ -6,7 +6,7 @@ of the load; and it copies all that is cached in every layer of every step. Its 
 needs a flash kernel, which a CPU does not have. This is that way in plain torch: the same
 arguments, keys and values kept where they were written, and one product a request.
 
-Letters: H heads, Q tokens of the step, C cached and new tokens of a request, W head width.
+Letters: H heads, T tokens of the step, S requests; a head is `width` wide.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class RequestCache:
     def write(
         self, layer: int, pieces: list[Piece], key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Stores (1,H,Q,W) keys and values; returns all that the layer holds, (H,slots,W)."""
+        """Stores (1,H,T,width) keys and values; returns the layer's, (H,slots,width)."""
         keys, values = self._room(layer, max(piece.known.stop for piece in pieces), key, value)
         for piece in pieces:
             here = slice(piece.known.stop - (piece.new.stop - piece.new.start), piece.known.stop)
@@ -127,7 +127,7 @@ def attend_per_request(
     scaling: float | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface: (1,H,Q,W) queries to (1,Q,H,W), request by request.
+    """Transformers' attention interface, by request: (1,H,T,width) queries to (1,T,H,width).
 
     Keys and values are repeated for grouped queries by SDPA itself. Every call reads only what
     its request cached.
@@ -152,12 +152,12 @@ def attend_per_request(
 
 
 def _pieces(keywords: dict[str, Any]) -> list[Piece]:
-    starts_R = keywords["cu_seq_lens_q"]
-    known_R = keywords["cu_seq_lens_k"]
-    known_R = next(iter(known_R.values())) if isinstance(known_R, dict) else known_R
-    starts: list[int] = starts_R.tolist()
-    lengths: list[int] = known_R.diff().tolist()
-    ends: list[int] = (keywords["write_index"][0][starts_R[1:].long() - 1] + 1).tolist()
+    starts_S = keywords["cu_seq_lens_q"]
+    known_S = keywords["cu_seq_lens_k"]
+    known_S = next(iter(known_S.values())) if isinstance(known_S, dict) else known_S
+    starts: list[int] = starts_S.tolist()
+    lengths: list[int] = known_S.diff().tolist()
+    ends: list[int] = (keywords["write_index"][0][starts_S[1:].long() - 1] + 1).tolist()
     return [
         Piece(slice(first, after), slice(end - length, end))
         for first, after, end, length in zip(starts, starts[1:], ends, lengths, strict=False)

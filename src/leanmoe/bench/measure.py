@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from leanmoe.bench.continuous import Arrivals, Room, run, served
-from leanmoe.bench.metrics import Load, Measurement, Ratio
+from leanmoe.bench.metrics import ClosedLoop, Measurement
 from leanmoe.bench.prompts import Request
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
+from leanmoe.stats.ratios import Ratio
 
 WARM_UP_OUTPUT = 4
 
@@ -31,7 +32,7 @@ class Variant:
 class Comparison:
     """The same load on several variants, interleaved."""
 
-    load: Load
+    load: ClosedLoop
     runs: Mapping[str, tuple[Measurement, ...]]
 
     def ratio(self, name: str, confidence: float = 0.95) -> Ratio:
@@ -69,7 +70,7 @@ class Comparison:
 def compare(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    load: Load,
+    load: ClosedLoop,
     variants: Sequence[Variant],
     repeats: int = 5,
     seed: int = 0,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from leanmoe.core.errors import LeanMoeError
 
@@ -17,7 +15,7 @@ LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 
 @dataclass(frozen=True)
-class Load:
+class ClosedLoop:
     """A closed loop: so many requests at once, each followed by the next as soon as it ends."""
 
     concurrency: int
@@ -167,33 +165,3 @@ class Measurement:
 
 def _keeps(timeline: Timeline, limits: Mapping[str, float]) -> bool:
     return all(1e3 * float(getattr(timeline, name)) <= most for name, most in limits.items())
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A variant's figure over the first variant's, paired by repeat."""
-
-    median: float
-    low: float
-    high: float
-    repeats: int
-
-    @classmethod
-    def of(cls, first: Sequence[float], other: Sequence[float], confidence: float = 0.95) -> Ratio:
-        """The interval is Student's t on the logarithms of the paired ratios."""
-        logs = np.log(np.asarray(other) / np.asarray(first))
-        count = len(logs)
-        if count < 2:
-            raise LeanMoeError(f"{count} repeat: at least 2 are needed for an interval")
-        reach = stats.t.ppf(0.5 + confidence / 2, count - 1) * logs.std(ddof=1) / math.sqrt(count)
-        centre = float(logs.mean())
-        return cls(
-            float(np.exp(np.median(logs))),
-            float(math.exp(centre - reach)),
-            float(math.exp(centre + reach)),
-            count,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The numbers under their names."""
-        return asdict(self)

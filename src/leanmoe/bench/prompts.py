@@ -41,7 +41,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Row:
+class DatasetRow:
     """One row of a dataset: a prompt's ids or only its length, and its reply's length."""
 
     prompt: tuple[int, ...] | int
@@ -56,7 +56,7 @@ class Supply:
         stream: Sequence[int],
         input_len: Lengths,
         output_len: Lengths,
-        rows: Sequence[Row] = (),
+        rows: Sequence[DatasetRow] = (),
         seed: int = 0,
     ) -> None:
         self._stream = tuple(stream)
@@ -131,7 +131,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def read_dataset(path: Path, tokenizer: Any) -> list[Row]:
+def read_dataset(path: Path, tokenizer: Any) -> list[DatasetRow]:
     """Rows of a .jsonl file. Raises LeanMoeError naming the line and what a row needs.
 
     A row has a prompt's length (`input_len`) or text (`prompt`), and a reply's length
@@ -153,7 +153,7 @@ def read_dataset(path: Path, tokenizer: Any) -> list[Row]:
     return rows
 
 
-def _row(line: str, where: str, tokenizer: Any) -> Row:
+def _row(line: str, where: str, tokenizer: Any) -> DatasetRow:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -171,7 +171,7 @@ def _row(line: str, where: str, tokenizer: Any) -> Row:
     if output is None:
         output = len(encode(tokenizer, reply))
     ids = tuple(encode(tokenizer, text)) if text else None
-    return Row(ids or prompt or 1, max(output, 2))
+    return DatasetRow(ids or prompt or 1, max(output, 2))
 
 
 def _counted(value: dict[str, Any], fields: Sequence[str], where: str) -> int | None:

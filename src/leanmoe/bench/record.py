@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanmoe.bench.metrics import Measurement, Ratio
+from leanmoe.bench.metrics import Measurement
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.core.files import write_json
+from leanmoe.stats.ratios import Ratio
 
 SCHEMA_VERSION = 1
 COMPARED = (

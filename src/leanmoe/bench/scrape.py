@@ -24,7 +24,7 @@ _ROWS, _BAND, _PLAN = "leanmoe_step_rows", "leanmoe_band", "leanmoe_plan"
 
 
 @dataclass(frozen=True)
-class Step:
+class ScrapedStep:
     """The last step that a server ran; experts are means over its MoE layers."""
 
     rows: int
@@ -37,7 +37,7 @@ class Step:
     """Experts a token used."""
 
 
-def read_step(body: bytes) -> Step | None:
+def read_step(body: bytes) -> ScrapedStep | None:
     """The step in a server's answer; None where it ran none yet.
 
     Raises LeanMoeError where leanmoe's metrics are missing, or cannot be true.
@@ -69,7 +69,7 @@ def read_step(body: bytes) -> Step | None:
     if len(found[_ROWS]) != 1 or len(bands) != 1 or not {"band", "up_to"} <= set(bands[0][0]):
         raise LeanMoeError(f"its /metrics must have one {_ROWS} and one {_BAND}")
     band = bands[0][0]
-    return Step(
+    return ScrapedStep(
         int(found[_ROWS][0][1]), band["band"], band["up_to"], _mean(distinct), _mean(activated)
     )
 

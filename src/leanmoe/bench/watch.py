@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from leanmoe.bench.scrape import MOST_BYTES, PATH, Step, read_step
+from leanmoe.bench.scrape import MOST_BYTES, PATH, ScrapedStep, read_step
 from leanmoe.bench.servers import ANSWER_SECONDS, Server
 from leanmoe.bench.settings import ServiceLoad
 from leanmoe.core.errors import LeanMoeError
@@ -78,10 +78,10 @@ async def _watched(
 
 
 async def _sample(
-    client: httpx.AsyncClient, sender: _Sender, before: Step | None, most_rows: int
-) -> list[Step]:
+    client: httpx.AsyncClient, sender: _Sender, before: ScrapedStep | None, most_rows: int
+) -> list[ScrapedStep]:
     """The steps that are shown while requests are under way."""
-    seen: list[Step] = []
+    seen: list[ScrapedStep] = []
     is_ours = False
     end = time.monotonic() + SECONDS
     while len(seen) < SAMPLES and time.monotonic() < end and not sender.is_done:
@@ -95,7 +95,7 @@ async def _sample(
     return seen
 
 
-async def _scrape(client: httpx.AsyncClient) -> Step | None:
+async def _scrape(client: httpx.AsyncClient) -> ScrapedStep | None:
     body = bytearray()
     async with client.stream("GET", PATH, timeout=ANSWER_SECONDS) as answer:
         if answer.status_code != httpx.codes.OK:
@@ -107,7 +107,7 @@ async def _scrape(client: httpx.AsyncClient) -> Step | None:
     return read_step(bytes(body))
 
 
-def _summary(seen: Sequence[Step]) -> dict[str, Any]:
+def _summary(seen: Sequence[ScrapedStep]) -> dict[str, Any]:
     bands = Counter((step.band, step.up_to) for step in seen)
     return {
         "experts_a_token": sum(step.activated for step in seen) / len(seen),

@@ -1,6 +1,6 @@
 """Local tasks answered by the full model and by plans, question by question.
 
-Letters: N questions, M mixes.
+Letters: U questions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
 from leanmoe.runtime import IMPLEMENTATION, apply, has_kernel
-from leanmoe.scoring.rows import Row, Score, score_rows
+from leanmoe.scoring.rows import Score, ScoredRow, score_rows
 from leanmoe.stats.outcomes import Bools
 from leanmoe.stats.paired import (
     MINIMUM_DOCUMENTS,
@@ -31,10 +31,10 @@ from leanmoe.stats.paired import (
 class Answers:
     """Which questions were right, and what the right answers cost."""
 
-    right_N: Bools
-    loss_N: Any
+    right_U: Bools
+    loss_U: Any
     """Negative log-likelihood of the right answer, nats; None where that is not known."""
-    tokens_N: Any
+    tokens_U: Any
 
 
 def answer_tasks(
@@ -78,12 +78,12 @@ def loss_changes(
 
     None where there are too few questions.
     """
-    if full.loss_N is None or len(full.loss_N) < MINIMUM_DOCUMENTS:
+    if full.loss_U is None or len(full.loss_U) < MINIMUM_DOCUMENTS:
         return None
-    names = tuple(map(str, range(len(full.loss_N))))
-    mean_N = np.mean([answers.loss_N for answers in plan], axis=0)
-    before = Losses(names, full.loss_N, full.tokens_N)
-    after = Losses(names, mean_N, full.tokens_N)
+    names = tuple(map(str, range(len(full.loss_U))))
+    mean_U = np.mean([answers.loss_U for answers in plan], axis=0)
+    before = Losses(names, full.loss_U, full.tokens_U)
+    after = Losses(names, mean_U, full.tokens_U)
     return loss_increase(before, after, settings.confidence, settings.seed).to_json()
 
 
@@ -94,7 +94,7 @@ def _step(each: Named, full: Named) -> str:
 def _scoring(
     model: Any,
     each: Named,
-    rows: Sequence[Row],
+    rows: Sequence[ScoredRow],
     questions: Sequence[int],
     settings: EvalSettings,
     mix: int,

@@ -60,9 +60,9 @@ def read_domains(tokenizer: Any, settings: EvalSettings) -> list[tuple[Domain, W
                 f"domain {name}: {error}; give a longer text, or more than "
                 f"{settings.domain_tokens} --domain-tokens"
             ) from error
-        if len(windows.lengths_N) < settings.decode_batch:
+        if len(windows.lengths_S) < settings.decode_batch:
             raise LeanMoeError(
-                f"domain {name} gives {len(windows.lengths_N)} windows: --decode-batch "
+                f"domain {name} gives {len(windows.lengths_S)} windows: --decode-batch "
                 f"{settings.decode_batch} needs as many"
             )
         found.append((domain, windows))

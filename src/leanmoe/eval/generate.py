@@ -1,6 +1,6 @@
 """Replies of the full model and of plans to the same prompts, and how they differ.
 
-Letters: N prompts, S replies drawn of each, M mixes, T positions of a reply.
+Letters: U prompts, Z replies drawn of each, or batch draws, N positions of a reply.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
 from leanmoe.runtime import apply
-from leanmoe.scoring.rows import Applying, Row
+from leanmoe.scoring.rows import Applying, ScoredRow
 from leanmoe.scoring.writing import divergence_by_position, write_on
 from leanmoe.stats.outcomes import difference
 from leanmoe.stats.replies import first_divergence, pass_at, repeated_share, until
@@ -62,9 +62,9 @@ def generation(
             "divergence": writer.divergence(each, full, replies, batch_draws),
         }
         if prompts[0].answer is not None:
-            right_N = writer.right(replies)
+            right_U = writer.right(replies)
             found = difference(
-                right_N, np.stack([writer.right(t) for t in theirs]), settings.confidence
+                right_U, np.stack([writer.right(t) for t in theirs]), settings.confidence
             )
             row["exact_match"] = found.to_json()
         if drawn is not None:
@@ -154,7 +154,7 @@ class _Writer:
     ) -> dict[str, Any]:
         """KL from the full model along its own replies, by stretches of positions."""
         rows = [
-            Row((*prompt.ids, *reply), len(prompt.ids))
+            ScoredRow((*prompt.ids, *reply), len(prompt.ids))
             for prompt, reply in zip(self._prompts, replies, strict=True)
         ]
 
@@ -200,10 +200,10 @@ def _drift(
     """Repetition and length of greedy replies, plan less full, by prompt."""
 
     def change(measure: Callable[[list[int]], float]) -> dict[str, Any]:
-        before_N = np.array([measure(until(reply, writer.ends)) for reply in full])
-        after_MN = np.array([[measure(until(r, writer.ends)) for r in plan] for plan in plans])
-        found = _mean(after_MN.mean(0) - before_N, settings.confidence)
-        return {"full": float(before_N.mean()), "plan": float(after_MN.mean()), **found}
+        before_U = np.array([measure(until(reply, writer.ends)) for reply in full])
+        after_ZU = np.array([[measure(until(r, writer.ends)) for r in plan] for plan in plans])
+        found = _mean(after_ZU.mean(0) - before_U, settings.confidence)
+        return {"full": float(before_U.mean()), "plan": float(after_ZU.mean()), **found}
 
     return {
         "repetition": change(repeated_share),
@@ -220,38 +220,38 @@ def _pass_at(
     """pass@1, and pass@n for the powers of two up to the replies drawn, plan less full."""
 
     def rates(replies: Sequence[Sequence[int]], tries: int) -> Floats:
-        right_NS = writer.right(replies).reshape(-1, writer.draws)
-        return np.array([pass_at(writer.draws, int(n), tries) for n in right_NS.sum(1)])
+        right_UZ = writer.right(replies).reshape(-1, writer.draws)
+        return np.array([pass_at(writer.draws, int(n), tries) for n in right_UZ.sum(1)])
 
     tries = sorted({2**n for n in range(writer.draws.bit_length()) if 2**n <= writer.draws})
     rows = []
     for number in sorted({*tries, writer.draws}):
-        full_N = rates(full, number)
-        plan_N = np.mean([rates(plan, number) for plan in plans], axis=0)
-        found = _mean(plan_N - full_N, settings.confidence)
+        full_U = rates(full, number)
+        plan_U = np.mean([rates(plan, number) for plan in plans], axis=0)
+        found = _mean(plan_U - full_U, settings.confidence)
         rows.append(
-            {"n": number, "full": float(full_N.mean()), "plan": float(plan_N.mean()), **found}
+            {"n": number, "full": float(full_U.mean()), "plan": float(plan_U.mean()), **found}
         )
     return rows
 
 
-def _by_part(kl_NT: Floats, settings: EvalSettings) -> dict[str, Any]:
-    parts = np.array_split(np.arange(kl_NT.shape[1]), min(PARTS, kl_NT.shape[1]))
+def _by_part(kl_UN: Floats, settings: EvalSettings) -> dict[str, Any]:
+    parts = np.array_split(np.arange(kl_UN.shape[1]), min(PARTS, kl_UN.shape[1]))
     rows = [
         {
             "from": int(part[0]),
             "to": int(part[-1]),
-            **_mean(kl_NT[:, part].mean(1), settings.confidence),
+            **_mean(kl_UN[:, part].mean(1), settings.confidence),
         }
         for part in parts
     ]
-    growth_N = kl_NT[:, parts[-1]].mean(1) - kl_NT[:, parts[0]].mean(1)
-    return {"parts": rows, "growth": _mean(growth_N, settings.confidence)}
+    growth_U = kl_UN[:, parts[-1]].mean(1) - kl_UN[:, parts[0]].mean(1)
+    return {"parts": rows, "growth": _mean(growth_U, settings.confidence)}
 
 
-def _mean(values_N: Floats, confidence: float) -> dict[str, float]:
+def _mean(values_U: Floats, confidence: float) -> dict[str, float]:
     """A mean over prompts with its t interval."""
-    mean = float(values_N.mean())
-    error = float(values_N.std(ddof=1)) / len(values_N) ** 0.5
-    reach = float(stats.t.ppf(0.5 + confidence / 2, len(values_N) - 1)) * error
+    mean = float(values_U.mean())
+    error = float(values_U.std(ddof=1)) / len(values_U) ** 0.5
+    reach = float(stats.t.ppf(0.5 + confidence / 2, len(values_U) - 1)) * error
     return {"mean": mean, "low": mean - reach, "high": mean + reach}

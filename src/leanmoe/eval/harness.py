@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness, answered by the full model and by plans.
 
-Letters: N questions.
+Letters: U questions.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def answer_harness(
 
 
 def _as_answers(judged: dict[str, Any]) -> Answers:
-    right_N = np.array(judged["right"], dtype=bool)
+    right_U = np.array(judged["right"], dtype=bool)
     if judged["loss"] is None:
-        return Answers(right_N, None, None)
-    loss_N = np.array(judged["loss"], dtype=np.float64)
-    return Answers(right_N, loss_N, np.ones(len(loss_N), dtype=np.int64))
+        return Answers(right_U, None, None)
+    loss_U = np.array(judged["loss"], dtype=np.float64)
+    return Answers(right_U, loss_U, np.ones(len(loss_U), dtype=np.int64))
 
 
 def _manager(names: Sequence[str], settings: EvalSettings) -> Any:

@@ -14,7 +14,7 @@ from leanmoe.eval.answers import served_experts
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan.named_plans import Named
 from leanmoe.runtime import apply
-from leanmoe.scoring.rows import Row, score_rows
+from leanmoe.scoring.rows import ScoredRow, score_rows
 
 
 def planned_model(model: Any, tokenizer: Any, each: Named, settings: EvalSettings, mix: int) -> Any:
@@ -55,7 +55,7 @@ class PlannedHFLM(HFLM):  # type: ignore[misc]
         rows = []
         for _texts, context, continuation in requests:
             ids = [*context, *continuation][-(self.max_length + 1) :]
-            rows.append(Row(tuple(ids), max(1, len(ids) - len(continuation))))
+            rows.append(ScoredRow(tuple(ids), max(1, len(ids) - len(continuation))))
         settings = self._settings
 
         def applying(prompt_tokens: int) -> AbstractContextManager[Any]:

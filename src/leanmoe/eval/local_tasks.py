@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from leanmoe.core.errors import LeanMoeError, did_you_mean
-from leanmoe.scoring.rows import Row, Score
+from leanmoe.scoring.rows import Score, ScoredRow
 
 LAMBADA = "lambada_openai_test.jsonl"
 PIQA, PIQA_LABELS = "piqa_valid.jsonl", "piqa_valid-labels.lst"
@@ -62,7 +62,7 @@ class Encoder:
 class Item:
     """One question: a row per answer, and which of them is right."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ScoredRow, ...]
     right: int = 0
     answer_bytes: tuple[int, ...] = ()
     """UTF-8 bytes of each answer, where likelihoods are compared per byte."""
@@ -110,9 +110,9 @@ def read_task(name: str, encoder: Encodes, folder: Path, limit: int | None = Non
     return Task(name, metric, items)
 
 
-def lambada_rows(encoder: Encodes, folder: Path, limit: int | None = None) -> list[Row]:
+def lambada_rows(encoder: Encodes, folder: Path, limit: int | None = None) -> list[ScoredRow]:
     """Passages whose last word (with the space before it) is to be predicted."""
-    rows: list[Row] = []
+    rows: list[ScoredRow] = []
     for item in _lines(folder / LAMBADA)[:limit]:
         context, word = item["text"].rsplit(" ", 1)
         rows.append(_continued(encoder, context, f" {word}"))
@@ -141,11 +141,11 @@ def qasc_choices(encoder: Encodes, folder: Path) -> list[Item]:
 
 def blimp_pairs(
     encoder: Encodes, folder: Path, limit: int | None = None
-) -> dict[str, list[tuple[Row, Row]]]:
+) -> dict[str, list[tuple[ScoredRow, ScoredRow]]]:
     """By paradigm: the good and the bad sentence of each pair."""
 
-    def whole(sentence: str) -> Row:
-        return Row((encoder.start_id, *encoder.encode(sentence)))
+    def whole(sentence: str) -> ScoredRow:
+        return ScoredRow((encoder.start_id, *encoder.encode(sentence)))
 
     return {
         file.stem: [
@@ -162,11 +162,11 @@ def _choice(encoder: Encodes, question: str, answers: Sequence[str], right: int)
     return Item(rows, right, tuple(len(f" {answer}".encode()) for answer in answers))
 
 
-def _continued(encoder: Encodes, context: str, continuation: str) -> Row:
+def _continued(encoder: Encodes, context: str, continuation: str) -> ScoredRow:
     head = [encoder.start_id, *encoder.encode(context)]
     tail = encoder.encode(continuation)
     head = head[-(encoder.context + 1 - len(tail)) :]
-    return Row((*head, *tail), first=len(head))
+    return ScoredRow((*head, *tail), first=len(head))
 
 
 def _lines(path: Path, parse: Callable[[str], Any] = json.loads) -> list[Any]:

@@ -108,20 +108,20 @@ def compared(
             continue
         found: list[Difference] = []
         for task, batch_draws in by_task.items():
-            draws_MN = np.stack([each.right_N for each in batch_draws])
-            found.append(difference(full[task][0].right_N, draws_MN, settings.confidence))
+            draws_ZU = np.stack([each.right_U for each in batch_draws])
+            found.append(difference(full[task][0].right_U, draws_ZU, settings.confidence))
             loss = loss_changes(full[task][0], batch_draws, settings)
             metric = (metrics or {}).get(task, "")
             rows.append(_row(name, task, found[-1], settings, loss=loss, metric=metric))
         if len(found) > 1:
-            right_N = np.concatenate([full[task][0].right_N for task in by_task])
-            pooled_MN = np.stack(
+            right_U = np.concatenate([full[task][0].right_U for task in by_task])
+            pooled_ZU = np.stack(
                 [
-                    np.concatenate([batch_draws[mix].right_N for batch_draws in by_task.values()])
+                    np.concatenate([batch_draws[mix].right_U for batch_draws in by_task.values()])
                     for mix in range(min(map(len, by_task.values())))
                 ]
             )
-            pooled = difference(right_N, pooled_MN, settings.confidence)
+            pooled = difference(right_U, pooled_ZU, settings.confidence)
             rows.append(_row(name, POOLED, pooled, settings))
             rows.append(_row(name, MEAN, mean_of_tasks(found), settings))
     return rows

@@ -23,7 +23,7 @@ from leanmoe.profile.saved import QUANTILES, LayerCounts, Profile, Trace
 from leanmoe.routing import score
 from leanmoe.runtime import find_layers, record, shape_of
 from leanmoe.scoring.forward import hidden_of
-from leanmoe.scoring.windows import BATCH_TOKENS, Batch, Windows
+from leanmoe.scoring.windows import BATCH_TOKENS, WindowBatch, Windows
 
 TRACE_TOKENS = 16384
 
@@ -58,7 +58,7 @@ def profile(
 
     with record(model, sink):
         for batch, _ in hidden_of(model, windows, "Profile", batch_tokens):
-            real_T = batch.mask_NL.reshape(-1)
+            real_T = batch.mask_SN.reshape(-1)
             logits_LTE = [
                 caught.pop(n).reshape(-1, shape.experts)[real_T] for n in range(len(layers))
             ]
@@ -91,20 +91,20 @@ class _Sample:
         self._rows: list[Tensor] = []
         self._positions: list[Tensor] = []
 
-    def add(self, batch: Batch, logits_LTE: list[Tensor]) -> None:
+    def add(self, batch: WindowBatch, logits_LTE: list[Tensor]) -> None:
         """Keeps the chosen ones of a batch's tokens [T], padding left out."""
-        width = batch.ids_NL.shape[1]
-        chosen_NL = self._chosen_NL[batch.rows_N, :width]
-        chosen_T = chosen_NL[batch.mask_NL]
+        width = batch.ids_SN.shape[1]
+        chosen_NL = self._chosen_NL[batch.rows_S, :width]
+        chosen_T = chosen_NL[batch.mask_SN]
         self._logits.append(torch.stack([logits[chosen_T].half().cpu() for logits in logits_LTE]))
         rows, positions = chosen_NL.nonzero(as_tuple=True)
-        self._rows.append(batch.rows_N[rows])
+        self._rows.append(batch.rows_S[rows])
         self._positions.append(positions)
 
     def trace(self) -> Trace:
         """All that was kept, sorted by document."""
         rows_T, positions_T = torch.cat(self._rows), torch.cat(self._positions)
-        documents_T = self._windows.documents_N[rows_T]
+        documents_T = self._windows.documents_S[rows_T]
         order_T = documents_T.argsort(stable=True)
         logits_LTE = torch.cat(self._logits, dim=1)[:, order_T]
         return Trace(
@@ -121,7 +121,7 @@ def _choose(windows: Windows, tokens: int, seed: int) -> Tensor:
     possible_NL[:, 0] = False
     rows, positions = possible_NL.nonzero(as_tuple=True)
     shuffled = torch.randperm(len(rows), generator=draw)
-    documents = windows.documents_N[rows[shuffled]]
+    documents = windows.documents_S[rows[shuffled]]
     by_document = documents.argsort(stable=True)
     sizes = torch.bincount(documents, minlength=windows.documents)
     starts = sizes.cumsum(0) - sizes

@@ -26,7 +26,7 @@ from leanmoe.core.files import read_json, write_json, write_with
 from leanmoe.models.hf_config import FILE, NAMES, TEXT_PARTS
 from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.prune.kept_experts import Kept, check_count, groups_of
-from leanmoe.prune.tensor_names import Part, check_parts, expert_parts, renumbered
+from leanmoe.prune.tensor_names import TensorPart, check_parts, expert_parts, renumbered
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -52,7 +52,7 @@ class Source:
     """Tensor names by file."""
     sizes: dict[str, tuple[int, ...]]
     bytes: dict[str, int]
-    parts: dict[str, Part]
+    parts: dict[str, TensorPart]
 
 
 def read_source(folder: Path) -> Source:
@@ -307,7 +307,7 @@ def _write_shard(
 
 
 def _sliced(
-    shard: Any, name: str, part: Part | None, chosen: Mapping[int, tuple[int, ...]]
+    shard: Any, name: str, part: TensorPart | None, chosen: Mapping[int, tuple[int, ...]]
 ) -> Tensor:
     if part is None or part.kind == "numbered" or part.decoder_index not in chosen:
         whole: Tensor = shard.get_tensor(name)

@@ -201,17 +201,17 @@ class Watch:
         routed_TD, after_TD = routed_TD[real_T].float(), after_TD[real_T].float()
         change_T = 1 - functional.cosine_similarity(after_TD - routed_TD, after_TD, dim=-1)
         self._tokens[layer.number] += len(hidden_TD)
-        for expert, rows_R, slots_R, out_RD in expert_outputs(layer.experts, hidden_TD, ids_TK):
-            gates_R = weights_TK[rows_R, slots_R].double()
-            added_R = gates_R * out_RD.double().norm(dim=-1)
+        for expert, rows_X, slots_X, out_XD in expert_outputs(layer.experts, hidden_TD, ids_TK):
+            gates_X = weights_TK[rows_X, slots_X].double()
+            added_X = gates_X * out_XD.double().norm(dim=-1)
             values = (
-                float(len(rows_R)),
-                float(gates_R.sum()),
-                float(added_R.sum()),
-                float((added_R * change_T[rows_R].double()).sum()),
+                float(len(rows_X)),
+                float(gates_X.sum()),
+                float(added_X.sum()),
+                float((added_X * change_T[rows_X].double()).sum()),
             )
             self._sums[:, layer.number, expert] += values
-            largest = float(out_RD.abs().max())
+            largest = float(out_XD.abs().max())
             self._largest[layer.number, expert] = max(self._largest[layer.number, expert], largest)
 
 

@@ -81,13 +81,13 @@ def best_experts(
         each = count // groups
         chosen: list[int] = []
         for first in range(0, shape.experts, size):
-            scores_S = scores_E[first : first + size]
-            if int(np.isposinf(scores_S).sum()) > each:
+            group_E = scores_E[first : first + size]
+            if int(np.isposinf(group_E).sum()) > each:
                 raise LeanMoeError(
-                    f"MoE layer {layer} has {int(np.isposinf(scores_S).sum())} protected experts "
+                    f"MoE layer {layer} has {int(np.isposinf(group_E).sum())} protected experts "
                     f"where {each} may remain"
                 )
-            order = np.lexsort((np.arange(size), -scores_S))
+            order = np.lexsort((np.arange(size), -group_E))
             chosen += [first + int(expert) for expert in order[:each]]
         found.append(tuple(sorted(chosen)))
     return tuple(found)

@@ -232,13 +232,13 @@ def allocate(
 
 def first_windows(windows: Windows, tokens: int) -> Windows:
     """The first of the windows, until they hold so many tokens; their documents' names stay."""
-    held = windows.lengths_N.cumsum(0)
+    held = windows.lengths_S.cumsum(0)
     count = int((held < tokens).sum()) + 1
     return replace(
         windows,
-        ids_NL=windows.ids_NL[:count],
-        lengths_N=windows.lengths_N[:count],
-        documents_N=windows.documents_N[:count],
+        ids_SN=windows.ids_SN[:count],
+        lengths_S=windows.lengths_S[:count],
+        documents_S=windows.documents_S[:count],
     )
 
 
@@ -246,7 +246,7 @@ def observe(model: Any, windows: Windows) -> ExpertStatistics:
     """What the experts of a model do on the windows, padding left out."""
     with watch(model) as watching, bar("Watching experts", windows.tokens, "tokens") as advance:
         for batch in windows.batches():
-            watching.real_T = batch.mask_NL.reshape(-1)
+            watching.real_T = batch.mask_SN.reshape(-1)
             final_hidden(model, batch)
             advance(batch.tokens)
     return watching.result()
@@ -269,7 +269,7 @@ def output_errors(model: Any, windows: Windows, least: int) -> Scores:
     finally:
         for hook in hooks:
             hook.remove()
-    real = batch.mask_NL.reshape(-1).nonzero().flatten()
+    real = batch.mask_SN.reshape(-1).nonzero().flatten()
     draw = torch.Generator().manual_seed(windows.seed)
     chosen = real[torch.randperm(len(real), generator=draw)[:SAMPLE_TOKENS]]
     with bar("Removing experts", len(layers) * (shape.experts - least), "experts") as advance:

@@ -24,7 +24,7 @@ _BIAS = re.compile(r"(?:[\w.]+\.)?(?:e_score_correction_bias|expert_bias)")
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """What one tensor holds of an MoE layer's experts."""
 
     decoder_index: int
@@ -34,10 +34,10 @@ class Part:
     """Of a numbered one."""
 
 
-def expert_parts(shapes: Mapping[str, Sequence[int]], experts: int) -> dict[str, Part]:
+def expert_parts(shapes: Mapping[str, Sequence[int]], experts: int) -> dict[str, TensorPart]:
     """The tensors, by name, that change when experts go; `shapes` are all of the checkpoint's."""
     blocks = _blocks(shapes)
-    found: dict[str, Part] = {}
+    found: dict[str, TensorPart] = {}
     for name, shape in shapes.items():
         block = next((b for b in _prefixes(name) if b in blocks), None)
         if block is None:
@@ -48,7 +48,7 @@ def expert_parts(shapes: Mapping[str, Sequence[int]], experts: int) -> dict[str,
     return found
 
 
-def check_parts(parts: Mapping[str, Part], layers: Iterable[int], experts: int) -> None:
+def check_parts(parts: Mapping[str, TensorPart], layers: Iterable[int], experts: int) -> None:
     """Raises LeanMoeError unless every MoE layer has all of its experts and a router."""
     for layer in layers:
         own = {name: part for name, part in parts.items() if part.decoder_index == layer}
@@ -87,16 +87,18 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(words[:n]) for n in range(len(words) - 1, 0, -1)]
 
 
-def _part(name: str, inside: str, shape: Sequence[int], layer: int, experts: int) -> Part | None:
+def _part(
+    name: str, inside: str, shape: Sequence[int], layer: int, experts: int
+) -> TensorPart | None:
     """What a tensor of an MoE block is, by its name inside the block."""
     match = _NUMBERED.search(name)
     if match and inside.startswith("experts."):
-        return Part(layer, "numbered", int(match[1]))
+        return TensorPart(layer, "numbered", int(match[1]))
     if _BIAS.fullmatch(inside) and shape and shape[-1] == experts:
-        return Part(layer, "last_axis")
+        return TensorPart(layer, "last_axis")
     is_expert = inside.startswith(("experts.", "input_linear.", "output_linear."))
     if (is_expert or _ROUTER.fullmatch(inside)) and shape and shape[0] == experts:
-        return Part(layer, "first_axis")
+        return TensorPart(layer, "first_axis")
     return None
 
 

@@ -20,7 +20,7 @@ from leanmoe.scoring.forward import (
     Head,
     final_hidden,
 )
-from leanmoe.scoring.windows import Batch, Windows
+from leanmoe.scoring.windows import WindowBatch, Windows
 
 
 class Acceptance:
@@ -31,7 +31,7 @@ class Acceptance:
 
     def __init__(self, model: Any, windows: Windows) -> None:
         self._head = Head.of(model)
-        self._batches: Sequence[Batch] = windows.batches()
+        self._batches: Sequence[WindowBatch] = windows.batches()
         self._full = [self._predicted(model, batch) for batch in self._batches]
 
     @torch.inference_mode()
@@ -50,7 +50,7 @@ class Acceptance:
         return total / tokens
 
     @torch.inference_mode()
-    def _predicted(self, model: Any, batch: Batch) -> Tensor:
-        hidden_NLD = final_hidden(model, batch)
-        found: Tensor = hidden_NLD[:, :-1][batch.predicted.to(hidden_NLD.device)]
+    def _predicted(self, model: Any, batch: WindowBatch) -> Tensor:
+        hidden_SND = final_hidden(model, batch)
+        found: Tensor = hidden_SND[:, :-1][batch.predicted.to(hidden_SND.device)]
         return found

@@ -1,6 +1,6 @@
 """Next-token loss, and divergence from the full model, per document.
 
-Letters: N windows or documents, L tokens in a window, T predicted tokens, D hidden width.
+Letters: S windows, N tokens of a window, T predicted tokens, D hidden width, U documents.
 Losses and divergences are sums of float64 nats. A token of a window is predicted from those before
 it in the window; a window's first token is not predicted.
 """
@@ -19,7 +19,7 @@ from leanmoe.scoring.forward import (
     Head,
     hidden_of,
 )
-from leanmoe.scoring.windows import BATCH_TOKENS, Batch, Windows
+from leanmoe.scoring.windows import BATCH_TOKENS, WindowBatch, Windows
 from leanmoe.stats.paired import (
     Counts,
     Divergence,
@@ -37,25 +37,25 @@ class Reference:
 
     windows: Windows
     head: Head
-    expected_NLD: Tensor
+    expected_SND: Tensor
     """Mean output vector under the full model's next-token distribution; float32."""
-    mean_log_NL: Tensor
+    mean_log_SN: Tensor
     """Mean log-probability under it (minus its entropy), short of the head's bias; float64."""
-    loss_NL: Tensor
+    loss_SN: Tensor
     """-log p of the token that follows; float64."""
 
     @torch.inference_mode()
-    def compare(self, batch: Batch, hidden_NLD: Tensor) -> Divergence:
+    def compare(self, batch: WindowBatch, hidden_SND: Tensor) -> Divergence:
         """Scores final hidden states of `batch` under a plan: sums over the batch's documents.
 
         Raises LeanMoeError, naming the document, when a logit is not a finite number.
         """
-        at = _Predicted(batch, self.windows, hidden_NLD)
+        at = _Predicted(batch, self.windows, hidden_SND)
         normaliser_T = at.require_finite(self.head.log_normaliser(at.hidden_TD))
-        crossed_T = self.head.crossed(self.expected_NLD[at.places], at.hidden_TD)
-        kl_T = self.mean_log_NL[at.places] - crossed_T + normaliser_T
+        crossed_T = self.head.crossed(self.expected_SND[at.places], at.hidden_TD)
+        kl_T = self.mean_log_SN[at.places] - crossed_T + normaliser_T
         loss_T = normaliser_T - self.head.logits_at(at.hidden_TD, at.following_T)
-        return Divergence(at.sums(kl_T), at.losses(loss_T), at.losses(self.loss_NL[at.places]))
+        return Divergence(at.sums(kl_T), at.losses(loss_T), at.losses(self.loss_SN[at.places]))
 
 
 @torch.inference_mode()
@@ -66,19 +66,19 @@ def reference(model: Any, windows: Windows, batch_tokens: int = BATCH_TOKENS) ->
     Raises LeanMoeError, naming the document, when a logit is not a finite number.
     """
     head = Head.of(model)
-    rows, length = windows.ids_NL.shape
+    rows, length = windows.ids_SN.shape
     device = head.weight_VD.device
-    expected_NLD = torch.zeros((rows, length - 1, head.weight_VD.shape[1]), device=device)
-    mean_log_NL = torch.zeros((rows, length - 1), dtype=torch.float64, device=device)
-    loss_NL = torch.zeros_like(mean_log_NL)
-    for batch, hidden_NLD in hidden_of(model, windows, "Full model", batch_tokens):
-        at = _Predicted(batch, windows, hidden_NLD)
+    expected_SND = torch.zeros((rows, length - 1, head.weight_VD.shape[1]), device=device)
+    mean_log_SN = torch.zeros((rows, length - 1), dtype=torch.float64, device=device)
+    loss_SN = torch.zeros_like(mean_log_SN)
+    for batch, hidden_SND in hidden_of(model, windows, "Full model", batch_tokens):
+        at = _Predicted(batch, windows, hidden_SND)
         log_normaliser_T, expected_TD = head.expected(at.hidden_TD)
         normaliser_T = at.require_finite(log_normaliser_T)
-        expected_NLD[at.places] = expected_TD
-        mean_log_NL[at.places] = head.crossed(expected_TD, at.hidden_TD) - normaliser_T
-        loss_NL[at.places] = normaliser_T - head.logits_at(at.hidden_TD, at.following_T)
-    return Reference(windows, head, expected_NLD, mean_log_NL, loss_NL)
+        expected_SND[at.places] = expected_TD
+        mean_log_SN[at.places] = head.crossed(expected_TD, at.hidden_TD) - normaliser_T
+        loss_SN[at.places] = normaliser_T - head.logits_at(at.hidden_TD, at.following_T)
+    return Reference(windows, head, expected_SND, mean_log_SN, loss_SN)
 
 
 def divergence(
@@ -94,8 +94,8 @@ def divergence(
     Raises LeanMoeError, naming the document, when a logit is not a finite number.
     """
     first, *others = (
-        against.compare(batch, hidden_NLD)
-        for batch, hidden_NLD in hidden_of(model, against.windows, what, batch_tokens, decode_batch)
+        against.compare(batch, hidden_SND)
+        for batch, hidden_SND in hidden_of(model, against.windows, what, batch_tokens, decode_batch)
     )
     return sum(others, start=first)
 
@@ -115,8 +115,8 @@ def losses(
     """
     head = Head.of(model)
     parts = []
-    for batch, hidden_NLD in hidden_of(model, windows, what, batch_tokens, decode_batch):
-        at = _Predicted(batch, windows, hidden_NLD)
+    for batch, hidden_SND in hidden_of(model, windows, what, batch_tokens, decode_batch):
+        at = _Predicted(batch, windows, hidden_SND)
         normaliser_T = at.require_finite(head.log_normaliser(at.hidden_TD))
         parts.append(at.losses(normaliser_T - head.logits_at(at.hidden_TD, at.following_T)))
     return sum(parts[1:], start=parts[0])
@@ -125,16 +125,16 @@ def losses(
 class _Predicted:
     """The positions [T] of a batch whose next token counts, and sums over their documents."""
 
-    def __init__(self, batch: Batch, windows: Windows, hidden_NLD: Tensor) -> None:
-        device = hidden_NLD.device
+    def __init__(self, batch: WindowBatch, windows: Windows, hidden_SND: Tensor) -> None:
+        device = hidden_SND.device
         rows_T, positions_T = batch.predicted.nonzero(as_tuple=True)
-        numbers_T = batch.rows_N[rows_T]
+        numbers_T = batch.rows_S[rows_T]
         self.names = windows.names
-        self.documents_T = windows.documents_N[numbers_T]
-        self.following_T = batch.ids_NL[rows_T, positions_T + 1].to(device)
+        self.documents_T = windows.documents_S[numbers_T]
+        self.following_T = batch.ids_SN[rows_T, positions_T + 1].to(device)
         self.places = (numbers_T.to(device), positions_T.to(device))
         """Rows and positions in the windows."""
-        self.hidden_TD = hidden_NLD[rows_T.to(device), positions_T.to(device)]
+        self.hidden_TD = hidden_SND[rows_T.to(device), positions_T.to(device)]
 
     def require_finite(self, normaliser_T: Tensor) -> Tensor:
         """The log normalisers as float64; a token without one is a LeanMoeError."""

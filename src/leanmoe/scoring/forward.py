@@ -1,10 +1,7 @@
-"""A model run over batches of windows, up to the hidden states that its head would read.
+"""One forward pass of a model over windows: its final hidden states, and its head in slices.
 
-Letters: N windows in a batch, L tokens in a window, D hidden width.
-
-The model's head applied in slices: what is needed of the logits, never all of them at once.
-
-Letters: T tokens, D hidden width, V vocabulary.
+Scoring asks little of the V logits of a token: their log normaliser, one logit, a mean. So the
+model runs below its head (`final_hidden`), and `Head` computes what is asked slice by slice.
 
 A head is linear: logits = scale · (W h + b). So the divergence from the full model's distribution
 p needs p only through its mean output vector, `expected` = Σ_v p_v W_v:
@@ -15,17 +12,14 @@ p needs p only through its mean output vector, `expected` = Σ_v p_v W_v:
 D numbers a token then stand for the full model's V probabilities, and a plan is compared with it
 at the price of the plan's own log Z.
 
-Replies that branch off one prompt: many short replies scored in a single forward pass.
-
 A service that reads a few tokens after a long prompt is scored on just those. One pass per reply
-would run hundreds of tokens to score a few. Here a window runs once as a prompt, and beside it its
-last part a second time, cut into replies: each token of a reply sees the prompt's tokens before
-the reply and the reply's own before itself, as it would in service.
+would run hundreds of tokens to score a few. So replies branch off one prompt (`branched_ids`): a
+window runs once as a prompt, and beside it its last part a second time, cut into replies. Each
+token of a reply sees the prompt's tokens before the reply and the reply's own before itself. This
+holds only for models whose tokens see all tokens before them (`runtime.why_not_full_attention`).
 
-Letters: N windows, L tokens in a window, P of them before the first reply, R = L - P in replies,
-C = L + R tokens of a row in the call.
-
-Only for models whose tokens see all tokens before them: `runtime.why_not_full_attention`.
+Letters: S windows, N tokens of a window or of a row of the call, T tokens, D hidden width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,40 +34,35 @@ from torch import Tensor, nn
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
-from leanmoe.scoring.windows import BATCH_TOKENS, Batch, Windows
+from leanmoe.scoring.windows import BATCH_TOKENS, WindowBatch, Windows
+
+SLICE_BYTES = 32 * 1024**2
+"""Bytes of float32 logits that are held at once."""
+PROBES = 4
+"""Random hidden states on which a head is checked."""
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
+ROUNDING_OTHERWISE = 3e-2
+"""How far the model's own logits may be from ours, relative to the largest: float16, bfloat16."""
 
 
 @torch.inference_mode()
-def final_hidden(model: Any, batch: Batch) -> Tensor:
-    """The hidden states [N, L, D] that the model's head would read, under whatever is applied.
+def final_hidden(model: Any, batch: WindowBatch) -> Tensor:
+    """The hidden states [S,N,D] that the model's head would read, under whatever is applied.
 
-    Runs the model below its head. The head over whole windows costs as much as the layers and is
-    applied in slices elsewhere; asking the model for few logits instead would tell `apply` that
-    the other tokens are a prompt.
+    The head over whole windows costs as much as the layers, so `Head` applies it in slices. Asking
+    the model for few logits instead would tell `apply` that the other tokens are a prompt.
     """
     device = model.device
     if batch.reply_tokens:
         return _branched(model, batch)
     mask = batch.attention_mask
     done = model.base_model(
-        input_ids=batch.ids_NL.to(device),
+        input_ids=batch.ids_SN.to(device),
         attention_mask=None if mask is None else mask.to(device),
         use_cache=False,
     )
-    hidden_NLD: Tensor = done[0]
-    return hidden_NLD
-
-
-def _branched(model: Any, batch: Batch) -> Tensor:
-    length, prompt = batch.ids_NL.shape[1], batch.prompt_tokens
-    positions, mask = branched_layout(length, prompt, batch.reply_tokens, model.dtype)
-    done = model.base_model(
-        input_ids=branched_ids(batch.ids_NL, prompt).to(model.device),
-        position_ids=positions.to(model.device),
-        attention_mask=mask.to(model.device),
-        use_cache=False,
-    )
-    return unbranched(done[0], length, prompt)
+    hidden_SND: Tensor = done[0]
+    return hidden_SND
 
 
 def hidden_of(
@@ -82,8 +71,8 @@ def hidden_of(
     what: str,
     batch_tokens: int = BATCH_TOKENS,
     decode_batch: int | None = None,
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Each batch of `windows` with its final hidden states [N, L, D]; `what` names the progress."""
+) -> Iterator[tuple[WindowBatch, Tensor]]:
+    """Each batch of `windows` with its final hidden states [S,N,D]; `what` names the progress."""
     batches = windows.batches(batch_tokens, decode_batch)
     with bar(what, windows.tokens, "tokens") as advance:
         for batch in batches:
@@ -91,22 +80,51 @@ def hidden_of(
             advance(batch.tokens)
 
 
-SLICE_BYTES = 32 * 1024**2
-"""Of float32 logits held at once."""
-PROBES = 4
-ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
+def _branched(model: Any, batch: WindowBatch) -> Tensor:
+    length, prompt = batch.ids_SN.shape[1], batch.prompt_tokens
+    positions, mask = branched_layout(length, prompt, batch.reply_tokens, model.dtype)
+    done = model.base_model(
+        input_ids=branched_ids(batch.ids_SN, prompt).to(model.device),
+        position_ids=positions.to(model.device),
+        attention_mask=mask.to(model.device),
+        use_cache=False,
+    )
+    return unbranched(done[0], length, prompt)
 
-ROUNDING_OTHERWISE = 3e-2
-"""How far the model's own logits may be from ours, relative to the largest: float16, bfloat16."""
+
+def branched_ids(ids_SN: Tensor, prompt: int) -> Tensor:
+    """The rows of the call [S,N]: the window, then its tokens after the first `prompt` again."""
+    return torch.cat([ids_SN, ids_SN[:, prompt:]], dim=1)
 
 
-class _Passthrough(nn.Module):
-    """Stands in for the layers: returns the hidden states it is given as embeddings."""
+@lru_cache(maxsize=16)
+def branched_layout(
+    length: int, prompt: int, reply: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Position ids [1,N] and the attention mask [1,1,N,N], to be added to scores, of such rows.
 
-    def forward(self, inputs_embeds: Tensor, **_others: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+    N is `length` + `length` − `prompt`. Reply number n holds window positions prompt + n x reply
+    to prompt + (n+1) x reply - 1. Its first token is the last one of its prompt: the one whose
+    prediction is the reply's first token.
+    """
+    window = torch.arange(length)
+    replies = window[prompt:]
+    starts = prompt + (replies - prompt) // reply * reply
+    window_sees_window = window[:, None] >= window[None, :]
+    reply_sees_window = starts[:, None] > window[None, :]
+    is_same_reply = starts[:, None] == starts[None, :]
+    reply_sees_reply = is_same_reply & (replies[:, None] >= replies[None, :])
+    nothing = torch.zeros(length, length - prompt).bool()
+    upper = torch.cat([window_sees_window, nothing], dim=1)
+    lower = torch.cat([reply_sees_window, reply_sees_reply], dim=1)
+    sees_NN = torch.cat([upper, lower])
+    mask_NN = torch.zeros(sees_NN.shape, dtype=dtype).masked_fill(~sees_NN, torch.finfo(dtype).min)
+    return torch.cat([window, replies])[None], mask_NN[None, None]
 
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+def unbranched(hidden_SND: Tensor, length: int, prompt: int) -> Tensor:
+    """The windows' final hidden states [S,N,D], those of the replies in their places."""
+    return torch.cat([hidden_SND[:, :prompt], hidden_SND[:, length:]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -204,6 +222,15 @@ def _log_sum_exp_in_place(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
     return sums_T.log() + largest_T, sums_T
 
 
+class _Passthrough(nn.Module):
+    """Stands in for the layers: returns the hidden states it is given as embeddings."""
+
+    def forward(self, inputs_embeds: Tensor, **_others: Any) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
 def _own_logits(model: Any, hidden_TD: Tensor) -> Tensor:
     """Logits [T, V] as the model's own forward makes them of final hidden states."""
     prefix = model.base_model_prefix
@@ -216,36 +243,3 @@ def _own_logits(model: Any, hidden_TD: Tensor) -> Tensor:
         model._modules[prefix] = layers
     logits_TV: Tensor = done.logits[0]
     return logits_TV
-
-
-def branched_ids(ids_NL: Tensor, prompt: int) -> Tensor:
-    """Rows [N,C]: the window, then its tokens after the first `prompt` again."""
-    return torch.cat([ids_NL, ids_NL[:, prompt:]], dim=1)
-
-
-@lru_cache(maxsize=16)
-def branched_layout(
-    length: int, prompt: int, reply: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Position ids [1,C] and the attention mask [1,1,C,C], to be added to scores, of such rows.
-
-    Reply number n holds window positions prompt + n x reply to prompt + (n+1) x reply - 1. Its
-    first token is the last one of its prompt: the one whose prediction is the reply's first token.
-    """
-    position_L = torch.arange(length)
-    position_R = position_L[prompt:]
-    start_R = prompt + (position_R - prompt) // reply * reply
-    prompt_sees_LL = position_L[:, None] >= position_L[None, :]
-    reply_sees_RL = start_R[:, None] > position_L[None, :]
-    same_RR = start_R[:, None] == start_R[None, :]
-    reply_sees_RR = same_RR & (position_R[:, None] >= position_R[None, :])
-    top_LC = torch.cat([prompt_sees_LL, torch.zeros(length, length - prompt).bool()], dim=1)
-    bottom_RC = torch.cat([reply_sees_RL, reply_sees_RR], dim=1)
-    sees_CC = torch.cat([top_LC, bottom_RC])
-    mask_CC = torch.zeros(sees_CC.shape, dtype=dtype).masked_fill(~sees_CC, torch.finfo(dtype).min)
-    return torch.cat([position_L, position_R])[None], mask_CC[None, None]
-
-
-def unbranched(hidden_NCD: Tensor, length: int, prompt: int) -> Tensor:
-    """Final hidden states [N,L,D] of the windows, those of the replies in their places."""
-    return torch.cat([hidden_NCD[:, :prompt], hidden_NCD[:, length:]], dim=1)

@@ -8,7 +8,7 @@ prompts; what is after decodes, and each column of `decode_batch` neighbours is 
 are different questions, drawn by a seed: which other requests a token meets is chance in a service
 too.
 
-Letters: N bundles of a call, L columns, T predictions, D hidden width.
+Letters: S bundles of a call, N its columns, T predictions, D hidden width.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Applying = Callable[[int], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredRow:
     """A sequence of which `ids[first:]` is predicted, each token from all before it."""
 
     ids: tuple[int, ...]
@@ -71,7 +71,7 @@ class Bundle:
     """Rows that run their first `trunk` tokens once."""
 
     numbers: tuple[int, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ScoredRow, ...]
     trunk: int
 
     @property
@@ -95,7 +95,7 @@ class Call:
 
 
 def bundled(
-    rows: Sequence[Row], questions: Sequence[int], can_branch: bool = True
+    rows: Sequence[ScoredRow], questions: Sequence[int], can_branch: bool = True
 ) -> tuple[Bundle, ...]:
     """Rows of one question together, where their prompts are the same; `questions` are theirs."""
     groups: dict[object, list[int]] = {}
@@ -108,7 +108,7 @@ def bundled(
     )
 
 
-def _shared(rows: Sequence[Row]) -> int:
+def _shared(rows: Sequence[ScoredRow]) -> int:
     """First tokens that all rows have in common, of those whose own next token is predicted."""
     if len(rows) == 1:
         return len(rows[0].ids) - 1
@@ -173,9 +173,9 @@ def _cuts(
 class Laid:
     """The tensors of a call: padding on the left of prompts and on the right of what decodes."""
 
-    ids_NL: Tensor
-    positions_NL: Tensor
-    answer_NL: Tensor
+    ids_SN: Tensor
+    positions_SN: Tensor
+    answer_SN: Tensor
     """PADDING, TRUNK, or the answer of the bundle that a column is of."""
     prompt_tokens: int
     place_T: Tensor
@@ -190,9 +190,9 @@ class Laid:
         """Bundles in the order given."""
         prompt, decoded = max(b.prompt for b in bundles), max(b.decoded for b in bundles)
         shape = (len(bundles), prompt + decoded)
-        ids_NL = torch.full(shape, bundles[0].rows[0].ids[0])
-        positions_NL = torch.zeros(shape, dtype=torch.int64)
-        answer_NL = torch.full(shape, PADDING)
+        ids_SN = torch.full(shape, bundles[0].rows[0].ids[0])
+        positions_SN = torch.zeros(shape, dtype=torch.int64)
+        answer_SN = torch.full(shape, PADDING)
         places: list[Tensor] = []
         following: list[int] = []
         owners: list[int] = []
@@ -200,25 +200,25 @@ class Laid:
         for number, bundle in enumerate(bundles):
             start = prompt - bundle.prompt
             trunk = slice(start, start + bundle.trunk)
-            ids_NL[number, trunk] = torch.tensor(bundle.rows[0].ids[: bundle.trunk])
-            positions_NL[number, trunk] = torch.arange(bundle.trunk)
-            answer_NL[number, trunk] = TRUNK
+            ids_SN[number, trunk] = torch.tensor(bundle.rows[0].ids[: bundle.trunk])
+            positions_SN[number, trunk] = torch.arange(bundle.trunk)
+            answer_SN[number, trunk] = TRUNK
             shared = torch.arange(prompt, trunk.stop)
             at = trunk.stop
             for answer, row in enumerate(bundle.rows, start=1):
                 own = slice(at, at + len(row.ids) - 1 - bundle.trunk)
-                ids_NL[number, own] = torch.tensor(row.ids[bundle.trunk : -1])
-                positions_NL[number, own] = torch.arange(bundle.trunk, len(row.ids) - 1)
-                answer_NL[number, own] = answer
+                ids_SN[number, own] = torch.tensor(row.ids[bundle.trunk : -1])
+                positions_SN[number, own] = torch.arange(bundle.trunk, len(row.ids) - 1)
+                answer_SN[number, own] = answer
                 columns = torch.cat([shared, torch.arange(own.start, own.stop)])
                 places.append(number * shape[1] + columns)
                 following += row.ids[row.first :]
                 owners += [rows] * row.reply
                 rows, at = rows + 1, own.stop
         return cls(
-            ids_NL,
-            positions_NL,
-            answer_NL,
+            ids_SN,
+            positions_SN,
+            answer_SN,
             prompt,
             torch.cat(places),
             torch.tensor(following),
@@ -228,37 +228,37 @@ class Laid:
     @property
     def is_real(self) -> Tensor:
         """True [T] for the tokens of the call that are no padding."""
-        return (self.answer_NL != PADDING).flatten()
+        return (self.answer_SN != PADDING).flatten()
 
     def run(self, model: Any) -> Tensor:
-        """The hidden states [N,L,D] that the model's head would read."""
+        """The hidden states [S,N,D] that the model's head would read."""
         device = model.device
         settings: dict[str, Any] = {}
-        if bool((self.answer_NL != TRUNK).any()):
+        if bool((self.answer_SN != TRUNK).any()):
             settings["attention_mask"] = self._mask(model.dtype).to(device)
-            settings["position_ids"] = self.positions_NL.to(device)
-        done = model.base_model(input_ids=self.ids_NL.to(device), use_cache=False, **settings)
-        hidden_NLD: Tensor = done[0]
-        return hidden_NLD
+            settings["position_ids"] = self.positions_SN.to(device)
+        done = model.base_model(input_ids=self.ids_SN.to(device), use_cache=False, **settings)
+        hidden_SND: Tensor = done[0]
+        return hidden_SND
 
     def _mask(self, dtype: torch.dtype) -> Tensor:
-        """Padding as [N,L] where no bundle branches; else [N,1,L,L], to be added to scores."""
-        answer_NL = self.answer_NL
-        if not bool((answer_NL > TRUNK).any()):
-            return (answer_NL != PADDING).long()
-        length = answer_NL.shape[1]
-        before_LL = torch.ones(length, length, dtype=torch.bool).tril()
-        same_NLL = answer_NL[:, :, None] == answer_NL[:, None, :]
-        sees_NLL = before_LL & (same_NLL | (answer_NL == TRUNK)[:, None, :])
-        sees_NLL &= (answer_NL != PADDING)[:, None, :]
-        mask_NLL = torch.zeros(sees_NLL.shape, dtype=dtype)
-        return mask_NLL.masked_fill(~sees_NLL, torch.finfo(dtype).min)[:, None]
+        """Padding as [S,N] where no bundle branches; else [S,1,N,N], to be added to scores."""
+        answer_SN = self.answer_SN
+        if not bool((answer_SN > TRUNK).any()):
+            return (answer_SN != PADDING).long()
+        length = answer_SN.shape[1]
+        before_NN = torch.ones(length, length, dtype=torch.bool).tril()
+        same_SNN = answer_SN[:, :, None] == answer_SN[:, None, :]
+        sees_SNN = before_NN & (same_SNN | (answer_SN == TRUNK)[:, None, :])
+        sees_SNN &= (answer_SN != PADDING)[:, None, :]
+        mask_SNN = torch.zeros(sees_SNN.shape, dtype=dtype)
+        return mask_SNN.masked_fill(~sees_SNN, torch.finfo(dtype).min)[:, None]
 
 
 @torch.inference_mode()
 def score_rows(
     model: Any,
-    rows: Sequence[Row],
+    rows: Sequence[ScoredRow],
     questions: Sequence[int],
     applying: Applying,
     what: str,
@@ -283,9 +283,9 @@ def score_rows(
             if seen is not None:
                 seen(laid.is_real)
             with applying(laid.prompt_tokens):
-                hidden_NLD = laid.run(model)
+                hidden_SND = laid.run(model)
             numbers = [number for bundle in call.bundles for number in bundle.numbers]
-            found = _scores(head, laid, hidden_NLD, numbers)
+            found = _scores(head, laid, hidden_SND, numbers)
             for bundle, is_scored in zip(call.bundles, call.scored, strict=True):
                 for number in bundle.numbers:
                     score = next(found)
@@ -295,32 +295,32 @@ def score_rows(
     return [score for score in scores if score is not None]
 
 
-def _scores(head: Head, laid: Laid, hidden_NLD: Tensor, numbers: Sequence[int]) -> Iterator[Score]:
+def _scores(head: Head, laid: Laid, hidden_SND: Tensor, numbers: Sequence[int]) -> Iterator[Score]:
     """A Score for each of the call's rows, whose numbers are given."""
-    device = hidden_NLD.device
-    hidden_RD = hidden_NLD.flatten(0, 1)
+    device = hidden_SND.device
+    flat_TD = hidden_SND.flatten(0, 1)
     # A place that several answers share is read once.
     places, which_T = torch.unique(laid.place_T, return_inverse=True)
-    read_PD = hidden_RD[places.to(device)]
-    log_normaliser_P, likeliest_P = head.log_normaliser_and_likeliest(read_PD)
+    read = flat_TD[places.to(device)]
+    log_normaliser, likeliest = head.log_normaliser_and_likeliest(read)
     following_T, which_T = laid.following_T.to(device), which_T.to(device)
-    bad = (~log_normaliser_P[which_T].isfinite()).nonzero().flatten()
+    bad = (~log_normaliser[which_T].isfinite()).nonzero().flatten()
     if len(bad):
         raise LeanMoeError(
             "the model's logits are not finite numbers in answer "
             f"{numbers[int(laid.row_T[int(bad[0])])]}: check the weights, the number type and the "
             "plan"
         )
-    logit_T = head.logits_at(read_PD[which_T], following_T)
-    nll_T = (log_normaliser_P[which_T].double() - logit_T).cpu()
-    missed_T = (likeliest_P[which_T] != following_T).cpu()
+    logit_T = head.logits_at(read[which_T], following_T)
+    nll_T = (log_normaliser[which_T].double() - logit_T).cpu()
+    missed_T = (likeliest[which_T] != following_T).cpu()
     sums = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, laid.row_T, nll_T)
     missed = torch.zeros(len(numbers)).index_add_(0, laid.row_T, missed_T.float())
     for nll, misses in zip(sums.tolist(), missed.tolist(), strict=True):
         yield Score(nll, misses == 0)
 
 
-def _require_lengths(model: Any, rows: Sequence[Row]) -> None:
+def _require_lengths(model: Any, rows: Sequence[ScoredRow]) -> None:
     most = getattr(model.config, "max_position_embeddings", None)
     for number, row in enumerate(rows):
         if row.first < 1 or row.reply < 1:

@@ -1,6 +1,6 @@
 """Documents cut into windows of tokens, and batches of windows for a model to run.
 
-Letters: N windows, L tokens in a window, B sequences that decode together.
+Letters: S windows, N tokens of a window.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Batch:
+class WindowBatch:
     """Windows that one forward call runs together, padded on the right to the longest of them."""
 
-    ids_NL: Tensor
-    mask_NL: Tensor
+    ids_SN: Tensor
+    mask_SN: Tensor
     """True where there is a token."""
-    rows_N: Tensor
+    rows_S: Tensor
     """Each row's number in its `Windows`."""
-    scored_N: Tensor
+    scored_S: Tensor
     """False for a window that only keeps the others company; it is scored in another batch."""
     prompt_tokens: int = 0
     reply_tokens: int = 0
@@ -41,32 +41,32 @@ class Batch:
     @property
     def prompt_in_call(self) -> int:
         """The first tokens of a row in the model's call that are a prompt: what `apply` takes."""
-        return self.ids_NL.shape[1] if self.reply_tokens else self.prompt_tokens
+        return self.ids_SN.shape[1] if self.reply_tokens else self.prompt_tokens
 
     @property
     def attention_mask(self) -> Tensor | None:
         """What the model's forward takes: None when there is no padding."""
-        return None if bool(self.mask_NL.all()) else self.mask_NL.long()
+        return None if bool(self.mask_SN.all()) else self.mask_SN.long()
 
     @property
     def predicted(self) -> Tensor:
-        """True [N, L-1] at positions whose next token exists and whose prediction counts."""
-        read_L = torch.arange(self.ids_NL.shape[1] - 1) >= self.prompt_tokens
-        return self.mask_NL[:, 1:] & self.scored_N[:, None] & read_L
+        """True [S,N-1] at positions whose next token exists and whose prediction counts."""
+        read_N = torch.arange(self.ids_SN.shape[1] - 1) >= self.prompt_tokens
+        return self.mask_SN[:, 1:] & self.scored_S[:, None] & read_N
 
     @property
     def tokens(self) -> int:
         """Tokens that count."""
-        return int(self.mask_NL[self.scored_N].sum())
+        return int(self.mask_SN[self.scored_S].sum())
 
 
 @dataclass(frozen=True)
 class Windows:
     """Pieces of documents, padded on the right; no token of a document is in two of them."""
 
-    ids_NL: Tensor
-    lengths_N: Tensor
-    documents_N: Tensor
+    ids_SN: Tensor
+    lengths_S: Tensor
+    documents_S: Tensor
     """The number of the document in `names` that a window is from."""
     names: tuple[str, ...]
     seed: int = 0
@@ -76,16 +76,16 @@ class Windows:
     """Where above 0, what follows are replies of so many tokens to ever longer prompts."""
 
     @classmethod
-    def of_ids(cls, ids_NL: Tensor, names: Sequence[str] | None = None) -> Windows:
+    def of_ids(cls, ids_SN: Tensor, names: Sequence[str] | None = None) -> Windows:
         """Full windows, each a document of its own."""
-        rows, length = ids_NL.shape
+        rows, length = ids_SN.shape
         named = tuple(names) if names else tuple(f"sequence {n}" for n in range(rows))
-        return cls(ids_NL, torch.full((rows,), length), torch.arange(rows), named)
+        return cls(ids_SN, torch.full((rows,), length), torch.arange(rows), named)
 
     @property
     def tokens(self) -> int:
         """Tokens in all windows, padding not counted."""
-        return int(self.lengths_N.sum())
+        return int(self.lengths_S.sum())
 
     @property
     def documents(self) -> int:
@@ -94,19 +94,19 @@ class Windows:
 
     @property
     def mask(self) -> Tensor:
-        """True [N, L] where there is a token."""
-        return torch.arange(self.ids_NL.shape[1]) < self.lengths_N[:, None]
+        """True [S,N] where there is a token."""
+        return torch.arange(self.ids_SN.shape[1]) < self.lengths_S[:, None]
 
     @property
     def prompt_in_call(self) -> int:
         """The first tokens of a row in the model's call that are a prompt: what `apply` takes."""
-        return self.ids_NL.shape[1] if self.reply_tokens else self.prompt_tokens
+        return self.ids_SN.shape[1] if self.reply_tokens else self.prompt_tokens
 
     @property
     def tokens_run(self) -> int:
         """Tokens that one pass computes, padding not counted."""
-        twice = self.ids_NL.shape[1] - self.prompt_tokens if self.reply_tokens else 0
-        return self.tokens + twice * len(self.lengths_N)
+        twice = self.ids_SN.shape[1] - self.prompt_tokens if self.reply_tokens else 0
+        return self.tokens + twice * len(self.lengths_S)
 
     def after_prompt(self, tokens: int, reply: int = 0) -> Windows:
         """The same windows with their first `tokens` tokens as a prompt, which is not scored.
@@ -114,28 +114,28 @@ class Windows:
         With `reply`, the rest is cut into replies of so many tokens, each to the prompt of all
         tokens before it; windows must be full then.
         """
-        if not 0 <= tokens < self.ids_NL.shape[1] - 1:
+        if not 0 <= tokens < self.ids_SN.shape[1] - 1:
             raise LeanMoeError(
-                f"prompt is {tokens} tokens: it must be 0 to {self.ids_NL.shape[1] - 2}, so that "
-                f"windows of {self.ids_NL.shape[1]} have a token to predict after it"
+                f"prompt is {tokens} tokens: it must be 0 to {self.ids_SN.shape[1] - 2}, so that "
+                f"windows of {self.ids_SN.shape[1]} have a token to predict after it"
             )
-        if reply and not bool((self.lengths_N == self.ids_NL.shape[1]).all()):
+        if reply and not bool((self.lengths_S == self.ids_SN.shape[1]).all()):
             raise LeanMoeError("windows with replies must all be full: one of them is padded")
         return replace(self, prompt_tokens=tokens, reply_tokens=reply)
 
     def batches(
         self, batch_tokens: int = BATCH_TOKENS, decode_batch: int | None = None
-    ) -> tuple[Batch, ...]:
+    ) -> tuple[WindowBatch, ...]:
         """All windows, longest first and those of a document spread out, in batches.
 
-        With `decode_batch` = B, every batch holds a multiple of B windows and each B neighbours,
-        from different documents as far as there are enough, decode together. Windows of the last
-        B that are missing are filled up with others, which are not scored again.
+        With `decode_batch`, every batch holds a multiple of that many windows. Neighbours in such
+        a step come from different documents as far as there are enough. The last step is filled up
+        with windows of others, which are not scored again.
 
-        Raises LeanMoeError when there are fewer than B windows.
+        Raises LeanMoeError when there are fewer windows than a decode batch has.
         """
         step = decode_batch or 1
-        count = len(self.lengths_N)
+        count = len(self.lengths_S)
         if count < step:
             raise LeanMoeError(
                 f"decode_batch is {step}: the text gives {count} windows, so at most {count} "
@@ -146,7 +146,7 @@ class Windows:
         scope = random.Random(self.seed).sample(order[: count - (step - missing)], missing)
         rows = torch.tensor(order + scope)
         scored = torch.arange(len(rows)) < count
-        size = step * max(1, batch_tokens // (step * self.ids_NL.shape[1]))
+        size = step * max(1, batch_tokens // (step * self.ids_SN.shape[1]))
         return tuple(
             self._batch(rows[start : start + size], scored[start : start + size])
             for start in range(0, len(rows), size)
@@ -156,23 +156,23 @@ class Windows:
         """Window numbers by falling length; each document's evenly spread among equal lengths."""
         draw = random.Random(self.seed)
         offsets = [draw.random() for _ in self.names]
-        documents = self.documents_N.tolist()
-        counts = torch.bincount(self.documents_N, minlength=len(self.names)).tolist()
+        documents = self.documents_S.tolist()
+        counts = torch.bincount(self.documents_S, minlength=len(self.names)).tolist()
         seen = [0] * len(self.names)
         keys: list[tuple[int, float]] = []
-        for document, length in zip(documents, self.lengths_N.tolist(), strict=True):
+        for document, length in zip(documents, self.lengths_S.tolist(), strict=True):
             place = (seen[document] + offsets[document]) / counts[document]
             keys.append((-length, place))
             seen[document] += 1
         return sorted(range(len(keys)), key=keys.__getitem__)
 
-    def _batch(self, rows_N: Tensor, scored_N: Tensor) -> Batch:
-        longest = int(self.lengths_N[rows_N].max())
-        return Batch(
-            self.ids_NL[rows_N, :longest],
-            self.mask[rows_N, :longest],
-            rows_N,
-            scored_N,
+    def _batch(self, rows_S: Tensor, scored_S: Tensor) -> WindowBatch:
+        longest = int(self.lengths_S[rows_S].max())
+        return WindowBatch(
+            self.ids_SN[rows_S, :longest],
+            self.mask[rows_S, :longest],
+            rows_S,
+            scored_S,
             self.prompt_tokens,
             self.reply_tokens,
         )
@@ -219,11 +219,11 @@ def cut(
     chosen = list(_in_rounds(pieces, tokens))
     used = sorted({number for number, _ in chosen})
     renumbered = {number: n for n, number in enumerate(used)}
-    ids_NL = torch.zeros((len(chosen), length), dtype=torch.int64)
+    ids_SN = torch.zeros((len(chosen), length), dtype=torch.int64)
     for row, (_, piece) in enumerate(chosen):
-        ids_NL[row, : len(piece)] = torch.tensor(piece)
+        ids_SN[row, : len(piece)] = torch.tensor(piece)
     return Windows(
-        ids_NL,
+        ids_SN,
         torch.tensor([len(piece) for _, piece in chosen]),
         torch.tensor([renumbered[number] for number, _ in chosen]),
         tuple(shuffled[number].name for number in used),

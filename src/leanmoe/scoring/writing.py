@@ -1,6 +1,6 @@
 """Replies written token by token, as many requests at once as a service has.
 
-Letters: N requests of a call, P columns of prompts, L columns of a call, T predicted tokens,
+Letters: S requests of a call, P columns of prompts, N columns of a call, T predicted tokens,
 D hidden width, V vocabulary.
 """
 
@@ -20,7 +20,7 @@ from leanmoe.core.progress import bar
 from leanmoe.scoring.forward import (
     Head,
 )
-from leanmoe.scoring.rows import Applying, Laid, Row, bundled, calls
+from leanmoe.scoring.rows import Applying, Laid, ScoredRow, bundled, calls
 
 REQUESTS_AT_ONCE = 32
 """In one call, unless those that decode together are more."""
@@ -75,10 +75,10 @@ class _Lots:
             for number in numbers
         ]
 
-    def choose(self, logits_NV: Tensor) -> Tensor:
-        noise_NV = np.stack([source.gumbel(size=logits_NV.shape[1]) for source in self._sources])
-        scores_NV = logits_NV.double().cpu() / self._temperature + torch.from_numpy(noise_NV)
-        return scores_NV.argmax(-1).to(logits_NV.device)
+    def choose(self, logits_SV: Tensor) -> Tensor:
+        noise_SV = np.stack([source.gumbel(size=logits_SV.shape[1]) for source in self._sources])
+        scores_SV = logits_SV.double().cpu() / self._temperature + torch.from_numpy(noise_SV)
+        return scores_SV.argmax(-1).to(logits_SV.device)
 
 
 def _write(
@@ -91,31 +91,31 @@ def _write(
     from transformers import DynamicCache
 
     width = max(map(len, prompts))
-    ids_NP = torch.full((len(prompts), width), int(prompts[0][0]))
-    mask_NL = torch.zeros((len(prompts), width + new_tokens), dtype=torch.long)
+    ids_SP = torch.full((len(prompts), width), int(prompts[0][0]))
+    mask_SN = torch.zeros((len(prompts), width + new_tokens), dtype=torch.long)
     for number, prompt in enumerate(prompts):
-        ids_NP[number, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask_NL[number, width - len(prompt) :] = 1
+        ids_SP[number, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask_SN[number, width - len(prompt) :] = 1
     device, cache = model.device, DynamicCache(config=model.config)
-    mask_NL = mask_NL.to(device)
-    positions_NL = (mask_NL.cumsum(1) - 1).clamp(min=0)
+    mask_SN = mask_SN.to(device)
+    positions_SN = (mask_SN.cumsum(1) - 1).clamp(min=0)
 
     def step(ids: Tensor, start: int, end: int) -> Tensor:
         done = model(
             input_ids=ids,
-            attention_mask=mask_NL[:, :end],
-            position_ids=positions_NL[:, start:end],
+            attention_mask=mask_SN[:, :end],
+            position_ids=positions_SN[:, start:end],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        logits_NV = done.logits[:, -1].float()
-        if not bool(logits_NV.isfinite().all()):
+        logits_SV = done.logits[:, -1].float()
+        if not bool(logits_SV.isfinite().all()):
             raise LeanMoeError("the model's logits are not finite numbers while it writes")
-        return logits_NV.argmax(-1) if lots is None else lots.choose(logits_NV)
+        return logits_SV.argmax(-1) if lots is None else lots.choose(logits_SV)
 
     with applying(width - 1):
-        written = [step(ids_NP.to(device), 0, width)]
+        written = [step(ids_SP.to(device), 0, width)]
     with applying(0):
         for place in range(width, width + new_tokens - 1):
             written.append(step(written[-1][:, None], place, place + 1))
@@ -125,7 +125,7 @@ def _write(
 @torch.inference_mode()
 def divergence_by_position(
     model: Any,
-    rows: Sequence[Row],
+    rows: Sequence[ScoredRow],
     full: Applying,
     plan: Applying,
     what: str,
@@ -148,10 +148,10 @@ def divergence_by_position(
             hidden = []
             for applying in (full, plan):
                 with applying(laid.prompt_tokens):
-                    hidden_NLD = laid.run(model)
-                hidden.append(hidden_NLD.flatten(0, 1)[laid.place_T.to(model.device)])
-            kl_NT = _kl(head, *hidden).reshape(len(call.bundles), -1)
-            for bundle, is_scored, kl_T in zip(call.bundles, call.scored, kl_NT, strict=True):
+                    hidden_SND = laid.run(model)
+                hidden.append(hidden_SND.flatten(0, 1)[laid.place_T.to(model.device)])
+            kl_ST = _kl(head, *hidden).reshape(len(call.bundles), -1)
+            for bundle, is_scored, kl_T in zip(call.bundles, call.scored, kl_ST, strict=True):
                 if is_scored:
                     kl[bundle.numbers[0]] = kl_T
                     advance(len(bundle.rows[0].ids))

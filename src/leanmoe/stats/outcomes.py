@@ -1,7 +1,7 @@
 """How sure we are of a change in accuracy: paired statistics over questions. Needs no torch.
 
 Full model and plan answer the same questions, so what varies is the questions that change sides.
-Letters: N questions, M mixes (runs in other company, by other seeds).
+Letters: U questions, Z batch draws (runs in which other requests share the batch, by other seeds).
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class AccuracyVerdict:
     reason: str
 
 
-def difference(full_N: Bools, plan_MN: Bools, confidence: float = CONFIDENCE) -> Difference:
-    """Accuracy of `plan_MN` less that of `full_N`, question by question.
+def difference(full_U: Bools, plan_ZU: Bools, confidence: float = CONFIDENCE) -> Difference:
+    """Accuracy of `plan_ZU` less that of `full_U`, question by question.
 
     One mix: Tango's score interval for paired proportions (Statistics in Medicine 17, 1998), which
     holds where few or no questions change sides. Several mixes: a question counts with its mean
@@ -75,43 +75,43 @@ def difference(full_N: Bools, plan_MN: Bools, confidence: float = CONFIDENCE) ->
     as many questions that change sides as there are in the mean mix. Raises LeanMoeError when
     there are no questions or numbers of them differ.
     """
-    if not len(full_N) or plan_MN.ndim != 2 or plan_MN.shape[1] != len(full_N):
+    if not len(full_U) or plan_ZU.ndim != 2 or plan_ZU.shape[1] != len(full_U):
         raise LeanMoeError(
-            f"{len(full_N)} questions of the full model cannot be paired with "
-            f"{plan_MN.shape} of the plan"
+            f"{len(full_U)} questions of the full model cannot be paired with "
+            f"{plan_ZU.shape} of the plan"
         )
-    lost_M = (full_N & ~plan_MN).sum(1)
-    gained_M = (~full_N & plan_MN).sum(1)
-    draws_M = (gained_M - lost_M) / len(full_N)
-    mean = float(draws_M.mean())
-    gained, lost = float(gained_M.mean()), float(lost_M.mean())
+    lost_Z = (full_U & ~plan_ZU).sum(1)
+    gained_Z = (~full_U & plan_ZU).sum(1)
+    draws_Z = (gained_Z - lost_Z) / len(full_U)
+    mean = float(draws_Z.mean())
+    gained, lost = float(gained_Z.mean()), float(lost_Z.mean())
     error = 0.0
-    if len(plan_MN) > 1 and len(full_N) > 1:
-        change_N = plan_MN.mean(0) - full_N
-        error = float(change_N.std(ddof=1) / math.sqrt(len(full_N)))
+    if len(plan_ZU) > 1 and len(full_U) > 1:
+        change_U = plan_ZU.mean(0) - full_U
+        error = float(change_U.std(ddof=1) / math.sqrt(len(full_U)))
 
     def reach(miss: float, up: bool) -> float:
-        tango = tango_bound(gained, lost, len(full_N), miss, up)
-        t = float(stats.t.ppf(1 - miss, max(len(full_N) - 1, 1))) * error
+        tango = tango_bound(gained, lost, len(full_U), miss, up)
+        t = float(stats.t.ppf(1 - miss, max(len(full_U) - 1, 1))) * error
         return max(tango, mean + t) if up else min(tango, mean - t)
 
     miss = 1 - confidence
-    changes = (gained + lost) / len(full_N)
+    changes = (gained + lost) / len(full_U)
     return Difference(
-        items=len(full_N),
-        full=float(full_N.mean()),
-        plan=float(plan_MN.mean()),
+        items=len(full_U),
+        full=float(full_U.mean()),
+        plan=float(plan_ZU.mean()),
         difference=mean,
         low=reach(miss / 2, up=False),
         high=reach(miss / 2, up=True),
         lower_bound=reach(miss, up=False),
-        lost=int(lost_M[0]),
-        gained=int(gained_M[0]),
-        mcnemar=mcnemar(int(lost_M[0]), int(gained_M[0])),
-        smallest_seen=smallest_loss(len(full_N), changes, confidence),
-        batch_draws=len(plan_MN),
-        lowest_mix=float(draws_M.min()),
-        highest_mix=float(draws_M.max()),
+        lost=int(lost_Z[0]),
+        gained=int(gained_Z[0]),
+        mcnemar=mcnemar(int(lost_Z[0]), int(gained_Z[0])),
+        smallest_seen=smallest_loss(len(full_U), changes, confidence),
+        batch_draws=len(plan_ZU),
+        lowest_mix=float(draws_Z.min()),
+        highest_mix=float(draws_Z.max()),
     )
 
 

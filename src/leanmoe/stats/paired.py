@@ -1,6 +1,6 @@
 """How sure we are of what a plan costs: paired statistics over documents. Needs no torch.
 
-Letters: N documents, R bootstrap replicates.
+Letters: U documents, Z bootstrap replicates.
 
 The cost of a plan is the relative increase of next-token loss, Σ loss(plan) / Σ loss(full) − 1:
 sums over tokens, so long documents weigh more. Tokens of a document are alike and must not count
@@ -16,7 +16,7 @@ alone. Two bounds are computed, and the worse one counts:
 
 Per-document sums of next-token loss and divergence: what the statistics are paired by.
 
-Needs no torch. Letters: N documents.
+Needs no torch. Letters: U documents.
 
 Testing many plans on the same text without letting the choice of the best bias the verdict.
 """
@@ -89,7 +89,7 @@ def loss_increase(
     Raises LeanMoeError when the two are not of the same tokens, or documents are too few.
     """
     require_paired(full, plan)
-    return ratio_of_sums(plan.loss_N - full.loss_N, full.loss_N, confidence, seed)
+    return ratio_of_sums(plan.loss_U - full.loss_U, full.loss_U, confidence, seed)
 
 
 def loss_difference(
@@ -101,7 +101,7 @@ def loss_difference(
     """
     require_paired(full, first)
     require_paired(full, second)
-    return ratio_of_sums(first.loss_N - second.loss_N, full.loss_N, confidence, seed)
+    return ratio_of_sums(first.loss_U - second.loss_U, full.loss_U, confidence, seed)
 
 
 def non_inferior(
@@ -123,36 +123,36 @@ def non_inferior(
 
 
 def ratio_of_sums(
-    change_N: Floats, base_N: Floats, confidence: float = CONFIDENCE, seed: int = 0
+    change_U: Floats, base_U: Floats, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Estimate:
     """Σ change / Σ base with intervals; each document is a unit, drawn from many like it.
 
     Documents with base 0 (nothing predicted) are left out. Raises LeanMoeError when too few remain
     or a sum is not a finite number.
     """
-    if not (np.isfinite(change_N).all() and np.isfinite(base_N).all()):
+    if not (np.isfinite(change_U).all() and np.isfinite(base_U).all()):
         raise LeanMoeError("losses hold NaN or infinity: they cannot be compared")
-    measured_N = base_N > 0
-    change_N, base_N = change_N[measured_N], base_N[measured_N]
-    require_documents(len(base_N), confidence)
-    share_N = base_N / base_N.sum()
-    ratio = float(change_N.sum() / base_N.sum())
-    residual_N = share_N * (change_N / base_N - ratio)
-    t_error = float(np.sqrt(np.square(residual_N / (1 - share_N)).sum()))
-    freedom = max(1 / float(np.square(share_N).sum()) - 1, 1.0)
-    studentised_R = _bootstrap_t(residual_N, share_N, seed)
-    bootstrap_error = float(np.sqrt(np.square(residual_N).sum()))
+    measured_U = base_U > 0
+    change_U, base_U = change_U[measured_U], base_U[measured_U]
+    require_documents(len(base_U), confidence)
+    share_U = base_U / base_U.sum()
+    ratio = float(change_U.sum() / base_U.sum())
+    residual_U = share_U * (change_U / base_U - ratio)
+    t_error = float(np.sqrt(np.square(residual_U / (1 - share_U)).sum()))
+    freedom = max(1 / float(np.square(share_U).sum()) - 1, 1.0)
+    studentised_Z = _bootstrap_t(residual_U, share_U, seed)
+    bootstrap_error = float(np.sqrt(np.square(residual_U).sum()))
 
     def below(miss: float) -> float:
         """The ratio less what it may be too high by; the truth is lower with probability `miss`."""
         t = float(stats.t.ppf(1 - miss, freedom)) * t_error
-        bootstrap = float(np.quantile(studentised_R, 1 - miss)) * bootstrap_error
+        bootstrap = float(np.quantile(studentised_Z, 1 - miss)) * bootstrap_error
         return ratio - max(t, bootstrap)
 
     def above(miss: float) -> float:
         """The ratio plus what it may be too low by; the truth is higher with probability `miss`."""
         t = float(stats.t.ppf(1 - miss, freedom)) * t_error
-        bootstrap = -float(np.quantile(studentised_R, miss)) * bootstrap_error
+        bootstrap = -float(np.quantile(studentised_Z, miss)) * bootstrap_error
         return ratio + max(t, bootstrap)
 
     miss = 1 - confidence
@@ -161,32 +161,32 @@ def ratio_of_sums(
         low=below(miss / 2),
         high=above(miss / 2),
         upper_bound=above(miss),
-        documents=len(base_N),
-        spread=t_error * math.sqrt(len(base_N)),
+        documents=len(base_U),
+        spread=t_error * math.sqrt(len(base_U)),
         confidence=confidence,
     )
 
 
-def _bootstrap_t(residual_N: Floats, share_N: Floats, seed: int) -> Floats:
-    """[R] of (replicate's ratio - ratio) / replicate's standard error, documents drawn again.
+def _bootstrap_t(residual_U: Floats, share_U: Floats, seed: int) -> Floats:
+    """[Z] of (replicate's ratio - ratio) / replicate's standard error, documents drawn again.
 
-    `residual_N` and `share_N` are each document's linearised residual and share of the base; they
+    `residual_U` and `share_U` are each document's linearised residual and share of the base; they
     sum to 0 and 1.
     """
     draw = np.random.default_rng(seed)
-    count = len(residual_N)
-    moments_N5 = np.stack(
-        [share_N, residual_N, share_N**2, share_N * residual_N, residual_N**2], axis=1
+    count = len(residual_U)
+    moments_U5 = np.stack(
+        [share_U, residual_U, share_U**2, share_U * residual_U, residual_U**2], axis=1
     )
     # Replicates without the one document that differs have no variance but rounding.
-    least = max(SMALLEST_ERROR**2 * float(np.square(residual_N).sum()), np.finfo(float).tiny)
+    least = max(SMALLEST_ERROR**2 * float(np.square(residual_U).sum()), np.finfo(float).tiny)
     parts = []
     for start in range(0, REPLICATES, REPLICATES_AT_ONCE):
         replicates = min(REPLICATES_AT_ONCE, REPLICATES - start)
-        places_RN = draw.integers(count, size=(replicates, count))
-        places_RN += count * np.arange(replicates)[:, None]
-        times_RN = np.bincount(places_RN.ravel(), minlength=replicates * count).reshape(-1, count)
-        base, change, base2, cross, change2 = (times_RN @ moments_N5).T
+        places_ZU = draw.integers(count, size=(replicates, count))
+        places_ZU += count * np.arange(replicates)[:, None]
+        times_ZU = np.bincount(places_ZU.ravel(), minlength=replicates * count).reshape(-1, count)
+        base, change, base2, cross, change2 = (times_ZU @ moments_U5).T
         off = change / base
         variance = np.maximum(change2 - 2 * off * cross + off**2 * base2, least)
         parts.append(off * base / np.sqrt(variance))
@@ -252,26 +252,26 @@ class Losses:
     """Next-token loss (negative log-likelihood, nats), summed per document."""
 
     names: tuple[str, ...]
-    loss_N: Floats
-    tokens_N: Counts
+    loss_U: Floats
+    tokens_U: Counts
     """Tokens that were predicted, per document."""
 
     @property
     def mean(self) -> float:
         """Nats per predicted token, over all documents."""
-        return float(self.loss_N.sum() / self.tokens_N.sum())
+        return float(self.loss_U.sum() / self.tokens_U.sum())
 
     def __add__(self, other: Losses) -> Losses:
         """The same documents, other tokens of them."""
         _require_same(self.names, other.names)
-        return Losses(self.names, self.loss_N + other.loss_N, self.tokens_N + other.tokens_N)
+        return Losses(self.names, self.loss_U + other.loss_U, self.tokens_U + other.tokens_U)
 
     def to_json(self) -> dict[str, Any]:
         """The sums as JSON values."""
         return {
             "names": list(self.names),
-            "loss": self.loss_N.tolist(),
-            "tokens": self.tokens_N.tolist(),
+            "loss": self.loss_U.tolist(),
+            "tokens": self.tokens_U.tolist(),
         }
 
     @classmethod
@@ -288,14 +288,14 @@ class Losses:
 class Divergence:
     """What changed from the full model: KL(full ‖ plan) and both losses (nats), per document."""
 
-    kl_N: Floats
+    kl_U: Floats
     plan: Losses
     full: Losses
 
     @property
     def mean_kl(self) -> float:
         """Nats per predicted token: how far the plan's next-token distribution is from the full."""
-        return float(self.kl_N.sum() / self.plan.tokens_N.sum())
+        return float(self.kl_U.sum() / self.plan.tokens_U.sum())
 
     @property
     def loss_difference(self) -> float:
@@ -304,17 +304,17 @@ class Divergence:
 
     def __add__(self, other: Divergence) -> Divergence:
         """The same documents, other tokens of them."""
-        return Divergence(self.kl_N + other.kl_N, self.plan + other.plan, self.full + other.full)
+        return Divergence(self.kl_U + other.kl_U, self.plan + other.plan, self.full + other.full)
 
 
 def require_paired(first: Losses, second: Losses) -> None:
     """Raises LeanMoeError unless both are sums over the same tokens of the same documents."""
     _require_same(first.names, second.names)
-    if different := np.flatnonzero(first.tokens_N != second.tokens_N).tolist():
+    if different := np.flatnonzero(first.tokens_U != second.tokens_U).tolist():
         n = different[0]
         raise LeanMoeError(
-            f"losses are not paired: document {first.names[n]!r} has {first.tokens_N[n]} predicted "
-            f"tokens in one and {second.tokens_N[n]} in the other"
+            f"losses are not paired: document {first.names[n]!r} has {first.tokens_U[n]} predicted "
+            f"tokens in one and {second.tokens_U[n]} in the other"
         )
 
 

@@ -65,9 +65,9 @@ def read_inputs(settings: TuneSettings) -> Inputs:
     require_documents(compared.documents, settings.confidence)
     decode_batch = max(settings.loads)
     for name, windows in (("calibration", searched), ("held-out", compared)):
-        if len(windows.lengths_N) < decode_batch:
+        if len(windows.lengths_S) < decode_batch:
             raise LeanMoeError(
-                f"the {name} text gives {len(windows.lengths_N)} windows of {whole} tokens: "
+                f"the {name} text gives {len(windows.lengths_S)} windows of {whole} tokens: "
                 f"{decode_batch} are needed for {decode_batch} requests at once; give more text"
             )
     return Inputs(
@@ -98,19 +98,19 @@ def full_windows(
     Raises LeanMoeError when no document is long enough.
     """
     found = cut(documents, tokenizer, length, None, settings.seed)
-    chosen = (found.lengths_N == length).nonzero().flatten()
+    chosen = (found.lengths_S == length).nonzero().flatten()
     if not len(chosen):
         raise LeanMoeError(
             f"the text is too short: none of its {len(documents)} documents has {length} tokens"
         )
     chosen = chosen[: math.ceil(tokens / length)]
-    used = sorted(set(found.documents_N[chosen].tolist()))
+    used = sorted(set(found.documents_S[chosen].tolist()))
     renumbered = {number: n for n, number in enumerate(used)}
-    numbers = [renumbered[number] for number in found.documents_N[chosen].tolist()]
+    numbers = [renumbered[number] for number in found.documents_S[chosen].tolist()]
     return Windows(
-        found.ids_NL[chosen],
-        found.lengths_N[chosen],
-        found.documents_N.new_tensor(numbers),
+        found.ids_SN[chosen],
+        found.lengths_S[chosen],
+        found.documents_S.new_tensor(numbers),
         tuple(found.names[number] for number in used),
         settings.seed,
     )

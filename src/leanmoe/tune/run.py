@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from leanmoe.bench import Load, Variant, compare
+from leanmoe.bench import ClosedLoop, Variant, compare
 from leanmoe.bench.in_process import served_experts
 from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect, peak_memory
@@ -246,7 +246,7 @@ def _last_accepted(points: Sequence[Proved]) -> Proved | None:
 
 def _gain(inputs: Inputs, plan: Plan, load: int, settings: TuneSettings) -> dict[str, Any]:
     requests = max(2 * load, math.ceil(REQUESTS * load**0.5))
-    wanted = Load(load, settings.input_tokens, settings.output_tokens, requests)
+    wanted = ClosedLoop(load, settings.input_tokens, settings.output_tokens, requests)
 
     def running(plan: Plan, experts: str) -> Callable[[], AbstractContextManager[Any]]:
         return lambda: apply(inputs.model, plan, experts=experts)

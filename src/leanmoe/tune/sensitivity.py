@@ -24,7 +24,7 @@ from leanmoe.runtime.model import (
 )
 from leanmoe.scoring.divergence import Reference, reference
 from leanmoe.scoring.forward import final_hidden
-from leanmoe.scoring.windows import Batch, Windows
+from leanmoe.scoring.windows import WindowBatch, Windows
 from leanmoe.stats.paired import (
     Divergence,
 )
@@ -248,5 +248,5 @@ def _group(
         )
 
 
-def _tokens(batch: Batch) -> int:
+def _tokens(batch: WindowBatch) -> int:
     return batch.tokens
