@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from leanmoe.bench import ClosedLoop, Variant, compare
 from leanmoe.bench.attention import attend_per_request, attention_per_request
 from leanmoe.bench.continuous import Arrivals, Room, run, served
+from leanmoe.bench.measure import Variant, compare
+from leanmoe.bench.metrics import ClosedLoop
 from leanmoe.bench.prompts import Request
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.runtime import load_model

@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from leanmoe.bench import ClosedLoop, Variant, compare
 from leanmoe.bench.in_process import served_experts
+from leanmoe.bench.measure import Variant, compare
+from leanmoe.bench.metrics import ClosedLoop
 from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect, peak_memory
 from leanmoe.core.run_folder import RunFolder
