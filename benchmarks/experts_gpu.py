@@ -209,7 +209,7 @@ def measure_routes() -> list[dict[str, Any]]:
                 took = timed({"route": calls})["route"]
                 entry["microseconds"][str(tokens)] = round(median(took), 2)
                 got, want = calls[0](), route(logits[0], router, 8, rule, bias_E, padding_T)
-                is_same_T = (got.ids_TK.sort()[0] == want.ids_STK.sort()[0]).all(-1)
+                is_same_T = (got.ids_TK.sort()[0] == want.ids_BTK.sort()[0]).all(-1)
                 entry["as_reference"][str(tokens)] = round(float(is_same_T.float().mean()), 4)
             found.append(entry)
     return found

@@ -58,10 +58,10 @@ def main() -> None:
     cells = [(kind, tokens) for kind in ROUTINGS for tokens in settings.tokens]
     with bar("steps routed", len(cells)) as advance:
         for kind, tokens in cells:
-            logits_STE = drawn(kind, settings.steps, tokens, settings.seed)
+            logits_BTE = drawn(kind, settings.steps, tokens, settings.seed)
             rows += [
                 {"routing": kind, "tokens": tokens, "ranks": ranks, "rule": name}
-                | counted(logits_STE, rule(ranks), ranks)
+                | counted(logits_BTE, rule(ranks), ranks)
                 for ranks in settings.ranks
                 for name, rule in RULES
             ]
@@ -84,19 +84,19 @@ def drawn(kind: str, steps: int, tokens: int, seed: int) -> Tensor:
     return torch.cat(logits_LNE).view(-1, tokens, EXPERTS)
 
 
-def counted(logits_STE: Tensor, rule: Rule, ranks: int) -> dict[str, float]:
+def counted(logits_BTE: Tensor, rule: Rule, ranks: int) -> dict[str, float]:
     """What steps wake under a rule, on the most loaded rank and in all, and the mass that runs."""
     placement = Placement.linear(EXPERTS, ranks)
-    routing = route(logits_STE, ROUTER, TOP_K, rule, scope=BatchScope(placement))
-    most_S = count_distinct_by_rank(routing.ids_STK, placement).amax(dim=-1).double()
-    gates_STE = torch.nn.functional.pad(score(logits_STE, ROUTER).gates_STE, (0, 1))
-    ran_ST = gates_STE.gather(-1, routing.ids_STK).sum(dim=-1)
-    full_ST = gates_STE.topk(TOP_K, dim=-1)[0].sum(dim=-1)
-    over_S = routing.over_budget_S
+    routing = route(logits_BTE, ROUTER, TOP_K, rule, scope=BatchScope(placement))
+    most_S = count_distinct_by_rank(routing.ids_BTK, placement).amax(dim=-1).double()
+    gates_BTE = torch.nn.functional.pad(score(logits_BTE, ROUTER).gates_BTE, (0, 1))
+    ran_ST = gates_BTE.gather(-1, routing.ids_BTK).sum(dim=-1)
+    full_ST = gates_BTE.topk(TOP_K, dim=-1)[0].sum(dim=-1)
+    over_S = routing.over_budget_B
     return {
         "most_loaded": float(most_S.mean()),
         "interval": 1.96 * float(most_S.std()) / math.sqrt(len(most_S)),
-        "distinct": float(count_distinct(routing.ids_STK, EXPERTS).double().mean()),
+        "distinct": float(count_distinct(routing.ids_BTK, EXPERTS).double().mean()),
         "mass": float((ran_ST / full_ST).mean()),
         "over_budget": 0.0 if over_S is None else float(over_S.double().mean()),
     }

@@ -120,8 +120,8 @@ def test_what_is_read_of_a_router_is_how_sglang_routes(name: str) -> None:
     found = config(name)
     ids, weights = select(found)
     wanted = route(logits(), hook.read_router(found), TOP_K, Rule(), found.correction_bias)
-    assert sorted_rows(ids) == sorted_rows(wanted.ids_STK)
-    torch.testing.assert_close(dense(ids, weights), dense(wanted.ids_STK, wanted.weights_STK))
+    assert sorted_rows(ids) == sorted_rows(wanted.ids_BTK)
+    torch.testing.assert_close(dense(ids, weights), dense(wanted.ids_BTK, wanted.weights_BTK))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -132,12 +132,12 @@ def test_a_rule_routes_as_the_reference_does(name: str, rule: str, patched: Any)
     patched(RULES[rule])
     ids, weights = select(found)
     wanted = route(logits(), router, TOP_K, RULES[rule], found.correction_bias)
-    wanted_ids = repeat_best(wanted.ids_STK, EXPERTS)
+    wanted_ids = repeat_best(wanted.ids_BTK, EXPERTS)
     torch.testing.assert_close(
-        dense(ids, weights), dense(wanted_ids, wanted.weights_STK), atol=1e-6, rtol=1e-5
+        dense(ids, weights), dense(wanted_ids, wanted.weights_BTK), atol=1e-6, rtol=1e-5
     )
     active = set(ids[weights != 0].tolist())
-    assert active == set(wanted.ids_STK[wanted.ids_STK < EXPERTS].tolist())
+    assert active == set(wanted.ids_BTK[wanted.ids_BTK < EXPERTS].tolist())
     assert int(ids.min()) >= 0
     assert int(ids.max()) < EXPERTS
 
@@ -155,7 +155,7 @@ def test_padding_does_not_vote(patched: Any) -> None:
     wanted = route(logits()[:5], Router(normalise=True), TOP_K, Rule(guaranteed=1))
     torch.testing.assert_close(
         dense(ids[:5], weights[:5]),
-        dense(repeat_best(wanted.ids_STK, EXPERTS), wanted.weights_STK),
+        dense(repeat_best(wanted.ids_BTK, EXPERTS), wanted.weights_BTK),
     )
 
 

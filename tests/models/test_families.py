@@ -67,8 +67,8 @@ def test_router_is_the_familys_own_bit_for_bit(family: str, dtype: torch.dtype) 
     for layer, logits_TE, ids_TK, weights_TK in routed(model, dtype):
         bias_E = layer.ranking_bias(shape.router)
         found = route(logits_TE, shape.router, shape.top_k, Rule(), bias_E)
-        assert torch.equal(found.ids_STK, ids_TK)
-        assert torch.equal(found.weights_STK.to(weights_TK.dtype), weights_TK)
+        assert torch.equal(found.ids_BTK, ids_TK)
+        assert torch.equal(found.weights_BTK.to(weights_TK.dtype), weights_TK)
 
 
 @pytest.mark.parametrize("family", HERE)

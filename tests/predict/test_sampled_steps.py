@@ -59,12 +59,12 @@ def test_a_company_wakes_and_uses_what_the_reference_routes(
     active_SCE, slots_SCT = shared(logits_SCTE, slots, rule, placement)
     logits = torch.from_numpy(logits_SCTE).view(6, tokens, experts)
     found = route(logits, ROUTER, slots, rule.on(ranks), scope=RoutedCompany(placement))
-    by_rank_SR = count_distinct_by_rank(found.ids_STK, placement)
+    by_rank_SR = count_distinct_by_rank(found.ids_BTK, placement)
     active_SE = torch.from_numpy(active_SCE).view(6, experts)
     for rank in range(ranks):
         mine = list(placement.experts_on(rank))
         assert active_SE[:, mine].sum(-1).tolist() == by_rank_SR[:, rank].tolist()
-    used = (found.ids_STK < experts).sum(-1).view(3, 2, tokens)
+    used = (found.ids_BTK < experts).sum(-1).view(3, 2, tokens)
     assert slots_SCT.tolist() == used.tolist()
 
 

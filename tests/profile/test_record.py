@@ -89,7 +89,7 @@ def test_replay_of_the_sample_is_what_the_model_activates() -> None:
         rule,
         layer.ranking_bias(shape.router),
     )
-    slots = float((routing.ids_STK < shape.experts).double().sum(-1).mean())
+    slots = float((routing.ids_BTK < shape.experts).double().sum(-1).mean())
     assert 1.2 < slots < shape.top_k - 0.2
     assert replay(made, layer.number, rule, 6, steps=2000).slots == pytest.approx(slots, rel=0.05)
 

@@ -90,7 +90,7 @@ def test_companies_and_ranks_are_counted_apart(rule: Rule) -> None:
             routing = route(
                 logits_TE[mine], made.router, TOP_K, rule, bias_E, scope=BatchScope(placement)
             )
-            used = routing.ids_STK[routing.ids_STK < EXPERTS].tolist()
+            used = routing.ids_BTK[routing.ids_BTK < EXPERTS].tolist()
             active |= set(used)
             slots.append(len(used))
         distinct.append(len(active))

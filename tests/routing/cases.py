@@ -32,9 +32,9 @@ class Case:
     """One call of `route`; E is a multiple of 4 for the groups' sake."""
 
     name: str
-    logits_STE: Tensor
+    logits_BTE: Tensor
     bias_E: Tensor | None
-    padding_ST: Tensor | None
+    padding_BT: Tensor | None
     top_k: int
     rule: Rule
     placement: Placement | None = None
@@ -45,7 +45,7 @@ class Case:
 
     @property
     def experts(self) -> int:
-        return self.logits_STE.shape[-1]
+        return self.logits_BTE.shape[-1]
 
     @property
     def slots(self) -> int:

@@ -42,10 +42,10 @@ def test_uniform_top_k_is_the_family_with_that_k_bit_for_bit(
         assert ids_TK.shape[-1] == top_k
         bias_E = layer.ranking_bias(shape.router)
         found = route(logits_TE, shape.router, shape.top_k, Rule(top_k), bias_E)
-        assert torch.equal(found.ids_STK, ids_TK)
-        assert torch.equal(found.weights_STK.to(weights_TK.dtype), weights_TK)
+        assert torch.equal(found.ids_BTK, ids_TK)
+        assert torch.equal(found.weights_BTK.to(weights_TK.dtype), weights_TK)
 
         padding_T = torch.arange(len(logits_TE)) % 3 == 0
         padded = route(logits_TE, shape.router, shape.top_k, Rule(top_k), bias_E, padding_T)
-        assert torch.equal(padded.ids_STK[~padding_T], ids_TK[~padding_T])
-        assert torch.equal(padded.weights_STK[~padding_T], found.weights_STK[~padding_T])
+        assert torch.equal(padded.ids_BTK[~padding_T], ids_TK[~padding_T])
+        assert torch.equal(padded.weights_BTK[~padding_T], found.weights_BTK[~padding_T])

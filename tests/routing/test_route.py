@@ -30,7 +30,7 @@ PATIENT = settings(deadline=None)  # a call's time says nothing on a busy machin
 def routed(case: Case) -> Routing:
     scope = BatchScope(case.placement)
     return route(
-        case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST, scope
+        case.logits_BTE, case.router, case.top_k, case.rule, case.bias_E, case.padding_BT, scope
     )
 
 
@@ -38,22 +38,22 @@ def steps(case: Case, routing: Routing) -> list[list[list[int]]]:
     """The expert ids that each token of each step uses."""
     return [
         [[expert for expert in slots if expert < case.experts] for slots in step]
-        for step in routing.ids_STK.tolist()
+        for step in routing.ids_BTK.tolist()
     ]
 
 
 def padding(case: Case) -> Tensor:
-    if case.padding_ST is None:
-        return torch.zeros(case.logits_STE.shape[:2], dtype=torch.bool)
-    return case.padding_ST
+    if case.padding_BT is None:
+        return torch.zeros(case.logits_BTE.shape[:2], dtype=torch.bool)
+    return case.padding_BT
 
 
 def ranking(case: Case) -> Tensor:
-    return score(case.logits_STE, case.router, case.bias_E, case.rule.experts).ranking_STE
+    return score(case.logits_BTE, case.router, case.bias_E, case.rule.experts).ranking_BTE
 
 
 def by_loops(case: Case) -> list[loops.Step]:
-    gates, ranks = score(case.logits_STE, case.router, case.bias_E, case.rule.experts)
+    gates, ranks = score(case.logits_BTE, case.router, case.bias_E, case.rule.experts)
     after = case.router.scoring == "softmax_after_top_k"
     if after:
         gates = (gates.double() - gates.double().amax(dim=-1, keepdim=True)).exp()
@@ -78,8 +78,8 @@ def test_budget_is_that_of_the_loops(case: Case) -> None:
     expected = by_loops(case)
     routing = routed(case)
     assert steps(case, routing) == [step.experts for step in expected]
-    assert routing.over_budget_S is not None
-    assert routing.over_budget_S.tolist() == [step.over_budget for step in expected]
+    assert routing.over_budget_B is not None
+    assert routing.over_budget_B.tolist() == [step.over_budget for step in expected]
 
 
 @given(cases(hostile=False, placed=True))
@@ -88,8 +88,8 @@ def test_budget_per_rank_is_that_of_the_loops(case: Case) -> None:
     expected = by_loops(case)
     routing = routed(case)
     assert steps(case, routing) == [step.experts for step in expected]
-    assert routing.over_budget_S is not None
-    assert routing.over_budget_S.tolist() == [step.over_budget for step in expected]
+    assert routing.over_budget_B is not None
+    assert routing.over_budget_B.tolist() == [step.over_budget for step in expected]
 
 
 @given(cases(placed=True))
@@ -98,10 +98,10 @@ def test_no_rank_exceeds_its_budget_but_for_its_tokens_bests(case: Case) -> None
     assert case.placement is not None
     assert case.rule.budget_per_rank is not None
     routing = routed(case)
-    active_SR = count_distinct_by_rank(routing.ids_STK, case.placement)
-    bests_SR = count_distinct_by_rank(routing.ids_STK[..., :1], case.placement)
-    assert (active_SR <= bests_SR.clamp(min=case.rule.budget_per_rank)).all()
-    assert torch.equal(active_SR.sum(dim=-1), count_distinct(routing.ids_STK, case.experts))
+    active_BR = count_distinct_by_rank(routing.ids_BTK, case.placement)
+    bests_BR = count_distinct_by_rank(routing.ids_BTK[..., :1], case.placement)
+    assert (active_BR <= bests_BR.clamp(min=case.rule.budget_per_rank)).all()
+    assert torch.equal(active_BR.sum(dim=-1), count_distinct(routing.ids_BTK, case.experts))
 
 
 @given(cases(placed=True))
@@ -113,8 +113,8 @@ def test_on_one_rank_the_budget_per_rank_is_a_budget(case: Case) -> None:
     assert same.rule.budget is not None
     linear = replace(one, placement=Placement.linear(case.experts, 1))
     for other in (same, linear):
-        assert routed(other).ids_STK.tolist() == routed(one).ids_STK.tolist()
-        assert torch.equal(routed(other).weights_STK, routed(one).weights_STK)
+        assert routed(other).ids_BTK.tolist() == routed(one).ids_BTK.tolist()
+        assert torch.equal(routed(other).weights_BTK, routed(one).weights_BTK)
 
 
 @given(cases(scope=False, hostile=False))
@@ -128,9 +128,9 @@ def test_a_tokens_own_experts_are_those_of_the_loops(case: Case) -> None:
 @PATIENT
 def test_only_usable_experts_each_once_and_never_more_than_top_k(case: Case) -> None:
     routing, ranks = routed(case), ranking(case)
-    assert routing.ids_STK.shape == routing.weights_STK.shape
-    assert routing.ids_STK.shape == (*case.logits_STE.shape[:2], case.slots)
-    assert routing.ids_STK.dtype == torch.int64
+    assert routing.ids_BTK.shape == routing.weights_BTK.shape
+    assert routing.ids_BTK.shape == (*case.logits_BTE.shape[:2], case.slots)
+    assert routing.ids_BTK.dtype == torch.int64
     for number, step in enumerate(steps(case, routing)):
         for token, experts in enumerate(step):
             assert len(set(experts)) == len(experts) <= case.slots
@@ -145,25 +145,25 @@ def test_only_usable_experts_each_once_and_never_more_than_top_k(case: Case) -> 
 @PATIENT
 def test_padding_uses_nothing_and_changes_nothing_for_others(case: Case) -> None:
     routing = routed(case)
-    assert (routing.ids_STK[padding(case)] == case.experts).all()
-    assert (routing.weights_STK[padding(case)] == 0).all()
+    assert (routing.ids_BTK[padding(case)] == case.experts).all()
+    assert (routing.weights_BTK[padding(case)] == 0).all()
     for number, is_padding in enumerate(padding(case)):
-        real = case.logits_STE[number, ~is_padding]
+        real = case.logits_BTE[number, ~is_padding]
         alone = route(real, case.router, case.top_k, case.rule, case.bias_E)
-        assert torch.equal(routing.ids_STK[number, ~is_padding], alone.ids_STK)
-        torch.testing.assert_close(routing.weights_STK[number, ~is_padding], alone.weights_STK)
+        assert torch.equal(routing.ids_BTK[number, ~is_padding], alone.ids_BTK)
+        torch.testing.assert_close(routing.weights_BTK[number, ~is_padding], alone.weights_BTK)
 
 
 @given(cases(scope=True))
 @PATIENT
 def test_each_token_keeps_its_best(case: Case) -> None:
     own = route(
-        case.logits_STE,
+        case.logits_BTE,
         case.router,
         case.top_k,
         Rule(case.slots, case.rule.threshold, case.rule.top_p, case.slots, None, case.rule.experts),
         case.bias_E,
-        case.padding_ST,
+        case.padding_BT,
     )
     surely = 1 if case.rule.budget is not None else case.rule.guaranteed
     for kept, best in zip(steps(case, routed(case)), steps(case, own), strict=True):
@@ -176,12 +176,12 @@ def test_each_token_keeps_its_best(case: Case) -> None:
 def test_budget_holds_unless_bests_alone_exceed_it(case: Case) -> None:
     routing = routed(case)
     if case.rule.budget is None:
-        assert routing.over_budget_S is None
+        assert routing.over_budget_B is None
         return
-    assert routing.over_budget_S is not None
-    distinct = count_distinct(routing.ids_STK, case.experts)
-    bests = count_distinct(routing.ids_STK[..., :1], case.experts)
-    assert torch.equal(routing.over_budget_S, bests > case.rule.budget)
+    assert routing.over_budget_B is not None
+    distinct = count_distinct(routing.ids_BTK, case.experts)
+    bests = count_distinct(routing.ids_BTK[..., :1], case.experts)
+    assert torch.equal(routing.over_budget_B, bests > case.rule.budget)
     assert (distinct <= bests.clamp(min=case.rule.budget)).all()
 
 
@@ -191,23 +191,23 @@ def test_sharing_wakes_no_more_experts_and_no_more_slots(case: Case) -> None:
     alone = Rule(
         case.slots, case.rule.threshold, case.rule.top_p, case.slots, None, case.rule.experts
     )
-    own = route(case.logits_STE, case.router, case.top_k, alone, case.bias_E, case.padding_ST)
+    own = route(case.logits_BTE, case.router, case.top_k, alone, case.bias_E, case.padding_BT)
     routing = routed(case)
     for count in (count_distinct, count_slots):
-        assert (count(routing.ids_STK, case.experts) <= count(own.ids_STK, case.experts)).all()
+        assert (count(routing.ids_BTK, case.experts) <= count(own.ids_BTK, case.experts)).all()
 
 
 @given(cases())
 @PATIENT
 def test_weights_are_the_gates_normalised_as_the_model_does_it(case: Case) -> None:
     routing = routed(case)
-    gates = score(case.logits_STE, case.router, experts=case.rule.experts).gates_STE
+    gates = score(case.logits_BTE, case.router, experts=case.rule.experts).gates_BTE
     for number, step in enumerate(steps(case, routing)):
         for token, experts in enumerate(step):
-            used = routing.ids_STK[number, token] < case.experts
-            weights = routing.weights_STK[number, token]
+            used = routing.ids_BTK[number, token] < case.experts
+            weights = routing.weights_BTK[number, token]
             assert (weights[~used] == 0).all()
-            own = gates[number, token, routing.ids_STK[number, token, used]]
+            own = gates[number, token, routing.ids_BTK[number, token, used]]
             whole = own
             if case.rule.keep_weights and experts:
                 ranked, best = ranking(case)[number, token].topk(case.top_k)
@@ -222,50 +222,50 @@ def test_weights_are_the_gates_normalised_as_the_model_does_it(case: Case) -> No
 
 def test_kept_weights_are_those_beside_the_whole_top_k() -> None:
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
-    full = route(logits, Router(normalise=True), 3, Rule()).weights_STK
-    fewer = route(logits, Router(normalise=True), 3, Rule(top_k=2, keep_weights=True)).weights_STK
+    full = route(logits, Router(normalise=True), 3, Rule()).weights_BTK
+    fewer = route(logits, Router(normalise=True), 3, Rule(top_k=2, keep_weights=True)).weights_BTK
     torch.testing.assert_close(fewer, full[:, :2])
-    anew = route(logits, Router(normalise=True), 3, Rule(top_k=2)).weights_STK
+    anew = route(logits, Router(normalise=True), 3, Rule(top_k=2)).weights_BTK
     assert (anew > fewer).all()
 
 
 @given(cases())
 @PATIENT
 def test_permuting_the_batch_permutes_the_result(case: Case) -> None:
-    tokens = case.logits_STE.shape[1]
+    tokens = case.logits_BTE.shape[1]
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens))
-    moved = None if case.padding_ST is None else case.padding_ST[:, order]
+    moved = None if case.padding_BT is None else case.padding_BT[:, order]
     routing = routed(case)
     permuted = route(
-        case.logits_STE[:, order], case.router, case.top_k, case.rule, case.bias_E, moved
+        case.logits_BTE[:, order], case.router, case.top_k, case.rule, case.bias_E, moved
     )
-    assert torch.equal(permuted.ids_STK, routing.ids_STK[:, order])
-    torch.testing.assert_close(permuted.weights_STK, routing.weights_STK[:, order])
-    if routing.over_budget_S is not None:
-        assert permuted.over_budget_S is not None
-        assert torch.equal(permuted.over_budget_S, routing.over_budget_S)
+    assert torch.equal(permuted.ids_BTK, routing.ids_BTK[:, order])
+    torch.testing.assert_close(permuted.weights_BTK, routing.weights_BTK[:, order])
+    if routing.over_budget_B is not None:
+        assert permuted.over_budget_B is not None
+        assert torch.equal(permuted.over_budget_B, routing.over_budget_B)
 
 
 @given(cases())
 @PATIENT
 def test_a_step_alone_is_routed_as_among_others(case: Case) -> None:
     routing = routed(case)
-    for number, logits in enumerate(case.logits_STE):
-        pad = None if case.padding_ST is None else case.padding_ST[number]
+    for number, logits in enumerate(case.logits_BTE):
+        pad = None if case.padding_BT is None else case.padding_BT[number]
         alone = route(logits, case.router, case.top_k, case.rule, case.bias_E, pad)
-        assert torch.equal(alone.ids_STK, routing.ids_STK[number])
-        torch.testing.assert_close(alone.weights_STK, routing.weights_STK[number])
-        if routing.over_budget_S is not None:
-            assert alone.over_budget_S is not None
-            assert alone.over_budget_S.shape == ()
-            assert bool(alone.over_budget_S) == bool(routing.over_budget_S[number])
+        assert torch.equal(alone.ids_BTK, routing.ids_BTK[number])
+        torch.testing.assert_close(alone.weights_BTK, routing.weights_BTK[number])
+        if routing.over_budget_B is not None:
+            assert alone.over_budget_B is not None
+            assert alone.over_budget_B.shape == ()
+            assert bool(alone.over_budget_B) == bool(routing.over_budget_B[number])
 
 
 @given(cases(scope=True))
 @PATIENT
 def test_slots_come_best_first_and_skipped_last(case: Case) -> None:
     assume(case.rule.threshold is None)  # keeps slots by gate, which a bias does not rank by
-    ids, ranks = routed(case).ids_STK, ranking(case)
+    ids, ranks = routed(case).ids_BTK, ranking(case)
     used = ids < case.experts
     assert (used[..., 1:] <= used[..., :-1]).all()
     ranked = ranks.gather(-1, ids.clamp(max=case.experts - 1)).masked_fill(~used, float("-inf"))
@@ -276,20 +276,20 @@ def test_oea_fills_from_far_down_a_tokens_own_ranking() -> None:
     """Two tokens: each one's best is awake, though it is the other's last."""
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
     routing = route(logits, Router(normalise=True), 2, Rule(guaranteed=1))
-    assert routing.ids_STK.tolist() == [[0, 3], [3, 0]]
-    torch.testing.assert_close(routing.weights_STK.sum(dim=-1), torch.ones(2))
+    assert routing.ids_BTK.tolist() == [[0, 3], [3, 0]]
+    torch.testing.assert_close(routing.weights_BTK.sum(dim=-1), torch.ones(2))
 
 
 def test_a_token_with_too_few_experts_active_skips_slots() -> None:
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 2)
     routing = route(logits, Router(normalise=True), 3, Rule(guaranteed=1))
-    assert routing.ids_STK.tolist() == [[0, 4, 4]] * 2
-    assert routing.weights_STK.tolist() == [[1.0, 0.0, 0.0]] * 2
+    assert routing.ids_BTK.tolist() == [[0, 4, 4]] * 2
+    assert routing.weights_BTK.tolist() == [[1.0, 0.0, 0.0]] * 2
 
 
 def test_equal_rankings_go_to_the_lower_id() -> None:
     routing = route(torch.zeros(3, 16), Router(), 4, Rule(guaranteed=4))
-    assert routing.ids_STK.tolist() == [[0, 1, 2, 3]] * 3
+    assert routing.ids_BTK.tolist() == [[0, 1, 2, 3]] * 3
 
 
 def test_a_dropped_slot_in_the_middle_does_not_cost_a_guaranteed_one() -> None:
@@ -298,8 +298,8 @@ def test_a_dropped_slot_in_the_middle_does_not_cost_a_guaranteed_one() -> None:
     bias = torch.tensor([0.0, 0.9, 0.0, 0.0])
     router = Router("sigmoid", "bias", normalise=True)
     routing = route(logits, router, 3, Rule(threshold=0.5, guaranteed=2), bias)
-    assert routing.ids_STK[0, :2].tolist() == [0, 2]
-    assert routing.ids_STK[0, 2] == 4
+    assert routing.ids_BTK[0, :2].tolist() == [0, 2]
+    assert routing.ids_BTK[0, 2] == 4
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
@@ -307,19 +307,19 @@ def test_guaranteeing_every_slot_is_the_model_itself(name: str) -> None:
     logits = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
     full = route(logits, ROUTERS[name], 4, Rule())
     shared = route(logits, ROUTERS[name], 4, Rule(guaranteed=4))
-    assert torch.equal(full.ids_STK.sort(dim=-1)[0], shared.ids_STK.sort(dim=-1)[0])
-    torch.testing.assert_close(full.weights_STK.sort(dim=-1)[0], shared.weights_STK.sort(dim=-1)[0])
+    assert torch.equal(full.ids_BTK.sort(dim=-1)[0], shared.ids_BTK.sort(dim=-1)[0])
+    torch.testing.assert_close(full.weights_BTK.sort(dim=-1)[0], shared.weights_BTK.sort(dim=-1)[0])
 
 
 def test_top_k_0_skips_everything() -> None:
     routing = route(torch.randn(2, 3, 8), Router(), 4, Rule(top_k=0))
-    assert routing.ids_STK.tolist() == [[[8]] * 3] * 2
-    assert routing.weights_STK.eq(0).all()
+    assert routing.ids_BTK.tolist() == [[[8]] * 3] * 2
+    assert routing.weights_BTK.eq(0).all()
 
 
 def test_more_slots_than_groups_hold_are_skipped() -> None:
     routing = route(torch.randn(5, 16), ROUTERS["V2 groups"], 10, Rule())
-    assert (routing.ids_STK < 16).sum(dim=-1).tolist() == [8] * 5
+    assert (routing.ids_BTK < 16).sum(dim=-1).tolist() == [8] * 5
 
 
 def test_every_rule_runs_under_inference_mode_and_outside_it() -> None:
@@ -328,5 +328,5 @@ def test_every_rule_runs_under_inference_mode_and_outside_it() -> None:
     with torch.inference_mode():
         inside = route(logits, Router(), 4, rule)
     outside = route(logits.requires_grad_(), Router(), 4, rule)
-    assert torch.equal(inside.ids_STK, outside.ids_STK)
-    outside.weights_STK.sum().backward()
+    assert torch.equal(inside.ids_BTK, outside.ids_BTK)
+    outside.weights_BTK.sum().backward()

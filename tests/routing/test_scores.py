@@ -19,26 +19,26 @@ NEVER = float("-inf")
 def test_bias_ranks_and_does_not_weigh() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)]])
     scores = score(logits, ROUTERS["sigmoid with a bias"], torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(scores.gates_STE, torch.tensor([[0.5, 0.75]]))
-    torch.testing.assert_close(scores.ranking_STE, torch.tensor([[1.5, 0.75]]))
+    torch.testing.assert_close(scores.gates_BTE, torch.tensor([[0.5, 0.75]]))
+    torch.testing.assert_close(scores.ranking_BTE, torch.tensor([[1.5, 0.75]]))
 
 
 def test_softmax_gates_add_up_to_one_and_logits_rank_where_softmax_comes_after() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)]])
-    torch.testing.assert_close(score(logits, Router()).gates_STE, torch.tensor([[0.25, 0.75]]))
-    assert score(logits, ROUTERS["softmax after top-k"]).ranking_STE is logits
+    torch.testing.assert_close(score(logits, Router()).gates_BTE, torch.tensor([[0.25, 0.75]]))
+    assert score(logits, ROUTERS["softmax after top-k"]).ranking_BTE is logits
 
 
 def test_experts_that_do_not_remain_never_rank() -> None:
-    ranking = score(torch.zeros(2, 4), Router(), experts=(1, 3)).ranking_STE
+    ranking = score(torch.zeros(2, 4), Router(), experts=(1, 3)).ranking_BTE
     assert ranking.tolist() == [[NEVER, 0.5, NEVER, 0.5]] * 2
 
 
 def test_a_pruned_softmax_is_that_of_the_model_without_the_others() -> None:
     logits = torch.randn(5, 12)
     kept = (0, 3, 4, 9, 11)
-    gates = score(logits, Router(), experts=kept).gates_STE
-    assert torch.equal(gates[:, list(kept)], score(logits[:, list(kept)], Router()).gates_STE)
+    gates = score(logits, Router(), experts=kept).gates_BTE
+    assert torch.equal(gates[:, list(kept)], score(logits[:, list(kept)], Router()).gates_BTE)
     assert bool((gates.sum(dim=-1) - 1).abs().max() < 1e-6)
 
 
@@ -50,7 +50,7 @@ def test_group_limits_are_those_of_a_loop(
     router = replace(ROUTERS["V3 groups"], group_score=group_score)
     logits = torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
     bias = torch.linspace(-2, 2, 16)
-    found = score(logits, router, bias, experts).ranking_STE
+    found = score(logits, router, bias, experts).ranking_BTE
     for row, ranking in zip(logits.sigmoid() + bias, found, strict=True):
         remain = range(16) if experts is None else experts
         groups = [[e for e in remain if e // 4 == group] for group in range(4)]
@@ -64,8 +64,8 @@ def test_group_limits_are_those_of_a_loop(
 
 def test_scores_are_computed_in_the_familys_dtype() -> None:
     logits = torch.zeros(1, 4, dtype=torch.bfloat16)
-    assert score(logits, Router("sigmoid")).gates_STE.dtype == torch.float32
-    assert score(logits, Router(score_dtype="logits")).gates_STE.dtype == torch.bfloat16
+    assert score(logits, Router("sigmoid")).gates_BTE.dtype == torch.float32
+    assert score(logits, Router(score_dtype="logits")).gates_BTE.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

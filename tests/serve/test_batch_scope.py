@@ -19,10 +19,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from leanmoe.kernels.dispatch import fast_route
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import BatchScope, Routing, count_distinct_by_rank, route
-from leanmoe.runtime.routing import fast_route
 from leanmoe.serve.batch_scope import scope_of_all_ranks, tokens_of_all
 from tests.routing.cases import ROUTERS
 
@@ -57,11 +57,11 @@ def gathered(value: Tensor) -> list[Tensor]:
 
 def assert_equal(found: Routing, expected: Routing, rows: slice = slice(None)) -> None:
     """To the last bit, of the expected tokens those of `rows`."""
-    assert torch.equal(found.ids_STK, expected.ids_STK[rows])
-    assert torch.equal(found.weights_STK, expected.weights_STK[rows])
-    assert (found.over_budget_S is None) == (expected.over_budget_S is None)
-    if found.over_budget_S is not None and expected.over_budget_S is not None:
-        assert bool(found.over_budget_S) == bool(expected.over_budget_S)
+    assert torch.equal(found.ids_BTK, expected.ids_BTK[rows])
+    assert torch.equal(found.weights_BTK, expected.weights_BTK[rows])
+    assert (found.over_budget_B is None) == (expected.over_budget_B is None)
+    if found.over_budget_B is not None and expected.over_budget_B is not None:
+        assert bool(found.over_budget_B) == bool(expected.over_budget_B)
 
 
 def tensor_parallel(rank: int, ranks: int) -> None:
@@ -106,7 +106,7 @@ def a_rank_of_padding(rank: int, ranks: int) -> None:
     found = route(all_TE[mine], router, TOP_K, rule, None, padding_T[mine], scope_of_all_ranks())
     expected = route(all_TE[6:], router, TOP_K, rule)
     if rank == 0:
-        assert (found.ids_STK == EXPERTS).all()
+        assert (found.ids_BTK == EXPERTS).all()
     else:
         assert_equal(found, expected, slice(6 * rank - 6, 6 * rank))
 
@@ -116,7 +116,7 @@ def own_ranks_tokens(rank: int, ranks: int) -> None:
     router, rule = ROUTERS["softmax"], Rule(guaranteed=1)
     own = route(draw(8, rank), router, TOP_K, rule)
     shared = route(draw(8, rank), router, TOP_K, rule, scope=scope_of_all_ranks())
-    assert not torch.equal(own.ids_STK, shared.ids_STK)
+    assert not torch.equal(own.ids_BTK, shared.ids_BTK)
     assert ranks > 1
 
 
@@ -158,13 +158,13 @@ def expert_parallel(rank: int, ranks: int) -> None:
         dist.all_reduce(part_TD)
         torch.testing.assert_close(part_TD, whole_TD)
 
-        here = len({e for e in found.ids_STK.flatten().tolist() if e in mine})
+        here = len({e for e in found.ids_BTK.flatten().tolist() if e in mine})
         woken = [int(count) for count in gathered(torch.tensor(here))]
-        assert woken == count_distinct_by_rank(found.ids_STK, placement).tolist()
-        bests = count_distinct_by_rank(found.ids_STK[:, :1], placement)
+        assert woken == count_distinct_by_rank(found.ids_BTK, placement).tolist()
+        bests = count_distinct_by_rank(found.ids_BTK[:, :1], placement)
         assert max(woken) <= max(4, int(bests.max()))
         full = route(draw(24, 3), router, TOP_K, Rule())
-        assert max(woken) < int(count_distinct_by_rank(full.ids_STK, placement).max())
+        assert max(woken) < int(count_distinct_by_rank(full.ids_BTK, placement).max())
 
 
 def logical_ids(rank: int, ranks: int) -> None:
@@ -180,21 +180,21 @@ def logical_ids(rank: int, ranks: int) -> None:
     dist.broadcast(shuffled, 0)
     logical_E = shuffled.flatten()  # of the slots, those of a rank in another order
     slot_E = torch.cat((logical_E.argsort(), torch.tensor([EXPERTS])))
-    in_slots = found._replace(ids_STK=slot_E[found.ids_STK])
+    in_slots = found._replace(ids_BTK=slot_E[found.ids_BTK])
     mine = range(rank * each, rank * each + each)
     part_TD = computed(hidden_TD, in_slots, weights_EDD[logical_E], mine)
     dist.all_reduce(part_TD)
     torch.testing.assert_close(part_TD, computed(hidden_TD, found, weights_EDD, range(EXPERTS)))
     assert torch.equal(
-        count_distinct_by_rank(in_slots.ids_STK, placement),
-        count_distinct_by_rank(found.ids_STK, placement),
+        count_distinct_by_rank(in_slots.ids_BTK, placement),
+        count_distinct_by_rank(found.ids_BTK, placement),
     )
 
 
 def computed(hidden_TD: Tensor, found: Routing, weights_EDD: Tensor, held: object) -> Tensor:
     """What the experts held here add to each token."""
     out_TD = torch.zeros_like(hidden_TD)
-    for token, (ids, weights) in enumerate(zip(found.ids_STK, found.weights_STK, strict=True)):
+    for token, (ids, weights) in enumerate(zip(found.ids_BTK, found.weights_BTK, strict=True)):
         for expert, weight in zip(ids.tolist(), weights.tolist(), strict=True):
             if expert in held:  # type: ignore[operator]
                 out_TD[token] += weight * (hidden_TD[token] @ weights_EDD[expert])

@@ -42,15 +42,15 @@ def test_widened_slots_weigh_nothing() -> None:
 @settings(deadline=None, max_examples=100)
 def test_no_spelling_wakes_an_expert(drawn: Case) -> None:
     """Whatever the rule, the experts named are those that weigh something, where any does."""
-    for step in range(drawn.logits_STE.shape[0]):
-        padding = None if drawn.padding_ST is None else drawn.padding_ST[step]
-        logits = drawn.logits_STE[step]
+    for step in range(drawn.logits_BTE.shape[0]):
+        padding = None if drawn.padding_BT is None else drawn.padding_BT[step]
+        logits = drawn.logits_BTE[step]
         found = route(logits, drawn.router, drawn.top_k, drawn.rule, drawn.bias_E, padding)
-        spelled = repeat_best(found.ids_STK, drawn.experts, padding)
+        spelled = repeat_best(found.ids_BTK, drawn.experts, padding)
         assert bool((spelled < drawn.experts).all())
-        used = set(found.ids_STK[found.ids_STK < drawn.experts].tolist())
+        used = set(found.ids_BTK[found.ids_BTK < drawn.experts].tolist())
         is_real_first = padding is None or (len(padding) > 0 and not bool(padding[0]))
-        if used and is_real_first and bool((found.ids_STK[:, 0] < drawn.experts).all()):
+        if used and is_real_first and bool((found.ids_BTK[:, 0] < drawn.experts).all()):
             assert set(spelled.flatten().tolist()) == used
 
 
@@ -70,8 +70,8 @@ def test_the_gpu_kernel_spells_it_the_same() -> None:
 @given(cases(hostile=False))
 @settings(deadline=None, max_examples=20)
 def test_the_gpu_kernel_passes_over_the_same_slots(drawn: Case) -> None:
-    logits, router, rule = drawn.logits_STE[0], drawn.router, drawn.rule
-    padding = None if drawn.padding_ST is None else drawn.padding_ST[0]
+    logits, router, rule = drawn.logits_BTE[0], drawn.router, drawn.rule
+    padding = None if drawn.padding_BT is None else drawn.padding_BT[0]
     if why_not_route_gpu(logits, router, rule) is not None:
         return
     arguments = (logits, router, drawn.top_k, rule, drawn.bias_E, padding)

@@ -5,8 +5,8 @@ Those that compute take `(hidden_TD, ids_TK, weights_TK, weights: ExpertWeights)
 """
 
 from leanmoe.kernels.cpu.experts import experts_cpu
-from leanmoe.kernels.cpu.router import Routed, route_cpu, why_not_route_cpu
-from leanmoe.kernels.dispatch import Choice, Experts, choose_experts
+from leanmoe.kernels.cpu.router import route_cpu, why_not_route_cpu
+from leanmoe.kernels.dispatch import Choice, Experts, choose_experts, choose_router
 from leanmoe.kernels.reference import expert_rows, experts_reference
 from leanmoe.kernels.triton.experts import experts_gpu, why_not_gpu
 from leanmoe.kernels.triton.router import RoutedGpu, route_gpu, route_gpu_ids, why_not_route_gpu
@@ -18,10 +18,10 @@ __all__ = [
     "ExpertWeights",
     "Experts",
     "Gate",
-    "Routed",
     "RoutedGpu",
     "Work",
     "choose_experts",
+    "choose_router",
     "count_work",
     "expert_rows",
     "experts_cpu",

@@ -1,58 +1,69 @@
-"""Which implementation computes the experts of a layer, said by name and with the reason."""
+"""Which implementation computes a layer's experts, and which routes: by name, with the reason.
+
+Letters: B steps routed apart (may be absent), T tokens of a step, E experts, K slots, D hidden
+width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
 from leanmoe.kernels.cpu.experts import experts_cpu, prepare, why_not_cpu
+from leanmoe.kernels.cpu.router import route_cpu, why_not_route_cpu
 from leanmoe.kernels.reference import experts_reference
 from leanmoe.kernels.triton.experts import experts_gpu, why_not_gpu
+from leanmoe.kernels.triton.router import route_gpu, why_not_route_gpu
 from leanmoe.kernels.triton.tuned_tiles import describe
 from leanmoe.kernels.weights import ExpertWeights
+from leanmoe.models.routers import Router
+from leanmoe.plan import Rule
+from leanmoe.routing import ALONE, BatchScope, Routing, route
 
 Experts = Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]
+"""`(hidden_TD, ids_TK, weights_TK, weights) -> out_TD`."""
+Route = Callable[
+    [Tensor, Router, int, Rule, Tensor | None, Tensor | None, BatchScope],
+    Routing,
+]
+"""`(logits_BTE, router, top_k, rule, bias_E, padding_BT, scope) -> Routing`."""
+Function = TypeVar("Function")
 
 SHARE_OF_FREE_MEMORY = 0.5
 """A layer's packed copy may take this share of what is free; layers are chosen one by one."""
 
 
-class Choice(NamedTuple):
-    """What will run: `function(hidden_TD, ids_TK, weights_TK, weights) -> out_TD`."""
+class Choice(NamedTuple, Generic[Function]):
+    """The implementation that will run, and why it is that one."""
 
-    name: str
-    function: Experts
+    name: Literal["gpu", "cpu", "reference"]
+    function: Function
     reason: str
 
 
-def choose_experts(weights: ExpertWeights, device: torch.device | str) -> Choice:
+def choose_experts(weights: ExpertWeights, device: torch.device | str) -> Choice[Experts]:
     """The fastest implementation for these weights on this device, and why it is that one.
 
     Prepares it too (packs the weights, compiles), so that the first call is as fast as the rest.
     """
     kind = torch.device(device).type
     if kind == "cuda":
-        return _choose_gpu(weights)
-    if kind != "cpu":
-        return Choice("reference", experts_reference, f"no kernel for {kind}")
-    if reason := why_not_cpu(weights):
-        return Choice("reference", experts_reference, reason)
-    if reason := _lacks_memory(weights):
-        return Choice("reference", experts_reference, reason)
-    return Choice("cpu", experts_cpu, prepare(weights).describe())
-
-
-def _choose_gpu(weights: ExpertWeights) -> Choice:
-    if find_spec("triton") is None:
-        return Choice("reference", experts_reference, "triton is not installed")
-    if reason := why_not_gpu(weights):
-        return Choice("reference", experts_reference, reason)
-    return Choice("gpu", experts_gpu, describe(weights))
+        reason = why_not_gpu(weights) if _is_installed("triton") else "triton is not installed"
+        if reason is None:
+            return Choice("gpu", experts_gpu, describe(weights))
+    elif kind == "cpu":
+        reason = why_not_cpu(weights) or _lacks_memory(weights)
+        if reason is None:
+            return Choice("cpu", experts_cpu, prepare(weights).describe())
+    else:
+        reason = f"no kernel for {kind}"
+    return Choice("reference", experts_reference, reason)
 
 
 def _lacks_memory(weights: ExpertWeights) -> str | None:
@@ -64,3 +75,92 @@ def _lacks_memory(weights: ExpertWeights) -> str | None:
         f"the kernel's packed copy of a layer needs {needed / 1e9:.1f} GB "
         f"and {free / 1e9:.1f} GB are free"
     )
+
+
+def choose_router(
+    logits_BTE: Tensor,
+    router: Router,
+    rule: Rule,
+    scope: BatchScope = ALONE,
+    device: torch.device | str | None = None,
+) -> Choice[Route]:
+    """The fastest function that routes such logits as `leanmoe.routing.route` does.
+
+    A GPU's kernel routes one step; many steps at once, which only scoring has, are the reference's.
+    `device` is where the logits are, unless they are stand-ins of their shape and dtype.
+    """
+    rule = rule.on(scope.ranks)
+    if torch.device(device or logits_BTE.device).type == "cuda":
+        reason = "triton is not installed"
+        if _is_installed("triton"):
+            reason = why_not_route_gpu(_one_step(logits_BTE), router, rule)
+        if reason is None:
+            return Choice("gpu", route_on_gpu, "one step of logits on a GPU")
+    else:
+        reason = "numba is not installed"
+        if _is_installed("numba"):
+            reason = why_not_route_cpu(logits_BTE, router, rule)
+        if reason is None and scope.exchange is not None and rule.is_batch_aware:
+            reason = "ranks exchange what their tokens ask for"
+        if reason is None:
+            return Choice("cpu", route_on_cpu, "logits on a CPU")
+    return Choice("reference", route, reason)
+
+
+def fast_route(
+    logits_BTE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None = None,
+    padding_BT: Tensor | None = None,
+    scope: BatchScope = ALONE,
+) -> Routing:
+    """What `leanmoe.routing.route` gives, by the function that `choose_router` chooses."""
+    function = choose_router(logits_BTE, router, rule, scope).function
+    return function(logits_BTE, router, top_k, rule, bias_E, padding_BT, scope)
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def _one_step(logits_BTE: Tensor) -> Tensor:
+    """The logits (T,E) of the only step, or what there is where there are more steps."""
+    return logits_BTE[0] if logits_BTE.dim() == 3 and logits_BTE.shape[0] == 1 else logits_BTE
+
+
+def route_on_cpu(
+    logits_BTE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None,
+    padding_BT: Tensor | None,
+    scope: BatchScope,
+) -> Routing:
+    """`route_cpu` in the place of `leanmoe.routing.route`; all experts are on one rank."""
+    return route_cpu(logits_BTE, router, top_k, rule.on(scope.ranks), bias_E, padding_BT)
+
+
+def route_on_gpu(
+    logits_BTE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None,
+    padding_BT: Tensor | None,
+    scope: BatchScope,
+) -> Routing:
+    """`route_gpu` in the place of `leanmoe.routing.route`, for one step: (T,E) or (1,T,E)."""
+    logits_TE = _one_step(logits_BTE)
+    has_steps = logits_TE.dim() < logits_BTE.dim()
+    padding_T = padding_BT[0] if has_steps and padding_BT is not None else padding_BT
+    routed = route_gpu(
+        logits_TE, router, top_k, rule, bias_E, padding_T, scope.placement, scope.exchange
+    )
+    if not has_steps:
+        return Routing(routed.ids_TK, routed.weights_TK, routed.over_budget)
+    over_B = None if routed.over_budget is None else routed.over_budget[None]
+    return Routing(routed.ids_TK[None], routed.weights_TK[None], over_B)

@@ -157,8 +157,8 @@ class LayerStatistics:
     def add(self, logits_TE: Tensor) -> None:
         """Counts what the model's own router makes of these logits; no padding among them."""
         scores = score(logits_TE, self._router, self._bias_E)
-        ids_TK = scores.ranking_STE.topk(self._top_k, dim=-1).indices
-        gates_TK = scores.gates_STE.gather(-1, ids_TK).double()
+        ids_TK = scores.ranking_BTE.topk(self._top_k, dim=-1).indices
+        gates_TK = scores.gates_BTE.gather(-1, ids_TK).double()
         if self._router.scoring == "softmax_after_top_k":
             gates_TK = gates_TK.softmax(-1)
         experts = logits_TE.shape[-1]

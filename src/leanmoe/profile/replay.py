@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels.dispatch import fast_route
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.profile.saved import Distinct, Profile, Trace
 from leanmoe.routing import BatchScope, count_distinct, count_distinct_by_rank, count_slots
-from leanmoe.runtime.routing import fast_route
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 REPLAYED_TOKENS = 16384
@@ -87,8 +87,8 @@ def replay(
     logits_CBE = logits_TE[places_CB].float()
     scope = BatchScope(placed)
     routing = fast_route(logits_CBE, profile.router, profile.model.top_k, rule, bias_E, scope=scope)
-    over = routing.over_budget_S
-    ids_SBK = routing.ids_STK.view(count, tokens_in_step, -1)
+    over = routing.over_budget_B
+    ids_SBK = routing.ids_BTK.view(count, tokens_in_step, -1)
     distinct_S = count_distinct(ids_SBK, experts).double()
     return Replay(
         tokens=tokens_in_step,

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.kernels.dispatch import fast_route
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.runtime.experts import all_outputs, expert_outputs
@@ -37,7 +38,6 @@ from leanmoe.runtime.model import (
     find_layers,
     shape_of,
 )
-from leanmoe.runtime.routing import fast_route
 
 Scores = NDArray[np.float64]
 PAPER = "arXiv 2505.03531"
@@ -300,8 +300,8 @@ class _Layer:
         rule = Rule(experts=None if kept is None else tuple(kept))
         routing = fast_route(self._logits[rows], self._router, self._top_k, rule, self._bias)
         experts = self._logits.shape[1]
-        used = routing.ids_STK < experts
-        ids = routing.ids_STK.clamp(max=experts - 1)
+        used = routing.ids_BTK < experts
+        ids = routing.ids_BTK.clamp(max=experts - 1)
         parts_TKD = self._outputs[rows[:, None], ids]
-        weights_TK = routing.weights_STK.float() * used
-        return routing.ids_STK, torch.einsum("tkd,tk->td", parts_TKD, weights_TK)
+        weights_TK = routing.weights_BTK.float() * used
+        return routing.ids_BTK, torch.einsum("tkd,tk->td", parts_TKD, weights_TK)

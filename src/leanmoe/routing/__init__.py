@@ -1,6 +1,6 @@
 """Which experts a token gets: pure tensor functions of router logits, a rule and a padding mask.
 
-Letters: S independent forward steps (may be absent), T tokens in a step, E experts, K slots a
+Letters: B independent forward steps (may be absent), T tokens in a step, E experts, K slots a
 token, G groups of experts. An id equal to E is a skipped slot; its weight is 0.
 """
 

@@ -1,6 +1,6 @@
 """Gate weights of the experts a token uses, normalised and scaled as its family does it.
 
-Letters: S independent steps (may be absent), T tokens, E experts, K slots a token.
+Letters: B independent steps (may be absent), T tokens, E experts, K slots a token.
 """
 
 from __future__ import annotations
@@ -13,57 +13,57 @@ from leanmoe.routing.scores import NEVER, score_dtype
 
 
 def weigh(
-    gates_STK: Tensor,
+    gates_BTK: Tensor,
     router: Router,
-    kept_STK: Tensor | None = None,
-    full_STN: Tensor | None = None,
+    kept_BTK: Tensor | None = None,
+    full_BTK: Tensor | None = None,
 ) -> Tensor:
-    """Weights [S,T,K] from the gates of the picked slots; 0 where `kept_STK` is False.
+    """Weights [B,T,K] from the gates of the picked slots; 0 where `kept_BTK` is False.
 
     With `norm_topk_prob` the kept gates are divided by their sum, then all are multiplied by
     `routed_scaling_factor`; with softmax_after_top_k the softmax runs over the kept slots. Where
-    every slot is kept (None) these are the family's own operations in its own order. `full_STN`,
+    every slot is kept (None) these are the family's own operations in its own order. `full_BTK`,
     the gates of the token's whole top-k, takes the place of the kept ones in sum and softmax.
     """
-    weights_STK = _share(gates_STK, router, kept_STK, full_STN)
-    return weights_STK if router.scaling == 1.0 else weights_STK * router.scaling
+    weights_BTK = _share(gates_BTK, router, kept_BTK, full_BTK)
+    return weights_BTK if router.scaling == 1.0 else weights_BTK * router.scaling
 
 
-def votes(gates_STK: Tensor, router: Router, kept_STK: Tensor | None = None) -> Tensor:
-    """How much [S,T,K], 0 to 1, a slot matters to its token: its weight before scaling."""
-    return _share(gates_STK, router, kept_STK, None)
+def votes(gates_BTK: Tensor, router: Router, kept_BTK: Tensor | None = None) -> Tensor:
+    """How much [B,T,K], 0 to 1, a slot matters to its token: its weight before scaling."""
+    return _share(gates_BTK, router, kept_BTK, None)
 
 
 def _share(
-    gates_STK: Tensor, router: Router, kept_STK: Tensor | None, full_STN: Tensor | None
+    gates_BTK: Tensor, router: Router, kept_BTK: Tensor | None, full_BTK: Tensor | None
 ) -> Tensor:
     if router.scoring == "softmax_after_top_k":
-        return _softmax(gates_STK, router, kept_STK, full_STN)
-    if kept_STK is not None:
-        gates_STK = gates_STK.masked_fill(~kept_STK, 0.0)
+        return _softmax(gates_BTK, router, kept_BTK, full_BTK)
+    if kept_BTK is not None:
+        gates_BTK = gates_BTK.masked_fill(~kept_BTK, 0.0)
     if not router.normalise:
-        return gates_STK
-    total_ST1 = (gates_STK if full_STN is None else full_STN).sum(dim=-1, keepdim=True)
+        return gates_BTK
+    total_BT1 = (gates_BTK if full_BTK is None else full_BTK).sum(dim=-1, keepdim=True)
     if router.normalise_epsilon:
-        total_ST1 = total_ST1 + router.normalise_epsilon
+        total_BT1 = total_BT1 + router.normalise_epsilon
     else:  # no slot, or only ones whose gates underflow: nothing to divide by, weights of 0
-        total_ST1 = total_ST1.clamp(min=torch.finfo(total_ST1.dtype).tiny)
-    shares_STK = gates_STK / total_ST1
-    if kept_STK is None or full_STN is None:
-        return shares_STK
-    return shares_STK.masked_fill(~kept_STK, 0.0)  # padding's own top-k may be NaN
+        total_BT1 = total_BT1.clamp(min=torch.finfo(total_BT1.dtype).tiny)
+    shares_BTK = gates_BTK / total_BT1
+    if kept_BTK is None or full_BTK is None:
+        return shares_BTK
+    return shares_BTK.masked_fill(~kept_BTK, 0.0)  # padding's own top-k may be NaN
 
 
 def _softmax(
-    gates_STK: Tensor, router: Router, kept_STK: Tensor | None, full_STN: Tensor | None
+    gates_BTK: Tensor, router: Router, kept_BTK: Tensor | None, full_BTK: Tensor | None
 ) -> Tensor:
-    dtype = score_dtype(router, gates_STK)
-    if full_STN is not None:
-        total_ST1 = full_STN.to(dtype).logsumexp(dim=-1, keepdim=True)
-        shares_STK = (gates_STK.to(dtype) - total_ST1).exp()
-        return shares_STK if kept_STK is None else shares_STK.masked_fill(~kept_STK, 0.0)
-    if kept_STK is None:
-        return torch.softmax(gates_STK, dim=-1, dtype=dtype)
-    kept_gates_STK = gates_STK.masked_fill(~kept_STK, NEVER)
-    weights_STK = torch.softmax(kept_gates_STK, dim=-1, dtype=dtype)
-    return weights_STK.masked_fill(~kept_STK, 0.0)  # softmax gives NaN where no slot is kept
+    dtype = score_dtype(router, gates_BTK)
+    if full_BTK is not None:
+        total_BT1 = full_BTK.to(dtype).logsumexp(dim=-1, keepdim=True)
+        shares_BTK = (gates_BTK.to(dtype) - total_BT1).exp()
+        return shares_BTK if kept_BTK is None else shares_BTK.masked_fill(~kept_BTK, 0.0)
+    if kept_BTK is None:
+        return torch.softmax(gates_BTK, dim=-1, dtype=dtype)
+    kept_gates_BTK = gates_BTK.masked_fill(~kept_BTK, NEVER)
+    weights_BTK = torch.softmax(kept_gates_BTK, dim=-1, dtype=dtype)
+    return weights_BTK.masked_fill(~kept_BTK, 0.0)  # softmax gives NaN where no slot is kept

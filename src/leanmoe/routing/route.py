@@ -1,6 +1,6 @@
 """Router logits and a rule to expert ids and weights: the order in which a rule's fields apply.
 
-Letters: S independent steps (may be absent), T tokens in a step, E experts, K slots a token.
+Letters: B independent steps (may be absent), T tokens in a step, E experts, K slots a token.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from leanmoe.routing.token_rules import wanted
 class Routing(NamedTuple):
     """The experts of each token; a skipped slot has id E and weight 0."""
 
-    ids_STK: Tensor
+    ids_BTK: Tensor
     """int64; best ranked first, skipped slots last. With no field set but `top_k` and `experts`,
     in the order of the family's own top-k, which some leave unsorted."""
-    weights_STK: Tensor
+    weights_BTK: Tensor
     """In the router's score dtype: float32 but for families that compute in the logits' own."""
-    over_budget_S: Tensor | None
+    over_budget_B: Tensor | None
     """Where a budget is set: True for steps whose tokens' best experts alone exceed it."""
 
 
 def route(
-    logits_STE: Tensor,
+    logits_BTE: Tensor,
     router: Router,
     top_k: int,
     rule: Rule,
     bias_E: Tensor | None = None,
-    padding_ST: Tensor | None = None,
+    padding_BT: Tensor | None = None,
     scope: BatchScope = ALONE,
 ) -> Routing:
     """Picks and weighs each token's experts under `rule`.
 
     Args:
-        logits_STE: router logits; leading S are independent steps and may be absent. Not checked
+        logits_BTE: router logits; leading B are independent steps and may be absent. Not checked
             for NaN: see `check_logits`.
         top_k: the model's own number of experts a token.
         rule: one that `Rule.check` accepts for the model.
         bias_E: the ranking bias, for routers that have one.
-        padding_ST: True for tokens that are padding: they use no expert and wake none.
+        padding_BT: True for tokens that are padding: they use no expert and wake none.
         company: which ranks the experts are on, for `budget_per_rank`, and how to hear of tokens
             on other ranks. A rule without `guaranteed` or a budget asks for neither.
 
@@ -78,35 +78,35 @@ def route(
     """
     slots = top_k if rule.top_k is None else rule.top_k
     if slots == 0:
-        return _nothing(logits_STE)
-    scores = score(logits_STE, router, bias_E, rule.experts)
+        return _nothing(logits_BTE)
+    scores = score(logits_BTE, router, bias_E, rule.experts)
     full = _full_gates(scores, top_k, router) if rule.keep_weights else None
     kept: Tensor | None
     over_budget = None
     if rule.is_batch_aware:
         has_bias = bias_E is not None
-        ids, kept, over_budget = _shared(scores, slots, rule, router, has_bias, padding_ST, scope)
-        weights = weigh(scores.gates_STE.gather(-1, ids), router, kept, full)
+        ids, kept, over_budget = _shared(scores, slots, rule, router, has_bias, padding_BT, scope)
+        weights = weigh(scores.gates_BTE.gather(-1, ids), router, kept, full)
     elif rule.threshold is None and rule.top_p is None:
-        ids, weights, kept = _best(scores, slots, rule, router, padding_ST, full)
+        ids, weights, kept = _best(scores, slots, rule, router, padding_BT, full)
     else:
-        ranked, ids = scores.ranking_STE.topk(slots, dim=-1)
-        kept = _without_padding(ranked > NEVER, padding_ST)
+        ranked, ids = scores.ranking_BTE.topk(slots, dim=-1)
+        kept = _without_padding(ranked > NEVER, padding_BT)
         kept = _wanted(scores, ids, kept, rule, router)
         if bias_E is not None:
             ids, kept = _kept_first(ids, kept)
-        weights = weigh(scores.gates_STE.gather(-1, ids), router, kept, full)
+        weights = weigh(scores.gates_BTE.gather(-1, ids), router, kept, full)
     if kept is not None:
-        ids = ids.masked_fill(~kept, logits_STE.shape[-1])
+        ids = ids.masked_fill(~kept, logits_BTE.shape[-1])
     return Routing(ids, weights, over_budget)
 
 
 def _full_gates(scores: Scores, top_k: int, router: Router) -> Tensor:
     """Gates of a token's best `top_k` experts among those it may use; nothing for the missing."""
-    slots = min(top_k, scores.ranking_STE.shape[-1])
-    ranked, ids = scores.ranking_STE.topk(slots, dim=-1)
+    slots = min(top_k, scores.ranking_BTE.shape[-1])
+    ranked, ids = scores.ranking_BTE.topk(slots, dim=-1)
     nothing = NEVER if router.scoring == "softmax_after_top_k" else 0.0
-    return scores.gates_STE.gather(-1, ids).masked_fill(ranked == NEVER, nothing)
+    return scores.gates_BTE.gather(-1, ids).masked_fill(ranked == NEVER, nothing)
 
 
 def _best(
@@ -114,22 +114,22 @@ def _best(
     slots: int,
     rule: Rule,
     router: Router,
-    padding_ST: Tensor | None,
+    padding_BT: Tensor | None,
     full: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids and weights of `top_k` alone, by the family's own calls, and what is kept of them."""
-    all_usable = _all_usable(slots, scores.ranking_STE.shape[-1], rule, router)
+    all_usable = _all_usable(slots, scores.ranking_BTE.shape[-1], rule, router)
     in_order = router.sorted_top_k or not all_usable
-    ranked, ids = scores.ranking_STE.topk(slots, dim=-1, sorted=in_order)
-    plain = scores.ranking_STE is scores.gates_STE
-    gates = ranked if plain else scores.gates_STE.gather(-1, ids)
+    ranked, ids = scores.ranking_BTE.topk(slots, dim=-1, sorted=in_order)
+    plain = scores.ranking_BTE is scores.gates_BTE
+    gates = ranked if plain else scores.gates_BTE.gather(-1, ids)
     if all_usable:
         weights = weigh(gates, router, None, full)
-        if padding_ST is None:
+        if padding_BT is None:
             return ids, weights, None
-        padding_ST1 = padding_ST.unsqueeze(-1)
-        return ids, weights.masked_fill(padding_ST1, 0.0), (~padding_ST1).expand_as(ids)
-    kept = _without_padding(ranked > NEVER, padding_ST)
+        padding_BT1 = padding_BT.unsqueeze(-1)
+        return ids, weights.masked_fill(padding_BT1, 0.0), (~padding_BT1).expand_as(ids)
+    kept = _without_padding(ranked > NEVER, padding_BT)
     return ids, weigh(gates, router, kept, full), kept
 
 
@@ -146,64 +146,64 @@ def _shared(
     rule: Rule,
     router: Router,
     has_bias: bool,
-    padding_ST: Tensor | None,
+    padding_BT: Tensor | None,
     scope: BatchScope,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids of the slots a token fills from the experts awake in its step, and which of them."""
-    experts = scores.ranking_STE.shape[-1]
-    keys_STE = order_keys(scores.ranking_STE)
-    first_STK, ids_STK = keys_STE.topk(slots, dim=-1)
-    kept_STK = None  # every slot
-    if padding_ST is not None or not _all_usable(slots, experts, rule, router):
-        kept_STK = _without_padding(is_usable(first_STK, experts), padding_ST)
+    experts = scores.ranking_BTE.shape[-1]
+    keys_BTE = order_keys(scores.ranking_BTE)
+    first_BTK, ids_BTK = keys_BTE.topk(slots, dim=-1)
+    kept_BTK = None  # every slot
+    if padding_BT is not None or not _all_usable(slots, experts, rule, router):
+        kept_BTK = _without_padding(is_usable(first_BTK, experts), padding_BT)
     if rule.threshold is not None or rule.top_p is not None:
-        kept_STK = _wanted(scores, ids_STK, kept_STK, rule, router)
+        kept_BTK = _wanted(scores, ids_BTK, kept_BTK, rule, router)
         if has_bias:
-            keys_STE = put_first(keys_STE, ids_STK, kept_STK)
-            ids_STK, kept_STK = _kept_first(ids_STK, kept_STK)
+            keys_BTE = put_first(keys_BTE, ids_BTK, kept_BTK)
+            ids_BTK, kept_BTK = _kept_first(ids_BTK, kept_BTK)
 
-    votes_STK = None
+    votes_BTK = None
     if rule.has_budget:
-        votes_STK = votes(scores.gates_STE.gather(-1, ids_STK), router, kept_STK)
-    demand_S3E = count_demand(ids_STK, kept_STK, experts, rule.guaranteed, votes_STK)
+        votes_BTK = votes(scores.gates_BTE.gather(-1, ids_BTK), router, kept_BTK)
+    demand_B3E = count_demand(ids_BTK, kept_BTK, experts, rule.guaranteed, votes_BTK)
     if scope.exchange is not None:
-        demand_S3E = scope.exchange(demand_S3E)
-    active_SE, over_budget = select_active_experts(demand_S3E, rule, scope.placement)
-    usable_STE = keys_STE.masked_fill(~active_SE.unsqueeze(-2), NOT_USABLE)
-    found_STK, found_ids_STK = usable_STE.topk(slots, dim=-1)
-    filled_STK = is_usable(found_STK, experts)
-    if kept_STK is not None:
-        place_K = torch.arange(slots, device=ids_STK.device)
-        filled_STK = filled_STK & (place_K < kept_STK.sum(dim=-1, keepdim=True))
-    return found_ids_STK, filled_STK, over_budget
+        demand_B3E = scope.exchange(demand_B3E)
+    active_BE, over_budget = select_active_experts(demand_B3E, rule, scope.placement)
+    usable_BTE = keys_BTE.masked_fill(~active_BE.unsqueeze(-2), NOT_USABLE)
+    found_BTK, found_ids_BTK = usable_BTE.topk(slots, dim=-1)
+    filled_BTK = is_usable(found_BTK, experts)
+    if kept_BTK is not None:
+        place_K = torch.arange(slots, device=ids_BTK.device)
+        filled_BTK = filled_BTK & (place_K < kept_BTK.sum(dim=-1, keepdim=True))
+    return found_ids_BTK, filled_BTK, over_budget
 
 
 def _wanted(
-    scores: Scores, ids_STK: Tensor, kept_STK: Tensor | None, rule: Rule, router: Router
+    scores: Scores, ids_BTK: Tensor, kept_BTK: Tensor | None, rule: Rule, router: Router
 ) -> Tensor:
     """The usable slots that `threshold` and `top_p` keep; those of unusable experts weigh 0."""
-    gates_STK = scores.gates_STE.gather(-1, ids_STK)
-    if kept_STK is None:
-        return wanted(gates_STK, rule, router)
+    gates_BTK = scores.gates_BTE.gather(-1, ids_BTK)
+    if kept_BTK is None:
+        return wanted(gates_BTK, rule, router)
     unusable = NEVER if router.scoring == "softmax_after_top_k" else 0.0
-    return kept_STK & wanted(gates_STK.masked_fill(~kept_STK, unusable), rule, router)
+    return kept_BTK & wanted(gates_BTK.masked_fill(~kept_BTK, unusable), rule, router)
 
 
-def _kept_first(ids_STK: Tensor, kept_STK: Tensor) -> tuple[Tensor, Tensor]:
+def _kept_first(ids_BTK: Tensor, kept_BTK: Tensor) -> tuple[Tensor, Tensor]:
     """Slots that are kept before those that are not.
 
     A bias ranks but the gate is compared with the threshold: a slot in the middle may be dropped.
     """
-    kept_STK, order_STK = kept_STK.sort(dim=-1, descending=True, stable=True)
-    return ids_STK.gather(-1, order_STK), kept_STK
+    kept_BTK, order_BTK = kept_BTK.sort(dim=-1, descending=True, stable=True)
+    return ids_BTK.gather(-1, order_BTK), kept_BTK
 
 
-def _without_padding(kept_STK: Tensor, padding_ST: Tensor | None) -> Tensor:
-    return kept_STK if padding_ST is None else kept_STK & ~padding_ST.unsqueeze(-1)
+def _without_padding(kept_BTK: Tensor, padding_BT: Tensor | None) -> Tensor:
+    return kept_BTK if padding_BT is None else kept_BTK & ~padding_BT.unsqueeze(-1)
 
 
-def _nothing(logits_STE: Tensor) -> Routing:
+def _nothing(logits_BTE: Tensor) -> Routing:
     """`top_k` 0: one slot a token, skipped, since an experts module wants at least one."""
-    shape = (*logits_STE.shape[:-1], 1)
-    ids_STK = torch.full(shape, logits_STE.shape[-1], dtype=torch.int64, device=logits_STE.device)
-    return Routing(ids_STK, torch.zeros(shape, device=logits_STE.device), None)
+    shape = (*logits_BTE.shape[:-1], 1)
+    ids_BTK = torch.full(shape, logits_BTE.shape[-1], dtype=torch.int64, device=logits_BTE.device)
+    return Routing(ids_BTK, torch.zeros(shape, device=logits_BTE.device), None)

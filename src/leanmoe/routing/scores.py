@@ -1,13 +1,13 @@
 """Router logits to gates (what an expert weighs) and ranking (what decides who is picked).
 
-Letters: S independent steps (may be absent), T tokens, E experts, G groups of experts.
+Letters: B independent steps (may be absent), T tokens, E experts, G groups of experts.
 
 A token's experts in one definite order: by ranking, equal ones by lower id.
 
 torch.topk breaks ties as it likes, differently on each device. A token on its own may follow the
 family's own call there; tokens that share experts must agree on who comes first.
 
-Letters: S independent steps (may be absent), T tokens, E experts.
+Letters: B independent steps (may be absent), T tokens, E experts.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ NEVER = float("-inf")
 class Scores(NamedTuple):
     """One value per token and expert, both of the logits' shape, in the router's score dtype."""
 
-    gates_STE: Tensor
+    gates_BTE: Tensor
     """What a picked expert weighs, before normalising and scaling."""
-    ranking_STE: Tensor
+    ranking_BTE: Tensor
     """What ranks the experts: bias included; -inf where groups or `experts` exclude one."""
 
 
 def score(
-    logits_STE: Tensor,
+    logits_BTE: Tensor,
     router: Router,
     bias_E: Tensor | None = None,
     experts: tuple[int, ...] | None = None,
@@ -47,42 +47,42 @@ def score(
     The bias ranks and does not weigh (DeepSeek-V3 report, section 2.1.2). Group limits follow
     DeepSeek-V2 (a group is as good as its best expert) or V3 (as its best two together).
     """
-    dtype = score_dtype(router, logits_STE)
+    dtype = score_dtype(router, logits_BTE)
     if router.scoring == "softmax_after_top_k":
-        gates = ranking = logits_STE
+        gates = ranking = logits_BTE
     elif router.scoring == "sigmoid":
-        gates = ranking = logits_STE.to(dtype).sigmoid()
+        gates = ranking = logits_BTE.to(dtype).sigmoid()
     elif experts is None:
-        gates = ranking = torch.softmax(logits_STE, dim=-1, dtype=dtype)
+        gates = ranking = torch.softmax(logits_BTE, dim=-1, dtype=dtype)
     else:  # a pruned model's softmax knows nothing of the experts that are gone
-        kept = _kept(experts, logits_STE.device)
-        shares = torch.softmax(logits_STE[..., kept], dim=-1, dtype=dtype)
-        gates = ranking = torch.zeros_like(logits_STE, dtype=dtype).index_copy(-1, kept, shares)
+        kept = _kept(experts, logits_BTE.device)
+        shares = torch.softmax(logits_BTE[..., kept], dim=-1, dtype=dtype)
+        gates = ranking = torch.zeros_like(logits_BTE, dtype=dtype).index_copy(-1, kept, shares)
     if bias_E is not None:
         ranking = ranking + bias_E
     if experts is not None:
-        pruned_E = _pruned(experts, logits_STE.shape[-1], logits_STE.device)
+        pruned_E = _pruned(experts, logits_BTE.shape[-1], logits_BTE.device)
         ranking = ranking.masked_fill(pruned_E, NEVER)
     if router.limits_groups:
         ranking = _limit_groups(ranking, router, experts is not None)
     return Scores(gates, ranking)
 
 
-def score_dtype(router: Router, logits_STE: Tensor) -> torch.dtype:
+def score_dtype(router: Router, logits_BTE: Tensor) -> torch.dtype:
     """The dtype in which the family computes its scores."""
-    return torch.float32 if router.score_dtype == "float32" else logits_STE.dtype
+    return torch.float32 if router.score_dtype == "float32" else logits_BTE.dtype
 
 
-def check_logits(logits_STE: Tensor, where: str, padding_ST: Tensor | None = None) -> None:
+def check_logits(logits_BTE: Tensor, where: str, padding_BT: Tensor | None = None) -> None:
     """Raises LeanMoeError naming `where` if a token that is no padding has no usable logits.
 
     That is NaN, positive infinity, or nothing but negative infinity. Waits for the device, so it
     is the caller's to decide when: `route` itself never checks.
     """
-    usable_ST = logits_STE.amax(dim=-1).isfinite()  # the maximum of anything and NaN is NaN
-    if padding_ST is not None:
-        usable_ST = usable_ST | padding_ST
-    if not bool(usable_ST.all()):
+    usable_BT = logits_BTE.amax(dim=-1).isfinite()  # the maximum of anything and NaN is NaN
+    if padding_BT is not None:
+        usable_BT = usable_BT | padding_BT
+    if not bool(usable_BT.all()):
         raise LeanMoeError(f"{where}: router logits are not finite (NaN or infinity)")
 
 
@@ -101,21 +101,21 @@ def _pruned(experts: tuple[int, ...], count: int, device: torch.device) -> Tenso
         return pruned_E
 
 
-def _limit_groups(ranking_STE: Tensor, router: Router, some_pruned: bool) -> Tensor:
-    *tokens, experts = ranking_STE.shape
-    grouped_STGE = ranking_STE.reshape(*tokens, router.groups, experts // router.groups)
+def _limit_groups(ranking_BTE: Tensor, router: Router, some_pruned: bool) -> Tensor:
+    *tokens, experts = ranking_BTE.shape
+    grouped_BTGE = ranking_BTE.reshape(*tokens, router.groups, experts // router.groups)
     if router.group_score == "max":
-        value_STG = grouped_STGE.amax(dim=-1)
+        value_BTG = grouped_BTGE.amax(dim=-1)
     else:
-        best_STG2 = grouped_STGE.topk(2, dim=-1)[0]
+        best_BTG2 = grouped_BTGE.topk(2, dim=-1)[0]
         if some_pruned:  # a group with one expert left is as good as that one
-            best_STG, second_STG = best_STG2.unbind(-1)
-            value_STG = best_STG + second_STG.masked_fill(second_STG == NEVER, 0.0)
+            best_BTG, second_BTG = best_BTG2.unbind(-1)
+            value_BTG = best_BTG + second_BTG.masked_fill(second_BTG == NEVER, 0.0)
         else:
-            value_STG = best_STG2.sum(dim=-1)
-    used_STG = value_STG.topk(router.groups_used, dim=-1, sorted=False)[1]
-    excluded_STG = torch.ones_like(value_STG, dtype=torch.bool).scatter_(-1, used_STG, False)
-    return grouped_STGE.masked_fill(excluded_STG.unsqueeze(-1), NEVER).flatten(-2)
+            value_BTG = best_BTG2.sum(dim=-1)
+    used_BTG = value_BTG.topk(router.groups_used, dim=-1, sorted=False)[1]
+    excluded_BTG = torch.ones_like(value_BTG, dtype=torch.bool).scatter_(-1, used_BTG, False)
+    return grouped_BTGE.masked_fill(excluded_BTG.unsqueeze(-1), NEVER).flatten(-2)
 
 
 NOT_USABLE = torch.iinfo(torch.int64).min
@@ -124,15 +124,15 @@ _LOWEST_BITS = -2139095040  # what `_ordered_bits` makes of the smallest finite 
 _FIRST = 1 << 50  # above every key: int32 bits x experts
 
 
-def order_keys(ranking_STE: Tensor) -> Tensor:
-    """Whole numbers [S,T,E], all different in a token, that order experts as the ranking does.
+def order_keys(ranking_BTE: Tensor) -> Tensor:
+    """Whole numbers [B,T,E], all different in a token, that order experts as the ranking does.
 
     The float32's bits as an integer that sorts like the float, followed by the id, lower better.
     """
-    experts = ranking_STE.shape[-1]
-    bits = (ranking_STE.float() + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
+    experts = ranking_BTE.shape[-1]
+    bits = (ranking_BTE.float() + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return torch.add(lower_first(experts, ranking_STE.device), bits, alpha=experts)
+    return torch.add(lower_first(experts, ranking_BTE.device), bits, alpha=experts)
 
 
 @lru_cache(maxsize=64)
@@ -147,7 +147,7 @@ def is_usable(keys: Tensor, experts: int) -> Tensor:
     return keys >= _LOWEST_BITS * experts
 
 
-def put_first(keys_STE: Tensor, ids_STK: Tensor, chosen_STK: Tensor) -> Tensor:
+def put_first(keys_BTE: Tensor, ids_BTK: Tensor, chosen_BTK: Tensor) -> Tensor:
     """Keys that rank a token's chosen slots above all its other experts, in their own order."""
-    raised_STK = keys_STE.gather(-1, ids_STK) + chosen_STK * _FIRST
-    return keys_STE.scatter(-1, ids_STK, raised_STK)
+    raised_BTK = keys_BTE.gather(-1, ids_BTK) + chosen_BTK * _FIRST
+    return keys_BTE.scatter(-1, ids_BTK, raised_BTK)

@@ -158,13 +158,13 @@ def _hook(
         tokens = keywords.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             raise LeanMoeError("a plan needs input_ids or inputs_embeds in the model's call")
-        shape_NL = (int(tokens.shape[0]), int(tokens.shape[1]))
-        padding_NL = _padding(keywords.get("attention_mask"), shape_NL[1])
+        shape_SN = (int(tokens.shape[0]), int(tokens.shape[1]))
+        padding_SN = _padding(keywords.get("attention_mask"), shape_SN[1])
         call.logits.clear()
         if scoring is None:
-            call.parts = served_parts(plan, shape_NL, padding_NL, call.read)
+            call.parts = served_parts(plan, shape_SN, padding_SN, call.read)
         else:
-            call.parts = scoring_parts(plan, shape_NL, padding_NL, *scoring)
+            call.parts = scoring_parts(plan, shape_SN, padding_SN, *scoring)
 
     def forget(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         call.parts = call.read = None

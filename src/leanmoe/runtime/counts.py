@@ -20,13 +20,13 @@ class LayerCounts:
     distinct: float = 0.0
     over_budget_steps: int = 0
 
-    def add(self, ids_STK: Tensor, padding_ST: Tensor | None, experts: int) -> None:
+    def add(self, ids_BTK: Tensor, padding_BT: Tensor | None, experts: int) -> None:
         """Adds the steps of one call."""
-        self.steps += ids_STK.shape[0]
-        padded = 0 if padding_ST is None else int(padding_ST.sum())
-        self.tokens += ids_STK.shape[0] * ids_STK.shape[1] - padded
-        self.slots += int(count_slots(ids_STK, experts).sum())
-        self.distinct += float(count_distinct(ids_STK, experts).sum())
+        self.steps += ids_BTK.shape[0]
+        padded = 0 if padding_BT is None else int(padding_BT.sum())
+        self.tokens += ids_BTK.shape[0] * ids_BTK.shape[1] - padded
+        self.slots += int(count_slots(ids_BTK, experts).sum())
+        self.distinct += float(count_distinct(ids_BTK, experts).sum())
 
     @property
     def slots_per_token(self) -> float:

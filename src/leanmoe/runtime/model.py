@@ -199,16 +199,16 @@ def keep_hidden(model: Any, decoder_indices: Sequence[int]) -> Iterator[dict[int
 
 @torch.inference_mode()
 def hidden_before(
-    model: Any, input_ids_NL: Tensor, decoder_indices: Sequence[int]
+    model: Any, input_ids_SN: Tensor, decoder_indices: Sequence[int]
 ) -> dict[int, Tensor]:
     """The hidden states [N,L,D] that enter these decoder layers for these tokens."""
     with keep_hidden(model, decoder_indices) as kept:
-        model(input_ids=input_ids_NL, use_cache=False, logits_to_keep=1)
+        model(input_ids=input_ids_SN, use_cache=False, logits_to_keep=1)
     return kept
 
 
 @contextmanager
-def resume_from(model: Any, decoder_index: int, hidden_NLD: Tensor) -> Iterator[None]:
+def resume_from(model: Any, decoder_index: int, hidden_SND: Tensor) -> Iterator[None]:
     """Makes `model`'s forward start at decoder layer `decoder_index` with these hidden states.
 
     The layers before it return at once; masks and position embeddings are the model's own, so
@@ -221,7 +221,7 @@ def resume_from(model: Any, decoder_index: int, hidden_NLD: Tensor) -> Iterator[
         )
     before = [layer.forward for layer in layers[:decoder_index]]
     hook = layers[decoder_index].register_forward_pre_hook(
-        lambda _module, inputs, keywords: _replaced(inputs, keywords, hidden_NLD), with_kwargs=True
+        lambda _module, inputs, keywords: _replaced(inputs, keywords, hidden_SND), with_kwargs=True
     )
     try:
         for layer in layers[:decoder_index]:
@@ -241,11 +241,11 @@ def _pass_through(hidden_states: Tensor, *_inputs: Any, **_keywords: Any) -> Ten
 
 
 def _replaced(
-    inputs: tuple[Any, ...], keywords: dict[str, Any], hidden_NLD: Tensor
+    inputs: tuple[Any, ...], keywords: dict[str, Any], hidden_SND: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if "hidden_states" in keywords:
-        return inputs, {**keywords, "hidden_states": hidden_NLD}
-    return (hidden_NLD, *inputs[1:]), keywords
+        return inputs, {**keywords, "hidden_states": hidden_SND}
+    return (hidden_SND, *inputs[1:]), keywords
 
 
 def _keep(kept: dict[int, Tensor], index: int) -> Callable[[nn.Module, Any, Any], None]:

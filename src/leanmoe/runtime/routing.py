@@ -19,14 +19,13 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from leanmoe.kernels import route_cpu, route_gpu, why_not_route_cpu, why_not_route_gpu
+from leanmoe.kernels.dispatch import Route, fast_route
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.routing import ALONE, BatchScope, Routing, route
@@ -65,7 +64,7 @@ class LayerRouting:
 
         `stock` is what the model's own router chose: it stands wherever a rule is empty.
         """
-        if len(parts) == 1 and parts[0].index_ST is None:
+        if len(parts) == 1 and parts[0].index_BT is None:
             ids_TK, weights_TK = self._part(logits_TE, stock, parts[0], None)
             skips = _skips(parts[0], self.number)
         else:
@@ -87,14 +86,14 @@ class LayerRouting:
             ids, weights = stock if index is None else (stock[0][index], stock[1][index])
         else:
             logits = logits_TE if index is None else logits_TE[index]
-            ids, weights, over_S = self._route(logits, rule, part.padding_ST)
+            ids, weights, over_B = self._route(logits, rule, part.padding_BT)
             weights = weights if stock is None else weights.to(stock[1].dtype)
-            self._count_budget(over_S, part)
+            self._count_budget(over_B, part)
         self._count(ids, part)
         return ids, weights
 
     def _route(self, logits: Tensor, rule: Rule, padding: Tensor | None) -> Routing:
-        function = fast_route if self.is_fast else route
+        function: Route = fast_route if self.is_fast else route
         return function(logits, self.router, self.top_k, rule, self.bias_E, padding, self.scope)
 
     def _joined(
@@ -103,9 +102,9 @@ class LayerRouting:
         """The parts' slots in token order, with as many slots as the widest part has."""
         most, *others = sorted(parts, key=_tokens, reverse=True)
         # Routing the others' tokens too is cheaper than taking the largest part's out and back.
-        index = None if self._fits_all(most, logits_TE.shape[0]) else most.index_ST
+        index = None if self._fits_all(most, logits_TE.shape[0]) else most.index_BT
         chosen = [(index, *self._part(logits_TE, stock, most, index))]
-        chosen += [(p.index_ST, *self._part(logits_TE, stock, p, p.index_ST)) for p in others]
+        chosen += [(p.index_BT, *self._part(logits_TE, stock, p, p.index_BT)) for p in others]
         slots = max(ids.shape[-1] for _, ids, _ in chosen)
         all_ids_TK = chosen[0][1].new_full((logits_TE.shape[0], slots), self.experts)
         all_weights_TK = chosen[0][2].new_zeros((logits_TE.shape[0], slots))
@@ -121,26 +120,26 @@ class LayerRouting:
 
     def _fits_all(self, part: Part, tokens: int) -> bool:
         """Whether the part is most of the call and its tokens are routed each on its own."""
-        alone = not part.rules[self.number].is_batch_aware and part.padding_ST is None
+        alone = not part.rules[self.number].is_batch_aware and part.padding_BT is None
         return alone and self.counts is None and 2 * _tokens(part) > tokens
 
     def _count(self, ids: Tensor, part: Part) -> None:
         if self.counts is None:
             return
-        ids_STK = ids if ids.dim() == 3 else ids.unsqueeze(0)
-        padding_ST = part.padding_ST
-        if padding_ST is not None and padding_ST.dim() == 1:
-            padding_ST = padding_ST.unsqueeze(0)
-        self.counts[part.is_prompt].add(ids_STK, padding_ST, self.experts)
+        ids_BTK = ids if ids.dim() == 3 else ids.unsqueeze(0)
+        padding_BT = part.padding_BT
+        if padding_BT is not None and padding_BT.dim() == 1:
+            padding_BT = padding_BT.unsqueeze(0)
+        self.counts[part.is_prompt].add(ids_BTK, padding_BT, self.experts)
 
-    def _count_budget(self, over_S: Tensor | None, part: Part) -> None:
-        if over_S is not None and self.counts is not None:
-            self.counts[part.is_prompt].over_budget_steps += int(over_S.sum())
+    def _count_budget(self, over_B: Tensor | None, part: Part) -> None:
+        if over_B is not None and self.counts is not None:
+            self.counts[part.is_prompt].over_budget_steps += int(over_B.sum())
 
 
 def _tokens(part: Part) -> int:
-    assert part.index_ST is not None
-    return part.index_ST.numel()
+    assert part.index_BT is not None
+    return part.index_BT.numel()
 
 
 def _widened(values: Tensor, slots: int, fill: int) -> Tensor:
@@ -154,7 +153,7 @@ def _skips(part: Part, layer: int) -> bool:
     rule = part.rules[layer]
     if rule.is_empty:
         return False
-    return rule != Rule(top_k=rule.top_k) or rule.top_k == 0 or part.padding_ST is not None
+    return rule != Rule(top_k=rule.top_k) or rule.top_k == 0 or part.padding_BT is not None
 
 
 def without_skipped(
@@ -174,50 +173,6 @@ def without_skipped(
         )
         out_TD.index_add_(0, token_R, rows_RD.to(out_TD.dtype))
     return out_TD
-
-
-def fast_route(
-    logits_STE: Tensor,
-    router: Router,
-    top_k: int,
-    rule: Rule,
-    bias_E: Tensor | None = None,
-    padding_ST: Tensor | None = None,
-    scope: BatchScope = ALONE,
-) -> Routing:
-    """As `leanmoe.routing.route`, by the fastest function that agrees with it."""
-    rule = rule.on(scope.ranks)
-    if logits_STE.device.type == "cuda":
-        return _on_gpu(logits_STE, router, top_k, rule, bias_E, padding_ST, scope)
-    if scope.exchange is not None or rule.budget_per_rank is not None:
-        return route(logits_STE, router, top_k, rule, bias_E, padding_ST, scope)
-    if why_not_route_cpu(logits_STE, router, rule):
-        return route(logits_STE, router, top_k, rule, bias_E, padding_ST)
-    return Routing(*route_cpu(logits_STE, router, top_k, rule, bias_E, padding_ST))
-
-
-def _on_gpu(
-    logits_STE: Tensor,
-    router: Router,
-    top_k: int,
-    rule: Rule,
-    bias_E: Tensor | None,
-    padding_ST: Tensor | None,
-    scope: BatchScope,
-) -> Routing:
-    """One step in one or two launches; many steps, which only scoring has, by the reference."""
-    is_one = logits_STE.dim() == 3 and logits_STE.shape[0] == 1
-    logits_TE = logits_STE[0] if is_one else logits_STE
-    if find_spec("triton") is None or why_not_route_gpu(logits_TE, router, rule):
-        return route(logits_STE, router, top_k, rule, bias_E, padding_ST, scope)
-    padding_T = padding_ST[0] if is_one and padding_ST is not None else padding_ST
-    found = route_gpu(
-        logits_TE, router, top_k, rule, bias_E, padding_T, scope.placement, scope.exchange
-    )
-    if not is_one:
-        return Routing(found.ids_TK, found.weights_TK, found.over_budget)
-    over_S = None if found.over_budget is None else found.over_budget[None]
-    return Routing(found.ids_TK[None], found.weights_TK[None], over_S)
 
 
 PROBE_TOKENS = 5
@@ -314,5 +269,5 @@ def _chooses_alike(
     ours = fast_route(logits_TE, router, top_k, Rule(), bias_E)
     nothing_TE = torch.zeros_like(logits_TE, dtype=torch.float32)
     theirs_TE = nothing_TE.scatter(-1, ids_TK, weights_TK.float())
-    ours_TE = nothing_TE.scatter(-1, ours.ids_STK, ours.weights_STK.float())
+    ours_TE = nothing_TE.scatter(-1, ours.ids_BTK, ours.weights_BTK.float())
     return torch.allclose(ours_TE, theirs_TE, rtol=2e-2 if weights_TK.dtype.itemsize < 4 else 1e-4)

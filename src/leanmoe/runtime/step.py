@@ -20,26 +20,26 @@ from leanmoe.plan import Plan, Rule
 class Part:
     """Tokens of one call that are under the same rules, as steps of equally many tokens."""
 
-    index_ST: Tensor | None
+    index_BT: Tensor | None
     """Which of the call's T tokens; None for all of them as one step."""
-    padding_ST: Tensor | None
+    padding_BT: Tensor | None
     rules: tuple[Rule, ...]
     """One per MoE layer."""
     is_prompt: bool = False
 
 
 def served_parts(
-    plan: Plan, shape_NL: tuple[int, int], padding_NL: Tensor | None, read: Any
+    plan: Plan, shape_SN: tuple[int, int], padding_SN: Tensor | None, read: Any
 ) -> tuple[Part, ...]:
     """The parts of a served call: its prompt tokens, if the plan has rules for them, and the rest.
 
     `read` is the call's `logits_to_keep`: how many last positions, or which, have a prediction
     that somebody reads; 0 or None for all.
     """
-    padding_T = None if padding_NL is None or not bool(padding_NL.any()) else padding_NL.flatten()
-    unread_T = _unread(shape_NL, read) if plan.prompt else None
+    padding_T = None if padding_SN is None or not bool(padding_SN.any()) else padding_SN.flatten()
+    unread_T = _unread(shape_SN, read) if plan.prompt else None
     if unread_T is None or not bool(unread_T.any()):
-        tokens = shape_NL[0] * shape_NL[1] - (0 if padding_T is None else int(padding_T.sum()))
+        tokens = shape_SN[0] * shape_SN[1] - (0 if padding_T is None else int(padding_T.sum()))
         return (Part(None, padding_T, plan.rules_for(max(tokens, 1))),)
     return tuple(
         part
@@ -53,8 +53,8 @@ def served_parts(
 
 def scoring_parts(
     plan: Plan,
-    shape_NL: tuple[int, int],
-    padding_NL: Tensor | None,
+    shape_SN: tuple[int, int],
+    padding_SN: Tensor | None,
     decode_batch: int | None,
     prompt_tokens: int,
 ) -> tuple[Part, ...]:
@@ -62,36 +62,36 @@ def scoring_parts(
 
     The rest decodes in steps of `decode_batch` sequences, or is one step without it.
     """
-    sequences, length = shape_NL
+    sequences, length = shape_SN
     step_sequences = decode_batch or sequences
     if sequences % step_sequences:
         raise LeanMoeError(
             f"a call has {sequences} sequences: decode_batch {step_sequences} must divide it"
         )
-    padding_T = None if padding_NL is None or not bool(padding_NL.any()) else padding_NL.flatten()
-    place_NL = torch.arange(sequences * length).view(sequences, length)
+    padding_T = None if padding_SN is None or not bool(padding_SN.any()) else padding_SN.flatten()
+    place_SN = torch.arange(sequences * length).view(sequences, length)
     parts = []
     if prompt_tokens:
-        prompt_ST = place_NL[:, :prompt_tokens]
+        prompt_BT = place_SN[:, :prompt_tokens]
         rules = plan.prompt or plan.rules_for(prompt_tokens)
-        parts.append(_part(prompt_ST, padding_T, rules, is_prompt=True))
+        parts.append(_part(prompt_BT, padding_T, rules, is_prompt=True))
     if decode_batch is None:
-        rest_ST = place_NL[:, prompt_tokens:].reshape(1, -1)
-        parts.append(_part(rest_ST, padding_T, plan.rules_for(rest_ST.shape[1])))
+        rest_BT = place_SN[:, prompt_tokens:].reshape(1, -1)
+        parts.append(_part(rest_BT, padding_T, plan.rules_for(rest_BT.shape[1])))
     else:
-        groups = place_NL[:, prompt_tokens:].reshape(
+        groups = place_SN[:, prompt_tokens:].reshape(
             sequences // step_sequences, step_sequences, -1
         )
-        steps_ST = groups.transpose(1, 2).reshape(-1, step_sequences)
-        parts.append(_part(steps_ST, padding_T, plan.rules_for(step_sequences)))
+        steps_BT = groups.transpose(1, 2).reshape(-1, step_sequences)
+        parts.append(_part(steps_BT, padding_T, plan.rules_for(step_sequences)))
     return tuple(parts)
 
 
 def _part(
-    index_ST: Tensor, padding_T: Tensor | None, rules: tuple[Rule, ...], is_prompt: bool = False
+    index_BT: Tensor, padding_T: Tensor | None, rules: tuple[Rule, ...], is_prompt: bool = False
 ) -> Part:
-    padding_ST = None if padding_T is None else padding_T[index_ST.to(padding_T.device)]
-    return Part(index_ST, padding_ST, rules, is_prompt)
+    padding_BT = None if padding_T is None else padding_T[index_BT.to(padding_T.device)]
+    return Part(index_BT, padding_BT, rules, is_prompt)
 
 
 def _some(
@@ -111,14 +111,14 @@ def _some(
     return _part(index_T.unsqueeze(0), padding_T, rules, is_prompt)
 
 
-def _unread(shape_NL: tuple[int, int], read: Any) -> Tensor | None:
+def _unread(shape_SN: tuple[int, int], read: Any) -> Tensor | None:
     """True [T] for tokens whose next-token prediction the caller does not ask for."""
-    sequences, length = shape_NL
+    sequences, length = shape_SN
     if read is None or (isinstance(read, int) and (read == 0 or read >= length)):
         return None
-    unread_NL = torch.ones(sequences, length, dtype=torch.bool)
+    unread_SN = torch.ones(sequences, length, dtype=torch.bool)
     if isinstance(read, int):
-        unread_NL[:, length - read :] = False
+        unread_SN[:, length - read :] = False
     else:
-        unread_NL[:, torch.as_tensor(read).cpu()] = False
-    return unread_NL.flatten()
+        unread_SN[:, torch.as_tensor(read).cpu()] = False
+    return unread_SN.flatten()

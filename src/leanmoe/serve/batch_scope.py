@@ -33,8 +33,8 @@ def scope_of_all_ranks(
     and is waited for: bound by latency, not by bytes.
     """
 
-    def exchange(demand_S3E: Tensor) -> Tensor:
-        total_S3E = demand_S3E.clone()
+    def exchange(demand_B3E: Tensor) -> Tensor:
+        total_S3E = demand_B3E.clone()
         dist.all_reduce(total_S3E, group=group)
         return total_S3E
 

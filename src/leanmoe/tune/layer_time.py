@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from leanmoe.kernels.dispatch import fast_route
 from leanmoe.plan import Rule
 from leanmoe.profile.replay import draw_steps
 from leanmoe.profile.saved import Profile
 from leanmoe.routing import count_distinct, count_slots, route
 from leanmoe.runtime import find_layers, shape_of
 from leanmoe.runtime.experts import experts_forward
-from leanmoe.runtime.routing import fast_route
 
 REPEATS = 12
 STEPS = 4
@@ -81,14 +81,14 @@ def fit(
             routing = fast_route(logits, profile.router, profile.model.top_k, rule, bias_E)
             routed = time.perf_counter()
             experts_forward(
-                layer.experts, hidden_TD, routing.ids_STK, routing.weights_STK.to(weight)
+                layer.experts, hidden_TD, routing.ids_BTK, routing.weights_BTK.to(weight)
             )
             ended = time.perf_counter()
             times.setdefault(case, []).append(ended - routed)
             routing_times.setdefault(case, []).append(routed - started)
             work[case] = (
-                float(count_slots(routing.ids_STK, profile.model.experts)),
-                float(count_distinct(routing.ids_STK, profile.model.experts)),
+                float(count_slots(routing.ids_BTK, profile.model.experts)),
+                float(count_distinct(routing.ids_BTK, profile.model.experts)),
             )
     return _line(times, routing_times, work, rules)
 
@@ -155,7 +155,7 @@ def perturbation(model: Any, tokens: int = TOKENS, seed: int = 0) -> dict[tuple[
             routing = route(logits_TE, shape.router, shape.top_k, Rule(top_k=k), bias_E)
             outputs.append(
                 experts_forward(
-                    layer.experts, hidden_TD, routing.ids_STK, routing.weights_STK.to(weight)
+                    layer.experts, hidden_TD, routing.ids_BTK, routing.weights_BTK.to(weight)
                 )
             )
         for k, output in enumerate(outputs, start=1):

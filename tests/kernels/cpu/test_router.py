@@ -20,27 +20,27 @@ CLOSE = 1e-5
 
 
 def both(case: Case) -> tuple[Routing, Routing]:
-    arguments = (case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
-    assert why_not_route_cpu(case.logits_STE, case.router, case.rule) is None
+    arguments = (case.logits_BTE, case.router, case.top_k, case.rule, case.bias_E, case.padding_BT)
+    assert why_not_route_cpu(case.logits_BTE, case.router, case.rule) is None
     return route(*arguments), route_cpu(*arguments)
 
 
 def sets(routing: Routing) -> list[list[int]]:
-    return routing.ids_STK.sort(dim=-1)[0].flatten(0, -2).tolist()
+    return routing.ids_BTK.sort(dim=-1)[0].flatten(0, -2).tolist()
 
 
 def by_expert(routing: Routing, experts: int) -> Tensor:
     """Weights [S,T,E]; what the experts module makes of ids and weights in any order."""
-    shape = (*routing.ids_STK.shape[:-1], experts + 1)
-    whole = torch.zeros(shape).scatter_add(-1, routing.ids_STK, routing.weights_STK)
+    shape = (*routing.ids_BTK.shape[:-1], experts + 1)
+    whole = torch.zeros(shape).scatter_add(-1, routing.ids_BTK, routing.weights_BTK)
     return whole[..., :experts]
 
 
 def is_clear(case: Case) -> bool:
     """No token has two experts so close that the last bit of a score decides between them."""
-    gates, ranking = score(case.logits_STE, case.router, case.bias_E, case.rule.experts)
-    if case.padding_ST is not None:
-        ranking = ranking.masked_fill(case.padding_ST.unsqueeze(-1), float("-inf"))
+    gates, ranking = score(case.logits_BTE, case.router, case.bias_E, case.rule.experts)
+    if case.padding_BT is not None:
+        ranking = ranking.masked_fill(case.padding_BT.unsqueeze(-1), float("-inf"))
     ordered = ranking.sort(dim=-1)[0]
     gaps = ordered.diff(dim=-1)
     return bool(((gaps > CLOSE) | gaps.isnan() | (ordered[..., 1:] <= 0)).all()) and bool(
@@ -57,31 +57,31 @@ def test_the_same_experts_and_weights_as_the_reference(case: Case) -> None:
     torch.testing.assert_close(
         by_expert(found, case.experts), by_expert(expected, case.experts), atol=1e-5, rtol=1e-4
     )
-    assert (found.over_budget_S is None) == (expected.over_budget_S is None)
-    if expected.over_budget_S is not None:
-        assert found.over_budget_S is not None
-        assert found.over_budget_S.tolist() == expected.over_budget_S.tolist()
+    assert (found.over_budget_B is None) == (expected.over_budget_B is None)
+    if expected.over_budget_B is not None:
+        assert found.over_budget_B is not None
+        assert found.over_budget_B.tolist() == expected.over_budget_B.tolist()
 
 
 @given(cases())
 @PATIENT
 def test_hostile_scores_keep_every_promise(case: Case) -> None:
     _, found = both(case)
-    ids, experts = found.ids_STK, case.experts
+    ids, experts = found.ids_BTK, case.experts
     used = ids < experts
     assert bool(((ids >= 0) & (ids <= experts)).all())
-    assert bool((found.weights_STK[~used] == 0).all())
-    assert bool(found.weights_STK.isfinite().all())
+    assert bool((found.weights_BTK[~used] == 0).all())
+    assert bool(found.weights_BTK.isfinite().all())
     per_expert = torch.zeros((*ids.shape[:-1], experts + 1)).scatter_add(
         -1, ids, torch.ones(ids.shape)
     )
     assert bool((per_expert[..., :experts] <= 1).all()), "an expert twice in one token"
-    if case.padding_ST is not None:
-        assert not bool(used[case.padding_ST].any())
+    if case.padding_BT is not None:
+        assert not bool(used[case.padding_BT].any())
     if case.rule.experts is not None:
         assert set(ids[used].tolist()) <= set(case.rule.experts)
-    if case.rule.budget is not None and found.over_budget_S is not None:
-        for step, over in zip(ids, found.over_budget_S.tolist(), strict=True):
+    if case.rule.budget is not None and found.over_budget_B is not None:
+        for step, over in zip(ids, found.over_budget_B.tolist(), strict=True):
             distinct = len({e for e in step.flatten().tolist() if e < experts})
             assert over or distinct <= case.rule.budget
 
@@ -92,7 +92,7 @@ def test_logits_that_rank_as_they_are_give_the_reference_bit_for_bit(case: Case)
     guaranteed = case.rule.guaranteed or 1  # then the reference breaks ties by the lower id too
     rule = Rule(case.rule.top_k, guaranteed=guaranteed, experts=case.rule.experts)
     expected, found = both(replace(case, name="softmax after top-k", bias_E=None, rule=rule))
-    assert found.ids_STK.tolist() == expected.ids_STK.tolist()
+    assert found.ids_BTK.tolist() == expected.ids_BTK.tolist()
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -101,7 +101,7 @@ def test_nan_in_a_token_is_nan_in_its_weights_and_in_no_other(name: str, rule: R
     logits = torch.randn(1, 4, 32)
     logits[0, 1, 7] = float("nan")
     bias = None if ROUTERS[name].ranking_bias is None else torch.randn(32)
-    weights = route_cpu(logits, ROUTERS[name], 4, rule, bias).weights_STK
+    weights = route_cpu(logits, ROUTERS[name], 4, rule, bias).weights_BTK
     assert weights[0].isnan().any(dim=-1).tolist() == [False, True, False, False]
 
 
@@ -111,8 +111,8 @@ def test_many_tokens_are_those_of_few() -> None:
     router, bias = ROUTERS["V3 groups"], torch.randn(64) * 0.1
     whole = route_cpu(logits, router, 8, Rule(top_k=5), bias)
     parts = [route_cpu(part, router, 8, Rule(top_k=5), bias) for part in logits.split(30)]
-    assert whole.ids_STK.tolist() == torch.cat([p.ids_STK for p in parts]).tolist()
-    assert torch.equal(whole.weights_STK, torch.cat([p.weights_STK for p in parts]))
+    assert whole.ids_BTK.tolist() == torch.cat([p.ids_BTK for p in parts]).tolist()
+    assert torch.equal(whole.weights_BTK, torch.cat([p.weights_BTK for p in parts]))
 
 
 def test_says_what_it_cannot_do() -> None:

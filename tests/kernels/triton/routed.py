@@ -44,17 +44,17 @@ def repeating_here(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def one_step(case: Case) -> Case:
     """The first of a case's steps."""
-    padding = None if case.padding_ST is None else case.padding_ST[0]
-    return replace(case, logits_STE=case.logits_STE[0], padding_ST=padding)
+    padding = None if case.padding_BT is None else case.padding_BT[0]
+    return replace(case, logits_BTE=case.logits_BTE[0], padding_BT=padding)
 
 
 def run(case: Case, block_rows: int = 16) -> RoutedGpu:
-    arguments = (case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
+    arguments = (case.logits_BTE, case.router, case.top_k, case.rule, case.bias_E, case.padding_BT)
     return route_here(*arguments, block_rows=block_rows)
 
 
 def expected(case: Case) -> Routing:
-    return route(case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
+    return route(case.logits_BTE, case.router, case.top_k, case.rule, case.bias_E, case.padding_BT)
 
 
 def slots_by_expert(found: RoutedGpu, experts: int) -> list[set[int]]:
@@ -81,10 +81,10 @@ def check_work(found: RoutedGpu, experts: int) -> None:
 
 def check_same(found: RoutedGpu, wanted: Routing, experts: int) -> None:
     routing = Routing(found.ids_TK, found.weights_TK, found.over_budget)
-    assert found.ids_TK.sort(dim=-1)[0].tolist() == wanted.ids_STK.sort(dim=-1)[0].tolist()
+    assert found.ids_TK.sort(dim=-1)[0].tolist() == wanted.ids_BTK.sort(dim=-1)[0].tolist()
     torch.testing.assert_close(
         by_expert(routing, experts), by_expert(wanted, experts), atol=1e-5, rtol=1e-4
     )
-    assert (found.over_budget is None) == (wanted.over_budget_S is None)
-    if found.over_budget is not None and wanted.over_budget_S is not None:
-        assert bool(found.over_budget) == bool(wanted.over_budget_S)
+    assert (found.over_budget is None) == (wanted.over_budget_B is None)
+    if found.over_budget is not None and wanted.over_budget_B is not None:
+        assert bool(found.over_budget) == bool(wanted.over_budget_B)

@@ -64,7 +64,7 @@ def test_what_a_threshold_keeps_comes_before_others_whatever_ranks_higher(rule: 
     found, wanted = route_here(*arguments), route(*arguments)
     check_same(found, wanted, 32)
     by_rank = route(logits_TE, router, 6, Rule(guaranteed=rule.guaranteed), bias_E)
-    assert (wanted.ids_STK[:, :2].sort()[0] != by_rank.ids_STK[:, :2].sort()[0]).any()
+    assert (wanted.ids_BTK[:, :2].sort()[0] != by_rank.ids_BTK[:, :2].sort()[0]).any()
 
 
 @given(cases())
@@ -80,8 +80,8 @@ def test_hostile_scores_keep_every_promise(drawn: Case) -> None:
         assert len(set(active)) == len(active)
         assert token == active + [case.experts] * (len(token) - len(active))
         assert case.rule.experts is None or set(active) <= set(case.rule.experts)
-    if case.padding_ST is not None:
-        assert not bool(used[case.padding_ST].any())
+    if case.padding_BT is not None:
+        assert not bool(used[case.padding_BT].any())
     if case.rule.budget is not None:
         distinct = len(set(found.ids_TK[used].tolist()))
         assert bool(found.over_budget) or distinct <= case.rule.budget
@@ -94,7 +94,7 @@ def test_logits_that_rank_as_they_are_give_the_reference_bit_for_bit(drawn: Case
     guaranteed = drawn.rule.guaranteed or 1  # then the reference breaks ties by the lower id too
     rule = Rule(drawn.rule.top_k, guaranteed=guaranteed, experts=drawn.rule.experts)
     case = one_step(replace(drawn, name="softmax after top-k", bias_E=None, rule=rule))
-    assert run(case).ids_TK.tolist() == expected(case).ids_STK.tolist()
+    assert run(case).ids_TK.tolist() == expected(case).ids_BTK.tolist()
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -170,11 +170,11 @@ def spelled_by_repeating(found: RoutedGpu, experts: int, padding_T: Tensor | Non
 
 
 def check_repeating(case: Case) -> None:
-    arguments = (case.logits_STE, case.router, case.top_k, case.rule, case.bias_E, case.padding_ST)
+    arguments = (case.logits_BTE, case.router, case.top_k, case.rule, case.bias_E, case.padding_BT)
     ids_TK, weights_TK = repeating_here(*arguments)
     wanted = run(case)
     assert ids_TK.dtype is torch.int32
-    expected_ids = spelled_by_repeating(wanted, case.experts, case.padding_ST)
+    expected_ids = spelled_by_repeating(wanted, case.experts, case.padding_BT)
     assert ids_TK.tolist() == expected_ids.tolist()
     assert weights_TK.tolist() == wanted.weights_TK.tolist()
 
@@ -183,8 +183,8 @@ def check_repeating(case: Case) -> None:
 @FEW
 def test_repeating_spells_skipped_slots_by_experts_that_are_active(drawn: Case) -> None:
     case = one_step(drawn)
-    if case.padding_ST is not None:  # else the first token has no routing of its own
-        assume(not bool(case.padding_ST[:1].any()))
+    if case.padding_BT is not None:  # else the first token has no routing of its own
+        assume(not bool(case.padding_BT[:1].any()))
     check_repeating(case)
 
 

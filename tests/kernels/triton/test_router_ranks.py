@@ -82,9 +82,9 @@ def test_tokens_of_other_ranks_count_as_in_one_step_with_them(own: int, rule: Ru
 
     for _ in range(2):  # the second finds nothing that the first left
         found = route_here(logits[:own], router, 4, rule, None, None, placement, add)
-        assert found.ids_TK.sort(dim=-1)[0].tolist() == wanted.ids_STK[:own].sort(-1)[0].tolist()
+        assert found.ids_TK.sort(dim=-1)[0].tolist() == wanted.ids_BTK[:own].sort(-1)[0].tolist()
         if own:
-            assert bool(found.over_budget) == bool(wanted.over_budget_S)
+            assert bool(found.over_budget) == bool(wanted.over_budget_B)
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,8 @@ def test_a_rule_is_the_custom_routing_function_of_the_call() -> None:
         layer_id=0,
     )  # fmt: skip
     wanted = route(logits(6), Router(normalise=True), 4, Rule(guaranteed=2))
-    assert ids.tolist() == repeat_best(wanted.ids_STK, 16).tolist()
-    torch.testing.assert_close(weights, wanted.weights_STK, atol=1e-6, rtol=1e-5)
+    assert ids.tolist() == repeat_best(wanted.ids_BTK, 16).tolist()
+    torch.testing.assert_close(weights, wanted.weights_BTK, atol=1e-6, rtol=1e-5)
 
 
 def test_padding_rows_do_not_vote_and_stay_minus_one() -> None:
@@ -125,7 +125,7 @@ def test_padding_rows_do_not_vote_and_stay_minus_one() -> None:
         num_token_non_padded=torch.tensor(4),
     )  # fmt: skip
     wanted = route(logits(6)[:4], Router(normalise=True), 4, Rule(guaranteed=2))
-    assert ids[:4].tolist() == repeat_best(wanted.ids_STK, 16).tolist()
+    assert ids[:4].tolist() == repeat_best(wanted.ids_BTK, 16).tolist()
     assert ids[4:].tolist() == [[-1] * 4] * 2
 
 
@@ -138,8 +138,8 @@ def test_grouped_routing_with_a_bias_is_deepseeks() -> None:
     weights, ids = build().select_experts(torch.empty(6, 1), logits(6), config, layer_id=0)
     router = Router("sigmoid", "bias", True, 1e-20, 2.5, 4, 2, "top2_sum")
     wanted = route(logits(6), router, 4, Rule(guaranteed=2), bias)
-    assert ids.tolist() == repeat_best(wanted.ids_STK, 16).tolist()
-    torch.testing.assert_close(weights, wanted.weights_STK, atol=1e-5, rtol=1e-5)
+    assert ids.tolist() == repeat_best(wanted.ids_BTK, 16).tolist()
+    torch.testing.assert_close(weights, wanted.weights_BTK, atol=1e-5, rtol=1e-5)
 
 
 def test_a_plain_top_k_and_other_layers_run_sglangs_own_routing() -> None:

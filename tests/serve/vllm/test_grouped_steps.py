@@ -58,7 +58,7 @@ def routed(monkeypatch: pytest.MonkeyPatch, rows: int, rule: Rule, how: Skipping
     routing.skipping = how
     logits = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows))
     _weights, ids = routing(torch.empty(rows, 1), logits, None)
-    wanted = route(logits[None], Router(normalise=True), 4, rule).ids_STK[0]
+    wanted = route(logits[None], Router(normalise=True), 4, rule).ids_BTK[0]
     if how.is_grouped(rule, rows, ids.shape[1], 64):
         assert ids.tolist() == repeat_best(wanted, 64).tolist()
     return ids

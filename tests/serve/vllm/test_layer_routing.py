@@ -70,8 +70,8 @@ def test_each_band_routes_as_the_reference(kind: type[BaseRouter], layer: int, r
     bias = getattr(router, "e_score_correction_bias", None)
     wanted = route(logits(rows), read_router(router), 4, rule, bias)
     assert ids.dtype is torch.int32
-    assert ids.tolist() == repeat_best(wanted.ids_STK, 16).tolist()
-    torch.testing.assert_close(weights, wanted.weights_STK, atol=1e-6, rtol=1e-5)
+    assert ids.tolist() == repeat_best(wanted.ids_BTK, 16).tolist()
+    torch.testing.assert_close(weights, wanted.weights_BTK, atol=1e-6, rtol=1e-5)
 
 
 def test_every_step_has_the_models_width_where_ranks_exchange_ids() -> None:
@@ -158,6 +158,6 @@ def test_statistics_say_what_the_last_step_ran() -> None:
     assert found["layers"][1]["tokens"] == 6
     assert found["layers"][1]["distinct"] <= 6  # the budget of 5, or every token's best
     wanted = route(logits(6), Router(normalise=True), 4, SHARED)
-    used = wanted.ids_STK[wanted.ids_STK < 16]
+    used = wanted.ids_BTK[wanted.ids_BTK < 16]
     assert found["layers"][0]["distinct"] == len(used.unique())
     assert found["layers"][0]["activated"] == pytest.approx(len(used) / 6)

@@ -82,18 +82,18 @@ def test_only_the_ids_of_skipped_slots_differ(
     routing.skipping = how
     weights, ids = routing(torch.empty(rows, 1), logits, None)
     wanted = route(logits, Router(normalise=True), 4, rule, None, padding)
-    torch.testing.assert_close(weights, wanted.weights_STK, atol=1e-6, rtol=1e-5)
-    is_skipped = wanted.ids_STK == 64
+    torch.testing.assert_close(weights, wanted.weights_BTK, atol=1e-6, rtol=1e-5)
+    is_skipped = wanted.ids_BTK == 64
     assert bool(is_skipped.any()) or rows == 1
     assert ids.dtype is torch.int32
-    assert torch.equal(ids[~is_skipped].long(), wanted.ids_STK[~is_skipped])
+    assert torch.equal(ids[~is_skipped].long(), wanted.ids_BTK[~is_skipped])
     slots = ids.shape[1]
     if how.usual is Skipped.BEYOND:
         assert set(ids[is_skipped].tolist()) <= {64}
     elif how.small is Skipped.MINUS_ONE and rows * slots * 4 <= 64:
         assert set(ids[is_skipped].tolist()) <= {-1}
     else:
-        assert ids.tolist() == repeat_best(wanted.ids_STK, 64, padding).tolist()
+        assert ids.tolist() == repeat_best(wanted.ids_BTK, 64, padding).tolist()
 
 
 def test_ids_that_leave_the_layer_name_experts(monkeypatch: pytest.MonkeyPatch) -> None:

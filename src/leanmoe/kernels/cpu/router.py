@@ -1,6 +1,6 @@
 """CPU routing: what `leanmoe.routing.route` computes, in one compiled pass over the tokens.
 
-Shapes: S independent steps (may be absent), T tokens, E experts, K slots a token.
+Shapes: B independent steps (may be absent), T tokens, E experts, K slots a token.
 """
 
 from __future__ import annotations
@@ -17,26 +17,17 @@ from torch import Tensor
 from leanmoe.kernels.cpu.threads import find_team
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
+from leanmoe.routing import Routing
 
 MOST_GROUPS = 64
 
 
-class Routed(NamedTuple):
-    """As `leanmoe.routing.Routing`: a skipped slot has id E and weight 0."""
-
-    ids_STK: Tensor
-    """int64; best ranked first, skipped slots last."""
-    weights_STK: Tensor
-    """float32."""
-    over_budget_S: Tensor | None
-
-
-def why_not_route_cpu(logits_STE: Tensor, router: Router, rule: Rule) -> str | None:
+def why_not_route_cpu(logits_BTE: Tensor, router: Router, rule: Rule) -> str | None:
     """Why `route_cpu` cannot route these tokens; None if it can."""
-    if logits_STE.device.type != "cpu":
-        return f"the logits are on {logits_STE.device}"
-    if router.score_dtype == "logits" and logits_STE.dtype is not torch.float32:
-        return f"the family scores in {logits_STE.dtype}"
+    if logits_BTE.device.type != "cpu":
+        return f"the logits are on {logits_BTE.device}"
+    if router.score_dtype == "logits" and logits_BTE.dtype is not torch.float32:
+        return f"the family scores in {logits_BTE.dtype}"
     if rule.top_k == 0:
         return "nothing is routed"
     if rule.budget_per_rank is not None:
@@ -47,25 +38,25 @@ def why_not_route_cpu(logits_STE: Tensor, router: Router, rule: Rule) -> str | N
 
 
 def route_cpu(
-    logits_STE: Tensor,
+    logits_BTE: Tensor,
     router: Router,
     top_k: int,
     rule: Rule,
     bias_E: Tensor | None = None,
-    padding_ST: Tensor | None = None,
-) -> Routed:
+    padding_BT: Tensor | None = None,
+) -> Routing:
     """As `leanmoe.routing.route`, for what `why_not_route_cpu` has nothing against.
 
     Scores may differ from torch's in the last bits, and with them the order of experts that are as
     good as equal. Equal ones: the lower id first, and so for groups. Slots come best first. A
     token whose logits are NaN gets NaN weights.
     """
-    *leading, tokens, experts = logits_STE.shape
+    *leading, tokens, experts = logits_BTE.shape
     steps = leading[0] if leading else 1
     slots = top_k if rule.top_k is None else rule.top_k
-    logits = logits_STE.to(torch.float32).contiguous()
+    logits = logits_BTE.to(torch.float32).contiguous()
     bias = None if bias_E is None else bias_E.to(torch.float32).contiguous()
-    padding = None if padding_ST is None else padding_ST.contiguous()
+    padding = None if padding_BT is None else padding_BT.contiguous()
     full = top_k if rule.keep_weights else 0
     listed = max(slots, full)
     constants = _constants(router, rule, experts)
@@ -101,7 +92,7 @@ def route_cpu(
                 0,
             )
         )
-    return Routed(ids, weights, over)
+    return Routing(ids, weights, over)
 
 
 class _Constants(NamedTuple):
