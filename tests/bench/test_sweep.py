@@ -133,12 +133,14 @@ def test_one_repeat_claims_no_gain(tmp_path: Path) -> None:
     settings = BenchSettings(**{**vars(SETTINGS), "repeats": 1})
     found = run(Fake(), tmp_path / "results.json", settings)
     assert found["loads"][0]["gain"] == {}
-    assert "no gain is claimed" in block(found["loads"][0])
+    assert "no gain is claimed" in block(found["loads"][0], 0.95)
 
 
 def test_the_block_reads_as_vllms(tmp_path: Path) -> None:
     entry = run(Fake(), tmp_path / "results.json")["loads"][0]
-    text = block(entry)
+    text = block(entry, 0.8)
+    assert "(80%: " in text
+    assert "95%" not in text
     for row in (
         "Serving Benchmark Result",
         "Successful requests:",

@@ -65,6 +65,16 @@ def results(seed: int = 0, accepted: bool = True) -> dict[str, Any]:
     }
 
 
+def totals(seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of "total_or_activated", as a run with a memory budget writes them."""
+    draw = random.Random(seed)
+    row = {"concurrency": 8, "budget": "75%", "memory": 0.76, "time": 0.9}
+    return [
+        {**row, "way": way, "loss": _loss(0.01, draw)}
+        for way in ("pruning", "skipping", "pruning and skipping")
+    ]
+
+
 def plan() -> dict[str, Any]:
     """A plan.json that goes with it."""
     return {

@@ -44,7 +44,12 @@ def bench(speed: float = 1.1, spread: float = 0.02, rate: bool = False) -> dict[
             "seed": 0,
             "command": "leanmoe bench",
         },
-        "settings": {"input_len": "8", "output_len": "8", "goodput": {"ttft": 500.0}},
+        "settings": {
+            "input_len": "8",
+            "output_len": "8",
+            "goodput": {"ttft": 500.0},
+            "confidence": 0.95,
+        },
         "text": "prose",
         "variants": [
             {"name": "full", "plan": None},
@@ -89,6 +94,15 @@ def test_the_headline_says_gain_loss_and_tie() -> None:
     assert "plan -10.0%" in headline(bench(0.9))
     assert "no difference shown" in headline(bench(1.01))
     assert "TPOT plan -9.1%" in headline(bench(rate=True))
+
+
+def test_the_confidence_shown_is_the_one_asked_for() -> None:
+    asked = bench()
+    asked["settings"]["confidence"] = 0.8
+    html = re.sub(r"<script.*?</script>", "", bench_page(asked), flags=re.S)
+    assert "95%" not in html
+    assert "(80% interval +8.0% to +12.0%)" in html
+    assert "bars are 80% intervals" in html
 
 
 def test_an_incomplete_bench_says_so() -> None:

@@ -71,6 +71,21 @@ def test_headline_names_gain_interval_and_bound() -> None:
     assert "margin +0.5%" in text
 
 
+@pytest.mark.parametrize(("confidence", "shown"), [(0.8, "80%"), (0.975, "97.5%")])
+def test_the_confidence_shown_is_the_one_asked_for(confidence: float, shown: str) -> None:
+    results = example.results()
+    results["settings"]["confidence"] = confidence
+    results["total_or_activated"] = [
+        {**row, "memory": 0.5, "time": 0.5} for row in example.totals()
+    ]
+    html = re.sub(r"<script.*?</script>", "", page(results, example.plan()), flags=re.S)
+    assert "95%" not in headline(results) + html
+    assert f"({shown} interval" in headline(results)
+    for heading in ("loss at most", "loss", "over leanmoe"):
+        assert f"<th>{heading} ({shown})</th>" in html
+    assert html.count(f"{shown} intervals") == 4
+
+
 def test_without_an_accepted_plan_the_page_says_so() -> None:
     refused = example.results(accepted=False)
     assert "plan stays empty" in headline(refused)

@@ -28,8 +28,11 @@ _COMPARED = (("output_throughput", "output tokens/s"), ("median_tpot_ms", "media
 STATISTICS = (("Mean", "mean"), ("Median", "median"), ("P90", "p90"), ("P99", "p99"))
 
 
-def block(entry: Mapping[str, Any]) -> str:
-    """One load's results: each figure is the median over the repeats."""
+def block(entry: Mapping[str, Any], confidence: float) -> str:
+    """One load's results: each figure is the median over the repeats.
+
+    `confidence` is what the intervals of the gains were asked for with.
+    """
     names = [name for name, found in entry["median"].items() if found]
     medians = [entry["median"][name] for name in names]
     repeats = max(len(entry["runs"][name]) for name in names)
@@ -57,11 +60,11 @@ def block(entry: Mapping[str, Any]) -> str:
         for name, found in (entry.get("routing") or {}).items()
         if "missing" in found
     ]
-    lines += [gain_line(entry, name, names[0]) for name in names[1:]]
+    lines += [gain_line(entry, name, names[0], confidence) for name in names[1:]]
     return "\n".join(lines)
 
 
-def gain_line(entry: Mapping[str, Any], name: str, first: str) -> str:
+def gain_line(entry: Mapping[str, Any], name: str, first: str, confidence: float) -> str:
     """What a variant gains over the first one, with its interval; or why nothing can be said."""
     gain = entry["gain"].get(name)
     if not gain:
@@ -72,17 +75,17 @@ def gain_line(entry: Mapping[str, Any], name: str, first: str) -> str:
         ("median_tpot_ms", "median TPOT"),
     ):
         if found := gain.get(figure):
-            parts.append(f"{word} {interval(found)}")
+            parts.append(f"{word} {interval(found, confidence)}")
     said = "; ".join(parts)
     if found := gain.get("output_throughput"):
         said += f". {verdict(found, is_open=entry['request_rate'] is not None)}"
     return f"{name} over {first}: {said}"
 
 
-def interval(ratio: Mapping[str, float]) -> str:
-    """A ratio as a change in percent with its 95% interval."""
+def interval(ratio: Mapping[str, float], confidence: float) -> str:
+    """A ratio as a change in percent with its interval and how sure that is."""
     median, low, high = (100 * (ratio[key] - 1) for key in ("median", "low", "high"))
-    return f"{median:+.1f}% (95%: {low:+.1f} to {high:+.1f}%)"
+    return f"{median:+.1f}% ({100 * confidence:g}%: {low:+.1f} to {high:+.1f}%)"
 
 
 def verdict(ratio: Mapping[str, float], is_open: bool = False) -> str:

@@ -151,7 +151,7 @@ def bench(
 
     def shown(record: Any, load: ServiceLoad) -> None:
         if not as_json:
-            _show(record.entry(load))
+            _show(record.entry(load), settings.confidence)
 
     record = run_job(job, shown, lambda results: write_bench_page(results, page))
     if as_json:
@@ -162,8 +162,8 @@ def bench(
     print(f"Results: {record.path}   Page: {page}")
 
 
-def _show(entry: dict[str, Any]) -> None:
+def _show(entry: dict[str, Any], confidence: float) -> None:
     from leanmoe.bench.one_block import block
 
-    print(block(entry))
+    print(block(entry, confidence))
     print()

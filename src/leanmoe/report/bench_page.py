@@ -10,7 +10,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, write_text
 from leanmoe.report import bench_plots
 from leanmoe.report.bench_plots import Bench, load_value, names
-from leanmoe.report.page import document, number_cell, plot, ratio_cell, section, table_with
+from leanmoe.report.page import document, number_cell, plot, ratio_cell, section, sure, table_with
 from leanmoe.results.tune import describe_rule
 
 SCHEMA_VERSION = 1
@@ -72,19 +72,19 @@ def headline(bench: Bench) -> str:
         return "No variant was compared with another over repeats: no gain is claimed."
     if figure != "output_throughput":
         best = min(found, key=lambda each: float(each[0]["median"]))
-        return f"At best, TPOT {_said(*best)}."
+        return f"At best, TPOT {_said(bench, *best)}."
     best = max(found, key=lambda each: float(each[0]["median"]))
     worst = min(found, key=lambda each: float(each[0]["median"]))
-    text = f"Output throughput, best: {_said(*best)}."
-    return text if len(found) == 1 else f"{text} Worst: {_said(*worst)}."
+    text = f"Output throughput, best: {_said(bench, *best)}."
+    return text if len(found) == 1 else f"{text} Worst: {_said(bench, *worst)}."
 
 
-def _said(found: dict[str, Any], name: str, entry: dict[str, Any]) -> str:
+def _said(bench: Bench, found: dict[str, Any], name: str, entry: dict[str, Any]) -> str:
     low, high = (f"{100 * (found[key] - 1):+.1f}%" for key in ("low", "high"))
     surely = "" if found["low"] > 1 or found["high"] < 1 else "; no difference shown"
     return (
         f"{name} {100 * (found['median'] - 1):+.1f}% at {_load(entry)} "
-        f"(95% interval {low} to {high}{surely})"
+        f"({sure(bench)} interval {low} to {high}{surely})"
     )
 
 
@@ -105,7 +105,8 @@ def _gain(bench: Bench) -> str:
     return section(
         "Gain against load",
         "measured",
-        f"Each variant over {first}, paired by repeat; bars are 95% intervals. Below the line is "
+        f"Each variant over {first}, paired by repeat; bars are {sure(bench)} intervals. Below the "
+        "line is "
         "a loss"
         + (", except for times." if bench_plots.gained(bench) != "output_throughput" else "."),
         plot(bench_plots.gain(bench)),

@@ -35,7 +35,7 @@ def throughput(bench: Bench) -> go.Figure:
 
 
 def gain(bench: Bench) -> go.Figure:
-    """Each variant over the first, paired by repeat, with 95% intervals, over load."""
+    """Each variant over the first, paired by repeat, with intervals, over load."""
     figures = gained(bench)
     title = "output throughput" if figures == "output_throughput" else "time per output token"
     figure = _over_load(bench, f"{title}, over {names(bench)[0]}")

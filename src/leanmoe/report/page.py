@@ -82,6 +82,11 @@ def document(title: str, body: str) -> str:
     )
 
 
+def sure(results: dict[str, Any]) -> str:
+    """The confidence that a run was asked for, in percent."""
+    return f"{100 * results['settings']['confidence']:g}%"
+
+
 def is_restricted(results: Results) -> bool:
     """Whether a memory budget is met: every rule uses the experts kept alone."""
     has_budget = results["settings"].get("keep") is not None
@@ -106,9 +111,10 @@ def headline(results: Results) -> str:
     gain = best["gain"]
     return (
         f"{percent(gain['median'] - 1, 1)} output throughput at {best['concurrency']} requests at "
-        f"once (95% interval {percent(gain['low'] - 1, 1)} to {percent(gain['high'] - 1, 1)}), "
-        f"next-token loss at most {percent(best['loss']['upper_bound'])} higher with 95% "
-        f"confidence (margin {margin})."
+        f"once ({sure(results)} interval {percent(gain['low'] - 1, 1)} to "
+        f"{percent(gain['high'] - 1, 1)}), "
+        f"next-token loss at most {percent(best['loss']['upper_bound'])} higher with "
+        f"{sure(results)} confidence (margin {margin})."
     )
 
 
@@ -135,7 +141,7 @@ def _verdicts(results: Results) -> str:
                 f'<span class="soft">{escape(verdict["reason"])}</span>',
             ]
         )
-    names = ["load", "verdict", "loss", "loss at most (95%)", "throughput", "why"]
+    names = ["load", "verdict", "loss", f"loss at most ({sure(results)})", "throughput", "why"]
     return section(
         "Verdict per load",
         "measured",
@@ -160,7 +166,8 @@ def _gain(results: Results) -> list[str]:
         section(
             "Gain over load",
             "measured",
-            "Medians over interleaved repeats; error bars are 95% intervals of the ratio.",
+            f"Medians over interleaved repeats; error bars are {sure(results)} intervals of "
+            "the ratio.",
             plot(plots.gain(results)) + table_with(names, rows, words={1}),
         )
     ]
@@ -178,7 +185,7 @@ def _front(results: Results, concurrency: int) -> str:
     return section(
         f"Quality against speed at {concurrency} at once",
         "loss measured, layer time modelled",
-        "Each point is a whole plan, run on held-out text; bars are 95% intervals. "
+        f"Each point is a whole plan, run on held-out text; bars are {sure(results)} intervals. "
         "A plan is chosen only if even its upper bound is under the margin.",
         plot(plots.front(results, concurrency)),
     )
@@ -209,7 +216,7 @@ def _strategies(results: Results) -> list[str]:
     for concurrency in dict.fromkeys(t["concurrency"] for t in results.get("strategies", [])):
         tables = [t for t in results["strategies"] if t["concurrency"] == concurrency]
         body = plot(plots.strategies(results, concurrency))
-        body += "".join(_strategy_table(table) for table in tables)
+        body += "".join(_strategy_table(table, sure(results)) for table in tables)
         sections.append(
             section(
                 f"Every strategy on the same budget, {concurrency} at once",
@@ -222,7 +229,7 @@ def _strategies(results: Results) -> list[str]:
     return sections
 
 
-def _strategy_table(table: dict[str, Any]) -> str:
+def _strategy_table(table: dict[str, Any], sure: str) -> str:
     budget = table["budget"]
     rows, ours = [], set()
     for number, row in enumerate(sorted(table["rows"], key=lambda r: float(r["loss"]["ratio"]))):
@@ -240,7 +247,7 @@ def _strategy_table(table: dict[str, Any]) -> str:
             ]
         )
     kind = "experts a token" if budget["kind"] == "slots" else "distinct experts a step"
-    names = ["strategy", "source", "slots", "distinct", "loss (95%)", "over leanmoe (95%)"]
+    names = ["strategy", "source", "slots", "distinct", f"loss ({sure})", f"over leanmoe ({sure})"]
     return f"<h3>{budget['value']:.3g} {kind}</h3>" + table_with(names, rows, {1}, ours)
 
 
@@ -261,7 +268,15 @@ def _totals(results: Results) -> list[str]:
         ]
         for row in found
     ]
-    names = ["at once", "experts kept", "way", "memory", "time", "loss (95%)", "verdict"]
+    names = [
+        "at once",
+        "experts kept",
+        "way",
+        "memory",
+        "time",
+        f"loss ({sure(results)})",
+        "verdict",
+    ]
     return [
         section(
             "Fewer experts in total, or fewer a token?",

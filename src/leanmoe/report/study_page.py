@@ -275,7 +275,13 @@ def _quality(found: Section) -> str:
             ]
             for r in rows
         ]
-        names = ["setting", "experts a token", "of the experts", "loss", "95%"]
+        names = [
+            "setting",
+            "experts a token",
+            "of the experts",
+            "loss",
+            f"interval ({_sure(found)})",
+        ]
         bodies.append(f"<h3>{title}</h3>" + table_with(names, cells))
     held = found["heldout"]
     note = " A quick run: far too little text." if found["quick"] else ""
@@ -286,6 +292,11 @@ def _quality(found: Section) -> str:
         f"documents ({found['text']}), paired by document.{note}",
         "".join(bodies),
     )
+
+
+def _sure(found: Section) -> str:
+    """The confidence of a section's intervals; files from before it was stored had 95%."""
+    return f"{100 * found.get('confidence', 0.95):g}%"
 
 
 def _searched(found: Section) -> str:
@@ -301,7 +312,8 @@ def _searched(found: Section) -> str:
                 f"{100 * loss['upper_bound']:+.2f}%" if loss else "",
             ]
         )
-    names = ["at once", "verdict", "throughput (95%)", "loss", "loss at most (95%)"]
+    names = ["at once", "verdict", f"throughput ({_sure(found)})", "loss"]
+    names.append(f"loss at most ({_sure(found)})")
     return section(
         "What a searched plan gave where it was measured",
         found["label"],

@@ -154,7 +154,7 @@ def non_inferior_accuracy(
     """Accepts only if, with `confidence`, accuracy is at most `margin` below the full model's."""
     shown = (
         f"accuracy {100 * found.difference:+.2f} points, at least "
-        f"{100 * found.lower_bound:+.2f} with {confidence:.0%}"
+        f"{100 * found.lower_bound:+.2f} with {100 * confidence:g}%"
     )
     if found.lower_bound >= -margin:
         return AccuracyVerdict(True, margin, f"{shown}: within {100 * margin:g} points")

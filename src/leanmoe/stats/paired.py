@@ -109,7 +109,7 @@ def non_inferior(
 ) -> Verdict:
     """Accepts the plan only if, with `confidence`, its loss increase is at most `margin`."""
     loss = loss_increase(full, plan, confidence, seed)
-    shown = f"loss {loss.ratio:+.2%}, at most {loss.upper_bound:+.2%} with {confidence:.0%}"
+    shown = f"loss {loss.ratio:+.2%}, at most {loss.upper_bound:+.2%} with {100 * confidence:g}%"
     if loss.upper_bound <= margin:
         return Verdict(True, loss, margin, f"{shown}: within the margin of {margin:.2%}")
     reason = f"{shown}: above the margin of {margin:.2%}"

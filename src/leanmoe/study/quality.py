@@ -27,6 +27,7 @@ from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
 from leanmoe.stats.paired import (
+    CONFIDENCE,
     Losses,
     loss_increase,
 )
@@ -138,7 +139,7 @@ def measure_quality(settings: QualitySettings) -> dict[str, Any]:
     rows = []
     for number, case in enumerate(cases, 1):
         what = f"{number} of {len(cases)}: {case.name}, {case.share:.0%}"
-        increase = loss_increase(full, _losses(model, case.plan, windows, what))
+        increase = loss_increase(full, _losses(model, case.plan, windows, what), CONFIDENCE)
         rows.append(
             {
                 "group": case.group,
@@ -155,6 +156,7 @@ def measure_quality(settings: QualitySettings) -> dict[str, Any]:
         "text": corpus.source,
         "provenance": collect(" ".join(["leanmoe", *sys.argv[1:]]), settings.seed).to_json(),
         "quick": settings.quick,
+        "confidence": CONFIDENCE,
         "heldout": {"documents": windows.documents, "tokens": windows.tokens},
         "rows": rows,
     }

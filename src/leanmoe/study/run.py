@@ -111,6 +111,7 @@ def searched_plan(path: Path) -> dict[str, Any]:
             "model": found["model"]["name"],
             "hardware": found["provenance"]["hardware"],
             "commit": found["provenance"]["commit"],
+            "confidence": found["settings"]["confidence"],
             "rows": [
                 {
                     "concurrency": verdict["concurrency"],
