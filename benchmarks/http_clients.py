@@ -25,12 +25,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from leanmoe.bench.metrics import Request
 from leanmoe.bench.over_http import OverHTTP
-from leanmoe.bench.prompts import Request
 from leanmoe.bench.run import Job, load_tokenizer, make_supply
 from leanmoe.bench.servers import Server, ask, read_address
 from leanmoe.bench.settings import BenchSettings, Lengths, ServiceLoad
-from leanmoe.bench.sweep import measured, warm_up
+from leanmoe.bench.sweep import few_requests, measured
 from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect
 from leanmoe.stats.ratios import Ratio
@@ -155,7 +155,7 @@ def turnaround_ms(starts: list[float], ends: list[float], decode_batch: int) -> 
 def one_load(clients: Clients, load: ServiceLoad, repeats: int, rng: random.Random) -> Any:
     """All clients in turn."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *WAYS)}
-    few = warm_up(clients.supply, load)
+    few = few_requests(clients.supply, load)
     clients.leanmoe(replace(load, requests=len(few)), few)
     for repeat in range(repeats):
         for name in rng.sample(list(runs), len(runs)):

@@ -7,9 +7,7 @@ import torch
 
 from leanmoe.bench.attention import attend_per_request, attention_per_request
 from leanmoe.bench.continuous import Arrivals, Room, run, served
-from leanmoe.bench.measure import Variant, compare
-from leanmoe.bench.metrics import ClosedLoop
-from leanmoe.bench.prompts import Request
+from leanmoe.bench.metrics import Request
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.runtime import load_model
 
@@ -116,28 +114,3 @@ def test_the_service_writes_what_generate_writes(reference_model) -> None:
             torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=-1
         )
         assert expected[0, len(prompt) :].tolist() == tokens
-
-
-def test_compare_interleaves_and_orders_times(reference_model) -> None:
-    from contextlib import nullcontext
-
-    model, tokenizer = reference_model
-    ids = tokenizer("import this " * 30)["input_ids"][:32]
-    load = ClosedLoop(2, 16, 4, 4)
-    variants = [Variant("one", nullcontext), Variant("other", nullcontext)]
-    found = compare(model, [ids[:16], ids[16:32]], load, variants, repeats=3)
-    for runs in found.runs.values():
-        assert len(runs) == 3
-        assert all(run.output_throughput > 0 for run in runs)
-    ratio = found.ratio("other")
-    assert ratio.low <= ratio.median <= ratio.high
-    stored = found.to_json()
-    assert stored["variants"]["one"]["runs"] == [r.output_throughput for r in found.runs["one"]]
-
-
-def test_a_short_prompt_is_refused_by_length(reference_model) -> None:
-    model, _ = reference_model
-    with pytest.raises(LeanMoeError, match="a prompt of 3 tokens was given"):
-        compare(model, [[1, 2, 3]], ClosedLoop(1, 16, 4, 1), [], repeats=3)
-    with pytest.raises(LeanMoeError, match="no prompt was given"):
-        compare(model, [], ClosedLoop(1, 16, 4, 1), [], repeats=3)

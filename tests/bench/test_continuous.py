@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from leanmoe.bench.continuous import Arrivals, Room, run
-from leanmoe.bench.prompts import Request
+from leanmoe.bench.metrics import Request
 from leanmoe.core.errors import LeanMoeError
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from leanmoe.bench.metrics import Timeline
+from leanmoe.bench.metrics import Request, Timeline
 from leanmoe.bench.one_block import block
-from leanmoe.bench.prompts import Request, Supply
+from leanmoe.bench.prompts import Supply
 from leanmoe.bench.record import Record
 from leanmoe.bench.settings import BenchSettings, Lengths, ServiceLoad
 from leanmoe.bench.sweep import Outcome, RunOne, sweep

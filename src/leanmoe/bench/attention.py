@@ -41,7 +41,7 @@ class RequestCache:
     """Keys and values of all layers, by the slot numbers of Transformers' paged cache.
 
     A request's slots follow one another if a page is as long as the longest request, which
-    `leanmoe.bench.measure` sees to.
+    `leanmoe.bench.compare` sees to.
     """
 
     def __init__(self, page: int) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from leanmoe.bench.attention import attention_per_request, has_pages
-from leanmoe.bench.metrics import Timeline
-from leanmoe.bench.prompts import Request
+from leanmoe.bench.metrics import Request, Timeline
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.quiet import quiet_loggers
 from leanmoe.runtime import release_threads, why_not_full_attention

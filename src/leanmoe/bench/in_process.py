@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from leanmoe.bench.continuous import Arrivals, Room, run, served
-from leanmoe.bench.prompts import Request, Supply
+from leanmoe.bench.metrics import Request
+from leanmoe.bench.prompts import Supply
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, RunOne
 from leanmoe.core.errors import LeanMoeError

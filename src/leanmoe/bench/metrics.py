@@ -15,6 +15,19 @@ LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 
 @dataclass(frozen=True)
+class Request:
+    """One request: its prompt's token ids and how many tokens the reply has."""
+
+    prompt: tuple[int, ...]
+    output_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompt and reply."""
+        return len(self.prompt) + self.output_tokens
+
+
+@dataclass(frozen=True)
 class ClosedLoop:
     """A closed loop: so many requests at once, each followed by the next as soon as it ends."""
 

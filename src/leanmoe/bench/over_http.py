@@ -14,8 +14,8 @@ from importlib import import_module, metadata
 from typing import Any
 from urllib.parse import urlsplit
 
-from leanmoe.bench.metrics import Timeline
-from leanmoe.bench.prompts import Request, Supply
+from leanmoe.bench.metrics import Request, Timeline
+from leanmoe.bench.prompts import Supply
 from leanmoe.bench.servers import Server, answers
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, RunOne

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leanmoe.bench.metrics import Request
 from leanmoe.bench.settings import MOST_TOKENS, Lengths, ServiceLoad
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
@@ -25,19 +26,6 @@ INPUT_FIELDS = ("input_len", "prompt_tokens", "input_tokens", "prompt_len")
 OUTPUT_FIELDS = ("output_len", "output_tokens", "completion_tokens", "reply_tokens")
 PROMPT_TEXTS = ("prompt", "input", "question", "text")
 OUTPUT_TEXTS = ("output", "completion", "response", "answer")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request: its prompt's token ids and how many tokens the reply has."""
-
-    prompt: tuple[int, ...]
-    output_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        """Of prompt and reply together."""
-        return len(self.prompt) + self.output_tokens
 
 
 @dataclass(frozen=True)

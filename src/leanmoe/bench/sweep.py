@@ -1,4 +1,4 @@
-"""The sweep: every variant at every load, interleaved, each run stored as soon as it is done."""
+"""The sweep: every variant at every load, interleaved; each run is stored as soon as it is done."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-from leanmoe.bench.metrics import Measurement, Timeline
-from leanmoe.bench.prompts import Request, Supply
+from leanmoe.bench.compare import interleaved, warm_up
+from leanmoe.bench.metrics import Measurement, Request, Timeline
+from leanmoe.bench.prompts import Supply
 from leanmoe.bench.record import Record
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.core.progress import bar
 
-WARM_UP_OUTPUT = 4
 MOST_WARM_UP = 64
+"""Requests that warm an open loop up, at most."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,17 @@ def sweep(
     record: Record,
     shown: Callable[[ServiceLoad], None],
 ) -> None:
-    """Runs everything, load by load; in each repeat the variants take turns in a new order.
+    """Runs every variant at every load; each repeat draws prompts of its own.
 
-    Whatever ends the sweep early is written into the record as the reason, and raised.
+    Where a change of variant is quick, load follows load, and variants alternate within a load. An
+    engine that restarts runs all loads before the next variant has its turn. `shown` is called
+    when a load is done. Whatever ends the sweep early is written into the record as the reason, and
+    raised.
     """
     rng = random.Random(settings.seed)
     try:
         if runner.restarts:
-            _by_repeat(runner, supply, settings, record, rng)
+            _restarting(runner, supply, settings, record, rng)
             for load in settings.loads():
                 shown(load)
         else:
@@ -94,40 +99,49 @@ def _one_load(
     load: ServiceLoad,
     rng: random.Random,
 ) -> None:
-    names = record.names
-    total = len(names) * (settings.repeats + 1)
+    repeats = dict.fromkeys(record.names, settings.repeats)
+    total = len(repeats) * (settings.repeats + 1)
     with runner.at(load) as run_one, bar(f"Load, {load.name}", total, "runs") as advance:
-        few = warm_up(supply, load)
-        for name in names:  # memory, kernels and connections of every variant are warm
-            run_one(name, _closed(load, len(few)), few, "warm")
+        for name in repeats:  # memory, kernels and connections of every variant are warm
+            _warm_up(run_one, supply, load, name)
             advance(1)
-        for repeat in range(settings.repeats):
-            requests = supply.draw(load, repeat)
-            for name in rng.sample(names, len(names)):
-                outcome = run_one(name, load, requests, f"{settings.seed} {load.name} {repeat}")
-                record.add(load, name, repeat, measured(outcome, load, settings))
-                advance(1)
+        for repeat, name in interleaved(repeats, rng):
+            record.add(load, name, repeat, _timed(run_one, supply, settings, load, name, repeat))
+            advance(1)
         record.add_routing(load, runner.routing(load, run_one))
         record.save()
 
 
-def _by_repeat(
+def _restarting(
     runner: Runner, supply: Supply, settings: BenchSettings, record: Record, rng: random.Random
 ) -> None:
-    names, loads = record.names, settings.loads()
-    total = settings.repeats * len(names) * len(loads)
-    with bar("Loads, restarting", total, "runs") as advance:
-        for repeat in range(settings.repeats):
-            for name in rng.sample(names, len(names)):
-                for load in loads:
-                    with runner.at(load) as run_one:
-                        few = warm_up(supply, load)
-                        run_one(name, _closed(load, len(few)), few, "warm")
-                        requests = supply.draw(load, repeat)
-                        seed = f"{settings.seed} {load.name} {repeat}"
-                        outcome = run_one(name, load, requests, seed)
-                    record.add(load, name, repeat, measured(outcome, load, settings))
-                    advance(1)
+    repeats, loads = dict.fromkeys(record.names, settings.repeats), settings.loads()
+    with bar("Loads, restarting", settings.repeats * len(repeats) * len(loads), "runs") as advance:
+        for repeat, name in interleaved(repeats, rng):
+            for load in loads:
+                with runner.at(load) as run_one:
+                    _warm_up(run_one, supply, load, name)
+                    timed = _timed(run_one, supply, settings, load, name, repeat)
+                record.add(load, name, repeat, timed)
+                advance(1)
+
+
+def _warm_up(run_one: RunOne, supply: Supply, load: ServiceLoad, name: str) -> None:
+    few = few_requests(supply, load)
+    closed = ServiceLoad(len(few), concurrency=load.concurrency or len(few))
+    run_one(name, closed, few, "warm")
+
+
+def _timed(
+    run_one: RunOne,
+    supply: Supply,
+    settings: BenchSettings,
+    load: ServiceLoad,
+    name: str,
+    repeat: int,
+) -> Measurement:
+    seed = f"{settings.seed} {load.name} {repeat}"
+    return measured(run_one(name, load, supply.draw(load, repeat), seed), load, settings)
 
 
 def measured(outcome: Outcome, load: ServiceLoad, settings: BenchSettings) -> Measurement:
@@ -140,17 +154,9 @@ def measured(outcome: Outcome, load: ServiceLoad, settings: BenchSettings) -> Me
     )
 
 
-def warm_up(supply: Supply, load: ServiceLoad) -> list[Request]:
-    """A few requests with short replies, as many as run together."""
-    count = min(load.concurrency or MOST_WARM_UP, load.requests)
-    return [
-        Request(request.prompt, min(WARM_UP_OUTPUT, request.output_tokens))
-        for request in supply.draw(load, "warm", count)
-    ]
-
-
-def _closed(load: ServiceLoad, requests: int) -> ServiceLoad:
-    return ServiceLoad(requests, concurrency=load.concurrency or requests)
+def few_requests(supply: Supply, load: ServiceLoad) -> list[Request]:
+    """The requests of a warm-up: as many as run at the same time, with short replies."""
+    return warm_up(partial(supply.draw, load), min(load.concurrency or MOST_WARM_UP, load.requests))
 
 
 def reason_for(error: BaseException) -> str:

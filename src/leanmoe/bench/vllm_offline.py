@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from leanmoe.bench.metrics import Timeline
-from leanmoe.bench.prompts import Request, Supply
+from leanmoe.bench.metrics import Request, Timeline
+from leanmoe.bench.prompts import Supply
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, RunOne
 from leanmoe.core.environment import PLAN

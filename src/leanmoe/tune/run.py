@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from leanmoe.bench.compare import Variant, compare, same_prompts
 from leanmoe.bench.in_process import served_experts
-from leanmoe.bench.measure import Variant, compare
 from leanmoe.bench.metrics import ClosedLoop
 from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect, peak_memory
@@ -261,7 +261,12 @@ def _gain(inputs: Inputs, plan: Plan, load: int, settings: TuneSettings) -> dict
         stock = f"transformers {inputs.model.config._experts_implementation}"
         variants.append(Variant(stock, running(_empty(inputs), "stock"), STOCK_REPEATS))
     measured = compare(
-        inputs.model, inputs.prompts, wanted, variants, settings.repeats, settings.seed
+        inputs.model,
+        same_prompts(inputs.prompts, wanted),
+        wanted,
+        variants,
+        settings.repeats,
+        settings.seed,
     )
     ratio = measured.ratio("plan", settings.confidence).to_json()
     return {**measured.to_json(), "ratio": ratio}
