@@ -18,7 +18,7 @@ IN_PROCESS := tests/engines/vllm/test_vllm.py tests/engines/vllm/test_quantised.
 .PHONY: demo test test-engines lint clean
 
 demo: .venv/ready  ## tune the reference model on this machine, prove the cost, write the page
-	$(BIN)/leanmoe tune reference --output $(RUN) --overwrite --output-tokens 8
+	$(BIN)/leanmoe tune reference --output $(RUN) --overwrite --output-len 8
 	@echo
 	@echo "The page: $(RUN)/report.html    The plan: $(RUN)/plan.json"
 

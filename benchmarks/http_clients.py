@@ -68,7 +68,7 @@ class Clients:
         lengths = Lengths(asked.input_len, asked.input_len)
         replies = Lengths(asked.output_len, asked.output_len)
         self.settings = BenchSettings(
-            input_len=lengths, output_len=replies, requests=asked.requests, max_seconds=120
+            input_len=lengths, output_len=replies, num_prompts=asked.requests, max_seconds=120
         )
         self.server: Server = ask(read_address(asked.url))
         targets, command = (asked.url,), " ".join(sys.argv)

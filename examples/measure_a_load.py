@@ -18,7 +18,7 @@ settings = BenchSettings(
     input_len=Lengths(32, 96),  # any length between, each as likely
     output_len=Lengths(8, 8),
     repeats=3,
-    requests=8,
+    num_prompts=8,
     goodput=(("ttft", 500.0), ("tpot", 50.0)),  # milliseconds
 )
 

@@ -28,7 +28,7 @@ SETTINGS = BenchSettings(
     input_len=Lengths(4, 12),
     output_len=Lengths(2, 6),
     repeats=2,
-    requests=5,
+    num_prompts=5,
 )
 
 
@@ -73,7 +73,7 @@ def test_full_model_and_plan_in_the_same_run(tmp_path: Path, plan: Path) -> None
 
 
 def test_an_open_loop_in_process(tmp_path: Path) -> None:
-    settings = BenchSettings(**{**vars(SETTINGS), "concurrency": (), "rates": (50.0,)})
+    settings = BenchSettings(**{**vars(SETTINGS), "concurrency": (), "request_rate": (50.0,)})
     (entry,) = bench(job(tmp_path, settings=settings))["loads"]
     assert entry["request_rate"] == 50.0
     assert "median_delay_ms" in entry["runs"]["full"][0]
@@ -120,8 +120,8 @@ def test_a_cache_that_cannot_fit_is_refused() -> None:
         ({"engine_args": '{"a": 1}'}, "--engine-args are for --engine vllm"),
         ({"settings": BenchSettings(repeats=0)}, "--repeats is 0"),
         (
-            {"engine": "vllm", "settings": BenchSettings(rates=(1.0,), concurrency=())},
-            "--rate with --engine vllm",
+            {"engine": "vllm", "settings": BenchSettings(request_rate=(1.0,), concurrency=())},
+            "--request-rate with --engine vllm",
         ),
     ],
 )

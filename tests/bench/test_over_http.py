@@ -36,7 +36,7 @@ def job(output: Path, *targets: str, **changes: object) -> Job:
         "input_len": Lengths(10, 20),
         "output_len": Lengths(OUTPUT, OUTPUT),
         "repeats": 2,
-        "requests": 9,
+        "num_prompts": 9,
         "max_seconds": 30.0,
         "goodput": (("ttft", 1e3 * TTFT * 0.9),),
         **changes,
@@ -118,7 +118,9 @@ def test_an_open_loop_arrives_at_its_rate(tmp_path: Path) -> None:
     for attempt in range(4):  # a busy machine may start the client too late: it then says so
         with serving(ttft=0.01, itl=0.001) as server:
             folder = tmp_path / str(attempt)
-            wanted = job(folder, server.url, concurrency=(), rates=(20.0,), requests=60, repeats=1)
+            wanted = job(
+                folder, server.url, concurrency=(), request_rate=(20.0,), num_prompts=60, repeats=1
+            )
             (entry,) = bench(wanted)["loads"]
             received = sorted(seen.received for seen in server.timed())
         (run,) = entry["runs"][next(iter(entry["runs"]))]
@@ -136,7 +138,7 @@ def test_an_open_loop_arrives_at_its_rate(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_server_that_dies_leaves_what_was_measured(tmp_path: Path) -> None:
     with serving(ttft=0.01, itl=0.001, dies_after=30) as server:
-        wanted = job(tmp_path, server.url, concurrency=(1, 2, 4), requests=8, repeats=2)
+        wanted = job(tmp_path, server.url, concurrency=(1, 2, 4), num_prompts=8, repeats=2)
         written: list[Path] = []
         with pytest.raises(LeanMoeError, match=r"stopped answering at .* marked incomplete"):
             run_job(wanted, lambda *_: None, written.append)

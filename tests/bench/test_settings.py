@@ -10,7 +10,6 @@ from leanmoe.bench.settings import (
     BenchSettings,
     Lengths,
     parse_goodput,
-    parse_numbers,
     requests_for,
 )
 from leanmoe.core.errors import LeanMoeError
@@ -47,12 +46,12 @@ def test_bad_goodput_is_refused(word: str) -> None:
         ({"concurrency": (4, 2)}, "--concurrency is 4,2"),
         ({"concurrency": (0,)}, "--concurrency is 0"),
         ({"concurrency": (100_000,)}, "at most 4096"),
-        ({"concurrency": (), "rates": (-1.0,)}, "--rate is -1"),
+        ({"concurrency": (), "request_rate": (-1.0,)}, "--request-rate is -1"),
         ({"concurrency": ()}, "no load"),
         ({"repeats": 0}, "--repeats is 0"),
         ({"max_seconds": 1e9}, "--max-seconds"),
-        ({"requests": 4}, "at least the largest concurrency"),
-        ({"requests": 1_000_000}, "--requests"),
+        ({"num_prompts": 4}, "at least the largest concurrency"),
+        ({"num_prompts": 1_000_000}, "--num-prompts"),
         ({"max_concurrency": 0}, "--max-concurrency"),
     ],
 )
@@ -65,15 +64,8 @@ def test_loads_and_their_requests() -> None:
     loads = BenchSettings(concurrency=(1, 64, 512)).loads()
     assert [load.requests for load in loads] == [requests_for(n) for n in (1, 64, 512)]
     assert requests_for(512) == 1024
-    rates = BenchSettings(concurrency=(), rates=(1.0, 2.0), requests=10).loads()
+    rates = BenchSettings(concurrency=(), request_rate=(1.0, 2.0), num_prompts=10).loads()
     assert [(load.rate, load.requests, load.concurrency) for load in rates] == [
         (1.0, 10, None),
         (2.0, 10, None),
     ]
-
-
-def test_numbers_are_numbers() -> None:
-    assert parse_numbers("--rate", "0.5,2", float) == (0.5, 2.0)
-    for text in ("", "a", "1,,2", "nan"):
-        with pytest.raises(LeanMoeError, match="--rate is"):
-            parse_numbers("--rate", text, float)

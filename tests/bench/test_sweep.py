@@ -18,7 +18,7 @@ from leanmoe.bench.sweep import Outcome, RunOne, sweep
 from leanmoe.core.errors import LeanMoeError
 
 SETTINGS = BenchSettings(
-    concurrency=(1, 4), input_len=Lengths(4, 4), output_len=Lengths(5, 5), repeats=3, requests=4
+    concurrency=(1, 4), input_len=Lengths(4, 4), output_len=Lengths(5, 5), repeats=3, num_prompts=4
 )
 
 

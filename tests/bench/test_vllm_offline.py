@@ -20,7 +20,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import VllmInstall
 
 SETTINGS = BenchSettings(
-    concurrency=(2,), input_len=Lengths(4, 6), output_len=Lengths(3, 5), repeats=2, requests=4
+    concurrency=(2,), input_len=Lengths(4, 6), output_len=Lengths(3, 5), repeats=2, num_prompts=4
 )
 
 

@@ -18,7 +18,7 @@ SMALL = [
     "--concurrency=2",
     "--input-len=6:10",
     "--output-len=3",
-    "--requests=4",
+    "--num-prompts=4",
     "--repeats=2",
 ]
 
@@ -71,10 +71,10 @@ def test_json_alone_on_standard_output(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["reference", "--concurrency", "8,1"], "must be rising"),
         (["reference", "--input-len", "many"], "--input-len is 'many'"),
-        (["reference", "--rate", "fast"], "--rate is 'fast'"),
+        (["reference", "--request-rate", "fast"], "--request-rate is 'fast'"),
         (["reference", "--goodput", "itl:5"], "--goodput has 'itl:5'"),
         (["reference", "other"], "2 models were given"),
-        (["reference", "--dataset", "/no/such.jsonl"], "cannot read dataset"),
+        (["reference", "--dataset-path", "/no/such.jsonl"], "cannot read dataset"),
         (["reference", "--plan", "/no/such.json"], "cannot read plan"),
         (["http://127.0.0.1:9"], "does not answer"),
         (["http://example.org"], "--allow-remote"),

@@ -112,7 +112,7 @@ def test_a_family_without_plans_is_said(capsys: pytest.CaptureFixture[str], tmp_
     ("arguments", "message"),
     [
         (("--batch-sizes", "1,x"), "--batch-sizes is '1,x': it must be numbers like 1,8,32"),
-        (("--batch-sizes", "0"), "--batch-sizes holds 0: every size must be 1 or more"),
+        (("--batch-sizes", "0"), "--batch-sizes is '0': it holds 0, and each must be 1 or more"),
         (("--bandwidth", "0"), "--bandwidth is 0: it must be above 0"),
         (("--bandwidth", "nan"), "--bandwidth is nan: it must be above 0"),
         (("nonsense",), "model 'nonsense' does not exist: give a folder"),

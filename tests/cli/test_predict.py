@@ -51,7 +51,7 @@ def test_the_table_says_what_it_stands_on(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_poisson_arrivals(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["predict", "Qwen/Qwen3-30B-A3B", "--rate", "4", *SMALL[2:], "--json"]
+    command = ["predict", "Qwen/Qwen3-30B-A3B", "--request-rate", "4", *SMALL[2:], "--json"]
     code, out, _ = run(capsys, *command)
     assert code == 0
     assert json.loads(out)[0]["full"]["simulated"]["left"] < 20
@@ -75,16 +75,19 @@ def test_a_sweep_with_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (["--gpu", "h2000"], "hardware 'h2000' is not known: did you mean h200"),
         (["--gpus", "1"], "GB short in all"),
-        (["--tensor", "3"], "--tensor 3 does not divide"),
-        (["--tensor", "8", "--expert", "3"], "--tensor x --data: it must be one of 1, 2, 4, 8"),
+        (["--tensor-parallel-size", "3"], "--tensor-parallel-size 3 does not divide"),
+        (
+            ["--tensor-parallel-size", "8", "--expert-parallel-size", "3"],
+            "--tensor-parallel-size x --data-parallel-size: it must be one of 1, 2, 4, 8",
+        ),
         (["--top-k", "9"], "top_k is 9: it must be 1 to 8"),
         (["--concurrency", "x"], "--concurrency is 'x'"),
         (["--concurrency", "0"], "each must be 1 or more"),
-        (["--rate", "1", "--concurrency", "2"], "--rate goes with neither"),
+        (["--request-rate", "1", "--concurrency", "2"], "--request-rate goes with neither"),
         (["--kernel", "mine"], "there are no constants for kernel 'mine'"),
         (["--agreement", "2"], "agreement is 2"),
         (["--page", "x.html"], "go with --sweep"),
-        (["--gpus", "8", "--tensor", "4"], "are 4 GPUs, --gpus says 8"),
+        (["--gpus", "8", "--tensor-parallel-size", "4"], "are 4 GPUs, --gpus says 8"),
         (["--constants", "absent.json"], "cannot read constants"),
         (["--plan", "absent.json"], "cannot read plan"),
         (["--plan", "absent.json", "--top-k", "4"], "not both"),
@@ -126,11 +129,21 @@ def test_a_budget_per_rank_and_whose_tokens_spend_it(
     path = tmp_path / "plan.json"
     name = "Qwen/Qwen3-30B-A3B"
     Plan.uniform(read_shape(CONFIGS[name]).fingerprint(), Rule(budget_per_rank=12)).save(path)
-    spread = ["--tensor", "1", "--data", "2", "--expert", "2", "--concurrency", "32", "--json"]
+    spread = [
+        "--tensor-parallel-size",
+        "1",
+        "--data-parallel-size",
+        "2",
+        "--expert-parallel-size",
+        "2",
+        "--concurrency",
+        "32",
+        "--json",
+    ]
     command = ["predict", name, "--plan", str(path), *SMALL[2:], *spread]
     found = {}
     for scope in ("rank", "all"):
-        code, out, _ = run(capsys, *command, "--company", scope)
+        code, out, _ = run(capsys, *command, "--batch-scope", scope)
         assert code == 0
         found[scope] = json.loads(out)[0]["plan"]
     assert 24 <= found["all"]["distinct"] < 0.7 * found["rank"]["distinct"]
@@ -139,7 +152,7 @@ def test_a_budget_per_rank_and_whose_tokens_spend_it(
     assert steps["all"]["communication"] > steps["rank"]["communication"]
     code, _, _ = run(capsys, "predict", name, "--plan", str(path), *SMALL, "--sweep", "--gpus", "2")
     assert code == 0
-    code, _, err = run(capsys, *command, "--company", "some")
+    code, _, err = run(capsys, *command, "--batch-scope", "some")
     assert code != 0
     assert "some" in err
 

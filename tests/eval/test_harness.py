@@ -73,7 +73,7 @@ def test_answers_are_the_harness_own(tasks: Path) -> None:
         return simple_evaluate(made, tasks=["things"], **how)["samples"]["things"]
 
     plain = asked(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu"))
-    settings = EvalSettings("reference", decode_batch=4)
+    settings = EvalSettings("reference", concurrency=4)
     empty = Named(FULL, Plan(read_shape("reference").fingerprint()))
     ours = asked(planned_model(model, tokenizer, empty, settings, 0))
     for one, other in zip(plain, ours, strict=True):
@@ -84,8 +84,8 @@ def test_answers_are_the_harness_own(tasks: Path) -> None:
 def test_tasks_of_ones_own_from_the_command_line(
     tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["eval", "reference", "--tasks", "things,replies", "--tasks-dir", str(tasks)]
-    arguments += ["--rule", "top_k=2", "--decode-batch", "2", "-o", str(tmp_path / "run")]
+    arguments = ["eval", "reference", "--tasks", "things,replies", "--include-path", str(tasks)]
+    arguments += ["--rule", "top_k=2", "--concurrency", "2", "-o", str(tmp_path / "run")]
     assert leanmoe(*arguments) == 0
     said = capsys.readouterr()
     assert "things: 12 questions show no loss below" in said.err
@@ -107,7 +107,7 @@ def test_an_unknown_task_and_data_out_of_reach_are_said(
         "    test: /nowhere.jsonl\ntest_split: test\ndoc_to_text: q\ndoc_to_target: q\n"
         "output_type: generate_until\nmetric_list:\n  - metric: exact_match\n"
     )
-    given = ["--tasks", "gone", "--tasks-dir", str(tasks), "--overwrite", *run]
+    given = ["--tasks", "gone", "--include-path", str(tasks), "--overwrite", *run]
     assert leanmoe("eval", "reference", *given) == 1
     said = capsys.readouterr().err
     assert "could not be fetched" in said

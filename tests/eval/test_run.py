@@ -72,14 +72,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SMALL = ("--tasks", "blimp,lambada,piqa,qasc", "--margin", "5", "--decode-batch", "4")
-PLANS = ("--rule", "top_k=4,keep_weights", "--rule", "guaranteed=2", "--mixes", "2")
+SMALL = ("--tasks", "blimp,lambada,piqa,qasc", "--margin", "5", "--concurrency", "4")
+PLANS = ("--rule", "top_k=4,keep_weights", "--rule", "guaranteed=2", "--batch-draws", "2")
 
 
 def asked(data: Path, output: Path) -> list[str]:
     return [
         *("eval", "reference", *PLANS, *SMALL, "--data", str(data), "-o", str(output)),
-        *("--prompts", str(data / "prompts.jsonl"), "--generate-tokens", "8", "--samples", "2"),
+        *("--prompts", str(data / "prompts.jsonl"), "--output-len", "8", "--samples", "2"),
         *("--domain", f"old={data / 'old.jsonl'}", "--domain", f"new={data / 'new.jsonl'}"),
         *("--calibrate", "activate-count:50%", "--domain-tokens", "6000"),
     ]
@@ -191,7 +191,7 @@ def _idle_plan(tmp: Path) -> tuple[str, ...]:
     fingerprint = read_shape("reference").fingerprint()
     rules = (Rule(top_k=4),) * fingerprint.moe_layers
     Plan(fingerprint, (Band(8, rules),)).save(tmp / "p.json")
-    return ("--plan", str(tmp / "p.json"), "--decode-batch", "32")
+    return ("--plan", str(tmp / "p.json"), "--concurrency", "32")
 
 
 def _few_prompts(tmp: Path) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def load(inputs: str, outputs: str, at_once: int | None = None, rate: float | No
 
 @pytest.mark.parametrize(
     ("inputs", "outputs", "at_once"),
-    [("1024", "256", 1), ("512", "512", 8), ("256-1024", "128-512", 32), ("1024", "1024", 200)],
+    [("1024", "256", 1), ("512", "512", 8), ("256:1024", "128:512", 32), ("1024", "1024", 200)],
 )
 def test_the_steady_state_and_the_simulation_agree(inputs: str, outputs: str, at_once: int) -> None:
     wanted = load(inputs, outputs, at_once)
@@ -46,7 +46,7 @@ def test_prompts_that_fill_every_step_are_what_replies_wait_for() -> None:
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not() -> None:
-    wanted = load("256-1024", "64-256", rate=10.0)
+    wanted = load("256:1024", "64:256", rate=10.0)
     first, again = (simulate(STEP, FULL, wanted, requests=100, seed=1) for _ in range(2))
     assert first == again
     assert simulate(STEP, FULL, wanted, requests=100, seed=2) != first
@@ -62,7 +62,7 @@ def test_arrivals_above_the_services_rate_pile_up() -> None:
 
 
 def test_every_token_is_made() -> None:
-    wanted = load("100-300", "5-50", 4)
+    wanted = load("100:300", "5:50", 4)
     run = simulate(STEP, FULL, wanted, requests=64)
     assert run.requests == 64
     assert run.steps >= 64 * 5 / 4
@@ -83,7 +83,7 @@ def test_a_full_cache_holds_requests_back() -> None:
 def test_lengths_as_distributions(tmp_path: Path) -> None:
     assert read_lengths("1024", "x").values == (1024,)
     assert read_lengths("1024", "x").remaining == 512
-    even = read_lengths("100-300", "x")
+    even = read_lengths("100:300", "x")
     assert even.mean == pytest.approx(200, abs=1)
     assert read_lengths("100:300", "x").values == even.values
     heavy = read_lengths("1000~1.0", "x")
@@ -99,7 +99,8 @@ def test_lengths_as_distributions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "0", "-5", "5-0", "5-2", "9:2", "1:2:3", "1e99", "9999999", "nan", "3~x"]
+    "text",
+    ["", "a", "0", "-5", "5-0", "5-2", "2-9", "9:2", "1:2:3", "1e99", "9999999", "nan", "3~x"],
 )
 def test_lengths_that_are_none(text: str) -> None:
     with pytest.raises(LeanMoeError, match="--input-len"):

@@ -68,10 +68,10 @@ def test_weights_on_all_gpus_are_the_models() -> None:
     ("place", "says"),
     [
         (Deployment(H200, 4), r"does not fit 4 x h200.*GB short in all"),
-        (Deployment(H200, 3), r"--tensor 3 does not divide 128 attention heads"),
-        (Deployment(H200, 8, expert=3), r"--expert 3 does not divide 8 GPUs"),
+        (Deployment(H200, 3), r"--tensor-parallel-size 3 does not divide 128 attention heads"),
+        (Deployment(H200, 8, expert=3), r"--expert-parallel-size 3 does not divide 8 GPUs"),
         (Deployment(H200, 8, pipeline=80), r"more than the model's 61 layers"),
-        (Deployment(H200, 0), r"--tensor is 0"),
+        (Deployment(H200, 0), r"--tensor-parallel-size is 0"),
         (Deployment(H200, 8, data=4096), r"at most 16384"),
     ],
 )

@@ -19,7 +19,7 @@ from leanmoe.tune import run as run_module
 from leanmoe.tune.settings import TuneSettings
 
 SMALL = [
-    *("--loads", "1,2", "--margin", "5%", "--input-tokens", "32", "--output-tokens", "4"),
+    *("--concurrency", "1,2", "--margin", "5%", "--input-len", "32", "--output-len", "4"),
     *("--repeats", "3", "--profile-tokens", "2000", "--sensitivity-tokens", "400"),
     *("--heldout-tokens", "2500"),
 ]
@@ -99,7 +99,7 @@ def test_the_plan_is_one_for_this_model_and_claims_what_was_proven(run: Path) ->
 def test_a_memory_budget_restricts_every_rule(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    budget = ["--loads", "2", "--margin", "60%", "--keep", "50%", "--criterion", "soft-count"]
+    budget = ["--concurrency", "2", "--margin", "60%", "--keep", "50%", "--criterion", "soft-count"]
     assert tune(tmp_path / "run", *budget) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = results["total_or_activated"]
@@ -171,7 +171,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
         lambda tmp: ("reference", "--text", _write(tmp / "short.jsonl", 100, 2)),
         "too short",
     ),
-    "loads": (lambda _: ("reference", "--loads", "8,1"), "loads is [8, 1]"),
+    "concurrency": (lambda _: ("reference", "--concurrency", "8,1"), "--concurrency is [8, 1]"),
     "margin": (lambda _: ("reference", "--margin", "lots"), "margin is 'lots'"),
     "no repeats": (lambda _: ("reference", "--repeats", "1"), "repeats is 1"),
     "keep": (lambda _: ("reference", "--keep", "5%"), "keep"),
@@ -186,7 +186,7 @@ def test_mistakes_are_one_line_and_cost_nothing(
 ) -> None:
     arguments, message = MISTAKES[mistake]
     given = arguments(tmp_path)
-    small = [] if any(a in given for a in ("--loads", "--margin", "--repeats")) else SMALL
+    small = [] if any(a in given for a in ("--concurrency", "--margin", "--repeats")) else SMALL
     assert leanmoe("tune", *given, "-o", str(tmp_path / "run"), *small) == 1
     said = capsys.readouterr().err.strip()
     assert message in said
@@ -227,7 +227,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
 
 
 def test_replies_are_as_long_as_the_loads_and_prompts_around_its_length() -> None:
-    settings = TuneSettings("reference", input_tokens=256, output_tokens=8)
+    settings = TuneSettings("reference", input_len=256, output_len=8)
     window, prompt, reply = settings.scored_window(can_branch=True)
     assert (prompt, reply, window) == (192, 8, 320)
     assert settings.scored_window(can_branch=False) == (264, 256, 0)

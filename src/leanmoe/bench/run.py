@@ -90,10 +90,10 @@ class Job:
             raise LeanMoeError("--served-model and --allow-remote are for the address of a server")
         if read_engine_args(self.engine_args) and self.engine != "vllm":
             raise LeanMoeError("--engine-args are for --engine vllm")
-        if self.engine == "vllm" and self.settings.rates:
+        if self.engine == "vllm" and self.settings.request_rate:
             raise LeanMoeError(
-                "--rate with --engine vllm: the offline engine is measured as a closed loop; "
-                "start a server and give its address"
+                "--request-rate with --engine vllm: the offline engine is measured as a closed "
+                "loop; start a server and give its address"
             )
 
 
@@ -164,7 +164,7 @@ def open_record(
     about = {
         "provenance": collect(job.command, job.settings.seed).to_json(),
         **described,
-        "text": job.settings.dataset or source,
+        "text": job.settings.dataset_path or source,
     }
     return Record(job.output / RESULTS, job.settings, variants, about)
 
@@ -250,7 +250,7 @@ def check_plans(plans: Mapping[str, Plan], model: str) -> None:
 
 def make_supply(settings: BenchSettings, tokenizer: Any) -> tuple[str, Supply]:
     """Where prompts come from, and what draws them."""
-    rows = read_dataset(Path(settings.dataset), tokenizer) if settings.dataset else []
+    rows = read_dataset(Path(settings.dataset_path), tokenizer) if settings.dataset_path else []
     source, stream = read_stream(settings.text, tokenizer)
     return source, Supply(stream, settings.input_len, settings.output_len, rows, settings.seed)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.parsing import parse_range, require
 
 GOODPUT_LIMITS = ("ttft", "tpot", "e2el")
 """What `vllm bench serve --goodput` takes."""
@@ -32,17 +33,7 @@ class Lengths:
     @classmethod
     def parse(cls, option: str, text: str, least: int) -> Lengths:
         """Reads "1024" or "512:2048". Raises LeanMoeError naming the option."""
-        parts = text.split(":")
-        try:
-            numbers = [int(part) for part in parts]
-        except ValueError:
-            numbers = []
-        if len(numbers) not in (1, 2) or not least <= numbers[0] <= numbers[-1] <= MOST_TOKENS:
-            raise LeanMoeError(
-                f"{option} is {text!r}: it must be a number of tokens like 1024 or a range like "
-                f"512:2048, from {least} to {MOST_TOKENS:,}"
-            )
-        return cls(numbers[0], numbers[-1])
+        return cls(*parse_range(option, text, least, MOST_TOKENS))
 
     def draw(self, rng: random.Random) -> int:
         """One length."""
@@ -82,14 +73,14 @@ class BenchSettings:
     """The settings of one bench."""
 
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    rates: tuple[float, ...] = ()
+    request_rate: tuple[float, ...] = ()
     """If given, loads are open loops at these rates instead."""
     input_len: Lengths = Lengths(1024, 1024)
     output_len: Lengths = Lengths(1024, 1024)
-    dataset: str | None = None
+    dataset_path: str | None = None
     """A .jsonl file whose rows give the lengths, or the texts, instead."""
     text: str | None = None
-    requests: int | None = None
+    num_prompts: int | None = None
     """Of one run; by default two rounds of the load or more."""
     repeats: int = 5
     max_seconds: float = 600.0
@@ -104,7 +95,7 @@ class BenchSettings:
         """Raises LeanMoeError for the first setting out of range."""
         for name, values, most in (
             ("concurrency", self.concurrency, MOST_CONCURRENCY),
-            ("rate", self.rates, MOST_RATE),
+            ("request-rate", self.request_rate, MOST_RATE),
         ):
             rising = list(values) == sorted(set(values))
             if not rising or any(not 0 < value <= most for value in values):
@@ -112,37 +103,36 @@ class BenchSettings:
                     f"--{name} is {','.join(f'{v:g}' for v in values)}: it must be rising numbers "
                     f"above 0, at most {most:g}"
                 )
-        if not self.rates and not self.concurrency:
-            raise LeanMoeError("no load was given: set --concurrency or --rate")
-        _require(1 <= self.repeats <= 100, "repeats", self.repeats, "1 to 100")
-        _require(
+        if not self.request_rate and not self.concurrency:
+            raise LeanMoeError("no load was given: set --concurrency or --request-rate")
+        require(1 <= self.repeats <= 100, "--repeats", self.repeats, "1 to 100")
+        require(
             0 < self.max_seconds <= MOST_SECONDS,
-            "max-seconds",
+            "--max-seconds",
             self.max_seconds,
             f"above 0 and at most {MOST_SECONDS:g}",
         )
-        _require(
+        require(
             1 <= self.max_concurrency <= MOST_CONCURRENCY,
-            "max-concurrency",
+            "--max-concurrency",
             self.max_concurrency,
             f"1 to {MOST_CONCURRENCY}",
         )
-        _require(0.5 < self.confidence < 1, "confidence", self.confidence, "above 0.5 and below 1")
+        require(0.5 < self.confidence < 1, "--confidence", self.confidence, "above 0.5 and below 1")
         most = max((load.requests for load in self.loads()), default=0)
-        _require(0 < most <= MOST_REQUESTS, "requests", most, f"1 to {MOST_REQUESTS:,}")
-        if self.requests is not None and not self.rates and self.requests < max(self.concurrency):
-            raise LeanMoeError(
-                f"--requests is {self.requests}: it must be at least the largest concurrency, "
-                f"{max(self.concurrency)}"
-            )
+        require(0 < most <= MOST_REQUESTS, "--num-prompts", most, f"1 to {MOST_REQUESTS:,}")
+        if self.num_prompts is not None and not self.request_rate:
+            largest = max(self.concurrency)
+            allowed = f"at least the largest concurrency, {largest}"
+            require(self.num_prompts >= largest, "--num-prompts", self.num_prompts, allowed)
 
     def loads(self) -> tuple[ServiceLoad, ...]:
         """The loads in the order they run."""
-        if self.rates:
-            count = self.requests or 4 * FEWEST_REQUESTS
-            return tuple(ServiceLoad(count, rate=rate) for rate in self.rates)
+        if self.request_rate:
+            count = self.num_prompts or 4 * FEWEST_REQUESTS
+            return tuple(ServiceLoad(count, rate=rate) for rate in self.request_rate)
         return tuple(
-            ServiceLoad(self.requests or requests_for(load), concurrency=load)
+            ServiceLoad(self.num_prompts or requests_for(load), concurrency=load)
             for load in self.concurrency
         )
 
@@ -155,7 +145,7 @@ class BenchSettings:
         return {
             **asdict(self),
             "concurrency": list(self.concurrency),
-            "rates": list(self.rates),
+            "request_rate": list(self.request_rate),
             "input_len": str(self.input_len),
             "output_len": str(self.output_len),
             "goodput": self.goodput_limits(),
@@ -183,19 +173,3 @@ def parse_goodput(words: Sequence[str]) -> tuple[tuple[str, float], ...]:
             )
         found[name] = limit
     return tuple(found.items())
-
-
-def parse_numbers(option: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    """Reads "1,8,32". Raises LeanMoeError naming the option."""
-    try:
-        numbers = tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(math.isfinite(number) for number in numbers):
-        raise LeanMoeError(f"{option} is {text!r}: it must be numbers like 1,8,32")
-    return numbers
-
-
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise LeanMoeError(f"--{name} is {value}: it must be {allowed}")

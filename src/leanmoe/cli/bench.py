@@ -16,8 +16,8 @@ from leanmoe.bench.settings import (
     Lengths,
     ServiceLoad,
     parse_goodput,
-    parse_numbers,
 )
+from leanmoe.core.parsing import parse_numbers
 
 _DEFAULT = BenchSettings()
 _LIMIT = re.compile(r"^(ttft|tpot|e2el|itl):", re.IGNORECASE)
@@ -41,7 +41,7 @@ def bench(
     concurrency: Annotated[
         str, typer.Option(help="Requests at once, comma separated: closed loops.")
     ] = ",".join(map(str, _DEFAULT.concurrency)),
-    rate: Annotated[
+    request_rate: Annotated[
         str | None,
         typer.Option(help="Requests a second, comma separated: open loops, Poisson arrivals."),
     ] = None,
@@ -51,14 +51,14 @@ def bench(
     output_len: Annotated[
         str, typer.Option(help="Reply tokens: a number, or a range like 16:256.")
     ] = str(_DEFAULT.output_len),
-    dataset: Annotated[
+    dataset_path: Annotated[
         str | None,
         typer.Option(help="A .jsonl file with input_len or prompt, and output_len or output."),
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="Where prompts are cut from; see leanmoe tune.")
     ] = None,
-    requests: Annotated[
+    num_prompts: Annotated[
         int | None, typer.Option(help="Of one run; by default 2 x concurrency or more.")
     ] = None,
     repeats: Annotated[
@@ -113,13 +113,13 @@ def bench(
     # `--goodput ttft:500 tpot:50`, as vLLM has it: the words after the first arrive as targets.
     limits = [*(goodput or []), *(word for word in targets if _LIMIT.match(word))]
     settings = BenchSettings(
-        concurrency=() if rate else parse_numbers("--concurrency", concurrency, int),
-        rates=parse_numbers("--rate", rate, float) if rate else (),
+        concurrency=() if request_rate else parse_numbers("--concurrency", concurrency, int),
+        request_rate=parse_numbers("--request-rate", request_rate, float) if request_rate else (),
         input_len=Lengths.parse("--input-len", input_len, 1),
         output_len=Lengths.parse("--output-len", output_len, 2),
-        dataset=dataset,
+        dataset_path=dataset_path,
         text=text,
-        requests=requests,
+        num_prompts=num_prompts,
         repeats=repeats,
         max_seconds=max_seconds,
         max_concurrency=max_concurrency,

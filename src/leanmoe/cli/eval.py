@@ -11,6 +11,7 @@ import typer
 
 from leanmoe.cli.options import AsJson, Dtype, Model, Overwrite, RunOutput, Seed, TrustRemoteCode
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.parsing import parse_share
 from leanmoe.eval.settings import EvalSettings
 
 _DEFAULT = EvalSettings(model="reference")
@@ -34,18 +35,18 @@ def eval(
     data: Annotated[
         str | None, typer.Option(help="A folder with files of blimp, lambada, piqa, qasc.")
     ] = None,
-    tasks_dir: Annotated[
+    include_path: Annotated[
         str | None, typer.Option(help="A folder with lm-evaluation-harness tasks of your own.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Questions of each task, and prompts, at most.")
     ] = None,
-    fewshot: Annotated[
+    num_fewshot: Annotated[
         int | None, typer.Option(help="Examples before each harness question.")
     ] = None,
-    decode_batch: Annotated[
+    concurrency: Annotated[
         int, typer.Option(help="Requests that decode together in your service.")
-    ] = _DEFAULT.decode_batch,
+    ] = _DEFAULT.concurrency,
     batch_draws: Annotated[
         int, typer.Option(help="Runs in other company, for rules that depend on it.")
     ] = _DEFAULT.batch_draws,
@@ -60,7 +61,7 @@ def eval(
         str | None,
         typer.Option(help="A .jsonl file of prompts, with answers or without, to reply to."),
     ] = None,
-    generate_tokens: Annotated[int, typer.Option(help="Of each reply.")] = _DEFAULT.generate_tokens,
+    output_len: Annotated[int, typer.Option(help="Of each reply.")] = _DEFAULT.output_len,
     samples: Annotated[
         int, typer.Option(help="Replies drawn per prompt with an answer: pass@1 to pass@n.")
     ] = _DEFAULT.samples,
@@ -93,16 +94,16 @@ def eval(
         model=model,
         tasks=_tasks(tasks),
         data=data,
-        tasks_dir=tasks_dir,
+        include_path=include_path,
         limit=limit,
-        fewshot=fewshot,
-        decode_batch=decode_batch,
+        num_fewshot=num_fewshot,
+        concurrency=concurrency,
         batch_draws=batch_draws,
-        margin=_margin(margin),
+        margin=parse_share("--margin", margin, in_points=True),
         confidence=confidence,
         engine=engine,
         prompts=prompts,
-        generate_tokens=generate_tokens,
+        output_len=output_len,
         samples=samples,
         temperature=temperature,
         domains=_domains(domain or []),
@@ -150,13 +151,6 @@ def _tasks(text: str | None) -> tuple[str, ...]:
         return _DEFAULT.tasks
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     return () if names == ("none",) else names
-
-
-def _margin(text: str) -> float:
-    try:
-        return float(text.rstrip("%")) / 100
-    except ValueError as error:
-        raise LeanMoeError(f"margin is {text!r}: it must be percentage points like 1") from error
 
 
 def _domains(texts: list[str]) -> tuple[tuple[str, str], ...]:

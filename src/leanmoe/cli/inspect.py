@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.parsing import parse_counts
 from leanmoe.models.shape import MoEShape, distinct_grouped, distinct_uniform
 from leanmoe.predict.inputs import find_shape
 
@@ -49,7 +50,7 @@ def inspect(
     Example:
     leanmoe inspect deepseek-ai/DeepSeek-V3 --bandwidth 4800
     """
-    sizes = _sizes(batch_sizes)
+    sizes = parse_counts("--batch-sizes", batch_sizes)
     if bandwidth is not None and not bandwidth > 0:
         raise LeanMoeError(f"--bandwidth is {bandwidth:g}: it must be above 0")
     shape = find_shape(model)
@@ -66,16 +67,6 @@ def inspect(
     console.print(note + GROUPS_NOTE if limited else note, style="dim")
     if shape.not_runnable is not None:
         console.print(f"No plan can run on {shape.model_type}: {shape.not_runnable}.")
-
-
-def _sizes(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise LeanMoeError(f"--batch-sizes is {text!r}: it must be numbers like 1,8,32") from error
-    if min(sizes) < 1:
-        raise LeanMoeError(f"--batch-sizes holds {min(sizes)}: every size must be 1 or more")
-    return sizes
 
 
 def _facts(shape: MoEShape) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import write_json
+from leanmoe.core.parsing import parse_counts, require
 from leanmoe.core.progress import bar
 from leanmoe.core.provenance import collect
 
@@ -89,23 +90,12 @@ def kernels(
         raise LeanMoeError(f"--dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
     if most_error is not None and not 0 < most_error < 1:
         raise LeanMoeError(f"--most-error is {most_error:g}: it must be between 0 and 1")
-    sizes = _numbers("--tokens", tokens)
+    sizes = list(parse_counts("--tokens", tokens))
     shapes = [_of_model(name, dtype) for name in models or []]
     shapes += [_of_text(text, dtype, transposed) for text in shape or []]
     if not shapes:
         raise LeanMoeError("nothing to tune: name a model, or give --shape")
     _tune(shapes, sizes, output, trials, most_error, as_json)
-
-
-def _numbers(option: str, text: str, count: int | None = None) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1 or (count is not None and len(numbers) != count):
-        many = "numbers" if count is None else f"{count} numbers"
-        raise LeanMoeError(f"{option} is {text!r}: it must be {many} of 1 or more, like 1,8,32")
-    return numbers
 
 
 def _of_model(name: str, dtype: str) -> Shape:
@@ -121,7 +111,9 @@ def _of_model(name: str, dtype: str) -> Shape:
 def _of_text(text: str, dtype: str, transposed: bool) -> Shape:
     from leanmoe.kernels.triton.tuned_tiles import Shape
 
-    experts, hidden, width, slots = _numbers("--shape", text, 4)
+    sizes = parse_counts("--shape", text)
+    require(len(sizes) == 4, "--shape", repr(text), "4 numbers: experts,hidden,width,slots")
+    experts, hidden, width, slots = sizes
     if slots > experts:
         raise LeanMoeError(f"--shape is {text!r}: {slots} slots are more than {experts} experts")
     return Shape(experts, hidden, width, slots, dtype, transposed)

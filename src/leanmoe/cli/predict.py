@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.parsing import parse_counts
 
 
-class BatchScope(StrEnum):
+class ScopeChoice(StrEnum):
     """Whose tokens a rule sees with data parallelism."""
 
     RANK = "rank"
@@ -40,22 +41,28 @@ def predict(
         str | None,
         typer.Option(help="How many; with --sweep several, like 8,16,64. Default: what it takes."),
     ] = None,
-    tensor: Annotated[int | None, typer.Option(help="GPUs of tensor parallelism.")] = None,
-    expert: Annotated[int, typer.Option(help="GPUs that share the experts whole.")] = 1,
-    data: Annotated[int, typer.Option(help="Copies of attention.")] = 1,
-    pipeline: Annotated[int, typer.Option(help="Stages of layers.")] = 1,
-    scope: Annotated[
-        BatchScope,
-        typer.Option(help="Whose tokens share experts, with --data: their rank's, or all."),
-    ] = BatchScope.RANK,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="GPUs of tensor parallelism.")
+    ] = None,
+    expert_parallel_size: Annotated[
+        int, typer.Option(help="GPUs that share the experts whole.")
+    ] = 1,
+    data_parallel_size: Annotated[int, typer.Option(help="Copies of attention.")] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(help="Stages of layers.")] = 1,
+    batch_scope: Annotated[
+        ScopeChoice,
+        typer.Option(
+            help="Whose tokens share experts, with --data-parallel-size: their rank's, or all."
+        ),
+    ] = ScopeChoice.RANK,
     concurrency: Annotated[
         str | None, typer.Option(help=f"Requests at once, comma separated; {CONCURRENCIES}.")
     ] = None,
-    rate: Annotated[
+    request_rate: Annotated[
         float | None, typer.Option(help="Requests a second, arriving at random (Poisson).")
     ] = None,
     input_len: Annotated[
-        str, typer.Option(help="Prompt tokens: 1024, 512-2048, 1024~0.8 (log-normal), or a file.")
+        str, typer.Option(help="Prompt tokens: 1024, 512:2048, 1024~0.8 (log-normal), or a file.")
     ] = "1024",
     output_len: Annotated[str, typer.Option(help="Reply tokens, likewise.")] = "1024",
     kernel: Annotated[
@@ -113,9 +120,9 @@ def predict(
     chosen = find_plan(found, plan, top_k, guaranteed)
     curves = find_curves(found, chosen, profile, assumed)
     lengths = read_lengths(input_len, "--input-len"), read_lengths(output_len, "--output-len")
-    if rate is not None and (concurrency is not None or sweep):
-        raise LeanMoeError("--rate goes with neither --concurrency nor --sweep")
-    counts = None if gpus is None else _whole(gpus, "--gpus")
+    if request_rate is not None and (concurrency is not None or sweep):
+        raise LeanMoeError("--request-rate goes with neither --concurrency nor --sweep")
+    counts = None if gpus is None else parse_counts("--gpus", gpus)
     if sweep:
         from leanmoe.predict.sweep_run import sweep_results
 
@@ -123,14 +130,14 @@ def predict(
             found,
             {} if chosen is None else {"plan": chosen},
             machine,
-            counts or [8],
+            list(counts or [8]),
             Load(*lengths, concurrency=1),
-            _whole(concurrency or SWEPT, "--concurrency"),
+            list(parse_counts("--concurrency", concurrency or SWEPT)),
             own,
             kernel or default_kernel(found),
             curves,
             Limits(tpot, ttft, price),
-            scope is BatchScope.ALL,
+            batch_scope is ScopeChoice.ALL,
         )
         _show_sweep(results, page, as_json)
         return
@@ -139,21 +146,31 @@ def predict(
     if counts is not None and len(counts) != 1:
         raise LeanMoeError(f"--gpus is {gpus!r}: several numbers go with --sweep")
     place = find_deployment(
-        found, machine, counts[0] if counts else None, tensor, expert, data, pipeline
+        found,
+        machine,
+        counts[0] if counts else None,
+        tensor_parallel_size,
+        expert_parallel_size,
+        data_parallel_size,
+        pipeline_parallel_size,
     )
-    sizes = [None] if rate is not None else _whole(concurrency or CONCURRENCIES, "--concurrency")
+    sizes = (
+        [None]
+        if request_rate is not None
+        else [*parse_counts("--concurrency", concurrency or CONCURRENCIES)]
+    )
     predictions = [
         predicted(
             found,
             chosen,
             place,
-            Load(*lengths, size, rate),
+            Load(*lengths, size, request_rate),
             kernel,
             None,
             curves,
             own,
             seed=seed,
-            cross_rank=scope is BatchScope.ALL,
+            cross_rank=batch_scope is ScopeChoice.ALL,
         )
         for size in sizes
     ]
@@ -161,16 +178,6 @@ def predict(
         print(json.dumps([each.to_json() for each in predictions]))
         return
     _show(predictions)
-
-
-def _whole(text: str, flag: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise LeanMoeError(f"{flag} is {text!r}: it must be numbers like 1,8,32") from error
-    if min(values) < 1:
-        raise LeanMoeError(f"{flag} holds {min(values)}: each must be 1 or more")
-    return values
 
 
 def _show(predictions: list[Any]) -> None:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from leanmoe.cli.options import AsJson, Dtype, Model, Overwrite, RunOutput, Seed, TrustRemoteCode
-from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
+from leanmoe.core.parsing import parse_counts, parse_share
 from leanmoe.results.tune import Results, percent, read_results
 from leanmoe.tune.settings import TuneSettings
 
@@ -27,8 +27,8 @@ def tune(
         str | None,
         typer.Option(help="A .txt or .jsonl file, a folder, or a Hugging Face data set."),
     ] = None,
-    loads: Annotated[str, typer.Option(help="Requests at once, comma separated.")] = ",".join(
-        map(str, _DEFAULT.loads)
+    concurrency: Annotated[str, typer.Option(help="Requests at once, comma separated.")] = ",".join(
+        map(str, _DEFAULT.concurrency)
     ),
     margin: Annotated[
         str, typer.Option(help="Largest increase in next-token loss to accept.")
@@ -47,8 +47,8 @@ def tune(
     criterion: Annotated[
         str, typer.Option(help="How experts are ranked for --keep; see leanmoe prune.")
     ] = _DEFAULT.criterion,
-    input_tokens: Annotated[int, typer.Option(help="Prompt length.")] = _DEFAULT.input_tokens,
-    output_tokens: Annotated[int, typer.Option(help="Output length.")] = _DEFAULT.output_tokens,
+    input_len: Annotated[int, typer.Option(help="Prompt length.")] = _DEFAULT.input_len,
+    output_len: Annotated[int, typer.Option(help="Output length.")] = _DEFAULT.output_len,
     repeats: Annotated[int, typer.Option(help="Of each throughput run.")] = _DEFAULT.repeats,
     profile_tokens: Annotated[
         int, typer.Option(help="Tokens of calibration text that the profile reads.")
@@ -70,19 +70,19 @@ def tune(
     A run that was stopped goes on where it was.
 
     Example:
-    leanmoe tune reference --loads 1,8,32 --margin 0.5% -o runs/demo
+    leanmoe tune reference --concurrency 1,8,32 --margin 0.5% -o runs/demo
     """
     settings = TuneSettings(
         model=model,
         text=text,
-        loads=_loads(loads),
-        margin=_margin(margin),
+        concurrency=parse_counts("--concurrency", concurrency),
+        margin=parse_share("--margin", margin),
         confidence=confidence,
         strategy=strategy,
         keep=keep,
         criterion=criterion,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
+        input_len=input_len,
+        output_len=output_len,
         repeats=repeats,
         profile_tokens=profile_tokens,
         sensitivity_tokens=sensitivity_tokens,
@@ -153,17 +153,3 @@ def _totals(rows: list[dict[str, Any]]) -> Table:
             row.get("against", {}).get("verdict", ""),
         )
     return table
-
-
-def _loads(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise LeanMoeError(f"loads is {text!r}: it must be numbers like 1,8,32") from error
-
-
-def _margin(text: str) -> float:
-    try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
-    except ValueError as error:
-        raise LeanMoeError(f"margin is {text!r}: it must be a share like 0.5% or 0.005") from error

@@ -12,9 +12,16 @@ class LeanMoeError(Exception):
     """
 
 
-def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "did you mean ...? " with the known names near an unknown one; nothing where none is."""
     import difflib  # only where something is wrong
 
-    near = difflib.get_close_matches(name, list(known), n=most)
+    near = difflib.get_close_matches(name, list(known), n=3)
     return f"did you mean {', '.join(near)}? " if near else ""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str], more: str = "") -> LeanMoeError:
+    """The error for a name that is none of the known ones: near names first, then all of them."""
+    names = list(known)
+    hint = did_you_mean(name, names)
+    return LeanMoeError(f"{what} {name!r} is not known: {hint}known are {', '.join(names)}{more}")

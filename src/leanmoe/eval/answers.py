@@ -55,7 +55,7 @@ def answer_tasks(
     full = Named(FULL, Plan(plans[0].plan.model))
     found: dict[str, dict[str, list[Answers]]] = {}
     for each in (full, *plans):
-        batch_draws = settings.batch_draws if each.is_batch_aware(settings.decode_batch) else 1
+        batch_draws = settings.batch_draws if each.is_batch_aware(settings.concurrency) else 1
         found[each.name] = {task.name: [] for task in tasks}
         for mix in range(batch_draws):
             score = _scoring(model, each, rows, questions, settings, mix)
@@ -106,14 +106,14 @@ def _scoring(
             model,
             each.plan,
             experts=experts,
-            decode_batch=settings.decode_batch,
+            decode_batch=settings.concurrency,
             prompt_tokens=prompt_tokens,
         )
 
     def compute() -> Any:
         what = f"Tasks, {each.name}" + (f", mix {mix + 1}" if mix else "")
         seed = settings.seed + mix
-        scores = score_rows(model, rows, questions, applying, what, settings.decode_batch, seed)
+        scores = score_rows(model, rows, questions, applying, what, settings.concurrency, seed)
         return [[score.nll for score in scores], [int(score.greedy) for score in scores]]
 
     return compute

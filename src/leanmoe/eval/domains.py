@@ -60,10 +60,10 @@ def read_domains(tokenizer: Any, settings: EvalSettings) -> list[tuple[Domain, W
                 f"domain {name}: {error}; give a longer text, or more than "
                 f"{settings.domain_tokens} --domain-tokens"
             ) from error
-        if len(windows.lengths_S) < settings.decode_batch:
+        if len(windows.lengths_S) < settings.concurrency:
             raise LeanMoeError(
-                f"domain {name} gives {len(windows.lengths_S)} windows: --decode-batch "
-                f"{settings.decode_batch} needs as many"
+                f"domain {name} gives {len(windows.lengths_S)} windows: --concurrency "
+                f"{settings.concurrency} needs as many"
             )
         found.append((domain, windows))
     return found
@@ -203,7 +203,7 @@ def _measuring(
     model: Any, plan: Plan, what: str, windows: Windows, settings: EvalSettings
 ) -> Callable[[], Any]:
     def compute() -> Any:
-        decode_batch = settings.decode_batch
+        decode_batch = settings.concurrency
         with apply(model, plan, experts=served_experts(model), decode_batch=decode_batch):
             return losses(model, windows, what, decode_batch).to_json()
 

@@ -44,7 +44,7 @@ def generation(
     """Everything about replies, as results.json holds it."""
     encoder = Encoder(model, tokenizer)
     prompts = read_prompts(
-        Path(str(settings.prompts)), encoder, settings.generate_tokens, settings.limit
+        Path(str(settings.prompts)), encoder, settings.output_len, settings.limit
     )
     writer = _Writer(model, tokenizer, prompts, settings, folder)
     full = Named(FULL, Plan(plans[0].plan.model))
@@ -52,12 +52,12 @@ def generation(
     rows: list[dict[str, Any]] = []
     drawn = writer.drawn(full, 0) if writer.draws else None
     for each in plans:
-        batch_draws = settings.batch_draws if each.is_batch_aware(settings.decode_batch) else 1
+        batch_draws = settings.batch_draws if each.is_batch_aware(settings.concurrency) else 1
         theirs = [writer.greedy(each, mix) for mix in range(batch_draws)]
         row: dict[str, Any] = {
             "plan": each.name,
             "mixes": batch_draws,
-            "agreement": _agreement(replies, theirs[0], settings.generate_tokens),
+            "agreement": _agreement(replies, theirs[0], settings.output_len),
             **_drift(writer, replies, theirs, settings),
             "divergence": writer.divergence(each, full, replies, batch_draws),
         }
@@ -73,8 +73,8 @@ def generation(
         rows.append(row)
     return {
         "prompts": len(prompts),
-        "tokens": settings.generate_tokens,
-        "together": settings.decode_batch,
+        "tokens": settings.output_len,
+        "together": settings.concurrency,
         "samples": writer.draws,
         "temperature": settings.temperature,
         "rows": rows,
@@ -106,7 +106,7 @@ class _Writer:
                 self._model,
                 plan,
                 experts=self._experts,
-                decode_batch=self._settings.decode_batch,
+                decode_batch=self._settings.concurrency,
                 prompt_tokens=prompt_tokens,
             )
 
@@ -119,10 +119,10 @@ class _Writer:
             return write_on(
                 self._model,
                 [prompt.ids for prompt in prompts],
-                self._settings.generate_tokens,
+                self._settings.output_len,
                 self._applying(each.plan),
                 f"{kind.capitalize()} replies, {each.name}",
-                self._settings.decode_batch,
+                self._settings.concurrency,
                 self._settings.seed + mix,
                 **how,
             )
@@ -165,7 +165,7 @@ class _Writer:
                 self._applying(full.plan),
                 self._applying(each.plan),
                 f"Divergence by position, {each.name}",
-                self._settings.decode_batch,
+                self._settings.concurrency,
                 self._settings.seed + mix,
             ).tolist()
 

@@ -44,7 +44,7 @@ def require_harness(names: Sequence[str], settings: EvalSettings) -> None:
     if unknown := [name for name in names if name not in known]:
         raise LeanMoeError(
             f"task {unknown[0]!r} is not known to lm-evaluation-harness: "
-            f"{did_you_mean(unknown[0], known)}own task files go in --tasks-dir FOLDER"
+            f"{did_you_mean(unknown[0], known)}own task files go in --include-path FOLDER"
         )
 
 
@@ -61,7 +61,7 @@ def answer_harness(
     full = Named(FULL, Plan(plans[0].plan.model))
     found: dict[str, dict[str, list[Answers]]] = {}
     for each in (full, *plans):
-        scope = each.is_batch_aware(settings.decode_batch)
+        scope = each.is_batch_aware(settings.concurrency)
         batch_draws = settings.batch_draws if scope and settings.engine == "transformers" else 1
         found[each.name] = {}
         for mix in range(batch_draws):
@@ -88,7 +88,7 @@ def _as_answers(judged: dict[str, Any]) -> Answers:
 
 def _manager(names: Sequence[str], settings: EvalSettings) -> Any:
     """The harness's index of tasks: of your own folder alone where that has all, which is quick."""
-    made, own = import_module("lm_eval.tasks").TaskManager, settings.tasks_dir
+    made, own = import_module("lm_eval.tasks").TaskManager, settings.include_path
     if own is None:
         return _index_of_the_harness()
     with quiet_loggers(*LOGGERS):
@@ -116,8 +116,8 @@ def _announce(names: Sequence[str], settings: EvalSettings) -> None:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LeanMoeError(
                 f"the data set of task {name} could not be fetched ({reason}); without a network "
-                "set HF_HOME to a filled cache, or give local files: --data FOLDER, or --tasks-dir "
-                "FOLDER with task files of your own"
+                "set HF_HOME to a filled cache, or give local files: --data FOLDER, or "
+                "--include-path FOLDER with task files of your own"
             ) from error
         for task, size in sizes.items():
             asked = min(size, settings.limit or size)
@@ -153,7 +153,7 @@ def _answers(made: Any, names: Sequence[str], settings: EvalSettings) -> Stored:
             model=made,
             tasks=list(names),
             task_manager=_manager(names, settings),
-            num_fewshot=settings.fewshot,
+            num_fewshot=settings.num_fewshot,
             limit=settings.limit,
             bootstrap_iters=0,
             log_samples=True,

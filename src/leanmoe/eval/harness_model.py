@@ -22,7 +22,7 @@ def planned_model(model: Any, tokenizer: Any, each: Named, settings: EvalSetting
     made = PlannedHFLM(
         pretrained=model,
         tokenizer=tokenizer,
-        batch_size=settings.decode_batch,
+        batch_size=settings.concurrency,
         device=str(model.device),
     )
     made.plan_by(each, settings, mix)
@@ -63,7 +63,7 @@ class PlannedHFLM(HFLM):  # type: ignore[misc]
                 self.model,
                 self._each.plan,
                 experts=served_experts(self.model),
-                decode_batch=settings.decode_batch,
+                decode_batch=settings.concurrency,
                 prompt_tokens=prompt_tokens,
             )
 
@@ -73,7 +73,7 @@ class PlannedHFLM(HFLM):  # type: ignore[misc]
             self._questions or list(range(len(rows))),
             applying,
             f"Harness, {self._each.name}",
-            settings.decode_batch,
+            settings.concurrency,
             settings.seed + self._mix,
         )
         return [(-score.nll, score.greedy) for score in scores]

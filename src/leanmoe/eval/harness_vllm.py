@@ -68,7 +68,7 @@ def in_vllm(
     """A step of a run: starts the engine, asks, ends it."""
 
     def compute() -> Any:
-        plan = every_step(each.plan, settings.decode_batch)
+        plan = every_step(each.plan, settings.concurrency)
         path = folder.path / "plans" / f"{each.digest}.json"
         write_json(path, plan.to_json())
         engine = _engine(plan, path, settings)
@@ -102,7 +102,7 @@ def _engine(plan: Plan, path: Path, settings: EvalSettings) -> Engine:
         "dtype": settings.dtype or "auto",
         "trust_remote_code": settings.trust_remote_code,
         "seed": settings.seed,
-        "max_num_seqs": settings.decode_batch,
+        "max_num_seqs": settings.concurrency,
         "enforce_eager": install.is_for_cpus,  # compiling takes longer there than it saves
     }
     if compiled := compilation(plan, has_no_mla):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.scoring.rows import Score, ScoredRow
 
 LAMBADA = "lambada_openai_test.jsonl"
@@ -92,8 +92,7 @@ def read_task(name: str, encoder: Encodes, folder: Path, limit: int | None = Non
     a line that is not as it must be.
     """
     if name not in LOCAL:
-        hint = did_you_mean(name, LOCAL)
-        raise LeanMoeError(f"task {name!r} has no local form: {hint}known are {', '.join(LOCAL)}")
+        raise unknown_name("local task", name, LOCAL)
     files, metric, read = LOCAL[name]
     for file in files:
         if not (folder / file).exists():

@@ -52,7 +52,7 @@ def evaluate(
     settings.check()
     shape = read_shape(settings.model)
     plans = read_plans(plan_files, rules, shape.fingerprint())
-    require_at_work(plans, settings.decode_batch)
+    require_at_work(plans, settings.concurrency)
     if not plans and settings.calibrate is None:
         raise LeanMoeError("nothing to compare with the full model: give --plan or --rule")
     local, harness = _sorted_out(settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.parsing import flag, require
 
 PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "openbookqa", "rte", "winogrande")
 """Those of arXiv 2505.03531."""
@@ -22,13 +23,13 @@ class EvalSettings:
     tasks: tuple[str, ...] = PAPER_TASKS
     data: str | None = None
     """A folder with task files; names in `quality.local_tasks` are read from it."""
-    tasks_dir: str | None = None
+    include_path: str | None = None
     """A folder with lm-evaluation-harness task files of one's own."""
     limit: int | None = None
     """Questions of each task at most: its first."""
-    fewshot: int | None = None
-    decode_batch: int = 1
-    """Requests that decode together."""
+    num_fewshot: int | None = None
+    concurrency: int = 1
+    """Requests that decode in one step."""
     batch_draws: int = 3
     """Runs in other company, for plans whose rules depend on it."""
     margin: float = 0.01
@@ -37,7 +38,7 @@ class EvalSettings:
     engine: str = "transformers"
     prompts: str | None = None
     """A file of prompts to write on from."""
-    generate_tokens: int = 128
+    output_len: int = 128
     samples: int = 0
     """Replies drawn per prompt with an answer, for pass@1 and pass@n."""
     temperature: float = 1.0
@@ -53,22 +54,22 @@ class EvalSettings:
 
     def check(self) -> None:
         """Raises LeanMoeError for the first setting out of range."""
-        _require(0 < self.margin < 1, "margin", f"{self.margin:g}", "above 0 and below 100%")
-        _require(0.5 < self.confidence < 1, "confidence", self.confidence, "above 0.5, below 1")
-        for name in ("decode_batch", "batch_draws", "generate_tokens", "domain_tokens"):
+        require(0 < self.margin < 1, "--margin", f"{self.margin:g}", "above 0 and below 100%")
+        require(0.5 < self.confidence < 1, "--confidence", self.confidence, "above 0.5, below 1")
+        for name in ("concurrency", "batch_draws", "output_len", "domain_tokens"):
             value = getattr(self, name)
-            _require(value >= 1, name.replace("_", "-"), value, "at least 1")
-        _require(self.samples >= 0, "samples", self.samples, "0 or more")
-        _require(self.temperature > 0, "temperature", self.temperature, "above 0")
+            require(value >= 1, flag(name), value, "at least 1")
+        require(self.samples >= 0, "--samples", self.samples, "0 or more")
+        require(self.temperature > 0, "--temperature", self.temperature, "above 0")
         if self.limit is not None:
-            _require(self.limit >= 1, "limit", self.limit, "at least 1")
+            require(self.limit >= 1, "--limit", self.limit, "at least 1")
         if self.engine not in ENGINES:
             raise LeanMoeError(f"engine is {self.engine!r}: it must be {' or '.join(ENGINES)}")
         if self.engine == "vllm":
             self._check_vllm()
         if self.calibrate is not None and not self.domains:
             raise LeanMoeError("--calibrate ranks experts on each --domain: none is given")
-        for folder in (self.data, self.tasks_dir):
+        for folder in (self.data, self.include_path):
             if folder is not None and not Path(folder).is_dir():
                 raise LeanMoeError(f"{folder} is no folder")
         if self.calibrate is not None:
@@ -102,11 +103,6 @@ class EvalSettings:
         value["tasks"] = list(self.tasks)
         value["domains"] = [list(pair) for pair in self.domains]
         return value
-
-
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise LeanMoeError(f"{name} is {value}: it must be {allowed}")
 
 
 def _require_once(what: str, names: Sequence[str]) -> None:

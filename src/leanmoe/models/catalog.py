@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.core.errors import unknown_name
 from leanmoe.models.step_model import Model, read_model
 
 _LATENT = {
@@ -152,8 +152,5 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 def published_model(name: str) -> Model:
     """One of `CONFIGS` by its name; raises LeanMoeError that lists them for another name."""
     if name not in CONFIGS:
-        raise LeanMoeError(
-            f"{name!r} is no model of the study: {did_you_mean(name, CONFIGS)}there are "
-            f"{', '.join(CONFIGS)}"
-        )
+        raise unknown_name("published model", name, CONFIGS)
     return read_model(CONFIGS[name], name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.models.attention_params import (
     Mixer,
     attention,
@@ -85,11 +85,7 @@ def family_of(model_type: object) -> Family:
         return FAMILIES[model_type]
     if model_type is None:
         raise LeanMoeError("config.json has no model_type: it is not a model's config")
-    hint = did_you_mean(str(model_type), FAMILIES)
-    raise LeanMoeError(
-        f"model_type {model_type!r} is not a known mixture-of-experts family: {hint}"
-        f"known are {', '.join(sorted(FAMILIES))}"
-    )
+    raise unknown_name("mixture-of-experts model_type", str(model_type), sorted(FAMILIES))
 
 
 def _defaults(**values: Any) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.plan import Fingerprint, Plan, Rule
 
 FULL = "full model"
@@ -60,7 +60,7 @@ def require_at_work(plans: Sequence[Named], decode_batch: int) -> None:
             ends = [band.up_to for band in plan.bands]
             raise LeanMoeError(
                 f"plan {each.name!r} runs the full model in steps of {decode_batch} tokens: give "
-                f"--decode-batch within its bands (they end at {ends})"
+                f"--concurrency within its bands (they end at {ends})"
             )
 
 
@@ -71,8 +71,7 @@ def parse_rule(text: str) -> Rule:
     for part in text.split(","):
         name, _, given = part.strip().partition("=")
         if name not in known:
-            hint = did_you_mean(name, known)
-            raise LeanMoeError(f"rule {text!r} sets {name!r}: {hint}known are {', '.join(known)}")
+            raise unknown_name(f"rule {text!r}: the field", name, known)
         try:
             value[name] = json.loads(given) if given else True
         except json.JSONDecodeError as error:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.parsing import parse_counts
 from leanmoe.core.progress import bar
 from leanmoe.core.provenance import collect
 from leanmoe.predict.constants import Constants, KernelConstants, Rates, shipped, write_constants
@@ -137,11 +138,8 @@ def require_gpu(device: str) -> None:
 
 def read_tokens(words: str) -> tuple[int, ...]:
     """Tokens of a step to measure at, from words such as `1,16,256`; LeanMoeError for others."""
-    try:
-        found = tuple(sorted({int(word) for word in words.split(",")}))
-    except ValueError:
-        found = ()
-    if len(found) < FEWEST_TOKENS or found[0] < 1 or found[-1] > MOST_TOKENS:
+    found = tuple(sorted(set(parse_counts("--tokens", words))))
+    if len(found) < FEWEST_TOKENS or found[-1] > MOST_TOKENS:
         raise LeanMoeError(
             f"--tokens is {words!r}: it must be {FEWEST_TOKENS} or more whole numbers, each from "
             f"1 to {MOST_TOKENS}, with commas between them"

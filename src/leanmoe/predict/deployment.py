@@ -65,18 +65,20 @@ class Deployment:
         for name in ("tensor", "expert", "data", "pipeline"):
             value = getattr(self, name)
             if value < 1:
-                raise LeanMoeError(f"--{name} is {value}: it must be 1 or more")
+                raise LeanMoeError(f"--{name}-parallel-size is {value}: it must be 1 or more")
         if self.gpus > MOST_GPUS:
             raise LeanMoeError(f"{self.gpus} GPUs: at most {MOST_GPUS} are modelled")
         for kind, _ in model.attention:
-            require_divides("attention heads", kind.heads, self.tensor, "--tensor")
-        require_divides("GPUs of --tensor x --data", self.stage, self.expert, "--expert")
+            require_divides("attention heads", kind.heads, self.tensor, "--tensor-parallel-size")
+        stage = "GPUs of --tensor-parallel-size x --data-parallel-size"
+        require_divides(stage, self.stage, self.expert, "--expert-parallel-size")
         shape = model.shape
-        require_divides("experts", shape.experts, self.expert, "--expert")
+        require_divides("experts", shape.experts, self.expert, "--expert-parallel-size")
         require_divides("values of an expert's width", shape.expert_width, self.expert_tensor, "TP")
         if self.pipeline > shape.layers:
             raise LeanMoeError(
-                f"--pipeline {self.pipeline} is more than the model's {shape.layers} layers"
+                f"--pipeline-parallel-size {self.pipeline} is more than the model's "
+                f"{shape.layers} layers"
             )
 
     def weight_bytes(self, model: Model, experts: float | None = None) -> float:

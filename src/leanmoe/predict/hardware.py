@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.core.files import read_json
 
 
@@ -89,11 +89,9 @@ def read_gpu(name: str) -> Gpu:
         return _from_file(Path(name))
     known = GPUS.get(name.lower())
     if known is None:
-        raise LeanMoeError(
-            f"hardware {name!r} is not known: {did_you_mean(name.lower(), GPUS)}known are "
-            f"{', '.join(sorted(GPUS))}; to add one, give a JSON file with "
-            f"{', '.join(f.name for f in fields(Gpu))}"
-        )
+        named = ", ".join(f.name for f in fields(Gpu))
+        more = f"; to add one, give a JSON file with {named}"
+        raise unknown_name("hardware", name, sorted(GPUS), more)
     return known
 
 

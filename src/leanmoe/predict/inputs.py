@@ -108,13 +108,16 @@ def find_deployment(
     if tensor is None:
         shared = data * pipeline
         if gpus is not None and gpus % shared:
-            raise LeanMoeError(f"--gpus {gpus} is no multiple of --data x --pipeline, {shared}")
+            raise LeanMoeError(
+                f"--gpus {gpus} is no multiple of --data-parallel-size x "
+                f"--pipeline-parallel-size, {shared}"
+            )
         tensor = max(1, (gpus or shared) // shared)
     here = Deployment(gpu, tensor, expert, data, pipeline)
     if gpus is not None and here.gpus != gpus:
         raise LeanMoeError(
-            f"--tensor {tensor} x --data {data} x --pipeline {pipeline} are {here.gpus} GPUs, "
-            f"--gpus says {gpus}"
+            f"--tensor-parallel-size {tensor} x --data-parallel-size {data} x "
+            f"--pipeline-parallel-size {pipeline} are {here.gpus} GPUs, --gpus says {gpus}"
         )
     here.check(model)
     here.memory(model)
@@ -135,7 +138,7 @@ def _fewest(model: Model, gpu: Gpu, expert: int) -> Deployment:
             count *= 2
             continue
         return here
-    raise last or LeanMoeError(f"--expert {expert}: say how the model lies on GPUs")
+    raise last or LeanMoeError(f"--expert-parallel-size {expert}: say how the model lies on GPUs")
 
 
 def find_curves(

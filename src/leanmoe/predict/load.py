@@ -44,10 +44,7 @@ QUANTILES = 64
 
 
 def read_lengths(text: str, flag: str) -> Lengths:
-    """Lengths from "1024", "512-2048" (even), "1024~0.8" (median, sigma) or a file, one a line.
-
-    A range may be written "512:2048" too, as `leanmoe bench` has it.
-    """
+    """Lengths from "1024", "512:2048" (even), "1024~0.8" (median, sigma) or a file, one a line."""
     path = Path(text)
     if path.suffix in (".txt", ".csv") or path.is_file():
         return _from_file(path, flag)
@@ -55,8 +52,8 @@ def read_lengths(text: str, flag: str) -> Lengths:
         if "~" in text:
             median, sigma = (float(part) for part in text.split("~"))
             values = [median * math.exp(sigma * z) for z in _normal_quantiles()]
-        elif ":" in text or "-" in text.strip("-"):
-            low, high = (float(part) for part in text.split(":" if ":" in text else "-"))
+        elif ":" in text:
+            low, high = (float(part) for part in text.split(":"))
             if low > high:
                 raise ValueError("a range falls")
             values = list(np.linspace(low, high, QUANTILES))
@@ -65,7 +62,7 @@ def read_lengths(text: str, flag: str) -> Lengths:
         whole = tuple(round(value) for value in values)
     except (ValueError, OverflowError) as error:
         raise LeanMoeError(
-            f"{flag} is {text!r}: it must be like 1024, 512-2048 (even, rising), 1024~0.8 "
+            f"{flag} is {text!r}: it must be like 1024, 512:2048 (even, rising), 1024~0.8 "
             "(log-normal: median and sigma) or a file with a length on each line"
         ) from error
     return _checked(text, whole, flag)
@@ -107,11 +104,11 @@ class Load:
     def check(self) -> None:
         """Raises LeanMoeError unless just one of the two is set, and in range."""
         if (self.concurrency is None) == (self.rate is None):
-            raise LeanMoeError("give either --concurrency or --rate, not both and not neither")
+            raise LeanMoeError("give either --concurrency or --request-rate, just one of them")
         if self.concurrency is not None and self.concurrency < 1:
             raise LeanMoeError(f"--concurrency is {self.concurrency}: it must be 1 or more")
         if self.rate is not None and not self.rate > 0:
-            raise LeanMoeError(f"--rate is {self.rate:g}: it must be above 0")
+            raise LeanMoeError(f"--request-rate is {self.rate:g}: it must be above 0")
         if self.step_tokens < 16:
             raise LeanMoeError(f"--step-tokens is {self.step_tokens}: it must be at least 16")
 

@@ -45,7 +45,7 @@ def closed_loop(
     Raises LeanMoeError where the weights or one single request do not fit.
     """
     if load.concurrency is None:
-        raise LeanMoeError("the steady state is that of --concurrency; --rate is simulated")
+        raise LeanMoeError("the steady state is that of --concurrency; --request-rate is simulated")
     inputs, outputs = load.inputs.mean, load.outputs.mean
     context = inputs + load.outputs.remaining
     memory = step.deployment.memory(step.model, experts)

@@ -198,8 +198,8 @@ def _run(engine: _Engine, every: list[Request], load: Load) -> Simulated:
         sequences += len(engine.decoding)
         if steps > MOST_STEPS:
             raise LeanMoeError(
-                f"the load takes more than {MOST_STEPS} steps to simulate: lower --requests or the "
-                "lengths"
+                f"the load takes more than {MOST_STEPS} steps to simulate: lower --num-prompts or "
+                "the lengths"
             )
     return _metrics(done, steps, sequences, left, load)
 

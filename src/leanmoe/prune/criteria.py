@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.kernels.dispatch import fast_route
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
@@ -63,10 +63,9 @@ class Criterion:
 
 def criterion(name: str) -> Criterion:
     """The criterion of that name; raises LeanMoeError, naming near ones, for an unknown one."""
-    if name in CRITERIA:
-        return CRITERIA[name]
-    hint = did_you_mean(name, CRITERIA)
-    raise LeanMoeError(f"criterion {name!r} is not known: {hint}known are {', '.join(CRITERIA)}")
+    if name not in CRITERIA:
+        raise unknown_name("criterion", name, CRITERIA)
+    return CRITERIA[name]
 
 
 def place_scores(found: Criterion, layers: int, experts: int, seed: int) -> Scores:

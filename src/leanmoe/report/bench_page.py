@@ -221,8 +221,8 @@ def _provenance(bench: Bench) -> str:
         "prompts": f"{settings['input_len']} tokens of {bench.get('text', '')}",
         "replies": f"{settings['output_len']} tokens, greedy, never stopped early",
     }
-    if settings.get("dataset"):
-        facts["prompts"] = facts["replies"] = f"of dataset {settings['dataset']}"
+    if dataset := settings.get("dataset_path") or settings.get("dataset"):
+        facts["prompts"] = facts["replies"] = f"of dataset {dataset}"
     if settings.get("goodput"):
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in settings["goodput"].items())
         facts["goodput limits"] = limits

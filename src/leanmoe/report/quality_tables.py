@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -97,7 +98,7 @@ def _tasks(results: Results) -> list[Sheet]:
     return [
         Sheet(
             f"Tasks: accuracy in percent, plan less full model in points [{sure}]",
-            f"Paired by question; {_scope(settings['decode_batch'])}.",
+            f"Paired by question; {_scope(_concurrency(settings))}.",
             (
                 "plan",
                 "task",
@@ -118,6 +119,11 @@ def _tasks(results: Results) -> list[Sheet]:
             tuple(details),
         ),
     ]
+
+
+def _concurrency(settings: Mapping[str, Any]) -> int:
+    """Requests at once; results of before 2026-12 have them under another name."""
+    return int(settings.get("concurrency") or settings["decode_batch"])
 
 
 def _scope(requests: int) -> str:

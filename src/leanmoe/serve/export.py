@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.plan import Plan, Rule
 from leanmoe.serve.plan_support import PROMPT, check_parts, notes, without
 
@@ -80,8 +80,7 @@ def export(
     Raises LeanMoeError for a plan that the engine cannot honour, unless the user drops that part.
     """
     if engine not in ENGINES:
-        hint = did_you_mean(engine, ENGINES)
-        raise LeanMoeError(f"engine is {engine!r}: {hint}it must be one of {', '.join(ENGINES)}")
+        raise unknown_name("engine", engine, ENGINES)
     whole, plan = plan, without(plan, drop)
     left_out = tuple(part for part in drop if whole != plan)
     if engine == "transformers":

@@ -63,7 +63,7 @@ def read_inputs(settings: TuneSettings) -> Inputs:
     some = min(max(some, FEWEST_COMPARED * whole), settings.heldout_tokens)
     compared = full_windows(heldout, tokenizer, whole, some, settings)
     require_documents(compared.documents, settings.confidence)
-    decode_batch = max(settings.loads)
+    decode_batch = max(settings.concurrency)
     for name, windows in (("calibration", searched), ("held-out", compared)):
         if len(windows.lengths_S) < decode_batch:
             raise LeanMoeError(
@@ -78,7 +78,7 @@ def read_inputs(settings: TuneSettings) -> Inputs:
         searched=searched.after_prompt(prompt, reply),
         proved=proved.after_prompt(prompt, reply),
         compared=compared.after_prompt(prompt, reply),
-        prompts=_prompts(heldout, tokenizer, settings.input_tokens, 2 * decode_batch),
+        prompts=_prompts(heldout, tokenizer, settings.input_len, 2 * decode_batch),
         counts={
             "calibration": {"documents": len(calibration), "tokens": searched.tokens},
             "heldout": {"documents": proved.documents, "tokens": proved.tokens},

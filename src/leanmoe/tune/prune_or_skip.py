@@ -89,7 +89,7 @@ def total_or_activated(
     nothing = (Rule(),) * len(profile.layers)
     full = measured.losses(nothing, None)
     rows: list[dict[str, Any]] = []
-    for load in settings.loads:
+    for load in settings.concurrency:
         decode = times[load]["decode"]
         everything = _seconds(profile, nothing, load, decode)
         for budget, experts in kept.items():

@@ -76,7 +76,7 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
     proved = _prove_all(inputs, profile, found, times, full, folder, settings)
     strategies = [
         compare_strategies(inputs, profile, found, decode_batch, settings, folder.step)
-        for decode_batch in sorted({settings.loads[0], settings.loads[-1]})
+        for decode_batch in sorted({settings.concurrency[0], settings.concurrency[-1]})
         if settings.strategy == "auto"
     ]
     chosen = {load: _last_accepted(points) for load, points in proved.items()}
@@ -85,11 +85,11 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
     proposal = assemble(inputs, chosen, settings)
     gain = [
         folder.step(f"gain-{load}", partial(_gain, inputs, proposal, load, settings), timed=True)
-        for load in settings.loads
+        for load in settings.concurrency
     ]
     verdicts = [
         verdict_on(load, up_to, proved[load], chosen[load], entry)
-        for load, up_to, entry in zip(settings.loads, settings.bands(), gain, strict=True)
+        for load, up_to, entry in zip(settings.concurrency, settings.bands(), gain, strict=True)
     ]
     faster = {v["concurrency"]: chosen[v["concurrency"]] for v in verdicts if v["accepted"]}
     plan = assemble(inputs, faster, settings, collect(command, settings.seed).to_json())
@@ -107,7 +107,8 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
             "candidates": [s.to_json() for s in found],
         },
         "fronts": [
-            _front(inputs, load, proved[load], chosen[load], profile) for load in settings.loads
+            _front(inputs, load, proved[load], chosen[load], profile)
+            for load in settings.concurrency
         ],
         "strategies": strategies,
         **({"total_or_activated": totals} if totals else {}),
@@ -136,7 +137,7 @@ def assemble(
     fingerprint = inputs.shape.fingerprint()
     bands: list[Band] = []
     prompt: tuple[Rule, ...] = ()
-    for load, up_to in zip(settings.loads, settings.bands(), strict=True):
+    for load, up_to in zip(settings.concurrency, settings.bands(), strict=True):
         point = chosen.get(load)
         empty = (Rule(),) * fingerprint.moe_layers
         bands.append(Band(up_to, point.point.decode if point else empty))
@@ -170,7 +171,7 @@ def _profile(inputs: Inputs, folder: RunFolder, settings: TuneSettings, command:
 def _sensitivities(inputs: Inputs, folder: RunFolder, settings: TuneSettings) -> list[Sensitivity]:
     """Measured in one piece for each company and phase, each stored when it is done."""
     fingerprint = inputs.shape.fingerprint()
-    tried = candidates(fingerprint, settings.loads, inputs.shape.router)
+    tried = candidates(fingerprint, settings.concurrency, inputs.shape.router)
     found: list[Sensitivity] = []
     for decode_batch, phase in sorted({(c.decode_batch, c.phase) for c in tried}):
         group = [c for c in tried if (c.decode_batch, c.phase) == (decode_batch, phase)]
@@ -220,7 +221,7 @@ def _prove_all(
     """The largest load decides the prompt rules that all loads share; then each its own bands."""
     proved: dict[int, list[Proved]] = {}
     prompt: tuple[Rule, ...] | None = None
-    for load in reversed(settings.loads):
+    for load in reversed(settings.concurrency):
         if settings.strategy in ("auto", "leanmoe"):
             points = points_for(load, found, profile, times[load], settings, full.mean, prompt)
             if inputs.kept is not None:
@@ -247,7 +248,7 @@ def _last_accepted(points: Sequence[Proved]) -> Proved | None:
 
 def _gain(inputs: Inputs, plan: Plan, load: int, settings: TuneSettings) -> dict[str, Any]:
     requests = max(2 * load, math.ceil(REQUESTS * load**0.5))
-    wanted = ClosedLoop(load, settings.input_tokens, settings.output_tokens, requests)
+    wanted = ClosedLoop(load, settings.input_len, settings.output_len, requests)
 
     def running(plan: Plan, experts: str) -> Callable[[], AbstractContextManager[Any]]:
         return lambda: apply(inputs.model, plan, experts=experts)
@@ -303,10 +304,10 @@ def _model(inputs: Inputs, settings: TuneSettings) -> dict[str, Any]:
 def _notes(
     verdicts: Sequence[Mapping[str, Any]], settings: TuneSettings, is_restricted: bool
 ) -> list[str]:
-    replies = settings.output_tokens
+    replies = settings.output_len
     notes = [
         f"Loss is measured on what a service at this load reads: replies of {replies} tokens to "
-        f"prompts of {settings.input_tokens} on average, the prompt under the prompt rules, the "
+        f"prompts of {settings.input_len} on average, the prompt under the prompt rules, the "
         "reply under the decode rules in the company of as many others as the load has.",
         "Layer times on the fronts are modelled from timings of one layer on this machine; "
         "throughput is measured end to end.",

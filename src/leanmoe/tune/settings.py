@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.parsing import flag, require
 
 PROMPT_SPREAD = 64
 """Replies are scored after prompts up to this many tokens shorter or longer than the load's."""
@@ -18,7 +18,7 @@ class TuneSettings:
 
     model: str
     text: str | None = None
-    loads: tuple[int, ...] = (1, 8, 32)
+    concurrency: tuple[int, ...] = (1, 8, 32)
     """Requests at once; each becomes a load band of the plan."""
     margin: float = 0.005
     """Largest relative increase in next-token loss that is accepted."""
@@ -29,8 +29,8 @@ class TuneSettings:
     """A memory budget: share or number of a layer's experts that the plan may use at all."""
     criterion: str = "easy-ep"
     """By what experts are ranked where there is a memory budget."""
-    input_tokens: int = 256
-    output_tokens: int = 32
+    input_len: int = 256
+    output_len: int = 32
     repeats: int = 5
     """Interleaved repeats of each throughput measurement."""
     profile_tokens: int = 200_000
@@ -47,22 +47,21 @@ class TuneSettings:
 
     def check(self) -> None:
         """Raises LeanMoeError for the first setting out of range."""
-        if not self.loads or list(self.loads) != sorted(set(self.loads)) or self.loads[0] < 1:
-            raise LeanMoeError(
-                f"loads is {list(self.loads)}: it must be rising numbers of requests, from 1 up"
-            )
-        _require(0 < self.margin < 1, "margin", self.margin, "above 0 and below 1")
-        _require(0.5 < self.confidence < 1, "confidence", self.confidence, "above 0.5 and below 1")
-        _require(self.repeats >= 3, "repeats", self.repeats, "at least 3, for an interval")
-        _require(0 < self.heldout_share < 1, "heldout-share", self.heldout_share, "0 to 1")
+        loads = list(self.concurrency)
+        rising = bool(loads) and loads == sorted(set(loads)) and loads[0] >= 1
+        require(rising, "--concurrency", loads, "rising numbers of requests, from 1 up")
+        require(0 < self.margin < 1, "--margin", self.margin, "above 0 and below 1")
+        require(0.5 < self.confidence < 1, "--confidence", self.confidence, "above 0.5 and below 1")
+        require(self.repeats >= 3, "--repeats", self.repeats, "at least 3, for an interval")
+        require(0 < self.heldout_share < 1, "--heldout-share", self.heldout_share, "0 to 1")
         for name in (
-            "input_tokens",
+            "input_len",
             "profile_tokens",
             "sensitivity_tokens",
             "heldout_tokens",
         ):
             value = getattr(self, name)
-            _require(value >= 16, name.replace("_", "-"), value, "at least 16")
+            require(value >= 16, flag(name), value, "at least 16")
         if self.strategy != "auto":
             from leanmoe.tune.strategies import strategy  # needs torch, and --help must not
 
@@ -74,7 +73,7 @@ class TuneSettings:
 
             criterion(self.criterion)
             kept_count(self.keep, read_shape(self.model))
-        _require(self.output_tokens >= 2, "output-tokens", self.output_tokens, "at least 2")
+        require(self.output_len >= 2, "--output-len", self.output_len, "at least 2")
 
     def scored_window(self, can_branch: bool) -> tuple[int, int, int]:
         """Tokens of a window that is scored, of its shortest prompt, and of each of its replies.
@@ -84,11 +83,11 @@ class TuneSettings:
         for the replies.
         """
         if not can_branch:
-            return self.input_tokens + self.output_tokens, self.input_tokens, 0
-        spread = min(PROMPT_SPREAD, self.input_tokens // 2)
-        replies = max(1, 2 * spread // self.output_tokens)
-        prompt = self.input_tokens - spread
-        return prompt + replies * self.output_tokens, prompt, self.output_tokens
+            return self.input_len + self.output_len, self.input_len, 0
+        spread = min(PROMPT_SPREAD, self.input_len // 2)
+        replies = max(1, 2 * spread // self.output_len)
+        prompt = self.input_len - spread
+        return prompt + replies * self.output_len, prompt, self.output_len
 
     def bands(self) -> tuple[int | None, ...]:
         """The upper end of each load's band, in tokens of a forward step.
@@ -97,20 +96,15 @@ class TuneSettings:
         its tokens. Larger steps are prefill, which the band after these covers.
         """
         ends: list[int | None] = []
-        for load, following in zip(self.loads, self.loads[1:], strict=False):
+        for load, following in zip(self.concurrency, self.concurrency[1:], strict=False):
             ends.append(int((load * following) ** 0.5))
-        return (*ends, 2 * self.loads[-1])
+        return (*ends, 2 * self.concurrency[-1])
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""
-        return {**asdict(self), "loads": list(self.loads)}
+        return {**asdict(self), "concurrency": list(self.concurrency)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TuneSettings:
         """Reads what `to_json` wrote."""
-        return cls(**{**value, "loads": tuple(value["loads"])})
-
-
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise LeanMoeError(f"{name} is {value}: it must be {allowed}")
+        return cls(**{**value, "concurrency": tuple(value["concurrency"])})

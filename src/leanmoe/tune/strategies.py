@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.plan import Fingerprint, Rule
 from leanmoe.tune.allocate import Option, cheapest
 from leanmoe.tune.sensitivity import Sensitivity, loss_rates
@@ -67,10 +67,9 @@ class Strategy:
 
 def strategy(name: str) -> Strategy:
     """The strategy of that name; raises LeanMoeError, naming near ones, for an unknown one."""
-    if name in STRATEGIES:
-        return STRATEGIES[name]
-    hint = did_you_mean(name, STRATEGIES, most=1)
-    raise LeanMoeError(f"strategy is {name!r}: {hint}known are auto, {', '.join(STRATEGIES)}")
+    if name not in STRATEGIES:
+        raise unknown_name("strategy", name, ("auto", *STRATEGIES))
+    return STRATEGIES[name]
 
 
 BISECTIONS = 18

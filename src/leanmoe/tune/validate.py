@@ -64,7 +64,7 @@ def workloads(
     fewer = [Rule(), *(Rule(top_k=k) for k in {max(1, top_k // 2), max(1, top_k // 4)})]
     prefill = fit(inputs.model, profile, prefill_step(profile), fewer, settings.seed)
     found: dict[int, dict[Phase, LayerTime]] = {}
-    for decode_batch in settings.loads:
+    for decode_batch in settings.concurrency:
         rules = [*fewer]
         if decode_batch > 1:
             rules += [Rule(guaranteed=max(1, top_k // 2)), Rule(guaranteed=max(1, top_k // 4))]
@@ -128,7 +128,7 @@ def points_for(
 ) -> list[Point]:
     """The plans to validate at one load, safest first."""
     workload = Workload(
-        decode_batch, settings.input_tokens, settings.output_tokens, prefill_step(profile), times
+        decode_batch, settings.input_len, settings.output_len, prefill_step(profile), times
     )
     budgets = [share * settings.margin * full_loss for share in SHARES_OF_MARGIN]
     return front(sensitivities, full_activity(profile, decode_batch), workload, budgets, prompt)

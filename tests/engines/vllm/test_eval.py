@@ -35,8 +35,8 @@ def answered(run: Path, engine: str, which: str) -> dict[str, Any]:
 
 def test_answers_are_those_of_transformers(tasks: Path, tmp_path: Path) -> None:
     plan = Plan.uniform(read_shape("reference").fingerprint(), Rule(top_k=2))
-    asked = ["eval", "reference", "--tasks", "things", "--tasks-dir", str(tasks)]
-    asked += ["--rule", "top_k=2", "--decode-batch", "4", "--dtype", "float32"]
+    asked = ["eval", "reference", "--tasks", "things", "--include-path", str(tasks)]
+    asked += ["--rule", "top_k=2", "--concurrency", "4", "--dtype", "float32"]
     for engine in ("transformers", "vllm"):
         assert leanmoe(*asked, "--engine", engine, "-o", str(tmp_path / engine)) == 0
     results = json.loads((tmp_path / "vllm" / "results.json").read_text())

@@ -103,9 +103,9 @@ def test_a_server_answers_and_says_what_the_plan_does(server: tuple[str, str]) -
 def test_a_bench_measures_it_over_http(server: tuple[str, str], tmp_path: Path) -> None:
     pytest.importorskip("guidellm", reason="the extra leanmoe[bench] is not installed")
     url, engine = server
-    load = ("--rate", "4") if engine == "vllm" else ("--concurrency", "2")
+    load = ("--request-rate", "4") if engine == "vllm" else ("--concurrency", "2")
     command = [
-        sys.executable, "-m", "leanmoe", "bench", f"plan={url}", *load, "--requests", "4",
+        sys.executable, "-m", "leanmoe", "bench", f"plan={url}", *load, "--num-prompts", "4",
         "--repeats", "1", "--input-len", "24", "--output-len", "6",
         "--output", str(tmp_path / "bench"),
     ]  # fmt: skip

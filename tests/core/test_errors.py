@@ -1,0 +1,17 @@
+"""Words for a name that is not known."""
+
+from __future__ import annotations
+
+from leanmoe.core.errors import did_you_mean, unknown_name
+
+
+def test_near_names_come_first_then_all_of_them() -> None:
+    error = unknown_name("hardware", "h20o", ["h200", "l40s"], "; to add one, give a file")
+    assert str(error) == (
+        "hardware 'h20o' is not known: did you mean h200? known are h200, l40s; "
+        "to add one, give a file"
+    )
+
+
+def test_where_nothing_is_near_nothing_is_suggested() -> None:
+    assert did_you_mean("zzz", ["h200"]) == ""
