@@ -15,12 +15,12 @@ SETTINGS = TuneSettings(model="reference")
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"loads": (8, 1)}, "loads is"),
-        ({"loads": ()}, "loads is"),
+        ({"concurrency": (8, 1)}, "concurrency is"),
+        ({"concurrency": ()}, "concurrency is"),
         ({"margin": 0.0}, "margin is 0.0"),
         ({"confidence": 1.0}, "confidence is 1.0"),
         ({"repeats": 1}, "repeats is 1"),
-        ({"input_tokens": 4}, "input-tokens is 4"),
+        ({"input_len": 4}, "input-len is 4"),
     ],
 )
 def test_settings_out_of_range_are_named(changed: dict[str, object], message: str) -> None:
@@ -29,5 +29,5 @@ def test_settings_out_of_range_are_named(changed: dict[str, object], message: st
 
 
 def test_bands_meet_between_loads() -> None:
-    assert replace(SETTINGS, loads=(1, 8, 32)).bands() == (2, 16, 64)
+    assert replace(SETTINGS, concurrency=(1, 8, 32)).bands() == (2, 16, 64)
     assert TuneSettings.from_json(SETTINGS.to_json()) == SETTINGS
