@@ -18,7 +18,7 @@ from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, RunOne
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Plan, Rule
-from leanmoe.runtime import IMPLEMENTATION, apply, has_kernel, shape_of
+from leanmoe.runtime import apply, served_experts, shape_of
 
 FULL = "full"
 WATCHED_OUTPUT = 8
@@ -156,14 +156,6 @@ def _with_prompt_apart(plan: Plan) -> Plan:
     """The plan with rules for prompt tokens that change nothing, if it has none of its own."""
     nothing = Rule(top_k=plan.model.top_k)
     return replace(plan, prompt=plan.prompt or (nothing,) * plan.model.moe_layers)
-
-
-def served_experts(model: Any) -> str:
-    """Our experts where a kernel computes them; else Transformers' own, for full model and plan.
-
-    Our plain reference would make a slow full model, and any plan look fast beside it.
-    """
-    return IMPLEMENTATION if has_kernel(model) else "stock"
 
 
 def require_memory(model: Any, room: Room) -> None:

@@ -17,7 +17,7 @@ from leanmoe.eval.local_tasks import Task
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
-from leanmoe.runtime import IMPLEMENTATION, apply, has_kernel
+from leanmoe.runtime import apply, served_experts
 from leanmoe.scoring.rows import Score, ScoredRow, score_rows
 from leanmoe.stats.outcomes import Bools
 from leanmoe.stats.paired import (
@@ -64,11 +64,6 @@ def answer_tasks(
             for name, answers in _judged(tasks, scores).items():
                 found[each.name][name].append(answers)
     return found
-
-
-def served_experts(model: Any) -> str:
-    """Our experts where a kernel computes them; else Transformers' own."""
-    return IMPLEMENTATION if has_kernel(model) else "stock"
 
 
 def loss_changes(

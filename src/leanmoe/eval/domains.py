@@ -10,14 +10,13 @@ from typing import Any
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.core.text import Document, read_corpus
-from leanmoe.eval.answers import served_experts
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import Named
 from leanmoe.prune.criteria import criterion, place_scores
 from leanmoe.prune.kept_experts import as_plan, best_experts, kept_count
 from leanmoe.prune.run import observe, output_errors
-from leanmoe.runtime import apply, shape_of
+from leanmoe.runtime import apply, served_experts, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import WINDOW_TOKENS, Windows, cut
 from leanmoe.stats.paired import (

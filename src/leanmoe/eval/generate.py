@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from leanmoe.core.run_folder import RunFolder
-from leanmoe.eval.answers import served_experts
 from leanmoe.eval.local_tasks import Encoder
 from leanmoe.eval.prompts import Prompt, read_prompts
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
-from leanmoe.runtime import apply
+from leanmoe.runtime import apply, served_experts
 from leanmoe.scoring.rows import Applying, ScoredRow
 from leanmoe.scoring.writing import divergence_by_position, write_on
 from leanmoe.stats.outcomes import difference

@@ -10,10 +10,9 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from leanmoe.eval.answers import served_experts
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan.named_plans import Named
-from leanmoe.runtime import apply
+from leanmoe.runtime import apply, served_experts
 from leanmoe.scoring.rows import ScoredRow, score_rows
 
 

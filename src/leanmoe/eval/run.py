@@ -15,7 +15,7 @@ from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.run_folder import RunFolder
-from leanmoe.eval.answers import Answers, answer_tasks, loss_changes, served_experts
+from leanmoe.eval.answers import Answers, answer_tasks, loss_changes
 from leanmoe.eval.domains import domain_matrix, read_domains
 from leanmoe.eval.generate import generation
 from leanmoe.eval.local_tasks import LOCAL, Encoder, Task, read_task
@@ -24,7 +24,7 @@ from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, read_plans, require_at_work
 from leanmoe.results.eval import SCHEMA_VERSION
-from leanmoe.runtime import apply, load_model, shape_of
+from leanmoe.runtime import apply, load_model, served_experts, shape_of
 from leanmoe.stats.outcomes import (
     Difference,
     difference,

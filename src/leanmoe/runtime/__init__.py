@@ -7,7 +7,7 @@ token, D hidden width, B independent forward steps, B sequences that decode toge
 from leanmoe.kernels.cpu.threads import release_threads
 from leanmoe.runtime.apply import Applied, apply
 from leanmoe.runtime.counts import LayerCounts
-from leanmoe.runtime.experts import IMPLEMENTATION, has_kernel, register_experts
+from leanmoe.runtime.experts import IMPLEMENTATION, has_kernel, register_experts, served_experts
 from leanmoe.runtime.model import (
     MoELayer,
     find_layers,
@@ -33,6 +33,7 @@ __all__ = [
     "register_experts",
     "release_threads",
     "resume_from",
+    "served_experts",
     "shape_of",
     "why_not_full_attention",
 ]

@@ -45,6 +45,14 @@ def has_kernel(model: Any) -> bool:
     return all(prepared(layer.experts)[1].name != "reference" for layer in find_layers(model))
 
 
+def served_experts(model: Any) -> str:
+    """The experts that measurements use: ours where a kernel computes them, else Transformers'.
+
+    Our plain reference would make a slow full model, and any plan look fast beside it.
+    """
+    return IMPLEMENTATION if has_kernel(model) else "stock"
+
+
 def prepared(module: Any) -> tuple[ExpertWeights, Choice]:
     """The module's weights as our kernels take them, and the kernel chosen; made once."""
     up = module.gate_up_proj if module.has_gate else module.up_proj

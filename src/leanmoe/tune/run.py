@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from leanmoe.bench.compare import Variant, compare, same_prompts
-from leanmoe.bench.in_process import served_experts
 from leanmoe.bench.metrics import ClosedLoop
 from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect, peak_memory
@@ -21,7 +20,7 @@ from leanmoe.plan import Band, Plan, Rule
 from leanmoe.profile.record import profile as measure_profile
 from leanmoe.profile.saved import Profile
 from leanmoe.prune.kept_experts import restricted
-from leanmoe.runtime import IMPLEMENTATION, apply
+from leanmoe.runtime import IMPLEMENTATION, apply, served_experts
 from leanmoe.stats.paired import (
     Losses,
 )
