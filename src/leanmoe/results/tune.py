@@ -1,12 +1,309 @@
-"""Reads a run's results.json and refuses one that this version cannot show."""
+"""What `leanmoe tune` writes: results.json."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
+from leanmoe.core.provenance import MadeWith, Provenance
+from leanmoe.core.schema import ResultsFile, stored_as
+from leanmoe.models.shape import Fingerprint
+from leanmoe.plan import Rule
+from leanmoe.results.intervals import LossChange, LossGap, RatioOfRuns
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """The model that was tuned, and what ran its experts."""
+
+    name: str
+    fingerprint: Fingerprint
+    parameters: int
+    active_parameters: int
+    dtype: str
+    experts_implementation: str
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A part of the text."""
+
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TuneText:
+    """The text: what plans were searched on and what they were proven on."""
+
+    source: str
+    calibration: TextPart
+    heldout: TextPart
+
+
+@dataclass(frozen=True)
+class DistinctExperts:
+    """Distinct experts of a step with so many tokens, measured and by the uniform formula."""
+
+    tokens: int
+    documents: int
+    measured: float
+    error: float
+    uniform: float
+
+
+@dataclass(frozen=True)
+class ExpertPair:
+    """Two experts that are chosen by the same token `lift` times as often as by chance."""
+
+    experts: tuple[int, ...]
+    lift: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """What the router of one MoE layer does on the calibration text."""
+
+    layer: int
+    decoder_layer: int
+    use: tuple[float, ...]
+    """Each expert's share of all slots."""
+    gate: tuple[float, ...]
+    """Each expert's summed gates."""
+    mass: tuple[float, ...]
+    """The share of a token's gate mass that its best 1, 2, ... experts carry."""
+    mass_quantiles: tuple[tuple[float, ...], ...]
+    distinct: tuple[DistinctExperts, ...]
+    pairs: tuple[ExpertPair, ...]
+
+
+@dataclass(frozen=True)
+class ProfileSummary:
+    """What the model's routers do on the calibration text."""
+
+    label: str
+    tokens: int
+    documents: int
+    quantiles: tuple[float, ...]
+    layers: tuple[LayerProfile, ...]
+
+
+@dataclass(frozen=True)
+class MeasuredCandidate:
+    """One rule in one layer: what it costs (nats) and what it activates."""
+
+    phase: str
+    layer: int
+    rule: Rule
+    decode_batch: int = field(metadata=stored_as("together"))
+    divergence: float
+    loss_difference: float
+    slots: float
+    distinct: float
+
+
+@dataclass(frozen=True)
+class SensitivitySummary:
+    """All rules tried in single layers."""
+
+    label: str
+    tokens: int
+    candidates: tuple[MeasuredCandidate, ...]
+
+
+@dataclass(frozen=True)
+class ValidatedPlan:
+    """A plan run on held-out text: its loss, its modelled time, and whether it was accepted."""
+
+    name: str
+    strategy: str
+    predicted_loss: float
+    modelled_time: float
+    """Of the MoE layers, as a share of the full model's."""
+    slots: float
+    slots_per_layer: tuple[float, ...]
+    distinct: float
+    loss: LossChange
+    accepted: bool
+    reason: str
+    chosen: bool
+    rules: tuple[Rule, ...]
+    prompt: tuple[Rule, ...]
+
+
+@dataclass(frozen=True)
+class LoadFront:
+    """The plans validated for one concurrency, safest first."""
+
+    concurrency: int
+    points: tuple[ValidatedPlan, ...]
+
+
+@dataclass(frozen=True)
+class StrategyBudget:
+    """What strategies were compared at: so many `slots` a token or `distinct` experts a step."""
+
+    kind: str
+    value: float
+
+
+@dataclass(frozen=True)
+class StrategyRow:
+    """What one strategy loses on the budget; `against` compares it with leanmoe's own."""
+
+    strategy: str
+    title: str
+    source: str
+    slots: float
+    distinct: float
+    loss: LossChange
+    rules: tuple[Rule, ...]
+    against: LossGap | None = None
+
+
+@dataclass(frozen=True)
+class StrategyTable:
+    """All strategies on one budget at one concurrency."""
+
+    concurrency: int
+    budget: StrategyBudget
+    rows: tuple[StrategyRow, ...]
+
+
+@dataclass(frozen=True)
+class PruneOrSkipVerdict:
+    """Which of pruning and skipping loses less: (skipping − pruning) / full."""
+
+    ratio: float
+    low: float
+    high: float
+    upper_bound: float
+    documents: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class PruneOrSkipRow:
+    """One of pruning, skipping and both at a concurrency and a memory budget."""
+
+    concurrency: int
+    budget: str
+    way: str
+    memory: float
+    time: float
+    loss: LossChange
+    against: PruneOrSkipVerdict | None = None
+
+
+@dataclass(frozen=True)
+class LatencySpread:
+    """A latency over requests, in milliseconds."""
+
+    mean: float
+    median: float
+    p90: float
+    p99: float
+    std: float | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """One variant under load: medians over its repeats."""
+
+    duration: float
+    request_throughput: float
+    output_throughput: float
+    total_token_throughput: float
+    ttft_ms: LatencySpread
+    tpot_ms: LatencySpread | None
+    itl_ms: LatencySpread | None
+    e2el_ms: LatencySpread
+    runs: tuple[float, ...]
+    """Output tokens a second of each repeat."""
+    completed: int | None = None
+    failed: int | None = None
+    total_input_tokens: int | None = None
+    total_output_tokens: int | None = None
+    request_goodput: float | None = None
+    delay_ms: LatencySpread | None = None
+
+
+@dataclass(frozen=True)
+class LoadGain:
+    """Throughput of the plan over the full model's at one concurrency."""
+
+    concurrency: int
+    input_tokens: int
+    output_tokens: int
+    requests: int
+    variants: dict[str, MeasuredRun]
+    label: str
+    ratio: RatioOfRuns
+
+
+@dataclass(frozen=True)
+class LoadVerdict:
+    """Whether a plan was accepted for one concurrency, and why."""
+
+    concurrency: int
+    up_to: int | None
+    accepted: bool
+    loss: LossChange | None
+    gain: RatioOfRuns | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class StepsMadeWith(MadeWith):
+    """Code, weights and machine that some stored steps were made with."""
+
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TuneResults(ResultsFile):
+    """The results.json of a tune run."""
+
+    KIND: ClassVar[str] = "leanmoe_results"
+    WHAT: ClassVar[str] = "results of tune"
+
+    provenance: Provenance
+    model: TunedModel
+    settings: dict[str, Any]
+    text: TuneText
+    profile: ProfileSummary
+    sensitivity: SensitivitySummary
+    fronts: tuple[LoadFront, ...]
+    strategies: tuple[StrategyTable, ...]
+    gain: tuple[LoadGain, ...]
+    verdicts: tuple[LoadVerdict, ...]
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    total_or_activated: tuple[PruneOrSkipRow, ...] = ()
+    made_with: tuple[StepsMadeWith, ...] = ()
+    """All code, weights and machines that took part."""
+
+    @property
+    def confidence(self) -> float:
+        """The confidence that every interval and verdict was asked for."""
+        return float(self.settings["confidence"])
+
+    @property
+    def margin(self) -> float:
+        """The relative increase in loss that a plan may have at most."""
+        return float(self.settings["margin"])
+
+    @property
+    def keep(self) -> str | None:
+        """The memory budget: the experts that remain, where one was asked for."""
+        kept: str | None = self.settings.get("keep")
+        return kept
+
 
 SCHEMA_VERSION = 1
 SECTIONS = ("provenance", "model", "settings", "text", "profile", "fronts", "verdicts")

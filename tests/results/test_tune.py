@@ -1,0 +1,25 @@
+"""Results of tune are read as they were written, those of older days too."""
+
+from __future__ import annotations
+
+import json
+
+from leanmoe.core.provenance import MadeWith
+from leanmoe.plan import Rule
+from leanmoe.results.tune import StepsMadeWith, TuneResults
+from tests.results.committed import committed
+
+
+def test_committed_results_are_read_and_written_alike() -> None:
+    (path,) = committed("leanmoe_results")
+    results = TuneResults.read(path)
+    assert results.to_json() == json.loads(path.read_text())
+    assert results.verdicts[2].accepted
+    assert results.sensitivity.candidates[0].rule == Rule(top_k=7, keep_weights=True)
+    assert (results.confidence, results.margin, results.keep) == (0.95, 0.005, None)
+
+
+def test_steps_say_what_they_were_made_with() -> None:
+    made = StepsMadeWith("0.1", "abc", "2", "5", "w", "m", steps=("full", "gain-1"))
+    assert isinstance(made, MadeWith)
+    assert made.to_json()["steps"] == ("full", "gain-1")
