@@ -109,6 +109,6 @@ def test_path_needs_no_torch_and_names_what_is_missing(
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    monkeypatch.setattr(reference.resources, "files", lambda _name: tmp_path)
+    monkeypatch.setattr(reference, "__file__", str(tmp_path / "reference.py"))
     with pytest.raises(LeanMoeError, match=r"lacks config\.json, tokenizer\.json"):
         reference.path()
