@@ -30,15 +30,17 @@ from leanmoe.core import provenance
 from leanmoe.core.files import read_json, write_json
 from leanmoe.models.catalog import published_model
 from leanmoe.plan import Plan, Rule
-from leanmoe.predict.active_experts import Activation, CurveOf, assumed_curves
 from leanmoe.predict.constants import shipped
-from leanmoe.predict.deployment import Deployment
-from leanmoe.predict.expert_curves import Assumed, from_points
-from leanmoe.predict.hardware import GPUS
-from leanmoe.predict.kernel_features import ExpertsShape, Rows
-from leanmoe.predict.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
-from leanmoe.predict.step import Batch, StepTime
-from leanmoe.predict.tables import WEIGHT_BYTES
+from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.experts.assumed import Assumed
+from leanmoe.predict.experts.curve_sources import CurveOf, assumed_curves
+from leanmoe.predict.experts.curves import from_points
+from leanmoe.predict.hardware.gpus import GPUS
+from leanmoe.predict.kernels.features import ExpertsShape, Rows
+from leanmoe.predict.kernels.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
+from leanmoe.predict.kernels.tables import WEIGHT_BYTES
+from leanmoe.predict.step.deployment import Deployment
+from leanmoe.predict.step.step_time import StepBatch, StepTime
 
 KERNELS = {
     ("leanmoe", "bfloat16"): ("leanmoe", "bfloat16"),
@@ -103,7 +105,7 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
         curves = assumed_curves(model, Assumed())
         if row["distinct"] is not None:
             curves = _measured_curve(row, model.shape.experts)
-        batch = Batch(row["concurrency"], found["context"])
+        batch = StepBatch(row["concurrency"], found["context"])
         parts = step.parts(batch, Activation(model, plan, curves))
         seconds = parts.total - parts.head - parts.engine
         seconds += model.moe_layers * row["layer_us"] * 1e-6

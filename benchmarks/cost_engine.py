@@ -20,13 +20,13 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
 from leanmoe.models.step_model import read_model
 from leanmoe.plan import Rule
-from leanmoe.predict.active_experts import Activation
 from leanmoe.predict.constants import Constants
-from leanmoe.predict.deployment import Deployment
-from leanmoe.predict.expert_curves import Curve, from_points
-from leanmoe.predict.hardware import GPUS, Gpu
-from leanmoe.predict.small_steps import SmallSteps
-from leanmoe.predict.step import Batch, Parts, StepTime
+from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.experts.curves import Curve, from_points
+from leanmoe.predict.hardware.gpus import GPUS, Gpu
+from leanmoe.predict.kernels.small_steps import SmallSteps
+from leanmoe.predict.step.deployment import Deployment
+from leanmoe.predict.step.step_time import Parts, StepBatch, StepTime
 
 FULL = ("stock", "empty plan", "stock, leanmoe")
 """Names of the full model in `vllm_gpu.py`'s results."""
@@ -122,7 +122,7 @@ class EngineRun:
         activation = Activation(self.model, None, partial(_always, curve))
         small_steps = SMALL_STEPS[way.get("small_steps", SmallSteps.GROUP.value)]
         step = self._step(KERNELS[self.experts(line)], small_steps)
-        return step.parts(Batch(tokens, self._context), activation)
+        return step.parts(StepBatch(tokens, self._context), activation)
 
     def captured(self, line: dict[str, Any]) -> float:
         """Seconds of the captured step as predicted: the model up to its last hidden states."""

@@ -27,10 +27,11 @@ from cost_rates import rates
 from leanmoe.core import provenance
 from leanmoe.core.files import write_json
 from leanmoe.core.progress import bar
-from leanmoe.predict.constants import FITTED, Accuracy, Constants, KernelConstants, write_constants
-from leanmoe.predict.hardware import GPUS
-from leanmoe.predict.kernel_features import FEATURES
-from leanmoe.predict.tables import PACKAGE, TABLES, VERSION
+from leanmoe.predict.constants import FITTED, Constants, write_constants
+from leanmoe.predict.hardware.gpus import GPUS
+from leanmoe.predict.kernels.features import FEATURES
+from leanmoe.predict.kernels.kernel_constants import Accuracy, KernelConstants
+from leanmoe.predict.kernels.tables import PACKAGE, TABLES, VERSION
 
 RESULTS = Path("benchmarks/results")
 

@@ -13,12 +13,12 @@ from cost_noise import BEATEN, noise, times_beaten
 from numpy.typing import NDArray
 
 from leanmoe.core.files import read_json
-from leanmoe.predict.constants import Accuracy, KernelConstants, Tuned, read_tiles
-from leanmoe.predict.fit import Reading, accuracy, choose, errors_of, fit
-from leanmoe.predict.hardware import Gpu
-from leanmoe.predict.interpolation import Ratios
-from leanmoe.predict.tables import PACKAGE, UNGATED, VERSION, Measured, Table, read_table
-from leanmoe.predict.tile_heuristics import CUTLASS, SCHEDULES
+from leanmoe.predict.hardware.gpus import Gpu
+from leanmoe.predict.kernels.fit import Reading, accuracy, choose, errors_of, fit
+from leanmoe.predict.kernels.kernel_constants import Accuracy, KernelConstants, Tuned, read_tiles
+from leanmoe.predict.kernels.tables import PACKAGE, UNGATED, VERSION, Measured, Table, read_table
+from leanmoe.predict.kernels.tile_heuristics import CUTLASS, SCHEDULES
+from leanmoe.predict.step.experts_time import Ratios
 
 LEAST_EXPERTS, LEAST_SLOTS, MOST_SLOTS, MOST_GPUS = 64, 4, 10, 16
 UNSEEN_K = 6

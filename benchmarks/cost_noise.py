@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from leanmoe.predict.tables import Measured
+from leanmoe.predict.kernels.tables import Measured
 
 BEATEN = 2.0
 """A row is left out of the second score where as much work or more took less than half its time."""

@@ -26,9 +26,8 @@ from cost_engine import FULL, gpu_of, read_layouts
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
-from leanmoe.predict.constants import Constants, shipped
-from leanmoe.predict.hardware import GPUS
-from leanmoe.predict.inputs import find_constants
+from leanmoe.predict.constants import Constants, find_constants, shipped
+from leanmoe.predict.hardware.gpus import GPUS
 
 STOCK = FULL[0]
 

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from leanmoe.predict.collectives import EXCHANGED_BYTES
-from leanmoe.predict.constants import Accuracy, Rates
-from leanmoe.predict.expert_curves import ranks_touched
-from leanmoe.predict.fit import accuracy
-from leanmoe.predict.hardware import Gpu
-from leanmoe.predict.tables import PACKAGE, VERSION, read_columns
+from leanmoe.predict.experts.spread import ranks_touched
+from leanmoe.predict.hardware.collectives import EXCHANGED_BYTES
+from leanmoe.predict.hardware.gpus import Gpu
+from leanmoe.predict.hardware.rates import Rates
+from leanmoe.predict.kernels.fit import accuracy
+from leanmoe.predict.kernels.kernel_constants import Accuracy
+from leanmoe.predict.kernels.tables import PACKAGE, VERSION, read_columns
 
 LEAST_LATENT_HEADS = 8
 """On a GPU: fewer are not served."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 from leanmoe import Plan
 from leanmoe.models.catalog import published_model
 from leanmoe.plan import Rule
-from leanmoe.predict.deployment import Deployment
-from leanmoe.predict.hardware import read_gpu
-from leanmoe.predict.load import Load, read_lengths
-from leanmoe.predict.predict import predict
+from leanmoe.predict.hardware.gpus import read_gpu
+from leanmoe.predict.prediction import predict
+from leanmoe.predict.step.deployment import Deployment
+from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
 
 model = published_model("deepseek-ai/DeepSeek-V3")
 machine = Deployment(read_gpu("h200"), tensor=8)
@@ -23,7 +23,7 @@ rules = {"k = 6 for all": Rule(top_k=6), "4 guaranteed, shared": Rule(guaranteed
 
 print(f"{model.name} on {machine}: output tokens/s and what a plan gains (modelled)")
 for at_once in (1, 8, 32, 128):
-    load = Load(tokens, tokens, at_once)
+    load = ServiceLoadModel(tokens, tokens, at_once)
     cells = []
     for name, rule in rules.items():
         plan = Plan.uniform(model.shape.fingerprint(), rule)

@@ -142,7 +142,7 @@ def loaded(code: str) -> set[str]:
         "import leanmoe.plan, leanmoe.models.shape",
         "from leanmoe.cli import main; main(['--help'])",
         "from leanmoe.cli import main; main(['inspect', 'reference'])",
-        "import leanmoe.predict.predict, leanmoe.predict.sweep, leanmoe.study.simulated",
+        "import leanmoe.predict.prediction, leanmoe.predict.traffic.sweep, leanmoe.study.simulated",
         "from leanmoe.cli import main; main(['predict', 'reference', '--concurrency', '1'])",
     ],
 )

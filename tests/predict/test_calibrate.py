@@ -13,9 +13,10 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.predict.calibrate import TOKENS, Layer, calibrate, read_tokens
-from leanmoe.predict.constants import KernelConstants, Regime, read_constants
-from leanmoe.predict.hardware import GPUS
-from leanmoe.predict.kernel_features import ExpertsShape, Rows, Tile
+from leanmoe.predict.constants import read_constants
+from leanmoe.predict.hardware.gpus import GPUS
+from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
+from leanmoe.predict.kernels.kernel_constants import KernelConstants, Regime
 from tests.cli.test_main import run
 
 H200 = GPUS["h200"]
@@ -23,7 +24,7 @@ TRUTH = KernelConstants(
     "leanmoe",
     "h200",
     "bfloat16",
-    (Regime(1 << 20, Tile(64, 128), {"call": 9.0, "weights": 1.2}),),
+    (Regime(1 << 20, PredictedTile(64, 128), {"call": 9.0, "weights": 1.2}),),
     "",
 )
 LAYERS = (Layer(16, 256, 128, 4), Layer(32, 256, 64, 4), Layer(24, 128, 256, 2))

@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.predict.collectives import gather_seconds, library_reduce_seconds, reduce_seconds
-from leanmoe.predict.communication import Collectives, fitted, read_collectives
-from leanmoe.predict.constants import shipped
-from leanmoe.predict.hardware import read_gpu
-from leanmoe.predict.inputs import find_constants
+from leanmoe.predict.constants import find_constants, shipped
+from leanmoe.predict.hardware.collectives import (
+    Collectives,
+    fitted,
+    gather_seconds,
+    library_reduce_seconds,
+    read_collectives,
+    reduce_seconds,
+)
+from leanmoe.predict.hardware.gpus import read_gpu
 
 SIZES = [1024 * 4**power for power in range(10)]
 

@@ -11,30 +11,24 @@ import pytest
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.catalog import published_model
 from leanmoe.models.shape import distinct_uniform
-from leanmoe.predict.constants import (
-    Constants,
-    KernelConstants,
-    Rates,
-    Regime,
-    read_constants,
-    shipped,
-    write_constants,
-)
-from leanmoe.predict.deployment import Deployment
-from leanmoe.predict.fit import Form, Reading, accuracy, choose, errors_of, fit
-from leanmoe.predict.hardware import GPUS
-from leanmoe.predict.kernel_features import ExpertsShape, Rows, Tile
-from leanmoe.predict.load import Load, read_lengths
-from leanmoe.predict.predict import predict
-from leanmoe.predict.tables import TABLES, VERSION, installed, measured_curve, read_table
-from leanmoe.predict.tile_heuristics import ANY, CUTLASS, Stage, stages
+from leanmoe.predict.constants import Constants, read_constants, shipped, write_constants
+from leanmoe.predict.hardware.gpus import GPUS
+from leanmoe.predict.hardware.rates import Rates
+from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
+from leanmoe.predict.kernels.fit import Form, Reading, accuracy, choose, errors_of, fit
+from leanmoe.predict.kernels.kernel_constants import KernelConstants, Regime
+from leanmoe.predict.kernels.tables import TABLES, VERSION, installed, measured_curve, read_table
+from leanmoe.predict.kernels.tile_heuristics import ANY, CUTLASS, Stage, stages
+from leanmoe.predict.prediction import predict
+from leanmoe.predict.step.deployment import Deployment
+from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
 
 H200 = GPUS["h200"]
 TRUTH = KernelConstants(
     "made-up",
     "h200",
     "bfloat16",
-    (Regime(1 << 20, Tile(16, 64), {"call": 12.0, "weights": 1.15, "slots_hidden": 2.0}),),
+    (Regime(1 << 20, PredictedTile(16, 64), {"call": 12.0, "weights": 1.15, "slots_hidden": 2.0}),),
     "nothing",
 )
 HELD_TO = {
@@ -97,9 +91,11 @@ def test_saved_and_read_again(tmp_path: Path) -> None:
 
 def test_a_step_is_in_the_first_regime_that_takes_it() -> None:
     shape = ExpertsShape(2048, 768, 64)
-    few = Regime(ANY, Tile(16, 32), {"call": 1.0}, tokens_an_expert=1)
-    some = Regime(ANY, Tile(64, 64), {"call": 2.0}, slots_an_expert=16)
-    kernel = KernelConstants("x", "h200", "bfloat16", (few, some, Regime(9, Tile(16, 64), {})), "")
+    few = Regime(ANY, PredictedTile(16, 32), {"call": 1.0}, tokens_an_expert=1)
+    some = Regime(ANY, PredictedTile(64, 64), {"call": 2.0}, slots_an_expert=16)
+    kernel = KernelConstants(
+        "x", "h200", "bfloat16", (few, some, Regime(9, PredictedTile(16, 64), {})), ""
+    )
 
     def at(tokens: int) -> float:
         return kernel.seconds(shape, Rows(tokens, 8, 8 * tokens, 60), H200) * 1e6
@@ -110,8 +106,8 @@ def test_a_step_is_in_the_first_regime_that_takes_it() -> None:
 
 
 def test_a_tuned_layer_has_its_own_tiles_here_and_none_on_another_gpu(tmp_path: Path) -> None:
-    tuned = {(128, 768): ((8.0, Tile(16, 64)), (ANY, Tile(128, 128)))}
-    regimes = (Regime(ANY, None, {"waves": 1.0}), Regime(ANY, Tile(16, 64), {"call": 5.0}))
+    tuned = {(128, 768): ((8.0, PredictedTile(16, 64)), (ANY, PredictedTile(128, 128)))}
+    regimes = (Regime(ANY, None, {"waves": 1.0}), Regime(ANY, PredictedTile(16, 64), {"call": 5.0}))
     kernel = KernelConstants("x", "h200", "bfloat16", regimes, "", tuned=tuned, least_waves=2)
     rows = Rows(8, 8, 64, 52)
     layer, other = ExpertsShape(2048, 768, 128), ExpertsShape(2048, 384, 128)
@@ -131,10 +127,10 @@ def test_tuned_layers_are_fitted_apart_and_the_form_is_chosen() -> None:
         "bfloat16",
         (
             Regime(ANY, None, {"weights": 1.0, "call": 3.0}),
-            Regime(ANY, Tile(64, 64), {"weights": 2.0, "waves_hidden": 4.0}),
+            Regime(ANY, PredictedTile(64, 64), {"weights": 2.0, "waves_hidden": 4.0}),
         ),
         "",
-        tuned={(128, 768): ((ANY, Tile(16, 64)),)},
+        tuned={(128, 768): ((ANY, PredictedTile(16, 64)),)},
         least_waves=3,
     )
     shapes = [ExpertsShape(h, w, e) for h in (2048, 4096) for w in (256, 768) for e in (32, 128)]
@@ -143,7 +139,7 @@ def test_tuned_layers_are_fitted_apart_and_the_form_is_chosen() -> None:
         for tokens in (1, 2, 4, 8, 16, 64, 256):
             rows = Rows(tokens, 8, 8 * tokens, distinct_uniform(shape.experts, 8, tokens))
             made.append(Reading(shape, rows, truth.seconds(shape, rows, H200)))
-    steps = (Stage(ANY, (Tile(64, 64),)),)
+    steps = (Stage(ANY, (PredictedTile(64, 64),)),)
     form = choose("x", H200, "bfloat16", made, steps, truth.tuned)
     assert form.least_waves == 3
     found = fit("x", H200, "bfloat16", made, "", steps, form, truth.tuned)
@@ -193,7 +189,7 @@ def test_shipped_constants_say_how_far_off_they_have_been() -> None:
 @pytest.mark.skipif(installed() != VERSION, reason="aiconfigurator-core is not installed")
 def test_a_prediction_says_how_far_off_its_kind_has_been() -> None:
     model, lengths = published_model("Qwen/Qwen3-30B-A3B"), read_lengths("64", "length")
-    load = Load(lengths, lengths, 4)
+    load = ServiceLoadModel(lengths, lengths, 4)
     said = {}
     for gpu in ("h200", "a800"):
         found = predict(model, None, Deployment(GPUS[gpu]), load, simulated=False)

@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import distinct_grouped, distinct_uniform
 from leanmoe.plan import Rule
-from leanmoe.predict.expert_curves import (
-    Assumed,
-    assumed_curve,
-    busiest,
-    from_points,
-    grouped_distinct,
-    inclusion,
-    ranks_touched,
-)
+from leanmoe.predict.experts.assumed import Assumed, assumed_curve, grouped_distinct, inclusion
+from leanmoe.predict.experts.curves import from_points
+from leanmoe.predict.experts.spread import busiest, ranks_touched
 
 
 def routed(

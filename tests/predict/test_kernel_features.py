@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanmoe.predict.hardware import GPUS
-from leanmoe.predict.interpolation import Ratios
-from leanmoe.predict.kernel_features import (
+from leanmoe.predict.hardware.gpus import GPUS
+from leanmoe.predict.kernels.features import (
     FEATURES,
     ExpertsShape,
+    PredictedTile,
     Rows,
-    Tile,
     features,
     tiles_per_expert,
 )
-from leanmoe.predict.tables import balanced_counts
+from leanmoe.predict.kernels.tables import balanced_counts
+from leanmoe.predict.step.experts_time import Ratios
 
 
 @pytest.mark.parametrize("mean", [1.05, 2.0, 9.0, 40.0, 300.0])
@@ -67,12 +67,18 @@ def test_a_grouped_router_halves_the_active_experts_and_keeps_the_rows() -> None
 def test_features_are_the_bytes_and_products_of_the_layer() -> None:
     gpu, shape = GPUS["h200"], ExpertsShape(7168, 2048, 256)
     found = dict(
-        zip(FEATURES, features(shape, Rows(32, 8, 256, 162), gpu, Tile(16, 64)), strict=True)
+        zip(
+            FEATURES,
+            features(shape, Rows(32, 8, 256, 162), gpu, PredictedTile(16, 64)),
+            strict=True,
+        )
     )
     assert found["weights"] == pytest.approx(162 * 3 * 7168 * 2048 * 2 / 4.8e12 * 1e6)
     assert found["longer"] == max(found["weights"], found["products"])
     assert found["products"] >= 256 * 6 * 7168 * 2048 / 989e12 * 1e6
-    few = dict(zip(FEATURES, features(shape, Rows(1, 8, 8, 8), gpu, Tile(16, 64)), strict=True))
+    few = dict(
+        zip(FEATURES, features(shape, Rows(1, 8, 8, 8), gpu, PredictedTile(16, 64)), strict=True)
+    )
     assert all(few[name] <= found[name] for name in FEATURES)
 
 
@@ -84,10 +90,10 @@ def test_exact_counts_are_rounded_up_one_by_one() -> None:
 def test_waves_are_whole_where_rows_are_known_and_never_fewer_than_the_least() -> None:
     gpu, shape = GPUS["h200"], ExpertsShape(2048, 768, 128)
     place = FEATURES.index("waves")
-    exact = features(shape, Rows(1, 8, 8, 8, (1,) * 8), gpu, Tile(16, 64))
+    exact = features(shape, Rows(1, 8, 8, 8, (1,) * 8), gpu, PredictedTile(16, 64))
     assert exact[place] == 2 + 2  # 8 x 12 x 2 and 8 x 32 tiles over 132 multiprocessors
-    assert features(shape, Rows(1, 8, 8, 8, (1,) * 8), gpu, Tile(16, 64), 4)[place] == 8
-    known = features(shape, Rows(1, 8, 8, 8), gpu, Tile(16, 64))[place]
+    assert features(shape, Rows(1, 8, 8, 8, (1,) * 8), gpu, PredictedTile(16, 64), 4)[place] == 8
+    known = features(shape, Rows(1, 8, 8, 8), gpu, PredictedTile(16, 64))[place]
     assert known == pytest.approx(192 / 132 + 0.5 + 256 / 132 + 0.5)
 
 
@@ -101,8 +107,8 @@ def test_padded_widths_are_read_and_computed() -> None:
 def test_experts_of_other_gpus_are_sorted_out() -> None:
     gpu, shape = GPUS["h200"], ExpertsShape(2048, 768, 16)
     place = FEATURES.index("spread")
-    assert features(shape, Rows(8, 8, 64, 16), gpu, Tile(16, 64))[place] == 0
-    assert features(shape, Rows(8, 8, 8, 7), gpu, Tile(16, 64))[place] == 1
+    assert features(shape, Rows(8, 8, 64, 16), gpu, PredictedTile(16, 64))[place] == 0
+    assert features(shape, Rows(8, 8, 8, 7), gpu, PredictedTile(16, 64))[place] == 1
 
 
 def test_between_measured_rows_the_ratio_is_interpolated() -> None:

@@ -15,17 +15,11 @@ from hypothesis import strategies as st
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.predict.expert_curves import Assumed, Curve, assumed_curve, busiest
-from leanmoe.predict.sampled_steps import (
-    ALONE,
-    BatchScope,
-    Choices,
-    decided,
-    drawn,
-    drawn_at,
-    shared,
-)
-from leanmoe.routing import BatchScope as RoutedCompany
+from leanmoe.predict.experts.assumed import Assumed, assumed_curve
+from leanmoe.predict.experts.curves import Curve
+from leanmoe.predict.experts.sampled_steps import Choices, decided, drawn, drawn_at, shared
+from leanmoe.predict.experts.spread import ALONE, RankLayout, busiest
+from leanmoe.routing import BatchScope as RoutedScope
 from leanmoe.routing import count_distinct_by_rank, route
 
 COUNTED = Path(__file__).parents[2] / "benchmarks/results"
@@ -58,7 +52,7 @@ def test_a_company_wakes_and_uses_what_the_reference_routes(
     placement = Placement.linear(experts, ranks)
     active_SCE, slots_SCT = shared(logits_SCTE, slots, rule, placement)
     logits = torch.from_numpy(logits_SCTE).view(6, tokens, experts)
-    found = route(logits, ROUTER, slots, rule.on(ranks), scope=RoutedCompany(placement))
+    found = route(logits, ROUTER, slots, rule.on(ranks), scope=RoutedScope(placement))
     by_rank_SR = count_distinct_by_rank(found.ids_BTK, placement)
     active_SE = torch.from_numpy(active_SCE).view(6, experts)
     for rank in range(ranks):
@@ -84,7 +78,7 @@ def test_budgets_are_as_the_reference_routing_counted_them(tokens: int) -> None:
         ranks = int(row["ranks"])
         is_total = str(row["rule"]).startswith("budget=")
         rule = Rule(budget=48) if is_total else Rule(budget_per_rank=48 // ranks)
-        found = [drawn(choices, 8, rule, tokens, BatchScope(ranks), seed) for seed in range(4)]
+        found = [drawn(choices, 8, rule, tokens, RankLayout(ranks), seed) for seed in range(4)]
         distinct = np.mean([each.distinct for each in found])
         most_loaded = np.mean([each.most_loaded for each in found])
         assert distinct == pytest.approx(row["distinct"], rel=0.02)
@@ -95,7 +89,7 @@ def test_budgets_are_as_the_reference_routing_counted_them(tokens: int) -> None:
 def test_steps_are_the_same_wherever_the_experts_are(rule: Rule) -> None:
     choices = Choices(np.ones(64), 8, 4, 0.5)
     for ranks in (1, 2, 8):
-        scope = BatchScope(ranks, 2)
+        scope = RankLayout(ranks, 2)
         once = decided(choices, 6, rule, 32, replace(scope, ranks=1)).on(ranks)
         assert once == drawn(choices, 6, rule, 32, scope)
 
@@ -105,15 +99,15 @@ def test_ranks_that_decide_alone_wake_more_than_all_together() -> None:
     choices = Choices(np.arange(1, 129) ** -0.5)
     rule, tokens = Rule(budget_per_rank=24), 16
     alone, decode_batch = (
-        drawn(choices, 8, rule, tokens, BatchScope(2, 2, cross_rank))
+        drawn(choices, 8, rule, tokens, RankLayout(2, 2, cross_rank))
         for cross_rank in (False, True)
     )
     assert decode_batch.most_loaded <= 24
     assert 24 < alone.most_loaded <= 48
     assert alone.distinct > 1.2 * decode_batch.distinct
-    one = drawn(choices, 8, rule, tokens // 2, BatchScope(2))
+    one = drawn(choices, 8, rule, tokens // 2, RankLayout(2))
     assert alone.slots == pytest.approx(one.slots, rel=0.02)
-    two = drawn(choices, 8, rule, tokens, BatchScope(2))
+    two = drawn(choices, 8, rule, tokens, RankLayout(2))
     assert decode_batch.distinct == pytest.approx(two.distinct, rel=0.02)
 
 
@@ -132,10 +126,10 @@ def test_a_company_of_one_rank_fills_up_from_fewer(cross_rank: bool) -> None:
     """As many are awake, whoever decides; what a token may fill up with is not the same."""
     rule = Rule(guaranteed=3)
 
-    def curve(scope: BatchScope) -> Curve:
+    def curve(scope: RankLayout) -> Curve:
         return assumed_curve(128, 8, rule, Assumed(), scope=scope)
 
-    alone, several = curve(ALONE), curve(BatchScope(4, 4, cross_rank))
+    alone, several = curve(ALONE), curve(RankLayout(4, 4, cross_rank))
     distinct, slots = several.at(4)
     assert distinct == pytest.approx(alone.at(4)[0])
     assert slots == pytest.approx(8 if cross_rank else 3, abs=1e-9)
@@ -153,16 +147,16 @@ def test_a_budget_per_rank_on_one_gpu_is_a_budget() -> None:
 
 
 def test_many_companies_are_drawn_to_fewer_tokens_each() -> None:
-    assert drawn_at(ALONE)[-1] == drawn_at(BatchScope(4, 4))[-1] == 1024
-    assert drawn_at(BatchScope(64, 64))[-1] == 64
-    assert drawn_at(BatchScope(64, 1024))[-1] == 8
-    assert drawn_at(BatchScope(64, 1024, cross_rank=True)) == drawn_at(ALONE)
+    assert drawn_at(ALONE)[-1] == drawn_at(RankLayout(4, 4))[-1] == 1024
+    assert drawn_at(RankLayout(64, 64))[-1] == 64
+    assert drawn_at(RankLayout(64, 1024))[-1] == 8
+    assert drawn_at(RankLayout(64, 1024, cross_rank=True)) == drawn_at(ALONE)
 
 
 def test_beyond_what_is_drawn_no_gpu_wakes_more_than_it_holds() -> None:
     """Of 16 GPUs with 8 experts each, at 100,000 tokens."""
     rule = Rule(budget_per_rank=6)
-    curve = assumed_curve(128, 8, rule, Assumed(skew=1.0), scope=BatchScope(16, 16))
+    curve = assumed_curve(128, 8, rule, Assumed(skew=1.0), scope=RankLayout(16, 16))
     tokens = 1e5
     distinct, slots = curve.at(tokens)
     found = busiest(distinct, slots * tokens, 128, 16, curve.most_loaded_at(tokens))

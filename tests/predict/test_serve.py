@@ -9,23 +9,26 @@ import pytest
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.catalog import published_model
-from leanmoe.predict.active_experts import Activation, assumed_curves
 from leanmoe.predict.constants import shipped
-from leanmoe.predict.deployment import Deployment
-from leanmoe.predict.expert_curves import Assumed
-from leanmoe.predict.hardware import GPUS
-from leanmoe.predict.load import Load, read_lengths
-from leanmoe.predict.serve import closed_loop
-from leanmoe.predict.simulate import simulate
-from leanmoe.predict.step import StepTime
+from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.experts.assumed import Assumed
+from leanmoe.predict.experts.curve_sources import assumed_curves
+from leanmoe.predict.hardware.gpus import GPUS
+from leanmoe.predict.step.deployment import Deployment
+from leanmoe.predict.step.step_time import StepTime
+from leanmoe.predict.traffic.closed_loop import closed_loop
+from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
+from leanmoe.predict.traffic.simulate import simulate
 
 MODEL = published_model("Qwen/Qwen3-30B-A3B")
 STEP = StepTime(MODEL, Deployment(GPUS["h200"]), shipped(), "vllm-triton")
 FULL = Activation(MODEL, None, assumed_curves(MODEL, Assumed()))
 
 
-def load(inputs: str, outputs: str, at_once: int | None = None, rate: float | None = None) -> Load:
-    return Load(read_lengths(inputs, "in"), read_lengths(outputs, "out"), at_once, rate)
+def load(
+    inputs: str, outputs: str, at_once: int | None = None, rate: float | None = None
+) -> ServiceLoadModel:
+    return ServiceLoadModel(read_lengths(inputs, "in"), read_lengths(outputs, "out"), at_once, rate)
 
 
 @pytest.mark.parametrize(

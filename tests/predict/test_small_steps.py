@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from leanmoe.predict.hardware import GPUS
-from leanmoe.predict.kernel_features import ExpertsShape, Rows
-from leanmoe.predict.small_steps import (
+from leanmoe.predict.hardware.gpus import GPUS
+from leanmoe.predict.kernels.features import ExpertsShape, Rows
+from leanmoe.predict.kernels.small_steps import (
     CACHED_SHARE,
     Launch,
     distinct_among,

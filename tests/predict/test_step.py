@@ -12,15 +12,16 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.catalog import CONFIGS, published_model
 from leanmoe.models.step_model import read_model
 from leanmoe.plan import Band, Plan, Rule
-from leanmoe.predict.active_experts import Activation, assumed_curves, saved_curves
 from leanmoe.predict.constants import shipped
-from leanmoe.predict.deployment import Deployment
-from leanmoe.predict.expert_curves import Assumed
-from leanmoe.predict.hardware import GPUS, Gpu, read_gpu, to_json
-from leanmoe.predict.predict import bounds
-from leanmoe.predict.small_steps import SmallSteps
-from leanmoe.predict.step import Batch, Parts, StepTime
-from leanmoe.predict.tables import VERSION, installed
+from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.experts.assumed import Assumed
+from leanmoe.predict.experts.curve_sources import assumed_curves, saved_curves
+from leanmoe.predict.hardware.gpus import GPUS, Gpu, read_gpu, to_json
+from leanmoe.predict.kernels.small_steps import SmallSteps
+from leanmoe.predict.kernels.tables import VERSION, installed
+from leanmoe.predict.prediction import bounds
+from leanmoe.predict.step.deployment import Deployment
+from leanmoe.predict.step.step_time import Parts, StepBatch, StepTime
 from tests.profile.example import profile
 from tests.published import MODELS
 
@@ -30,7 +31,9 @@ QWEN = published_model("Qwen/Qwen3-30B-A3B")
 READINGS = Path(__file__).parents[2] / "benchmarks/readings"
 
 
-def parts(place: Deployment, batch: Batch, plan: Plan | None = None, model: object = V3) -> Parts:
+def parts(
+    place: Deployment, batch: StepBatch, plan: Plan | None = None, model: object = V3
+) -> Parts:
     assert hasattr(model, "shape")
     step = StepTime(model, place, shipped(), "sglang-triton" if model is V3 else "vllm-triton")  # type: ignore[arg-type]
     return step.parts(batch, Activation(model, plan, assumed_curves(model, Assumed())))  # type: ignore[arg-type]
@@ -104,20 +107,20 @@ def test_more_work_takes_longer_and_lower_k_less() -> None:
     lower = Plan.uniform(V3.shape.fingerprint(), Rule(top_k=4))
     before = 0.0
     for tokens in (1, 8, 64, 512):
-        full, fewer = (parts(place, Batch(tokens, 1000), plan) for plan in (None, lower))
+        full, fewer = (parts(place, StepBatch(tokens, 1000), plan) for plan in (None, lower))
         assert full.total > before
         assert fewer.experts < full.experts
         assert fewer.total - fewer.experts == pytest.approx(full.total - full.experts)
         before = full.total
-    longer = parts(place, Batch(64, 8000))
-    assert longer.attention > 2 * parts(place, Batch(64, 1000)).attention
-    with_prompt = parts(place, Batch(64, 1000, prompt=2048, ending=1))
-    assert with_prompt.total > parts(place, Batch(64, 1000)).total
+    longer = parts(place, StepBatch(64, 8000))
+    assert longer.attention > 2 * parts(place, StepBatch(64, 1000)).attention
+    with_prompt = parts(place, StepBatch(64, 1000, prompt=2048, ending=1))
+    assert with_prompt.total > parts(place, StepBatch(64, 1000)).total
 
 
 def test_communication_follows_the_parallelism() -> None:
-    batch = Batch(64, 1000)
-    assert parts(Deployment(H200), Batch(8, 100), model=QWEN).communication == 0
+    batch = StepBatch(64, 1000)
+    assert parts(Deployment(H200), StepBatch(8, 100), model=QWEN).communication == 0
     tensor = parts(Deployment(H200, 8), batch).communication
     spread = parts(Deployment(H200, 1, 8, 8), batch).communication
     across = parts(Deployment(H200, 8, 64, 8), batch).communication
@@ -128,26 +131,28 @@ def test_communication_follows_the_parallelism() -> None:
 def test_prompt_rules_spare_prompt_tokens_alone() -> None:
     place, layers = Deployment(H200, 8), V3.moe_layers
     plan = Plan(V3.shape.fingerprint(), (), (Rule(top_k=2),) * layers)
-    batch = Batch(16, 1000, prompt=4096)
+    batch = StepBatch(16, 1000, prompt=4096)
     assert parts(place, batch, plan).experts < 0.7 * parts(place, batch).experts
-    decode = Batch(16, 1000)
+    decode = StepBatch(16, 1000)
     assert parts(place, decode, plan).experts == pytest.approx(parts(place, decode).experts)
 
 
 def test_a_band_ends_where_it_says() -> None:
     place, layers = Deployment(H200, 8), V3.moe_layers
     plan = Plan(V3.shape.fingerprint(), (Band(32, (Rule(top_k=2),) * layers),))
-    assert parts(place, Batch(32, 100), plan).experts < parts(place, Batch(32, 100)).experts
-    assert parts(place, Batch(33, 100), plan).experts == parts(place, Batch(33, 100)).experts
+    assert parts(place, StepBatch(32, 100), plan).experts < parts(place, StepBatch(32, 100)).experts
+    assert (
+        parts(place, StepBatch(33, 100), plan).experts == parts(place, StepBatch(33, 100)).experts
+    )
 
 
 def test_what_bounds_a_part() -> None:
     step = StepTime(QWEN, Deployment(H200), shipped(), "vllm-triton")
     activation = Activation(QWEN, None, assumed_curves(QWEN, Assumed()))
-    few = bounds(step, Batch(16, 20_000), activation)
+    few = bounds(step, StepBatch(16, 20_000), activation)
     assert few["attention"] == few["experts"] == few["head"] == "memory"
     assert few["layers"] == "latency"
-    many = bounds(step, Batch(0, 0, prompt=16384), activation)
+    many = bounds(step, StepBatch(0, 0, prompt=16384), activation)
     assert many["attention"] == many["projections"] == "compute"
 
 
@@ -157,7 +162,7 @@ def experts_ms(
     plan = Plan.uniform(QWEN.shape.fingerprint(), rule)
     activation = Activation(QWEN, plan, assumed_curves(QWEN, Assumed()))
     step = StepTime(QWEN, place, shipped(), kernel, small_steps)
-    return 1e3 * step.parts(Batch(tokens, 100), activation).experts
+    return 1e3 * step.parts(StepBatch(tokens, 100), activation).experts
 
 
 def test_small_steps_are_grouped_where_tokens_share_experts_and_else_skip() -> None:
@@ -202,7 +207,7 @@ def test_steps_of_vllm_are_within_a_tenth(path: Path) -> None:
     for row in found["rows"]:
         plan = Plan.uniform(model.shape.fingerprint(), Rule(**row["rule"]))
         activation = Activation(model, plan, assumed_curves(model, Assumed()))
-        took = step.parts(Batch(row["concurrency"], found["context"]), activation).total
+        took = step.parts(StepBatch(row["concurrency"], found["context"]), activation).total
         took = 1e3 * took + model.moe_layers * row["layer_us"] * 1e-3
         assert took == pytest.approx(row["step_ms"], rel=0.1), row
 
@@ -238,7 +243,7 @@ def test_mxfp4_kernels_group_every_step() -> None:
     activation = Activation(model, plan, assumed_curves(model, Assumed()))
     times = {
         StepTime(model, Deployment(H200), shipped(), "vllm-triton", how)
-        .parts(Batch(4, 100), activation)
+        .parts(StepBatch(4, 100), activation)
         .experts
         for how in SmallSteps
     }

@@ -12,20 +12,27 @@ from hypothesis import strategies as st
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.catalog import published_model
 from leanmoe.plan import Plan, Rule
-from leanmoe.predict.active_experts import assumed_curves
 from leanmoe.predict.constants import shipped
-from leanmoe.predict.expert_curves import Assumed
-from leanmoe.predict.hardware import GPUS
-from leanmoe.predict.inputs import Limits
-from leanmoe.predict.load import Load, read_lengths
-from leanmoe.predict.sweep import Point, cheapest, deployments, front, gpus_for, within
-from leanmoe.predict.sweep_run import FULL, sweep_results
+from leanmoe.predict.experts.assumed import Assumed
+from leanmoe.predict.experts.curve_sources import assumed_curves
+from leanmoe.predict.hardware.gpus import GPUS
+from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
+from leanmoe.predict.traffic.sweep import (
+    Limits,
+    SweepPoint,
+    cheapest,
+    deployments,
+    front,
+    gpus_for,
+    within,
+)
+from leanmoe.predict.traffic.sweep_results import FULL, sweep_results
 
 MODEL = published_model("deepseek-ai/DeepSeek-V3")
 
 
-def point(per_user: float, per_gpu: float) -> Point:
-    return Point("p", 8, 8, 1, 1, 1, 1, per_gpu * 8, 0.1, 1 / per_user)
+def point(per_user: float, per_gpu: float) -> SweepPoint:
+    return SweepPoint("p", 8, 8, 1, 1, 1, 1, per_gpu * 8, 0.1, 1 / per_user)
 
 
 @given(st.lists(st.tuples(st.floats(1, 100), st.floats(1, 100)), min_size=1, max_size=40))
@@ -67,7 +74,7 @@ def test_a_thousand_configurations_take_seconds() -> None:
         {"plan": plan},
         GPUS["h200"],
         [8, 16, 32, 64, 128, 1024],
-        Load(lengths, lengths, 1),
+        ServiceLoadModel(lengths, lengths, 1),
         [2**n for n in range(13)],
         shipped(),
         "sglang-triton",
@@ -92,7 +99,7 @@ def test_a_model_that_fits_nowhere_says_by_how_much() -> None:
             {},
             GPUS["l40s"],
             [1],
-            Load(lengths, lengths, 1),
+            ServiceLoadModel(lengths, lengths, 1),
             [1],
             shipped(),
             "sglang-triton",

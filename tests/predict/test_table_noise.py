@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanmoe.predict.tables import Measured
+from leanmoe.predict.kernels.tables import Measured
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -33,10 +33,10 @@ def calibrate(
     Example:
     leanmoe calibrate h200 --model Qwen/Qwen3-30B-A3B -o h200.json
     """
+    from leanmoe.models.catalog import find_model
     from leanmoe.predict.calibrate import LAYERS, Layer, gpu_at_hand, read_tokens, require_gpu
     from leanmoe.predict.calibrate import calibrate as run
-    from leanmoe.predict.hardware import read_gpu
-    from leanmoe.predict.inputs import find_model
+    from leanmoe.predict.hardware.gpus import read_gpu
 
     described = read_gpu(gpu)
     layers = [Layer(*widths) for widths in LAYERS]

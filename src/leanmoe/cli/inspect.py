@@ -13,8 +13,8 @@ from rich.table import Table
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.parsing import parse_counts
+from leanmoe.models.catalog import find_shape
 from leanmoe.models.shape import MoEShape, distinct_grouped, distinct_uniform
-from leanmoe.predict.inputs import find_shape
 
 BATCH_SIZES = ",".join(str(2**n) for n in range(13))
 LOWER_SHARES = (0.75, 0.5, 0.25)

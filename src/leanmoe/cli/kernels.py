@@ -100,7 +100,7 @@ def kernels(
 
 def _of_model(name: str, dtype: str) -> Shape:
     from leanmoe.kernels.triton.tuned_tiles import Shape
-    from leanmoe.predict.inputs import find_shape
+    from leanmoe.models.catalog import find_shape
 
     found = find_shape(name)
     transposed = found.model_type in TRANSPOSED

@@ -99,19 +99,17 @@ def predict(
     Example:
     leanmoe predict deepseek-ai/DeepSeek-V3 --top-k 6 --gpus 8 --concurrency 1,32
     """
-    from leanmoe.predict.expert_curves import Assumed
-    from leanmoe.predict.hardware import read_gpu
-    from leanmoe.predict.inputs import (
-        Limits,
-        find_constants,
-        find_curves,
-        find_deployment,
-        find_model,
-        find_plan,
-    )
-    from leanmoe.predict.load import Load, read_lengths
-    from leanmoe.predict.predict import default_kernel
-    from leanmoe.predict.predict import predict as predicted
+    from leanmoe.models.catalog import find_model
+    from leanmoe.predict.constants import find_constants
+    from leanmoe.predict.experts.assumed import Assumed
+    from leanmoe.predict.experts.curve_sources import find_curves
+    from leanmoe.predict.hardware.gpus import read_gpu
+    from leanmoe.predict.inputs import find_plan
+    from leanmoe.predict.prediction import default_kernel
+    from leanmoe.predict.prediction import predict as predicted
+    from leanmoe.predict.step.deployment import find_deployment
+    from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
+    from leanmoe.predict.traffic.sweep import Limits
 
     found = find_model(model)
     machine = read_gpu(gpu)
@@ -124,14 +122,14 @@ def predict(
         raise LeanMoeError("--request-rate goes with neither --concurrency nor --sweep")
     counts = None if gpus is None else parse_counts("--gpus", gpus)
     if sweep:
-        from leanmoe.predict.sweep_run import sweep_results
+        from leanmoe.predict.traffic.sweep_results import sweep_results
 
         results = sweep_results(
             found,
             {} if chosen is None else {"plan": chosen},
             machine,
             list(counts or [8]),
-            Load(*lengths, concurrency=1),
+            ServiceLoadModel(*lengths, concurrency=1),
             list(parse_counts("--concurrency", concurrency or SWEPT)),
             own,
             kernel or default_kernel(found),
@@ -164,7 +162,7 @@ def predict(
             found,
             chosen,
             place,
-            Load(*lengths, size, request_rate),
+            ServiceLoadModel(*lengths, size, request_rate),
             kernel,
             None,
             curves,

@@ -1,7 +1,7 @@
-"""What fewer experts would gain on hardware one does not have. Needs no torch.
+"""What fewer experts would gain on hardware one does not have. Needs no torch without budgets.
 
-`hardware` GPUs and links; `model` what a step of a model computes; `routing` and `activation` how
-many experts wake; `work`, `constants`, `fit`, `tables` the time of a MoE layer, from measurements;
-`deployment` and `step` the time of a whole step; `load` and `serve` throughput and latency, and
-`simulate` the same event by event; `sweep` deployments compared; `predict` puts them together.
+`hardware`: GPUs, and what they tell each other. `kernels`: how long a MoE layer's experts take.
+`experts`: how many experts a step activates. `step`: how long a whole forward step takes.
+`traffic`: throughput and latency of a service, and deployments compared. `prediction` puts them
+together for one deployment.
 """

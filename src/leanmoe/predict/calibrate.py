@@ -23,11 +23,13 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.parsing import parse_counts
 from leanmoe.core.progress import bar
 from leanmoe.core.provenance import collect
-from leanmoe.predict.constants import Constants, KernelConstants, Rates, shipped, write_constants
-from leanmoe.predict.fit import Form, Reading, accuracy, errors_of, fit
-from leanmoe.predict.hardware import Gpu
-from leanmoe.predict.kernel_features import ExpertsShape, Rows
-from leanmoe.predict.tile_heuristics import ANY, stages
+from leanmoe.predict.constants import Constants, shipped, write_constants
+from leanmoe.predict.hardware.gpus import Gpu
+from leanmoe.predict.hardware.rates import Rates
+from leanmoe.predict.kernels.features import ExpertsShape, Rows
+from leanmoe.predict.kernels.fit import Form, Reading, accuracy, errors_of, fit
+from leanmoe.predict.kernels.kernel_constants import KernelConstants
+from leanmoe.predict.kernels.tile_heuristics import ANY, stages
 
 if TYPE_CHECKING:
     from torch import Tensor

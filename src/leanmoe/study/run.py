@@ -8,7 +8,7 @@ from typing import Any
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, write_json
 from leanmoe.core.provenance import collect
-from leanmoe.predict.expert_curves import ranks_touched
+from leanmoe.predict.experts.spread import ranks_touched
 from leanmoe.study import paper
 from leanmoe.study.simulated import analysis, banded, u_shapes, v2_lite
 from leanmoe.study.table_9 import WITHIN, table_9, what_moves

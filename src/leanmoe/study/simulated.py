@@ -11,14 +11,15 @@ from typing import Any
 from leanmoe.models.catalog import published_model
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Band, Plan, Rule
-from leanmoe.predict.active_experts import Activation, assumed_curves
 from leanmoe.predict.constants import Constants, shipped
-from leanmoe.predict.deployment import Deployment
-from leanmoe.predict.expert_curves import Assumed
-from leanmoe.predict.hardware import GPUS
-from leanmoe.predict.load import read_lengths
-from leanmoe.predict.predict import default_kernel
-from leanmoe.predict.step import Batch, StepTime
+from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.experts.assumed import Assumed
+from leanmoe.predict.experts.curve_sources import assumed_curves
+from leanmoe.predict.hardware.gpus import GPUS
+from leanmoe.predict.prediction import default_kernel
+from leanmoe.predict.step.deployment import Deployment
+from leanmoe.predict.step.step_time import StepBatch, StepTime
+from leanmoe.predict.traffic.service_load import read_lengths
 from leanmoe.study import paper
 from leanmoe.study.table_9 import STUDY_LENGTH, plan_of, throughputs, with_overhead
 
@@ -133,7 +134,7 @@ def u_shape(name: str, place: Deployment, constants: Constants | None = None) ->
     context = read_lengths(STUDY_LENGTH, "length").mean * 1.5
     rows = []
     for tokens in LOADS:
-        batch = Batch(tokens, context)
+        batch = StepBatch(tokens, context)
         one, other = step.parts(batch, full), step.parts(batch, fewer)
         rows.append(
             {

@@ -15,15 +15,16 @@ from leanmoe.models.catalog import published_model
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.models.step_model import Model
 from leanmoe.plan import Plan, Rule
-from leanmoe.predict.active_experts import Activation, CurveOf, assumed_curves
 from leanmoe.predict.constants import Constants, shipped
-from leanmoe.predict.deployment import Deployment
-from leanmoe.predict.expert_curves import Assumed
-from leanmoe.predict.hardware import GPUS
-from leanmoe.predict.load import Lengths, Load, read_lengths
-from leanmoe.predict.predict import default_kernel
-from leanmoe.predict.serve import closed_loop
-from leanmoe.predict.step import StepTime
+from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.experts.assumed import Assumed
+from leanmoe.predict.experts.curve_sources import CurveOf, assumed_curves
+from leanmoe.predict.hardware.gpus import GPUS
+from leanmoe.predict.prediction import default_kernel
+from leanmoe.predict.step.deployment import Deployment
+from leanmoe.predict.step.step_time import StepTime
+from leanmoe.predict.traffic.closed_loop import closed_loop
+from leanmoe.predict.traffic.service_load import LengthDistribution, ServiceLoadModel, read_lengths
 from leanmoe.study import paper
 
 STUDY_LENGTH = "1024"
@@ -41,12 +42,16 @@ def plan_of(model: Model, rule: Rule) -> Plan:
 
 
 def throughputs(
-    step: StepTime, plan: Plan | None, curves: CurveOf, lengths: Lengths, loads: Sequence[int]
+    step: StepTime,
+    plan: Plan | None,
+    curves: CurveOf,
+    lengths: LengthDistribution,
+    loads: Sequence[int],
 ) -> list[float]:
     """Tokens a second of a closed loop at each load."""
     activation = Activation(step.model, plan, curves)
     return [
-        closed_loop(step, activation, Load(lengths, lengths, load)).output_throughput
+        closed_loop(step, activation, ServiceLoadModel(lengths, lengths, load)).output_throughput
         for load in loads
     ]
 
@@ -156,7 +161,7 @@ def _table_9_row(load: int, ours: Mapping[int, float]) -> dict[str, Any]:
 
 
 def _kept_experts(
-    model: Model, step: StepTime, curves: CurveOf, lengths: Lengths, loads: Sequence[int]
+    model: Model, step: StepTime, curves: CurveOf, lengths: LengthDistribution, loads: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Throughput with fewer experts in total, in the paper's shares of 64."""
     found = []

@@ -12,24 +12,33 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from leanmoe.predict.hardware import Gpu
+from leanmoe.predict.hardware.gpus import Gpu
 
 MICROSECOND = 1e-6
+
+
 NEARLY = 0.999
 """Share of a step's slots below which some are another GPU's."""
+
+
 TESTED_MULTIPLE, TESTED_EXPERTS = 128, 8
 """Widths, and experts on a GPU, that the stated accuracy is of."""
 
 
 @dataclass(frozen=True, order=True)
-class Tile:
+class PredictedTile:
     """What one block of a kernel computes: so many rows of one expert by so many columns."""
 
     rows: int
     columns: int
 
 
-TILES = (Tile(16, 64), Tile(32, 64), Tile(64, 128), Tile(128, 128))
+TILES = (
+    PredictedTile(16, 64),
+    PredictedTile(32, 64),
+    PredictedTile(64, 128),
+    PredictedTile(128, 128),
+)
 """That a kernel is taken to choose from where nothing says which it takes."""
 
 
@@ -163,7 +172,7 @@ apart in memory."""
 
 
 def features(
-    shape: ExpertsShape, rows: Rows, gpu: Gpu, tile: Tile, least_waves: int = 1
+    shape: ExpertsShape, rows: Rows, gpu: Gpu, tile: PredictedTile, least_waves: int = 1
 ) -> NDArray[np.float64]:
     """The values of `FEATURES` for tiles of that size: microseconds, or counts.
 

@@ -14,20 +14,26 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.predict.active_experts import Activation
-from leanmoe.predict.load import Load
-from leanmoe.predict.step import Batch, StepTime
+from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.step.step_time import StepBatch, StepTime
+from leanmoe.predict.traffic.service_load import ServiceLoadModel
 
 GRAIN = 64
 """Contexts and parts of prompts are rounded to so many tokens, so that step times can be reused."""
+
+
 ROUNDS = 4
 """Requests of a run, in multiples of those at once, a first round left out of the metrics."""
+
+
 FEWEST, MOST = 64, 4096
+
+
 MOST_STEPS = 400_000
 
 
 @dataclass
-class Request:
+class SimulatedRequest:
     """One request on its way. Seconds since the start."""
 
     arrival: float
@@ -72,12 +78,12 @@ class _Engine:
     room: float
     """Bytes of cache left."""
     clock: float = 0.0
-    waiting: deque[Request] = field(default_factory=deque)
-    reading: list[Request] = field(default_factory=list)
-    decoding: list[Request] = field(default_factory=list)
+    waiting: deque[SimulatedRequest] = field(default_factory=deque)
+    reading: list[SimulatedRequest] = field(default_factory=list)
+    decoding: list[SimulatedRequest] = field(default_factory=list)
     times: dict[tuple[int, int, int, int, int], float] = field(default_factory=dict)
 
-    def bytes_of(self, request: Request) -> float:
+    def bytes_of(self, request: SimulatedRequest) -> float:
         """Cache of a request at its full length, on the GPUs of its copy of attention."""
         here = self.step.deployment
         return (
@@ -93,10 +99,10 @@ class _Engine:
             self.room -= self.bytes_of(request)
             self.reading.append(request)
 
-    def advance(self) -> list[Request]:
+    def advance(self) -> list[SimulatedRequest]:
         """Runs one step; returns the requests that it finished."""
         left = self.step_tokens - len(self.decoding)
-        parts: list[tuple[Request, int]] = []
+        parts: list[tuple[SimulatedRequest, int]] = []
         for request in self.reading:
             if left <= 0:
                 break
@@ -117,7 +123,7 @@ class _Engine:
             self.room += self.bytes_of(request)
         return done
 
-    def _token(self, request: Request) -> bool:
+    def _token(self, request: SimulatedRequest) -> bool:
         request.made += 1
         if request.made == 1:
             request.first = self.clock
@@ -125,7 +131,7 @@ class _Engine:
             request.end = self.clock
         return request.made >= request.outputs
 
-    def _seconds(self, parts: list[tuple[Request, int]]) -> float:
+    def _seconds(self, parts: list[tuple[SimulatedRequest, int]]) -> float:
         count = len(self.decoding)
         context = sum(r.inputs + r.made for r in self.decoding) / count if count else 0.0
         prompt = sum(part for _, part in parts)
@@ -133,7 +139,7 @@ class _Engine:
         ending = sum(r.read + part == r.inputs for r, part in parts)
         key = (count, round(context / GRAIN), -(-prompt // GRAIN), round(before / GRAIN), ending)
         if key not in self.times:
-            batch = Batch(
+            batch = StepBatch(
                 count, key[1] * GRAIN, min(prompt, key[2] * GRAIN), key[3] * GRAIN, ending
             )
             self.times[key] = self.step.parts(batch, self.activation).total
@@ -143,7 +149,7 @@ class _Engine:
 def simulate(
     step: StepTime,
     activation: Activation,
-    load: Load,
+    load: ServiceLoadModel,
     experts: float | None = None,
     requests: int | None = None,
     seed: int = 0,
@@ -162,7 +168,7 @@ def simulate(
     if load.rate is not None:
         arrivals = np.cumsum(draw.exponential(1 / load.rate, size=count))
     every = [
-        Request(float(arrival), int(i), int(o))
+        SimulatedRequest(float(arrival), int(i), int(o))
         for arrival, i, o in zip(arrivals, inputs, outputs, strict=True)
     ]
     memory = step.deployment.memory(step.model, experts)
@@ -176,9 +182,9 @@ def simulate(
     return _run(engine, every, load)
 
 
-def _run(engine: _Engine, every: list[Request], load: Load) -> Simulated:
+def _run(engine: _Engine, every: list[SimulatedRequest], load: ServiceLoadModel) -> Simulated:
     coming = deque(every)
-    done: list[Request] = []
+    done: list[SimulatedRequest] = []
     steps, sequences, left = 0, 0, 0
     while len(done) < len(every):
         active = len(engine.waiting) + len(engine.reading) + len(engine.decoding)
@@ -204,13 +210,17 @@ def _run(engine: _Engine, every: list[Request], load: Load) -> Simulated:
     return _metrics(done, steps, sequences, left, load)
 
 
-def _has_arrived(request: Request, clock: float, active: int, load: Load) -> bool:
+def _has_arrived(
+    request: SimulatedRequest, clock: float, active: int, load: ServiceLoadModel
+) -> bool:
     if load.concurrency is not None:
         return active < load.concurrency
     return request.arrival <= clock
 
 
-def _metrics(done: list[Request], steps: int, sequences: int, left: int, load: Load) -> Simulated:
+def _metrics(
+    done: list[SimulatedRequest], steps: int, sequences: int, left: int, load: ServiceLoadModel
+) -> Simulated:
     """Over the requests after the first round, while as many as the load says are under way."""
     first = min(load.concurrency or len(done) // ROUNDS, len(done) // 2)
     ordered = sorted(done, key=lambda r: r.end)
@@ -231,7 +241,7 @@ def _metrics(done: list[Request], steps: int, sequences: int, left: int, load: L
     )
 
 
-def _tokens_between(request: Request, low: float, high: float) -> float:
+def _tokens_between(request: SimulatedRequest, low: float, high: float) -> float:
     """Output tokens of a request that fell between two moments, at its own mean pace."""
     if request.end <= request.first:
         return float(request.outputs) if low < request.end <= high else 0.0

@@ -12,10 +12,8 @@ groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,67 +21,19 @@ from numpy.typing import NDArray
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Rule
-from leanmoe.predict.sampled_steps import (
-    ALONE,
+from leanmoe.predict.experts.curves import Curve, from_points
+from leanmoe.predict.experts.sampled_steps import (
     DRAWN_TOKENS,
-    BatchScope,
     Choices,
     Drawn,
     Steps,
     decided,
     drawn_at,
 )
+from leanmoe.predict.experts.spread import ALONE, RankLayout
 
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 """Tokens of a step that curves are computed at; between them they are interpolated."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Distinct experts and slots a token over the tokens of a step."""
-
-    tokens: tuple[float, ...]
-    distinct: tuple[float, ...]
-    slots: tuple[float, ...]
-    origin: str
-    """Measured (replayed traces) or how it was modelled."""
-    experts: int
-    columns: float = 0.0
-    """Slots of a token in an engine's tensors, used or skipped; 0 for as many as are used."""
-    is_shared: bool = False
-    """Whether tokens of a step share experts (`Rule.is_batch_aware`)."""
-    most_loaded: tuple[float, ...] = ()
-    """Distinct experts of the most loaded GPU, where experts are spread and this was counted."""
-    is_told: bool = False
-    """Whether data-parallel ranks tell each other what their tokens choose."""
-
-    def at(self, tokens: float) -> tuple[float, float]:
-        """Distinct experts and mean slots a token in a step of so many tokens.
-
-        Interpolated over the logarithm of tokens. Beyond the last point the rest of the experts
-        wakes as independent tokens would wake it.
-        """
-        place = math.log(max(tokens, 1.0))
-        grid = np.log(self.tokens)
-        slots = float(np.interp(place, grid, self.slots))
-        if tokens > self.tokens[-1]:
-            share = self.distinct[-1] / self.experts
-            active = self.experts * (1 - (1 - min(share, 1.0)) ** (tokens / self.tokens[-1]))
-            return float(active), slots
-        distinct = float(np.interp(place, grid, self.distinct))
-        return min(distinct, slots * max(tokens, 1.0)), slots
-
-    def most_loaded_at(self, tokens: float) -> float | None:
-        """Distinct experts of the most loaded GPU; None where that was not counted.
-
-        Beyond the last point it grows with the distinct experts of all GPUs.
-        """
-        if not self.most_loaded:
-            return None
-        distinct, _ = self.at(tokens)
-        shares = np.array(self.most_loaded) / np.maximum(self.distinct, 1e-9)
-        place = math.log(max(tokens, 1.0))
-        return distinct * float(np.interp(place, np.log(self.tokens), shares))
 
 
 @dataclass(frozen=True)
@@ -131,7 +81,7 @@ def assumed_curve(
     assumed: Assumed,
     groups: int = 1,
     groups_used: int = 1,
-    scope: BatchScope = ALONE,
+    scope: RankLayout = ALONE,
 ) -> Curve:
     """What a rule activates where tokens choose as assumed; all but thresholds, which need traces.
 
@@ -184,7 +134,7 @@ class _Pool:
 
 
 def _unlimited(
-    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: BatchScope
+    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: RankLayout
 ) -> tuple[float, float, float]:
     """A curve's point without a budget, for so many tokens of a company."""
     first = min(rule.guaranteed, slots) if rule.guaranteed is not None else slots
@@ -200,7 +150,7 @@ def _unlimited(
 
 
 def _drawn(
-    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: BatchScope
+    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: RankLayout
 ) -> tuple[float, Drawn]:
     """A curve's point under a budget, for so many tokens of a company."""
     tokens, rule = count * scope.companies, rule.on(scope.ranks)
@@ -211,7 +161,7 @@ def _drawn(
 
 @cache
 def _decided(
-    pool: _Pool, slots: int, rule: Rule, tokens: int, assumed: Assumed, scope: BatchScope
+    pool: _Pool, slots: int, rule: Rule, tokens: int, assumed: Assumed, scope: RankLayout
 ) -> Steps:
     """Drawn once for all numbers of ranks that decide alike."""
     popularity_E = inclusion(pool.experts, slots, assumed.skew)
@@ -277,79 +227,3 @@ def grouped_distinct(
         chosen_BK = np.argpartition(-score_BE, top_k - 1, axis=1)[:, :top_k]
         total += len(np.unique(chosen_BK))
     return total / steps
-
-
-@dataclass(frozen=True)
-class Share:
-    """What the most loaded of the GPUs that share the experts has to do."""
-
-    rows: float
-    distinct: float
-
-
-def busiest(
-    distinct: float, rows: float, experts: int, ranks: int, counted: float | None = None
-) -> Share:
-    """Rows and distinct experts of the most loaded of `ranks` GPUs with `experts` / `ranks` each.
-
-    Experts lie at random, so loads of ranks are near normal: of N normals the largest is, on
-    average, the quantile (N - 3/8) / (N + 1/4) (Blom). Which experts are awake is drawn without
-    replacement, rows fall on ranks independently. `counted` are the distinct experts of the most
-    loaded GPU where they are known.
-    """
-    if ranks == 1 or distinct <= 0:
-        return Share(rows, distinct)
-    here = experts / ranks
-    share = min(distinct / experts, 1.0)
-    above = _largest_of(ranks)
-    spread = math.sqrt(max(here * share * (1 - share) * (experts - here) / max(experts - 1, 1), 0))
-    most = min(here, distinct, max(distinct / ranks + above * spread, 1.0))
-    most = most if counted is None else min(here, counted)
-    load = rows / ranks + above * math.sqrt(rows / ranks * (1 - 1 / ranks))
-    return Share(min(rows, max(load, most)), most)
-
-
-@cache
-def _largest_of(count: int) -> float:
-    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
-
-
-def ranks_touched(experts: int, slots: float, ranks: int, groups: int, groups_used: int) -> float:
-    """Mean GPUs that a token's experts lie on: each one's activations travel there once.
-
-    Independent choice without replacement: N(1 - C(E - E/N, k)/C(E, k)); with limited groups, over
-    the ranks of the groups used (groups lie on whole ranks, as DeepSeek-V3 places them).
-    """
-    if ranks == 1:
-        return 1.0
-    share = groups_used / groups if groups_used < groups else 1.0
-    pool, reachable = experts * share, max(1.0, ranks * share)
-    here = pool / reachable
-    missed = 1.0
-    for taken in range(math.floor(slots)):
-        missed *= max(0.0, (pool - here - taken) / (pool - taken))
-    rest = slots - math.floor(slots)
-    if rest:
-        missed *= 1 - rest * here / max(pool - math.floor(slots), here)
-    return reachable * (1 - missed)
-
-
-def from_points(
-    points: Sequence[tuple[float, float, float]],
-    experts: int,
-    origin: str,
-    columns: float = 0.0,
-    is_shared: bool = False,
-    most_loaded: Sequence[float] = (),
-    is_told: bool = False,
-) -> Curve:
-    """A curve from (tokens, distinct, slots), as replayed traces give them.
-
-    `most_loaded` are the distinct experts of the most loaded GPU at each of these points.
-    """
-    if not points:
-        raise LeanMoeError("a curve of distinct experts needs at least one point")
-    tokens, distinct, slots = zip(*sorted(points), strict=True)
-    most = tuple(value for _, value in sorted(zip(points, most_loaded, strict=bool(most_loaded))))
-    columns_of = (origin, experts, columns, is_shared, most, is_told)
-    return Curve(tuple(tokens), tuple(distinct), tuple(slots), *columns_of)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.step_model import Model, require_divides
-from leanmoe.predict.hardware import Gpu
-from leanmoe.predict.sampled_steps import BatchScope
+from leanmoe.predict.experts.spread import RankLayout
+from leanmoe.predict.hardware.gpus import Gpu
+
+if TYPE_CHECKING:
+    pass
+
 
 USABLE = 0.92
 """Share of a GPU's memory for weights, activations and cache, as engines set it by default."""
+
+
 RESERVED = 3e9
 """Bytes for activations, graphs, communication buffers and the runtime."""
+
+
 MOST_GPUS = 16384
 
 
@@ -49,9 +58,9 @@ class Deployment:
         """Whether tokens travel to their experts: attention is copied, experts are spread."""
         return self.data > 1 and self.expert > 1
 
-    def scope(self, cross_rank: bool = False) -> BatchScope:
+    def scope(self, cross_rank: bool = False) -> RankLayout:
         """Where experts are, and whose tokens share them."""
-        return BatchScope(self.expert, self.data, cross_rank)
+        return RankLayout(self.expert, self.data, cross_rank)
 
     def __str__(self) -> str:
         parts = [f"TP{self.tensor}"]
@@ -124,3 +133,55 @@ class Memory:
         """Sequences with `context` tokens that fit at once, over all copies."""
         each = model.cached_bytes(context, deployment.tensor) / deployment.pipeline
         return int(self.cache // each) * self.copies if each else 1 << 30
+
+
+MOST_CHOSEN = 64
+"""GPUs that are tried before a user has to say how many."""
+
+
+def find_deployment(
+    model: Model,
+    gpu: Gpu,
+    gpus: int | None,
+    tensor: int | None,
+    expert: int,
+    data: int,
+    pipeline: int,
+) -> Deployment:
+    """What the user asked for; with nothing said, the fewest GPUs (a power of 2) that hold it."""
+    if tensor is None and gpus is None and data == pipeline == 1:
+        return _fewest(model, gpu, expert)
+    if tensor is None:
+        shared = data * pipeline
+        if gpus is not None and gpus % shared:
+            raise LeanMoeError(
+                f"--gpus {gpus} is no multiple of --data-parallel-size x "
+                f"--pipeline-parallel-size, {shared}"
+            )
+        tensor = max(1, (gpus or shared) // shared)
+    here = Deployment(gpu, tensor, expert, data, pipeline)
+    if gpus is not None and here.gpus != gpus:
+        raise LeanMoeError(
+            f"--tensor-parallel-size {tensor} x --data-parallel-size {data} x "
+            f"--pipeline-parallel-size {pipeline} are {here.gpus} GPUs, --gpus says {gpus}"
+        )
+    here.check(model)
+    here.memory(model)
+    return here
+
+
+def _fewest(model: Model, gpu: Gpu, expert: int) -> Deployment:
+    last: LeanMoeError | None = None
+    count = max(1, expert)
+    while count <= MOST_CHOSEN:
+        tensor = min(count, gpu.per_node)
+        here = Deployment(gpu, tensor, expert, count // tensor)
+        try:
+            here.check(model)
+            here.memory(model)
+        except LeanMoeError as error:
+            last = error
+            count *= 2
+            continue
+        return here
+    raise last or LeanMoeError(f"--expert-parallel-size {expert}: say how the model lies on GPUs")

@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.predict.active_experts import Activation
-from leanmoe.predict.load import Load
-from leanmoe.predict.step import Batch, Parts, StepTime
+from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.step.step_time import Parts, StepBatch, StepTime
+from leanmoe.predict.traffic.service_load import ServiceLoadModel
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Served:
 
 
 def closed_loop(
-    step: StepTime, activation: Activation, load: Load, experts: float | None = None
+    step: StepTime, activation: Activation, load: ServiceLoadModel, experts: float | None = None
 ) -> Served:
     """Mean throughput, TTFT and TPOT of `load.concurrency` requests at once.
 
@@ -56,11 +56,13 @@ def closed_loop(
             f"{memory.cache / 1e9:.1f} GB are left"
         )
     running = min(load.concurrency, room)
-    plain = step.parts(Batch(running, context), activation)
+    plain = step.parts(StepBatch(running, context), activation)
     part = min(inputs, max(load.step_tokens - running, 16.0))
     parts_each = inputs / part
     before = (inputs - part) / 2
-    mixed = step.parts(Batch(running, context, part, before, 1 / math.ceil(parts_each)), activation)
+    mixed = step.parts(
+        StepBatch(running, context, part, before, 1 / math.ceil(parts_each)), activation
+    )
     mixed_steps = running * parts_each
     if mixed_steps <= outputs:
         round_seconds = outputs * plain.total + mixed_steps * (mixed.total - plain.total)

@@ -8,27 +8,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.step_model import Model
 from leanmoe.plan import Plan
-from leanmoe.predict.active_experts import Activation, CurvesOf
 from leanmoe.predict.constants import Constants
-from leanmoe.predict.deployment import Deployment
-from leanmoe.predict.hardware import Gpu
-from leanmoe.predict.load import Load
-from leanmoe.predict.predict import remaining
-from leanmoe.predict.serve import closed_loop
-from leanmoe.predict.step import StepTime
+from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.experts.curve_sources import CurvesOf
+from leanmoe.predict.hardware.gpus import Gpu
+from leanmoe.predict.prediction import remaining
+from leanmoe.predict.step.deployment import Deployment
+from leanmoe.predict.step.step_time import StepTime
+from leanmoe.predict.traffic.closed_loop import closed_loop
+from leanmoe.predict.traffic.service_load import ServiceLoadModel
+
+if TYPE_CHECKING:
+    pass
+
 
 SECONDS_AN_HOUR = 3600.0
+
+
 LEAST_WIDTH = 64
 """Of an expert on one GPU: narrower ones are measured nowhere and wasteful."""
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One configuration. Seconds, and tokens a second."""
 
     plan: str
@@ -116,13 +123,13 @@ def sweep(
     model: Model,
     plans: Mapping[str, Plan | None],
     places: Sequence[Deployment],
-    loads: Sequence[Load],
+    loads: Sequence[ServiceLoadModel],
     constants: Constants,
     kernel: str,
     curves_of: CurvesOf,
     advance: Callable[[int], None] = lambda _done: None,
     cross_rank: bool = False,
-) -> list[Point]:
+) -> list[SweepPoint]:
     """Every plan on every deployment at every concurrency; what does not fit is left out."""
     companies = {here.scope(cross_rank) for here in places}
     curves = {scope: curves_of(scope) for scope in companies}
@@ -146,7 +153,7 @@ def sweep(
                 if served.running < (load.concurrency or 0):
                     continue  # the same as a lower concurrency, with a queue before it
                 found.append(
-                    Point(
+                    SweepPoint(
                         name,
                         here.gpus,
                         here.tensor,
@@ -162,7 +169,7 @@ def sweep(
     return found
 
 
-def front(points: Iterable[Point]) -> list[Point]:
+def front(points: Iterable[SweepPoint]) -> list[SweepPoint]:
     """The points that no other beats in both tokens a user and a GPU, by rising tokens a user."""
     best = -math.inf
     kept = []
@@ -174,24 +181,41 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 
 def within(
-    points: Iterable[Point], tpot: float | None = None, ttft: float | None = None
-) -> list[Point]:
+    points: Iterable[SweepPoint], tpot: float | None = None, ttft: float | None = None
+) -> list[SweepPoint]:
     """The points that meet both limits, in seconds."""
     return [
         p for p in points if (tpot is None or p.tpot <= tpot) and (ttft is None or p.ttft <= ttft)
     ]
 
 
-def cheapest(points: Iterable[Point]) -> Point | None:
+def cheapest(points: Iterable[SweepPoint]) -> SweepPoint | None:
     """The point with the most tokens a GPU."""
     return max(points, key=lambda p: p.per_gpu, default=None)
 
 
-def gpus_for(point: Point, throughput: float) -> int:
+def gpus_for(point: SweepPoint, throughput: float) -> int:
     """GPUs that serve `throughput` tokens a second in as many copies of the point as that takes."""
     return math.ceil(throughput / point.output_throughput) * point.gpus
 
 
-def at_concurrency(load: Load, sizes: Sequence[int]) -> list[Load]:
+def at_concurrency(load: ServiceLoadModel, sizes: Sequence[int]) -> list[ServiceLoadModel]:
     """The load at each of these concurrencies."""
     return [replace(load, concurrency=size, rate=None) for size in sizes]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a deployment must keep to, and what a GPU costs."""
+
+    tpot_ms: float | None = None
+    ttft_ms: float | None = None
+    price: float | None = None
+    """Of a GPU and hour."""
+
+    def check(self) -> None:
+        """Raises LeanMoeError for a value that is not above 0."""
+        flags = {"--tpot": self.tpot_ms, "--ttft": self.ttft_ms, "--price": self.price}
+        for flag, value in flags.items():
+            if value is not None and not value > 0:
+                raise LeanMoeError(f"{flag} is {value:g}: it must be above 0")

@@ -10,13 +10,13 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.models.step_model import Model
 from leanmoe.plan import Plan
-from leanmoe.predict.active_experts import CurvesOf
 from leanmoe.predict.constants import Constants
-from leanmoe.predict.hardware import Gpu
-from leanmoe.predict.inputs import Limits
-from leanmoe.predict.load import Load
-from leanmoe.predict.sweep import (
-    Point,
+from leanmoe.predict.experts.curve_sources import CurvesOf
+from leanmoe.predict.hardware.gpus import Gpu
+from leanmoe.predict.traffic.service_load import ServiceLoadModel
+from leanmoe.predict.traffic.sweep import (
+    Limits,
+    SweepPoint,
     at_concurrency,
     cheapest,
     deployments,
@@ -34,7 +34,7 @@ def sweep_results(
     plans: dict[str, Plan],
     gpu: Gpu,
     gpus: Sequence[int],
-    load: Load,
+    load: ServiceLoadModel,
     concurrencies: Sequence[int],
     constants: Constants,
     kernel: str,
@@ -78,7 +78,7 @@ def sweep_results(
     }
 
 
-def _cheapest(by_plan: dict[str, list[Point]], limits: Limits) -> list[dict[str, Any]]:
+def _cheapest(by_plan: dict[str, list[SweepPoint]], limits: Limits) -> list[dict[str, Any]]:
     """For each plan the deployment that is fast enough with the fewest GPUs a token."""
     tpot = None if limits.tpot_ms is None else limits.tpot_ms / 1e3
     ttft = None if limits.ttft_ms is None else limits.ttft_ms / 1e3

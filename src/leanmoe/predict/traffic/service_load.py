@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from leanmoe.core.errors import LeanMoeError
 
 LONGEST = 1_048_576
+
+
 STEP_TOKENS = 8192
 """Tokens of a step at most: all that decodes, and parts of prompts (vLLM's default on servers)."""
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthDistribution:
     """How many tokens: always the same, evenly within a range, log-normal, or as counted."""
 
     text: str
@@ -43,7 +45,7 @@ class Lengths:
 QUANTILES = 64
 
 
-def read_lengths(text: str, flag: str) -> Lengths:
+def read_lengths(text: str, flag: str) -> LengthDistribution:
     """Lengths from "1024", "512:2048" (even), "1024~0.8" (median, sigma) or a file, one a line."""
     path = Path(text)
     if path.suffix in (".txt", ".csv") or path.is_file():
@@ -68,7 +70,7 @@ def read_lengths(text: str, flag: str) -> Lengths:
     return _checked(text, whole, flag)
 
 
-def _from_file(path: Path, flag: str) -> Lengths:
+def _from_file(path: Path, flag: str) -> LengthDistribution:
     try:
         lines = path.read_text(encoding="utf-8").split()
         return _checked(str(path), tuple(int(line) for line in lines), flag)
@@ -78,11 +80,11 @@ def _from_file(path: Path, flag: str) -> Lengths:
         raise LeanMoeError(f"{flag}: {path} holds something that is no length: {error}") from error
 
 
-def _checked(text: str, values: tuple[int, ...], flag: str) -> Lengths:
+def _checked(text: str, values: tuple[int, ...], flag: str) -> LengthDistribution:
     if not values or min(values) < 1 or max(values) > LONGEST:
         found = "empty" if not values else f"{min(values)} to {max(values)}"
         raise LeanMoeError(f"{flag} is {text!r} ({found}): lengths must be 1 to {LONGEST}")
-    return Lengths(text, values)
+    return LengthDistribution(text, values)
 
 
 def _normal_quantiles() -> list[float]:
@@ -92,11 +94,11 @@ def _normal_quantiles() -> list[float]:
 
 
 @dataclass(frozen=True)
-class Load:
+class ServiceLoadModel:
     """A closed loop of `concurrency` requests, or Poisson arrivals of `rate` a second."""
 
-    inputs: Lengths
-    outputs: Lengths
+    inputs: LengthDistribution
+    outputs: LengthDistribution
     concurrency: int | None = None
     rate: float | None = None
     step_tokens: int = STEP_TOKENS

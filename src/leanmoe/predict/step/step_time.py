@@ -11,25 +11,26 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
 from leanmoe.models.step_model import Attention, Model
-from leanmoe.predict.active_experts import Activation, Active
-from leanmoe.predict.collectives import (
+from leanmoe.predict.constants import Constants
+from leanmoe.predict.experts.active_experts import Activation, Active
+from leanmoe.predict.experts.spread import busiest, ranks_touched
+from leanmoe.predict.hardware.collectives import (
     exchange_seconds,
     gather_seconds,
     library_reduce_seconds,
     reduce_seconds,
 )
-from leanmoe.predict.constants import Constants, KernelConstants
-from leanmoe.predict.deployment import Deployment
-from leanmoe.predict.expert_curves import busiest, ranks_touched
-from leanmoe.predict.hardware import Gpu
-from leanmoe.predict.interpolation import Ratios
-from leanmoe.predict.kernel_features import ExpertsShape, Rows
-from leanmoe.predict.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
-from leanmoe.predict.tables import ACTIVATION_BYTES, PADDED_TO, VERSION, Measured, measured_curve
-from leanmoe.predict.tile_heuristics import GATHERED
+from leanmoe.predict.hardware.gpus import Gpu
+from leanmoe.predict.kernels.features import Rows
+from leanmoe.predict.kernels.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
+from leanmoe.predict.kernels.tile_heuristics import GATHERED
+from leanmoe.predict.step.deployment import Deployment
+from leanmoe.predict.step.experts_time import ExpertsTime
 
 REPLICATED_BYTES = 2.0
 """Of an activation that is passed on: bf16."""
+
+
 BALLOT_BYTES = 3 * 8
 """Of an expert: what ranks add up where their tokens share experts, three int64."""
 
@@ -63,7 +64,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Batch:
+class StepBatch:
     """What a step computes: sequences that decode, and tokens of prompts."""
 
     decoding: float
@@ -80,65 +81,6 @@ class Batch:
     def tokens(self) -> float:
         """All of them."""
         return self.decoding + self.prompt
-
-
-class ExpertsTime:
-    """The time of one layer's experts: constants, held to measured rows of the same layer."""
-
-    def __init__(self, model: Model, deployment: Deployment, kernel: KernelConstants) -> None:
-        shape, self._gpu = model.shape, deployment.gpu
-        self._kernel = kernel
-        self.shape = ExpertsShape(
-            shape.hidden,
-            shape.expert_width / deployment.expert_tensor,
-            shape.experts // deployment.expert,
-            model.matrices,
-            shape.storage.expert_bytes,
-            ACTIVATION_BYTES.get(kernel.dtype, 2.0),
-            PADDED_TO.get(kernel.dtype, 1),
-        )
-        key = (
-            shape.hidden,
-            shape.expert_width,
-            shape.experts,
-            shape.top_k,
-            deployment.expert_tensor,
-            deployment.expert,
-        )
-        # The tables' rows see all tokens of a step on each GPU, as without an exchange.
-        measured = (
-            []
-            if deployment.exchanges and kernel.kernel not in GATHERED
-            else measured_curve(self._gpu.name, kernel.kernel, kernel.dtype, key)
-        )
-        self._held = Ratios.of((m.tokens, self._ratio(m)) for m in measured)
-        self.is_held = bool(measured)
-        self.origin = "modelled"
-        if measured:
-            self.origin = (
-                f"interpolated: {len(measured)} measured rows of this layer "
-                f"(aiconfigurator-core {VERSION})"
-            )
-        if model.is_as_if:
-            self.origin += f", {shape.storage.name} weights read, computed as if by bf16's kernel"
-        elif kernel.dtype in ACTIVATION_BYTES and self._gpu.flops_fp8 <= self._gpu.flops:
-            self.origin += f", as if {self._gpu.name} computed fp8 at its bf16 rate"
-
-    def _ratio(self, row: Measured) -> float:
-        rows = row.rows(self._kernel.kernel)
-        modelled = self._kernel.seconds(row.shape(self._kernel.dtype), rows, self._gpu)
-        return row.seconds / modelled if modelled > 0 else 1.0
-
-    def on(self, gpu: Gpu) -> ExpertsTime:
-        """The same with another GPU's rates."""
-        other = copy(self)
-        other._gpu = gpu
-        return other
-
-    def seconds(self, rows: Rows) -> float:
-        """Of one layer on one GPU."""
-        found = self._kernel.seconds(self.shape, rows, self._gpu)
-        return found * self._held.at(max(rows.tokens, 1.0))
 
 
 class StepTime:
@@ -187,7 +129,7 @@ class StepTime:
         """What the experts' time stands on."""
         return self._experts.origin
 
-    def parts(self, batch: Batch, activation: Activation) -> Parts:
+    def parts(self, batch: StepBatch, activation: Activation) -> Parts:
         """Seconds of a step by part. With pipeline stages, of one part of the batch through all.
 
         Attention and its matrices see a copy's share of the tokens; the experts see all tokens.
@@ -244,7 +186,7 @@ class StepTime:
         weights = (found.head or found.embedding) / self.deployment.tensor
         return self._products(weights, self.model.shape.storage.plain_bytes, tokens, 1)
 
-    def _attention(self, batch: Batch, copies: float) -> float:
+    def _attention(self, batch: StepBatch, copies: float) -> float:
         gpu, rates, tensor = self.deployment.gpu, self._rates, self.deployment.tensor
         seconds = 0.0
         for kind, count in self.model.attention:

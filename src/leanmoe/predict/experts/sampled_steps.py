@@ -19,48 +19,35 @@ from numpy.typing import NDArray
 
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
+from leanmoe.predict.experts.spread import ALONE, RankLayout
 
 DRAWN_TOKENS = 4096
 """Tokens drawn for each number of tokens in a step, at least."""
+
+
 MOST_VALUES = 1 << 21
 """Drawn at once: tokens x experts."""
+
+
 DRAWN_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Tokens of a company at which curves are drawn."""
+
+
 MOST_DRAWN = 4096
 """Tokens of all of a step's companies that are drawn at most, but that each has up to 8."""
 
+
 LEAST_WAIT = np.float32(1e-30)
 """An exponential draw of 0 would be an infinite logit."""
+
+
 Floats = NDArray[np.float64]
+
+
 Logits = NDArray[np.floating[Any]]
+
+
 Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class BatchScope:
-    """Whose tokens a rule sees in a step, and where the experts are."""
-
-    ranks: int = 1
-    """GPUs that hold whole experts, in blocks (vLLM's default)."""
-    data: int = 1
-    """Data-parallel ranks that the step's tokens are from, evenly."""
-    cross_rank: bool = False
-    """Whether tokens share experts with those of all data-parallel ranks
-    (`LEANMOE_BATCH_SCOPE=all`), or with those of their own."""
-
-    @property
-    def companies(self) -> int:
-        """Groups of a step's tokens that decide each for themselves."""
-        return 1 if self.cross_rank else self.data
-
-    @property
-    def is_told(self) -> bool:
-        """Whether ranks tell each other what their tokens choose."""
-        return self.cross_rank and self.data > 1
-
-
-ALONE = BatchScope()
-"""One GPU, or tensor parallelism: all tokens and all experts."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +91,7 @@ class Steps:
 
 
 def drawn(
-    choices: Choices, slots: int, rule: Rule, tokens: int, scope: BatchScope = ALONE, seed: int = 0
+    choices: Choices, slots: int, rule: Rule, tokens: int, scope: RankLayout = ALONE, seed: int = 0
 ) -> Drawn:
     """What steps of `tokens`, a multiple of the companies, activate under a rule.
 
@@ -114,7 +101,7 @@ def drawn(
 
 
 def decided(
-    choices: Choices, slots: int, rule: Rule, tokens: int, scope: BatchScope = ALONE, seed: int = 0
+    choices: Choices, slots: int, rule: Rule, tokens: int, scope: RankLayout = ALONE, seed: int = 0
 ) -> Steps:
     """As `drawn`, before anybody counts by GPU.
 
@@ -134,7 +121,7 @@ def decided(
     return Steps(np.concatenate(active), float(np.concatenate(used).mean()))
 
 
-def drawn_at(scope: BatchScope) -> tuple[int, ...]:
+def drawn_at(scope: RankLayout) -> tuple[int, ...]:
     """Tokens of each company at which a curve is drawn."""
     most = max(8, MOST_DRAWN // scope.companies)
     return tuple(count for count in DRAWN_AT if count <= most)

@@ -8,16 +8,18 @@ from typing import Any
 
 from leanmoe.models.step_model import Model
 from leanmoe.plan import Plan
-from leanmoe.predict.active_experts import Activation, CurvesOf, assumed_curves
-from leanmoe.predict.constants import Constants, KernelConstants, shipped
-from leanmoe.predict.deployment import Deployment, Memory
-from leanmoe.predict.expert_curves import Assumed
-from leanmoe.predict.hardware import Gpu
-from leanmoe.predict.kernel_features import TESTED_EXPERTS, TESTED_MULTIPLE
-from leanmoe.predict.load import Load
-from leanmoe.predict.serve import Served, closed_loop
-from leanmoe.predict.simulate import Simulated, simulate
-from leanmoe.predict.step import Batch, StepTime
+from leanmoe.predict.constants import Constants, shipped
+from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.experts.assumed import Assumed
+from leanmoe.predict.experts.curve_sources import CurvesOf, assumed_curves
+from leanmoe.predict.hardware.gpus import Gpu
+from leanmoe.predict.kernels.features import TESTED_EXPERTS, TESTED_MULTIPLE
+from leanmoe.predict.kernels.kernel_constants import KernelConstants
+from leanmoe.predict.step.deployment import Deployment, Memory
+from leanmoe.predict.step.step_time import StepBatch, StepTime
+from leanmoe.predict.traffic.closed_loop import Served, closed_loop
+from leanmoe.predict.traffic.service_load import ServiceLoadModel
+from leanmoe.predict.traffic.simulate import Simulated, simulate
 
 DEFAULT_KERNELS: Mapping[str, str] = {
     "bfloat16": "vllm-triton",
@@ -25,12 +27,14 @@ DEFAULT_KERNELS: Mapping[str, str] = {
     "w4a16_mxfp4": "vllm-triton",
 }
 """By format: a kernel an engine would run, and whose predictions are the closest."""
+
+
 FASTER = 1.25
 """By how much a resource is made faster to see what it bounds."""
 
 
 @dataclass(frozen=True)
-class Variant:
+class PredictedVariant:
     """One side of a comparison: the full model or a plan."""
 
     served: Served
@@ -66,9 +70,9 @@ class Prediction:
 
     model: Model
     deployment: Deployment
-    load: Load
-    full: Variant
-    plan: Variant | None
+    load: ServiceLoadModel
+    full: PredictedVariant
+    plan: PredictedVariant | None
     stands_on: Mapping[str, str]
 
     @property
@@ -96,7 +100,7 @@ class Prediction:
         }
 
 
-def _to_json(found: Variant) -> dict[str, Any]:
+def _to_json(found: PredictedVariant) -> dict[str, Any]:
     return {
         "output_throughput": found.throughput,
         "ttft_ms": 1e3 * found.ttft,
@@ -120,7 +124,7 @@ def predict(
     model: Model,
     plan: Plan | None,
     deployment: Deployment,
-    load: Load,
+    load: ServiceLoadModel,
     kernel: str | None = None,
     assumed: Assumed | None = None,
     curves_of: CurvesOf | None = None,
@@ -181,10 +185,10 @@ def remaining(plan: Plan | None) -> float | None:
 def _variant(
     step: StepTime,
     activation: Activation,
-    load: Load,
+    load: ServiceLoadModel,
     experts: float | None,
     run: Simulated | None,
-) -> Variant:
+) -> PredictedVariant:
     memory = step.deployment.memory(step.model, experts)
     if load.concurrency is None:
         assert run is not None
@@ -194,10 +198,10 @@ def _variant(
         closed = load
     served = closed_loop(step, activation, closed, experts)
     context = load.inputs.mean + load.outputs.remaining
-    batch = Batch(served.running, context)
+    batch = StepBatch(served.running, context)
     active = activation.layers(served.running, 0)
     layers = sum(each.layers for each in active)
-    return Variant(
+    return PredictedVariant(
         served,
         run,
         sum(each.layers * each.distinct for each in active) / layers,
@@ -207,7 +211,7 @@ def _variant(
     )
 
 
-def bounds(step: StepTime, batch: Batch, activation: Activation) -> dict[str, str]:
+def bounds(step: StepTime, batch: StepBatch, activation: Activation) -> dict[str, str]:
     """What bounds each part of a step: memory, compute, the link between GPUs, or latency.
 
     Each resource is made a quarter faster in turn; whatever shortens a part most bounds it, and

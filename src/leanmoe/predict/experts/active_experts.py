@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.step_model import Model
-from leanmoe.plan import Band, Fingerprint, Plan, Rule
-from leanmoe.predict.expert_curves import Assumed, Curve, assumed_curve, from_points
-from leanmoe.predict.sampled_steps import ALONE, BatchScope
-
-CurveOf = Callable[[int, Rule], Curve]
-"""A MoE layer's curve under a rule."""
-CurvesOf = Callable[[BatchScope], CurveOf]
-"""The curves by where experts are and whose tokens share them."""
+from leanmoe.plan import Band, Plan, Rule
+from leanmoe.predict.experts.curve_sources import CurveOf
+from leanmoe.predict.experts.curves import Curve
 
 
 @dataclass(frozen=True)
@@ -122,70 +115,3 @@ def _paired(
             counts[pair] = counts.get(pair, 0) + 1
         found.append(list(counts.items()))
     return found
-
-
-def assumed_curves(model: Model, assumed: Assumed, scope: BatchScope = ALONE) -> CurveOf:
-    """Curves where no trace is at hand: the same in every layer."""
-    shape, router = model.shape, model.shape.router
-    cached: dict[Rule, Curve] = {}
-
-    def curve_of(_layer: int, rule: Rule) -> Curve:
-        if rule not in cached:
-            cached[rule] = assumed_curve(
-                shape.experts,
-                shape.top_k,
-                rule,
-                assumed,
-                router.groups,
-                router.groups_used,
-                scope,
-            )
-        return cached[rule]
-
-    return curve_of
-
-
-def saved_curves(saved: Mapping[str, object], model: Model) -> CurveOf:
-    """Curves of `profile.json` (its `distinct`), which holds the full model's; needs no torch.
-
-    A rule that lowers `top_k` alone scales every expert's use; any other rule needs its traces
-    replayed (`leanmoe predict --profile` does that where torch is installed). Raises LeanMoeError
-    for a profile of another model.
-    """
-    found = saved.get("model")
-    mine = model.shape.fingerprint()
-    if not isinstance(found, dict) or Fingerprint(**found) != mine:
-        raise LeanMoeError(f"the profile is of another model: {found}, this one is {mine}")
-    shown = saved["profile"]
-    assert isinstance(shown, dict)
-    layers = shown["layers"]
-    cached: dict[tuple[int, Rule], Curve] = {}
-
-    def curve_of(layer: int, rule: Rule) -> Curve:
-        key = (layer, rule)
-        if key not in cached:
-            cached[key] = _saved_curve(layers[layer], rule, model)
-        return cached[key]
-
-    return curve_of
-
-
-def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: Model) -> Curve:
-    experts, top_k = model.shape.experts, model.shape.top_k
-    lower = Rule(top_k=rule.top_k, keep_weights=rule.keep_weights)
-    if rule != lower:
-        raise LeanMoeError(
-            f"rule {rule.to_json()} needs the profile's traces replayed: "
-            "pip install 'leanmoe[tune]'"
-        )
-    slots = top_k if rule.top_k is None else rule.top_k
-    share = slots / top_k
-    points = []
-    for point in layer["distinct"]:
-        # A token wakes share as many; so do 1/share tokens as many as one did before.
-        active = experts * (1 - (1 - point["measured"] / experts) ** share)
-        points.append((point["tokens"], min(active, slots * point["tokens"]), float(slots)))
-    origin = "measured: the profile's tokens"
-    if slots != top_k:
-        origin += ", scaled to a lower top_k"
-    return from_points(points, experts, origin, float(slots))

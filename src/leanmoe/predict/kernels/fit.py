@@ -16,32 +16,56 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.predict.constants import Accuracy, KernelConstants, Regime, Tuned, tuned_tile
-from leanmoe.predict.hardware import Gpu
-from leanmoe.predict.kernel_features import (
+from leanmoe.predict.hardware.gpus import Gpu
+from leanmoe.predict.kernels.features import (
     FEATURES,
     MICROSECOND,
     ExpertsShape,
+    PredictedTile,
     Rows,
-    Tile,
     features,
 )
-from leanmoe.predict.tile_heuristics import CUTLASS, TUNED, Stage
+from leanmoe.predict.kernels.kernel_constants import (
+    Accuracy,
+    KernelConstants,
+    Regime,
+    Tuned,
+    tuned_tile,
+)
+from leanmoe.predict.kernels.tile_heuristics import CUTLASS, TUNED, Stage
 
 REWEIGHTED = 6
+
+
 NEAR = 0.02
 """Relative error below which a row has its full weight."""
+
+
 CLIPPED = 0.3
 """Error at which a row counts no further when tiles are compared."""
+
+
 FEWEST_ROWS = 3
+
+
 FOLDS = 4
 """Of the layers, when sets of features are compared."""
+
+
 PLAIN = tuple(name for name in FEATURES if name != "strides")
+
+
 FEW = ("call", "longer", "activations", "waves", "waves_hidden", "waves_width", "spread")
+
+
 CANDIDATES = (PLAIN, FEATURES, FEW)
 """Sets of features to choose from."""
+
+
 LEAST_WAVES = (1, 2, 3, 4)
 """Tiles a multiprocessor that may keep the memory busy, to choose from."""
+
+
 NOTHING_TUNED: Tuned = MappingProxyType({})
 
 
@@ -150,7 +174,7 @@ def _regime(
     names = form.tuned_names if stage.tiles is None else form.names
     used = [FEATURES.index(name) for name in names]
     took = np.array([r.seconds for r in readings]) / MICROSECOND
-    best: tuple[float, Tile | None, NDArray[np.float64]] | None = None
+    best: tuple[float, PredictedTile | None, NDArray[np.float64]] | None = None
     for tile in stage.tiles or (None,):
         found = np.array([_values(r, gpu, tile, form.least_waves, tuned)[used] for r in readings])
         constants = _robust(found / took[:, None])
@@ -166,7 +190,7 @@ def _regime(
 
 
 def _values(
-    reading: Reading, gpu: Gpu, tile: Tile | None, least_waves: int, tuned: Tuned
+    reading: Reading, gpu: Gpu, tile: PredictedTile | None, least_waves: int, tuned: Tuned
 ) -> NDArray[np.float64]:
     taken = tile or tuned_tile(tuned, reading.shape, reading.rows.tokens)
     assert taken is not None

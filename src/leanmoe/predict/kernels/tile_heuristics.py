@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from leanmoe.predict.kernel_features import TILES, Tile
+from leanmoe.predict.kernels.features import TILES, PredictedTile
 
 ANY = 1e9
 """More tokens than any step has."""
@@ -24,43 +24,51 @@ class Stage:
 
     up_to: float
     """Tokens of the step."""
-    tiles: tuple[Tile, ...] | None
+    tiles: tuple[PredictedTile, ...] | None
     """The best of these; None: the one that a tuned configuration names."""
     tokens_an_expert: float | None = None
     slots_an_expert: float | None = None
 
 
-def stages(edges: Sequence[float], tiles: tuple[Tile, ...] | None = TILES) -> tuple[Stage, ...]:
+def stages(
+    edges: Sequence[float], tiles: tuple[PredictedTile, ...] | None = TILES
+) -> tuple[Stage, ...]:
     """Ranges of tokens that end at `edges`, all with the same tiles."""
     return tuple(Stage(edge, tiles) for edge in edges)
 
 
 TUNED = stages((4, 32, 96, 512, 2048, ANY), None)
 """Of layers with a tuned configuration."""
-CUTLASS = stages((4, 32, 64, 96, 512, 2048, ANY), (Tile(64, 128), Tile(128, 128)))
+
+
+CUTLASS = stages((4, 32, 64, 96, 512, 2048, ANY), (PredictedTile(64, 128), PredictedTile(128, 128)))
+
+
 SCHEDULES: Mapping[tuple[str, str], tuple[Stage, ...]] = {
     ("vllm-triton", "bfloat16"): (
-        *stages((4, 32), (Tile(16, 64),)),
-        Stage(64, (Tile(32, 64),)),
-        Stage(96, (Tile(32, 128),)),
-        Stage(512, (Tile(64, 128),)),
-        *stages((2048, ANY), (Tile(128, 128),)),
+        *stages((4, 32), (PredictedTile(16, 64),)),
+        Stage(64, (PredictedTile(32, 64),)),
+        Stage(96, (PredictedTile(32, 128),)),
+        Stage(512, (PredictedTile(64, 128),)),
+        *stages((2048, ANY), (PredictedTile(128, 128),)),
     ),
     ("vllm-triton", "fp8_block"): (
-        *stages((4, 16, 64), (Tile(16, 128),)),
-        *stages((512, 2048, ANY), (Tile(64, 128),)),
+        *stages((4, 16, 64), (PredictedTile(16, 128),)),
+        *stages((512, 2048, ANY), (PredictedTile(64, 128),)),
     ),
     ("sglang-triton", "bfloat16"): (
-        *(Stage(edge, (Tile(16, 32),), tokens_an_expert=1) for edge in (4, 32, ANY)),
-        *stages((96, 512, 2048, ANY), (Tile(64, 64),)),
+        *(Stage(edge, (PredictedTile(16, 32),), tokens_an_expert=1) for edge in (4, 32, ANY)),
+        *stages((96, 512, 2048, ANY), (PredictedTile(64, 64),)),
     ),
-    ("sglang-triton", "fp8_block"): stages((4, 32, 96, 512, 2048, ANY), (Tile(64, 128),)),
+    ("sglang-triton", "fp8_block"): stages((4, 32, 96, 512, 2048, ANY), (PredictedTile(64, 128),)),
     ("vllm-triton", "w4a16_mxfp4"): tuple(
-        Stage(ANY, (Tile(rows, 128), Tile(rows, 256)), slots_an_expert=limit)
+        Stage(ANY, (PredictedTile(rows, 128), PredictedTile(rows, 256)), slots_an_expert=limit)
         for rows, limit in ((16, 16), (32, 32), (64, 64), (128, None))
     ),
 }
 """By kernel and format; `CUTLASS` for those that are not here."""
+
+
 GATHERED = ("vllm-triton", "vllm-flashinfer")
 """Kernels of an engine whose data-parallel ranks gather each other's tokens: each GPU sees all
 tokens of a step and computes its own experts' rows (vLLM's `allgather_reducescatter`, its

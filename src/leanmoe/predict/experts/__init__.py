@@ -1,0 +1,1 @@
+"""How many experts a step activates, and how they spread over GPUs."""

@@ -1,0 +1,180 @@
+"""Where curves of distinct experts come from: assumptions, a saved profile, or replayed traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json
+from leanmoe.core.progress import bar
+from leanmoe.models.step_model import Model
+from leanmoe.plan import Fingerprint, Plan, Rule
+from leanmoe.plan.placement import Placement
+from leanmoe.predict.experts.assumed import Assumed, assumed_curve
+from leanmoe.predict.experts.curves import Curve, from_points
+from leanmoe.predict.experts.spread import ALONE, RankLayout
+
+if TYPE_CHECKING:
+    from leanmoe.profile.saved import Profile
+
+
+CurveOf = Callable[[int, Rule], Curve]
+"""A MoE layer's curve under a rule."""
+
+
+CurvesOf = Callable[[RankLayout], CurveOf]
+"""The curves by where experts are and whose tokens share them."""
+
+
+def assumed_curves(model: Model, assumed: Assumed, scope: RankLayout = ALONE) -> CurveOf:
+    """Curves where no trace is at hand: the same in every layer."""
+    shape, router = model.shape, model.shape.router
+    cached: dict[Rule, Curve] = {}
+
+    def curve_of(_layer: int, rule: Rule) -> Curve:
+        if rule not in cached:
+            cached[rule] = assumed_curve(
+                shape.experts,
+                shape.top_k,
+                rule,
+                assumed,
+                router.groups,
+                router.groups_used,
+                scope,
+            )
+        return cached[rule]
+
+    return curve_of
+
+
+def saved_curves(saved: Mapping[str, object], model: Model) -> CurveOf:
+    """Curves of `profile.json` (its `distinct`), which holds the full model's; needs no torch.
+
+    A rule that lowers `top_k` alone scales every expert's use; any other rule needs its traces
+    replayed (`leanmoe predict --profile` does that where torch is installed). Raises LeanMoeError
+    for a profile of another model.
+    """
+    found = saved.get("model")
+    mine = model.shape.fingerprint()
+    if not isinstance(found, dict) or Fingerprint(**found) != mine:
+        raise LeanMoeError(f"the profile is of another model: {found}, this one is {mine}")
+    shown = saved["profile"]
+    assert isinstance(shown, dict)
+    layers = shown["layers"]
+    cached: dict[tuple[int, Rule], Curve] = {}
+
+    def curve_of(layer: int, rule: Rule) -> Curve:
+        key = (layer, rule)
+        if key not in cached:
+            cached[key] = _saved_curve(layers[layer], rule, model)
+        return cached[key]
+
+    return curve_of
+
+
+def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: Model) -> Curve:
+    experts, top_k = model.shape.experts, model.shape.top_k
+    lower = Rule(top_k=rule.top_k, keep_weights=rule.keep_weights)
+    if rule != lower:
+        raise LeanMoeError(
+            f"rule {rule.to_json()} needs the profile's traces replayed: "
+            "pip install 'leanmoe[tune]'"
+        )
+    slots = top_k if rule.top_k is None else rule.top_k
+    share = slots / top_k
+    points = []
+    for point in layer["distinct"]:
+        # A token wakes share as many; so do 1/share tokens as many as one did before.
+        active = experts * (1 - (1 - point["measured"] / experts) ** share)
+        points.append((point["tokens"], min(active, slots * point["tokens"]), float(slots)))
+    origin = "measured: the profile's tokens"
+    if slots != top_k:
+        origin += ", scaled to a lower top_k"
+    return from_points(points, experts, origin, float(slots))
+
+
+PROFILE = "profile.json"
+
+
+def find_curves(
+    model: Model, plan: Plan | None, profile: Path | None, assumed: Assumed
+) -> CurvesOf:
+    """Distinct experts from a profile where one is given, else as assumed.
+
+    Rules that the saved curves do not cover are replayed, which needs torch: those by which tokens
+    share experts for each company anew.
+    """
+    if profile is None:
+        assumed.check()
+        return partial(assumed_curves, model, assumed)
+    saved: Any = read_json(profile / PROFILE, "profile")
+    simple = saved_curves(saved, model)
+    rules = {rule for rule in _rules_of(plan) if not _is_simple(rule)}
+    if not rules or plan is None:
+        return lambda _scope: simple
+    from leanmoe.profile.saved import Profile
+
+    loaded = Profile.load(profile)
+    shared = {rule for rule in rules if rule.is_batch_aware}
+    alike = _replayed(loaded, plan, rules - shared)
+
+    def curves_of(scope: RankLayout) -> CurveOf:
+        replayed = alike | _replayed(loaded, plan, shared, scope)
+
+        def curve_of(layer: int, rule: Rule) -> Curve:
+            found = replayed.get((layer, rule))
+            return simple(layer, rule) if found is None else found
+
+        return curve_of
+
+    return cache(curves_of)
+
+
+def _rules_of(plan: Plan | None) -> set[Rule]:
+    if plan is None:
+        return set()
+    return {rule for band in plan.bands for rule in band.rules} | set(plan.prompt)
+
+
+def _is_simple(rule: Rule) -> bool:
+    return rule == Rule(top_k=rule.top_k, keep_weights=rule.keep_weights)
+
+
+def _replayed(
+    profile: Profile, plan: Plan, rules: set[Rule], scope: RankLayout = ALONE
+) -> dict[tuple[int, Rule], Curve]:
+    """Curves of these rules of the plan, in the layers that have them."""
+    from leanmoe.profile.replay import BATCH_SIZES, replay
+
+    every: Sequence[Sequence[Rule]] = [band.rules for band in plan.bands]
+    every = [*every, plan.prompt] if plan.prompt else every
+    wanted = {(n, rule) for layers in every for n, rule in enumerate(layers) if rule in rules}
+    sizes = [scope.companies * size for size in BATCH_SIZES]
+    sizes = [size for size in sizes if size <= profile.trace.tokens]
+    if wanted and not sizes:
+        raise LeanMoeError(
+            f"the profile's sample of {profile.trace.tokens} tokens is too small for a token of "
+            f"each of {scope.companies} data-parallel ranks"
+        )
+    placement = Placement.linear(profile.model.experts, scope.ranks)
+    found = {}
+    with bar("Replaying traces", len(wanted), "layers and rules") as advance:
+        for layer, rule in sorted(wanted, key=lambda pair: (pair[0], str(pair[1]))):
+            runs = [
+                replay(profile, layer, rule, size, None, 0, placement, scope.companies)
+                for size in sizes
+            ]
+            found[layer, rule] = from_points(
+                [(float(run.tokens), run.distinct, run.slots) for run in runs],
+                profile.model.experts,
+                "measured: the profile's traces, replayed under the plan",
+                profile.model.top_k if rule.top_k is None else rule.top_k,
+                rule.is_batch_aware,
+                [run.most_loaded for run in runs],
+                rule.is_batch_aware and scope.is_told,
+            )
+            advance(1)
+    return found

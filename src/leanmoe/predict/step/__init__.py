@@ -1,0 +1,1 @@
+"""How long one forward step of a whole model takes on a deployment."""

@@ -1,0 +1,108 @@
+"""A model held to measured rows: how much longer than modelled they took, and between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from copy import copy
+from dataclasses import dataclass
+from itertools import pairwise
+
+from leanmoe.models.step_model import Model
+from leanmoe.predict.hardware.gpus import Gpu
+from leanmoe.predict.kernels.features import ExpertsShape, Rows
+from leanmoe.predict.kernels.kernel_constants import KernelConstants
+from leanmoe.predict.kernels.tables import (
+    ACTIVATION_BYTES,
+    PADDED_TO,
+    VERSION,
+    Measured,
+    measured_curve,
+)
+from leanmoe.predict.kernels.tile_heuristics import GATHERED
+from leanmoe.predict.step.deployment import Deployment
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Measured over modelled time at measured tokens, by rising tokens; none are 1 everywhere."""
+
+    points: tuple[tuple[float, float], ...] = ()
+    """Tokens, ratio."""
+
+    @classmethod
+    def of(cls, points: Iterable[tuple[float, float]]) -> Ratios:
+        """From (tokens, ratio) in any order."""
+        return cls(tuple(sorted(points)))
+
+    def at(self, tokens: float) -> float:
+        """Between two rows, linear over the logarithm of tokens; beyond the ends, the end's."""
+        points = self.points
+        if not points:
+            return 1.0
+        if tokens <= points[0][0]:
+            return points[0][1]
+        for (low, one), (high, other) in pairwise(points):
+            if tokens <= high:
+                share = math.log(tokens / low) / math.log(high / low)
+                return one + share * (other - one)
+        return points[-1][1]
+
+
+class ExpertsTime:
+    """The time of one layer's experts: constants, held to measured rows of the same layer."""
+
+    def __init__(self, model: Model, deployment: Deployment, kernel: KernelConstants) -> None:
+        shape, self._gpu = model.shape, deployment.gpu
+        self._kernel = kernel
+        self.shape = ExpertsShape(
+            shape.hidden,
+            shape.expert_width / deployment.expert_tensor,
+            shape.experts // deployment.expert,
+            model.matrices,
+            shape.storage.expert_bytes,
+            ACTIVATION_BYTES.get(kernel.dtype, 2.0),
+            PADDED_TO.get(kernel.dtype, 1),
+        )
+        key = (
+            shape.hidden,
+            shape.expert_width,
+            shape.experts,
+            shape.top_k,
+            deployment.expert_tensor,
+            deployment.expert,
+        )
+        # The tables' rows see all tokens of a step on each GPU, as without an exchange.
+        measured = (
+            []
+            if deployment.exchanges and kernel.kernel not in GATHERED
+            else measured_curve(self._gpu.name, kernel.kernel, kernel.dtype, key)
+        )
+        self._held = Ratios.of((m.tokens, self._ratio(m)) for m in measured)
+        self.is_held = bool(measured)
+        self.origin = "modelled"
+        if measured:
+            self.origin = (
+                f"interpolated: {len(measured)} measured rows of this layer "
+                f"(aiconfigurator-core {VERSION})"
+            )
+        if model.is_as_if:
+            self.origin += f", {shape.storage.name} weights read, computed as if by bf16's kernel"
+        elif kernel.dtype in ACTIVATION_BYTES and self._gpu.flops_fp8 <= self._gpu.flops:
+            self.origin += f", as if {self._gpu.name} computed fp8 at its bf16 rate"
+
+    def _ratio(self, row: Measured) -> float:
+        rows = row.rows(self._kernel.kernel)
+        modelled = self._kernel.seconds(row.shape(self._kernel.dtype), rows, self._gpu)
+        return row.seconds / modelled if modelled > 0 else 1.0
+
+    def on(self, gpu: Gpu) -> ExpertsTime:
+        """The same with another GPU's rates."""
+        other = copy(self)
+        other._gpu = gpu
+        return other
+
+    def seconds(self, rows: Rows) -> float:
+        """Of one layer on one GPU."""
+        found = self._kernel.seconds(self.shape, rows, self._gpu)
+        return found * self._held.at(max(rows.tokens, 1.0))
