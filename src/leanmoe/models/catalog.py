@@ -6,21 +6,14 @@ Facts from the models' public config.json files; leanmoe can be run on any other
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.core.errors import LeanMoeError, did_you_mean, unknown_name
 from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.models.step_model import Model, read_model
-
-if TYPE_CHECKING:
-    pass
-
-from collections.abc import Mapping
-
-from leanmoe.core.errors import unknown_name
 
 _LATENT = {
     "kv_lora_rank": 512,
