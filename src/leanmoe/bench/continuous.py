@@ -36,8 +36,8 @@ prefilled in chunks of it. Large steps are what throughput is tuned with: 512 ma
 reference model 15% slower at 32 requests (2 cores)."""
 SECONDS_WITHOUT_RESULT = 120.0
 NAME, FLASH_NAME = "leanmoe_per_request", "leanmoe_flash_per_request"
-"""How our attention is registered. Transformers after 5.17 serve only implementations whose names say
-flash; 5.17 looks for a kernel of such a name on the hub, and wants its own mark before the name."""
+"""Names of our attention. Transformers after 5.17 serve only implementations whose names say flash;
+5.17 looks for a kernel of such a name on the hub, and wants its own mark before the name."""
 
 
 @dataclass(frozen=True)
