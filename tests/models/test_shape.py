@@ -140,9 +140,9 @@ def test_a_multimodal_models_language_part_is_read() -> None:
         ({"mlp_only_layers": list(range(48))}, "no decoder layer has routed experts"),
         ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types is .* one for each of 48 layers"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no': it must be true or false"),
-        ({"model_type": "llama"}, "model_type 'llama' is not a known mixture-of-experts family"),
+        ({"model_type": "llama"}, "mixture-of-experts model_type 'llama' is not known"),
         ({"model_type": "llama", "num_experts": None}, "'llama' has no routed experts"),
-        ({"model_type": ["x"]}, r"model_type \['x'\] is not a known"),
+        ({"model_type": ["x"]}, r"model_type is \['x'\]: it must be a word"),
         ({"quantization_config": 4}, "quantization_config is 4: it must be an object"),
     ],
 )

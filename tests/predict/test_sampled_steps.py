@@ -1,4 +1,4 @@
-"""Drawn steps under rules by which tokens share experts, beside the reference routing's counts."""
+"""Sampled steps under batch-aware rules, beside the reference routing's counts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.predict.experts.assumed import Assumed, assumed_curve
 from leanmoe.predict.experts.curves import Curve
-from leanmoe.predict.experts.sampled_steps import Choices, decided, drawn, drawn_at, shared
+from leanmoe.predict.experts.sampled_steps import (
+    ActiveMeans,
+    Choices,
+    SampledSteps,
+    route_steps,
+    sample_steps,
+    sampled_sizes,
+)
 from leanmoe.predict.experts.spread import ALONE, RankLayout, busiest
-from leanmoe.routing import BatchScope as RoutedScope
-from leanmoe.routing import count_distinct_by_rank, route
+from leanmoe.routing import BatchScope, count_distinct_by_rank, count_slots, route
 
 COUNTED = Path(__file__).parents[2] / "benchmarks/results"
 ROUTER = Router(normalise=True)
@@ -44,22 +50,35 @@ def rules(draw: st.DrawFn) -> tuple[int, int, int, int, Rule]:
 
 @settings(max_examples=150, deadline=None)
 @given(rules(), st.integers(0, 2**32 - 1), st.floats(0.1, 8))
-def test_a_company_wakes_and_uses_what_the_reference_routes(
+def test_what_is_active_and_used_is_what_the_routing_counts(
     case: tuple[int, int, int, int, Rule], seed: int, spread: float
 ) -> None:
     experts, slots, ranks, tokens, rule = case
-    logits_SCTE = spread * np.random.default_rng(seed).normal(size=(3, 2, tokens, experts))
+    logits_BTE = spread * np.random.default_rng(seed).normal(size=(6, tokens, experts))
     placement = Placement.linear(experts, ranks)
-    active_SCE, slots_SCT = shared(logits_SCTE, slots, rule, placement)
-    logits = torch.from_numpy(logits_SCTE).view(6, tokens, experts)
-    found = route(logits, ROUTER, slots, rule.on(ranks), scope=RoutedScope(placement))
-    by_rank_SR = count_distinct_by_rank(found.ids_BTK, placement)
-    active_SE = torch.from_numpy(active_SCE).view(6, experts)
-    for rank in range(ranks):
-        mine = list(placement.experts_on(rank))
-        assert active_SE[:, mine].sum(-1).tolist() == by_rank_SR[:, rank].tolist()
-    used = (found.ids_BTK < experts).sum(-1).view(3, 2, tokens)
-    assert slots_SCT.tolist() == used.tolist()
+    active_BE, used_BT = route_steps(logits_BTE, ROUTER, slots, rule, placement)
+    logits = torch.from_numpy(logits_BTE)
+    found = route(logits, ROUTER, slots, rule.on(ranks), scope=BatchScope(placement))
+    active_BR = count_distinct_by_rank(found.ids_BTK, placement)
+    counted = SampledSteps(active_BE, float(used_BT.mean())).on(ranks)
+    assert counted.distinct == pytest.approx(float(active_BR.sum(1).double().mean()))
+    assert counted.most_loaded == pytest.approx(float(active_BR.amax(1).double().mean()))
+    assert used_BT.sum(1).tolist() == count_slots(found.ids_BTK, experts).tolist()
+
+
+def test_experts_that_were_pruned_and_a_lower_top_k_are_not_asked_for_twice() -> None:
+    """The curve samples the 32 experts that remain, whatever their ids in the model are."""
+    remain = tuple(range(96, 128))
+    pruned = Rule(top_k=4, budget=12, experts=remain)
+    curve = assumed_curve(128, 8, pruned, Assumed())
+    assert curve.experts == 32
+    assert curve.at(64) == assumed_curve(32, 4, Rule(budget=12), Assumed()).at(64)
+
+
+def drawn(
+    choices: Choices, slots: int, rule: Rule, tokens: int, layout: RankLayout = ALONE, seed: int = 0
+) -> ActiveMeans:
+    return sample_steps(choices, slots, rule, tokens, layout, seed).on(layout.ranks)
 
 
 def counted() -> list[dict[str, float]]:
@@ -90,29 +109,29 @@ def test_steps_are_the_same_wherever_the_experts_are(rule: Rule) -> None:
     choices = Choices(np.ones(64), 8, 4, 0.5)
     for ranks in (1, 2, 8):
         scope = RankLayout(ranks, 2)
-        once = decided(choices, 6, rule, 32, replace(scope, ranks=1)).on(ranks)
+        once = sample_steps(choices, 6, rule, 32, replace(scope, ranks=1)).on(ranks)
         assert once == drawn(choices, 6, rule, 32, scope)
 
 
-def test_ranks_that_decide_alone_wake_more_than_all_together() -> None:
+def test_ranks_that_decide_alone_activate_more_than_all_at_once() -> None:
     """Each of two ranks spends the budget on its own tokens' wishes."""
     choices = Choices(np.arange(1, 129) ** -0.5)
     rule, tokens = Rule(budget_per_rank=24), 16
-    alone, decode_batch = (
+    alone, common = (
         drawn(choices, 8, rule, tokens, RankLayout(2, 2, cross_rank))
         for cross_rank in (False, True)
     )
-    assert decode_batch.most_loaded <= 24
+    assert common.most_loaded <= 24
     assert 24 < alone.most_loaded <= 48
-    assert alone.distinct > 1.2 * decode_batch.distinct
+    assert alone.distinct > 1.2 * common.distinct
     one = drawn(choices, 8, rule, tokens // 2, RankLayout(2))
     assert alone.slots == pytest.approx(one.slots, rel=0.02)
     two = drawn(choices, 8, rule, tokens, RankLayout(2))
-    assert decode_batch.distinct == pytest.approx(two.distinct, rel=0.02)
+    assert common.distinct == pytest.approx(two.distinct, rel=0.02)
 
 
 def test_tokens_use_experts_of_their_own_groups() -> None:
-    """One group of four, the same for all tokens: no more is awake than it holds."""
+    """One group of four, the same for all tokens: no more is active than it holds."""
     rule = Rule(budget=32)
     alike = drawn(Choices(np.ones(64), 4, 1, 1.0), 8, rule, 32)
     apart = drawn(Choices(np.ones(64), 4, 1, 0.0), 8, rule, 32)
@@ -122,8 +141,8 @@ def test_tokens_use_experts_of_their_own_groups() -> None:
 
 
 @pytest.mark.parametrize("cross_rank", [False, True])
-def test_a_company_of_one_rank_fills_up_from_fewer(cross_rank: bool) -> None:
-    """As many are awake, whoever decides; what a token may fill up with is not the same."""
+def test_a_rank_that_decides_alone_fills_up_from_fewer(cross_rank: bool) -> None:
+    """As many are active, whoever decides; what a token may fill up with is not the same."""
     rule = Rule(guaranteed=3)
 
     def curve(scope: RankLayout) -> Curve:
@@ -133,8 +152,8 @@ def test_a_company_of_one_rank_fills_up_from_fewer(cross_rank: bool) -> None:
     distinct, slots = several.at(4)
     assert distinct == pytest.approx(alone.at(4)[0])
     assert slots == pytest.approx(8 if cross_rank else 3, abs=1e-9)
-    assert several.is_told is cross_rank
-    assert ("company rank" in several.origin) is not cross_rank
+    assert several.exchanges_demand is cross_rank
+    assert ("batch scope rank" in several.origin) is not cross_rank
 
 
 def test_a_budget_per_rank_on_one_gpu_is_a_budget() -> None:
@@ -146,14 +165,14 @@ def test_a_budget_per_rank_on_one_gpu_is_a_budget() -> None:
     assert one.most_loaded_at(8) == one.at(8)[0]
 
 
-def test_many_companies_are_drawn_to_fewer_tokens_each() -> None:
-    assert drawn_at(ALONE)[-1] == drawn_at(RankLayout(4, 4))[-1] == 1024
-    assert drawn_at(RankLayout(64, 64))[-1] == 64
-    assert drawn_at(RankLayout(64, 1024))[-1] == 8
-    assert drawn_at(RankLayout(64, 1024, cross_rank=True)) == drawn_at(ALONE)
+def test_many_batch_scopes_are_sampled_to_fewer_tokens_each() -> None:
+    assert sampled_sizes(ALONE)[-1] == sampled_sizes(RankLayout(4, 4))[-1] == 1024
+    assert sampled_sizes(RankLayout(64, 64))[-1] == 64
+    assert sampled_sizes(RankLayout(64, 1024))[-1] == 8
+    assert sampled_sizes(RankLayout(64, 1024, cross_rank=True)) == sampled_sizes(ALONE)
 
 
-def test_beyond_what_is_drawn_no_gpu_wakes_more_than_it_holds() -> None:
+def test_beyond_what_is_sampled_no_gpu_activates_more_than_it_holds() -> None:
     """Of 16 GPUs with 8 experts each, at 100,000 tokens."""
     rule = Rule(budget_per_rank=6)
     curve = assumed_curve(128, 8, rule, Assumed(skew=1.0), scope=RankLayout(16, 16))

@@ -85,7 +85,9 @@ def family_of(model_type: object) -> Family:
         return FAMILIES[model_type]
     if model_type is None:
         raise LeanMoeError("config.json has no model_type: it is not a model's config")
-    raise unknown_name("mixture-of-experts model_type", str(model_type), sorted(FAMILIES))
+    if not isinstance(model_type, str):
+        raise LeanMoeError(f"config.json: model_type is {model_type!r}: it must be a word")
+    raise unknown_name("mixture-of-experts model_type", model_type, sorted(FAMILIES))
 
 
 def _defaults(**values: Any) -> Mapping[str, Any]:

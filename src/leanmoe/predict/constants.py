@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 SCHEMA_VERSION = 2
-
-
 FITTED = Path(__file__).parent / "fitted"
 
 

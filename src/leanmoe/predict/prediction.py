@@ -27,8 +27,6 @@ DEFAULT_KERNELS: Mapping[str, str] = {
     "w4a16_mxfp4": "vllm-triton",
 }
 """By format: a kernel an engine would run, and whose predictions are the closest."""
-
-
 FASTER = 1.25
 """By how much a resource is made faster to see what it bounds."""
 

@@ -25,7 +25,7 @@ class Active:
     """Whether tokens share experts there."""
     most_loaded: float | None = None
     """Distinct experts of the most loaded GPU; None where that was not counted."""
-    is_told: bool = False
+    exchanges_demand: bool = False
     """Whether data-parallel ranks tell each other what their tokens choose."""
 
 
@@ -63,8 +63,13 @@ class Activation:
             missed = (1 - mine.distinct / total) * (1 - theirs.distinct / total)
             active, rows = total * (1 - missed), mine.rows + theirs.rows
             columns, is_shared = mine.columns + theirs.columns, one.is_shared or other.is_shared
-            most, is_told = _most_decoding(mine, theirs, active), one.is_told or other.is_told
-            found.append(Active(count, active, rows, total, columns, is_shared, most, is_told))
+            most, exchanges_demand = (
+                _most_decoding(mine, theirs, active),
+                one.exchanges_demand or other.exchanges_demand,
+            )
+            found.append(
+                Active(count, active, rows, total, columns, is_shared, most, exchanges_demand)
+            )
         return found
 
     def _band(self, tokens: float) -> list[tuple[Curve, int]]:
@@ -81,7 +86,7 @@ def _active(curve: Curve, layers: int, tokens: float) -> Active:
     columns = max(curve.columns, slots) * tokens
     most, is_shared = curve.most_loaded_at(tokens), curve.is_shared
     rows, experts = slots * tokens, curve.experts
-    return Active(layers, distinct, rows, experts, columns, is_shared, most, curve.is_told)
+    return Active(layers, distinct, rows, experts, columns, is_shared, most, curve.exchanges_demand)
 
 
 def _most_decoding(one: Active, other: Active, distinct: float) -> float | None:

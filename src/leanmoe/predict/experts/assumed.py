@@ -23,12 +23,12 @@ from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Rule
 from leanmoe.predict.experts.curves import Curve, from_points
 from leanmoe.predict.experts.sampled_steps import (
-    DRAWN_TOKENS,
+    SAMPLED_TOKENS,
+    ActiveMeans,
     Choices,
-    Drawn,
-    Steps,
-    decided,
-    drawn_at,
+    SampledSteps,
+    sample_steps,
+    sampled_sizes,
 )
 from leanmoe.predict.experts.spread import ALONE, RankLayout
 
@@ -102,7 +102,9 @@ def assumed_curve(
     most: list[float] = []
     if rule.has_budget and slots:
         drawn_of = pool if pool.is_limited else _Pool(kept)
-        found = [_drawn(drawn_of, slots, rule, count, assumed, scope) for count in drawn_at(scope)]
+        found = [
+            _drawn(drawn_of, slots, rule, count, assumed, scope) for count in sampled_sizes(scope)
+        ]
         points = [(tokens, each.distinct, each.slots) for tokens, each in found]
         most = [each.most_loaded for _, each in found]
     else:
@@ -114,9 +116,9 @@ def assumed_curve(
         words += f", tokens agree on groups by {assumed.agreement:g} of 1"
     shares = rule.is_batch_aware
     if shares and scope.data > 1:
-        words += f", company {'all' if scope.cross_rank else 'rank'}"
-    is_told = shares and scope.is_told
-    return from_points(points, kept, words, slots, shares, most, is_told)
+        words += f", batch scope {'all' if scope.cross_rank else 'rank'}"
+    exchanges_demand = shares and scope.exchanges_demand
+    return from_points(points, kept, words, slots, shares, most, exchanges_demand)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _unlimited(
     """A curve's point without a budget, for so many tokens of a company."""
     first = min(rule.guaranteed, slots) if rule.guaranteed is not None else slots
     ours = _active(pool, first, count, assumed)
-    tokens = count * scope.companies
+    tokens = count * scope.scopes
     active = _active(pool, first, tokens, assumed)
     # Of the others' experts a token may use those of its groups; tokens that agree have the same.
     share = pool.groups_used / pool.groups
@@ -151,9 +153,9 @@ def _unlimited(
 
 def _drawn(
     pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: RankLayout
-) -> tuple[float, Drawn]:
+) -> tuple[float, ActiveMeans]:
     """A curve's point under a budget, for so many tokens of a company."""
-    tokens, rule = count * scope.companies, rule.on(scope.ranks)
+    tokens, rule = count * scope.scopes, rule.on(scope.ranks)
     deciding = scope if rule.budget_per_rank is not None else replace(scope, ranks=1)
     steps = _decided(pool, slots, rule, tokens, assumed, deciding)
     return float(tokens), steps.on(scope.ranks)
@@ -162,11 +164,11 @@ def _drawn(
 @cache
 def _decided(
     pool: _Pool, slots: int, rule: Rule, tokens: int, assumed: Assumed, scope: RankLayout
-) -> Steps:
+) -> SampledSteps:
     """Drawn once for all numbers of ranks that decide alike."""
     popularity_E = inclusion(pool.experts, slots, assumed.skew)
     choices = Choices(popularity_E, pool.groups, pool.groups_used, assumed.agreement)
-    return decided(choices, slots, rule, tokens, scope)
+    return sample_steps(choices, slots, rule, tokens, scope)
 
 
 def _active(pool: _Pool, top_k: int, tokens: int, assumed: Assumed) -> float:
@@ -211,7 +213,7 @@ def grouped_distinct(
             f"{top_k} experts from {groups_used} of {groups} groups of {experts} is not possible"
         )
     draw = np.random.default_rng(seed)
-    steps = max(8, DRAWN_TOKENS // tokens)
+    steps = max(8, SAMPLED_TOKENS // tokens)
     chance_E = inclusion(experts, top_k, skew) if skew else np.ones(experts)
     popularity_E = np.log(draw.permutation(chance_E))
     total = 0

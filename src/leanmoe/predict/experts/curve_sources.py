@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 CurveOf = Callable[[int, Rule], Curve]
 """A MoE layer's curve under a rule."""
-
-
 CurvesOf = Callable[[RankLayout], CurveOf]
 """The curves by where experts are and whose tokens share them."""
 
@@ -152,19 +150,19 @@ def _replayed(
     every: Sequence[Sequence[Rule]] = [band.rules for band in plan.bands]
     every = [*every, plan.prompt] if plan.prompt else every
     wanted = {(n, rule) for layers in every for n, rule in enumerate(layers) if rule in rules}
-    sizes = [scope.companies * size for size in BATCH_SIZES]
+    sizes = [scope.scopes * size for size in BATCH_SIZES]
     sizes = [size for size in sizes if size <= profile.trace.tokens]
     if wanted and not sizes:
         raise LeanMoeError(
             f"the profile's sample of {profile.trace.tokens} tokens is too small for a token of "
-            f"each of {scope.companies} data-parallel ranks"
+            f"each of {scope.scopes} data-parallel ranks"
         )
     placement = Placement.linear(profile.model.experts, scope.ranks)
     found = {}
     with bar("Replaying traces", len(wanted), "layers and rules") as advance:
         for layer, rule in sorted(wanted, key=lambda pair: (pair[0], str(pair[1]))):
             runs = [
-                replay(profile, layer, rule, size, None, 0, placement, scope.companies)
+                replay(profile, layer, rule, size, None, 0, placement, scope.scopes)
                 for size in sizes
             ]
             found[layer, rule] = from_points(
@@ -174,7 +172,7 @@ def _replayed(
                 profile.model.top_k if rule.top_k is None else rule.top_k,
                 rule.is_batch_aware,
                 [run.most_loaded for run in runs],
-                rule.is_batch_aware and scope.is_told,
+                rule.is_batch_aware and scope.exchanges_demand,
             )
             advance(1)
     return found

@@ -27,7 +27,7 @@ class Curve:
     """Whether tokens of a step share experts (`Rule.is_batch_aware`)."""
     most_loaded: tuple[float, ...] = ()
     """Distinct experts of the most loaded GPU, where experts are spread and this was counted."""
-    is_told: bool = False
+    exchanges_demand: bool = False
     """Whether data-parallel ranks tell each other what their tokens choose."""
 
     def at(self, tokens: float) -> tuple[float, float]:
@@ -66,7 +66,7 @@ def from_points(
     columns: float = 0.0,
     is_shared: bool = False,
     most_loaded: Sequence[float] = (),
-    is_told: bool = False,
+    exchanges_demand: bool = False,
 ) -> Curve:
     """A curve from (tokens, distinct, slots), as replayed traces give them.
 
@@ -76,5 +76,5 @@ def from_points(
         raise LeanMoeError("a curve of distinct experts needs at least one point")
     tokens, distinct, slots = zip(*sorted(points), strict=True)
     most = tuple(value for _, value in sorted(zip(points, most_loaded, strict=bool(most_loaded))))
-    columns_of = (origin, experts, columns, is_shared, most, is_told)
+    columns_of = (origin, experts, columns, is_shared, most, exchanges_demand)
     return Curve(tuple(tokens), tuple(distinct), tuple(slots), *columns_of)

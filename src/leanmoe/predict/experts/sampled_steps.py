@@ -1,10 +1,9 @@
-"""Steps whose tokens choose at random, under rules by which they share experts. Needs no torch.
+"""Steps whose tokens choose at random, routed under a batch-aware rule.
 
-`guaranteed`, `budget` and `budget_per_rank` decide as `leanmoe.routing` has it: the same ballot,
-counted here for whole steps at once.
+`leanmoe.routing` decides, as in a running model: torch is imported when a step is routed.
 
-Letters: S steps, C companies of a step, T tokens of a company, E experts, K slots a token, G groups
-of experts, R ranks.
+Letters: Z sampled steps, B batches of tokens that are routed apart (a sampled step has one for
+each batch scope), T tokens of a batch, E experts, G groups of experts, R ranks.
 """
 
 from __future__ import annotations
@@ -17,211 +16,163 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.predict.experts.spread import ALONE, RankLayout
 
-DRAWN_TOKENS = 4096
-"""Tokens drawn for each number of tokens in a step, at least."""
-
-
+SAMPLED_TOKENS = 4096
+"""Tokens sampled for each number of tokens in a step, at least."""
+FEWEST_STEPS = 8
 MOST_VALUES = 1 << 21
-"""Drawn at once: tokens x experts."""
-
-
-DRAWN_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-"""Tokens of a company at which curves are drawn."""
-
-
-MOST_DRAWN = 4096
-"""Tokens of all of a step's companies that are drawn at most, but that each has up to 8."""
-
-
+"""Logits that are sampled at once: tokens x experts."""
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Tokens of a batch scope at which curves are sampled."""
+MOST_TOKENS = 4096
+"""Tokens of a sampled step at most, unless its batch scopes have fewer than 8 tokens each."""
 LEAST_WAIT = np.float32(1e-30)
-"""An exponential draw of 0 would be an infinite logit."""
-
-
-Floats = NDArray[np.float64]
-
-
+"""The least exponential draw: 0 would be an infinite logit."""
 Logits = NDArray[np.floating[Any]]
-
-
 Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Choices:
-    """How a router's tokens choose: an expert's logit is the logarithm of its popularity, a
-    random permutation in each step, and Gumbel noise; they are all in some of its groups."""
+    """How a router's tokens choose.
 
-    popularity_E: Floats
+    An expert's logit is the logarithm of its popularity, which a random permutation assigns anew in
+    each step, plus Gumbel noise. Each token uses some of the groups of experts.
+    """
+
+    popularity_E: NDArray[np.float64]
     groups: int = 1
     groups_used: int = 1
     agreement: float = 0.0
-    """0 to 1: how far tokens of a step agree on their groups."""
+    """How far the tokens of a step agree on their groups, from 0 to 1."""
+
+    @property
+    def router(self) -> Router:
+        """A softmax router that normalises, with these groups; logits outside of them are -inf."""
+        return Router(
+            normalise=True, groups=self.groups, groups_used=self.groups_used, group_score="max"
+        )
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Means over the steps."""
+class ActiveMeans:
+    """Means over sampled steps."""
 
     distinct: float
     most_loaded: float
-    """Distinct experts of the rank that wakes the most."""
+    """Distinct experts of the rank that has the most of them active."""
     slots: float
     """Experts a token uses."""
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Drawn steps, decided."""
+class SampledSteps:
+    """Steps that were sampled and routed."""
 
-    active_SE: Bools
-    """The experts that any company wakes."""
+    active_ZE: Bools
+    """The experts that any batch scope of the step activates."""
     slots: float
-    """Experts a token uses, mean."""
+    """Mean experts a token uses."""
 
-    def on(self, ranks: int) -> Drawn:
-        """What they activate where the experts lie on so many GPUs, in blocks."""
-        placement = Placement.linear(self.active_SE.shape[1], ranks)
-        active_SR = _by_rank(self.active_SE, placement)
-        distinct, most = active_SR.sum(axis=1).mean(), active_SR.max(axis=1).mean()
-        return Drawn(float(distinct), float(most), self.slots)
-
-
-def drawn(
-    choices: Choices, slots: int, rule: Rule, tokens: int, scope: RankLayout = ALONE, seed: int = 0
-) -> Drawn:
-    """What steps of `tokens`, a multiple of the companies, activate under a rule.
-
-    `slots` are the most that a token uses; `rule` is one that shares experts.
-    """
-    return decided(choices, slots, rule, tokens, scope, seed).on(scope.ranks)
+    def on(self, ranks: int) -> ActiveMeans:
+        """What the steps activate where the experts lie on `ranks` GPUs, in blocks."""
+        placement = Placement.linear(self.active_ZE.shape[1], ranks)
+        counts = [
+            self.active_ZE[:, list(placement.experts_on(rank))].sum(axis=1) for rank in range(ranks)
+        ]
+        active_ZR = np.stack(counts, axis=1)
+        distinct, most = active_ZR.sum(axis=1).mean(), active_ZR.max(axis=1).mean()
+        return ActiveMeans(float(distinct), float(most), self.slots)
 
 
-def decided(
-    choices: Choices, slots: int, rule: Rule, tokens: int, scope: RankLayout = ALONE, seed: int = 0
-) -> Steps:
-    """As `drawn`, before anybody counts by GPU.
+def sampled_sizes(layout: RankLayout) -> tuple[int, ...]:
+    """Tokens of each batch scope at which a curve is sampled."""
+    most = max(8, MOST_TOKENS // layout.scopes)
+    return tuple(count for count in SIZES if count <= most)
 
-    Where the experts are matters to `budget_per_rank` alone: under other rules the steps are the
-    same for any number of ranks.
+
+def sample_steps(
+    choices: Choices,
+    slots: int,
+    rule: Rule,
+    tokens: int,
+    layout: RankLayout = ALONE,
+    seed: int = 0,
+) -> SampledSteps:
+    """Samples and routes steps of `tokens`, a multiple of the layout's batch scopes.
+
+    `slots` are the most that a token uses. Where the experts are matters to `budget_per_rank`
+    alone: under other rules the steps are the same for any number of ranks.
     """
     draw = np.random.default_rng(seed)
-    steps = max(8, DRAWN_TOKENS // tokens)
-    kept = len(choices.popularity_E)
-    placement = Placement.linear(kept, scope.ranks)
+    scopes, experts = layout.scopes, len(choices.popularity_E)
+    steps = max(FEWEST_STEPS, SAMPLED_TOKENS // tokens)
+    placement = Placement.linear(experts, layout.ranks)
     active, used = [], []
-    for count in _portions(steps, tokens * kept):
-        logits_SCTE = _logits(draw, choices, (count, scope.companies, tokens // scope.companies))
-        active_SCE, slots_SCT = shared(logits_SCTE, slots, rule, placement)
-        active.append(active_SCE.any(axis=1))
-        used.append(slots_SCT.mean(axis=(1, 2)))
-    return Steps(np.concatenate(active), float(np.concatenate(used).mean()))
+    for count in _portions(steps, tokens * experts):
+        logits_BTE = _logits(draw, choices, (count, scopes, tokens // scopes))
+        active_BE, used_BT = route_steps(logits_BTE, choices.router, slots, rule, placement)
+        active.append(active_BE.reshape(count, scopes, experts).any(axis=1))
+        used.append(used_BT.reshape(count, -1).mean(axis=1))
+    return SampledSteps(np.concatenate(active), float(np.concatenate(used).mean()))
 
 
-def drawn_at(scope: RankLayout) -> tuple[int, ...]:
-    """Tokens of each company at which a curve is drawn."""
-    most = max(8, MOST_DRAWN // scope.companies)
-    return tuple(count for count in DRAWN_AT if count <= most)
-
-
-def shared(
-    logits_SCTE: Logits, slots: int, rule: Rule, placement: Placement
+def route_steps(
+    logits_BTE: Logits, router: Router, slots: int, rule: Rule, placement: Placement
 ) -> tuple[Bools, NDArray[np.int64]]:
-    """The experts that each company wakes (S,C,E), and how many each token uses (S,C,T).
+    """The experts (B,E) that each batch activates, and how many each token (B,T) uses.
 
-    A token may use the experts whose logit is above -inf. It votes with the softmax of its best
-    `slots` logits, and fills up to as many from all awake experts.
+    Of the rule only what makes it batch-aware counts: `slots` says how many experts a token uses
+    at most, and the logits are those of the experts that remain.
     """
+    import torch
+
+    from leanmoe.routing import BatchScope, route
+
+    logits = torch.from_numpy(logits_BTE)
+    batches, _, experts = logits.shape
     rule = rule.on(placement.ranks)
-    order_SCTK = _best_first(logits_SCTE, slots)
-    picked_SCTK = np.take_along_axis(logits_SCTE, order_SCTK, axis=-1)
-    best_SCE = _count(order_SCTK[..., :1], logits_SCTE.shape) > 0
-    guaranteed_SCE = _count(order_SCTK[..., : rule.guaranteed], logits_SCTE.shape) > 0
-    active_SCE = guaranteed_SCE
-    if rule.has_budget:
-        gates_SCTK = np.exp(picked_SCTK - picked_SCTK[..., :1])
-        gates_SCTK /= gates_SCTK.sum(axis=-1, keepdims=True)
-        votes_SCE = _count(order_SCTK, logits_SCTE.shape, gates_SCTK) * guaranteed_SCE
-        active_SCE = _within_budgets(votes_SCE, best_SCE, rule, placement)
-    usable_SCTE = active_SCE[:, :, None, :] & np.isfinite(logits_SCTE)
-    return active_SCE, np.minimum(usable_SCTE.sum(axis=-1), slots)
-
-
-def _best_first(logits_SCTE: Logits, slots: int) -> NDArray[np.int64]:
-    """The `slots` experts of each token with the highest logits, the highest first."""
-    some_SCTK = np.argpartition(-logits_SCTE, slots - 1, axis=-1)[..., :slots]
-    logits_SCTK = np.take_along_axis(logits_SCTE, some_SCTK, axis=-1)
-    return np.take_along_axis(some_SCTK, np.argsort(-logits_SCTK, axis=-1), axis=-1)
-
-
-def _within_budgets(votes_SCE: Floats, best_SCE: Bools, rule: Rule, placement: Placement) -> Bools:
-    """Every token's best, then whatever has the most votes: first within each rank, then in all."""
-    order_SCE = np.where(best_SCE, np.inf, np.where(votes_SCE > 0, votes_SCE, -np.inf))
-    if rule.budget_per_rank is not None:
-        for rank in range(placement.ranks):
-            mine = list(placement.experts_on(rank))
-            first = _first(order_SCE[..., mine], rule.budget_per_rank)
-            order_SCE[..., mine] = np.where(first, order_SCE[..., mine], -np.inf)
-        order_SCE[best_SCE] = np.inf
-    if rule.budget is not None:
-        order_SCE = np.where(_first(order_SCE, rule.budget) | best_SCE, order_SCE, -np.inf)
-    return np.asarray(order_SCE > -np.inf)
-
-
-def _first(order_SCE: Floats, count: int) -> Bools:
-    """The `count` highest; the lower id first among equals."""
-    places = np.argsort(np.argsort(-order_SCE, axis=-1, kind="stable"), axis=-1)
-    return np.asarray(places < count)
-
-
-def _count(
-    ids_SCTK: NDArray[np.int64], shape: tuple[int, ...], values_SCTK: Floats | None = None
-) -> Floats:
-    """How often, or with how much in all, each company names each expert (S,C,E)."""
-    steps, companies, _, experts = shape
-    offset_SC = np.arange(steps * companies).reshape(steps, companies, 1, 1) * experts
-    values = None if values_SCTK is None else values_SCTK.ravel()
-    found = np.bincount((ids_SCTK + offset_SC).ravel(), values, steps * companies * experts)
-    return np.asarray(found, dtype=np.float64).reshape(steps, companies, experts)
-
-
-def _by_rank(active_SE: Bools, placement: Placement) -> NDArray[np.int64]:
-    counts = [
-        active_SE[:, list(placement.experts_on(rank))].sum(axis=1)
-        for rank in range(placement.ranks)
-    ]
-    return np.stack(counts, axis=1)
+    shared = Rule(
+        guaranteed=rule.guaranteed, budget=rule.budget, budget_per_rank=rule.budget_per_rank
+    )
+    ids_BTK = route(logits, router, slots, shared, scope=BatchScope(placement)).ids_BTK
+    active_BE = torch.zeros((batches, experts + 1), dtype=torch.bool)
+    active_BE.scatter_(1, ids_BTK.flatten(1), True)
+    return active_BE[:, :experts].numpy(), (ids_BTK < experts).sum(dim=-1).numpy()
 
 
 def _logits(draw: np.random.Generator, choices: Choices, shape: tuple[int, int, int]) -> Logits:
-    """Logits (S,C,T,E) of steps whose experts are popular in an order of their own."""
-    steps, experts = shape[0], len(choices.popularity_E)
+    """Logits (B,T,E) of (steps, batch scopes, tokens): the scopes of a step share popularity."""
+    steps, scopes, tokens = shape
+    experts = len(choices.popularity_E)
     popularity_E = np.log(choices.popularity_E).astype(np.float32)
-    popularity_SE = draw.permuted(np.tile(popularity_E, (steps, 1)), axis=1)
-    logits_SCTE = popularity_SE[:, None, None, :] + _gumbel(draw, (*shape, experts))
+    popularity_ZE = draw.permuted(np.tile(popularity_E, (steps, 1)), axis=1)
+    popularity_BE = np.repeat(popularity_ZE, scopes, axis=0)
+    logits_BTE = popularity_BE[:, None] + _gumbel(draw, (steps * scopes, tokens, experts))
     if choices.groups_used == choices.groups:
-        return logits_SCTE
-    common_SG = draw.standard_normal((steps, 1, 1, choices.groups))
-    own_SCTG = draw.standard_normal((*shape, choices.groups))
-    score_SCTG = (
-        math.sqrt(choices.agreement) * common_SG + math.sqrt(1 - choices.agreement) * own_SCTG
-    )
-    places_SCTG = np.argsort(np.argsort(-score_SCTG, axis=-1), axis=-1)
-    allowed_SCTE = np.repeat(places_SCTG < choices.groups_used, experts // choices.groups, axis=-1)
-    return np.where(allowed_SCTE, logits_SCTE, np.float32(-np.inf))
+        return logits_BTE
+    common_ZG = draw.standard_normal((steps, choices.groups))
+    common_BG = np.repeat(common_ZG, scopes, axis=0)
+    own_BTG = draw.standard_normal((steps * scopes, tokens, choices.groups))
+    shared, apart = math.sqrt(choices.agreement), math.sqrt(1 - choices.agreement)
+    score_BTG = shared * common_BG[:, None] + apart * own_BTG
+    places_BTG = np.argsort(np.argsort(-score_BTG, axis=-1), axis=-1)
+    allowed_BTE = np.repeat(places_BTG < choices.groups_used, experts // choices.groups, axis=-1)
+    return np.where(allowed_BTE, logits_BTE, np.float32(-np.inf))
 
 
 def _gumbel(draw: np.random.Generator, shape: tuple[int, ...]) -> Logits:
-    """Gumbel noise, a third of the time that numpy's own takes."""
+    """Gumbel noise, in a third of the time that numpy's own takes."""
     waits = draw.standard_exponential(shape, dtype=np.float32)
     return np.asarray(-np.log(np.maximum(waits, LEAST_WAIT)))
 
 
 def _portions(steps: int, values: int) -> Iterator[int]:
-    """So many steps in portions that fit in memory, each step with so many values."""
+    """The steps in portions that fit in memory, where each step has so many values."""
     most = max(1, MOST_VALUES // values)
     while steps > 0:
         yield min(most, steps)

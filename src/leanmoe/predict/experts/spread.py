@@ -76,12 +76,12 @@ class RankLayout:
     (`LEANMOE_BATCH_SCOPE=all`), or with those of their own."""
 
     @property
-    def companies(self) -> int:
+    def scopes(self) -> int:
         """Groups of a step's tokens that decide each for themselves."""
         return 1 if self.cross_rank else self.data
 
     @property
-    def is_told(self) -> bool:
+    def exchanges_demand(self) -> bool:
         """Whether ranks tell each other what their tokens choose."""
         return self.cross_rank and self.data > 1
 

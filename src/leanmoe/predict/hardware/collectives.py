@@ -20,8 +20,6 @@ from leanmoe.predict.hardware.rates import Rates
 
 EXCHANGED_BYTES = 1.5
 """Of an activation on its way to an expert (fp8) and back (bf16), mean of both."""
-
-
 PCIE = 64e9
 """Bytes/s of a link that is no NVLink. Over it vLLM has no all-reduce of its own for more than two
 GPUs ("not supported on more than two PCIe-only GPUs", its log says)."""

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from leanmoe.predict.hardware.gpus import Gpu
 
 MICROSECOND = 1e-6
-
-
 NEARLY = 0.999
 """Share of a step's slots below which some are another GPU's."""
 

@@ -35,37 +35,19 @@ from leanmoe.predict.kernels.kernel_constants import (
 from leanmoe.predict.kernels.tile_heuristics import CUTLASS, TUNED, Stage
 
 REWEIGHTED = 6
-
-
 NEAR = 0.02
 """Relative error below which a row has its full weight."""
-
-
 CLIPPED = 0.3
 """Error at which a row counts no further when tiles are compared."""
-
-
 FEWEST_ROWS = 3
-
-
 FOLDS = 4
 """Of the layers, when sets of features are compared."""
-
-
 PLAIN = tuple(name for name in FEATURES if name != "strides")
-
-
 FEW = ("call", "longer", "activations", "waves", "waves_hidden", "waves_width", "spread")
-
-
 CANDIDATES = (PLAIN, FEATURES, FEW)
 """Sets of features to choose from."""
-
-
 LEAST_WAVES = (1, 2, 3, 4)
 """Tiles a multiprocessor that may keep the memory busy, to choose from."""
-
-
 NOTHING_TUNED: Tuned = MappingProxyType({})
 
 

@@ -25,21 +25,13 @@ SLOT_BY_SLOT: Mapping[tuple[str, str], float] = {
 }
 """By kernel and format: up to so many slots for each of the layer's experts, where these are not
 spread over GPUs. vLLM's mxfp4 kernels are OpenAI's, which group all steps."""
-
-
 SHARED_MEMORY = 227 * 1024
 """Bytes that the blocks on a multiprocessor of compute capability 9.0 may have (CUDA C++
 Programming Guide, technical specifications)."""
-
-
 MOST_BLOCKS = 16
 """Of 4 warps on a multiprocessor: it holds 64 warps (the same table)."""
-
-
 ROWS = 16
 """Of a block in a small step."""
-
-
 CACHED_SHARE = 0.6
 """Of a read's time that the same read takes from the second-level cache: 3.35 TB/s of memory to
 about 5.5 of an H100's cache, a figure without a source at hand. The steps of Qwen3-30B had been
@@ -80,8 +72,6 @@ class Launch:
 
 DEFAULT = {1.0: Launch(128, 128, 3), 2.0: Launch(64, 128, 4)}
 """By bytes of a value: `get_default_config` for 16 tokens or fewer, fp8 blocks and bf16."""
-
-
 TUNED: Mapping[tuple[str, int, int], tuple[tuple[float, Launch], ...]] = {
     ("h100", 128, 2880): (
         (1, Launch(32, 64, 4)),

@@ -27,8 +27,6 @@ PACKAGE = "aiconfigurator-core"
 
 VERSION = "0.12.0"
 """The version whose columns are known here, and whose figures the docs give."""
-
-
 SYSTEMS = {
     "h200": "h200_sxm",
     "h100": "h100_sxm",
@@ -37,8 +35,6 @@ SYSTEMS = {
     "l40s": "l40s",
 }
 """Our names of GPUs, and the package's."""
-
-
 WEIGHT_BYTES = {
     "bfloat16": 2.0,
     "fp8": 1.0,
@@ -47,27 +43,17 @@ WEIGHT_BYTES = {
     "int4_wo": 0.5 + 2 / 128,
 }
 """Bytes of a weight, its share of the scales included, by the package's names of formats."""
-
-
 ACTIVATION_BYTES = {"fp8": 1.0, "fp8_block": 1.0}
-
-
 PADDED_TO = {"w4a16_mxfp4": 128}
 """Multiple of widths that a format pads to, where it does."""
-
-
 UNGATED = ((2688, 1856), (2048, 5120), (8192, 5120), (1024, 2688))
 """Hidden and expert width of the tables' experts without a gate (Nemotron-H)."""
-
-
 GROUPED = ((7168, 2048, 256, 8),)
 """Shapes that vLLM and SGLang ran through a router with 8 groups of which 4 are used: the
 "balanced" pattern wakes half of the experts there, although the tables do not say so."""
 
 
 GROUPS, GROUPS_USED = 8, 4
-
-
 GROUPED_LEAST_TOKENS = 32
 """Below it, which experts break the router's ties is not known, and so neither how many wake."""
 

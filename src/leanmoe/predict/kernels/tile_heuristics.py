@@ -39,11 +39,7 @@ def stages(
 
 TUNED = stages((4, 32, 96, 512, 2048, ANY), None)
 """Of layers with a tuned configuration."""
-
-
 CUTLASS = stages((4, 32, 64, 96, 512, 2048, ANY), (PredictedTile(64, 128), PredictedTile(128, 128)))
-
-
 SCHEDULES: Mapping[tuple[str, str], tuple[Stage, ...]] = {
     ("vllm-triton", "bfloat16"): (
         *stages((4, 32), (PredictedTile(16, 64),)),
@@ -67,8 +63,6 @@ SCHEDULES: Mapping[tuple[str, str], tuple[Stage, ...]] = {
     ),
 }
 """By kernel and format; `CUTLASS` for those that are not here."""
-
-
 GATHERED = ("vllm-triton", "vllm-flashinfer")
 """Kernels of an engine whose data-parallel ranks gather each other's tokens: each GPU sees all
 tokens of a step and computes its own experts' rows (vLLM's `allgather_reducescatter`, its

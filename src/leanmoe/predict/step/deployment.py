@@ -16,12 +16,8 @@ if TYPE_CHECKING:
 
 USABLE = 0.92
 """Share of a GPU's memory for weights, activations and cache, as engines set it by default."""
-
-
 RESERVED = 3e9
 """Bytes for activations, graphs, communication buffers and the runtime."""
-
-
 MOST_GPUS = 16384
 
 

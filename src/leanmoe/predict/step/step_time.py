@@ -29,9 +29,7 @@ from leanmoe.predict.step.experts_time import ExpertsTime
 
 REPLICATED_BYTES = 2.0
 """Of an activation that is passed on: bf16."""
-
-
-BALLOT_BYTES = 3 * 8
+DEMAND_BYTES = 3 * 8
 """Of an expert: what ranks add up where their tokens share experts, three int64."""
 
 
@@ -274,8 +272,8 @@ class StepTime:
         each other of their tokens' choices before."""
         here, hidden, rates = self.deployment, self.model.shape.hidden, self._rates
         told = 0.0
-        if active.is_told:
-            demand = BALLOT_BYTES * self.model.shape.experts
+        if active.exchanges_demand:
+            demand = DEMAND_BYTES * self.model.shape.experts
             told = library_reduce_seconds(rates, here.gpu, demand, here.data)
         if here.exchanges and not self._gathers:
             touched = self._touched(active.rows / tokens if tokens else 0.0)

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from leanmoe.core.errors import LeanMoeError
 
 LONGEST = 1_048_576
-
-
 STEP_TOKENS = 8192
 """Tokens of a step at most: all that decodes, and parts of prompts (vLLM's default on servers)."""
 

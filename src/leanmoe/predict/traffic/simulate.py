@@ -20,15 +20,11 @@ from leanmoe.predict.traffic.service_load import ServiceLoadModel
 
 GRAIN = 64
 """Contexts and parts of prompts are rounded to so many tokens, so that step times can be reused."""
-
-
 ROUNDS = 4
 """Requests of a run, in multiples of those at once, a first round left out of the metrics."""
 
 
 FEWEST, MOST = 64, 4096
-
-
 MOST_STEPS = 400_000
 
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 
 SECONDS_AN_HOUR = 3600.0
-
-
 LEAST_WIDTH = 64
 """Of an expert on one GPU: narrower ones are measured nowhere and wasteful."""
 
