@@ -46,18 +46,11 @@ from leanmoe.core.run_folder import RunFolder
 from leanmoe.core.text import read_corpus, split
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
-from leanmoe.prune.allocation import Allocated
+from leanmoe.prune.allocation import ALLOCATION_TOKENS, Allocated, allocate, first_windows
 from leanmoe.prune.checkpoint import FILE, read_source, write_pruned
-from leanmoe.prune.criteria import CRITERIA, Scores, criterion, place_scores
+from leanmoe.prune.criteria import CRITERIA, Scores, observe, rank_experts
 from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
-from leanmoe.prune.run import (
-    ALLOCATION_TOKENS,
-    allocate,
-    checkpoint_folder,
-    first_windows,
-    observe,
-    output_errors,
-)
+from leanmoe.prune.run import checkpoint_folder
 from leanmoe.runtime import load_model, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
@@ -195,12 +188,8 @@ def rank(model: Any, windows: Windows, shape: MoEShape, names: Sequence[str]) ->
     seen = observe(model, windows)
     least = min(kept_count(keep, shape) for keep in KEEP)
     return {
-        name: place_scores(each, len(shape.moe_layers), shape.experts, 0)
-        if each.by_place is not None
-        else each.by_statistics(seen)
-        if each.by_statistics is not None
-        else output_errors(model, windows, least)
-        for name, each in ((name, criterion(name)) for name in names)
+        name: rank_experts(CRITERIA.get(name), shape, 0, model, windows, least, seen)
+        for name in names
     }
 
 

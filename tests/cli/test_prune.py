@@ -9,6 +9,7 @@ import pytest
 
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
+from leanmoe.prune.allocation import Evolution
 from tests.cli.test_main import run
 
 
@@ -41,11 +42,9 @@ def test_a_plan_touches_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_layers_of_a_plan_may_keep_different_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from leanmoe.prune import run
-    from leanmoe.prune.allocation import Evolution
-
-    monkeypatch.setattr(run, "Evolution", lambda: Evolution(generations=2, children=3))
-    monkeypatch.setattr(run, "ALLOCATION_TOKENS", 300)
+    small = Evolution(generations=2, children=3)
+    monkeypatch.setattr("leanmoe.prune.allocation.Evolution", lambda: small)
+    monkeypatch.setattr("leanmoe.prune.run.ALLOCATION_TOKENS", 300)
     command = ["prune", "reference", "--keep", "50%", "--tokens", "1024", "--plan", "--json"]
     code, out, _ = run(capsys, *command, "--allocation", "evoesap", "-o", str(tmp_path))
     assert code == 0

@@ -9,10 +9,17 @@ import torch
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import MoEShape, read_shape
-from leanmoe.plan import Plan, Rule
-from leanmoe.prune.allocation import Counts, Evolution, evolve, fewest, whole_step
-from leanmoe.runtime import apply, shape_of
-from leanmoe.scoring.acceptance import Acceptance
+from leanmoe.prune.allocation import (
+    Counts,
+    Evolution,
+    allocate,
+    evolve,
+    fewest,
+    first_windows,
+    whole_step,
+)
+from leanmoe.prune.criteria import CRITERIA, rank_experts
+from leanmoe.runtime import shape_of
 from leanmoe.scoring.windows import Windows
 from tests.runtime.families import build
 
@@ -61,16 +68,13 @@ def test_what_cannot_differ_is_said(shape: MoEShape) -> None:
         evolve(32, replace(shape, moe_layers=(1,)), likeness)
 
 
-def test_acceptance_is_the_overlap_of_the_distributions() -> None:
-    model = build("deepseek_v3")
-    ids_SN = torch.randint(1, 64, (3, 20), generator=torch.Generator().manual_seed(0))
-    against = Acceptance(model, Windows.of_ids(ids_SN))
-    plan = Plan.uniform(shape_of(model).fingerprint(), Rule(top_k=1))
-    with torch.inference_mode():
-        full = model(ids_SN).logits[:, :-1].double().softmax(-1)
-        with apply(model, plan):
-            less = model(ids_SN).logits[:, :-1].double().softmax(-1)
-            found = against.of(model)
-    assert found == pytest.approx(float(torch.minimum(full, less).sum(-1).mean()), abs=1e-5)
-    assert found < 0.9999
-    assert against.of(model) == pytest.approx(1.0, abs=1e-6)
+def test_an_allocation_is_found_by_acceptance_on_windows() -> None:
+    model = build("qwen3_moe")
+    shape = shape_of(model)
+    ids_SN = torch.randint(1, 64, (4, 24), generator=torch.Generator().manual_seed(0))
+    windows = first_windows(Windows.of_ids(ids_SN), 48)
+    assert len(windows.ids_SN) == 2
+    scores_LE = rank_experts(CRITERIA.get("first-half"), shape, 0)
+    found = allocate(model, scores_LE, windows, shape, 6)
+    assert sum(found.counts) == 6 * len(shape.moe_layers)
+    assert 0 < found.even_fitness <= found.fitness <= 1

@@ -13,9 +13,8 @@ from leanmoe.core.text import Document, read_corpus
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import Named
-from leanmoe.prune.criteria import criterion, place_scores
+from leanmoe.prune.criteria import CRITERIA, observe, rank_experts
 from leanmoe.prune.kept_experts import as_plan, best_experts, kept_count
-from leanmoe.prune.run import observe, output_errors
 from leanmoe.runtime import apply, served_experts, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import WINDOW_TOKENS, Windows, cut
@@ -165,7 +164,7 @@ def calibration(text: str) -> tuple[str, str]:
     name, _, keep = text.rpartition(":")
     if not name or not keep:
         raise LeanMoeError(f"--calibrate is {text!r}: it must be like easy-ep:75%")
-    criterion(name)
+    CRITERIA.get(name)
     return name, keep
 
 
@@ -174,23 +173,17 @@ def _calibrated(
 ) -> Named:
     """Experts ranked on the domain's calibration half."""
     name, keep = calibration(str(settings.calibrate))
-    wanted, shape = criterion(name), shape_of(model)
+    criterion, shape = CRITERIA.get(name), shape_of(model)
     count = kept_count(keep, shape)
 
     def rank() -> Any:
         windows = cut(
             domain.calibration, tokenizer, WINDOW_TOKENS, settings.domain_tokens, settings.seed
         )
-        if wanted.by_place is not None:
-            layers = len(shape.moe_layers)
-            return best_experts(
-                place_scores(wanted, layers, shape.experts, settings.seed), count, shape
-            )
+        if not criterion.needs_text:
+            return best_experts(rank_experts(criterion, shape, settings.seed), count, shape)
         seen = observe(model, windows)
-        if wanted.by_statistics is not None:
-            scores = wanted.by_statistics(seen)
-        else:
-            scores = output_errors(model, windows, count)
+        scores = rank_experts(criterion, shape, settings.seed, model, windows, count, seen)
         return best_experts(scores, count, shape, tuple(seen.super_experts()))
 
     stored = folder.step(f"calibrated-{domain.name}", rank)

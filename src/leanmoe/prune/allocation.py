@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.progress import bar
 from leanmoe.models.shape import MoEShape
-from leanmoe.prune.kept_experts import check_count, groups_of
+from leanmoe.prune.criteria import Scores
+from leanmoe.prune.kept_experts import as_plan, best_experts, check_count, groups_of
+from leanmoe.runtime import IMPLEMENTATION, apply
+from leanmoe.scoring.acceptance import Acceptance
+from leanmoe.scoring.windows import Windows
 
 Counts = tuple[int, ...]
 """For each MoE layer how many experts remain."""
+ALLOCATION_TOKENS = 4096
+"""Tokens of calibration text on which each allocation is compared with the full model."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,35 @@ class Allocated:
     fitness: float
     even_fitness: float
     measured: int
+
+
+def allocate(
+    model: Any,
+    scores_LE: Scores,
+    windows: Windows,
+    shape: MoEShape,
+    count: int,
+    protected: tuple[tuple[int, int], ...] = (),
+    seed: int = 0,
+) -> Allocated:
+    """EvoESAP: numbers of experts whose mean is `count`, fittest by acceptance on the windows.
+
+    The fitness is how often the full model would accept the pruned one's next token: `Acceptance`.
+    """
+    against = Acceptance(model, windows)
+
+    def fitness(counts: Counts) -> float:
+        try:
+            kept = best_experts(scores_LE, counts, shape, protected)
+        except LeanMoeError:  # more protected than so few leave room for
+            return 0.0
+        with apply(model, as_plan(kept, shape), experts=IMPLEMENTATION):
+            return against.of(model)
+
+    evolution = Evolution()
+    total = 1 + evolution.generations * evolution.children
+    with bar("Allocating experts", total, "allocations") as advance:
+        return evolve(count, shape, fitness, evolution, seed, advance)
 
 
 def evolve(
@@ -110,3 +147,15 @@ def _child(
             counts[giver] -= step
             counts[taker] += step
     return tuple(counts)
+
+
+def first_windows(windows: Windows, tokens: int) -> Windows:
+    """The first of the windows, until they hold so many tokens; their documents' names stay."""
+    held = windows.lengths_S.cumsum(0)
+    count = int((held < tokens).sum()) + 1
+    return replace(
+        windows,
+        ids_SN=windows.ids_SN[:count],
+        lengths_S=windows.lengths_S[:count],
+        documents_S=windows.documents_S[:count],
+    )

@@ -1,17 +1,19 @@
-"""By what experts are ranked, each criterion under its name with where it comes from.
+"""Which experts matter least: eleven criteria, each with its formula and where it comes from.
 
-Letters: L MoE layers, E experts.
+`rank_experts` gives every expert of every layer a score S; the higher, the longer it stays.
 
-What each expert does on text: how often it is used, how much it weighs, what it adds.
+Symbols of the formulas, all for one MoE layer and over the tokens t of the calibration text:
 
-Letters: T tokens, K slots a token, L MoE layers, E experts, D hidden width, R rows of one expert.
+    E          experts of the layer, numbered j = 0 ... E − 1
+    T_j        tokens routed to expert j: those that have it among their top-k
+    g_j(t)     the weight that the router gives expert j for token t
+    f_j(t)     the output of expert j for token t, a vector [D]
+    y(t)       the layer's routed output: Σ_j g_j(t) f_j(t) over the token's top-k
+    h(t)       the hidden state after the decoder layer, y(t) included
+    ‖·‖        the Euclidean norm
 
-Experts by how much a layer's output changes without them, greedily (NAEE, arXiv 2402.14800).
-
-NAEE tries every subset of Mixtral's 8 experts; with 64 or 256 that is not possible. Here the one
-goes whose loss changes the layer's output on calibration tokens least, then the next.
-
-Letters: T tokens, K slots a token, E experts, D hidden width.
+Letters: T tokens, K slots of a token, L MoE layers, E experts, D hidden width, X slots in the
+order of their experts.
 """
 
 from __future__ import annotations
@@ -27,117 +29,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from leanmoe.core.errors import LeanMoeError, unknown_name
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.progress import bar
+from leanmoe.core.registry import Registry
 from leanmoe.kernels.dispatch import fast_route
 from leanmoe.models.routers import Router
+from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Rule
+from leanmoe.runtime import find_layers, record, shape_of
 from leanmoe.runtime.experts import all_outputs, expert_outputs
-from leanmoe.runtime.model import (
-    MoELayer,
-    decoder_layers,
-    find_layers,
-    shape_of,
-)
+from leanmoe.runtime.model import MoELayer, decoder_layers
+from leanmoe.scoring.forward import final_hidden, hidden_of
+from leanmoe.scoring.windows import Windows
 
 Scores = NDArray[np.float64]
 PAPER = "arXiv 2505.03531"
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A way to rank experts; the higher the score, the longer an expert stays."""
-
-    name: str
-    title: str
-    source: str
-    by_place: Callable[[int, int], Scores] | None = None
-    """Scores [E] of a layer from the number of experts and a seed: no text needed."""
-    by_statistics: Callable[[ExpertStatistics], Scores] | None = None
-    """Scores [L,E]. With neither: by `output_error`, which needs the model itself."""
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether the model has to be run."""
-        return self.by_place is None
-
-
-def criterion(name: str) -> Criterion:
-    """The criterion of that name; raises LeanMoeError, naming near ones, for an unknown one."""
-    if name not in CRITERIA:
-        raise unknown_name("criterion", name, CRITERIA)
-    return CRITERIA[name]
-
-
-def place_scores(found: Criterion, layers: int, experts: int, seed: int) -> Scores:
-    """Scores [L,E] of a criterion that needs no text; layers differ where chance decides."""
-    assert found.by_place is not None
-    return np.stack([found.by_place(experts, seed + layer) for layer in range(layers)])
-
-
-def _random(experts: int, seed: int) -> Scores:
-    return np.random.default_rng(seed).random(experts)
-
-
-def _first(experts: int, _seed: int) -> Scores:
-    return -np.arange(experts, dtype=np.float64)
-
-
-def _last(experts: int, _seed: int) -> Scores:
-    return np.arange(experts, dtype=np.float64)
-
-
-def _odd(experts: int, _seed: int) -> Scores:
-    numbers = np.arange(experts)
-    return (numbers % 2 * experts - numbers).astype(np.float64)
-
-
-def _even(experts: int, _seed: int) -> Scores:
-    numbers = np.arange(experts)
-    return ((1 - numbers % 2) * experts - numbers).astype(np.float64)
-
-
-def _mean_output(seen: ExpertStatistics) -> Scores:
-    return seen.outputs_LE / np.maximum(seen.slots_LE, 1)
-
-
-CRITERIA = {
-    found.name: found
-    for found in (
-        Criterion("random", "drawn by lot", PAPER, by_place=_random),
-        Criterion("odd", "odd numbers first", PAPER, by_place=_odd),
-        Criterion("even", "even numbers first", PAPER, by_place=_even),
-        Criterion("first-half", "the first numbers", PAPER, by_place=_first),
-        Criterion("last-half", "the last numbers", PAPER, by_place=_last),
-        Criterion(
-            "activate-count", "how often used", PAPER, by_statistics=lambda seen: seen.slots_LE
-        ),
-        Criterion(
-            "soft-count", "sum of routing weights", PAPER, by_statistics=lambda seen: seen.gates_LE
-        ),
-        Criterion(
-            "reap",
-            "mean of routing weight x output length over the tokens routed to it",
-            "arXiv 2510.13999",
-            by_statistics=_mean_output,
-        ),
-        Criterion(
-            "easy-ep",
-            "sum of routing weight x output length x how far the token turns",
-            "arXiv 2504.06792",
-            by_statistics=lambda seen: seen.changes_LE,
-        ),
-        Criterion(
-            "output-sum",
-            "sum of routing weight x output length: REAP without the mean",
-            "ours",
-            by_statistics=lambda seen: seen.outputs_LE,
-        ),
-        Criterion(
-            "output-error", "greedily by the error of the layer's output", "arXiv 2402.14800"
-        ),
-    )
-}
-
+SAMPLE_TOKENS = 256
+"""Tokens on which `output-error` compares a layer's output."""
 SUPER_QUANTILE, SUPER_SHARE, SUPER_TIMES = 0.995, 0.1, 5.0
 """An expert is super if its largest output is above this quantile of all experts' and above this
 share of the largest of all (arXiv 2507.23279, section 3), and above so many times its layer's
@@ -145,20 +53,198 @@ median: without that, which is ours, every model would have some."""
 
 
 @dataclass(frozen=True)
+class Criterion:
+    """A way to rank experts. Exactly one of the three functions is given."""
+
+    name: str
+    title: str
+    source: str
+    by_number: Callable[[int, int], Scores] | None = None
+    """Scores [E] of a layer from the number of experts and a seed: no text is read."""
+    by_statistics: Callable[[ExpertStatistics], Scores] | None = None
+    """Scores [L,E] from what the experts did on text."""
+    by_model: Callable[[Any, Windows, int], Scores] | None = None
+    """Scores [L,E] from the model itself, windows, and the fewest experts that may remain."""
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the model has to be run."""
+        return self.by_number is None
+
+
+def _criterion(
+    name: str, function: Callable[..., Scores], *, kind: str, title: str, source: str
+) -> Criterion:
+    functions: dict[str, Any] = {kind: function}
+    return Criterion(name, title, source, **functions)
+
+
+CRITERIA: Registry[Criterion] = Registry("criterion", _criterion)
+
+
+def rank_experts(
+    criterion: Criterion,
+    shape: MoEShape,
+    seed: int,
+    model: Any = None,
+    windows: Windows | None = None,
+    least: int = 0,
+    seen: ExpertStatistics | None = None,
+) -> Scores:
+    """Scores [L,E] by a criterion: the higher, the longer an expert stays.
+
+    `model` and `windows` are needed where `criterion.needs_text`. `least` is the fewest experts of
+    a layer that may remain, which are then not told apart by `output-error`. `seen` spares watching
+    the model again.
+    """
+    if criterion.by_number is not None:
+        layers = range(len(shape.moe_layers))
+        return np.stack([criterion.by_number(shape.experts, seed + layer) for layer in layers])
+    assert windows is not None
+    if criterion.by_model is not None:
+        return criterion.by_model(model, windows, least)
+    assert criterion.by_statistics is not None
+    return criterion.by_statistics(observe(model, windows) if seen is None else seen)
+
+
+@CRITERIA.register("random", title="drawn by lot", source=PAPER, kind="by_number")
+def _random(experts: int, seed: int) -> Scores:
+    """S_j is uniform between 0 and 1, drawn for each layer."""
+    return np.random.default_rng(seed).random(experts)
+
+
+@CRITERIA.register("odd", title="odd numbers first", source=PAPER, kind="by_number")
+def _odd(experts: int, _seed: int) -> Scores:
+    """S_j = E · (j mod 2) − j."""
+    numbers = np.arange(experts)
+    return (numbers % 2 * experts - numbers).astype(np.float64)
+
+
+@CRITERIA.register("even", title="even numbers first", source=PAPER, kind="by_number")
+def _even(experts: int, _seed: int) -> Scores:
+    """S_j = E · (1 − j mod 2) − j."""
+    numbers = np.arange(experts)
+    return ((1 - numbers % 2) * experts - numbers).astype(np.float64)
+
+
+@CRITERIA.register("first-half", title="the first numbers", source=PAPER, kind="by_number")
+def _first_half(experts: int, _seed: int) -> Scores:
+    """S_j = −j."""
+    return -np.arange(experts, dtype=np.float64)
+
+
+@CRITERIA.register("last-half", title="the last numbers", source=PAPER, kind="by_number")
+def _last_half(experts: int, _seed: int) -> Scores:
+    """S_j = j."""
+    return np.arange(experts, dtype=np.float64)
+
+
+@CRITERIA.register("activate-count", title="how often used", source=PAPER, kind="by_statistics")
+def _activate_count(seen: ExpertStatistics) -> Scores:
+    """S_j = |T_j|, the paper's activate count."""
+    return seen.slots_LE
+
+
+@CRITERIA.register("soft-count", title="sum of routing weights", source=PAPER, kind="by_statistics")
+def _soft_count(seen: ExpertStatistics) -> Scores:
+    """S_j = Σ_{t ∈ T_j} g_j(t), the paper's soft count."""
+    return seen.gates_LE
+
+
+@CRITERIA.register(
+    "reap",
+    title="mean of routing weight x output length over the tokens routed to it",
+    source="arXiv 2510.13999",
+    kind="by_statistics",
+)
+def _reap(seen: ExpertStatistics) -> Scores:
+    """S_j = (1 / |T_j|) Σ_{t ∈ T_j} g_j(t) ‖f_j(t)‖; 0 for an expert that no token uses."""
+    return seen.outputs_LE / np.maximum(seen.slots_LE, 1)
+
+
+@CRITERIA.register(
+    "easy-ep",
+    title="sum of routing weight x output length x how far the token turns",
+    source="arXiv 2504.06792",
+    kind="by_statistics",
+)
+def _easy_ep(seen: ExpertStatistics) -> Scores:
+    """S_j = Σ_{t ∈ T_j} c(t) g_j(t) ‖f_j(t)‖, where c(t) = 1 − cos(h(t) − y(t), h(t))."""
+    return seen.changes_LE
+
+
+@CRITERIA.register(
+    "output-sum",
+    title="sum of routing weight x output length: REAP without the mean",
+    source="ours",
+    kind="by_statistics",
+)
+def _output_sum(seen: ExpertStatistics) -> Scores:
+    """S_j = Σ_{t ∈ T_j} g_j(t) ‖f_j(t)‖."""
+    return seen.outputs_LE
+
+
+@CRITERIA.register(
+    "output-error",
+    title="greedily by the error of the layer's output",
+    source="arXiv 2402.14800",
+    kind="by_model",
+)
+def output_errors(model: Any, windows: Windows, least: int) -> Scores:
+    """S_j is the step in which expert j goes, and E for the `least` that stay.
+
+    NAEE minimises ‖y_R(t) − y(t)‖ over every subset R of Mixtral's 8 experts; with 64 or 256 that
+    is not possible. Here each step removes the expert j of those that are left, R, for which
+    Σ_t ‖y_{R∖j}(t) − y(t)‖² is least, where y_R is the layer's output when only R may be chosen.
+    The sum is over a sample of SAMPLE_TOKENS tokens.
+    """
+    shape, layers = shape_of(model), find_layers(model)
+    hidden: dict[int, Tensor] = {}
+    logits: dict[int, Tensor] = {}
+    with ExitStack() as hooks:
+        for layer in layers:
+
+            def caught(_module: Any, inputs: Any, _out: Any, number: int = layer.number) -> None:
+                hidden[number] = inputs[0]
+
+            hooks.callback(layer.experts.register_forward_hook(caught).remove)
+        with record(model, logits.__setitem__):
+            batch, _ = next(hidden_of(model, windows, "Sampling tokens"))
+    real = batch.mask_SN.reshape(-1).nonzero().flatten()
+    draw = torch.Generator().manual_seed(windows.seed)
+    chosen = real[torch.randperm(len(real), generator=draw)[:SAMPLE_TOKENS]]
+    with bar("Removing experts", len(layers) * (shape.experts - least), "experts") as advance:
+        return np.stack(
+            [
+                removal_order(
+                    layer,
+                    shape.router,
+                    shape.top_k,
+                    hidden[layer.number][chosen],
+                    logits[layer.number][chosen],
+                    least,
+                    advance,
+                )
+                for layer in layers
+            ]
+        )
+
+
+@dataclass(frozen=True)
 class ExpertStatistics:
-    """Sums over the slots of all tokens seen, each [L,E]."""
+    """What each expert did on text: sums over the slots that used it, each [L,E]."""
 
     tokens: int
-    slots_LE: NDArray[np.float64]
-    """Slots that used the expert: the paper's activate count (arXiv 2505.03531)."""
-    gates_LE: NDArray[np.float64]
-    """Of its routing weights: the paper's soft count."""
-    outputs_LE: NDArray[np.float64]
-    """Of routing weight x length of its output."""
-    changes_LE: NDArray[np.float64]
-    """The same, each token by how far the routed experts turn its hidden state: 1 - cosine."""
-    largest_LE: NDArray[np.float64]
-    """Its largest output value."""
+    slots_LE: Scores
+    """|T_j|: the slots that used the expert."""
+    gates_LE: Scores
+    """Σ g_j(t)."""
+    outputs_LE: Scores
+    """Σ g_j(t) ‖f_j(t)‖."""
+    changes_LE: Scores
+    """Σ c(t) g_j(t) ‖f_j(t)‖, where c(t) is how far the routed experts turn the token."""
+    largest_LE: Scores
+    """The largest absolute value in any f_j(t)."""
 
     def super_experts(self) -> list[tuple[int, int]]:
         """Layer and expert of those with extreme outputs, which a model cannot lose."""
@@ -214,12 +300,22 @@ class Watch:
             self._largest[layer.number, expert] = max(self._largest[layer.number, expert], largest)
 
 
+def observe(model: Any, windows: Windows) -> ExpertStatistics:
+    """What the experts of a model do on the windows, padding left out."""
+    with watch(model) as watching, bar("Watching experts", windows.tokens, "tokens") as advance:
+        for batch in windows.batches():
+            watching.real_T = batch.mask_SN.reshape(-1)
+            final_hidden(model, batch)
+            advance(batch.tokens)
+    return watching.result()
+
+
 @contextmanager
 def watch(model: Any) -> Iterator[Watch]:
     """Within it, every forward call of `model` is watched; nothing it computes changes."""
     shape, layers = shape_of(model), find_layers(model)
     decoders = decoder_layers(model)
-    found = Watch(len(layers), shape.experts)
+    watching = Watch(len(layers), shape.experts)
     calls: dict[int, tuple[tuple[Tensor, Tensor, Tensor], Tensor]] = {}
     with ExitStack() as hooks:
         for layer in layers:
@@ -232,15 +328,12 @@ def watch(model: Any) -> Iterator[Watch]:
                 after = output if isinstance(output, Tensor) else output[0]
                 with torch.inference_mode():
                     flat_TD = after.reshape(-1, after.shape[-1])
-                    found.add(layer, inputs, routed_TD.reshape(flat_TD.shape), flat_TD)
+                    watching.add(layer, inputs, routed_TD.reshape(flat_TD.shape), flat_TD)
 
             hooks.callback(layer.experts.register_forward_hook(caught).remove)
             decoder = decoders[layer.decoder_index]
             hooks.callback(decoder.register_forward_hook(done).remove)
-        yield found
-
-
-SAMPLE_TOKENS = 256
+        yield watching
 
 
 @torch.inference_mode()
@@ -252,7 +345,7 @@ def removal_order(
     logits_TE: Tensor,
     least: int,
     progress: Callable[[int], None] = lambda _: None,
-) -> NDArray[np.float64]:
+) -> Scores:
     """Scores [E]: the later an expert goes, the higher; the last `least` are not told apart."""
     bias_E = layer.ranking_bias(router)
     outputs_TED = all_outputs(layer.experts, hidden_TD).float()

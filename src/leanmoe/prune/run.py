@@ -6,13 +6,9 @@ Letters: L MoE layers, E experts, T tokens, D hidden width.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import write_json
@@ -21,29 +17,22 @@ from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.text import read_corpus, split
 from leanmoe.models.shape import REFERENCE, MoEShape, read_shape
-from leanmoe.prune.allocation import Allocated, Counts, Evolution, evolve, fewest
-from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
-from leanmoe.prune.criteria import (
-    SAMPLE_TOKENS,
-    Criterion,
-    ExpertStatistics,
-    Scores,
-    criterion,
-    place_scores,
-    removal_order,
-    watch,
+from leanmoe.prune.allocation import (
+    ALLOCATION_TOKENS,
+    Allocated,
+    allocate,
+    fewest,
+    first_windows,
 )
+from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
+from leanmoe.prune.criteria import CRITERIA, Criterion, Scores, observe, rank_experts
 from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
-from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, load_model, record, shape_of
-from leanmoe.scoring.acceptance import Acceptance
-from leanmoe.scoring.forward import final_hidden, hidden_of
+from leanmoe.runtime import load_model
 from leanmoe.scoring.windows import Windows, cut
 
 PLAN_FILE = "plan.json"
 EVEN = "even"
 ALLOCATIONS = (EVEN, "evoesap")
-ALLOCATION_TOKENS = 4096
-"""Of calibration text, on which each allocation is compared with the full model."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +68,16 @@ class Pruned:
 
 def prune(settings: PruneSettings, output: Path) -> Pruned:
     """Ranks, chooses and writes. Raises LeanMoeError before any expensive work where it can."""
-    wanted = criterion(settings.criterion)
+    criterion = CRITERIA.get(settings.criterion)
     shape = read_shape(settings.model)
     count = kept_count(settings.keep, shape)
-    _check_allocation(settings, wanted)
+    _check_allocation(settings, criterion)
     source = None if settings.as_plan else read_source(checkpoint_folder(settings.model))
     if source is not None:
         check_output(output, source)
     elif (output / PLAN_FILE).exists():
         raise LeanMoeError(f"output {output} holds a {PLAN_FILE}: give another folder")
-    ranked = _rank(settings, wanted, shape, count)
+    ranked = _rank(settings, criterion, shape, count)
     protected = ranked.protected if settings.protect else ()
     found = _allocate(settings, ranked, shape, count, protected)
     counts = count if found is None else found.counts
@@ -96,7 +85,7 @@ def prune(settings: PruneSettings, output: Path) -> Pruned:
     provenance = collect(" ".join(["leanmoe", *sys.argv[1:]]), settings.seed).to_json()
     record_of = {
         "settings": asdict(settings),
-        "criterion": {"title": wanted.title, "source": wanted.source},
+        "criterion": {"title": criterion.title, "source": criterion.source},
         "calibration_tokens": ranked.tokens,
         "allocation": None if found is None else asdict(found),
         "protected": [list(pair) for pair in protected],
@@ -140,36 +129,32 @@ def checkpoint_folder(name: str) -> Path:
 
 @dataclass(frozen=True)
 class _Ranked:
-    """Scores [L,E], the experts with extreme outputs, the tokens read, and what they were read by:
-    absent where no text is needed."""
+    """Every expert's score, and what it was found by."""
 
     scores_LE: Scores
     protected: tuple[tuple[int, int], ...] = ()
+    """Layers and experts with extreme outputs, which a model cannot lose."""
     tokens: int = 0
     model: Any = None
+    """None where no text was needed, and so no model."""
     windows: Windows | None = None
 
 
-def _rank(settings: PruneSettings, wanted: Criterion, shape: MoEShape, count: int) -> _Ranked:
-    layers = len(shape.moe_layers)
-    if not wanted.needs_text:
-        return _Ranked(place_scores(wanted, layers, shape.experts, settings.seed))
+def _rank(settings: PruneSettings, criterion: Criterion, shape: MoEShape, count: int) -> _Ranked:
+    if not criterion.needs_text:
+        return _Ranked(rank_experts(criterion, shape, settings.seed))
     corpus = read_corpus(settings.text)
     quiet_transformers()
     calibration, _ = split(corpus.documents, 0.5, settings.seed)
     model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
     windows = cut(calibration, tokenizer, tokens=settings.tokens, seed=settings.seed)
     seen = observe(model, windows)
-    protected = tuple(seen.super_experts())
-    if wanted.by_statistics is not None:
-        scores_LE = wanted.by_statistics(seen)
-    else:
-        least = count if settings.allocation == EVEN else fewest(shape)
-        scores_LE = output_errors(model, windows, least)
-    return _Ranked(scores_LE, protected, seen.tokens, model, windows)
+    least = count if settings.allocation == EVEN else fewest(shape)
+    scores_LE = rank_experts(criterion, shape, settings.seed, model, windows, least, seen)
+    return _Ranked(scores_LE, tuple(seen.super_experts()), seen.tokens, model, windows)
 
 
-def _check_allocation(settings: PruneSettings, wanted: Criterion) -> None:
+def _check_allocation(settings: PruneSettings, criterion: Criterion) -> None:
     if settings.allocation not in ALLOCATIONS:
         raise LeanMoeError(
             f"allocation is {settings.allocation!r}: it must be {' or '.join(ALLOCATIONS)}"
@@ -181,10 +166,10 @@ def _check_allocation(settings: PruneSettings, wanted: Criterion) -> None:
             f"--allocation {settings.allocation} gives layers different numbers of experts, which "
             "no stock engine loads: add --plan, which touches no weights"
         )
-    if not wanted.needs_text:
+    if not criterion.needs_text:
         raise LeanMoeError(
             f"--allocation {settings.allocation} compares models on text: criterion "
-            f"{wanted.name} reads none"
+            f"{criterion.name} reads none"
         )
 
 
@@ -202,87 +187,3 @@ def _allocate(
     return allocate(
         ranked.model, ranked.scores_LE, searched, shape, count, protected, settings.seed
     )
-
-
-def allocate(
-    model: Any,
-    scores_LE: Scores,
-    windows: Windows,
-    shape: MoEShape,
-    count: int,
-    protected: tuple[tuple[int, int], ...] = (),
-    seed: int = 0,
-) -> Allocated:
-    """EvoESAP: numbers of experts whose mean is `count`, fittest by acceptance on the windows."""
-    against = Acceptance(model, windows)
-
-    def fitness(counts: Counts) -> float:
-        try:
-            kept = best_experts(scores_LE, counts, shape, protected)
-        except LeanMoeError:  # more protected than so few leave room for
-            return 0.0
-        with apply(model, as_plan(kept, shape), experts=IMPLEMENTATION):
-            return against.of(model)
-
-    evolution = Evolution()
-    total = 1 + evolution.generations * evolution.children
-    with bar("Allocating experts", total, "allocations") as advance:
-        return evolve(count, shape, fitness, evolution, seed, advance)
-
-
-def first_windows(windows: Windows, tokens: int) -> Windows:
-    """The first of the windows, until they hold so many tokens; their documents' names stay."""
-    held = windows.lengths_S.cumsum(0)
-    count = int((held < tokens).sum()) + 1
-    return replace(
-        windows,
-        ids_SN=windows.ids_SN[:count],
-        lengths_S=windows.lengths_S[:count],
-        documents_S=windows.documents_S[:count],
-    )
-
-
-def observe(model: Any, windows: Windows) -> ExpertStatistics:
-    """What the experts of a model do on the windows, padding left out."""
-    with watch(model) as watching, bar("Watching experts", windows.tokens, "tokens") as advance:
-        for batch in windows.batches():
-            watching.real_T = batch.mask_SN.reshape(-1)
-            final_hidden(model, batch)
-            advance(batch.tokens)
-    return watching.result()
-
-
-def output_errors(model: Any, windows: Windows, least: int) -> Scores:
-    """Scores [L,E] by `output_error` on a sample of the windows' tokens."""
-    shape, layers = shape_of(model), find_layers(model)
-    hidden: dict[int, Tensor] = {}
-    logits: dict[int, Tensor] = {}
-    hooks = [
-        layer.experts.register_forward_hook(
-            lambda _m, inputs, _o, n=layer.number: hidden.__setitem__(n, inputs[0])
-        )
-        for layer in layers
-    ]
-    try:
-        with record(model, logits.__setitem__):
-            batch, _ = next(hidden_of(model, windows, "Sampling tokens"))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    real = batch.mask_SN.reshape(-1).nonzero().flatten()
-    draw = torch.Generator().manual_seed(windows.seed)
-    chosen = real[torch.randperm(len(real), generator=draw)[:SAMPLE_TOKENS]]
-    with bar("Removing experts", len(layers) * (shape.experts - least), "experts") as advance:
-        found = [
-            removal_order(
-                layer,
-                shape.router,
-                shape.top_k,
-                hidden[layer.number][chosen],
-                logits[layer.number][chosen],
-                least,
-                advance,
-            )
-            for layer in layers
-        ]
-    return np.stack(found)

@@ -20,9 +20,8 @@ from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.text import read_corpus, split
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Fingerprint, Plan, Rule
-from leanmoe.prune.criteria import CRITERIA, place_scores
+from leanmoe.prune.criteria import CRITERIA, observe, rank_experts
 from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
-from leanmoe.prune.run import observe, output_errors
 from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
@@ -189,15 +188,11 @@ def _pruned(
     shares = KEEP[:1] if settings.quick else KEEP
     counts = {keep: kept_count(keep, shape) for keep in shares}
     seen = observe(model, ranking)
-    for name, each in CRITERIA.items():
+    for name in CRITERIA:
         if settings.quick and name not in QUICK_CRITERIA:
             continue
-        if each.by_place is not None:
-            scores = place_scores(each, len(shape.moe_layers), shape.experts, settings.seed)
-        elif each.by_statistics is not None:
-            scores = each.by_statistics(seen)
-        else:
-            scores = output_errors(model, ranking, min(counts.values()))
+        least = min(counts.values())
+        scores = rank_experts(CRITERIA.get(name), shape, settings.seed, model, ranking, least, seen)
         for keep, count in counts.items():
             kept: Kept = best_experts(scores, count, shape)
             share = count / shape.experts

@@ -16,9 +16,8 @@ from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
 from leanmoe.profile.replay import replay
 from leanmoe.profile.saved import Profile
-from leanmoe.prune.criteria import Scores, criterion, place_scores
+from leanmoe.prune.criteria import CRITERIA, rank_experts
 from leanmoe.prune.kept_experts import Kept, best_experts, kept_count, restricted
-from leanmoe.prune.run import observe, output_errors
 from leanmoe.stats.paired import (
     Estimate,
     Losses,
@@ -44,16 +43,6 @@ PRUNING, SKIPPING, BOTH = "fewer in total", "fewer a token", "both"
 Store = Callable[[str, Callable[[], Any]], Any]
 
 
-def rank_experts(inputs: Inputs, settings: TuneSettings, least: int) -> Scores:
-    """Scores [L,E] by the run's criterion, on calibration text."""
-    wanted, shape = criterion(settings.criterion), inputs.shape
-    if wanted.by_place is not None:
-        return place_scores(wanted, len(shape.moe_layers), shape.experts, settings.seed)
-    if wanted.by_statistics is not None:
-        return wanted.by_statistics(observe(inputs.model, inputs.profiled))
-    return output_errors(inputs.model, inputs.profiled, least)
-
-
 def kept_by_budget(inputs: Inputs, settings: TuneSettings, store: Store) -> dict[str, Kept]:
     """The experts that remain at each memory budget, the run's own included."""
     shape = inputs.shape
@@ -61,7 +50,9 @@ def kept_by_budget(inputs: Inputs, settings: TuneSettings, store: Store) -> dict
     counts = {budget: kept_count(budget, shape) for budget in budgets}
 
     def compute() -> Any:
-        scores_LE = rank_experts(inputs, settings, min(counts.values()))
+        criterion, least = CRITERIA.get(settings.criterion), min(counts.values())
+        seed, windows = settings.seed, inputs.profiled
+        scores_LE = rank_experts(criterion, shape, seed, inputs.model, windows, least)
         return {budget: best_experts(scores_LE, count, shape) for budget, count in counts.items()}
 
     stored = store("experts-kept", compute)

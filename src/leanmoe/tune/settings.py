@@ -68,10 +68,10 @@ class TuneSettings:
             strategy(self.strategy)
         if self.keep is not None:
             from leanmoe.models.shape import read_shape
-            from leanmoe.prune.criteria import criterion
+            from leanmoe.prune.criteria import CRITERIA
             from leanmoe.prune.kept_experts import kept_count
 
-            criterion(self.criterion)
+            CRITERIA.get(self.criterion)
             kept_count(self.keep, read_shape(self.model))
         require(self.output_len >= 2, "--output-len", self.output_len, "at least 2")
 

@@ -13,13 +13,13 @@ from leanmoe.models.families import FAMILIES
 from leanmoe.prune.criteria import (
     CRITERIA,
     ExpertStatistics,
-    criterion,
-    place_scores,
+    rank_experts,
     removal_order,
     watch,
 )
 from leanmoe.runtime import find_layers, record, shape_of
 from leanmoe.runtime.experts import all_outputs
+from leanmoe.scoring.windows import Windows
 from tests import tiny
 from tests.prune.test_checkpoint import NO_ROUND_TRIP, NOT_BUILT
 
@@ -85,9 +85,11 @@ def test_extreme_experts_are_found_and_ordinary_ones_are_not() -> None:
     assert seen(model).super_experts() == [(2, 7)]
 
 
-def test_places() -> None:
+def test_criteria_by_number_need_no_text() -> None:
     def first(name: str, kept: int) -> list[int]:
-        order = np.argsort(-place_scores(criterion(name), 1, 8, 0)[0], kind="stable")
+        by_number = CRITERIA.get(name).by_number
+        assert by_number is not None
+        order = np.argsort(-by_number(8, 0), kind="stable")
         return sorted(order[:kept].tolist())
 
     assert first("odd", 4) == [1, 3, 5, 7]
@@ -95,23 +97,43 @@ def test_places() -> None:
     assert first("first-half", 4) == [0, 1, 2, 3]
     assert first("last-half", 4) == [4, 5, 6, 7]
     assert first("odd", 6) == [0, 1, 2, 3, 5, 7]
-    layers = place_scores(criterion("random"), 2, 64, 3)
+    shape = shape_of(tiny.build("qwen3_moe"))
+    layers = rank_experts(CRITERIA.get("random"), shape, 3)
+    assert layers.shape == (len(shape.moe_layers), shape.experts)
     assert not np.array_equal(layers[0], layers[1])
-    assert np.array_equal(layers, place_scores(criterion("random"), 2, 64, 3))
+    assert np.array_equal(layers, rank_experts(CRITERIA.get("random"), shape, 3))
 
 
 def test_an_unknown_criterion_names_near_ones() -> None:
     with pytest.raises(LeanMoeError, match="did you mean reap"):
-        criterion("reep")
+        CRITERIA.get("reep")
 
 
-def test_statistics_become_scores() -> None:
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_criterion_has_a_formula_a_title_and_a_source(name: str) -> None:
+    criterion = CRITERIA.get(name)
+    functions = (criterion.by_number, criterion.by_statistics, criterion.by_model)
+    (function,) = [each for each in functions if each is not None]
+    assert "S_j" in (function.__doc__ or "")
+    assert criterion.title
+    assert criterion.source.startswith("arXiv") or criterion.source == "ours"
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_criterion_scores_every_expert_of_every_layer(name: str) -> None:
+    model = tiny.build("qwen3_moe")
+    shape, windows = shape_of(model), Windows.of_ids(IDS)
+    scores = rank_experts(CRITERIA.get(name), shape, 0, model, windows, least=12)
+    assert scores.shape == (len(shape.moe_layers), shape.experts)
+    assert np.isfinite(scores).all()
+
+
+def test_reap_is_the_mean_and_output_sum_the_sum_of_weighted_output_lengths() -> None:
     found = seen(tiny.build("qwen3_moe"))
-    for name, wanted in CRITERIA.items():
-        if wanted.by_statistics is not None:
-            scores = wanted.by_statistics(found)
-            assert scores.shape == found.slots_LE.shape, name
-            assert np.isfinite(scores).all(), name
+    reap, total = (CRITERIA.get(name).by_statistics for name in ("reap", "output-sum"))
+    assert reap is not None
+    assert total is not None
+    np.testing.assert_allclose(reap(found) * np.maximum(found.slots_LE, 1), total(found))
 
 
 def test_output_error_drops_first_whom_nobody_uses() -> None:
