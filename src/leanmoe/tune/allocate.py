@@ -1,11 +1,10 @@
 """Which rule each layer gets: every best trade of loss for time, by dynamic programming.
 
 A multiple-choice knapsack: one option of every item is taken; losses add, times add. Losses of
-single layers do not simply add in the real model, so what comes out are candidates to be refined
-and validated, not results. "Time" is any cost that adds: seconds, experts a token, distinct
-experts a step.
+single layers do not simply add in the real model, so what comes out are candidates to be validated,
+not results. "Time" is any cost that adds: seconds, experts a token, distinct experts a step.
 
-From measured losses and times to the plans that are worth a full validation, safest first.
+Letters: C partial allocations.
 """
 
 from __future__ import annotations
@@ -18,12 +17,8 @@ from numpy.typing import NDArray
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
-from leanmoe.tune.layer_time import LayerTime
-from leanmoe.tune.sensitivity import (
-    Phase,
-    Sensitivity,
-    loss_rates,
-)
+from leanmoe.tune.context import TuneContext
+from leanmoe.tune.layers import Phase, PhaseTimes, Sensitivity, loss_rates, prefill_step
 
 POINTS = 4096
 """Partial allocations kept after each item. Below that many the front is exact. Above, the range
@@ -64,22 +59,22 @@ def pareto(
     smallest losses together are above `most_loss`.
     """
     allowed = most_loss * (1 + ROUNDING)
-    loss_P, time_P = np.zeros(1), np.zeros(1)
+    loss_C, time_C = np.zeros(1), np.zeros(1)
     taken: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     for item in items:
         option_loss, option_time = _arrays(item)
-        all_loss = (loss_P[:, None] + option_loss[None, :]).ravel()
-        all_time = (time_P[:, None] + option_time[None, :]).ravel()
+        all_loss = (loss_C[:, None] + option_loss[None, :]).ravel()
+        all_time = (time_C[:, None] + option_time[None, :]).ravel()
         kept = _best(all_loss, all_time, allowed, points)
         if not len(kept):
             raise LeanMoeError(
                 f"no plan loses at most {most_loss:.4g}: every option of a layer loses more"
             )
-        loss_P, time_P = all_loss[kept], all_time[kept]
+        loss_C, time_C = all_loss[kept], all_time[kept]
         taken.append((kept // len(item), kept % len(item)))
     return tuple(
-        Allocation(float(loss_P[n]), float(time_P[n]), _chosen(taken, n))
-        for n in range(len(loss_P))
+        Allocation(float(loss_C[n]), float(time_C[n]), _chosen(taken, n))
+        for n in range(len(loss_C))
     )
 
 
@@ -135,15 +130,19 @@ SHARES_OF_MARGIN = (0.5, 0.75, 1.0, 1.25, 1.5)
 that fails on held-out text ends the sequence."""
 
 
+PREFILL_STEPS = 8
+"""Large steps that are replayed: they hardly differ."""
+
+
 @dataclass(frozen=True)
 class Workload:
-    """What one request costs at a load: its tokens, and the layer times of both kinds of step."""
+    """One request at a concurrency: its tokens, and the layer times of both kinds of step."""
 
     decode_batch: int
     prompt_tokens: int
     output_tokens: int
     prefill_step: int
-    times: Mapping[Phase, LayerTime]
+    times: PhaseTimes
 
     def seconds(self, phase: Phase, slots: float, distinct: float, has_rule: bool) -> float:
         """Time of one layer for one request's share of the steps it takes part in."""
@@ -156,8 +155,8 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Point:
-    """A plan for one load before it is validated."""
+class FrontPoint:
+    """A plan for one concurrency before it is validated."""
 
     prompt: tuple[Rule, ...]
     decode: tuple[Rule, ...]
@@ -181,13 +180,43 @@ class _Item:
     options: list[Option]
 
 
+def points_for(
+    context: TuneContext,
+    sensitivities: Sequence[Sensitivity],
+    decode_batch: int,
+    times: PhaseTimes,
+    full_loss: float,
+    prompt: tuple[Rule, ...] | None,
+) -> list[FrontPoint]:
+    """The plans to validate at one concurrency, safest first; for `prompt` see `front`."""
+    settings, prefill = context.settings, prefill_step(context.profile)
+    workload = Workload(decode_batch, settings.input_len, settings.output_len, prefill, times)
+    budgets = [share * settings.margin * full_loss for share in SHARES_OF_MARGIN]
+    return front(
+        sensitivities, _full_activity(context, decode_batch, prefill), workload, budgets, prompt
+    )
+
+
+def _full_activity(
+    context: TuneContext, decode_batch: int, prefill: int
+) -> dict[tuple[Phase, int], tuple[float, float]]:
+    """Slots a token and distinct experts a step of the full model, by phase and layer."""
+    activity: dict[tuple[Phase, int], tuple[float, float]] = {}
+    for layer in range(len(context.profile.layers)):
+        decode = context.activity(layer, Rule(), decode_batch)
+        prompt = context.activity(layer, Rule(), prefill, PREFILL_STEPS)
+        activity["decode", layer] = (decode.slots, decode.distinct)
+        activity["prompt", layer] = (prompt.slots, prompt.distinct)
+    return activity
+
+
 def front(
     sensitivities: Sequence[Sensitivity],
     full: Mapping[tuple[Phase, int], tuple[float, float]],
     workload: Workload,
     budgets: Sequence[float],
     prompt: tuple[Rule, ...] | None = None,
-) -> list[Point]:
+) -> list[FrontPoint]:
     """The fastest plan for each loss budget (nats per token), without repeats, safest first.
 
     `full` gives the full model's slots and distinct experts by phase and layer. `prompt` fixes
@@ -198,7 +227,7 @@ def front(
     if prompt is not None:
         budgets = [0.0, *budgets]
     everything = sum(item.options[0].time for item in _items((), full, workload, None))
-    points: list[Point] = []
+    points: list[FrontPoint] = []
     for budget in budgets:
         fixed = sum(min(o.loss for o in i.options) for i in items)
         chosen = cheapest([item.options for item in items], max(budget, fixed))
@@ -219,12 +248,12 @@ def _items(
     for (phase, layer), (slots, distinct) in sorted(full.items()):
         item = _Item(phase, layer, [], [])
         _offer(item, Rule(), 0.0, workload.seconds(phase, slots, distinct, has_rule=False))
-        for found in sensitivities:
-            tried = found.candidate
+        for measured in sensitivities:
+            tried = measured.candidate
             fits = not tried.rule.is_batch_aware or tried.decode_batch == workload.decode_batch
             if (tried.phase, tried.layer) == (phase, layer) and fits:
-                seconds = workload.seconds(phase, found.slots, found.distinct, has_rule=True)
-                loss = rates[phase, layer] * max(found.divergence, 0.0)
+                seconds = workload.seconds(phase, measured.slots, measured.distinct, has_rule=True)
+                loss = rates[phase, layer] * max(measured.divergence, 0.0)
                 _offer(item, tried.rule, loss, seconds)
         if phase == "prompt" and prompt is not None:
             item = _only(item, prompt[layer] if prompt else Rule())
@@ -244,13 +273,13 @@ def _only(item: _Item, rule: Rule) -> _Item:
     )
 
 
-def _point(items: Sequence[_Item], chosen: Sequence[int], everything: float) -> Point:
+def _point(items: Sequence[_Item], chosen: Sequence[int], everything: float) -> FrontPoint:
     rules: dict[Phase, list[Rule]] = {"prompt": [], "decode": []}
     for item, option in zip(items, chosen, strict=True):
         rules[item.phase].append(item.rules[option])
     taken = [item.options[option] for item, option in zip(items, chosen, strict=True)]
     no_prompt = all(rule.is_empty for rule in rules["prompt"])
-    return Point(
+    return FrontPoint(
         () if no_prompt else tuple(rules["prompt"]),
         tuple(rules["decode"]),
         sum(option.loss for option in taken),

@@ -1,11 +1,10 @@
-"""What a strategy is, and all of them by name.
+"""What a strategy is, and all of them by name: ways to choose one rule per layer within a budget.
 
-The published methods, each made to spend a given budget.
+A published method with one number (a threshold, a share) has it tuned by replay until its mean cost
+is the budget's. A method with whole numbers only takes the larger one in as many layers as fit.
+leanmoe's own takes in every layer the rule that loses least for its cost, as measured.
 
-A method with one number (a threshold, a share) has it tuned by replay until its mean cost is the
-budget's. A method with whole numbers only takes the larger one in as many layers as fit.
-
-leanmoe's own: in every layer the rule that loses least for its cost, as measured.
+Letters: T tokens, D hidden width, E experts.
 """
 
 from __future__ import annotations
@@ -13,14 +12,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from leanmoe.core.errors import LeanMoeError, unknown_name
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.registry import Registry
 from leanmoe.plan import Fingerprint, Rule
+from leanmoe.routing import route
+from leanmoe.runtime import find_layers, shape_of
+from leanmoe.runtime.experts import experts_forward
 from leanmoe.tune.allocate import Option, cheapest
-from leanmoe.tune.sensitivity import Sensitivity, loss_rates
+from leanmoe.tune.layers import Sensitivity, loss_rates, profile_hidden
 
 Kind = Literal["slots", "distinct"]
 Cost = Callable[[int, Rule], float]
@@ -65,39 +69,33 @@ class Strategy:
     needs_batch: bool = False
 
 
-def strategy(name: str) -> Strategy:
-    """The strategy of that name; raises LeanMoeError, naming near ones, for an unknown one."""
-    if name not in STRATEGIES:
-        raise unknown_name("strategy", name, ("auto", *STRATEGIES))
-    return STRATEGIES[name]
+def _strategy(name: str, rules: Callable[[Setting], tuple[Rule, ...]], **about: Any) -> Strategy:
+    return Strategy(name, rules=rules, **about)
 
 
+STRATEGIES: Registry[Strategy] = Registry("strategy", _strategy, also=("auto",))
+"""By name; "auto" stands for leanmoe's own, compared with all the others."""
+
+logger = logging.getLogger(__name__)
 BISECTIONS = 18
 BEST_TUPLE = (6 / 8, 8 / 8, 8 / 8, 61 / 61)
 """arXiv 2505.03531: k in the first layer, at the turn, in the last; the turn's place in depth."""
 LOWER_STEP = 0.125
+RANDOM_TOKENS = 512
+"""Random inputs of each layer for LExI's measure."""
 
 
+@STRATEGIES.register("uniform", title="the same top-k everywhere", source="arXiv 2505.03531")
 def uniform(setting: Setting) -> tuple[Rule, ...]:
     """The same top-k in every layer; k and k + 1 in turn where the budget lies between."""
     return _whole_numbers(setting, lambda k: Rule(top_k=k), _evenly(setting.model.moe_layers))
 
 
-def uniform_kept(setting: Setting) -> tuple[Rule, ...]:
-    """Uniform top-k whose experts weigh what they weigh beside the whole top-k."""
-    return kept(uniform(setting))
-
-
-def guaranteed_kept(setting: Setting) -> tuple[Rule, ...]:
-    """Guaranteed experts with the weights of the whole top-k."""
-    return kept(guaranteed(setting))
-
-
-def kept(rules: Sequence[Rule]) -> tuple[Rule, ...]:
-    """The same rules with the weights of the whole top-k."""
-    return tuple(replace(rule, keep_weights=True) for rule in rules)
-
-
+@STRATEGIES.register(
+    "bhep",
+    title="(b, h, e, p): experts in two straight lines over depth",
+    source="arXiv 2505.03531",
+)
 def begin_high_end(setting: Setting) -> tuple[Rule, ...]:
     """Experts by depth in two straight lines: the paper's (b, h, e, p), lowered to the budget.
 
@@ -116,31 +114,23 @@ def begin_high_end(setting: Setting) -> tuple[Rule, ...]:
     return best
 
 
+@STRATEGIES.register(
+    "threshold", title="gates below a share of the best", source="arXiv 2402.14800"
+)
 def threshold(setting: Setting) -> tuple[Rule, ...]:
     """One share of the best gate for all layers."""
     return _tuned(setting, lambda share: Rule(threshold=share), rising=False)
 
 
+@STRATEGIES.register(
+    "top_p", title="the smallest set with a share of the mass", source="arXiv 2403.07652"
+)
 def top_p(setting: Setting) -> tuple[Rule, ...]:
     """One share of the gate mass for all layers."""
     return _tuned(setting, lambda share: Rule(top_p=share), rising=True)
 
 
-def guaranteed(setting: Setting) -> tuple[Rule, ...]:
-    """The same number of guaranteed experts in every layer, as near the budget as it goes."""
-    return _whole_numbers(setting, lambda k: Rule(guaranteed=k), _evenly(setting.model.moe_layers))
-
-
-def budget(setting: Setting) -> tuple[Rule, ...]:
-    """The same distinct experts in every layer."""
-    return _whole_numbers(
-        setting,
-        lambda count: Rule(budget=count),
-        _evenly(setting.model.moe_layers),
-        most=setting.model.experts,
-    )
-
-
+@STRATEGIES.register("lexi", title="top-k per layer from random input", source="arXiv 2509.02753")
 def lexi(setting: Setting) -> tuple[Rule, ...]:
     """Top-k per layer where random input says fewer experts move the layer's output least.
 
@@ -156,6 +146,77 @@ def lexi(setting: Setting) -> tuple[Rule, ...]:
     ]
     chosen = cheapest(items, setting.budget.value * model.moe_layers)
     return tuple(Rule(top_k=counts[option]) for option in chosen)
+
+
+@STRATEGIES.register(
+    "guaranteed",
+    title="own best, the rest from the active",
+    source="arXiv 2511.02237",
+    needs_batch=True,
+)
+def guaranteed(setting: Setting) -> tuple[Rule, ...]:
+    """The same number of guaranteed experts in every layer, as near the budget as it goes."""
+    return _whole_numbers(setting, lambda k: Rule(guaranteed=k), _evenly(setting.model.moe_layers))
+
+
+@STRATEGIES.register(
+    "budget", title="at most so many distinct experts", source="arXiv 2602.07265", needs_batch=True
+)
+def budget(setting: Setting) -> tuple[Rule, ...]:
+    """The same distinct experts in every layer."""
+    return _whole_numbers(
+        setting,
+        lambda count: Rule(budget=count),
+        _evenly(setting.model.moe_layers),
+        most=setting.model.experts,
+    )
+
+
+@STRATEGIES.register(
+    "uniform_kept", title="the same top-k, weights of the whole top-k kept", source="leanmoe"
+)
+def uniform_kept(setting: Setting) -> tuple[Rule, ...]:
+    """Uniform top-k whose experts weigh what they weigh beside the whole top-k."""
+    return kept(uniform(setting))
+
+
+@STRATEGIES.register(
+    "guaranteed_kept",
+    title="guaranteed, weights of the whole top-k kept",
+    source="leanmoe",
+    needs_batch=True,
+)
+def guaranteed_kept(setting: Setting) -> tuple[Rule, ...]:
+    """Guaranteed experts with the weights of the whole top-k."""
+    return kept(guaranteed(setting))
+
+
+@STRATEGIES.register("leanmoe", title="rules per layer by measured loss", source="leanmoe")
+def leanmoe(setting: Setting) -> tuple[Rule, ...]:
+    """A knapsack over layers: measured loss is least, the budget its limit.
+
+    Rules of every kind compete in every layer: an own top-k here, shared experts there. Losses of
+    single layers do not simply add, so the knapsack's choice is measured on calibration text
+    beside the simple ways to keep the weights of the whole top-k, and the best of them is taken.
+    """
+    simple = [uniform]
+    if setting.decode_batch > 1:
+        simple.append(guaranteed)
+    else:
+        simple += [threshold, top_p]
+    tried = [kept(method(setting)) for method in simple]
+    try:
+        tried.insert(0, knapsack(setting))
+    except LeanMoeError:
+        logger.info("no combination of measured rules costs as little as the budget")
+    if setting.measure is None:
+        return tried[0]
+    return min(dict.fromkeys(tried), key=setting.measure)
+
+
+def kept(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The same rules with the weights of the whole top-k."""
+    return tuple(replace(rule, keep_weights=True) for rule in rules)
 
 
 def _whole_numbers(
@@ -199,31 +260,6 @@ def _evenly(layers: int) -> list[int]:
     return [*range(0, layers, 2), *range(1, layers, 2)]
 
 
-logger = logging.getLogger(__name__)
-
-
-def leanmoe(setting: Setting) -> tuple[Rule, ...]:
-    """A knapsack over layers: measured loss is least, the budget its limit.
-
-    Rules of every kind compete in every layer: an own top-k here, shared experts there. Losses of
-    single layers do not simply add, so the knapsack's choice is measured on calibration text
-    beside the simple ways to keep the weights of the whole top-k, and the best of them is taken.
-    """
-    simple = [uniform]
-    if setting.decode_batch > 1:
-        simple.append(guaranteed)
-    else:
-        simple += [threshold, top_p]
-    tried = [kept(method(setting)) for method in simple]
-    try:
-        tried.insert(0, knapsack(setting))
-    except LeanMoeError:
-        logger.info("no combination of measured rules costs as little as the budget")
-    if setting.measure is None:
-        return tried[0]
-    return min(dict.fromkeys(tried), key=setting.measure)
-
-
 def knapsack(setting: Setting) -> tuple[Rule, ...]:
     """The rule of each layer for the least sum of single-layer losses within the budget."""
     options = layer_rules(setting.model.moe_layers, setting.sensitivities, setting.decode_batch)
@@ -238,65 +274,42 @@ def knapsack(setting: Setting) -> tuple[Rule, ...]:
 def layer_rules(
     layers: int, sensitivities: Sequence[Sensitivity], decode_batch: int
 ) -> list[list[tuple[Rule, float]]]:
-    """Per layer, every decode rule for this company with its loss; full first."""
+    """Per layer, every decode rule for this decode batch with its loss; full first."""
     rates = loss_rates(sensitivities)
     options: list[list[tuple[Rule, float]]] = [[(Rule(), 0.0)] for _ in range(layers)]
-    for found in sensitivities:
-        tried = found.candidate
+    for measured in sensitivities:
+        tried = measured.candidate
         fits = not tried.rule.is_batch_aware or tried.decode_batch == decode_batch
         if tried.phase == "decode" and fits:
-            loss = rates["decode", tried.layer] * max(found.divergence, 0.0)
+            loss = rates["decode", tried.layer] * max(measured.divergence, 0.0)
             options[tried.layer].append((tried.rule, loss))
     return options
 
 
-def _all() -> dict[str, Strategy]:
-    known = (
-        Strategy("uniform", "the same top-k everywhere", "arXiv 2505.03531", uniform),
-        Strategy(
-            "bhep",
-            "(b, h, e, p): experts in two straight lines over depth",
-            "arXiv 2505.03531",
-            begin_high_end,
-        ),
-        Strategy("threshold", "gates below a share of the best", "arXiv 2402.14800", threshold),
-        Strategy(
-            "top_p",
-            "the smallest set with a share of the mass",
-            "arXiv 2403.07652",
-            top_p,
-        ),
-        Strategy("lexi", "top-k per layer from random input", "arXiv 2509.02753", lexi),
-        Strategy(
-            "guaranteed",
-            "own best, the rest from the awake",
-            "arXiv 2511.02237",
-            guaranteed,
-            needs_batch=True,
-        ),
-        Strategy(
-            "budget",
-            "at most so many distinct experts",
-            "arXiv 2602.07265",
-            budget,
-            needs_batch=True,
-        ),
-        Strategy(
-            "uniform_kept",
-            "the same top-k, weights of the whole top-k kept",
-            "leanmoe",
-            uniform_kept,
-        ),
-        Strategy(
-            "guaranteed_kept",
-            "guaranteed, weights of the whole top-k kept",
-            "leanmoe",
-            guaranteed_kept,
-            needs_batch=True,
-        ),
-        Strategy("leanmoe", "rules per layer by measured loss", "leanmoe", leanmoe),
-    )
-    return {each.name: each for each in known}
+@torch.inference_mode()
+def perturbation(
+    model: Any, tokens: int = RANDOM_TOKENS, seed: int = 0
+) -> dict[tuple[int, int], float]:
+    """Mean Frobenius distance between a layer's output at k and at full k, by (layer, k).
 
-
-STRATEGIES: dict[str, Strategy] = _all()
+    Inputs are standard normal, as layer inputs are normalised (LExI, arXiv 2509.02753, stage 1).
+    """
+    shape = shape_of(model)
+    moved: dict[tuple[int, int], float] = {}
+    draw = torch.Generator().manual_seed(seed)
+    for layer in find_layers(model):
+        weight = layer.experts.down_proj
+        hidden_TD = torch.randn(tokens, profile_hidden(layer), generator=draw).to(weight)
+        bias_E = layer.ranking_bias(shape.router)
+        logits_TE = hidden_TD.float() @ layer.router.weight.float().T
+        outputs = []
+        for k in range(1, shape.top_k + 1):
+            routing = route(logits_TE, shape.router, shape.top_k, Rule(top_k=k), bias_E)
+            outputs.append(
+                experts_forward(
+                    layer.experts, hidden_TD, routing.ids_BTK, routing.weights_BTK.to(weight)
+                )
+            )
+        for k, output in enumerate(outputs, start=1):
+            moved[layer.number, k] = float((output - outputs[-1]).norm() / tokens**0.5)
+    return moved

@@ -1,0 +1,258 @@
+"""From candidate plans to what is claimed at each concurrency: loss proven, throughput measured.
+
+Plans are validated on text that the search never saw, safest first, up to the first that fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
+
+from leanmoe.bench.compare import Variant, compare, same_prompts
+from leanmoe.bench.metrics import ClosedLoop
+from leanmoe.plan import Band, Plan, Rule
+from leanmoe.prune.kept_experts import Kept, restricted
+from leanmoe.runtime import apply
+from leanmoe.runtime.experts import served_experts
+from leanmoe.stats.paired import Losses, Verdict, fixed_sequence, non_inferior
+from leanmoe.tune.allocate import FrontPoint, points_for
+from leanmoe.tune.alternatives import strategy_points
+from leanmoe.tune.context import FULL_LOSSES, GAIN, VALIDATION, TuneContext, digest
+from leanmoe.tune.layers import PhaseTimes, Sensitivity
+
+REQUESTS = 24
+"""In a throughput run at concurrency 1; as the square root of the concurrency above it, so that a
+run lasts for more than a moment and for no more than a few seconds at any."""
+STOCK_REPEATS = 3
+"""Transformers' own experts stand beside; the gain is not measured against them."""
+
+
+@dataclass(frozen=True)
+class Proved:
+    """A point of the front after validation on held-out text."""
+
+    point: FrontPoint
+    verdict: Verdict
+
+    def to_json(self, chosen: bool, slots: Sequence[float], distinct: float) -> dict[str, Any]:
+        """As results.json holds it; `slots` are a token's experts by layer."""
+        return {
+            "name": self.point.name,
+            "strategy": self.point.strategy,
+            "predicted_loss": self.point.predicted_loss,
+            "modelled_time": self.point.modelled_time,
+            "slots": sum(slots) / len(slots),
+            "slots_per_layer": list(slots),
+            "distinct": distinct,
+            "loss": self.verdict.loss.to_json(),
+            "accepted": self.verdict.accepted,
+            "reason": self.verdict.reason,
+            "chosen": chosen,
+            "rules": [rule.to_json() for rule in self.point.decode],
+            "prompt": [rule.to_json() for rule in self.point.prompt],
+        }
+
+
+def full_losses(context: TuneContext) -> Losses:
+    """The full model's loss on the text that plans are proven on."""
+    empty = Plan(context.fingerprint)
+    compute = partial(context.losses, context.text.proved, empty, None, "Full model")
+    return context.take(FULL_LOSSES, Losses, compute)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Validates points at one concurrency after the other, on the same held-out text."""
+
+    context: TuneContext
+    full: Losses
+    kept: Kept | None
+    """The experts of the memory budget: every plan is restricted to them."""
+
+    def validate(self, points: Sequence[FrontPoint], decode_batch: int) -> list[Proved]:
+        """The points in their order, to the first that is not within the margin."""
+        proved: list[Proved] = []
+
+        def accepts(point: FrontPoint) -> bool:
+            settings = self.context.settings
+            verdict = non_inferior(
+                self.full,
+                self._losses(point, decode_batch),
+                settings.margin,
+                settings.confidence,
+                settings.seed,
+            )
+            proved.append(Proved(point, verdict))
+            return verdict.accepted
+
+        fixed_sequence(points, accepts)
+        return proved
+
+    def _losses(self, point: FrontPoint, decode_batch: int) -> Losses:
+        plan = point_plan(self.context, point, self.kept)
+        what = f"Validate, concurrency {decode_batch}"
+        compute = partial(self.context.losses, self.context.text.proved, plan, decode_batch, what)
+        rules = [*plan.bands[0].rules, *plan.prompt]
+        if all(rule.is_empty for rule in point.decode):  # the decode batch decides nothing then
+            return self.context.take(VALIDATION, Losses, compute, "prompt", digest(rules))
+        return self.context.take(VALIDATION, Losses, compute, decode_batch, digest(rules))
+
+
+def prove_all(
+    proof: Proof, sensitivities: Sequence[Sensitivity], times: Mapping[int, PhaseTimes]
+) -> dict[int, list[Proved]]:
+    """Proven points by concurrency: the prompt rules of all are those of the largest one's best.
+
+    A plan has one set of prompt rules, at work at every concurrency. The largest concurrency, where
+    prompts cost most, chooses them together with its decode rules, from the fastest plan that holds
+    down; a smaller one then chooses its decode rules beside them. Prompt rules are taken only if
+    they hold alone too, since a concurrency may end without a band of its own.
+    """
+    proved: dict[int, list[Proved]] = {}
+    prompt: tuple[Rule, ...] | None = None
+    for concurrency in reversed(proof.context.settings.concurrency):
+        points = _points(proof, sensitivities, concurrency, times[concurrency], prompt)
+        proved[concurrency] = proof.validate(points, concurrency)
+        while prompt is None and (best := last_accepted(proved[concurrency])) is not None:
+            alone = replace(best.point, decode=proof.context.no_rules)
+            if proof.validate([alone], concurrency)[0].verdict.accepted:
+                prompt = best.point.prompt
+            else:
+                proved[concurrency].remove(best)
+    return proved
+
+
+def _points(
+    proof: Proof,
+    sensitivities: Sequence[Sensitivity],
+    concurrency: int,
+    times: PhaseTimes,
+    prompt: tuple[Rule, ...] | None,
+) -> list[FrontPoint]:
+    context = proof.context
+    if context.settings.strategy not in ("auto", "leanmoe"):
+        return strategy_points(context, sensitivities, concurrency, times)
+    points = points_for(context, sensitivities, concurrency, times, proof.full.mean, prompt)
+    if proof.kept is not None:
+        points.insert(0, FrontPoint((), context.no_rules, 0.0, 1.0, "the experts kept alone"))
+    return points
+
+
+def last_accepted(points: Sequence[Proved]) -> Proved | None:
+    """The fastest point within the margin, if any."""
+    accepted = [point for point in points if point.verdict.accepted]
+    return accepted[-1] if accepted else None
+
+
+def point_plan(context: TuneContext, point: FrontPoint, kept: Kept | None) -> Plan:
+    """The point's rules at every concurrency, with the experts of the memory budget alone."""
+    bands = Plan.per_layer(context.fingerprint, point.decode).bands
+    plan = Plan(context.fingerprint, bands, point.prompt)
+    return plan if kept is None else restricted(plan, kept)
+
+
+def assemble(
+    context: TuneContext,
+    chosen: Mapping[int, Proved | None],
+    kept: Kept | None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Plan:
+    """One plan of the points chosen by concurrency; one without a point gets an empty band.
+
+    The prompt rules are shared: they stay only if some concurrency was accepted with them. With a
+    memory budget its experts are the only ones, in every band and beyond the last.
+    """
+    bands: list[Band] = []
+    prompt: tuple[Rule, ...] = ()
+    settings = context.settings
+    for concurrency, up_to in zip(settings.concurrency, settings.bands(), strict=True):
+        proved = chosen.get(concurrency)
+        bands.append(Band(up_to, proved.point.decode if proved else context.no_rules))
+        if proved is not None:
+            prompt = proved.point.prompt
+    plan = Plan(context.fingerprint, tuple(bands), prompt, dict(provenance or {}))
+    return plan if kept is None else restricted(plan, kept)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Throughput of a plan beside the full model's at one concurrency."""
+
+    value: Mapping[str, Any]
+    """As results.json holds it: each variant's runs, and the ratio with its interval."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The measurement as JSON values."""
+        return dict(self.value)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Reads what `to_json` wrote."""
+        return cls(value)
+
+
+def measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> Gain:
+    """Full model, plan and Transformers' own experts in turn, on held-out prompts."""
+    rules = [rule for band in plan.bands for rule in band.rules]
+    key = digest([*rules, *plan.prompt])
+    return context.take(
+        GAIN, Gain, partial(_measure_gain, context, plan, concurrency), concurrency, key
+    )
+
+
+def _measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> Gain:
+    settings, model = context.settings, context.model
+    requests = max(2 * concurrency, math.ceil(REQUESTS * concurrency**0.5))
+    wanted = ClosedLoop(concurrency, settings.input_len, settings.output_len, requests)
+
+    def running(plan: Plan, experts: str) -> Callable[[], AbstractContextManager[Any]]:
+        return lambda: apply(model, plan, experts=experts)
+
+    experts, empty = served_experts(model), Plan(context.fingerprint)
+    variants = [Variant("full", running(empty, experts)), Variant("plan", running(plan, experts))]
+    if experts != "stock":
+        stock = f"transformers {model.config._experts_implementation}"
+        variants.append(Variant(stock, running(empty, "stock"), STOCK_REPEATS))
+    supply = same_prompts(context.text.prompts, wanted)
+    measured = compare(model, supply, wanted, variants, settings.repeats, settings.seed)
+    ratio = measured.ratio("plan", settings.confidence).to_json()
+    return Gain({**measured.to_json(), "ratio": ratio})
+
+
+def verdict_on(
+    concurrency: int,
+    up_to: int | None,
+    points: Sequence[Proved],
+    chosen: Proved | None,
+    gain: Gain,
+) -> dict[str, Any]:
+    """Accepted if a plan's loss is within the margin and its throughput surely above full's."""
+    ratio = gain.value["ratio"]
+    verdict: dict[str, Any] = {
+        "concurrency": concurrency,
+        "up_to": up_to,
+        "accepted": False,
+        "loss": None,
+        "gain": None,
+    }
+    if chosen is None:
+        last = points[0].verdict.reason if points else "no plan was predicted to be within it"
+        return {**verdict, "reason": f"no plan is within the margin: {last}"}
+    verdict |= {"loss": chosen.verdict.loss.to_json(), "gain": ratio}
+    if ratio["low"] <= 1.0:
+        reason = (
+            f"throughput is not surely higher ({ratio['low']:.3f} to {ratio['high']:.3f} times): "
+            "the full model stays"
+        )
+        return {**verdict, "reason": reason}
+    stopped = points[-1].verdict
+    reason = (
+        "the fastest plan tried is within the margin"
+        if stopped.accepted
+        else "the next faster plan is not within the margin"
+    )
+    return {**verdict, "accepted": True, "reason": reason}
