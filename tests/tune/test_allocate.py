@@ -1,4 +1,4 @@
-"""The knapsack against every combination, tried one by one."""
+"""The knapsack against every combination, tried one by one; the front is safest first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.tune.allocate import Option, cheapest, pareto
+from leanmoe.plan import Rule
+from leanmoe.tune.allocate import Option, Workload, cheapest, front, pareto
+from leanmoe.tune.layers import LayerTime
+from tests.tune.example import setting
 
 NUMBERS = st.floats(0, 10, allow_nan=False).map(lambda x: round(x, 2))
 ITEMS = st.lists(
@@ -68,3 +71,31 @@ def test_numbers_that_are_none_are_refused(option: Option) -> None:
         cheapest([[]], 1.0)
     with pytest.raises(LeanMoeError, match="must not be negative"):
         cheapest([[Option(0, 1)]], -1.0)
+
+
+def workload() -> Workload:
+    line = LayerTime(1e-5, 1e-6, 1e-7, 0.0, 0.0)
+    return Workload(8, 256, 8, 512, {"prompt": line, "decode": line})
+
+
+def full() -> dict:
+    return {(phase, n): (8.0, 30.0) for phase in ("prompt", "decode") for n in range(6)}
+
+
+def test_a_front_is_safest_first_and_ever_faster() -> None:
+    points = front(setting(6.0, 8).sensitivities, full(), workload(), [0.0, 0.01, 0.05, 0.2])
+    assert len(points) >= 3
+    for one, other in itertools.pairwise(points):
+        assert other.predicted_loss > one.predicted_loss
+        assert other.modelled_time < one.modelled_time
+    assert points[0].predicted_loss == 0.0
+
+
+def test_fixed_prompt_rules_stay_and_stand_alone_first() -> None:
+    found = setting(6.0, 8).sensitivities
+    prompt = (Rule(top_k=4),) * 6
+    points = front(found, full(), workload(), [0.5, 0.9], prompt)
+    assert all(point.prompt == prompt for point in points)
+    assert all(rule.is_empty for rule in points[0].decode)
+    without = front(found, full(), workload(), [0.5], ())
+    assert all(point.prompt == () for point in without)

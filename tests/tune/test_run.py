@@ -12,11 +12,9 @@ import pytest
 
 from leanmoe import Plan
 from leanmoe.cli import main
+from leanmoe.core.provenance import weights_digest
+from leanmoe.core.run_folder import RunFolder
 from leanmoe.runtime import load_model, shape_of
-from leanmoe.stats.paired import Estimate
-from leanmoe.tune import prune_or_skip
-from leanmoe.tune import run as run_module
-from leanmoe.tune.settings import TuneSettings
 
 SMALL = [
     *("--concurrency", "1,2", "--margin", "5%", "--input-len", "32", "--output-len", "4"),
@@ -35,28 +33,43 @@ def tune(folder: Path, *more: str) -> int:
     return leanmoe("tune", "reference", "-o", str(folder), *SMALL, *more)
 
 
+Step = Callable[[RunFolder, str, Callable[[], Any], bool], Any]
+
+
+def watch_steps(patch: pytest.MonkeyPatch, stop_at: str = "") -> list[str]:
+    """The names of the steps that are computed from now on; an interrupt at the first `stop_at`."""
+    computed: list[str] = []
+    step: Step = RunFolder.step
+
+    def watched(
+        folder: RunFolder, name: str, compute: Callable[[], Any], timed: bool = False
+    ) -> Any:
+        def noted() -> Any:
+            if stop_at and name.startswith(stop_at):
+                raise KeyboardInterrupt
+            computed.append(name)
+            return compute()
+
+        return step(folder, name, noted, timed)
+
+    patch.setattr(RunFolder, "step", watched)
+    return computed
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that was interrupted on its way."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "compare_strategies", _interrupt)
+        before = watch_steps(patch, stop_at="strategy")
         assert tune(folder) == 130
-    assert (folder / "full.json").exists()
+    assert {"profiling", "full", "sensitivity-prompt-1", "layer-times-decode-2"} <= set(before)
     assert not (folder / "results.json").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "measure", _never)
-        patch.setattr(run_module, "measure_profile", _never)
+        after = watch_steps(patch)
         assert tune(folder, "--json") == 0
+    assert not set(before) & set(after), "a step that is stored ran again"
     return folder
-
-
-def _interrupt(*_arguments: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _never(*_arguments: Any, **_settings: Any) -> None:
-    raise AssertionError("a step that is stored ran again")
 
 
 def test_an_interrupted_run_goes_on_to_its_end(run: Path) -> None:
@@ -68,6 +81,9 @@ def test_results_say_how_everything_was_measured(run: Path) -> None:
     results = json.loads((run / "results.json").read_text())
     assert results["provenance"]["versions"]["torch"]
     assert results["peak_memory_bytes"] > 0
+    (made,) = results["made_with"]
+    assert made["weights"] == weights_digest("reference")
+    assert set(made["steps"]) == set(results["seconds"])
     assert [v["concurrency"] for v in results["verdicts"]] == [1, 2]
     assert {s["phase"] for s in results["sensitivity"]["candidates"]} == {"prompt", "decode"}
     for entry in results["gain"]:
@@ -116,22 +132,6 @@ def test_a_memory_budget_restricts_every_rule(
     shown = " ".join(capsys.readouterr().out.split())
     assert "Fewer experts in total" in shown
     assert "the plan stays empty" not in shown
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "is_as_fast", "said"),
-    [
-        (-0.02, -0.01, True, "fewer a token loses less"),
-        (0.01, 0.02, True, "fewer in total loses less"),
-        (-0.01, 0.02, True, "undecided"),
-        (-0.02, -0.01, False, "no skipping is as fast"),
-    ],
-)
-def test_only_ways_as_fast_are_compared(
-    low: float, high: float, is_as_fast: bool, said: str
-) -> None:
-    found = Estimate((low + high) / 2, low, high, high, 40, 0.1, 0.95)
-    assert prune_or_skip.verdict(found, is_as_fast) == said
 
 
 def test_report_is_written_again_without_measuring(
@@ -212,22 +212,14 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
     real = Path.write_text
 
     def full(path: Path, text: str, **settings: Any) -> int:
-        if "full.json" in path.name:
+        if "profiling.json" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, text, **settings)
 
     monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr(run_module, "_profile", lambda *_: None)
-    monkeypatch.setattr(run_module, "_sensitivities", lambda *_: [])
     assert tune(tmp_path / "run") == 1
     said = capsys.readouterr().err
     assert "No space left on device" in said
     assert "Traceback" not in said
-    assert [f.name for f in (tmp_path / "run").iterdir()] == ["settings.json"]
-
-
-def test_replies_are_as_long_as_the_loads_and_prompts_around_its_length() -> None:
-    settings = TuneSettings("reference", input_len=256, output_len=8)
-    window, prompt, reply = settings.scored_window(can_branch=True)
-    assert (prompt, reply, window) == (192, 8, 320)
-    assert settings.scored_window(can_branch=False) == (264, 256, 0)
+    left = sorted(file.name for file in (tmp_path / "run").iterdir())
+    assert left == ["profile.json", "profile.safetensors", "settings.json"]

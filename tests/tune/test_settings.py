@@ -31,3 +31,10 @@ def test_settings_out_of_range_are_named(changed: dict[str, object], message: st
 def test_bands_meet_between_loads() -> None:
     assert replace(SETTINGS, concurrency=(1, 8, 32)).bands() == (2, 16, 64)
     assert TuneSettings.from_json(SETTINGS.to_json()) == SETTINGS
+
+
+def test_replies_are_as_long_as_the_loads_and_prompts_around_its_length() -> None:
+    settings = TuneSettings("reference", input_len=256, output_len=8)
+    window, prompt, reply = settings.scored_window(can_branch=True)
+    assert (prompt, reply, window) == (192, 8, 320)
+    assert settings.scored_window(can_branch=False) == (264, 256, 0)

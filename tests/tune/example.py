@@ -1,0 +1,31 @@
+"""A made-up model with sensitivities, and what strategies have to work with on it."""
+
+from __future__ import annotations
+
+from leanmoe.plan import Fingerprint, Rule
+from leanmoe.tune.layers import Candidate, Sensitivity, candidates
+from leanmoe.tune.strategies import Budget, Setting
+
+MODEL = Fingerprint("Model", 7, 6, 64, 8)
+
+
+def cost(layer: int, rule: Rule) -> float:
+    """Experts a token, as if a share kept that part of them; later layers cost a little more."""
+    slots = float(MODEL.top_k if rule.top_k is None else rule.top_k)
+    slots = slots if rule.guaranteed is None else float(rule.guaranteed)
+    slots = slots if rule.budget is None else rule.budget / 8
+    slots *= 1.0 if rule.threshold is None else 1.0 - 0.9 * rule.threshold
+    slots *= 1.0 if rule.top_p is None else rule.top_p
+    return slots * (1 + 0.01 * layer)
+
+
+def sensitivity(candidate: Candidate) -> Sensitivity:
+    slots = cost(candidate.layer, candidate.rule)
+    divergence = 0.001 * (candidate.layer + 1) * (MODEL.top_k - min(slots, 8.0)) ** 2
+    return Sensitivity(candidate, divergence, 0.5 * divergence, slots, 4 * slots)
+
+
+def setting(budget: float, decode_batch: int = 1) -> Setting:
+    tried = [sensitivity(c) for c in candidates(MODEL, (1, decode_batch))]
+    moved = {(n, k): (8 - k) * (6 - n) / 10 for n in range(6) for k in range(1, 9)}
+    return Setting(MODEL, decode_batch, Budget("slots", budget), cost, tried, moved)
