@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from leanmoe.tune.inputs import quiet
 from pruning_compare import against, ordering
 from pruning_memory import peak_of
 from pruning_speed import (
@@ -58,7 +59,6 @@ from leanmoe.stats.paired import (
     Losses,
     loss_increase,
 )
-from leanmoe.tune.inputs import quiet
 
 KEEP = ("87.5%", "75%", "50%", "25%")
 SLOTS = (7, 6, 5, 4, 3)
