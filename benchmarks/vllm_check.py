@@ -124,7 +124,7 @@ def start(
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
                                "cudagraph_capture_sizes": CAPTURED},
         "attention_config": {"backend": "FLASH_ATTN", "flash_attn_version": 3},
-        "worker_extension_cls": "leanmoe.serve.vllm.worker.PlanWorker",
+        "worker_extension_cls": "leanmoe.serve.vllm.plan_metrics.PlanWorker",
         **SETTINGS[name],
     }  # fmt: skip
     if run == FEWER:

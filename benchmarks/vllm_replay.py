@@ -21,11 +21,14 @@ from vllm_results import Seen
 from vllm_ways import AUTO, GROUP, LEANMOE, REPEAT, SKIP, STOCK, Way
 
 from leanmoe.plan.placement import Placement
-from leanmoe.serve.vllm import grouped_steps
-from leanmoe.serve.vllm.layer_routing import LayerRouting
-from leanmoe.serve.vllm.leanmoe_experts import OwnExperts, why_not_ours
-from leanmoe.serve.vllm.ranks import scope_of
-from leanmoe.serve.vllm.skipping import why_not_skip
+from leanmoe.serve.vllm.layer_facts import scope_of
+from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
+from leanmoe.serve.vllm.leanmoe_experts import LeanmoeExperts, kernels_unsupported_reason
+from leanmoe.serve.vllm.small_steps import (
+    GroupedSteps,
+    grouping_unsupported_reason,
+    skipping_unsupported_reason,
+)
 
 ROUTINGS = ("skewed", "uniform")
 KEPT_ROWS = 1024
@@ -113,10 +116,15 @@ class Switch:
             self._ways[way.name] = self._stock
             return
         scope = scope_of(self._runner, way.plan.model.experts, way.cross_rank)
-        routing = LayerRouting(self._router, way.plan, self._layer, scope=scope)
+        routing = VllmLayerRouting(self._router, way.plan, self._layer, scope=scope)
         if not way.is_plain:
             routing.skipping = way.skipping
         self._ways[way.name] = routing
+
+    def groups_step(self, rows: int) -> bool:
+        """Whether a step of so many rows is grouped under the way in use."""
+        way = self._ways[self._replay.way]
+        return isinstance(way, VllmLayerRouting) and way.groups_step(rows)
 
     def __call__(
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any, **others: Any
@@ -132,7 +140,7 @@ class ExpertsSwitch:
     """Stands in the place of a layer's experts: vLLM's or leanmoe's, as the way in use has it."""
 
     def __init__(self, runner: Any, replay: Replay) -> None:
-        self._own, self._replay = OwnExperts(runner), replay
+        self._own, self._replay = LeanmoeExperts(runner), replay
         runner.routed_experts.quant_method.moe_kernel.fused_experts.apply = self
 
     def __call__(self, **arguments: Any) -> None:
@@ -162,7 +170,7 @@ class Engine:
         ]
         for layer, switch in zip(self._layers, self._switches, strict=True):
             layer.router._compute_routing = switch
-        self._why_not_ours = why_not_ours(self._layers[0])
+        self._why_not_ours = kernels_unsupported_reason(self._layers[0])
         self.layers = len(self._layers)
         self._runner._dummy_run(1)  # the buffers of drawn logits
         replay.draw("uniform", 0)
@@ -180,8 +188,8 @@ class Engine:
             return self._why_not_ours
         if way.is_plain or way.plan is None or way.small_steps == REPEAT:
             return None
-        reason = why_not_skip(self._layers[0], way.slots, way.plan.model.experts)
-        return reason or (grouped_steps.why_not_group() if way.small_steps == GROUP else None)
+        reason = skipping_unsupported_reason(self._layers[0], way.slots, way.plan.model.experts)
+        return reason or (grouping_unsupported_reason() if way.small_steps == GROUP else None)
 
     def add(self, way: Way) -> None:
         """One way more, captured."""
@@ -191,7 +199,8 @@ class Engine:
                     ExpertsSwitch(layer, self.replay)
             self.replay.own.add(way.name)
         if way.small_steps == GROUP and not way.is_plain:
-            grouped_steps.put()
+            for layer, switch in zip(self._layers, self._switches, strict=True):
+                GroupedSteps(layer, switch.groups_step).put()
         for switch in self._switches:
             switch.add(way)
         self.capture(way.name)

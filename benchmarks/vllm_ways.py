@@ -12,9 +12,8 @@ from vllm_layout import SINGLE, Layout
 
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
-from leanmoe.serve.routing_choice import is_plain
-from leanmoe.serve.skipped_slots import Skipped
-from leanmoe.serve.vllm.skipping import Skipping, is_small
+from leanmoe.serve.plan_support import is_plain
+from leanmoe.serve.vllm.small_steps import Skipped, Skipping, is_small
 
 STOCK = "stock"
 EMPTY = "empty plan"

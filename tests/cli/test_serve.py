@@ -57,7 +57,7 @@ def test_the_command_is_checked_and_shown(
     assert code == 0
     assert found["environment"]["LEANMOE_PLAN"] == str(plan)
     assert found["command"][-2:] == ["--max-model-len", "512"]
-    assert "leanmoe.serve.vllm.worker.PlanWorker" in found["command"]
+    assert "leanmoe.serve.vllm.plan_metrics.PlanWorker" in found["command"]
 
 
 def test_auto_takes_transformers_where_there_is_no_vllm(

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels.dispatch import repeat_best
 from leanmoe.models.routers import Router
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.routing import route
 from leanmoe.serve.sglang import patch as hook
-from leanmoe.serve.skipped_slots import repeat_best
 
 try:
     topk: Any = import_module("sglang.srt.layers.moe.topk")
@@ -98,9 +98,9 @@ def patched() -> Iterator[Any]:
     stock, bind = topk.select_experts, topk.TopK.bind_runner_backend
     load, bypass = runner.ModelRunner.load_model, getattr(topk, hook.BYPASS)
 
-    def patch(rule: Rule, up_to: int | None = None) -> hook.Planned:
+    def patch(rule: Rule, up_to: int | None = None) -> hook.SglangPlan:
         model = Fingerprint("Model", 1, 1, EXPERTS, TOP_K)
-        planned = hook.Planned(Plan(model, (Band(up_to, (rule,)),)), "plan.json")
+        planned = hook.SglangPlan(Plan(model, (Band(up_to, (rule,)),)), "plan.json")
         planned.shape = SimpleNamespace(moe_layers=(0,))  # type: ignore[assignment]
         hook.patch(planned, topk, runner.ModelRunner)
         return planned

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from leanmoe.plan.placement import Placement
+
 
 class BaseRouter:
     """The seam: all that the plugin replaces."""
@@ -104,3 +106,69 @@ def loaded_runner(
             is_sequence_parallel=settings.get("is_sequence_parallel", False),
         ),
     )
+
+
+def spread(ranks: int, rank: int = 0, strategy: str = "linear", data: int = 1, **more: Any) -> Any:
+    """A layer of vLLM whose 16 experts are on so many ranks, held as vLLM would."""
+    placed: Any = {"linear": Placement.linear, "round_robin": Placement.round_robin}
+    held = placed[more.pop("held", strategy)](16, ranks).experts_on(rank)
+    local_of_E = torch.tensor([held.index(e) if e in held else -1 for e in range(16)])
+    parallel = SimpleNamespace(
+        use_ep=ranks > 1, ep_size=ranks, ep_rank=rank, dp_size=data, is_sequence_parallel=False,
+        enable_eplb=more.get("eplb", False),
+    )  # fmt: skip
+    parallel.moe_parallel_config = parallel
+    return SimpleNamespace(
+        moe_config=parallel,
+        layer_name="layer 1",
+        router=FusedTopKRouter(),
+        expert_map_manager=SimpleNamespace(placement_strategy=strategy, expert_map=local_of_E),
+    )
+
+
+MODEL_CONFIG = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "moe_intermediate_size": 16, "intermediate_size": 32, "num_experts": 16,
+    "num_experts_per_tok": 4, "norm_topk_prob": True, "vocab_size": 64,
+    "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+
+
+class VllmConfig:
+    """vLLM's config of a model of two MoE layers on one GPU."""
+
+    def __init__(self, model: dict[str, Any] = MODEL_CONFIG) -> None:
+        self.model_config = SimpleNamespace(
+            hf_config=SimpleNamespace(to_dict=lambda: model),
+            hf_text_config=SimpleNamespace(num_hidden_layers=2),
+        )
+        self.parallel_config = SimpleNamespace(pipeline_parallel_size=1, use_ubatching=False)
+        self.scheduler_config = SimpleNamespace(max_num_batched_tokens=8192)
+        self.device_config = SimpleNamespace(device="cpu")
+        self.compilation_config: Any = None
+        self.speculative_config: Any = None
+        self.additional_config: dict[str, Any] = {}
+
+
+def built_layer(index: int) -> Any:
+    """A MoE layer of such a model, built and loaded, whose experts are not Triton's."""
+    runner = spread(1)
+    runner.layer_name = f"model.layers.{index}.mlp.experts"
+    runner.moe_config.all2all_backend = "naive"
+    runner.moe_config.pcp_size = 1
+    runner.routed_experts = loaded_runner("OtherExperts").routed_experts
+    runner.routed_experts.quant_method.is_monolithic = False
+    return runner
+
+
+def install_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes vLLM's modules of pipeline stages and of the forward context importable."""
+    install_context(monkeypatch, None)
+    context = sys.modules["vllm.forward_context"]
+    context.ForwardContext = type("ForwardContext", (), {"is_padding": None})  # type: ignore[attr-defined]
+    distributed, utils = ModuleType("vllm.distributed"), ModuleType("vllm.distributed.utils")
+    distributed.get_pp_group = lambda: None  # type: ignore[attr-defined]
+    utils.get_pp_indices = lambda *_: (0, 2)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.utils", utils)

@@ -1,15 +1,8 @@
-"""Prometheus' text, and the middleware that adds it to vLLM's."""
+"""Prometheus' text of what a plan does in a service."""
 
 from __future__ import annotations
 
-import asyncio
-from types import SimpleNamespace
-from typing import Any
-
-import pytest
-
 from leanmoe.serve.metrics import TokenRate, counted_tokens, exposition
-from leanmoe.serve.vllm.metrics import PlanMetrics
 
 STEP = {
     "rows": 12,
@@ -46,37 +39,3 @@ def test_counters_are_summed_over_labels() -> None:
     name = "vllm:generation_tokens_total"
     text = f'# HELP x\n{name}{{engine="0"}} 5.0\n{name}{{engine="1"}} 7\n'
     assert counted_tokens(text) == 12
-
-
-class Client:
-    async def collective_rpc(self, method: str) -> list[Any]:
-        assert method == "leanmoe_statistics"
-        stage = {**STEP, "layers": [None, {"distinct": 9, "activated": 3.0}, None]}
-        return [None, STEP, stage]
-
-
-async def application(_scope: Any, _receive: Any, send: Any) -> None:
-    body = b"vllm:generation_tokens_total 9\n"
-    headers = [(b"content-length", str(len(body)).encode()), (b"x", b"y")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body[:4], "more_body": True})
-    await send({"type": "http.response.body", "body": body[4:]})
-
-
-@pytest.mark.parametrize("path", ["/metrics", "/metrics/", "/v1/models"])
-def test_the_middleware_adds_to_metrics_and_to_nothing_else(path: str) -> None:
-    sent: list[dict[str, Any]] = []
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    app = SimpleNamespace(state=SimpleNamespace(engine_client=Client()))
-    asyncio.run(PlanMetrics(application)({"type": "http", "path": path, "app": app}, None, send))
-    body = b"".join(message.get("body", b"") for message in sent)
-    length = dict(sent[0]["headers"])[b"content-length"]
-    assert int(length) == len(body)
-    assert (b"leanmoe_distinct_experts" in body) == path.startswith("/metrics")
-    for layer, experts in enumerate((30, 9, 8)):  # one of them another pipeline stage's
-        line = b'leanmoe_distinct_experts{layer="%d"} %d\n' % (layer, experts)
-        assert (line in body) == path.startswith("/metrics")
-    assert body.startswith(b"vllm:generation_tokens_total 9\n")

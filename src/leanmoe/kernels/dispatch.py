@@ -19,7 +19,7 @@ from leanmoe.kernels.cpu.experts import experts_cpu, prepare, why_not_cpu
 from leanmoe.kernels.cpu.router import route_cpu, why_not_route_cpu
 from leanmoe.kernels.reference import experts_reference
 from leanmoe.kernels.triton.experts import experts_gpu, why_not_gpu
-from leanmoe.kernels.triton.router import route_gpu, why_not_route_gpu
+from leanmoe.kernels.triton.router import route_gpu, route_gpu_ids, why_not_route_gpu
 from leanmoe.kernels.triton.tuned_tiles import describe
 from leanmoe.kernels.weights import ExpertWeights
 from leanmoe.models.routers import Router
@@ -164,3 +164,54 @@ def route_on_gpu(
         return Routing(routed.ids_TK, routed.weights_TK, routed.over_budget)
     over_B = None if routed.over_budget is None else routed.over_budget[None]
     return Routing(routed.ids_TK[None], routed.weights_TK[None], over_B)
+
+
+def route_ids(
+    logits_TE: Tensor,
+    router: Router,
+    top_k: int,
+    rule: Rule,
+    bias_E: Tensor | None = None,
+    padding_T: Tensor | None = None,
+    scope: BatchScope = ALONE,
+    *,
+    skipped_id: int | None = None,
+    ids_dtype: torch.dtype = torch.int32,
+) -> tuple[Tensor, Tensor]:
+    """One step's ids and float32 weights (T,K) for another engine's kernels, as fast as can be.
+
+    `skipped_id` is the id of every skipped slot, for kernels that pass over it. For kernels that
+    want an expert in every slot it is None: a skipped slot repeats as `repeat_best` says.
+    """
+    experts, rule = logits_TE.shape[1], rule.on(scope.ranks)
+    bias_E = None if bias_E is None else bias_E.detach()
+    choice = choose_router(logits_TE, router, rule, scope)
+    step = (logits_TE, router, top_k, rule, bias_E, padding_T)
+    if choice.name == "gpu":  # its kernel writes skipped slots itself
+        ranks = (scope.placement, scope.exchange)
+        return route_gpu_ids(*step, *ranks, skipped_id=skipped_id, ids_dtype=ids_dtype)
+    ids_TK, weights_TK, _over_budget = choice.function(*step, scope)
+    ids_TK = write_skipped(ids_TK, experts, padding_T, skipped_id)
+    return ids_TK.to(ids_dtype), weights_TK.float()
+
+
+def write_skipped(
+    ids_TK: Tensor, experts: int, padding_T: Tensor | None, skipped_id: int | None
+) -> Tensor:
+    """`ids_TK` with `skipped_id` in each skipped slot, whose id is E; None repeats the best."""
+    if skipped_id is None:
+        return repeat_best(ids_TK, experts, padding_T)
+    return ids_TK.masked_fill(ids_TK >= experts, skipped_id)
+
+
+def repeat_best(ids_TK: Tensor, experts: int, padding_T: Tensor | None = None) -> Tensor:
+    """`ids_TK` with each skipped slot, whose id is E, naming an expert that is active anyway.
+
+    A token's skipped slots name its own best expert, those of padding the first token's best, and
+    expert 0 where there is none. `route_gpu_ids` writes the same inside its kernel.
+    """
+    best_T1 = ids_TK[:, :1]
+    best_T1 = best_T1.masked_fill(best_T1 >= experts, 0)
+    if padding_T is not None:
+        best_T1 = torch.where(padding_T.unsqueeze(-1), best_T1[:1], best_T1)
+    return torch.where(ids_TK < experts, ids_TK, best_T1)

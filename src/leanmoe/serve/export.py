@@ -1,4 +1,4 @@
-"""What each engine needs to run a plan, and which parts of it the engine cannot honour.
+"""What each engine needs to run a plan, and which parts of it the engine cannot run.
 
 Needs no torch and no engine.
 """
@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from leanmoe.core.environment import DROP, PLAN
 from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.plan import Plan, Rule
 from leanmoe.serve.plan_support import PROMPT, check_parts, notes, without
+from leanmoe.serve.vllm.launch import capture_sizes
 
 ENGINES = ("vllm", "sglang", "llama.cpp", "transformers")
+SGLANG_NOTE = "written for SGLang 0.5.23: run in its select_experts on a CPU, in no SGLang server"
 GGUF = {
     "BailingMoeV2ForCausalLM": "bailingmoe2",
     "DeepseekV2ForCausalLM": "deepseek2",
@@ -49,9 +52,9 @@ class Recipe:
     code: str = ""
     """Python to run, where there is no command."""
     notes: tuple[str, ...] = ()
-    """What the engine makes of the plan that its user should know."""
+    """What the user should know of how the engine runs the plan, one sentence each."""
     left_out: tuple[str, ...] = ()
-    """Parts of the plan that do not run, by the user's own consent."""
+    """Parts of the plan that do not run, with the user's consent."""
 
     def text(self) -> str:
         """A script: comments, and what to run."""
@@ -77,7 +80,7 @@ def export(
 ) -> Recipe:
     """What `engine` needs to run the plan at `path`; `gguf` is llama.cpp's name for such models.
 
-    Raises LeanMoeError for a plan that the engine cannot honour, unless the user drops that part.
+    Raises LeanMoeError for a plan that the engine cannot run, unless the user drops that part.
     """
     if engine not in ENGINES:
         raise unknown_name("engine", engine, ENGINES)
@@ -91,34 +94,35 @@ def export(
         return _llama_cpp(plan, model, gguf, left_out)
     name = {"vllm": "vLLM", "sglang": "SGLang"}[engine]
     check_parts(plan, name, f"--drop {PROMPT}")
-    top_k = uniform_top_k(plan)
-    variables = {"LEANMOE_PLAN": str(path.resolve())}
+    variables = {PLAN: str(path.resolve())}
     if drop:
-        variables["LEANMOE_DROP"] = ",".join(drop)
-    found = list(notes(plan, name))
-    if engine == "sglang":
-        found.append(
-            "written for SGLang 0.5.23: run in its select_experts on a CPU, in no SGLang server"
-        )
-        arguments = ["python", "-m", "sglang.launch_server", "--model-path", model]
-        if top_k is not None:
-            found.append("a top_k that is the same everywhere needs no plugin")
-            override = json.dumps({"num_experts_per_tok": top_k})
-            return Recipe(
-                engine, {}, (*arguments, "--json-model-override-args", override), "",
-                tuple(found), left_out,
-            )  # fmt: skip
-        return Recipe(engine, variables, tuple(arguments), "", tuple(found), left_out)
-    arguments = ["vllm", "serve", model]
-    from leanmoe.serve.vllm.launch import capture_sizes
+        variables[DROP] = ",".join(drop)
+    recipe = Recipe(engine, variables, notes=notes(plan, name), left_out=left_out)
+    return _vllm(recipe, plan, model) if engine == "vllm" else _sglang(recipe, plan, model)
 
+
+def _vllm(recipe: Recipe, plan: Plan, model: str) -> Recipe:
+    """The recipe with vLLM's command, and with what it needs to know."""
+    command = ["vllm", "serve", model]
     if sizes := capture_sizes(plan):
         settings = json.dumps({"cudagraph_capture_sizes": sizes}, separators=(",", ":"))
-        arguments += ["--compilation-config", settings]
-    if top_k is not None:
+        command += ["--compilation-config", settings]
+    remarks = list(recipe.notes)
+    if (top_k := uniform_top_k(plan)) is not None:
         override = json.dumps({"num_experts_per_tok": top_k})
-        found.append(f"the same without a plugin: vllm serve {model} --hf-overrides '{override}'")
-    return Recipe(engine, variables, tuple(arguments), "", tuple(found), left_out)
+        remarks.append(f"the same without a plugin: vllm serve {model} --hf-overrides '{override}'")
+    return replace(recipe, command=tuple(command), notes=tuple(remarks))
+
+
+def _sglang(recipe: Recipe, plan: Plan, model: str) -> Recipe:
+    """The recipe with SGLang's command, without the plugin where one top_k is all of the plan."""
+    command = ["python", "-m", "sglang.launch_server", "--model-path", model]
+    remarks = [*recipe.notes, SGLANG_NOTE]
+    if (top_k := uniform_top_k(plan)) is None:
+        return replace(recipe, command=tuple(command), notes=tuple(remarks))
+    command += ["--json-model-override-args", json.dumps({"num_experts_per_tok": top_k})]
+    remarks.append("a top_k that is the same everywhere needs no plugin")
+    return replace(recipe, environment={}, command=tuple(command), notes=tuple(remarks))
 
 
 def uniform_top_k(plan: Plan) -> int | None:

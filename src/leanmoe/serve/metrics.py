@@ -28,8 +28,8 @@ class TokenRate:
 
 def counted_tokens(exposition: str, name: str = TOKENS) -> float:
     """The sum of a counter over its labels in Prometheus' text."""
-    found = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)", exposition, re.MULTILINE)
-    return sum(float(value) for value in found)
+    values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)", exposition, re.MULTILINE)
+    return sum(float(value) for value in values)
 
 
 def exposition(
@@ -38,9 +38,9 @@ def exposition(
     step: Mapping[str, Any] | None,
     tokens_per_second: float | None,
 ) -> str:
-    """Gauges of a step: its band, and per layer the experts it woke and a token used.
+    """Gauges of a step: its band, and per layer its distinct experts and the experts a token used.
 
-    `step` is what `statistics` read of the last one, or None where nothing ran; `plan` is its
+    `step` is the JSON of a `StepReport` with its band, or None where nothing ran; `plan` is its
     file, empty where the full model is served.
     """
     labels = {"plan": plan or "none", "engine": engine}
@@ -54,7 +54,7 @@ def exposition(
     if step is not None:
         up_to = "none" if step["up_to"] is None else str(step["up_to"])
         band = "full model" if step["band"] is None else str(step["band"])
-        layers = [(n, found) for n, found in enumerate(step["layers"]) if found is not None]
+        layers = [(n, layer) for n, layer in enumerate(step["layers"]) if layer is not None]
         lines += _gauge("leanmoe_step_rows", "Rows of the last step.", [({}, step["rows"])])
         lines += _gauge(
             "leanmoe_band", "The band of the last step.", [({"band": band, "up_to": up_to}, 1)]
@@ -62,12 +62,12 @@ def exposition(
         lines += _gauge(
             "leanmoe_distinct_experts",
             "Distinct experts in a MoE layer, the last step.",
-            [({"layer": str(n)}, found["distinct"]) for n, found in layers],
+            [({"layer": str(n)}, layer["distinct"]) for n, layer in layers],
         )
         lines += _gauge(
             "leanmoe_activated_experts",
             "Experts that a token used in a MoE layer on average, the last step.",
-            [({"layer": str(n)}, found["activated"]) for n, found in layers],
+            [({"layer": str(n)}, layer["activated"]) for n, layer in layers],
         )
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,6 @@
-"""What ran, read from the last step's own routing; nothing is computed until somebody asks.
+"""What the last step ran, read from its own routing; nothing is computed until somebody asks.
 
-Letters: T rows of a step, K slots a token, L MoE layers.
+Letters: T tokens (rows of a step), K slots of a token.
 
 A step's ids stay where its routing wrote them: they are only held on to, so that a captured graph
 leaves them alone. The first layer adds one small launch that says which step was last.
@@ -8,16 +8,19 @@ leaves them alone. The first layer adds one small launch that says which step wa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from leanmoe.runtime.counts import LayerCounts as RoutingCounts
+
 EAGER = 0
 """The key of a step that no graph captured; captured ones have the number of their rows."""
 
 
-class Step(NamedTuple):
+class StepSample(NamedTuple):
     """One layer's routing in the last step of its size."""
 
     ids_TK: Tensor
@@ -25,11 +28,37 @@ class Step(NamedTuple):
     padding_T: Tensor | None
 
 
-class Statistics:
-    """Holds on to the last steps of a model's layers."""
+@dataclass(frozen=True)
+class StepReport:
+    """What the last step ran."""
 
-    def __init__(self, layers: int) -> None:
-        self._steps: list[dict[int, Step]] = [{} for _ in range(layers)]
+    rows: int
+    is_captured: bool
+    layers: tuple[RoutingCounts | None, ...]
+    """One for each MoE layer; None for a layer that this process does not run."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values: per layer its tokens, distinct experts and experts a token."""
+        layers = [
+            None
+            if counts is None
+            else {
+                "tokens": counts.tokens,
+                "distinct": int(counts.distinct_per_step),
+                "activated": counts.slots_per_token,
+            }
+            for counts in self.layers
+        ]
+        return {"rows": self.rows, "is_captured": self.is_captured, "layers": layers}
+
+
+class RoutingStatistics:
+    """Holds on to the routing of the last steps of a model's layers, one for each size of step."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        """The model has so many MoE layers, and so many experts in each."""
+        self._experts = experts
+        self._steps: list[dict[int, StepSample]] = [{} for _ in range(layers)]
         self._last_1: Tensor | None = None
         self._first: int | None = None
 
@@ -39,7 +68,7 @@ class Statistics:
         """Keeps what a layer chose in the step that runs or is captured."""
         is_captured = ids_TK.is_cuda and torch.cuda.is_current_stream_capturing()
         key = ids_TK.shape[0] if is_captured else EAGER
-        self._steps[layer][key] = Step(ids_TK, weights_TK, padding_T)
+        self._steps[layer][key] = StepSample(ids_TK, weights_TK, padding_T)
         if self._first is None:
             self._first = layer
         if layer == self._first:
@@ -48,28 +77,21 @@ class Statistics:
                     self._last_1 = torch.zeros(1, dtype=torch.int32, device=ids_TK.device)
             self._last_1.fill_(key)
 
-    def read(self) -> dict[str, Any]:
-        """Rows of the last step, and per layer the distinct experts and those a token activated.
-
-        Waits for the device. `layers` has None for a layer that this process does not run.
-        """
+    def read(self) -> StepReport:
+        """What the last step ran; waits for the device."""
         key = EAGER if self._last_1 is None else int(self._last_1)
-        layers = [_counted(steps.get(key)) for steps in self._steps]
-        rows = next((found["rows"] for found in layers if found is not None), 0)
-        return {"rows": rows, "is_captured": key != EAGER, "layers": layers}
+        samples = [steps.get(key) for steps in self._steps]
+        rows = next((sample.ids_TK.shape[0] for sample in samples if sample is not None), 0)
+        return StepReport(rows, key != EAGER, tuple(self._count(sample) for sample in samples))
 
-
-def _counted(step: Step | None) -> dict[str, Any] | None:
-    if step is None:
-        return None
-    ids_TK, weights_TK = step.ids_TK.cpu(), step.weights_TK.cpu()
-    used_TK = weights_TK != 0
-    if step.padding_T is not None:
-        used_TK &= ~step.padding_T.cpu().unsqueeze(-1)
-    tokens = int(used_TK.any(dim=-1).sum())
-    return {
-        "rows": ids_TK.shape[0],
-        "tokens": tokens,
-        "distinct": len(set(ids_TK[used_TK].tolist())),
-        "activated": float(used_TK.sum() / max(tokens, 1)),
-    }
+    def _count(self, sample: StepSample | None) -> RoutingCounts | None:
+        """A step's counts; a slot of weight 0 is skipped, a row that uses no expert is no token."""
+        if sample is None:
+            return None
+        is_used_TK = sample.weights_TK.cpu() != 0
+        if sample.padding_T is not None:
+            is_used_TK &= ~sample.padding_T.cpu().unsqueeze(-1)
+        ids_TK = sample.ids_TK.cpu().long().masked_fill(~is_used_TK, self._experts)
+        counts = RoutingCounts()
+        counts.add(ids_TK.unsqueeze(0), ~is_used_TK.any(dim=-1).unsqueeze(0), self._experts)
+        return counts

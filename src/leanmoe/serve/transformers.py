@@ -2,7 +2,7 @@
 
 It is what `leanmoe serve` uses where vLLM is not installed.
 
-Letters: T rows of a step, K slots a token.
+Letters: T tokens (rows of a step), K slots of a token.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from leanmoe.serve.metrics import TokenRate, exposition
 
 PACKAGES = "fastapi, uvicorn, openai and accelerate: pip install 'transformers[serving]' accelerate"
 NO_END = -1
-"""An end-of-sequence id that no token has, as continuous batching spells "never stop"."""
+"""An end-of-sequence id that no token has: continuous batching takes it for "never stop"."""
 CPU_CACHE_BYTES = 1 << 30
-"""Of keys and values on a CPU, as `leanmoe serve` gives vLLM there."""
+"""Memory for keys and values on a CPU; `leanmoe serve` gives vLLM as much there."""
 
 
-class Step(NamedTuple):
+class EngineStep(NamedTuple):
     """What one forward step ran."""
 
     routing: Any
-    """The `Statistics` of this step alone."""
+    """The `RoutingStatistics` of this step alone."""
     rows: int
     read: int
     """Rows whose prediction is read: one for each sequence that gets a token."""
@@ -40,8 +40,8 @@ class PlannedServer:
     def __init__(self, plan: Plan, path: str) -> None:
         self.plan, self._path = plan, path
         self._context: Any = None
-        self._running: Step | None = None
-        self._last: Step | None = None
+        self._running: EngineStep | None = None
+        self._last: EngineStep | None = None
         self._generated = 0
         self._rate = TokenRate()
 
@@ -63,17 +63,19 @@ class PlannedServer:
         step, rate = self._last, self._rate.per_second(self._generated)
         if step is None:
             return exposition(self._path, "transformers", None, rate)
-        found = {**step.routing.read(), **self._band(step), "rows": step.rows}
-        return exposition(self._path, "transformers", found, rate)
+        report = {**step.routing.read().to_json(), **self._band(step), "rows": step.rows}
+        return exposition(self._path, "transformers", report, rate)
 
     def _begin(self, _model: Any, inputs: Any, keywords: dict[str, Any]) -> None:
-        from leanmoe.serve.routing_statistics import Statistics
+        from leanmoe.serve.routing_statistics import RoutingStatistics
 
         tokens = keywords.get("input_ids", inputs[0] if inputs else None)
         rows = 0 if tokens is None else int(tokens.numel())
         keep = keywords.get("logits_to_keep")
         read = rows if keep is None or isinstance(keep, int) else int(keep.numel())
-        self._running = Step(Statistics(self.plan.model.moe_layers), rows, read)
+        model = self.plan.model
+        routing = RoutingStatistics(model.moe_layers, model.experts)
+        self._running = EngineStep(routing, rows, read)
 
     def _note(self, layer: int, ids_TK: Any, weights_TK: Any) -> None:
         if self._running is not None:
@@ -83,8 +85,8 @@ class PlannedServer:
         self._last = self._running
         self._generated += 0 if self._running is None else self._running.read
 
-    def _band(self, step: Step) -> dict[str, Any]:
-        """The band of a step: with rules for prompt tokens it is picked by the other rows."""
+    def _band(self, step: EngineStep) -> dict[str, Any]:
+        """The band of a step; under a plan with rules for prompt rows, the other rows decide it."""
         band = self.plan.band_for(max(1, step.read if self.plan.prompt else step.rows))
         return {
             "band": None if band is None else self.plan.bands.index(band),
@@ -93,10 +95,10 @@ class PlannedServer:
 
 
 def widen_cached_heads(config: Any) -> None:
-    """Tells continuous batching how wide a cached head of DeepSeek's is, for as long as it serves.
+    """Tells continuous batching how wide a cached head of DeepSeek's attention is.
 
-    Its cache is as wide as `head_dim`, which Transformers sets to the rotary part of MLA. Raises
-    LeanMoeError where keys and values differ in width: the cache holds one width.
+    The cache takes `head_dim` for its width, which Transformers sets to the rotary part of MLA.
+    Raises LeanMoeError where keys and values differ in width: the cache holds one width.
     """
     whole = getattr(config, "qk_head_dim", None)
     if whole is None:
@@ -112,7 +114,7 @@ def widen_cached_heads(config: Any) -> None:
 def cache_share() -> float | None:
     """The share of memory that continuous batching may take; None leaves it to Transformers.
 
-    On a CPU it would take 90% of the machine's memory, also of what others use.
+    On a CPU it would take 90% of the machine's memory, even of what other processes use.
     """
     import torch
 
@@ -123,12 +125,12 @@ def cache_share() -> float | None:
 
 
 def serve(model: str, name: str, plan: Plan, path: str, host: str, port: int) -> None:
-    """Serves until interrupted; raises LeanMoeError where a package is missing.
+    """Serves a model until it is interrupted; raises LeanMoeError where a package is missing.
 
     Args:
         model: the folder or hub name that weights are loaded from.
         name: what requests call it, as well as `model`.
-        plan: an empty one serves the full model, on leanmoe's experts too.
+        plan: an empty one serves the full model, also on leanmoe's kernels.
         path: the plan's file, for the metrics; empty without one.
     """
     try:
@@ -161,9 +163,9 @@ def serve(model: str, name: str, plan: Plan, path: str, host: str, port: int) ->
         (ModelManager, "_load_model", load_model),
         (ModelManager, "get_gen_models", staticmethod(models)),
         (server, "build_server", build_server),
-        *_requests(BaseHandler, model, name),
+        *_request_changes(BaseHandler, model, name),
     ):
-        # A captured step would keep the band it was captured with, and its padding would vote.
+        # A captured step would keep its first band, and its padding would ask for experts.
         Serve(
             force_model=model,
             continuous_batching=True,
@@ -174,10 +176,11 @@ def serve(model: str, name: str, plan: Plan, path: str, host: str, port: int) ->
         )
 
 
-def _requests(handler: Any, model: str, name: str) -> list[tuple[Any, str, Any]]:
-    """What Transformers' handlers must know of requests: the served name, and `ignore_eos`.
+def _request_changes(handler: Any, model: str, name: str) -> list[tuple[Any, str, Any]]:
+    """Changes by which Transformers' handlers accept the served name and `ignore_eos`.
 
-    `ignore_eos` is vLLM's, and load generators send it so that every reply has its length.
+    `ignore_eos` is vLLM's field of a request; load generators send it so that every reply has its
+    length.
     """
     resolve, validate = handler._resolve_model, handler._validate_request
     configure = handler._build_generation_config
@@ -193,10 +196,10 @@ def _requests(handler: Any, model: str, name: str) -> list[tuple[Any, str, Any]]
     def build_generation_config(
         self: Any, body: dict[str, Any], *arguments: Any, **keywords: Any
     ) -> Any:
-        found = configure(self, body, *arguments, **keywords)
+        generation = configure(self, body, *arguments, **keywords)
         if body.get("ignore_eos"):
-            found.eos_token_id = NO_END
-        return found
+            generation.eos_token_id = NO_END
+        return generation
 
     return [
         (handler, "_resolve_model", resolve_model),
@@ -207,7 +210,7 @@ def _requests(handler: Any, model: str, name: str) -> list[tuple[Any, str, Any]]
 
 @contextmanager
 def _replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
-    """Attributes set to other values inside the `with`."""
+    """Sets attributes, each given as (owner, name, value), inside the `with`."""
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
     for owner, name, value in changes:
         setattr(owner, name, value)

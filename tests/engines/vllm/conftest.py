@@ -41,17 +41,21 @@ def _settings() -> None:
 def load() -> Iterator[Any]:
     """Loads a model (the reference model) in vLLM under a plan, or as trained; one at a time."""
     from leanmoe.models.reference import path
-    from leanmoe.serve.vllm import patch
+    from leanmoe.serve.options import PluginOptions
+    from leanmoe.serve.vllm.patch import process_plugin
 
-    def start(plan: Any = None, **settings: Any) -> Any:
+    def start(plan: Any = None, leanmoe_kernels: bool = False, **settings: Any) -> Any:
         from vllm import LLM
 
         _register_kernels_once()
         _shut_down(running)
         if plan is None:
-            patch.stop()
+            process_plugin().stop()
         else:
-            patch.use(plan, "of the test", collect_stats=True)
+            options = PluginOptions(
+                "of the test", collect_stats=True, leanmoe_kernels=leanmoe_kernels
+            )
+            process_plugin().start(plan, options)
         llm = LLM(
             **{
                 "model": str(path()),
@@ -72,7 +76,7 @@ def load() -> Iterator[Any]:
     running: list[Any] = []
     yield start
     _shut_down(running)
-    patch.stop()
+    process_plugin().stop()
 
 
 def _shut_down(running: list[Any]) -> None:

@@ -25,18 +25,18 @@ def main(folder: Path) -> None:
 
     from leanmoe.models.reference import path
     from leanmoe.plan import Plan
-    from leanmoe.serve.routing_statistics import Statistics
-    from leanmoe.serve.vllm import patch
+    from leanmoe.serve.options import PluginOptions
+    from leanmoe.serve.routing_statistics import RoutingStatistics
+    from leanmoe.serve.vllm.patch import process_plugin
 
     def note(_self: Any, layer: int, ids_TK: Tensor, weights_TK: Tensor, *_: Any) -> None:
         used = (weights_TK != 0).tolist()
         steps.append((layer, ids_TK.tolist(), used))
 
     if settings["plan"]:
-        Statistics.note = note  # type: ignore[method-assign]
-        patch.use(
-            Plan.load(folder / "plan.json"), collect_stats=True, cross_rank=settings["cross_rank"]
-        )
+        RoutingStatistics.note = note  # type: ignore[method-assign]
+        options = PluginOptions(collect_stats=True, cross_rank=settings["cross_rank"])
+        process_plugin().start(Plan.load(folder / "plan.json"), options)
     from vllm import LLM, SamplingParams
 
     usual = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}}
@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
 
     found = {"tokens": replies(), "steps": list(steps)}
     if settings["then_stock"]:
-        model = patch.current()
+        model = process_plugin().model
         assert model is not None
         for layer in model.layers:  # a router's own method shows again
             del model.runners[layer].router._compute_routing

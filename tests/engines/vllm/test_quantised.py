@@ -17,7 +17,7 @@ from torch import Tensor
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan, Rule
 from leanmoe.routing import route
-from leanmoe.serve.routing_choice import is_plain
+from leanmoe.serve.plan_support import is_plain
 from tests.engines.vllm.quantised import EXPERTS, LAYERS, TOP_K, stand_in, write_checkpoint
 
 PROMPTS = [[5, 6, 7, 8 + number, 30 * number + 9] for number in range(4)]
@@ -60,7 +60,7 @@ def replies(
 
 
 def by_expert(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Weights (T,E), whatever the order and spelling of slots; an id of E is nobody's."""
+    """Weights (T,E), whatever order slots have; an id of E is nobody's."""
     spread = torch.zeros(ids_TK.shape[0], EXPERTS + 1)
     return spread.scatter_add(1, ids_TK.long(), weights_TK.float())[:, :EXPERTS]
 
@@ -82,22 +82,22 @@ def test_each_layer_of_int8_experts_routes_as_the_reference(
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from leanmoe.serve.vllm import patch
-    from leanmoe.serve.vllm.layer_routing import LayerRouting
+    from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
+    from leanmoe.serve.vllm.patch import process_plugin
 
-    seen: list[tuple[LayerRouting, Tensor, Tensor, Tensor]] = []
-    stock = LayerRouting.__call__
+    seen: list[tuple[VllmLayerRouting, Tensor, Tensor, Tensor]] = []
+    stock = VllmLayerRouting.__call__
 
     def watched(
-        self: LayerRouting, hidden: Tensor, logits: Tensor, *more: Any, **named: Any
+        self: VllmLayerRouting, hidden: Tensor, logits: Tensor, *more: Any, **named: Any
     ) -> Any:
         weights, ids = stock(self, hidden, logits, *more, **named)
         seen.append((self, logits.clone(), ids.clone(), weights.clone()))
         return weights, ids
 
-    monkeypatch.setattr(LayerRouting, "__call__", watched)
+    monkeypatch.setattr(VllmLayerRouting, "__call__", watched)
     replies(Plan.per_layer(read_shape(str(checkpoint)).fingerprint(), RULES))
-    model = patch.current()
+    model = process_plugin().model
     assert model is not None
     assert f"{LAYERS} of {LAYERS} MoE layers under it" in model.describe()
     assert "experts by CPUExpertsInt8" in model.describe()

@@ -16,7 +16,7 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
-from leanmoe.serve.vllm.skipping import Skipping
+from leanmoe.serve.vllm.small_steps import Skipping
 
 MODEL = read_shape("reference").fingerprint()
 PROMPTS = (
@@ -99,7 +99,7 @@ class Steps:
 
 
 def by_expert(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Weights (T,E) of a step, whatever the order and spelling of its slots."""
+    """Weights (T,E) of a step, whatever the order of its slots and what skipped ones hold."""
     spread = torch.zeros(ids_TK.shape[0], MODEL.experts + 1)
     return spread.scatter_add(1, ids_TK.long(), weights_TK.float())[:, : MODEL.experts]
 
@@ -120,7 +120,7 @@ def test_a_searched_plan_routes_as_in_transformers_layer_by_layer(
     from leanmoe.runtime.routing import (
         LayerRouting,
     )
-    from leanmoe.serve.routing_statistics import Statistics
+    from leanmoe.serve.routing_statistics import RoutingStatistics
 
     ours, theirs = Steps(), Steps()
     stock = LayerRouting.choose
@@ -138,7 +138,7 @@ def test_a_searched_plan_routes_as_in_transformers_layer_by_layer(
             do_sample=False, eos_token_id=None,
         )  # fmt: skip
     llm = load(SEARCHED)
-    monkeypatch.setattr(Statistics, "note", lambda _self, *step: theirs.note(*step))
+    monkeypatch.setattr(RoutingStatistics, "note", lambda _self, *step: theirs.note(*step))
     assert replies(llm) == found[:, TOKENS:].tolist()
     for layer in range(MODEL.moe_layers):
         steps, wanted = theirs.of(layer), ours.of(layer)
@@ -207,7 +207,7 @@ def test_likelihoods_in_bfloat16_are_within_its_noise(
 
 
 def test_statistics_name_the_band_and_the_experts(load: Callable[..., Any]) -> None:
-    from leanmoe.serve.vllm.worker import PlanWorker
+    from leanmoe.serve.vllm.plan_metrics import PlanWorker
 
     replies(load(SEARCHED), 4)
     found = PlanWorker().leanmoe_statistics()
@@ -251,40 +251,32 @@ def test_small_steps_of_this_vllm_are_as_read() -> None:
     """Its Triton experts do not run here, but what the plugin asks of their code can be asked."""
     from importlib import import_module
 
-    from leanmoe.serve.vllm import skipping
+    from leanmoe.serve.vllm import small_steps
 
-    functions = import_module(skipping.FUNCTIONS)
-    module, name = skipping.TRITON
+    functions = import_module(small_steps.FUNCTIONS)
+    module, name = small_steps.TRITON
     assert isinstance(getattr(import_module(module), name), type)
-    assert skipping.passes_over(functions)
+    assert small_steps.passes_over(functions)
     for rows, slots, experts in ((4, 4, 64), (8, 8, 256), (2, 6, 64)):
-        assert skipping.takes_slots_alone(functions, rows, slots, experts)
-        assert not skipping.takes_slots_alone(functions, rows + 1, slots, experts)
+        assert small_steps.takes_slots_alone(functions, rows, slots, experts)
+        assert not small_steps.takes_slots_alone(functions, rows + 1, slots, experts)
 
 
 def test_experts_on_a_cpu_have_no_small_steps(
     load: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    from leanmoe.serve.vllm import patch
+    from leanmoe.serve.vllm.patch import process_plugin
 
     with caplog.at_level("INFO", logger="vllm.leanmoe"):
         load(SEARCHED)
-    model = patch.current()
+    model = process_plugin().model
     assert model is not None
     assert "a skipped slot repeats in small steps: its experts are CPU" in caplog.text
     assert all(layer.skipping == Skipping() for layer in model.layers.values())
 
 
-def test_leanmoes_experts_are_refused_on_a_cpu(
-    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from leanmoe.serve.vllm import patch
-
-    use = patch.use
-    monkeypatch.setattr(
-        patch, "use", lambda *found, **more: use(*found, **more, leanmoe_kernels=True)
-    )
+def test_leanmoes_experts_are_refused_on_a_cpu(load: Callable[..., Any]) -> None:
     with pytest.raises(
         LeanMoeError, match="LEANMOE_EXPERTS=leanmoe cannot compute it: its experts"
     ):
-        load(UNIFORM)
+        load(UNIFORM, leanmoe_kernels=True)

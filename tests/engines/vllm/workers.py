@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
         model=str(path()), dtype="float32", enforce_eager=True, max_model_len=256, seed=0,
         max_num_seqs=16, enable_prefix_caching=False, gpu_memory_utilization=0.3,
         compilation_config={"custom_ops": ["none"]}, tensor_parallel_size=2,
-        worker_extension_cls="leanmoe.serve.vllm.worker.PlanWorker",
+        worker_extension_cls="leanmoe.serve.vllm.plan_metrics.PlanWorker",
     )  # fmt: skip
     prompts = json.loads((folder / "prompts.json").read_text())
     replies = llm.generate(

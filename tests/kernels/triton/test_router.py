@@ -10,7 +10,13 @@ from hypothesis import assume, given, settings
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.kernels.triton.router import RoutedGpu, why_not_route_gpu
+from leanmoe.kernels.dispatch import repeat_best, write_skipped
+from leanmoe.kernels.triton.router import (
+    RoutedGpu,
+    route_gpu,
+    route_gpu_ids,
+    why_not_route_gpu,
+)
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.routing import route
@@ -226,3 +232,30 @@ def test_says_what_it_cannot_do() -> None:
         assert reason in str(why_not_route_gpu(logits, router, Rule()))
     with pytest.raises(LeanMoeError, match="nothing is routed"):
         route_here(torch.randn(2, 8), after, 4, Rule(top_k=0))
+
+
+def test_ids_for_engines_repeat_the_best_as_in_torch() -> None:
+    logits = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    padding = torch.tensor([False] * 4 + [True] * 2)
+    rule, router = Rule(guaranteed=1, threshold=0.5), Router(normalise=True)
+    plain = route_gpu(logits, router, 4, rule, None, padding)
+    ids, weights = route_gpu_ids(logits, router, 4, rule, None, padding)
+    assert ids.tolist() == repeat_best(plain.ids_TK, 32, padding).tolist()
+    assert weights.tolist() == plain.weights_TK.tolist()
+
+
+@given(cases(hostile=False))
+@settings(deadline=None, max_examples=20)
+def test_ids_for_engines_pass_over_the_same_slots(drawn: Case) -> None:
+    logits, router, rule = drawn.logits_BTE[0], drawn.router, drawn.rule
+    padding = None if drawn.padding_BT is None else drawn.padding_BT[0]
+    if why_not_route_gpu(logits, router, rule) is not None:
+        return
+    arguments = (logits, router, drawn.top_k, rule, drawn.bias_E, padding)
+    plain = route_gpu(*arguments)
+    for number in (-1, drawn.experts):
+        ids, weights = route_gpu_ids(*arguments, skipped_id=number)
+        wanted = write_skipped(plain.ids_TK, drawn.experts, padding, number)
+        assert ids.dtype is torch.int32
+        assert ids.tolist() == wanted.tolist()
+        torch.testing.assert_close(weights, plain.weights_TK, rtol=0, atol=0, equal_nan=True)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels.dispatch import repeat_best
 from leanmoe.models.routers import Router
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.routing import route
-from leanmoe.serve.sglang import patch, plugin
-from leanmoe.serve.skipped_slots import repeat_best
+from leanmoe.serve.sglang import patch
 
 CONFIG = {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 32,
@@ -100,7 +100,7 @@ def build(layers: int = 2, form: str = "STANDARD", config: dict[str, Any] = CONF
             for layer in range(layers):
                 module.TopK(layer, form).bind_runner_backend(None)
 
-    patch.patch(patch.Planned(PLAN, "plan.json"), module, ModelRunner)
+    patch.patch(patch.SglangPlan(PLAN, "plan.json"), module, ModelRunner)
     ModelRunner().load_model()
     return module
 
@@ -163,16 +163,4 @@ def test_what_cannot_run_is_refused() -> None:
         build(config={**CONFIG, "num_experts": 8})
     module = SimpleNamespace(select_experts=lambda _a, _b: None, TopKConfig=TopKConfig, TopK=TopK)
     with pytest.raises(LeanMoeError, match="hidden_states"):
-        patch.patch(patch.Planned(PLAN, ""), module, None)
-
-
-def test_a_plan_that_cannot_run_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang catches what a plugin raises and goes on: it does not catch this."""
-    monkeypatch.setenv("LEANMOE_PLAN", "no/such/plan.json")
-    with pytest.raises(SystemExit, match="leanmoe: "):
-        plugin.activate()
-    monkeypatch.setenv("LEANMOE_BATCH_SCOPE", "all")
-    with pytest.raises(SystemExit, match="LEANMOE_BATCH_SCOPE is 'all': SGLang cannot"):
-        plugin.activate()
-    monkeypatch.delenv("LEANMOE_PLAN")
-    plugin.activate()
+        patch.patch(patch.SglangPlan(PLAN, ""), module, None)

@@ -6,16 +6,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.plan import Band, Fingerprint, Plan, Rule
-from leanmoe.plan.placement import Placement
-from leanmoe.routing import ALONE
-from leanmoe.serve.vllm import checks, plugin
-from leanmoe.serve.vllm.patch import _bands_between, decoder_index
-from leanmoe.serve.vllm.ranks import scope_of
-from tests.serve.stand_ins import BaseRouter, CustomRoutingRouter, FusedTopKRouter, install_context
+from leanmoe.plan import Rule
+from leanmoe.serve.vllm import checks
+from leanmoe.serve.vllm.layer_facts import scope_of
+from tests.serve.stand_ins import (
+    BaseRouter,
+    CustomRoutingRouter,
+    FusedTopKRouter,
+    install_context,
+    spread,
+)
 
 SHARED, FEWER = [Rule(guaranteed=2)], [Rule(top_k=2)]
 
@@ -101,68 +103,6 @@ def test_older_versions_say_nothing_of_padding_in_some_settings(
     checks.check_padding(newer, SHARED)
 
 
-@pytest.mark.parametrize(
-    ("name", "index"),
-    [
-        ("model.layers.3.mlp.experts", 3),
-        ("language_model.model.layers.12.block_sparse_moe.experts", 12),
-        ("transformer.blocks.7.ffn.experts", 7),
-    ],
-)
-def test_the_decoder_layer_is_in_a_layers_name(name: str, index: int) -> None:
-    assert decoder_index(name) == index
-
-
-def test_a_name_without_a_number_is_refused() -> None:
-    with pytest.raises(LeanMoeError, match="no layer number"):
-        decoder_index("experts")
-
-
-def test_bands_that_end_between_captured_sizes_are_named() -> None:
-    model = Fingerprint("Model", 2, 1, 16, 4)
-    compilation = SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4, 8, 16])
-    config = SimpleNamespace(compilation_config=compilation)
-
-    def between(*ends: int) -> str | None:
-        plan = Plan(model, tuple(Band(end, (Rule(top_k=2),)) for end in ends))
-        planned: Any = SimpleNamespace(config=lambda: config, plan=plan)
-        return _bands_between(planned)
-
-    assert between(4, 16) is None
-    assert between(100) is None  # steps so large are not padded
-    assert "6, 12" in str(between(4, 6, 12))
-
-
-def test_a_company_of_another_name_is_refused_as_the_plugin_starts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("LEANMOE_BATCH_SCOPE", "world")
-    plugin.activate()  # no plan, nothing to refuse
-    monkeypatch.setenv("LEANMOE_PLAN", "plan.json")
-    with pytest.raises(
-        LeanMoeError, match="LEANMOE_BATCH_SCOPE is 'world': it must be rank or all"
-    ):
-        plugin.activate()
-
-
-def spread(ranks: int, rank: int = 0, strategy: str = "linear", data: int = 1, **more: Any) -> Any:
-    """A layer of vLLM whose 16 experts are on so many ranks, held as vLLM would."""
-    placed: Any = {"linear": Placement.linear, "round_robin": Placement.round_robin}
-    held = placed[more.pop("held", strategy)](16, ranks).experts_on(rank)
-    local_of_E = torch.tensor([held.index(e) if e in held else -1 for e in range(16)])
-    parallel = SimpleNamespace(
-        use_ep=ranks > 1, ep_size=ranks, ep_rank=rank, dp_size=data, is_sequence_parallel=False,
-        enable_eplb=more.get("eplb", False),
-    )  # fmt: skip
-    parallel.moe_parallel_config = parallel
-    return SimpleNamespace(
-        moe_config=parallel,
-        layer_name="layer 1",
-        router=FusedTopKRouter(),
-        expert_map_manager=SimpleNamespace(placement_strategy=strategy, expert_map=local_of_E),
-    )
-
-
 PLACED = [Rule(budget_per_rank=2)]
 FEW_TOKENS = SimpleNamespace(max_num_batched_tokens=8192)
 WHOLE = SimpleNamespace(
@@ -171,20 +111,6 @@ WHOLE = SimpleNamespace(
 CUT = SimpleNamespace(
     parallel_config=SimpleNamespace(use_ubatching=True), scheduler_config=FEW_TOKENS
 )
-
-
-def test_experts_are_where_vllm_has_them() -> None:
-    for strategy, expected in (
-        ("linear", Placement.linear(16, 3)),
-        ("round_robin", Placement.round_robin(16, 3)),
-    ):
-        for rank in range(3):
-            layer = spread(3, rank, strategy)
-            assert scope_of(layer, 16, False).placement == expected
-            checks.check_ranks(layer, PLACED, False, WHOLE, "layer 1")
-    assert scope_of(spread(1), 16, True) == ALONE
-    assert scope_of(spread(2, data=2), 16, False).exchange is None
-    assert scope_of(spread(2, data=2), 16, True).exchange is not None
 
 
 def test_a_placement_that_is_not_known_is_refused() -> None:
@@ -211,3 +137,9 @@ def test_more_tokens_than_ranks_can_count_together_are_refused() -> None:
     checks.check_ranks(spread(2, data=64), SHARED, False, WHOLE, "layer 1")
     with pytest.raises(LeanMoeError, match=r"64 ranks may have 8192 each; .* to 4096 or fewer"):
         checks.check_ranks(spread(2, data=64), SHARED, True, WHOLE, "layer 1")
+
+
+def test_a_layer_that_holds_the_experts_expected_passes() -> None:
+    for strategy in ("linear", "round_robin"):
+        for rank in range(3):
+            checks.check_ranks(spread(3, rank, strategy), PLACED, False, WHOLE, "layer 1")

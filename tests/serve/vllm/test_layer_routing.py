@@ -7,18 +7,22 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels.dispatch import repeat_best
 from leanmoe.models.routers import Router
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.routing import route
-from leanmoe.serve.routing_statistics import Statistics
-from leanmoe.serve.skipped_slots import repeat_best
-from leanmoe.serve.vllm.layer_routing import LayerRouting, step_rows
-from leanmoe.serve.vllm.padding import padding_rows, share
-from leanmoe.serve.vllm.vllm_router import read_router, why_not_read
+from leanmoe.serve.routing_statistics import RoutingStatistics
+from leanmoe.serve.vllm.layer_facts import read_router
+from leanmoe.serve.vllm.layer_routing import (
+    VllmLayerRouting,
+    add_slots,
+    padding_rows,
+    rank_share,
+    step_rows,
+)
 from tests.serve.stand_ins import (
     BaseRouter,
     Context,
-    CustomRoutingRouter,
     FusedTopKRouter,
     GroupedTopKRouter,
     install_context,
@@ -47,7 +51,7 @@ def logits(rows: int, seed: int = 0) -> Tensor:
 
 
 def routed(router: BaseRouter, plan: Plan, layer: int, rows: int, **more: object) -> list[Tensor]:
-    routing = LayerRouting(router, plan, layer, **more)  # type: ignore[arg-type]
+    routing = VllmLayerRouting(router, plan, layer, **more)  # type: ignore[arg-type]
     return list(routing(torch.empty(rows, 1), logits(rows), None))
 
 
@@ -111,8 +115,8 @@ def test_a_step_with_no_cache_has_no_padding(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_each_sequence_parallel_rank_has_its_share_of_padding() -> None:
     mask = torch.tensor([False, False, False, True, True])
-    assert share(mask, 0, 2).tolist() == [False, False, False]
-    assert share(mask, 1, 2).tolist() == [True, True, True]
+    assert rank_share(mask, 0, 2).tolist() == [False, False, False]
+    assert rank_share(mask, 1, 2).tolist() == [True, True, True]
 
 
 def test_gathered_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,32 +132,19 @@ def test_the_band_is_that_of_all_ranks_together(monkeypatch: pytest.MonkeyPatch)
     assert step_rows(4) == 4
 
 
-def test_routers_are_read_as_vllm_has_them() -> None:
-    assert read_router(FusedTopKRouter()) == Router(normalise=True, group_score="max")
-    found = read_router(GroupedTopKRouter())
-    assert (found.groups, found.groups_used, found.group_score) == (4, 2, "top2_sum")
-    assert found.scaling == 2.5
-    too_few = GroupedTopKRouter()
-    too_few.num_expert_group = 3
-    assert not read_router(too_few).limits_groups
+def test_added_slots_weigh_nothing() -> None:
+    ids, weights = add_slots(torch.tensor([[4, 2]]), torch.tensor([[0.7, 0.3]]), 4)
+    assert ids.tolist() == [[4, 2, 4, 4]]
+    assert weights.tolist() == [[torch.tensor(0.7).item(), torch.tensor(0.3).item(), 0.0, 0.0]]
+    same, _ = add_slots(ids, weights, 3)
+    assert same is ids
 
 
-def test_routers_that_cannot_be_read_say_why() -> None:
-    assert "CustomRoutingRouter" in str(why_not_read(CustomRoutingRouter()))
-    odd = FusedTopKRouter()
-    odd.scoring_func = "sqrtsoftplus"
-    assert "sqrtsoftplus" in str(why_not_read(odd))
-    fused = FusedTopKRouter()
-    fused.num_fused_shared_experts = 1  # type: ignore[attr-defined]
-    assert "shared experts" in str(why_not_read(fused))
-
-
-def test_statistics_say_what_the_last_step_ran() -> None:
-    statistics = Statistics(2)
-    assert statistics.read()["layers"] == [None, None]
+def test_the_layers_statistics_say_what_its_steps_ran() -> None:
+    statistics = RoutingStatistics(2, 16)
     routed(FusedTopKRouter(), BANDED, 0, 6, statistics=statistics)
     routed(FusedTopKRouter(), BANDED, 1, 6, statistics=statistics)
-    found = statistics.read()
+    found = statistics.read().to_json()
     assert (found["rows"], found["is_captured"]) == (6, False)
     assert found["layers"][1]["tokens"] == 6
     assert found["layers"][1]["distinct"] <= 6  # the budget of 5, or every token's best

@@ -9,8 +9,7 @@ import torch
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import ExpertWeights, Gate, experts_reference
-from leanmoe.serve.vllm import plugin
-from leanmoe.serve.vllm.leanmoe_experts import GATES, OwnExperts, check_experts, weights_of
+from leanmoe.serve.vllm.leanmoe_experts import GATES, LeanmoeExperts, check_experts, weights_of
 from tests.kernels.layers import random_call, random_layer
 from tests.serve.stand_ins import loaded_runner
 
@@ -47,7 +46,7 @@ def test_the_output_is_that_of_the_reference(
     runner = runner_of(layer, activation)
     check_experts(runner, "layer 1")
     experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
-    OwnExperts(runner).put()
+    LeanmoeExperts(runner).put()
     output = torch.full_like(hidden, float("nan"), device=HERE)
     experts.apply(
         output=output,
@@ -86,13 +85,3 @@ def test_other_layers_are_refused(activation: str, settings: dict[str, Any], rea
     runner = runner_of(random_layer(8), activation, **settings)
     with pytest.raises(LeanMoeError, match=f"layer 1: LEANMOE_EXPERTS=leanmoe.*{reason}"):
         check_experts(runner, "layer 1")
-
-
-def test_the_setting_has_two_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plugin.leanmoe_kernels("leanmoe")
-    assert not plugin.leanmoe_kernels("vllm")
-    assert not plugin.leanmoe_kernels("")
-    monkeypatch.setenv("LEANMOE_PLAN", "plan.json")
-    monkeypatch.setenv("LEANMOE_EXPERTS", "fast")
-    with pytest.raises(LeanMoeError, match="LEANMOE_EXPERTS is 'fast': it must be vllm or leanmoe"):
-        plugin.activate()

@@ -1,6 +1,6 @@
-"""A plan around SGLang's `select_experts`: rules a captured step can honour, layer by layer.
+"""A plan around SGLang's `select_experts`: the rules that a captured step can run, layer by layer.
 
-Letters: T rows of a step, E experts, K slots a token.
+Letters: T tokens (rows of a step), E experts, K slots of a token.
 
 SGLang asks its `TopK` modules for experts, and those the function `select_experts` of their file. A
 rule becomes the custom routing function of the call's config, so that what SGLang does around
@@ -13,21 +13,19 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels.dispatch import route_ids
 from leanmoe.models.routers import Router
 from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.plan import Plan, Rule
-from leanmoe.serve import plan_support
-from leanmoe.serve.routing_choice import choose, is_plain
-from leanmoe.serve.sglang.plugin import DROP
+from leanmoe.serve.plan_support import is_plain
 
 logger = logging.getLogger("sglang.leanmoe")
 TESTED = "0.5.23"
@@ -43,13 +41,13 @@ SETTINGS = (
     "scoring_func",
     "output_format",
 )
-"""What the hook reads or sets of a call and of its config."""
+"""What a plan reads or sets of a call (`ARGUMENTS`) and of its config."""
 SIGMOID_EPSILON = 1e-20
 BYPASS = "precomputed_topk_postprocess_is_noop"
 """SGLang's function that says whether a kernel of a model's own may stand for `select_experts`."""
 
 
-class Planned:
+class SglangPlan:
     """The plan of this process and the layers that SGLang built."""
 
     def __init__(self, plan: Plan, path: str) -> None:
@@ -64,20 +62,20 @@ class Planned:
 
     def check_layers(self) -> None:
         """Refuses a model of which not every MoE layer asks a `TopK` for its experts."""
-        wanted = set() if self.shape is None else set(self.shape.moe_layers)
-        if not wanted or self.seen & wanted != wanted:
+        planned = set() if self.shape is None else set(self.shape.moe_layers)
+        if not planned or self.seen & planned != planned:
             raise LeanMoeError(
-                f"the plan has rules for MoE layers {sorted(wanted)}, SGLang built "
-                f"{sorted(self.seen & wanted)}: this model chooses experts elsewhere; unset "
+                f"the plan has rules for MoE layers {sorted(planned)}, SGLang built "
+                f"{sorted(self.seen & planned)}: this model chooses experts elsewhere; unset "
                 "LEANMOE_PLAN to run it in full"
             )
         logger.info(
             "leanmoe: plan %s at work in %d MoE layers of process %d",
-            self.path, len(wanted), os.getpid(),
+            self.path, len(planned), os.getpid(),
         )  # fmt: skip
 
     def check_topk(self, topk: Any) -> None:
-        """Refuses a layer whose kernel chooses experts itself, or that has shared ones fused in."""
+        """Refuses a layer whose kernel chooses experts, or in which shared experts are fused."""
         layer = self._layer(topk.layer_id)
         if layer is None or topk.is_draft:
             return
@@ -124,7 +122,7 @@ def planned_config(config: Any, rule: Rule, top_k: int, padded_at: Tensor | None
             rows_T = torch.arange(gating_output.shape[0], device=gating_output.device)
             padding_T = rows_T >= padded_at
         bias_E = config.correction_bias
-        ids, weights = choose(gating_output, router, top_k, rule, bias_E, padding_T, torch.int32)
+        ids, weights = route_ids(gating_output, router, top_k, rule, bias_E, padding_T)
         return weights, ids
 
     slots = top_k if rule.top_k is None else rule.top_k
@@ -132,7 +130,11 @@ def planned_config(config: Any, rule: Rule, top_k: int, padded_at: Tensor | None
 
 
 def read_router(config: Any) -> Router:
-    """How SGLang's own routing chooses; scaling is done by SGLang, after a custom function too."""
+    """How SGLang's own routing chooses.
+
+    Scaling is left out: SGLang scales after a custom function, too. Raises LeanMoeError for a
+    router that leanmoe cannot compute.
+    """
     if config.custom_routing_function is not None:
         raise LeanMoeError("its routing is a function of its own: only top_k alone can run here")
     if config.scoring_func not in ("softmax", "sigmoid"):
@@ -152,10 +154,8 @@ def read_router(config: Any) -> Router:
     )
 
 
-def install(path: str, drop: Sequence[str]) -> None:
+def start(plan: Plan, path: str) -> None:
     """Puts a plan to work in this process; raises LeanMoeError if that cannot be."""
-    plan = plan_support.without(Plan.load(Path(path)), drop)
-    plan_support.check_parts(plan, "SGLang", f"{DROP}={plan_support.PROMPT}")
     try:
         from sglang.srt.layers.moe import topk
         from sglang.srt.model_executor.model_runner import ModelRunner
@@ -163,26 +163,60 @@ def install(path: str, drop: Sequence[str]) -> None:
         raise LeanMoeError(
             f"this SGLang has no {error.name}, where a plan is put: install {TESTED}"
         ) from error
-    patch(Planned(plan, path), topk, ModelRunner)
+    patch(SglangPlan(plan, path), topk, ModelRunner)
     logger.info("leanmoe: plan %s read in process %d", path, os.getpid())
 
 
-def patch(planned: Planned, topk: Any, runner: Any) -> None:
-    """Wraps SGLang's functions; refuses those of another shape than in the version tested."""
+def patch(planned: SglangPlan, topk: Any, runner: Any) -> None:
+    """Wraps SGLang's functions in its module `topk` and its class `runner`.
+
+    Raises LeanMoeError for functions of another shape than in the version tested.
+    """
+    _check_functions(topk)
+    topk.select_experts = _planned_select(planned, topk.select_experts)
+    if hasattr(topk, BYPASS):  # a model's own kernel asks this before it passes the function by
+        setattr(topk, BYPASS, lambda *_arguments, **_keywords: False)
+    bind, load = topk.TopK.bind_runner_backend, runner.load_model
+
+    @functools.wraps(bind)
+    def bind_runner_backend(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        returned = bind(self, *arguments, **keywords)
+        planned.check_topk(self)
+        return returned
+
+    @functools.wraps(load)
+    def load_model(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if getattr(self, "is_draft_worker", False):
+            return load(self, *arguments, **keywords)
+        planned.check_model(self.model_config.hf_config)
+        returned = load(self, *arguments, **keywords)
+        planned.check_layers()
+        return returned
+
+    topk.TopK.bind_runner_backend = bind_runner_backend
+    runner.load_model = load_model
+
+
+def _check_functions(topk: Any) -> None:
+    """Refuses an SGLang that simulates its routing, or whose functions are of another shape."""
     simulated = getattr(topk, "routing_simulation_enabled", None)
     if simulated is not None and simulated():
         raise LeanMoeError(
             "SGLang is told to simulate its routing, so no plan would run: unset "
             "SGLANG_SIMULATE_UNIFORM_EXPERTS and SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS"
         )
-    stock = topk.select_experts
-    missing = [name for name in ARGUMENTS if name not in inspect.signature(stock).parameters]
-    missing += [n for n in SETTINGS if n not in topk.TopKConfig.__dataclass_fields__]
+    parameters = inspect.signature(topk.select_experts).parameters
+    missing = [name for name in ARGUMENTS if name not in parameters]
+    missing += [name for name in SETTINGS if name not in topk.TopKConfig.__dataclass_fields__]
     if missing:
         raise LeanMoeError(
             f"this SGLang's select_experts knows no {missing[0]}: install {TESTED}, which leanmoe "
             "was written for"
         )
+
+
+def _planned_select(planned: SglangPlan, stock: Callable[..., Any]) -> Callable[..., Any]:
+    """SGLang's `select_experts`, each call under the plan's rule for its layer and rows."""
 
     @functools.wraps(stock)
     def select_experts(
@@ -196,25 +230,4 @@ def patch(planned: Planned, topk: Any, runner: Any) -> None:
             topk_config = planned_config(topk_config, rule, planned.plan.model.top_k, padded_at)
         return stock(hidden_states, router_logits, topk_config, **others)
 
-    topk.select_experts = select_experts
-    if hasattr(topk, BYPASS):  # a model's own kernel asks this before it passes the function by
-        setattr(topk, BYPASS, lambda *_arguments, **_keywords: False)
-    bind, load = topk.TopK.bind_runner_backend, runner.load_model
-
-    @functools.wraps(bind)
-    def bind_runner_backend(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        found = bind(self, *arguments, **keywords)
-        planned.check_topk(self)
-        return found
-
-    @functools.wraps(load)
-    def load_model(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        if getattr(self, "is_draft_worker", False):
-            return load(self, *arguments, **keywords)
-        planned.check_model(self.model_config.hf_config)
-        found = load(self, *arguments, **keywords)
-        planned.check_layers()
-        return found
-
-    topk.TopK.bind_runner_backend = bind_runner_backend
-    runner.load_model = load_model
+    return select_experts

@@ -6,24 +6,17 @@ the process, with one line that says why.
 
 from __future__ import annotations
 
-import os
-
-PLAN = "LEANMOE_PLAN"
-DROP = "LEANMOE_DROP"
-
 
 def activate() -> None:
     """Puts the plan of LEANMOE_PLAN to work in this process, or ends it."""
-    path = os.environ.get(PLAN)
-    if not path:
-        return
     try:
-        from leanmoe.serve import plan_support
-        from leanmoe.serve.sglang.patch import install
+        from leanmoe.serve.options import PluginOptions
 
-        scope = os.environ.get(plan_support.BATCH_SCOPE, plan_support.RANK)
-        plan_support.check_batch_scope(scope, "SGLang")
-        drop = [part.strip() for part in os.environ.get(DROP, "").split(",") if part.strip()]
-        install(path, drop)
+        options = PluginOptions.from_environ("SGLang")
+        if options is None:
+            return
+        from leanmoe.serve.sglang.patch import start
+
+        start(options.load_plan("SGLang"), options.path)
     except Exception as error:
         raise SystemExit(f"leanmoe: {error}") from error

@@ -1,7 +1,8 @@
 """vLLM, 0.24 and newer, under a plan: switched on by LEANMOE_PLAN=plan.json.
 
-`plugin` is the entry point, `hook` finds the MoE layers, `routing` chooses their experts,
-`router` reads how vLLM's own routers choose, `skipping` says how a skipped slot is written,
-`experts` puts leanmoe's kernels in the place of vLLM's, `checks` refuse what cannot run, `padding`
-knows which rows are no tokens, `statistics` say what ran.
+`plugin` is the entry point. `patch` finds the models that vLLM builds, and `planned_model` puts the
+plan in the place of their MoE layers' routing, which `layer_routing` then does. `layer_facts` reads
+what vLLM says of a layer, `checks` refuse what cannot run, `small_steps` says how a skipped slot is
+written, `leanmoe_experts` puts leanmoe's kernels in the place of vLLM's. `launch` builds the
+server's command, `plan_metrics` says in /metrics what ran.
 """

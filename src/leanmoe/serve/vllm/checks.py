@@ -1,4 +1,4 @@
-"""What must be so for a plan to run in vLLM; each check refuses with one line that says what to do.
+"""What must hold for a plan to run in vLLM; each check refuses with one line that says what to do.
 
 A plan never runs in part, nor a model in full under the name of a plan.
 """
@@ -12,9 +12,8 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import TESTED
 from leanmoe.kernels.triton.router import MOST_TOKENS_OF_ALL
 from leanmoe.plan import Rule
-from leanmoe.serve.routing_choice import is_plain
-from leanmoe.serve.vllm.ranks import placement_of
-from leanmoe.serve.vllm.vllm_router import why_not_read
+from leanmoe.serve.plan_support import is_plain
+from leanmoe.serve.vllm.layer_facts import experts_class, placement_of, router_unsupported_reason
 
 HOOK = ["self", "hidden_states", "router_logits", "indices_type", "input_ids"]
 """Parameters of `_compute_routing`, in whose place the plan is put."""
@@ -24,8 +23,8 @@ SETS_OF_EXPERTS = "BaseOAITritonExperts"
 
 def check_hook(base_router: Any, version: str) -> None:
     """Refuses a vLLM whose routers are called in another way."""
-    found = getattr(base_router, "_compute_routing", None)
-    names = [] if found is None else list(inspect.signature(found).parameters)
+    method = getattr(base_router, "_compute_routing", None)
+    names = [] if method is None else list(inspect.signature(method).parameters)
     if names != HOOK:
         raise LeanMoeError(
             f"vLLM {version} calls its routers in another way than {' to '.join(TESTED)}, which "
@@ -40,7 +39,7 @@ def check_router(router: Any, rules: list[Rule], top_k: int, name: str) -> None:
             f"{name}: vLLM gives each token {router.top_k} experts, the plan was made for {top_k}: "
             "remove the override of num_experts_per_tok"
         )
-    reason = why_not_read(router)
+    reason = router_unsupported_reason(router)
     if reason is not None and not all(map(is_plain, rules)):
         raise LeanMoeError(f"{name}: {reason}: only rules with top_k alone can run here")
 
@@ -60,14 +59,14 @@ def check_runner(runner: Any, rules: list[Rule], name: str) -> None:
             f"{name}: {experts.__name__} cannot skip a slot: set --moe-backend marlin, or use a "
             "plan with top_k alone"
         )
-    shares = any(rule.is_batch_aware for rule in rules)
-    if shares and getattr(runner, "do_naive_dispatch_combine", False):
+    is_batch_aware = any(rule.is_batch_aware for rule in rules)
+    if is_batch_aware and getattr(runner, "do_naive_dispatch_combine", False):
         raise LeanMoeError(
             f"{name}: data-parallel ranks gather their tokens before they are routed, so rules "
             "that share experts cannot tell padding: set --moe-backend triton or "
             "--data-parallel-size 1"
         )
-    if shares and runner.moe_config.pcp_size > 1:
+    if is_batch_aware and runner.moe_config.pcp_size > 1:
         raise LeanMoeError(
             f"{name}: rules that share experts cannot run with prefill context parallelism: set "
             "--prefill-context-parallel-size 1"
@@ -84,8 +83,8 @@ def check_ranks(runner: Any, rules: list[Rule], cross_rank: bool, config: Any, n
                 "--enable-eplb, or use budget"
             )
         check_placement(runner, name)
-    shares = any(rule.is_batch_aware for rule in rules)
-    if not (cross_rank and shares and parallel.dp_size > 1):
+    is_batch_aware = any(rule.is_batch_aware for rule in rules)
+    if not (cross_rank and is_batch_aware and parallel.dp_size > 1):
         return
     if getattr(config.parallel_config, "use_ubatching", False):
         raise LeanMoeError(
@@ -133,17 +132,10 @@ def check_padding(config: Any, rules: list[Rule]) -> None:
         )
 
 
-def experts_class(method: Any) -> type:
-    """The class that computes a layer's experts; that of its quantisation where it says no more."""
-    kernel = getattr(method, "moe_kernel", None)
-    kernel = getattr(kernel, "impl", kernel)
-    return type(getattr(kernel, "fused_experts", method))
-
-
-def check_layers(found: list[int], wanted: list[int]) -> None:
-    """Refuses a model whose MoE layers were not all found."""
-    if found != wanted:
+def check_layers(built: list[int], planned: list[int]) -> None:
+    """Refuses a model of which vLLM built other MoE layers than the plan has rules for."""
+    if built != planned:
         raise LeanMoeError(
-            f"the plan has rules for MoE layers {wanted}, vLLM built {found}: this model runs "
+            f"the plan has rules for MoE layers {planned}, vLLM built {built}: this model runs "
             "outside of vLLM's MoERunner; unset LEANMOE_PLAN to run it in full"
         )

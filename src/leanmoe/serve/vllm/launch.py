@@ -41,8 +41,8 @@ def command(
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", name]
     words += ["--served-model-name", model, "--host", host, "--port", str(port)]
     if plan is not None:
-        words += ["--worker-extension-cls", "leanmoe.serve.vllm.worker.PlanWorker"]
-        words += ["--middleware", "leanmoe.serve.vllm.metrics.PlanMetrics"]
+        words += ["--worker-extension-cls", "leanmoe.serve.vllm.plan_metrics.PlanWorker"]
+        words += ["--middleware", "leanmoe.serve.vllm.plan_metrics.PlanMetrics"]
     if overrides := missing_in(config):
         words += ["--hf-overrides", json.dumps(overrides)]
     settings = compilation(plan, lacks_mla_kernel(config, install))

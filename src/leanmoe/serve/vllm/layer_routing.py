@@ -1,6 +1,6 @@
-"""One MoE layer's experts under a plan: what stands in place of vLLM's `_compute_routing`.
+"""One MoE layer's routing under a plan: what stands in place of vLLM's `_compute_routing`.
 
-Letters: T rows of a step, E experts, K slots a token.
+Letters: T tokens (rows of a step), E experts, K slots of a token.
 
 On a GPU vLLM calls this from inside an operator of its own, so it runs as plain Python whenever a
 step is run or captured. On a CPU torch.compile traces it: there all of it is one operator, which
@@ -11,29 +11,34 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels.dispatch import route_ids
 from leanmoe.models.routers import Router
 from leanmoe.plan import Plan, Rule
 from leanmoe.routing import ALONE, BatchScope
-from leanmoe.serve.routing_choice import choose, is_plain
-from leanmoe.serve.routing_statistics import Statistics
-from leanmoe.serve.skipped_slots import Skipped, widened
-from leanmoe.serve.vllm import grouped_steps
-from leanmoe.serve.vllm.padding import padding_rows
-from leanmoe.serve.vllm.skipping import Skipping
-from leanmoe.serve.vllm.vllm_router import ranking_bias, read_router
+from leanmoe.serve.plan_support import is_plain
+from leanmoe.serve.routing_statistics import RoutingStatistics
+from leanmoe.serve.vllm.layer_facts import ranking_bias, read_router
+from leanmoe.serve.vllm.small_steps import Skipping
 
-_layers: WeakValueDictionary[int, LayerRouting] = WeakValueDictionary()
+_layers: WeakValueDictionary[int, VllmLayerRouting] = WeakValueDictionary()
+"""The layers of this process by number. A compiled step holds no Python object: its operator gets
+the number, and looks the layer up here."""
 _numbers = itertools.count()
+_KEY = "leanmoe_padding"
+"""Where an older vLLM's context of a step keeps the mask of its padding rows."""
 
 
-class LayerRouting:
+class VllmLayerRouting:
     """Routes one layer; an instance takes the place of its router's `_compute_routing`."""
 
     def __init__(
@@ -44,12 +49,14 @@ class LayerRouting:
         *,
         sequence_parallel: tuple[int, int] | None = None,
         is_full_width: bool = False,
-        statistics: Statistics | None = None,
+        statistics: RoutingStatistics | None = None,
         scope: BatchScope = ALONE,
     ) -> None:
-        """`layer` counts MoE layers; `is_full_width` gives every step the model's own K slots.
+        """Reads the layer's rules from the plan; `layer` counts MoE layers.
 
-        `scope` says where the layer's experts are, and how to hear of other ranks' tokens.
+        `sequence_parallel` is (rank, ranks) where each rank has a share of a step's rows.
+        `is_full_width` gives every step the model's own K slots. `scope` says where the layer's
+        experts are, and how to hear of other ranks' tokens.
         """
         self.plan, self.layer = plan, layer
         self._vllm, self._experts = router, plan.model.experts
@@ -67,23 +74,23 @@ class LayerRouting:
     @property
     def rules(self) -> list[Rule]:
         """The layer's rule in each band, and the one beyond the last where that has an end."""
-        found = [band.rules[self.layer] for band in self.plan.bands]
+        rules = [band.rules[self.layer] for band in self.plan.bands]
         ends = not self.plan.bands or self.plan.bands[-1].up_to is not None
-        return [*found, Rule()] if ends else found
+        return [*rules, Rule()] if ends else rules
 
     @property
     def slots(self) -> set[int]:
-        """The slots a token has under the layer's rules."""
+        """The number of slots that a token has, under each of the layer's rules."""
         return {self._slots(rule) for rule in self.rules}
 
     @property
     def may_skip(self) -> bool:
-        """Whether a slot may have an id that is no expert's: not where ids leave the layer."""
+        """Whether a slot may hold an id that is no expert's: no, where ids leave the layer."""
         return not self._is_full_width
 
     @cached_property
     def router(self) -> Router:
-        """How vLLM's own router chooses."""
+        """How vLLM's own router chooses; read late, as rules of top_k alone do not need it."""
         return read_router(self._vllm)
 
     def __call__(
@@ -95,60 +102,57 @@ class LayerRouting:
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weights (T,K), float32, and logical ids (T,K), as vLLM wants them."""
+        rows, ids_dtype = router_logits.shape[0], indices_type or torch.int32
         if torch.compiler.is_compiling():
-            bias, ids_dtype = ranking_bias(self._vllm), indices_type or torch.int32
-            found: tuple[Tensor, Tensor] = _route_op(
-                router_logits, bias, self._number, self._most_slots, ids_dtype
+            bias, most = ranking_bias(self._vllm), self._most_slots
+            traced: tuple[Tensor, Tensor] = _route_op(
+                router_logits, bias, self._number, most, ids_dtype
             )
-            return found
-        rule = self._rule(router_logits.shape[0])
+            return traced
+        rule = self._rule(rows)
         padding_T: Tensor | None = None
         if is_plain(rule):
-            router = self._vllm
-            compute = self._stock
-            if rule.top_k not in (None, router.top_k):
-                router = copy.copy(router)
-                router.top_k = rule.top_k
-                compute = type(router)._compute_routing.__get__(router)
+            compute = self._vllms_own(rule)
             weights, ids = compute(hidden_states, router_logits, indices_type, input_ids=input_ids)
         else:
-            ids_dtype = indices_type or torch.int32
-            padding_T = padding_rows(router_logits.shape[0], self._sequence_parallel)
-            step = (router_logits.shape[0], self._slots(rule), self._experts)
-            is_grouped = self.skipping.is_grouped(rule, *step)
-            skipped = self.skipping.usual if is_grouped else self.skipping.of(*step)
-            ids, weights = self._choose(
-                router_logits, ranking_bias(self._vllm), rule, padding_T, ids_dtype, skipped
-            )
-            if is_grouped:
-                grouped_steps.ask(ids)
+            padding_T = padding_rows(rows, self._sequence_parallel)
+            skipped = self.skipping.in_step(rule, rows, self._slots(rule), self._experts)
+            bias_E = ranking_bias(self._vllm)
+            ids, weights = route_ids(
+                router_logits, self.router, self.plan.model.top_k, rule, bias_E, padding_T,
+                self.scope, skipped_id=skipped.id(self._experts), ids_dtype=ids_dtype,
+            )  # fmt: skip
         if self._is_full_width:
-            ids, weights = widened(ids, weights, self.plan.model.top_k)
+            ids, weights = add_slots(ids, weights, self.plan.model.top_k)
         if self._statistics is not None:
             self._statistics.note(self.layer, ids, weights, padding_T)
         return weights, ids
 
-    def _choose(
-        self,
-        logits_TE: Tensor,
-        bias_E: Tensor | None,
-        rule: Rule,
-        padding_T: Tensor | None,
-        ids_dtype: torch.dtype,
-        skipped: Skipped = Skipped.REPEATED,
-    ) -> tuple[Tensor, Tensor]:
-        top_k = self.plan.model.top_k
-        step = (logits_TE, self.router, top_k, rule, bias_E, padding_T, ids_dtype)
-        return choose(*step, skipped, self.scope)
+    def groups_step(self, rows: int) -> bool:
+        """Whether the slots of a step of `rows` rows are to be grouped by expert."""
+        rule = self._rule(rows)
+        return self.skipping.is_grouped(rule, rows, self._slots(rule), self._experts)
 
-    def routed(
+    def _vllms_own(self, rule: Rule) -> Callable[..., tuple[Tensor, Tensor]]:
+        """vLLM's routing of this layer, with the rule's top-k."""
+        router, stock = self._vllm, self._stock
+        if rule.top_k not in (None, router.top_k):
+            router = copy.copy(router)
+            router.top_k = rule.top_k
+            stock = type(router)._compute_routing.__get__(router)
+        return stock  # type: ignore[no-any-return]
+
+    def route_compiled(
         self, logits_TE: Tensor, bias_E: Tensor | None, slots: int, ids_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Ids and weights of a step, `slots` wide whatever its band: what the operator does."""
+        """Ids and weights of a compiled step, with `slots` slots whatever its band."""
         rule = self._rule(logits_TE.shape[0])
         padding_T = padding_rows(logits_TE.shape[0], self._sequence_parallel)
-        ids, weights = self._choose(logits_TE, bias_E, rule, padding_T, ids_dtype)
-        ids, weights = widened(ids, weights, slots)
+        ids, weights = route_ids(
+            logits_TE, self.router, self.plan.model.top_k, rule, bias_E, padding_T,
+            self.scope, ids_dtype=ids_dtype,
+        )  # fmt: skip
+        ids, weights = add_slots(ids, weights, slots)
         if self._statistics is not None:  # copies: the compiled step may write over what it got
             self._statistics.note(self.layer, ids.clone(), weights.clone(), padding_T)
         return ids, weights
@@ -161,11 +165,20 @@ class LayerRouting:
         return self.plan.model.top_k if rule.top_k is None else rule.top_k
 
 
-def step_rows(rows: int) -> int:
-    """The rows of a step that decide its band: this rank's, or all data-parallel ranks' together.
+def add_slots(ids_TK: Tensor, weights_TK: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Ids and weights with `slots` slots; added ones are skipped, and repeat the token's best."""
+    missing = slots - ids_TK.shape[1]
+    if missing <= 0:
+        return ids_TK, weights_TK
+    ids = torch.cat((ids_TK, ids_TK[:, :1].expand(-1, missing)), dim=1)
+    return ids, functional.pad(weights_TK, (0, missing))
 
-    Padding counts: a captured step must not depend on what it is replayed with. That is the same
-    number on all ranks, since they agree on it before a step.
+
+def step_rows(rows: int) -> int:
+    """The rows of a step that decide its band: those of all data-parallel ranks, padding included.
+
+    Padding counts because a captured step must not depend on what it is replayed with. The number
+    is the same on all ranks, which agree on it before a step.
     """
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
@@ -175,11 +188,57 @@ def step_rows(rows: int) -> int:
     return rows if parallel is None else int(parallel.num_tokens_across_dp_cpu.sum())
 
 
+def padding_rows(rows: int, sequence_parallel: tuple[int, int] | None = None) -> Tensor | None:
+    """True [T] for the running step's padding rows; None where vLLM says nothing of padding.
+
+    Newer versions mark them. In older ones a row without a place in the KV cache is padding: the
+    mask is computed once a step, and kept as long as the step's context, so that what a graph
+    captured reads what the same graph wrote.
+
+    `sequence_parallel` is (rank, ranks) where each rank has a share of the step's rows. Raises
+    LeanMoeError for a layer with more rows than vLLM marks.
+    """
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    if not is_forward_context_available():
+        return None
+    context = get_forward_context()
+    mask_T = context.is_padding if hasattr(context, "is_padding") else _without_a_slot(context)
+    if mask_T is None:
+        return None
+    if sequence_parallel is not None:
+        mask_T = rank_share(mask_T, *sequence_parallel)
+    if mask_T.shape[0] < rows:
+        raise LeanMoeError(
+            f"a MoE layer computes {rows} rows, but vLLM marks padding among {mask_T.shape[0]}: "
+            "batch-aware rules cannot run with tokens gathered before routing; set "
+            "data_parallel_size to 1 or another all2all_backend"
+        )
+    return mask_T[:rows]
+
+
+def rank_share(mask_T: Tensor, rank: int, ranks: int) -> Tensor:
+    """This rank's part of a mask whose rows are divided evenly; rows added for that are padding."""
+    padded_T = functional.pad(mask_T, (0, -mask_T.shape[0] % ranks), value=True)
+    size = padded_T.shape[0] // ranks
+    return padded_T[rank * size : (rank + 1) * size]
+
+
+def _without_a_slot(context: Any) -> Tensor | None:
+    """The rows that have no place in the KV cache; None where the context says nothing of it."""
+    if _KEY not in context.additional_kwargs:
+        slots = context.slot_mapping
+        first = next(iter(slots.values()), None) if isinstance(slots, dict) else None
+        context.additional_kwargs[_KEY] = None if first is None else first < 0
+    mask_T: Tensor | None = context.additional_kwargs[_KEY]
+    return mask_T
+
+
 @torch.library.custom_op("leanmoe::route_vllm", mutates_args=())
 def _route_op(
     logits: Tensor, bias: Tensor | None, number: int, slots: int, ids_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    ids, weights = _layers[number].routed(logits, bias, slots, ids_dtype)
+    ids, weights = _layers[number].route_compiled(logits, bias, slots, ids_dtype)
     return weights, ids
 
 

@@ -2,7 +2,7 @@
 
 A skipped slot costs them nothing at any size of a step. What they cannot compute is refused.
 
-Letters: T rows of a step, K slots a token, E experts, D hidden width, M expert width.
+Letters: T tokens (rows of a step), D hidden width.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.kernels import ExpertWeights, Gate, experts_gpu, why_not_gpu
-from leanmoe.serve.vllm.skipping import why_not_plain_triton
+from leanmoe.kernels import Choice, Experts, ExpertWeights, Gate, choose_experts, experts_gpu
+from leanmoe.serve.vllm.layer_facts import triton_unsupported_reason
 
 GATES = {
     "silu": Gate(),
@@ -21,22 +21,22 @@ GATES = {
     "gelu_tanh": Gate("gelu_tanh"),
     "swigluoai": Gate.gpt_oss(),
 }
-"""vLLM's activations that leanmoe's kernels have, by their names there."""
+"""vLLM's names of the activations that leanmoe's kernels have."""
 INTERLEAVED = ("swigluoai",)
-"""Those whose first product has gate and up in turn."""
+"""The activations whose first product has gate and up columns in turn."""
 
 
 def check_experts(runner: Any, name: str) -> None:
     """Refuses a loaded layer that leanmoe's kernels cannot compute."""
-    if reason := why_not_ours(runner):
+    if reason := kernels_unsupported_reason(runner):
         raise LeanMoeError(
             f"{name}: LEANMOE_EXPERTS=leanmoe cannot compute it: {reason}; unset LEANMOE_EXPERTS"
         )
 
 
-def why_not_ours(runner: Any) -> str | None:
+def kernels_unsupported_reason(runner: Any) -> str | None:
     """Why leanmoe's kernels cannot compute a loaded layer; None if they can."""
-    if reason := why_not_plain_triton(runner):
+    if reason := triton_unsupported_reason(runner):
         return f"{reason}, not TritonExperts alone on one GPU (--moe-backend triton)"
     layer = runner.routed_experts
     config = layer.quant_method.moe_kernel.fused_experts.quant_config
@@ -49,7 +49,13 @@ def why_not_ours(runner: Any) -> str | None:
         return f"its {activation} is clamped"
     if layer.apply_router_weight_on_input:
         return "its routing weights go to the input"
-    return why_not_gpu(weights_of(layer))
+    choice = kernels_for(layer)
+    return None if choice.name == "gpu" else choice.reason
+
+
+def kernels_for(layer: Any) -> Choice[Experts]:
+    """What computes a loaded layer's experts on a GPU in leanmoe, and why it is that."""
+    return choose_experts(weights_of(layer), "cuda")
 
 
 def weights_of(layer: Any) -> ExpertWeights:
@@ -66,7 +72,7 @@ def weights_of(layer: Any) -> ExpertWeights:
     )
 
 
-class OwnExperts:
+class LeanmoeExperts:
     """Stands in the place of `TritonExperts.apply`."""
 
     def __init__(self, runner: Any) -> None:

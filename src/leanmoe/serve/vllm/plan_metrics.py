@@ -1,18 +1,38 @@
-"""The plan in vLLM's /metrics: an ASGI middleware, given to it as --middleware."""
+"""The plan in vLLM's /metrics: what its workers answer, and what adds their answers to vLLM's own.
+
+`PlanWorker` is given to vLLM as --worker-extension-cls, `PlanMetrics` as --middleware.
+"""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
+from leanmoe.core.environment import PLAN
 from leanmoe.serve.metrics import TokenRate, counted_tokens, exposition
-from leanmoe.serve.vllm.plugin import PLAN
 
 PATH = "/metrics"
+METHOD = "leanmoe_statistics"
+
+
+class PlanWorker:
+    """Methods that vLLM adds to its workers and calls by `collective_rpc`."""
+
+    def leanmoe_statistics(self) -> dict[str, Any] | None:
+        """What the last step ran, per MoE layer; None without a plan or LEANMOE_STATISTICS=1."""
+        from leanmoe.serve.vllm.patch import process_plugin
+
+        model = process_plugin().model
+        if model is None or model.statistics is None:
+            return None
+        step = model.statistics.read()
+        band = model.plan.band_for(max(1, step.rows))
+        number = None if band is None else model.plan.bands.index(band)
+        return {**step.to_json(), "band": number, "up_to": None if band is None else band.up_to}
 
 
 class PlanMetrics:
-    """Asks the workers what the last step ran and adds it to what vLLM answers."""
+    """An ASGI middleware: asks the workers what the last step ran and adds it to vLLM's answer."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -52,8 +72,8 @@ class PlanMetrics:
         Tensor-parallel ranks run the same, pipeline stages have layers of their own.
         """
         client = scope["app"].state.engine_client
-        found = await client.collective_rpc("leanmoe_statistics")
-        steps = [step for step in found if step is not None]
+        answers = await client.collective_rpc(METHOD)
+        steps = [step for step in answers if step is not None]
         if not steps:
             return None
         layers = zip(*(step["layers"] for step in steps), strict=True)

@@ -1,0 +1,201 @@
+"""One model that vLLM builds, and its MoE layers under the plan."""
+
+from __future__ import annotations
+
+import logging
+import re
+import weakref
+from typing import Any
+
+import torch
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels.dispatch import choose_router
+from leanmoe.models.shape import read_shape
+from leanmoe.plan import Plan
+from leanmoe.serve.options import PluginOptions
+from leanmoe.serve.plan_support import is_plain
+from leanmoe.serve.routing_statistics import RoutingStatistics
+from leanmoe.serve.vllm import checks
+from leanmoe.serve.vllm.layer_facts import GATHERING, experts_class, scope_of
+from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
+from leanmoe.serve.vllm.leanmoe_experts import LeanmoeExperts, check_experts, kernels_for
+from leanmoe.serve.vllm.small_steps import (
+    GroupedSteps,
+    Skipped,
+    Skipping,
+    grouping_unsupported_reason,
+    skipping_unsupported_reason,
+)
+
+logger = logging.getLogger("vllm.leanmoe")
+
+
+class PlannedModel:
+    """A model that vLLM builds in this process, and its layers under the plan."""
+
+    def __init__(self, plan: Plan, config: Any, options: PluginOptions) -> None:
+        """`config` is vLLM's; raises LeanMoeError if the plan was made for another model."""
+        self.config = weakref.ref(config)
+        self.plan = plan
+        self._options = options
+        # The config that vLLM has of the model includes its user's overrides.
+        self.shape = read_shape(config.model_config.hf_config.to_dict())
+        plan.check(self.shape.fingerprint())
+        self.statistics: RoutingStatistics | None = None
+        """What the layers' last steps ran; None unless the options ask for it."""
+        if options.collect_stats:
+            self.statistics = RoutingStatistics(plan.model.moe_layers, plan.model.experts)
+        self.layers: dict[int, VllmLayerRouting] = {}
+        self.runners: dict[int, Any] = {}
+
+    def adopt(self, runner: Any) -> None:
+        """Puts the plan in the place of a layer's routing, unless it is no layer of the plan's."""
+        name, index = runner.layer_name, decoder_index(runner.layer_name)
+        if index not in self.shape.moe_layers:
+            logger.info("leanmoe: %s is not in the plan, it runs as trained", name)
+            return
+        layer = self.shape.moe_layers.index(index)
+        if layer in self.runners:
+            raise LeanMoeError(
+                f"vLLM built two MoE layers {index}: a model with a draft of its own kind cannot "
+                "run under a plan; unset the speculative config"
+            )
+        self.runners[layer] = runner
+        routing = self._routing(runner, layer)
+        rules, cross_rank = routing.rules, self._options.cross_rank
+        checks.check_ranks(runner, rules, cross_rank, self.config(), name)
+        checks.check_router(runner.router, rules, self.plan.model.top_k, name)
+        if all(rule.is_empty for rule in rules) and self.statistics is None:
+            return
+        if "_compute_routing" in vars(runner.router):
+            raise LeanMoeError(f"{name}: its router is another layer's too")
+        runner.router._compute_routing = routing
+        self.layers[layer] = routing
+
+    def _routing(self, runner: Any, layer: int) -> VllmLayerRouting:
+        parallel = runner.moe_config
+        share = (parallel.tp_rank, parallel.tp_size) if parallel.is_sequence_parallel else None
+        return VllmLayerRouting(
+            runner.router,
+            self.plan,
+            layer,
+            sequence_parallel=share,
+            is_full_width=self._is_full_width(parallel),
+            statistics=self.statistics,
+            scope=scope_of(runner, self.plan.model.experts, self._options.cross_rank),
+        )
+
+    def check(self) -> None:
+        """Refuses a loaded model of which not every layer can run under the plan."""
+        config = self.config()
+        checks.check_layers(
+            sorted(self.shape.moe_layers[layer] for layer in self.runners),
+            [index for index in self.shape.moe_layers if index in _own_layers(config)],
+        )
+        checks.check_padding(config, [r for routing in self.layers.values() for r in routing.rules])
+        for layer, routing in self.layers.items():
+            runner = self.runners[layer]
+            checks.check_runner(runner, routing.rules, runner.layer_name)
+        if self._options.leanmoe_kernels:
+            for runner in self.runners.values():
+                check_experts(runner, runner.layer_name)
+
+    def settle(self) -> None:
+        """Puts leanmoe's kernels in place, if asked for, and settles how skipped slots are written.
+
+        It is called for a model that `check` has nothing against.
+        """
+        for layer, runner in self.runners.items():
+            if self._options.leanmoe_kernels:
+                LeanmoeExperts(runner).put()
+            if layer in self.layers:
+                self.layers[layer].skipping = self._skipping(runner, self.layers[layer])
+
+    def _skipping(self, runner: Any, routing: VllmLayerRouting) -> Skipping:
+        if all(map(is_plain, routing.rules)) or not routing.may_skip:
+            return Skipping()
+        if self._options.leanmoe_kernels:
+            return Skipping(Skipped.BEYOND, Skipped.BEYOND)
+        name = runner.layer_name
+        if reason := skipping_unsupported_reason(runner, routing.slots, self.plan.model.experts):
+            logger.info("leanmoe: %s: a skipped slot repeats in small steps: %s", name, reason)
+            return Skipping()
+        if reason := grouping_unsupported_reason():
+            logger.info("leanmoe: %s: small steps stay apart: %s", name, reason)
+            return Skipping(small=Skipped.MINUS_ONE)
+        GroupedSteps(runner, routing.groups_step).put()
+        return Skipping(small=Skipped.MINUS_ONE, groups=True)
+
+    def describe(self) -> str:
+        """What runs, in one line."""
+        runner = next(iter(self.runners.values()), None)
+        method = None if runner is None else runner.routed_experts.quant_method
+        experts = "none here" if method is None else experts_class(method).__name__
+        if runner is not None and self._options.leanmoe_kernels:
+            experts = f"leanmoe, {kernels_for(runner.routed_experts).reason}"
+        skippings = {routing.skipping.describe() for routing in self.layers.values()}
+        parts = [
+            f"{len(self.layers)} of {len(self.runners)} MoE layers under it",
+            f"routing by {self._implementations()}",
+            f"experts by {experts}",
+            *(f"a skipped slot is {skipping}" for skipping in sorted(skippings)),
+        ]
+        return ", ".join(parts)
+
+    def _implementations(self) -> str:
+        config = self.config()
+        device = "cpu" if config is None else config.device_config.device
+        logits = torch.empty(1, self.plan.model.experts, device=device)
+        names = {
+            "vllm"
+            if is_plain(rule)
+            else choose_router(logits, routing.router, rule, routing.scope).name
+            for routing in self.layers.values()
+            for rule in routing.rules
+        }
+        return " and ".join(sorted(names)) or "vllm"
+
+    def uncaptured_bands(self) -> str | None:
+        """What happens to steps between a band's end and the next size that is captured."""
+        compilation = getattr(self.config(), "compilation_config", None)
+        sizes = sorted(getattr(compilation, "cudagraph_capture_sizes", None) or [])
+        ends = [band.up_to for band in self.plan.bands if band.up_to is not None]
+        between = [end for end in ends if sizes and end < sizes[-1] and end not in sizes]
+        if not between:
+            return None
+        return (
+            f"bands end at {', '.join(map(str, between))}, which are no capture sizes: a step that "
+            "is padded beyond a band's end runs under the next; add them to cudagraph_capture_sizes"
+        )
+
+    def _is_full_width(self, parallel: Any) -> bool:
+        """Whether every step must have the model's own number of slots.
+
+        Data-parallel ranks exchange their ids in kernels that may be made for one width; whoever
+        asks for the experts of a reply gets them from a table of that width.
+        """
+        model = getattr(self.config(), "model_config", None)
+        returned = getattr(model, "enable_return_routed_experts", False)
+        gathers = parallel.moe_parallel_config.all2all_backend in GATHERING
+        return bool((parallel.dp_size > 1 and not gathers) or returned)
+
+
+def decoder_index(name: str) -> int:
+    """The decoder layer of a MoE layer's name, like model.layers.3.mlp.experts."""
+    match = re.search(r"\blayers?\.(\d+)\.", name) or re.search(r"\.(\d+)\.", name)
+    if match is None:
+        raise LeanMoeError(f"vLLM built a MoE layer {name!r}: its name has no layer number")
+    return int(match[1])
+
+
+def _own_layers(config: Any) -> range:
+    """The decoder layers of this process's pipeline stage."""
+    from vllm.distributed import get_pp_group
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = config.model_config.hf_text_config.num_hidden_layers
+    if config.parallel_config.pipeline_parallel_size == 1:
+        return range(layers)
+    group = get_pp_group()
+    return range(*get_pp_indices(layers, group.rank_in_group, group.world_size))

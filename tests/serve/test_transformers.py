@@ -1,0 +1,94 @@
+"""The plan in a model that Transformers' server loads, up to the point where it listens."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.plan import Band, Plan, Rule
+from leanmoe.runtime.model import shape_of
+from leanmoe.serve import transformers as server
+from leanmoe.serve.transformers import NO_END, PlannedServer, cache_share, widen_cached_heads
+from tests.tiny import build
+
+
+def served(plan_of: Any) -> tuple[PlannedServer, Any]:
+    """A tiny model as the server has it after loading, under the plan that is made for it."""
+    model = build("qwen3_moe")
+    shape = shape_of(model).fingerprint()
+    planned = PlannedServer(plan_of(shape), "plan.json")
+    return planned, planned.apply(model)
+
+
+def test_metrics_say_what_the_last_step_ran() -> None:
+    planned, model = served(
+        lambda shape: Plan(shape, (Band(8, (Rule(top_k=2),) * shape.moe_layers),))
+    )
+    before = planned.metrics()
+    assert 'leanmoe_plan{plan="plan.json",engine="transformers"} 1' in before
+    assert "leanmoe_step_rows" not in before
+    with torch.no_grad():
+        model(torch.tensor([[3, 4, 5]]))
+    after = planned.metrics()
+    assert "leanmoe_step_rows 3" in after
+    assert 'leanmoe_band{band="0",up_to="8"} 1' in after
+    assert 'leanmoe_activated_experts{layer="0"} 2' in after
+    assert "leanmoe_generation_tokens_per_second" in after
+
+
+def test_rows_that_nobody_reads_do_not_decide_the_band_under_prompt_rules() -> None:
+    def plan(shape: Any) -> Plan:
+        rules = (Rule(top_k=2),) * shape.moe_layers
+        return Plan(shape, (Band(2, rules), Band(64, rules)), (Rule(top_k=1),) * shape.moe_layers)
+
+    planned, model = served(plan)
+    with torch.no_grad():
+        model(torch.tensor([[3, 4, 5, 6]]), logits_to_keep=torch.tensor([3]))
+    assert 'leanmoe_band{band="0",up_to="2"} 1' in planned.metrics()
+
+
+def test_a_cached_head_is_as_wide_as_its_keys() -> None:
+    config = SimpleNamespace(qk_head_dim=24, v_head_dim=24, head_dim=8)
+    widen_cached_heads(config)
+    assert config.head_dim == 24
+    plain = SimpleNamespace(head_dim=8)
+    widen_cached_heads(plain)
+    assert plain.head_dim == 8
+    with pytest.raises(LeanMoeError, match="keys 24 wide and values 16 wide"):
+        widen_cached_heads(SimpleNamespace(qk_head_dim=24, v_head_dim=16, head_dim=8))
+
+
+def test_a_cpus_cache_takes_a_gigabyte_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    share = cache_share()
+    assert share is not None
+    assert 0 < share <= 0.5
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cache_share() is None
+
+
+def test_requests_may_use_the_served_name_and_ask_for_a_full_length() -> None:
+    class Handler:
+        def _resolve_model(self, body: dict[str, Any]) -> Any:
+            return body["model"]
+
+        def _validate_request(self, body: dict[str, Any]) -> None:
+            assert "ignore_eos" not in body
+
+        def _build_generation_config(self, body: dict[str, Any]) -> Any:
+            del body
+            return SimpleNamespace(eos_token_id=2)
+
+    with server._replaced(*server._request_changes(Handler, "a/folder", "name")):
+        handler = Handler()
+        assert handler._resolve_model({"model": "name"}) == "a/folder"
+        assert handler._resolve_model({"model": "other"}) == "other"
+        handler._validate_request({"ignore_eos": True})
+        assert handler._build_generation_config({"ignore_eos": True}).eos_token_id == NO_END
+        assert handler._build_generation_config({}).eos_token_id == 2
+    with pytest.raises(AssertionError):
+        Handler()._validate_request({"ignore_eos": True})

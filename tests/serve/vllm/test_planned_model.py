@@ -1,0 +1,121 @@
+"""A model under the plan, with stand-ins for what vLLM builds."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.shape import read_shape
+from leanmoe.plan import Band, Plan, Rule
+from leanmoe.serve.options import PluginOptions
+from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
+from leanmoe.serve.vllm.planned_model import PlannedModel, decoder_index
+from leanmoe.serve.vllm.small_steps import Skipping
+from tests.serve.stand_ins import MODEL_CONFIG, VllmConfig, built_layer, install_stages
+
+MODEL = read_shape(MODEL_CONFIG).fingerprint()
+SHARED = Plan.uniform(MODEL, Rule(guaranteed=2))
+
+
+def planned(plan: Plan, config: VllmConfig, **options: Any) -> PlannedModel:
+    return PlannedModel(plan, config, PluginOptions("plan.json", **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("model.layers.3.mlp.experts", 3),
+        ("language_model.model.layers.12.block_sparse_moe.experts", 12),
+        ("transformer.blocks.7.ffn.experts", 7),
+    ],
+)
+def test_the_decoder_layer_is_in_a_layers_name(name: str, index: int) -> None:
+    assert decoder_index(name) == index
+
+
+def test_a_name_without_a_number_is_refused() -> None:
+    with pytest.raises(LeanMoeError, match="no layer number"):
+        decoder_index("experts")
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    config = VllmConfig({**MODEL_CONFIG, "num_experts": 8})
+    with pytest.raises(LeanMoeError, match="its experts is 16, this model's is 8"):
+        planned(SHARED, config)
+
+
+def test_layers_of_the_plan_are_routed_by_it_and_others_are_not() -> None:
+    config = VllmConfig()
+    model = planned(SHARED, config)
+    runner, other = built_layer(0), built_layer(7)
+    model.adopt(runner)
+    model.adopt(other)
+    assert isinstance(runner.router._compute_routing, VllmLayerRouting)
+    assert "_compute_routing" not in vars(other.router)
+    assert sorted(model.layers) == sorted(model.runners) == [0]
+
+
+def test_a_full_model_is_left_alone_unless_its_steps_are_asked_for() -> None:
+    config = VllmConfig()
+    for stats in (False, True):
+        model, runner = planned(Plan(MODEL), config, collect_stats=stats), built_layer(0)
+        model.adopt(runner)
+        assert ("_compute_routing" in vars(runner.router)) == stats
+        assert (model.statistics is not None) == stats
+
+
+def test_what_cannot_be_adopted_is_refused() -> None:
+    config = VllmConfig()
+    model, runner = planned(SHARED, config), built_layer(0)
+    model.adopt(runner)
+    with pytest.raises(LeanMoeError, match="vLLM built two MoE layers 0"):
+        model.adopt(built_layer(0))
+    shared = built_layer(1)
+    shared.router = runner.router
+    with pytest.raises(LeanMoeError, match="its router is another layer's too"):
+        model.adopt(shared)
+
+
+def test_a_model_is_whole_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_stages(monkeypatch)
+    config = VllmConfig()
+    model = planned(SHARED, config)
+    model.adopt(built_layer(0))
+    with pytest.raises(LeanMoeError, match=r"MoE layers \[0, 1\], vLLM built \[0\]"):
+        model.check()
+    model.adopt(built_layer(1))
+    model.check()
+    model.settle()
+    assert all(layer.skipping == Skipping() for layer in model.layers.values())
+    said = model.describe()
+    assert "2 of 2 MoE layers under it" in said
+    assert "experts by OtherExperts" in said
+    assert "a skipped slot is the token's best expert again" in said
+
+
+def test_leanmoes_kernels_are_refused_where_they_cannot_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_stages(monkeypatch)
+    config = VllmConfig()
+    model = planned(SHARED, config, leanmoe_kernels=True)
+    for layer in range(2):
+        model.adopt(built_layer(layer))
+    with pytest.raises(LeanMoeError, match="LEANMOE_EXPERTS=leanmoe cannot compute it"):
+        model.check()
+
+
+def test_bands_that_end_between_captured_sizes_are_named() -> None:
+    config = VllmConfig()
+    config.compilation_config = SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4, 8, 16])
+
+    def between(*ends: int) -> str | None:
+        plan = Plan(MODEL, tuple(Band(end, (Rule(top_k=2),) * 2) for end in ends))
+        return planned(plan, config).uncaptured_bands()
+
+    assert between(4, 16) is None
+    assert between(100) is None  # steps so large are not padded
+    assert "6, 12" in str(between(4, 6, 12))
