@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.predict.engine_runs import FULL, own_times, read_layouts, read_run, runs_in
+from benchmarks.predict.several_gpus import parallel_steps, summary
 
 from leanmoe.models.catalog import CONFIGS
 from leanmoe.predict.constants import shipped
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from cost_engine import FULL, own_times, read_layouts, read_run, runs_in
-from cost_parallel import parallel_steps, summary
 
 BANDS = [
     {"up_to": 2, "rules": [{"top_k": 4}]},
@@ -24,7 +20,7 @@ BANDS = [
 
 
 def written(folder: Path, name: str, layers: str = "16", **found: Any) -> Path:
-    """A results file of `vllm_gpu.py`; each line has 4 requests but as it says itself."""
+    """A results file of `vllm/one_gpu.py`; each line has 4 requests but as it says itself."""
     time = {"median": 2.0}
     usual = {"requests": 4, "distinct": 12.0, "activated": 8.0, "step_ms": time, "tpot_ms": time}
     lines = [{**usual, "plan": "stock", **line} for line in found.pop("lines")]
@@ -108,7 +104,7 @@ def test_own_times_come_from_the_run_of_all_layers(tmp_path: Path) -> None:
 
 
 def spread(folder: Path, **layouts: list[dict[str, Any]]) -> Path:
-    """A results file of `vllm_parallel.py`; layouts are named with _ for -."""
+    """A results file of `vllm/several_gpus.py`; layouts are named with _ for -."""
     time = {"median": 2.0}
     usual = {"requests": 32, "activated": 8.0, "routing": "skewed", "step_ms": time}
     ways = {

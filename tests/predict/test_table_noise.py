@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmarks.predict.published_tiles import steps
+from benchmarks.predict.table_noise import least_rising, noise, times_beaten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leanmoe.predict.kernels.tables import Measured
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from cost_noise import least_rising, noise, times_beaten
-from cost_tiles import steps
 
 
 def off(curve: np.ndarray, seconds: np.ndarray) -> float:

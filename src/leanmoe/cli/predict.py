@@ -82,7 +82,7 @@ def predict(
     ] = None,
     communication: Annotated[
         Path | None,
-        typer.Option(help="Between your own GPUs, from benchmarks/communication.py."),
+        typer.Option(help="Between your own GPUs, from benchmarks/predict/communication.py."),
     ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Compare every split of --gpus at every load.")

@@ -65,7 +65,7 @@ def accuracy() -> list[dict[str, Any]]:
 
 
 def earlier_quality(path: Path) -> dict[str, Any]:
-    """Measured quality of an earlier study, or of benchmarks/pruning.py (k and criteria alone).
+    """Measured quality of an earlier study, or of `benchmarks.pruning.measure` (k and criteria).
 
     Raises LeanMoeError where there is none.
     """

@@ -112,7 +112,7 @@ def read_collectives(path: Path) -> Collectives:
     """Reads what the benchmark wrote; LeanMoeError where it is no such file, or damaged."""
     value = read_json(path, "communication times")
     if not isinstance(value, dict) or value.get("leanmoe_benchmark") != BENCHMARK:
-        raise LeanMoeError(f"{path} is no result of benchmarks/communication.py")
+        raise LeanMoeError(f"{path} is no result of benchmarks/predict/communication.py")
     try:
         seconds = {
             name: {int(size): _positive(entry["median"]) for size, entry in sizes.items()}

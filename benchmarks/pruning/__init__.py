@@ -1,0 +1,1 @@
+"""What pruned experts cost and gain, by criterion, beside fewer experts a token."""

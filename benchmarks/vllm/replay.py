@@ -1,0 +1,331 @@
+"""vLLM's layers routed by drawn logits, in one of several ways that can be switched.
+
+Dummy weights give all tokens the same experts, so their routing says nothing: each layer is given
+logits of its own in place of its router's, the same for every way, at no cost in a captured step.
+
+Letters: L MoE layers, T rows of a step, E experts, K slots a token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.vllm.layout import SINGLE, Layout, Ranks
+from benchmarks.vllm.step_results import Seen
+from benchmarks.vllm.variants import AUTO, GROUP, LEANMOE, REPEAT, SKIP, STOCK, Way
+from leanmoe.plan.placement import Placement
+from leanmoe.serve.vllm.layer_facts import scope_of
+from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
+from leanmoe.serve.vllm.leanmoe_experts import LeanmoeExperts, kernels_unsupported_reason
+from leanmoe.serve.vllm.small_steps import (
+    GroupedSteps,
+    grouping_unsupported_reason,
+    skipping_unsupported_reason,
+)
+
+ROUTINGS = ("skewed", "uniform")
+KEPT_ROWS = 1024
+"""Steps of more rows are prefill: their ids are not kept. On a GPU only captured steps' are."""
+
+
+class Replay:
+    """The drawn logits of all layers, the way that is in use, and what it chose."""
+
+    def __init__(self, experts: int, rows: int, use_LE: Sequence[Sequence[float]]) -> None:
+        """`use_LE`: how often each expert of each layer of some model is chosen, any E."""
+        self.way = STOCK
+        self._experts, self._rows = experts, rows
+        self._use_LE = use_LE
+        self._logits: dict[int, Tensor] = {}
+        self.data_rank = 0
+        self.own: set[str] = set()
+        """Ways whose experts leanmoe's kernels compute."""
+        self.kept: dict[tuple[str, int], dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def logits(self, layer: int, own_TE: Tensor) -> Tensor:
+        """A layer's drawn logits, as many and of the dtype of its own."""
+        if layer not in self._logits:
+            shape = (self._rows, own_TE.shape[1])
+            with torch.inference_mode(False):
+                self._logits[layer] = torch.zeros(shape, dtype=own_TE.dtype, device=own_TE.device)
+        return self._logits[layer][: own_TE.shape[0]]
+
+    def draw(self, routing: str, seed: int) -> None:
+        """Draws anew, in place, so that captured steps see it.
+
+        Each token's experts are drawn without replacement (logits are the logarithm of an expert's
+        share of use plus Gumbel noise): "uniform" with equal shares, "skewed" with those of the
+        reference model's layers, stretched to as many experts and shuffled. Data-parallel ranks
+        have tokens of their own, of the same shares.
+        """
+        generator = np.random.default_rng(seed)
+        others = np.random.default_rng((seed, self.data_rank))
+        for layer, buffer in self._logits.items():
+            shares_E = np.full(self._experts, 1 / self._experts)
+            if routing == "skewed":
+                use_E = np.sort(np.asarray(self._use_LE[layer % len(self._use_LE)]))
+                places = (np.arange(self._experts) + 0.5) / self._experts * len(use_E) - 0.5
+                shares_E = np.interp(places, np.arange(len(use_E)), use_E)
+                shares_E = generator.permutation(shares_E / shares_E.sum())
+            noise_TE = generator.gumbel(size=tuple(buffer.shape))
+            if self.data_rank:
+                noise_TE = others.gumbel(size=tuple(buffer.shape))
+            drawn_TE = torch.from_numpy(np.log(shares_E) + noise_TE).float()
+            buffer.copy_(drawn_TE.to(buffer.dtype))
+
+    def keep(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        """Holds on to what a layer chose; a captured step writes there each time it is replayed."""
+        is_eager = ids_TK.is_cuda and not torch.cuda.is_current_stream_capturing()
+        if ids_TK.shape[0] <= KEPT_ROWS and not is_eager:
+            self.kept.setdefault((self.way, ids_TK.shape[0]), {})[layer] = (ids_TK, weights_TK)
+
+    def used(self, way: str, rows: int, tokens: int) -> tuple[Tensor, float]:
+        """Experts each layer woke in the last step of so many rows (L,E), and experts a token."""
+        layers = self.kept[way, rows]
+        active_LE = torch.zeros(len(layers), self._experts, dtype=torch.int32)
+        used = []
+        for active_E, (_, (ids_TK, weights_TK)) in zip(
+            active_LE, sorted(layers.items()), strict=True
+        ):
+            is_used_TK = weights_TK[:tokens] != 0
+            active_E[ids_TK[:tokens][is_used_TK].long().cpu()] = 1
+            used.append(float(is_used_TK.sum()) / tokens)
+        return active_LE, float(np.mean(used))
+
+
+class Switch:
+    """Stands in the place of a layer's routing: drawn logits, and the way that is in use."""
+
+    def __init__(self, runner: Any, layer: int, replay: Replay) -> None:
+        self._runner, self._layer, self._replay = runner, layer, replay
+        router = runner.router
+        self._router = copy.copy(router)  # as it was: `router` gets this in its routing's place
+        self._stock = router._compute_routing
+        self._ways: dict[str, Callable[..., Any]] = {STOCK: self._stock}
+
+    def add(self, way: Way) -> None:
+        """One way more."""
+        if way.plan is None:
+            self._ways[way.name] = self._stock
+            return
+        scope = scope_of(self._runner, way.plan.model.experts, way.cross_rank)
+        routing = VllmLayerRouting(self._router, way.plan, self._layer, scope=scope)
+        if not way.is_plain:
+            routing.skipping = way.skipping
+        self._ways[way.name] = routing
+
+    def groups_step(self, rows: int) -> bool:
+        """Whether a step of so many rows is grouped under the way in use."""
+        way = self._ways[self._replay.way]
+        return isinstance(way, VllmLayerRouting) and way.groups_step(rows)
+
+    def __call__(
+        self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any, **others: Any
+    ) -> tuple[Tensor, Tensor]:
+        logits_TE = self._replay.logits(self._layer, router_logits)
+        way = self._ways[self._replay.way]
+        weights, ids = way(hidden_states, logits_TE, indices_type, **others)
+        self._replay.keep(self._layer, ids, weights)
+        return weights, ids
+
+
+class ExpertsSwitch:
+    """Stands in the place of a layer's experts: vLLM's or leanmoe's, as the way in use has it."""
+
+    def __init__(self, runner: Any, replay: Replay) -> None:
+        self._own, self._replay = LeanmoeExperts(runner), replay
+        runner.routed_experts.quant_method.moe_kernel.fused_experts.apply = self
+
+    def __call__(self, **arguments: Any) -> None:
+        compute = self._own if self._replay.way in self._replay.own else self._own.stock
+        compute(**arguments)
+
+
+class Engine:
+    """A vLLM engine whose captured steps can be exchanged, one set per way.
+
+    With several GPUs there is one such process for each, and all do the same at the same time.
+    """
+
+    def __init__(self, llm: Any, replay: Replay, layout: Layout = SINGLE) -> None:
+        self._engine, self.replay, self._layout = llm.llm_engine, replay, layout
+        self.ranks = Ranks(layout)
+        replay.data_rank = self.ranks.data_rank
+        core = self._engine.engine_core.engine_core
+        self._runner = core.model_executor.driver_worker.worker.model_runner
+        self.is_captured = hasattr(self._runner.model, "concrete_cudagraph_entries")
+        self._entries: dict[str, Any] = {}
+        self._requests = 0
+        forward = self._engine.vllm_config.compilation_config.static_forward_context
+        self._layers = [layer for layer in forward.values() if hasattr(layer, "routed_experts")]
+        self._switches = [
+            Switch(layer, number, replay) for number, layer in enumerate(self._layers)
+        ]
+        for layer, switch in zip(self._layers, self._switches, strict=True):
+            layer.router._compute_routing = switch
+        self._why_not_ours = kernels_unsupported_reason(self._layers[0])
+        self.layers = len(self._layers)
+        self._runner._dummy_run(1)  # the buffers of drawn logits
+        replay.draw("uniform", 0)
+
+    def settled(self, way: Way) -> Way:
+        """A way with its small steps as this engine can run them, where that is left to it."""
+        if way.small_steps != AUTO or way.experts == LEANMOE:
+            return way
+        ways = [replace(way, small_steps=how) for how in (GROUP, SKIP, REPEAT)]
+        return next(found for found in ways if self.why_not(found) is None)
+
+    def why_not(self, way: Way) -> str | None:
+        """Why this engine cannot run a way; None if it can."""
+        if way.experts == LEANMOE:
+            return self._why_not_ours
+        if way.is_plain or way.plan is None or way.small_steps == REPEAT:
+            return None
+        reason = skipping_unsupported_reason(self._layers[0], way.slots, way.plan.model.experts)
+        return reason or (grouping_unsupported_reason() if way.small_steps == GROUP else None)
+
+    def add(self, way: Way) -> None:
+        """One way more, captured."""
+        if way.experts == LEANMOE:
+            if not self.replay.own:
+                for layer in self._layers:
+                    ExpertsSwitch(layer, self.replay)
+            self.replay.own.add(way.name)
+        if way.small_steps == GROUP and not way.is_plain:
+            for layer, switch in zip(self._layers, self._switches, strict=True):
+                GroupedSteps(layer, switch.groups_step).put()
+        for switch in self._switches:
+            switch.add(way)
+        self.capture(way.name)
+
+    def capture(self, way: str) -> None:
+        """Captures the decode steps of all sizes under a way."""
+        self.replay.way = way
+        if self.is_captured:
+            self._runner.model.concrete_cudagraph_entries = {}
+            self._runner.capture_model()
+            self._entries[way] = self._runner.model.concrete_cudagraph_entries
+
+    def select(self, way: str) -> None:
+        """Lets the next steps run under a way."""
+        self.replay.way = way
+        if self.is_captured:
+            self._runner.model.concrete_cudagraph_entries = self._entries[way]
+
+    def decode(self, requests: int, prompt: int, steps: int) -> tuple[float, int]:
+        """Seconds and tokens of decode steps of so many requests, the engine's work included.
+
+        The requests are those of all data-parallel ranks, which share them evenly.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        requests //= self._layout.data
+        generator = np.random.default_rng(requests)
+        parameters = SamplingParams(
+            max_tokens=steps + 6, ignore_eos=True, detokenize=False, temperature=0.0,
+            output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
+        waiting = set()
+        for _ in range(requests):
+            self._requests += 1
+            name = str(self._requests)
+            ids = generator.integers(1, 500, prompt).tolist()
+            self._engine.add_request(name, {"prompt_token_ids": ids}, parameters)
+            waiting.add(name)
+        names = set(waiting)
+        while waiting:
+            waiting -= {self._base(found.request_id, names) for found in self._engine.step()}
+        for _ in range(2):
+            self._engine.step()
+        self._wait()
+        self.ranks.slowest(0.0)  # all begin together
+        started, tokens = time_now(), 0
+        for _ in range(steps):
+            tokens += sum(len(found.outputs[0].token_ids) for found in self._engine.step())
+        self._wait()
+        took = self.ranks.slowest(time_now() - started)
+        tokens *= self._layout.data
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        return took, tokens
+
+    def is_same(self, way: str, other: str) -> bool:
+        """Whether both ways answer with the same tokens, on every GPU."""
+        differ = self.tokens(way, 8, 24) != self.tokens(other, 8, 24)
+        return not bool(self.ranks.most(torch.tensor([int(differ)]))[0])
+
+    def experts(self, way: str, requests: int) -> Seen:
+        """What the last step of so many requests woke, on all GPUs."""
+        rows = requests // self._layout.data
+        active_LE, activated = self.replay.used(way, rows, rows)
+        active_LE = self.ranks.most(active_LE)
+        placement = Placement.linear(active_LE.shape[1], self._layout.expert_ranks)
+        by_rank = [active_LE[:, placement.experts_on(r)].sum(-1) for r in range(placement.ranks)]
+        count_LR = torch.stack(by_rank, dim=-1).double()
+        return Seen(
+            float(count_LR.sum(-1).mean()),
+            float(count_LR.max(-1).values.mean()),
+            tuple(count_LR.mean(0).tolist()),
+            activated,
+        )
+
+    def tokens(self, way: str, requests: int, count: int) -> dict[str, list[int]]:
+        """Greedy replies to so many prompts of different lengths, by prompt."""
+        from vllm import SamplingParams
+
+        self.select(way)
+        parameters = SamplingParams(
+            max_tokens=count, ignore_eos=True, detokenize=False, temperature=0.0
+        )
+        generator, replies = np.random.default_rng(1), {}
+        for number in range(requests):
+            ids = generator.integers(1, 500, 5 + 3 * number).tolist()
+            self._requests += 1
+            self._engine.add_request(str(self._requests), {"prompt_token_ids": ids}, parameters)
+        while self._engine.has_unfinished_requests():
+            for found in self._engine.step():
+                if found.finished:
+                    prompt = ",".join(map(str, found.prompt_token_ids))
+                    replies[prompt] = list(found.outputs[0].token_ids)
+        return replies
+
+    def step_seconds(self, rows: int, way: str, replays: int) -> float:
+        """Seconds of one captured step of the model alone, replayed as the last request left it.
+
+        `rows` are those of one data-parallel rank.
+        """
+        entries = self._entries[way]
+        graph = next(e.cudagraph for key, e in entries.items() if key.num_tokens == rows)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        self.ranks.slowest(0.0)
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return self.ranks.slowest(float(start.elapsed_time(end)) / 1e3 / replays)
+
+    @staticmethod
+    def _base(name: str, names: set[str]) -> str:
+        """The name a request was given; vLLM may add to it."""
+        return name if name in names else name.split("-")[0]
+
+    def _wait(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def time_now() -> float:
+    """Seconds on the clock that measures."""
+    import time
+
+    return time.perf_counter()

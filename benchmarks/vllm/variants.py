@@ -1,0 +1,158 @@
+"""The ways to run a model that a benchmark of vLLM compares: plans, and what does their work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.vllm.layout import SINGLE, Layout
+from leanmoe.models.shape import MoEShape
+from leanmoe.plan import Plan, Rule
+from leanmoe.serve.plan_support import is_plain
+from leanmoe.serve.vllm.small_steps import Skipped, Skipping, is_small
+
+STOCK = "stock"
+EMPTY = "empty plan"
+REPEAT, SKIP, GROUP, AUTO = "repeat", "skip", "group", "auto"
+"""What small steps do: a skipped slot is the token's best expert again, or is passed over, or slots
+are grouped by expert where tokens share experts and else passed over; or the last of these that the
+engine can, as the plugin has it."""
+OF_ALL = "company=all"
+"""Word of a plan's description: tokens share experts with those of all data-parallel ranks."""
+VLLM, LEANMOE = "vllm", "leanmoe"
+"""Whose kernels compute the experts."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the model."""
+
+    name: str
+    plan: Plan | None = None
+    """None for vLLM's own routing."""
+    small_steps: str = GROUP
+    experts: str = VLLM
+    cross_rank: bool = False
+    """Whether a token's company is that of all data-parallel ranks."""
+    is_second: bool = False
+    """Whether it differs from another way in small steps alone."""
+
+    def is_worth(self, load: int) -> bool:
+        """Whether a step of so many requests is another than in some other way."""
+        if not self.is_second or self.plan is None:
+            return True
+        return any(is_small(load, slots, self.plan.model.experts) for slots in self.slots)
+
+    @property
+    def slots(self) -> set[int]:
+        """Those that a token has, in any band."""
+        if self.plan is None:
+            return set()
+        asked = {band.rules[0].top_k for band in self.plan.bands}
+        return {self.plan.model.top_k if top_k is None else top_k for top_k in asked}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether vLLM's own routing does all of it, so that no slot is skipped."""
+        return self.plan is None or all(
+            is_plain(rule) for band in self.plan.bands for rule in band.rules
+        )
+
+    @property
+    def skipping(self) -> Skipping:
+        """How its skipped slots are written."""
+        if self.experts == LEANMOE:
+            return Skipping(Skipped.BEYOND, Skipped.BEYOND)
+        if self.small_steps == REPEAT:
+            return Skipping()
+        return Skipping(small=Skipped.MINUS_ONE, groups=self.small_steps == GROUP)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its settings; its plan's bands with the rule that is the same in all layers once."""
+        found: dict[str, Any] = {"experts": self.experts}
+        if not self.is_plain and self.experts == VLLM:
+            found["small_steps"] = self.small_steps
+        if self.cross_rank:
+            found["company"] = "all"
+        if self.plan is not None:
+            bands = self.plan.to_json()["bands"]
+            for band in bands:
+                band["rules"] = band["rules"][:1]
+            found["bands"] = bands
+        return found
+
+
+def ways_of(
+    shape: MoEShape,
+    plans: str,
+    small_steps: Sequence[str],
+    experts: Sequence[str],
+    layout: Layout = SINGLE,
+) -> list[Way]:
+    """Stock, the empty plan, and each plan in all ways that are asked for.
+
+    `plans` is "name: field=value field=value; ...". The first of `small_steps` and of `experts`
+    has the plan's plain name. A plan that is the same as another in this layout is left out: a
+    budget a rank where experts are on one, the company of all where there is no other's.
+    """
+    _check("--small-steps", small_steps, (REPEAT, SKIP, GROUP, AUTO))
+    _check("--experts", experts, (VLLM, LEANMOE))
+    model = shape.fingerprint()
+    found = [Way(STOCK), Way(EMPTY, Plan.uniform(model, Rule()))]
+    if LEANMOE in experts:
+        found.append(Way(f"{STOCK}, {LEANMOE}", experts=LEANMOE))
+    for part in plans.split(";"):
+        name, _, fields = part.partition(":")
+        if not name.strip():
+            continue
+        cross_rank = OF_ALL in fields.split()
+        rule = rule_of(fields.replace(OF_ALL, ""), shape.experts)
+        is_on_one = rule.budget_per_rank is not None and layout.expert_ranks == 1
+        if is_on_one or (cross_rank and layout.data == 1):
+            continue
+        plan = Plan.uniform(model, rule)
+        plan.check(model)
+        found += variants(name.strip(), plan, small_steps, experts, cross_rank)
+    return found
+
+
+def variants(
+    name: str,
+    plan: Plan,
+    small_steps: Sequence[str],
+    experts: Sequence[str],
+    cross_rank: bool = False,
+) -> list[Way]:
+    """A plan in all ways that are asked for."""
+    found = []
+    if VLLM in experts:
+        found.append(Way(name, plan, small_steps[0], cross_rank=cross_rank))
+        others = [] if found[0].is_plain else small_steps[1:]
+        found += [
+            replace(found[0], name=f"{name}, {how}", small_steps=how, is_second=True)
+            for how in others
+        ]
+    if LEANMOE in experts:
+        found.append(Way(f"{name}, {LEANMOE}", plan, experts=LEANMOE, cross_rank=cross_rank))
+    return found
+
+
+def rule_of(text: str, experts: int) -> Rule:
+    """A rule from `field=value` words; a fraction is a share of the experts."""
+    fields: dict[str, Any] = {}
+    for word in text.split():
+        name, _, value = word.partition("=")
+        if "/" in value:
+            above, below = value.split("/")
+            fields[name] = experts * int(above) // int(below)
+        else:
+            fields[name] = json.loads(value or "true")
+    return Rule.from_json(fields)
+
+
+def _check(option: str, found: Sequence[str], known: tuple[str, ...]) -> None:
+    if not found or not set(found) <= set(known):
+        sys.exit(f"{option} is {','.join(found)}: it must be of {', '.join(known)}")
