@@ -32,16 +32,16 @@ FIRST, SECOND = Tile(32, 64, 4, 3), Tile(32, 64, 4, 3)
 FP8_FIRST, FP8_SECOND = Tile(128, 128, 8, 3), Tile(64, 128, 4, 3)
 WAYS = (
     (1, ExpertsConfig(16, 0, True)),
-    (3, ExpertsConfig(16, 0, True, is_joined=True)),
+    (3, ExpertsConfig(16, 0, True, fused_sum=True)),
     (13, ExpertsConfig(16, 0, True)),
     (37, ExpertsConfig(16, 0, False)),
     (150, ExpertsConfig(64, 16, False)),
 )
-PIECES = ((150, ExpertsConfig(16, 32, False, pieces=2)),)
+PIECES = ((150, ExpertsConfig(16, 32, False, subblocks=2)),)
 """Blocks in pieces, which fp8 weights have not, beside the ways of all."""
 FP8_WAYS = (
-    (3, ExpertsConfig(16, 0, True, parts=2)),
-    (37, ExpertsConfig(16, 0, False, parts=2)),
+    (3, ExpertsConfig(16, 0, True, fp8_terms=2)),
+    (37, ExpertsConfig(16, 0, False, fp8_terms=2)),
     (150, ExpertsConfig(64, 16, False, float16_act=True)),
 )
 """Activations as the sum of two fp8 numbers, or float16 between the products, beside all ways."""
@@ -71,7 +71,7 @@ def check_experts(shape: Shape, weights: ExpertWeights, tokens: int, way: Expert
     """One call, some of its slots skipped, against the reference in float64."""
     is_fp8 = weights.gate_up_scale is not None
     first, second = (FP8_FIRST, FP8_SECOND) if is_fp8 else (FIRST, SECOND)
-    if way.is_joined:
+    if way.fused_sum:
         second = Tile(8, 128, 4, 1)
     hidden_TD, ids_TK, gates_TK = random_call(shape, tokens, 0, DEVICE)
     ids_TK[::4, -1] = shape.experts  # skipped
@@ -81,10 +81,10 @@ def check_experts(shape: Shape, weights: ExpertWeights, tokens: int, way: Expert
     error = float((got - want).norm() / want.norm())
     kind = (
         "joined"
-        if way.is_joined
+        if way.fused_sum
         else "direct"
         if way.is_direct
-        else f"{way.rows} + {way.tail} rows"
+        else f"{way.BLOCK_M} + {way.TAIL_M} rows"
     )
     print(f"experts {shape} T={tokens} {kind}: relative error {error:.1e}", flush=True)
     if error > WORST[shape.dtype]:

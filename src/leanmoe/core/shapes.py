@@ -16,6 +16,8 @@ LETTERS: Mapping[str, str] = {
     "F": "fields of a record",
     "G": "groups of experts",
     "H": "attention heads",
+    "I": "columns of a product's operands: what it sums over",
+    "J": "columns of a product's result",
     "K": "slots of a token",
     "L": "MoE layers",
     "M": "an expert's width",
@@ -27,6 +29,6 @@ LETTERS: Mapping[str, str] = {
     "T": "tokens: the rows of a forward step",
     "U": "units of a statistic: documents, questions or runs",
     "V": "vocabulary",
-    "X": "slots in the order of their experts: the rows of the experts' products",
+    "X": "all slots of a step in one row: in the order of their experts, the rows of products",
     "Z": "random draws: bootstrap replicates, sampled steps",
 }

@@ -91,7 +91,7 @@ def choose_router(
     """
     rule = rule.on(scope.ranks)
     if torch.device(device or logits_BTE.device).type == "cuda":
-        reason = "triton is not installed"
+        reason: str | None = "triton is not installed"
         if _is_installed("triton"):
             reason = why_not_route_gpu(_one_step(logits_BTE), router, rule)
         if reason is None:

@@ -1,6 +1,7 @@
 """The experts in plain torch: what every faster implementation is checked against.
 
-Shapes: T tokens, K slots a token, E experts, M expert width, D hidden width, R rows of one expert.
+Letters: T tokens, K slots a token, E experts, M expert width, D hidden width, X slots: all, or those
+of one expert, J columns of the first product.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def experts_reference(
     """
     check_call(hidden_TD, ids_TK, weights_TK, weights)
     experts, slots = weights.experts, ids_TK.shape[1]
-    sorted_S, order_S = ids_TK.reshape(-1).sort(stable=True)
-    if sorted_S.numel() and not 0 <= int(sorted_S[0]) <= int(sorted_S[-1]) <= experts:
-        refuse_ids(int(sorted_S[0]), int(sorted_S[-1]), experts)
-    counts: list[int] = torch.bincount(sorted_S, minlength=experts)[:experts].tolist()
+    sorted_X, order_X = ids_TK.reshape(-1).sort(stable=True)
+    if sorted_X.numel() and not 0 <= int(sorted_X[0]) <= int(sorted_X[-1]) <= experts:
+        refuse_ids(int(sorted_X[0]), int(sorted_X[-1]), experts)
+    counts: list[int] = torch.bincount(sorted_X, minlength=experts)[:experts].tolist()
 
     compute = hidden_TD.dtype
     if weights.gate_up_scale is None:
@@ -39,15 +40,15 @@ def experts_reference(
         dtype=torch.promote_types(compute, torch.float32),
         memory_format=torch.contiguous_format,
     )
-    gates_S = weights_TK.reshape(-1).to(total_TD.dtype)
+    gates_X = weights_TK.reshape(-1).to(total_TD.dtype)
     start = rows = distinct = 0
     for expert, count in enumerate(counts):
         if not count:
             continue
-        slots_R = order_S[start : start + count]
-        tokens_R = slots_R // slots
-        out_RD = expert_rows(hidden_TD[tokens_R].to(compute), expert, weights)
-        total_TD.index_add_(0, tokens_R, out_RD.to(total_TD.dtype) * gates_S[slots_R, None])
+        slots_X = order_X[start : start + count]
+        tokens_X = slots_X // slots
+        out_XD = expert_rows(hidden_TD[tokens_X].to(compute), expert, weights)
+        total_TD.index_add_(0, tokens_X, out_XD.to(total_TD.dtype) * gates_X[slots_X, None])
         start, rows, distinct = start + count, rows + count, distinct + 1
     add_work(rows, distinct)
     return total_TD.to(hidden_TD.dtype)
@@ -82,14 +83,14 @@ def refuse_ids(least: int, most: int, experts: int) -> None:
     )
 
 
-def expert_rows(rows_RD: Tensor, expert: int, weights: ExpertWeights) -> Tensor:
-    """What one expert makes of rows (R,D), before the routing weight; in the rows' dtype."""
-    up = _matrix(expert, weights.gate_up, weights.gate_up_scale, rows_RD.dtype, weights)
-    product_RN = functional.linear(rows_RD, up, _bias(expert, weights.gate_up_bias, up.dtype))
-    activated_RM = weights.activated(product_RN)
-    down = _matrix(expert, weights.down, weights.down_scale, rows_RD.dtype, weights)
-    out_RD = functional.linear(activated_RM, down, _bias(expert, weights.down_bias, up.dtype))
-    return out_RD if weights.after is None else weights.after(out_RD)
+def expert_rows(rows_XD: Tensor, expert: int, weights: ExpertWeights) -> Tensor:
+    """What one expert makes of rows (X,D), before the routing weight; in the rows' dtype."""
+    up = _matrix(expert, weights.gate_up, weights.gate_up_scale, rows_XD.dtype, weights)
+    product_XJ = functional.linear(rows_XD, up, _bias(expert, weights.gate_up_bias, up.dtype))
+    activated_XM = weights.activated(product_XJ)
+    down = _matrix(expert, weights.down, weights.down_scale, rows_XD.dtype, weights)
+    out_XD = functional.linear(activated_XM, down, _bias(expert, weights.down_bias, up.dtype))
+    return out_XD if weights.after is None else weights.after(out_XD)
 
 
 def _matrix(

@@ -1,6 +1,7 @@
 """What the routed experts of one MoE layer are: their weights, how they lie, and their gate.
 
-Shapes: E experts, M expert width, D hidden width, R rows (a row is one token at one expert).
+Letters: E experts, M expert width, D hidden width, X rows (a row is one token at one expert), J
+columns of the first product.
 """
 
 from __future__ import annotations
@@ -57,20 +58,20 @@ class Gate:
         """The clamped SwiGLU of gpt-oss (its model card, arXiv 2508.10925)."""
         return cls("silu", limit=limit, alpha=alpha, up_offset=1.0)
 
-    def combine(self, gate_RM: Tensor, up_RM: Tensor) -> Tensor:
-        """What the down projection is applied to, (R,M)."""
+    def combine(self, gate_XM: Tensor, up_XM: Tensor) -> Tensor:
+        """What the down projection is applied to, (X,M)."""
         if self.limit is not None:
-            gate_RM = gate_RM.clamp(max=self.limit)
-            up_RM = up_RM.clamp(min=-self.limit, max=self.limit)
+            gate_XM = gate_XM.clamp(max=self.limit)
+            up_XM = up_XM.clamp(min=-self.limit, max=self.limit)
         if self.up_offset:
-            up_RM = up_RM + self.up_offset
-        return self.activate(gate_RM) * up_RM
+            up_XM = up_XM + self.up_offset
+        return self.activate(gate_XM) * up_XM
 
-    def activate(self, gate_RM: Tensor) -> Tensor:
+    def activate(self, gate_XM: Tensor) -> Tensor:
         """The activation alone: what experts without an up projection use."""
         if self.alpha != 1.0:
-            return gate_RM * torch.sigmoid(gate_RM * self.alpha)
-        return ACTIVATIONS[self.activation](gate_RM)
+            return gate_XM * torch.sigmoid(gate_XM * self.alpha)
+        return ACTIVATIONS[self.activation](gate_XM)
 
 
 SCALE_BLOCK = 128
@@ -101,9 +102,9 @@ class ExpertWeights:
     """gate_up's 2M are [gate; up]; otherwise interleaved: gate 0, up 0, gate 1, up 1, ..."""
     is_gated: bool = True
     gate: Gate | Callable[[Tensor], Tensor] = field(default_factory=Gate)
-    """A `Gate`, or any function from the first product (R,2M), in its own layout, to (R,M)."""
+    """A `Gate`, or any function from the first product (X,2M), in its own layout, to (X,M)."""
     after: Callable[[Tensor], Tensor] | None = None
-    """Applied to each row of the second product (R,D) before the routing weight, if set."""
+    """Applied to each row of the second product (X,D) before the routing weight, if set."""
     gate_up_scale: Tensor | None = None
     """(E, 2M/128, D/128), rounded up: what each 128 x 128 block of fp8 weights is multiplied by."""
     down_scale: Tensor | None = None
@@ -146,17 +147,17 @@ class ExpertWeights:
         """D."""
         return self.gate_up.shape[1 if self.is_transposed else 2]
 
-    def activated(self, product_RN: Tensor) -> Tensor:
-        """The first product (R,2M) (R,M without a gate), biases added, to the (R,M) of `down`."""
+    def activated(self, product_XJ: Tensor) -> Tensor:
+        """The first product (X,2M) (X,M without a gate), biases added, to the (X,M) of `down`."""
         if not isinstance(self.gate, Gate):
-            return self.gate(product_RN)
+            return self.gate(product_XJ)
         if not self.is_gated:
-            return self.gate.activate(product_RN)
+            return self.gate.activate(product_XJ)
         if self.is_concatenated:
-            gate_RM, up_RM = product_RN.chunk(2, dim=-1)
+            gate_XM, up_XM = product_XJ.chunk(2, dim=-1)
         else:
-            gate_RM, up_RM = product_RN[..., ::2], product_RN[..., 1::2]
-        return self.gate.combine(gate_RM, up_RM)
+            gate_XM, up_XM = product_XJ[..., ::2], product_XJ[..., 1::2]
+        return self.gate.combine(gate_XM, up_XM)
 
     def _oriented(self, rows: int, columns: int) -> tuple[int, int, int]:
         return (self.experts, *((columns, rows) if self.is_transposed else (rows, columns)))

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from leanmoe.kernels import Choice, ExpertWeights, Gate, choose_experts, expert_rows
+from leanmoe.kernels import Choice, Experts, ExpertWeights, Gate, choose_experts, expert_rows
 from leanmoe.kernels.weights import ACTIVATIONS, Activation
 from leanmoe.runtime.model import (
     find_layers,
@@ -20,7 +20,7 @@ IMPLEMENTATION = "leanmoe"
 PROBE_ROWS, PROBE_WIDTH = 8, 16
 
 logger = logging.getLogger(__name__)
-_prepared: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], ExpertWeights, Choice]]
+_prepared: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], ExpertWeights, Choice[Experts]]]
 _prepared = WeakKeyDictionary()
 
 
@@ -53,7 +53,7 @@ def served_experts(model: Any) -> str:
     return IMPLEMENTATION if has_kernel(model) else "stock"
 
 
-def prepared(module: Any) -> tuple[ExpertWeights, Choice]:
+def prepared(module: Any) -> tuple[ExpertWeights, Choice[Experts]]:
     """The module's weights as our kernels take them, and the kernel chosen; made once."""
     up = module.gate_up_proj if module.has_gate else module.up_proj
     key = (up.data_ptr(), module.down_proj.data_ptr())
@@ -117,12 +117,12 @@ def _gated(gate: Gate, module: Any, probe: Tensor) -> Tensor:
 def expert_outputs(
     module: Any, hidden_TD: Tensor, ids_TK: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Each used expert with its tokens (R), their slots (R) and what it makes of them (R,D)."""
+    """Each used expert with its tokens (X), their slots (X) and what it makes of them (X,D)."""
     weights, _ = prepared(module)
     for expert in sorted(set(ids_TK.flatten().tolist())):
         if expert < weights.experts:
-            rows_R, slots_R = (ids_TK == expert).nonzero(as_tuple=True)
-            yield expert, rows_R, slots_R, expert_rows(hidden_TD[rows_R], expert, weights)
+            rows_X, slots_X = (ids_TK == expert).nonzero(as_tuple=True)
+            yield expert, rows_X, slots_X, expert_rows(hidden_TD[rows_X], expert, weights)
 
 
 def all_outputs(module: Any, hidden_TD: Tensor) -> Tensor:

@@ -163,15 +163,15 @@ def without_skipped(
 
     Each is a token of its own with one slot, so that skipped ones cost no row and leak no NaN.
     """
-    token_R, slot_R = (ids_TK < experts).nonzero(as_tuple=True)
+    token_X, slot_X = (ids_TK < experts).nonzero(as_tuple=True)
     out_TD = torch.zeros_like(hidden_TD)
-    if len(token_R):
-        rows_RD = stock(
-            hidden_TD[token_R],
-            ids_TK[token_R, slot_R].unsqueeze(-1),
-            weights_TK[token_R, slot_R].unsqueeze(-1),
+    if len(token_X):
+        rows_XD = stock(
+            hidden_TD[token_X],
+            ids_TK[token_X, slot_X].unsqueeze(-1),
+            weights_TK[token_X, slot_X].unsqueeze(-1),
         )
-        out_TD.index_add_(0, token_R, rows_RD.to(out_TD.dtype))
+        out_TD.index_add_(0, token_X, rows_XD.to(out_TD.dtype))
     return out_TD
 
 

@@ -30,11 +30,11 @@ def there(values: Any) -> Any:
 def route_here(*arguments: Any, **options: Any) -> RoutedGpu:
     """`route_gpu` on the GPU where there is one, what it finds back on the CPU."""
     found = route_gpu(*there(arguments), **options)
-    work = found.work._replace(
-        **{name: getattr(found.work, name).cpu() for name in ("rows", "blocks_3B", "used_1")}
+    blocks = found.blocks._replace(
+        **{name: getattr(found.blocks, name).cpu() for name in ("rows", "table", "used_1")}
     )
     over = None if found.over_budget is None else found.over_budget.cpu()
-    return RoutedGpu(found.ids_TK.cpu(), found.weights_TK.cpu(), over, work)
+    return RoutedGpu(found.ids_TK.cpu(), found.weights_TK.cpu(), over, blocks)
 
 
 def repeating_here(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -58,25 +58,25 @@ def expected(case: Case) -> Routing:
 
 
 def slots_by_expert(found: RoutedGpu, experts: int) -> list[set[int]]:
-    """Which slots the work list has for each expert; fails where one is listed twice."""
-    rows, blocks, used, block_rows = found.work
+    """Which slots the blocks has for each expert; fails where one is grouped twice."""
+    rows, blocks, used, block_rows = found.blocks
     slots: list[list[int]] = [[] for _ in range(experts)]
     for expert, first, count in blocks[:, : int(used)].T.tolist():
         assert 0 < count <= block_rows
         slots[expert] += rows[first : first + count].tolist()
-    assert all(len(set(listed)) == len(listed) for listed in slots)
-    return [set(listed) for listed in slots]
+    assert all(len(set(grouped)) == len(grouped) for grouped in slots)
+    return [set(grouped) for grouped in slots]
 
 
-def check_work(found: RoutedGpu, experts: int) -> None:
+def check_blocks(found: RoutedGpu, experts: int) -> None:
     flat = found.ids_TK.flatten().tolist()
     wanted: list[set[int]] = [set() for _ in range(experts)]
     for slot, expert in enumerate(flat):
         if expert < experts:
             wanted[expert].add(slot)
     assert slots_by_expert(found, experts) == wanted
-    reference = expert_blocks_reference(found.ids_TK, experts, found.work.block_rows)
-    assert int(found.work.used_1) == int(reference.used_1)
+    reference = expert_blocks_reference(found.ids_TK, experts, found.blocks.block_rows)
+    assert int(found.blocks.used_1) == int(reference.used_1)
 
 
 def check_same(found: RoutedGpu, wanted: Routing, experts: int) -> None:

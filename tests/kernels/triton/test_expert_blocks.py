@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leanmoe.kernels.triton import expert_blocks
 from leanmoe.kernels.triton.expert_blocks import (
-    WorkList,
+    ExpertBlocks,
     build_expert_blocks,
     expert_blocks_reference,
     most_blocks,
@@ -20,18 +20,18 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def by_block(work: WorkList) -> list[tuple[int, int]]:
+def by_block(blocks: ExpertBlocks) -> list[tuple[int, int]]:
     """Expert and number of rows of each block, in order."""
-    used = int(work.used_1)
-    experts, _, counts = (line[:used].tolist() for line in work.blocks_3B.cpu())
+    used = int(blocks.used_1)
+    experts, _, counts = (line[:used].tolist() for line in blocks.table.cpu())
     return list(zip(experts, counts, strict=True))
 
 
-def by_expert(work: WorkList) -> dict[int, list[int]]:
+def by_expert(blocks: ExpertBlocks) -> dict[int, list[int]]:
     """The slots of each expert, sorted."""
     found: dict[int, list[int]] = {}
-    rows = work.rows.cpu()
-    for expert, first, count in work.blocks_3B.cpu()[:, : int(work.used_1)].T.tolist():
+    rows = blocks.rows.cpu()
+    for expert, first, count in blocks.table.cpu()[:, : int(blocks.used_1)].T.tolist():
         found.setdefault(expert, []).extend(rows[first : first + count].tolist())
     return {expert: sorted(slots) for expert, slots in found.items()}
 
@@ -41,7 +41,7 @@ def check(ids: Tensor, experts: int, block_rows: int) -> None:
     wanted = expert_blocks_reference(ids, experts, block_rows)
     assert by_block(found) == by_block(wanted)
     assert by_expert(found) == by_expert(wanted)
-    assert found.blocks_3B.shape == wanted.blocks_3B.shape
+    assert found.table.shape == wanted.table.shape
 
 
 @given(

@@ -26,21 +26,21 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8_ROUNDING = 1e-2 if DEVICE == "cuda" else 2e-3
 """Hopper's fp8 products keep fewer bits of their sums (DeepSeek-V3 report, section 3.3.2)."""
 TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
-LEFT, RIGHT = Tile(16, 32, 4, 2), Tile(32, 16, 4, 2, 2, weights_left=False)
-COPIED, COPIED_RIGHT = replace(LEFT, described=True), replace(RIGHT, described=True)
+LEFT, RIGHT = Tile(16, 32, 4, 2), Tile(32, 16, 4, 2, 2, swap_ab=False)
+COPIED, COPIED_RIGHT = replace(LEFT, use_tma=True), replace(RIGHT, use_tma=True)
 WAYS = {
     "direct": ExpertsConfig(16, 0, True, LEFT, RIGHT),
-    "joined": ExpertsConfig(16, 0, True, LEFT, Tile(8, 16), is_joined=True),
-    "direct, weights right": ExpertsConfig(16, 0, True, RIGHT, LEFT),
-    "listed": ExpertsConfig(16, 0, False, RIGHT, LEFT),
-    "listed with a tail": ExpertsConfig(16, 16, False, LEFT, RIGHT),
-    "listed with a long tail": ExpertsConfig(16, 32, False, RIGHT, LEFT),
-    "listed in pieces": ExpertsConfig(16, 0, False, RIGHT, LEFT, pieces=2),
-    "listed in pieces with a long tail": ExpertsConfig(16, 32, False, LEFT, RIGHT, pieces=2),
-    "listed in three pieces": ExpertsConfig(16, 16, False, RIGHT, RIGHT, pieces=3),
-    "direct, described": ExpertsConfig(16, 0, True, COPIED, COPIED),
-    "listed with a tail, described": ExpertsConfig(16, 16, False, COPIED_RIGHT, COPIED),
-    "listed in pieces, described": ExpertsConfig(16, 16, False, COPIED, COPIED_RIGHT, pieces=2),
+    "fused sum": ExpertsConfig(16, 0, True, LEFT, Tile(8, 16), fused_sum=True),
+    "direct, weights on the right": ExpertsConfig(16, 0, True, RIGHT, LEFT),
+    "grouped": ExpertsConfig(16, 0, False, RIGHT, LEFT),
+    "grouped with a tail": ExpertsConfig(16, 16, False, LEFT, RIGHT),
+    "grouped with a long tail": ExpertsConfig(16, 32, False, RIGHT, LEFT),
+    "grouped in subblocks": ExpertsConfig(16, 0, False, RIGHT, LEFT, subblocks=2),
+    "grouped in subblocks with a long tail": ExpertsConfig(16, 32, False, LEFT, RIGHT, subblocks=2),
+    "grouped in three subblocks": ExpertsConfig(16, 16, False, RIGHT, RIGHT, subblocks=3),
+    "direct, by TMA": ExpertsConfig(16, 0, True, COPIED, COPIED),
+    "grouped with a tail, by TMA": ExpertsConfig(16, 16, False, COPIED_RIGHT, COPIED),
+    "grouped in subblocks, by TMA": ExpertsConfig(16, 16, False, COPIED, COPIED_RIGHT, subblocks=2),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "concatenated": {},
@@ -94,7 +94,7 @@ def test_ragged_calls(tokens: int, slots: int, skipped: float, seed: int) -> Non
     call = random_call(weights, tokens, slots, seed, skipped)
     wanted = slot_by_slot(*call, weights)
     for way, config in WAYS.items():
-        if not config.is_direct or tokens <= config.rows:
+        if not config.is_direct or tokens <= config.BLOCK_M:
             torch.testing.assert_close(
                 run(call, weights, config).double(), wanted, atol=1e-5, rtol=1e-4, msg=way
             )
@@ -197,32 +197,32 @@ def spread(scale: Tensor | None, shape: torch.Size) -> Tensor:
     return whole[:, : shape[1], : shape[2]]
 
 
-WIDE, DEEP, DEEP_RIGHT = Tile(64, 64, 4, 2), replace(LEFT, depth=64), replace(RIGHT, depth=32)
+WIDE, DEEP, DEEP_RIGHT = Tile(64, 64, 4, 2), replace(LEFT, BLOCK_K=64), replace(RIGHT, BLOCK_K=32)
 WAYS_FP8 = {
     "direct": ExpertsConfig(16, 0, True, WIDE, DEEP),
-    "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True),
-    "listed": ExpertsConfig(16, 0, False, replace(WIDE, weights_left=False), DEEP_RIGHT),
-    "listed with a long tail, described": ExpertsConfig(
-        16, 32, False, replace(WIDE, described=True), replace(DEEP, described=True)
+    "fused sum": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), fused_sum=True),
+    "grouped": ExpertsConfig(16, 0, False, replace(WIDE, swap_ab=False), DEEP_RIGHT),
+    "grouped with a long tail, by TMA": ExpertsConfig(
+        16, 32, False, replace(WIDE, use_tma=True), replace(DEEP, use_tma=True)
     ),
-    "described right": ExpertsConfig(
+    "by TMA, weights on the right": ExpertsConfig(
         16,
         16,
         False,
-        replace(WIDE, weights_left=False, described=True),
-        replace(DEEP_RIGHT, described=True),
+        replace(WIDE, swap_ab=False, use_tma=True),
+        replace(DEEP_RIGHT, use_tma=True),
     ),
 }
 
 
-WAYS_TWO_PARTS = {
-    "direct": ExpertsConfig(16, 0, True, WIDE, DEEP, parts=2),
-    "direct, described": ExpertsConfig(
-        16, 0, True, replace(WIDE, described=True), replace(DEEP, described=True), parts=2
+WAYS_TWO_TERMS = {
+    "direct": ExpertsConfig(16, 0, True, WIDE, DEEP, fp8_terms=2),
+    "direct, by TMA": ExpertsConfig(
+        16, 0, True, replace(WIDE, use_tma=True), replace(DEEP, use_tma=True), fp8_terms=2
     ),
-    "joined": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), is_joined=True, parts=2),
-    "listed": ExpertsConfig(16, 0, False, WIDE, DEEP, parts=2),
-    "listed in long blocks": ExpertsConfig(32, 0, False, WIDE, DEEP, parts=2),
+    "fused sum": ExpertsConfig(16, 0, True, WIDE, Tile(16, 64), fused_sum=True, fp8_terms=2),
+    "grouped": ExpertsConfig(16, 0, False, WIDE, DEEP, fp8_terms=2),
+    "grouped in long blocks": ExpertsConfig(32, 0, False, WIDE, DEEP, fp8_terms=2),
 }
 
 
@@ -235,9 +235,9 @@ def test_what_lies_between_fp8_products_may_stay_float16(way: str) -> None:
     assert error(found, fp8_reference(call, weights, None)) < FP8_ROUNDING
 
 
-@pytest.mark.parametrize("way", WAYS_TWO_PARTS)
-def test_fp8_activations_of_two_parts_are_as_exact_as_bfloat16(way: str) -> None:
-    config = WAYS_TWO_PARTS[way]
+@pytest.mark.parametrize("way", WAYS_TWO_TERMS)
+def test_fp8_activations_of_two_terms_are_as_exact_as_bfloat16(way: str) -> None:
+    config = WAYS_TWO_TERMS[way]
     weights = fp8_layer(3, 208, 144)
     hidden, ids, gates = random_call(weights, 13, 2)
     found = run((hidden.half(), ids, gates), weights, config)
@@ -261,20 +261,20 @@ def test_fp8_config_must_fit_its_scales() -> None:
     config = ExpertsConfig(16, 0, False, Tile(32, 32, 4, 2), Tile(32, 64, 4, 2))
     with pytest.raises(LeanMoeError, match="no more than the first's 32 columns"):
         run(call, weights, config)
-    two = WAYS_TWO_PARTS["listed"]
-    for odd in ({"tail": 16}, {"gate_up": replace(WIDE, weights_left=False)}, {"parts": 3}):
-        with pytest.raises(LeanMoeError, match="must be 1, or 2 without a tail and with the wei"):
+    two = WAYS_TWO_TERMS["grouped"]
+    for odd in ({"TAIL_M": 16}, {"gate_up": replace(WIDE, swap_ab=False)}, {"fp8_terms": 3}):
+        with pytest.raises(LeanMoeError, match="must be 1, or 2 with TAIL_M 0 and swap_ab true"):
             replace(two, **odd)
-    with pytest.raises(LeanMoeError, match="2 fp8 parts for other weights"):
+    with pytest.raises(LeanMoeError, match="fp8_terms 2 for weights that are not fp8"):
         run(random_call(random_layer(), 3, 1), random_layer(), two)
     for many in (two, WAYS_FP8["direct"]):
         with pytest.raises(LeanMoeError, match="float16_act true: it must be false where"):
             replace(many, float16_act=True)
-    between = replace(WAYS["listed"], float16_act=True)
+    between = replace(WAYS["grouped"], float16_act=True)
     with pytest.raises(LeanMoeError, match="float16_act true for weights that are not fp8"):
         run(random_call(random_layer(), 3, 1), random_layer(), between)
-    with pytest.raises(LeanMoeError, match="fp8 has pieces 2: it must be 1"):
-        run(call, weights, replace(WAYS_FP8["listed"], pieces=2))
+    with pytest.raises(LeanMoeError, match="fp8 has subblocks 2: it must be 1"):
+        run(call, weights, replace(WAYS_FP8["grouped"], subblocks=2))
     shallow = ExpertsConfig(16, 0, False, Tile(32, 16, 4, 2), Tile(32, 32, 4, 2))
     with pytest.raises(LeanMoeError, match="reads 16 columns a step"):
         run(call, weights, shallow)
@@ -301,34 +301,26 @@ def test_a_expert_blocks_made_before_is_used() -> None:
     layer = random_layer()
     weights, call = on_device(layer), random_call(layer, 20, 3)
     hidden, ids, gates = (t.to(DEVICE) for t in call)
-    config = WAYS["listed"]
-    work = expert_blocks_reference(ids, weights.experts, config.block_rows)
-    found = experts_gpu(hidden, ids, gates, weights, config=config, work=work)
+    config = WAYS["grouped"]
+    blocks = expert_blocks_reference(ids, weights.experts, config.block_rows)
+    found = experts_gpu(hidden, ids, gates, weights, config=config, blocks=blocks)
     assert error(found.cpu(), slot_by_slot(*call, layer)) < 1e-5
-    with pytest.raises(LeanMoeError, match="blocks of 16 rows: the config wants 32"):
-        experts_gpu(hidden, ids, gates, weights, config=WAYS["listed with a tail"], work=work)
+    with pytest.raises(LeanMoeError, match="expert blocks have 16 rows: the config wants 32"):
+        experts_gpu(hidden, ids, gates, weights, config=WAYS["grouped with a tail"], blocks=blocks)
 
 
-def test_pieces_must_fit() -> None:
-    with pytest.raises(LeanMoeError, match="pieces 0: it must be 1 or more"):
-        replace(WAYS["listed"], pieces=0)
-    for odd in (WAYS["direct"], WAYS_TWO_PARTS["listed"]):
-        with pytest.raises(LeanMoeError, match="1 where is_direct is true or parts is 2"):
-            replace(odd, pieces=2)
-
-
-def test_a_config_from_before_there_were_pieces_and_float16_between() -> None:
-    for config in (WAYS["listed with a tail"], WAYS["listed in pieces"]):
-        written = config.to_json()
-        assert ExpertsConfig.from_json(written, "config") == config
-        del written["pieces"], written["float16_act"]
-        assert ExpertsConfig.from_json(written, "config") == replace(config, pieces=1)
+def test_subblocks_must_fit() -> None:
+    with pytest.raises(LeanMoeError, match="subblocks 0: it must be 1 or more"):
+        replace(WAYS["grouped"], subblocks=0)
+    for odd in (WAYS["direct"], WAYS_TWO_TERMS["grouped"]):
+        with pytest.raises(LeanMoeError, match="1 where is_direct is true or fp8_terms is 2"):
+            replace(odd, subblocks=2)
 
 
 def test_no_tokens() -> None:
     weights = random_layer()
     call = random_call(weights, 0, 3)
-    assert run(call, weights, WAYS["listed"]).shape == (0, weights.hidden)
+    assert run(call, weights, WAYS["grouped"]).shape == (0, weights.hidden)
 
 
 def test_says_what_it_cannot_do() -> None:
@@ -339,7 +331,7 @@ def test_says_what_it_cannot_do() -> None:
     with pytest.raises(LeanMoeError, match="rows must be at least the tokens"):
         run((hidden, ids, gates), weights, WAYS["direct"])
     with pytest.raises(LeanMoeError, match="must be of one dtype"):
-        run((hidden.half(), ids, gates), weights, WAYS["listed"])
+        run((hidden.half(), ids, gates), weights, WAYS["grouped"])
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,4 +1,4 @@
-"""route_gpu: the programs against `route` and the work list against its reference."""
+"""route_gpu: the programs against `route` and the blocks against its reference."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from leanmoe.routing import route
 from tests.kernels.cpu.test_router import is_clear
 from tests.kernels.triton.routed import (
     DEVICE,
+    check_blocks,
     check_same,
-    check_work,
     draw,
     expected,
     one_step,
@@ -56,7 +56,7 @@ def test_the_same_experts_and_weights_as_the_reference(drawn: Case) -> None:
     assume(is_clear(case))
     found = run(case)
     check_same(found, expected(case), case.experts)
-    check_work(found, case.experts)
+    check_blocks(found, case.experts)
 
 
 @pytest.mark.parametrize("rule", [Rule(threshold=0.5, guaranteed=g) for g in (1, 2)])
@@ -91,7 +91,7 @@ def test_hostile_scores_keep_every_promise(drawn: Case) -> None:
     if case.rule.budget is not None:
         distinct = len(set(found.ids_TK[used].tolist()))
         assert bool(found.over_budget) or distinct <= case.rule.budget
-    check_work(found, case.experts)
+    check_blocks(found, case.experts)
 
 
 @given(cases())
@@ -113,7 +113,7 @@ def test_every_rule_with_every_router(name: str, rule: Rule) -> None:
     )  # fmt: skip
     found = run(case, block_rows=4)
     check_same(found, expected(case), 32)
-    check_work(found, 32)
+    check_blocks(found, 32)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_any_number_of_experts(router: Router, experts: int, rule: Rule) -> None
     top_k = min(6, experts)
     found = route_here(logits, router, top_k, rule, bias_E)
     check_same(found, route(logits, router, top_k, rule, bias_E), experts)
-    check_work(found, experts)
+    check_blocks(found, experts)
 
 
 @pytest.mark.parametrize("budget", [1, 8, 9, 13, 15, 16, 32])
@@ -163,7 +163,7 @@ def test_one_call_leaves_nothing_to_the_next(rule: Rule) -> None:
         found = route_here(logits, Router(), 4, rule, ids_dtype=torch.int32)
         assert found.ids_TK.dtype is torch.int32
         check_same(found._replace(ids_TK=found.ids_TK.long()), route(logits, Router(), 4, rule), 32)
-        check_work(found, 32)
+        check_blocks(found, 32)
 
 
 def spelled_by_repeating(found: RoutedGpu, experts: int, padding_T: Tensor | None) -> Tensor:
@@ -217,7 +217,7 @@ def test_repeating_of_padding_alone_names_experts_that_exist() -> None:
 def test_no_tokens() -> None:
     found = route_here(torch.randn(0, 32), Router(), 4, Rule(budget=3))
     assert found.ids_TK.shape == (0, 4)
-    assert int(found.work.used_1) == 0
+    assert int(found.blocks.used_1) == 0
     assert not bool(found.over_budget)
 
 

@@ -12,7 +12,7 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import BatchScope, route
-from tests.kernels.triton.routed import check_same, check_work, draw, route_here, there
+from tests.kernels.triton.routed import check_blocks, check_same, draw, route_here, there
 from tests.routing.cases import ROUTERS
 
 PLACEMENTS = (
@@ -47,7 +47,7 @@ def test_budgets_per_rank_are_those_of_the_reference(rule: Rule, placement: Plac
         arguments = (logits, ROUTERS[name], 4, rule, bias_E, padding)
         found = route_here(*arguments, placement)
         check_same(found, route(*arguments, BatchScope(placement)), 32)
-        check_work(found, 32)
+        check_blocks(found, 32)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 8, 16])

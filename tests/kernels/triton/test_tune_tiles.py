@@ -50,7 +50,7 @@ def test_finds_a_config_for_every_number_of_tokens(pretending: list[str]) -> Non
         assert shape == SMALL
         assert [tokens for tokens, _, _ in found] == [1, 4]
         for tokens, config, _ in found:
-            assert not config.is_direct or tokens <= config.rows
+            assert not config.is_direct or tokens <= config.BLOCK_M
     assert {"rough", "careful"} == set(pretending)
     assert any(stage.startswith("compiling") for stage in stages)
 
@@ -73,8 +73,8 @@ def test_all_that_is_timed_was_compiled_ahead(
         call = tune_tiles._call(
             tune_tiles._Compiled, shape, tokens, config, random_weights(shape, "meta"), None, "meta"
         )
-        work = () if config.is_direct else tune_tiles._empty_work()
-        (call.first_product if product == tune_tiles.FIRST else call.second_product)(*work)
+        blocks = () if config.is_direct else tune_tiles._empty_blocks()
+        (call.first_product if product == tune_tiles.FIRST else call.second_product)(*blocks)
 
     def time_calls(calls: Any, **_: Any) -> float:
         if getattr(calls[0], "func", None) is None:  # a product, not the whole op
@@ -113,14 +113,14 @@ def test_a_config_that_is_too_far_off_is_not_taken(monkeypatch: pytest.MonkeyPat
     right = tune_tiles.experts_gpu
 
     def miscompiled(*call: Any, config: ExpertsConfig) -> torch.Tensor:
-        return right(*call, config=config) * (1.02 if config.is_joined else 1.0)
+        return right(*call, config=config) * (1.02 if config.fused_sum else 1.0)
 
     monkeypatch.setattr(tune_tiles, "experts_gpu", miscompiled)
     tuner = Tuner([SMALL], [1], lambda *_: None)
     ((_, [(_, config, _)]),) = list(tuner.tune())
-    assert not config.is_joined
+    assert not config.fused_sum
     ((_, [(_, config, _)]),) = list(Tuner([SMALL], [1], lambda *_: None, most_error=0.03).tune())
-    assert config.is_joined  # tried last, and later calls are faster
+    assert config.fused_sum  # tried last, and later calls are faster
     assert any(t.get("failed") == "2.0% off float64, 1.0% is the most" for t in tuner.trials)
     monkeypatch.setattr(tune_tiles, "experts_gpu", lambda hidden, *_, **__: hidden * float("nan"))
     with pytest.raises(LeanMoeError, match="nan% off float64"):
@@ -193,7 +193,7 @@ def test_a_gpu_nobody_tuned_takes_the_tiles_of_its_kind(
 def test_what_is_tried_fits_the_machine(tokens: int) -> None:
     for shape in (V3, Shape(256, 7168, 2048, 8, "float8_e4m3fn"), Shape(64, 256, 48, 8, "float32")):
         for way in ways(shape, tokens):
-            assert not way.is_direct or way.rows >= tokens
+            assert not way.is_direct or tokens <= way.BLOCK_M
             for is_first in (True, False):
                 assert list(tiles(way, shape, is_first)), (shape, way)
 
@@ -208,11 +208,11 @@ def test_shipped_files_are_whole(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"leanmoe_kernels": 9}, "no tuned-kernels file of version 1"),
+        ({"leanmoe_kernels": 1}, "file of version 2: write it anew with `leanmoe kernels tune`"),
         ({"buckets": []}, "ascending"),
         ({"buckets": [{"tokens": 1}]}, "no tuned-kernels file"),
         ({"shape": {"experts": 1}}, "no tuned-kernels file"),
-        ({"buckets": [{"tokens": 1, "config": {"rows": 16}}]}, "must have the fields"),
+        ({"buckets": [{"tokens": 1, "config": {"BLOCK_M": 16}}]}, "must have the fields"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -227,12 +227,12 @@ def test_a_bad_file_is_refused(tmp_path: Path, change: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("rows", 24, "power of two"),
-        ("rows", 8, "power of two"),
-        ("tail", -1, "power of two"),
+        ("BLOCK_M", 24, "power of two"),
+        ("BLOCK_M", 8, "power of two"),
+        ("TAIL_M", -1, "power of two"),
         ("is_direct", 1, "must be bool"),
-        ("gate_up", {"columns": 3}, "must have the fields"),
-        ("down", {**Tile().__dict__, "warps": 3}, "power of two"),
+        ("gate_up", {"BLOCK_N": 3}, "must have the fields"),
+        ("down", {**Tile().__dict__, "num_warps": 3}, "power of two"),
     ],
 )
 def test_a_bad_config_is_refused(field: str, value: Any, message: str) -> None:

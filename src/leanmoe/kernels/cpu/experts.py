@@ -1,6 +1,6 @@
 """CPU experts: rows sorted by expert, one fused pass over the experts that are awake.
 
-Shapes: T tokens, K slots a token, E experts, D hidden width.
+Letters: T tokens, K slots a token, E experts, D hidden width.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ One call: count and sort the used slots by expert; split them over the threads; 
 its rows in blocks, expert by expert: first product, gate, second product, times the routing
 weight, added to the token. A skipped slot is in no block, an expert without slots in no loop.
 
-Shapes: T tokens, K slots a token, E experts, M expert width, D hidden width. Rows of both
+Letters: T tokens, K slots a token, E experts, M expert width, D hidden width. Rows of both
 products are padded to whole vectors. Numbers and addresses arrive in one array of int64, see
 `Field`; numba reads its entries as constants.
 """

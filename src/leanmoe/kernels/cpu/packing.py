@@ -4,7 +4,7 @@ Each expert's two matrices become panels of a few vectors of columns, (i, column
 gate columns come first, then up columns, each padded to whole vectors with zeros. bf16 weights
 stay two bytes: a 32-bit word holds a column of one vector and the same column of the next.
 
-Shapes: E experts, M expert width, D hidden width, I inputs of a matrix, C its padded columns.
+Letters: E experts, M expert width, D hidden width, I inputs of a matrix, J its padded columns.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def pack(weights: ExpertWeights) -> Packed:
     gate_up = np.empty((experts, hidden * columns), kind)
     down = np.empty((experts, width * wide), kind)
     for expert in range(experts):
-        first_IC = torch.zeros(hidden, columns)
+        first_IJ = torch.zeros(hidden, columns)
         for part, at in _gate_and_up(weights, inner):
             matrix = weights.gate_up[expert].detach().float()
-            first_IC[:, at : at + width] = (matrix if weights.is_transposed else matrix.T)[:, part]
-        second_IC = torch.zeros(width, wide)
+            first_IJ[:, at : at + width] = (matrix if weights.is_transposed else matrix.T)[:, part]
+        second_IJ = torch.zeros(width, wide)
         matrix = weights.down[expert].detach().float()
-        second_IC[:, :hidden] = matrix if weights.is_transposed else matrix.T
-        gate_up[expert] = _panels(first_IC, is_bf16)
-        down[expert] = _panels(second_IC, is_bf16)
+        second_IJ[:, :hidden] = matrix if weights.is_transposed else matrix.T
+        gate_up[expert] = _panels(first_IJ, is_bf16)
+        down[expert] = _panels(second_IJ, is_bf16)
 
     has_bias = weights.gate_up_bias is not None or weights.down_bias is not None
     gate_up_bias = torch.zeros(experts if has_bias else 1, columns)
@@ -91,10 +91,10 @@ def _fits_bf16(weight: Tensor) -> bool:
     return all(not bool((bits[expert] & 0xFFFF).any()) for expert in range(bits.shape[0]))
 
 
-def _panels(matrix_IC: Tensor, is_bf16: bool) -> Array:
-    inputs, columns = matrix_IC.shape
-    vectors_IVL = matrix_IC.view(inputs, columns // LANES, LANES)
-    panels = [vectors_IVL[:, v : v + PANEL] for v in range(0, columns // LANES, PANEL)]
+def _panels(matrix_IJ: Tensor, is_bf16: bool) -> Array:
+    inputs, columns = matrix_IJ.shape
+    vectors = matrix_IJ.view(inputs, columns // LANES, LANES)
+    panels = [vectors[:, v : v + PANEL] for v in range(0, columns // LANES, PANEL)]
     if not is_bf16:
         return torch.cat([panel.reshape(-1) for panel in panels]).numpy()
     # Pairs of vectors, lane by lane: the first is the lower half of each word.

@@ -1,6 +1,6 @@
 """CPU routing: what `leanmoe.routing.route` computes, in one compiled pass over the tokens.
 
-Shapes: B independent steps (may be absent), T tokens, E experts, K slots a token.
+Letters: B independent steps (may be absent), T tokens, E experts, K slots a token.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """GPU experts: checked arguments in, two products and a sum out, as one op of torch.
 
-Letters: T tokens, K slots a token, N = T*K slots, E experts, D hidden width, M expert width.
+Letters: T tokens, K slots a token, E experts, D hidden width, M expert width.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.reference import check_call
 from leanmoe.kernels.triton.config import MOST_DIRECT_TOKENS, ExpertsConfig, Tile
-from leanmoe.kernels.triton.expert_blocks import WorkList, build_expert_blocks
-from leanmoe.kernels.triton.launch import ExpertsCall, interprets
-from leanmoe.kernels.weights import ACTIVATIONS, SCALE_BLOCK, ExpertWeights, Gate
+from leanmoe.kernels.triton.expert_blocks import ExpertBlocks, build_expert_blocks
+from leanmoe.kernels.triton.launch import ExpertsCall, Operands, interprets, operands
+from leanmoe.kernels.weights import SCALE_BLOCK, ExpertWeights, Gate
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
@@ -47,19 +47,24 @@ def experts_gpu(
     weights: ExpertWeights,
     *,
     config: ExpertsConfig | None = None,
-    work: WorkList | None = None,
+    blocks: ExpertBlocks | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Each token's weighted sum over its experts, (T,D), as `experts_reference` gives it.
 
     With fp8 weights the hidden states and what lies between the products are made fp8, too, as
     DeepSeek-V3 was trained (4 to 5 % off), or the sum of two fp8 numbers, which is as exact as
-    bf16 (the config's `parts`); or what lies between stays float16 (`float16_act`). Adds up in
-    float32 and in the order of the slots: the same bits every time. Waits for nothing, so it can be
-    captured in a graph. Ids are not checked for range. `work` is the work list of the same ids,
-    where routing made it already, with the config's `block_rows`. `out` (T,D) is where the result
-    goes, for who has a place for it; it must be contiguous and apart from the inputs, and
-    torch.compile cannot trace that. Raises LeanMoeError for what it cannot compute.
+    bf16 (the config's `fp8_terms`); or what lies between stays float16 (`float16_act`). It adds up
+    in float32 and in the order of the slots: the same bits every time. It waits for nothing, so it
+    can be captured in a graph. Ids are not checked for range.
+
+    Args:
+        blocks: the expert blocks of the same ids, where routing made them already, with the
+            config's `block_rows`.
+        out: where the result (T,D) goes. It must be contiguous and apart from the inputs;
+            torch.compile cannot trace it.
+
+    Raises LeanMoeError for what it cannot compute.
     """
     check_call(hidden_TD, ids_TK, weights_TK, weights)
     if reason := why_not_gpu(weights):
@@ -78,30 +83,16 @@ def experts_gpu(
         from leanmoe.kernels.triton.tuned_tiles import config_for
 
         config = config_for(weights, tokens, slots)
-    _check_config(config, tokens, work, weights.gate_up_scale is not None)
-    if work is None and not config.is_direct:
-        work = build_expert_blocks(ids_TK, weights.experts, config.block_rows)
-    extras, listed, *gate = operands(weights, work if not config.is_direct else None)
+    _check_config(config, tokens, blocks, weights.gate_up_scale is not None)
+    if blocks is None and not config.is_direct:
+        blocks = build_expert_blocks(ids_TK, weights.experts, config.block_rows)
+    grouped = [] if blocks is None or config.is_direct else list(blocks[:3])
     hidden, ids, gates = (t.contiguous() for t in (hidden_TD, ids_TK, weights_TK))
-    inputs = (hidden, ids, gates, weights.gate_up, weights.down, extras)
+    layer = operands(weights)
     if out is not None:
-        layout, activation, numbers = gate
-        return _run(ExpertsCall(*inputs, layout, activation, numbers, config, out), listed)
-    found: Tensor = _experts_op(*inputs, listed, *gate, _numbers(config))
-    return found
-
-
-def operands(weights: ExpertWeights, work: WorkList | None) -> tuple[Any, ...]:
-    """Biases and scales, work list, layout, activation and its numbers, as the op takes them."""
-    gate = weights.gate
-    assert isinstance(gate, Gate)
-    return (
-        [weights.gate_up_bias, weights.down_bias, weights.gate_up_scale, weights.down_scale],
-        [] if work is None else list(work[:3]),
-        [weights.is_transposed, weights.is_concatenated, weights.is_gated],
-        list(ACTIVATIONS).index(gate.activation),
-        [float("inf") if gate.limit is None else gate.limit, gate.alpha, gate.up_offset],
-    )
+        return _run(ExpertsCall(hidden, ids, gates, layer, config, out), grouped)
+    result: Tensor = _experts_op(hidden, ids, gates, *layer, grouped, _numbers(config))
+    return result
 
 
 def _check_out(out: Tensor, hidden_TD: Tensor) -> None:
@@ -113,20 +104,21 @@ def _check_out(out: Tensor, hidden_TD: Tensor) -> None:
 
 
 def _check_config(
-    config: ExpertsConfig, tokens: int, work: WorkList | None, is_scaled: bool
+    config: ExpertsConfig, tokens: int, blocks: ExpertBlocks | None, is_scaled: bool
 ) -> None:
-    if config.is_direct and tokens > config.rows:
+    if config.is_direct and tokens > config.BLOCK_M:
         raise LeanMoeError(
-            f"experts config is direct with {config.rows} rows for {tokens} tokens: "
+            f"experts config is direct with {config.BLOCK_M} rows for {tokens} tokens: "
             f"rows must be at least the tokens, which may be {MOST_DIRECT_TOKENS} at most"
         )
-    columns, depths = config.gate_up.columns, [config.gate_up.depth]
-    if config.is_joined and is_scaled and config.down.columns > SCALE_BLOCK:
+    columns, depths = config.gate_up.BLOCK_N, [config.gate_up.BLOCK_K]
+    if config.fused_sum and is_scaled and config.down.BLOCK_N > SCALE_BLOCK:
         raise LeanMoeError(
-            f"experts config for fp8 joins {config.down.columns} columns: at most {SCALE_BLOCK}"
+            f"experts config for fp8 sums the slots of {config.down.BLOCK_N} columns: "
+            f"at most {SCALE_BLOCK}"
         )
-    if not config.is_joined:  # there each value has its own scale at hand
-        depths.append(config.down.depth)
+    if not config.fused_sum:  # there each value has its own scale at hand
+        depths.append(config.down.BLOCK_K)
     if is_scaled and (max(depths) > SCALE_BLOCK or depths[-1] > columns):
         raise LeanMoeError(
             f"experts config for fp8 reads {tuple(depths)} columns a step: at most {SCALE_BLOCK} "
@@ -137,46 +129,48 @@ def _check_config(
             f"experts config for fp8 reads {min(depths)} columns a step: the matrix unit takes "
             f"{LEAST_FP8_DEPTH} at least"
         )
-    if config.parts == 2 and not is_scaled:
-        raise LeanMoeError("experts config makes activations of 2 fp8 parts for other weights")
+    if config.fp8_terms == 2 and not is_scaled:
+        raise LeanMoeError("experts config has fp8_terms 2 for weights that are not fp8")
     if config.float16_act and not is_scaled:
         raise LeanMoeError("experts config has float16_act true for weights that are not fp8")
-    if config.pieces > 1 and is_scaled:
+    if config.subblocks > 1 and is_scaled:
         raise LeanMoeError(
-            f"experts config for fp8 has pieces {config.pieces}: it must be 1, other weights alone "
-            "have more"
+            f"experts config for fp8 has subblocks {config.subblocks}: it must be 1, "
+            "other weights alone have more"
         )
-    if work is not None and work.block_rows != config.block_rows:
+    if blocks is not None and blocks.block_rows != config.block_rows:
         raise LeanMoeError(
-            f"work list has blocks of {work.block_rows} rows: the config wants {config.block_rows}"
+            f"expert blocks have {blocks.block_rows} rows: the config wants {config.block_rows}"
         )
 
 
 def _numbers(config: ExpertsConfig) -> list[int]:
-    """The config as the op takes it."""
-    tiles = [
-        int(n)
-        for t in (config.gate_up, config.down)
-        for n in (t.columns, t.depth, t.warps, t.stages, t.group, t.weights_left, t.described)
-    ]
-    ways = (config.is_direct, config.overlap, config.is_joined)
-    counts = (config.parts, config.pieces, config.float16_act)
-    return [config.rows, config.tail, *ways, *counts, *tiles]
+    """The config as the op takes it; `_config` reads it."""
+    tiles = (tuple(vars(tile).values()) for tile in (config.gate_up, config.down))
+    first, second = tiles
+    own = (value for value in vars(config).values() if not isinstance(value, Tile))
+    return [int(number) for number in (*first, *second, *own)]
 
 
 def _config(numbers: list[int]) -> ExpertsConfig:
-    rows, tail, direct, overlap, joined, *numbers = numbers
-    parts, pieces, is_float16, *rest = numbers
-    first, second = (_tile(t) for t in (rest[: len(rest) // 2], rest[len(rest) // 2 :]))
-    flags = (bool(overlap), bool(joined))
+    block_m, tail_m, is_direct, use_pdl, fused_sum, fp8_terms, subblocks, float16_act = numbers[14:]
     return ExpertsConfig(
-        rows, tail, bool(direct), first, second, *flags, parts, pieces, bool(is_float16)
+        block_m,
+        tail_m,
+        bool(is_direct),
+        _tile(numbers[:7]),
+        _tile(numbers[7:14]),
+        bool(use_pdl),
+        bool(fused_sum),
+        fp8_terms,
+        subblocks,
+        bool(float16_act),
     )
 
 
 def _tile(numbers: list[int]) -> Tile:
-    columns, depth, warps, stages, group, left, described = numbers
-    return Tile(columns, depth, warps, stages, group, bool(left), bool(described))
+    block_n, block_k, warps, stages, group_m, swap_ab, use_tma = numbers
+    return Tile(block_n, block_k, warps, stages, group_m, bool(swap_ab), bool(use_tma))
 
 
 @torch.library.custom_op("leanmoe::experts_gpu", mutates_args=())
@@ -186,23 +180,42 @@ def _experts_op(
     gates: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    extras: list[Tensor | None],
-    work: list[Tensor],
-    layout: list[bool],
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+    is_transposed: bool,
+    is_concatenated: bool,
+    is_gated: bool,
     activation: int,
-    numbers: list[float],
+    limit: float,
+    alpha: float,
+    up_offset: float,
+    blocks: list[Tensor],
     config: list[int],
 ) -> Tensor:
-    call = ExpertsCall(
-        hidden, ids, gates, gate_up, down, extras, layout, activation, numbers, _config(config)
+    layer = Operands(
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        gate_up_scale,
+        down_scale,
+        is_transposed,
+        is_concatenated,
+        is_gated,
+        activation,
+        limit,
+        alpha,
+        up_offset,
     )
-    return _run(call, work)
+    return _run(ExpertsCall(hidden, ids, gates, layer, _config(config)), blocks)
 
 
-def _run(call: ExpertsCall, work: list[Tensor]) -> Tensor:
+def _run(call: ExpertsCall, blocks: list[Tensor]) -> Tensor:
     call.quantise()
-    call.first_product(*work)
-    call.second_product(*work)
+    call.first_product(*blocks)
+    call.second_product(*blocks)
     if not call.config.is_direct:
         call.sum_slots()
     return call.out

@@ -1,26 +1,26 @@
 """How the experts' programs are launched: grids, arguments and what is fixed when they compile.
 
-Letters: T tokens, K slots a token, N = T*K slots, E experts, D hidden width, M expert width.
+Letters: T tokens, K slots a token, E experts, D hidden width, M expert width.
 """
 
 from __future__ import annotations
 
 import os
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanmoe.kernels.triton.config import ExpertsConfig, Tile
 from leanmoe.kernels.triton.state import power_of_two, zeros_for
-from leanmoe.kernels.weights import SCALE_BLOCK
+from leanmoe.kernels.weights import ACTIVATIONS, SCALE_BLOCK, ExpertWeights, Gate
 
 SUM_COLUMNS = 2048
 QUANTISE_BLOCKS = 8
 """Blocks of 128 columns that one program makes fp8."""
-MOST_FLOAT32_PARTS = 64
-"""Up to so many tokens the slots' parts are kept in float32: it costs nothing there."""
+MOST_FLOAT32_TOKENS = 64
+"""Up to so many tokens the slots' results are kept in float32: it costs nothing there."""
 
 
 def interprets() -> bool:
@@ -42,13 +42,54 @@ def settle_keys() -> None:
     for program in (
         experts_direct_program.gate_up_direct,
         experts_direct_program.down_direct,
-        experts_direct_program.down_joined,
-        experts_program.gate_up_listed,
-        experts_program.down_listed,
+        experts_direct_program.down_fused,
+        experts_program.gate_up_grouped,
+        experts_program.down_grouped,
         experts_program.add_slots,
         fp8_program.quantise_rows,
     ):
         program.cache_key  # noqa: B018, named here
+
+
+class Operands(NamedTuple):
+    """What the weights of a layer are to the programs."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    gate_up_scale: Tensor | None
+    down_scale: Tensor | None
+    is_transposed: bool
+    is_concatenated: bool
+    is_gated: bool
+    activation: int
+    """Its place in `kernels.weights.ACTIVATIONS`."""
+    limit: float
+    """Infinity for none."""
+    alpha: float
+    up_offset: float
+
+
+def operands(weights: ExpertWeights) -> Operands:
+    """The operands of weights whose gate is a `Gate`."""
+    gate = weights.gate
+    assert isinstance(gate, Gate)
+    return Operands(
+        weights.gate_up,
+        weights.down,
+        weights.gate_up_bias,
+        weights.down_bias,
+        weights.gate_up_scale,
+        weights.down_scale,
+        weights.is_transposed,
+        weights.is_concatenated,
+        weights.is_gated,
+        list(ACTIVATIONS).index(gate.activation),
+        float("inf") if gate.limit is None else gate.limit,
+        gate.alpha,
+        gate.up_offset,
+    )
 
 
 class ExpertsCall:
@@ -59,80 +100,84 @@ class ExpertsCall:
         hidden_TD: Tensor,
         ids_TK: Tensor,
         gates_TK: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        extras: list[Tensor | None],
-        layout: list[bool],
-        activation: int,
-        numbers: list[float],
+        weights: Operands,
         config: ExpertsConfig,
-        out: Tensor | None = None,
+        out_TD: Tensor | None = None,
     ) -> None:
-        """`extras`: biases of both products, then block scales of both; `layout`: whether the
-        weights are transposed, concatenated, gated; `numbers`: limit, alpha and up_offset; `out`
-        (T,D), where the result is to lie."""
-        transposed, concatenated, gated = layout
-        up_bias, down_bias, up_scale, down_scale = extras
+        """Makes room for what lies between the programs, and for the result without `out_TD`."""
         self.hidden, self.ids, self.gates = hidden_TD, ids_TK, gates_TK
-        self.gate_up, self.down, self.config = gate_up, down, config
+        self.gate_up, self.down, self.config = weights.gate_up, weights.down, config
         self.tokens, self.slots = ids_TK.shape
-        self.experts, self.width = gate_up.shape[0], hidden_TD.shape[1]
-        self.inner = down.shape[1] if transposed else down.shape[2]
-        rows, is_exact = self.tokens * self.slots, self.tokens <= MOST_FLOAT32_PARTS
+        self.experts, self.width = self.gate_up.shape[0], hidden_TD.shape[1]
+        self.inner = self.down.shape[1 if weights.is_transposed else 2]
+        self._is_scaled = weights.gate_up_scale is not None
+        self._has_pdl = config.use_pdl and not interprets()
+        self._limits = (min(weights.limit, 3e38), weights.alpha, weights.up_offset)
+        # A program wants some pointer even where it never reads it.
+        unread_up, unread_down = (weights.gate_up,) * 2, (weights.down,) * 2
+        self._up_extras = _present((weights.gate_up_bias, weights.gate_up_scale), unread_up)
+        self._down_extras = _present((weights.down_bias, weights.down_scale), unread_down)
+        self._make_room(out_TD)
+        self._set_options(weights)
+
+    def _make_room(self, out_TD: Tensor | None) -> None:
+        hidden_TD, config = self.hidden, self.config
+        rows, is_exact = self.tokens * self.slots, self.tokens <= MOST_FLOAT32_TOKENS
         kind = torch.float32 if is_exact else hidden_TD.dtype
-        self._is_scaled = up_scale is not None
         coded = torch.float8_e4m3fn if self._is_scaled else hidden_TD.dtype
         act_kind = torch.float16 if config.float16_act else coded
-        self.act = hidden_TD.new_empty(rows * config.parts, self.inner, dtype=act_kind)
+        self.act = hidden_TD.new_empty(rows * config.fp8_terms, self.inner, dtype=act_kind)
         self.part = hidden_TD.new_empty(rows, self.width, dtype=kind)
-        self.out = torch.empty_like(hidden_TD) if out is None else out
+        self.out = torch.empty_like(hidden_TD) if out_TD is None else out_TD
         self._read, self._read_scale, self._act_scale = hidden_TD, hidden_TD, hidden_TD
         if self._is_scaled:
             blocks = -(-self.width // SCALE_BLOCK)
-            tiles = -(-self.inner // config.gate_up.columns)
-            self._read = hidden_TD.new_empty(self.tokens * config.parts, self.width, dtype=coded)
+            tiles = -(-self.inner // config.gate_up.BLOCK_N)
+            self._read = hidden_TD.new_empty(
+                self.tokens * config.fp8_terms, self.width, dtype=coded
+            )
             self._read_scale = hidden_TD.new_empty(self.tokens, blocks, dtype=torch.float32)
             self._act_scale = hidden_TD.new_empty(rows, tiles, dtype=torch.float32)
-        self._limits = (min(numbers[0], 3e38), numbers[1], numbers[2])
-        # A program wants some pointer even where it never reads it.
-        self._up_extras = (_or(up_bias, gate_up), _or(up_scale, gate_up))
-        self._down_extras = (_or(down_bias, down), _or(down_scale, down))
-        self._has_overlap = config.overlap and not interprets()
-        common = {"M": self.inner, "D": self.width, "ROWS": config.rows}
-        common |= {"PARTS": config.parts, "WIDEN": interprets()}
+
+    def _set_options(self, weights: Operands) -> None:
+        """What is fixed when the programs compile."""
+        config = self.config
+        common = {"M": self.inner, "D": self.width, "BLOCK_M": config.BLOCK_M}
+        common |= {"FP8_TERMS": config.fp8_terms, "WIDEN": interprets()}
         if config.is_direct:
             shape = {"E": self.experts, "K": self.slots, "SLOTS": power_of_two(self.slots)}
         else:
-            shape = {"TAIL": config.tail, "PIECES": config.pieces}
-        both = self.inner * (2 if gated else 1)
-        lies_in_rows = not transposed and (concatenated or not gated)
+            shape = {"TAIL_M": config.TAIL_M, "SUBBLOCKS": config.subblocks}
+        both = self.inner * (2 if weights.is_gated else 1)
+        is_split = weights.is_concatenated or not weights.is_gated
+        lies_in_rows = not weights.is_transposed and is_split
         self._up_options = {
             **common,
             **shape,
             **_tile(config.gate_up, config.is_direct, lies_in_rows and self.gate_up),
             "K": self.slots,
-            "STRIDE_C": 1 if transposed else self.width,
-            "STRIDE_K": both if transposed else 1,
-            "GATED": gated,
-            "INTERLEAVED": not concatenated,
-            "HAS_BIAS": up_bias is not None,
-            "HAS_LIMIT": numbers[0] != float("inf"),
-            "ACTIVATION": activation,
-            "SCALED": up_scale is not None,
-            "PDL": self._has_overlap,
+            "STRIDE_N": 1 if weights.is_transposed else self.width,
+            "STRIDE_K": both if weights.is_transposed else 1,
+            "GATED": weights.is_gated,
+            "INTERLEAVED": not weights.is_concatenated,
+            "HAS_BIAS": weights.gate_up_bias is not None,
+            "HAS_LIMIT": weights.limit != float("inf"),
+            "ACTIVATION": weights.activation,
+            "SCALED": self._is_scaled,
+            "USE_PDL": self._has_pdl,
             **self._after_another(),
         }
         self._down_options = {
             **common,
             **shape,
-            **_tile(config.down, config.is_direct, not transposed and self.down),
-            "STRIDE_C": 1 if transposed else self.inner,
-            "STRIDE_K": self.width if transposed else 1,
-            "HAS_BIAS": down_bias is not None,
-            "SCALED": down_scale is not None,
+            **_tile(config.down, config.is_direct, not weights.is_transposed and self.down),
+            "STRIDE_N": 1 if weights.is_transposed else self.inner,
+            "STRIDE_K": self.width if weights.is_transposed else 1,
+            "HAS_BIAS": weights.down_bias is not None,
+            "SCALED": self._is_scaled,
             # Without scales it changes nothing, and must not make a program anew.
-            "X_BLOCK": config.gate_up.columns if self._is_scaled else SCALE_BLOCK,
-            "PDL": self._has_overlap,
+            "X_BLOCK": config.gate_up.BLOCK_N if self._is_scaled else SCALE_BLOCK,
+            "USE_PDL": self._has_pdl,
             **self._after_another(),
         }
 
@@ -149,14 +194,14 @@ class ExpertsCall:
 
         blocks = self._read_scale.shape[1]
         sizes = {"WIDTH": self.width, "BLOCKS": blocks, "CHUNK": QUANTISE_BLOCKS}
-        sizes["PARTS"] = self.config.parts
-        options = {"WIDEN": interprets(), "PDL": self._has_overlap, **self._after_another()}
+        sizes["FP8_TERMS"] = self.config.fp8_terms
+        options = {"WIDEN": interprets(), "USE_PDL": self._has_pdl, **self._after_another()}
         grid = (self.tokens, -(-blocks // QUANTISE_BLOCKS))
         self.run(quantise_rows, grid, self.hidden, self._read, self._read_scale, **sizes, **options)
 
-    def first_product(self, *work: Tensor) -> None:
-        """Fills in `act`; `work` is the work list's tensors, or nothing where it runs direct."""
-        tiles = -(-self.inner // self.config.gate_up.columns)
+    def first_product(self, *blocks: Tensor) -> None:
+        """Fills in `act`; `blocks` are the tensors of `ExpertBlocks`, none where it is direct."""
+        tiles = -(-self.inner // self.config.gate_up.BLOCK_N)
         weights = _described(self.gate_up, self.config.gate_up, self._up_options)
         inputs = (self._read, self._read_scale, weights, *self._up_extras)
         pointers = (*inputs, self.act, self._act_scale)
@@ -167,25 +212,25 @@ class ExpertsCall:
             last = (self.ids, self.tokens, *self._limits)
             self.run(gate_up_direct, grid, *pointers, *last, **self._up_options)
         else:
-            from leanmoe.kernels.triton.experts_program import gate_up_listed
+            from leanmoe.kernels.triton.experts_program import gate_up_grouped
 
-            most = work[1].shape[1]
+            most = blocks[1].shape[1]
             ends = (most, *self._limits)
-            grid = (most * tiles * self.config.pieces,)
-            self.run(gate_up_listed, grid, *pointers, *work, *ends, **self._up_options)
+            grid = (most * tiles * self.config.subblocks,)
+            self.run(gate_up_grouped, grid, *pointers, *blocks, *ends, **self._up_options)
 
-    def second_product(self, *work: Tensor) -> None:
-        """Fills in `part`, and where it runs direct also `out`; joined, `out` alone."""
-        tiles = -(-self.width // self.config.down.columns)
+    def second_product(self, *blocks: Tensor) -> None:
+        """Fills in `part`, and where it runs direct also `out`; with a fused sum, `out` alone."""
+        tiles = -(-self.width // self.config.down.BLOCK_N)
         weights = _described(self.down, self.config.down, self._down_options)
         inputs = (self.act, self._act_scale, weights, *self._down_extras)
         pointers = (*inputs, self.part, self.gates)
-        if self.config.is_joined:
-            from leanmoe.kernels.triton.experts_direct_program import down_joined
+        if self.config.fused_sum:
+            from leanmoe.kernels.triton.experts_direct_program import down_fused
 
             grid = (self.tokens * tiles,)
             last = (self.gates, self.ids, self.out, self.tokens)
-            self.run(down_joined, grid, *inputs, *last, **self._joined_options())
+            self.run(down_fused, grid, *inputs, *last, **self._fused_options())
         elif self.config.is_direct:
             from leanmoe.kernels.triton.experts_direct_program import down_direct
 
@@ -194,15 +239,15 @@ class ExpertsCall:
             last = (self.ids, arrived, self.out, self.tokens)
             self.run(down_direct, grid, *pointers, *last, **self._down_options)
         else:
-            from leanmoe.kernels.triton.experts_program import down_listed
+            from leanmoe.kernels.triton.experts_program import down_grouped
 
-            most = work[1].shape[1]
-            grid = (most * tiles * self.config.pieces,)
-            self.run(down_listed, grid, *pointers, *work, most, **self._down_options)
+            most = blocks[1].shape[1]
+            grid = (most * tiles * self.config.subblocks,)
+            self.run(down_grouped, grid, *pointers, *blocks, most, **self._down_options)
 
-    def _joined_options(self) -> dict[str, Any]:
-        """Those of the second product that its joined way has."""
-        others = ("ROWS", "WIDEN", "SWAP", "DESCRIBED", "num_stages")
+    def _fused_options(self) -> dict[str, Any]:
+        """Those of the second product that the program with a fused sum has."""
+        others = ("BLOCK_M", "WIDEN", "SWAP_AB", "USE_TMA", "num_stages")
         return {name: o for name, o in self._down_options.items() if name not in others}
 
     def sum_slots(self) -> None:
@@ -212,29 +257,33 @@ class ExpertsCall:
         columns = min(SUM_COLUMNS, power_of_two(self.width))
         sizes = {"SLOTS": power_of_two(self.slots)}
         grid = (self.tokens, -(-self.width // columns))
-        sizes |= {"E": self.experts, "K": self.slots, "D": self.width, "BLOCK_C": columns}
-        sizes |= {"PDL": self._has_overlap, **self._after_another()}
+        sizes |= {"E": self.experts, "K": self.slots, "D": self.width, "BLOCK_N": columns}
+        sizes |= {"USE_PDL": self._has_pdl, **self._after_another()}
         self.run(add_slots, grid, self.part, self.ids, self.out, **sizes)
 
     def _after_another(self) -> dict[str, bool]:
         """Lets a program be started while the one before is ending; it waits where it must."""
-        return {"launch_pdl": True} if self._has_overlap else {}
+        return {"launch_pdl": True} if self._has_pdl else {}
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    return other if tensor is None else tensor
+def _present(
+    tensors: tuple[Tensor | None, Tensor | None], unread: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    return tuple(
+        other if tensor is None else tensor for tensor, other in zip(tensors, unread, strict=True)
+    )
 
 
 def _tile(tile: Tile, is_direct: bool, rows: Tensor | bool) -> dict[str, Any]:
     """`rows` are the weights where they lie in rows that a descriptor can name, else False."""
     return {
-        "BLOCK_C": tile.columns,
-        "BLOCK_K": tile.depth,
-        "SWAP": tile.weights_left,
-        "DESCRIBED": tile.described and rows is not False and _is_describable(rows),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        **({} if is_direct else {"GROUP": tile.group}),
+        "BLOCK_N": tile.BLOCK_N,
+        "BLOCK_K": tile.BLOCK_K,
+        "SWAP_AB": tile.swap_ab,
+        "USE_TMA": tile.use_tma and rows is not False and _is_describable(rows),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        **({} if is_direct else {"GROUP_M": tile.GROUP_M}),
     }
 
 
@@ -245,9 +294,9 @@ def _is_describable(weights: Tensor | bool) -> bool:
 
 def _described(weights: Tensor, tile: Tile, options: dict[str, Any]) -> Any:
     """A descriptor of all experts' rows, one below the other, where the program wants one."""
-    if not options["DESCRIBED"]:
+    if not options["USE_TMA"]:
         return weights
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     rows = weights.view(-1, weights.shape[-1])
-    return TensorDescriptor.from_tensor(rows, [tile.columns, tile.depth])
+    return TensorDescriptor.from_tensor(rows, [tile.BLOCK_N, tile.BLOCK_K])

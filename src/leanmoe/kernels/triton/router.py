@@ -1,4 +1,4 @@
-"""GPU routing: what `leanmoe.routing.route` computes for one step, and the work list with it.
+"""GPU routing: what `leanmoe.routing.route` computes for one step, and the expert blocks with it.
 
 Letters: T tokens, K slots a token, E experts. One launch where a token's experts are its own
 business, two where tokens share them; sizes depend on T, K and E alone, nothing waits for the
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.kernels.triton.expert_blocks import WorkList, most_blocks
+from leanmoe.kernels.triton.expert_blocks import ExpertBlocks, most_blocks
 from leanmoe.kernels.triton.launch import interprets
 from leanmoe.kernels.triton.state import power_of_two, zeros_for
 from leanmoe.models.routers import Router
@@ -28,7 +28,7 @@ MOST_TOKENS_OF_ALL = 1 << 18
 """Of all ranks together, where they exchange their ballots; whoever makes an exchange checks it.
 Votes and the id of an expert have 60 bits then, as many as are searched."""
 BLOCK_ROWS = 16
-NO_WORK_LIST = 0
+NO_BLOCKS = 0
 BEST, GUARANTEED, VOTES = range(3)
 """Rows of a ballot (3,E), int64, as `leanmoe.routing.batch_rules` has them."""
 Exchange = Callable[[Tensor], Tensor]
@@ -45,7 +45,7 @@ class RoutedGpu(NamedTuple):
     """float32."""
     over_budget: Tensor | None
     """Where a budget is set: a bool of no dimensions, on the device."""
-    work: WorkList
+    blocks: ExpertBlocks
 
 
 def why_not_route_gpu(logits_TE: Tensor, router: Router, rule: Rule) -> str | None:
@@ -83,7 +83,7 @@ def route_gpu(
 
     Scores may differ from torch's in the last bits, and with them the order of experts that are as
     good as equal. Equal ones: the lower id first, and so for groups. A token whose logits are not
-    numbers gets NaN weights. `block_rows` are the rows of the work list's blocks (the experts'
+    numbers gets NaN weights. `block_rows` are the rows of the expert blocks (the experts'
     config has them). `placement` says on which rank each expert is, for `budget_per_rank`;
     `exchange` is called between the two launches, and without tokens too. Raises LeanMoeError for
     what it cannot route.
@@ -91,9 +91,9 @@ def route_gpu(
     spelling = (False, logits_TE.shape[-1], block_rows)
     scope = (placement, exchange)
     found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, scope, spelling, ids_dtype)
-    ids, weights, over, rows, blocks_3B, used_1 = found
+    ids, weights, over, rows, table, used_1 = found
     over_budget = over.view(torch.bool) if rule.has_budget else None
-    return RoutedGpu(ids, weights, over_budget, WorkList(rows, blocks_3B, used_1, block_rows))
+    return RoutedGpu(ids, weights, over_budget, ExpertBlocks(rows, table, used_1, block_rows))
 
 
 def route_gpu_ids(
@@ -109,14 +109,14 @@ def route_gpu_ids(
     skipped_id: int | None = None,
     ids_dtype: torch.dtype = torch.int32,
 ) -> tuple[Tensor, Tensor]:
-    """Ids and weights (T,K) of `route_gpu`, for another's kernels; there is no work list.
+    """Ids and weights (T,K) of `route_gpu`, for another's kernels; there are no expert blocks.
 
     For kernels that pass over some id, `skipped_id` is the id of every skipped slot and of all of a
     padding token's. For those that want an expert in every slot it is None: a skipped slot repeats
     the token's best expert with weight 0, and a padding token's slots that of the first token, so
     that neither wakes an expert.
     """
-    spelling = (skipped_id is None, skipped_id or 0, NO_WORK_LIST)
+    spelling = (skipped_id is None, skipped_id or 0, NO_BLOCKS)
     scope = (placement, exchange)
     found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, scope, spelling, ids_dtype)
     return found[0], found[1]
@@ -133,7 +133,7 @@ def _call(
     spelling: tuple[bool, int, int],
     ids_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """`spelling`: whether a skipped slot repeats, its id if not, rows of the work list's blocks."""
+    """`spelling`: whether a skipped slot repeats, its id if not, rows of the expert blocks."""
     placement, exchange = scope
     ranks = 1 if placement is None else placement.ranks
     rule = rule.on(ranks)
@@ -222,7 +222,7 @@ class RouteCall:
         self._spelling = {
             "REPEAT": bool(repeat),
             "SKIPPED": skipped_id,
-            "HAS_WORK": self._block_rows > 0,
+            "HAS_BLOCKS": self._block_rows > 0,
         }
         self._wanted, self._reals, self._outputs = (slots, full), reals, outputs
         size = self.experts // groups
@@ -261,14 +261,18 @@ class RouteCall:
             route_fill,
         )
 
-        ids, weights, over, rows, blocks_3B, used_1 = self._outputs
+        ids, weights, over, rows, table, used_1 = self._outputs
         device, experts = ids.device, self.experts
         # A program wants some pointer even where it never reads it.
         inputs = [self._inputs[0] if tensor is None else tensor for tensor in self._inputs]
         counts = zeros_for("route", (experts + 1) * COUNTER_STRIDE.value, device)
-        outputs = (ids, weights, counts, rows, blocks_3B, used_1)
-        blocks = {"ROWS": self._block_rows, "POWER_E": power_of_two(experts), **self._spelling}
-        sizes = (self.tokens, blocks_3B.shape[1], *self._wanted)
+        outputs = (ids, weights, counts, rows, table, used_1)
+        blocks = {
+            "BLOCK_ROWS": self._block_rows,
+            "POWER_E": power_of_two(experts),
+            **self._spelling,
+        }
+        sizes = (self.tokens, table.shape[1], *self._wanted)
         has_budget = bool(self.budget or self.per_rank)
         if not (self.guaranteed or has_budget):
             self.run(route_alone, *inputs, *outputs, *sizes, *self._reals, **blocks)
@@ -279,7 +283,7 @@ class RouteCall:
         has_guaranteed = self.guaranteed > 0
         self.run(
             route_activate, *inputs, marks, *self._wanted, self.guaranteed, *self._reals[:3],
-            HAS_GUARANTEED=has_guaranteed, HAS_BUDGET=has_budget, PDL=has_overlap,
+            HAS_GUARANTEED=has_guaranteed, HAS_BUDGET=has_budget, USE_PDL=has_overlap,
         )  # fmt: skip
         tokens, best_bit = self.tokens, BEST_BIT.value
         if self._exchange is not None:
@@ -292,14 +296,14 @@ class RouteCall:
             marks if self._rank_E is None else self._rank_E, *sizes, *self._reals,
             self.guaranteed, self.budget, self.per_rank, self._ranks, low_bits, **blocks,
             BEST=best_bit, HAS_GUARANTEED=has_guaranteed, HAS_TOTAL=self.budget > 0,
-            HAS_PER_RANK=self.per_rank > 0, PDL=has_overlap, **after,
+            HAS_PER_RANK=self.per_rank > 0, USE_PDL=has_overlap, **after,
         )  # fmt: skip
 
 
 def tell_others(marks_E: Tensor, exchange: Exchange) -> None:
     """Makes of the marks of this rank's tokens those of all ranks', in place.
 
-    The parts of a mark travel apart: added up in one word, two ranks' would run into each other.
+    The fields of a mark travel apart: added up in one word, two ranks' would run into each other.
     """
     from leanmoe.kernels.triton.router_program import BEST_BIT, BEST_BIT_OF_ALL, GUARANTEED_BIT
 
@@ -370,7 +374,7 @@ def _empty(
     tokens, experts = logits.shape
     slots, block_rows = wholes[5], wholes[-1]
     rows, blocks = 0, 0
-    if block_rows != NO_WORK_LIST:
+    if block_rows != NO_BLOCKS:
         rows, blocks = experts * tokens, most_blocks(tokens * slots, experts, block_rows)
     return (
         logits.new_empty(tokens, slots, dtype=ids_dtype),

@@ -1,6 +1,6 @@
-"""Router logits to ids, weights and the work list: one launch, two where tokens share experts.
+"""Router logits to ids, weights and the expert blocks: one launch, two where tokens share experts.
 
-Letters: T tokens, K slots a token, L slots looked at, E experts.
+Letters: T tokens, K slots of a token that are looked at, E experts.
 
 Where tokens share experts, the first launch marks whom they want and the second chooses among
 those that are awake by these marks. Whatever is counted is zero again at the end.
@@ -42,45 +42,56 @@ BEST_BIT_OF_ALL = tl.constexpr(61)
 
 @triton.jit
 def _write(
-    ids_L, gates_L, place_L, kept, whole, is_number, filler, token, tokens, scaling, epsilon, slots,
+    # rows and places
+    ids_K, gates_K, place_K, kept, whole, is_number, filler, token,
+    # sizes and numbers
+    tokens, scaling, epsilon, slots,
+    # pointers
     ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
-    E: tl.constexpr, SCORING: tl.constexpr, NORMALISE: tl.constexpr,
-    HAS_PADDING: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, HAS_WORK: tl.constexpr,
+    # compile-time
+    E: tl.constexpr, SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_PADDING: tl.constexpr,
+    KEEP_WEIGHTS: tl.constexpr, HAS_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """A token's ids and weights, kept slots first, and its rows in the work list.
+    """A token's ids and weights, kept slots first, and its rows in the expert blocks.
 
-    `place_L` is where a slot is written, `filler` the id of a skipped one. Returns what the
-    experts' counters answered; without a work list the ids, which are known no earlier than what
+    `place_K` is where a slot is written, `filler` the id of a skipped one. Returns what the
+    experts' counters answered; without blocks the ids, which are known no earlier than what
     they were chosen by.
     """
-    is_kept = place_L < kept
+    is_kept = place_K < kept
     if not KEEP_WEIGHTS:
-        whole = whole_of(gates_L, is_kept, epsilon, SCORING, NORMALISE)
-    weights_L = shares_of(gates_L, is_kept, whole, SCORING) * scaling
+        whole = whole_of(gates_K, is_kept, epsilon, SCORING, NORMALISE)
+    weights_K = shares_of(gates_K, is_kept, whole, SCORING) * scaling
     is_nan = ~is_number
     if HAS_PADDING:
         is_nan = is_nan & (tl.load(padding_ptr + token) == 0)
     # NaN in, NaN out: whoever looks at the result must see it.
-    weights_L = tl.where(is_nan, float("nan"), weights_L)
+    weights_K = tl.where(is_nan, float("nan"), weights_K)
     is_kept = is_kept | is_nan
-    ids_L = tl.where(is_nan, place_L % E, ids_L)
-    at, is_slot = token * slots + place_L, place_L < slots
-    written_L = tl.where(is_kept, ids_L, filler).to(ids_ptr.dtype.element_ty)
-    tl.store(ids_ptr + at, written_L, mask=is_slot)
-    tl.store(weights_ptr + at, weights_L, mask=is_slot)
+    ids_K = tl.where(is_nan, place_K % E, ids_K)
+    at, is_slot = token * slots + place_K, place_K < slots
+    written_K = tl.where(is_kept, ids_K, filler).to(ids_ptr.dtype.element_ty)
+    tl.store(ids_ptr + at, written_K, mask=is_slot)
+    tl.store(weights_ptr + at, weights_K, mask=is_slot)
     is_row = is_kept & is_slot
-    if HAS_WORK:
-        count_at = counts_ptr + ids_L * COUNTER_STRIDE
-        answer_L = tl.atomic_add(count_at, 1, mask=is_row, sem="relaxed")
-        tl.store(rows_ptr + ids_L * tokens + answer_L, at.to(tl.int32), mask=is_row)
+    if HAS_BLOCKS:
+        count_at = counts_ptr + ids_K * COUNTER_STRIDE
+        answer_K = tl.atomic_add(count_at, 1, mask=is_row, sem="relaxed")
+        tl.store(rows_ptr + ids_K * tokens + answer_K, at.to(tl.int32), mask=is_row)
     else:
-        answer_L = ids_L
-    return tl.where(is_row, answer_L, 0)
+        answer_K = ids_K
+    return tl.where(is_row, answer_K, 0)
 
 
 @triton.jit
 def _filler(
-    ids_L, place_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+    # rows and places
+    ids_K, place_K,
+    # pointers
+    logits_ptr, bias_ptr, allowed_ptr, padding_ptr,
+    # rows and places
+    token,
+    # compile-time
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SCORING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr,
@@ -91,7 +102,7 @@ def _filler(
     """
     filler = SKIPPED
     if REPEAT:
-        filler = tl.sum(tl.where(place_L == 0, ids_L, 0), axis=0)
+        filler = tl.sum(tl.where(place_K == 0, ids_K, 0), axis=0)
         if HAS_PADDING:  # noqa: SIM102, constexpr: there is a pointer only with it
             if tl.load(padding_ptr + token) != 0:
                 keys, e, _is_expert, _top, _total, _is_number = own_keys(
@@ -106,27 +117,31 @@ def _filler(
 @triton.jit
 def _finish(
     counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks,
-    E: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr,
+    E: tl.constexpr, BLOCK_ROWS: tl.constexpr, POWER_E: tl.constexpr,
 ):  # fmt: skip
     """The last program's: blocks from counts, and the counts zero again."""
     e = tl.arange(0, POWER_E)[None, :]
     count_at = counts_ptr + e * COUNTER_STRIDE
     counts_1E = tl.load(count_at, mask=e < E, other=0, cache_modifier=".cg")
     tl.store(count_at, 0, mask=e < E)
-    write_blocks(counts_1E, e * tokens, blocks_ptr, used_ptr, most_blocks, ROWS, POWER_E)
+    write_blocks(counts_1E, e * tokens, blocks_ptr, used_ptr, most_blocks, BLOCK_ROWS, POWER_E)
 
 
 @triton.jit(do_not_specialize=["tokens", "most_blocks", "slots", "full"])
 def route_alone(
-    logits_ptr, bias_ptr, allowed_ptr, padding_ptr,
-    ids_ptr, weights_ptr, counts_ptr, rows_ptr, blocks_ptr, used_ptr,
+    # pointers
+    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, ids_ptr, weights_ptr, counts_ptr, rows_ptr,
+    blocks_ptr, used_ptr,
+    # sizes and numbers
     tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling,
+    # compile-time
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, REPEAT: tl.constexpr,
-    SKIPPED: tl.constexpr, HAS_WORK: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr,
+    SKIPPED: tl.constexpr, HAS_BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    POWER_E: tl.constexpr,
 ):  # fmt: skip
     """Rules under which a token's experts are its own business: everything, in one launch."""
     token = tl.program_id(0)
@@ -136,24 +151,24 @@ def route_alone(
         HAS_BIAS, HAS_ALLOWED, HAS_PADDING,
     )  # fmt: skip
     most = tl.maximum(slots, full)
-    ids_L, gates_L, kept, whole = own_slots(
+    ids_K, gates_K, kept, whole = own_slots(
         logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
         E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
     )  # fmt: skip
-    place_L = tl.arange(0, SLOTS)
+    place_K = tl.arange(0, SLOTS)
     filler = _filler(
-        ids_L, place_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+        ids_K, place_K, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
         HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT, SKIPPED,
     )  # fmt: skip
     answers = _write(
-        ids_L, gates_L, place_L, kept, whole, is_number, filler, token, tokens, scaling, epsilon,
+        ids_K, gates_K, place_K, kept, whole, is_number, filler, token, tokens, scaling, epsilon,
         slots, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
-        E, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_WORK,
+        E, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_BLOCKS,
     )  # fmt: skip
-    if HAS_WORK:  # noqa: SIM102, constexpr: nothing is counted without it
+    if HAS_BLOCKS:  # noqa: SIM102, constexpr: nothing is counted without it
         if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
-            _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)
+            _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, BLOCK_ROWS, POWER_E)
 
 
 @triton.jit
@@ -197,7 +212,13 @@ def _most_voted(upper, votes, e, number, low_bits, E: tl.constexpr, POWER_E: tl.
 
 @triton.jit
 def _afford(
-    marks, is_expert, e, rank_ptr, budget, per_rank, ranks, low_bits,
+    # rows and places
+    marks, is_expert, e,
+    # pointers
+    rank_ptr,
+    # sizes and numbers
+    budget, per_rank, ranks, low_bits,
+    # compile-time
     E: tl.constexpr, POWER_E: tl.constexpr, BEST: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
     HAS_TOTAL: tl.constexpr, HAS_PER_RANK: tl.constexpr,
 ):  # fmt: skip
@@ -238,21 +259,24 @@ def _afford(
 
 @triton.jit(do_not_specialize=["slots", "full", "guaranteed"])
 def route_activate(
+    # pointers
     logits_ptr, bias_ptr, allowed_ptr, padding_ptr, marks_ptr,
+    # sizes and numbers
     slots, full, guaranteed, threshold, top_p, epsilon,
+    # compile-time
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
-    HAS_GUARANTEED: tl.constexpr, HAS_BUDGET: tl.constexpr, PDL: tl.constexpr,
+    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
+    HAS_BUDGET: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """First of two launches: each token marks the experts it wants.
 
     `marks`: 1 for an expert guaranteed to some token; with a budget, the votes for an expert.
     """
     LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P
-    if PDL:
+    if USE_PDL:
         gdc_launch_dependents()
     k = tl.arange(0, SLOTS)
     token = tl.program_id(0)
@@ -262,22 +286,22 @@ def route_activate(
         HAS_BIAS, HAS_ALLOWED, HAS_PADDING,
     )  # fmt: skip
     most = slots if LOOKS_AT_ALL or HAS_BUDGET else guaranteed
-    ids_L, gates_L, kept, _whole = own_slots(
+    ids_K, gates_K, kept, _whole = own_slots(
         logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
         E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
     )  # fmt: skip
     is_kept = k < kept
     if HAS_BUDGET:
-        whole = whole_of(gates_L, is_kept, epsilon, SCORING, NORMALISE)
-        shares_L = shares_of(gates_L, is_kept, whole, SCORING)
-        votes_L = (shares_L * VOTE_UNIT).to(tl.int64) + 1  # a slot counts, however small its gate
-        votes_L += (k == 0).to(tl.int64) << BEST_BIT
-        tl.atomic_add(marks_ptr + ids_L, votes_L, mask=is_kept, sem="relaxed")
+        whole = whole_of(gates_K, is_kept, epsilon, SCORING, NORMALISE)
+        shares_K = shares_of(gates_K, is_kept, whole, SCORING)
+        votes_K = (shares_K * VOTE_UNIT).to(tl.int64) + 1  # a slot counts, however small its gate
+        votes_K += (k == 0).to(tl.int64) << BEST_BIT
+        tl.atomic_add(marks_ptr + ids_K, votes_K, mask=is_kept, sem="relaxed")
     if HAS_GUARANTEED:
-        mark = tl.zeros_like(ids_L).to(marks_ptr.dtype.element_ty) + 1
+        mark = tl.zeros_like(ids_K).to(marks_ptr.dtype.element_ty) + 1
         if HAS_BUDGET:
             mark = mark << GUARANTEED_BIT
-        tl.atomic_or(marks_ptr + ids_L, mark, mask=is_kept & (k < guaranteed), sem="relaxed")
+        tl.atomic_or(marks_ptr + ids_K, mark, mask=is_kept & (k < guaranteed), sem="relaxed")
 
 
 @triton.jit(
@@ -287,19 +311,21 @@ def route_activate(
     ]
 )  # fmt: skip
 def route_fill(
-    logits_ptr, bias_ptr, allowed_ptr, padding_ptr,
-    ids_ptr, weights_ptr, counts_ptr, rows_ptr, blocks_ptr, used_ptr,
-    marks_ptr, over_ptr, rank_ptr,
-    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling,
-    guaranteed, budget, per_rank, ranks, low_bits,
+    # pointers
+    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, ids_ptr, weights_ptr, counts_ptr, rows_ptr,
+    blocks_ptr, used_ptr, marks_ptr, over_ptr, rank_ptr,
+    # sizes and numbers
+    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling, guaranteed, budget,
+    per_rank, ranks, low_bits,
+    # compile-time
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr,
-    REPEAT: tl.constexpr, SKIPPED: tl.constexpr, HAS_WORK: tl.constexpr,
-    BEST: tl.constexpr, HAS_GUARANTEED: tl.constexpr, HAS_TOTAL: tl.constexpr,
-    HAS_PER_RANK: tl.constexpr, ROWS: tl.constexpr, POWER_E: tl.constexpr, PDL: tl.constexpr,
+    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, REPEAT: tl.constexpr,
+    SKIPPED: tl.constexpr, HAS_BLOCKS: tl.constexpr, BEST: tl.constexpr,
+    HAS_GUARANTEED: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_PER_RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, POWER_E: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Second of two launches: each token's slots from its own awake experts, then from the others.
 
@@ -320,7 +346,7 @@ def route_fill(
     # A budget may want any of its own asleep; without one those it is guaranteed are all awake.
     if LOOKS_AT_ALL or KEEP_WEIGHTS:
         most = tl.maximum(slots, full)
-        ids_L, _gates_L, wanted, whole = own_slots(
+        ids_K, _gates_K, wanted, whole = own_slots(
             logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
             E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
         )  # fmt: skip
@@ -328,46 +354,46 @@ def route_fill(
         # A threshold keeps by gate, a bias ranks otherwise: then what it keeps comes before others.
         last = wanted if HAS_THRESHOLD and HAS_BIAS else own
         while slot < last:
-            own_id = tl.sum(tl.where(k == slot, ids_L, 0), axis=0)
+            own_id = tl.sum(tl.where(k == slot, ids_K, 0), axis=0)
             keys = tl.where(e == own_id, tl.where(slot < own, ASLEEP, FIRST - slot), keys)
             slot += 1
     elif HAS_BUDGET:
-        ids_L, wanted, keys = best_slots(keys, e, slots, SLOTS)
+        ids_K, wanted, keys = best_slots(keys, e, slots, SLOTS)
         own = wanted
     else:
         wanted = tl.minimum(tl.sum((keys > ASLEEP).to(tl.int32), axis=0), slots)
-        ids_L, own, keys = best_slots(keys, e, tl.minimum(guaranteed, wanted), SLOTS)
-    if PDL:
+        ids_K, own, keys = best_slots(keys, e, tl.minimum(guaranteed, wanted), SLOTS)
+    if USE_PDL:
         gdc_wait()
     marks = tl.load(marks_ptr + e, mask=is_expert, other=0)
-    place_L = k
+    place_K = k
     if HAS_BUDGET:
         is_active, is_over = _afford(
             marks, is_expert, e, rank_ptr, budget, per_rank, ranks, low_bits,
             E, POWER_E, BEST, HAS_GUARANTEED, HAS_TOTAL, HAS_PER_RANK,
         )  # fmt: skip
         tl.store(over_ptr, is_over.to(tl.int8), mask=token == 0)
-        at_L = ids_L // SIZE * PADDED_SIZE + ids_L % SIZE  # where its expert lies in e
-        is_own_L = (k < own) & (tl.gather(is_active.to(tl.int32), at_L, axis=0) > 0)
-        before_L = tl.cumsum(is_own_L.to(tl.int32), axis=0) - is_own_L.to(tl.int32)
-        own = tl.sum(is_own_L.to(tl.int32), axis=0)
-        place_L = tl.where(is_own_L, before_L, own + k - before_L)
+        at_K = ids_K // SIZE * PADDED_SIZE + ids_K % SIZE  # where its expert lies in e
+        is_own_K = (k < own) & (tl.gather(is_active.to(tl.int32), at_K, axis=0) > 0)
+        before_K = tl.cumsum(is_own_K.to(tl.int32), axis=0) - is_own_K.to(tl.int32)
+        own = tl.sum(is_own_K.to(tl.int32), axis=0)
+        place_K = tl.where(is_own_K, before_K, own + k - before_K)
     else:
         is_active = marks > 0
     others = tl.where(is_active, keys, ASLEEP)
-    ids_L, found, _others = more_slots(others, e, ids_L, place_L, own, wanted)
-    gates_L = gates_of(logits_ptr, token, ids_L, place_L < found, top, total, E, SCORING)
+    ids_K, found, _others = more_slots(others, e, ids_K, place_K, own, wanted)
+    gates_K = gates_of(logits_ptr, token, ids_K, place_K < found, top, total, E, SCORING)
     filler = _filler(
-        ids_L, place_L, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+        ids_K, place_K, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
         HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT, SKIPPED,
     )  # fmt: skip
     answers = _write(
-        ids_L, gates_L, place_L, found, whole, is_number, filler, token, tokens, scaling, epsilon,
+        ids_K, gates_K, place_K, found, whole, is_number, filler, token, tokens, scaling, epsilon,
         slots, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
-        E, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_WORK,
+        E, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_BLOCKS,
     )  # fmt: skip
     if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
         tl.store(marks_ptr + e, tl.zeros_like(marks), mask=is_expert)
-        if HAS_WORK:
-            _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, ROWS, POWER_E)
+        if HAS_BLOCKS:
+            _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, BLOCK_ROWS, POWER_E)

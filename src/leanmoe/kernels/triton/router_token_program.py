@@ -1,7 +1,7 @@
 """What one token wants of its experts: scores, group limits, its best, and what it keeps of them.
 
-Letters: K slots a token, L slots looked at (K, or the model's own top-k if that is more), E experts
-padded to a power of two (where groups are limited: each group padded), G groups, S of a group.
+Letters: K slots looked at (a token's, or the model's own top-k if that is more), E experts padded
+to a power of two (where groups are limited: each group padded, and E those of one), G groups.
 
 A program is one token and one warp, so that no sum or maximum leaves the warp.
 """
@@ -56,20 +56,20 @@ def _limit_groups(
     USED: tl.constexpr, BY_BEST: tl.constexpr,
 ):  # fmt: skip
     """Rules out the experts of all but the token's best groups; equal groups: the lower first."""
-    ranking_GS = tl.reshape(ranking, (PADDED_G, PADDED_SIZE))
+    ranking_GE = tl.reshape(ranking, (PADDED_G, PADDED_SIZE))
     s, g = tl.arange(0, PADDED_SIZE), tl.arange(0, PADDED_G)
-    value_G = tl.max(ranking_GS, axis=1)
+    value_G = tl.max(ranking_GE, axis=1)
     if not BY_BEST:
-        place_G = tl.argmax(ranking_GS, axis=1)
-        second_G = tl.max(tl.where(s[None, :] == place_G[:, None], NEVER, ranking_GS), axis=1)
+        place_G = tl.argmax(ranking_GE, axis=1)
+        second_G = tl.max(tl.where(s[None, :] == place_G[:, None], NEVER, ranking_GE), axis=1)
         value_G += tl.where(second_G == NEVER, 0.0, second_G)
     value_G = tl.where(g < GROUPS, value_G, NEVER)
     other_GG = tl.broadcast_to(tl.expand_dims(value_G, 0), (PADDED_G, PADDED_G))
     own_GG = tl.broadcast_to(tl.expand_dims(value_G, 1), (PADDED_G, PADDED_G))
     before_GG = (other_GG > own_GG) | ((other_GG == own_GG) & (g[None, :] < g[:, None]))
     is_used_G = tl.sum(before_GG.to(tl.int32), axis=1) < USED
-    kept_GS = tl.where(is_used_G[:, None], ranking_GS, NEVER)
-    return tl.reshape(kept_GS, (PADDED_G * PADDED_SIZE,))
+    kept_GE = tl.where(is_used_G[:, None], ranking_GE, NEVER)
+    return tl.reshape(kept_GE, (PADDED_G * PADDED_SIZE,))
 
 
 @triton.jit
@@ -85,93 +85,97 @@ def best_slots(keys, e, most, SLOTS: tl.constexpr):
 
     Returns ids, how many there are, and the keys with these experts asleep.
     """
-    ids_L, filled = tl.zeros((SLOTS,), dtype=tl.int32), tl.full((), 0, dtype=tl.int32)
-    return more_slots(keys, e, ids_L, tl.arange(0, SLOTS), filled, most)
+    ids_K, filled = tl.zeros((SLOTS,), dtype=tl.int32), tl.full((), 0, dtype=tl.int32)
+    return more_slots(keys, e, ids_K, tl.arange(0, SLOTS), filled, most)
 
 
 @triton.jit
-def more_slots(keys, e, ids_L, place_L, filled, most):
+def more_slots(keys, e, ids_K, place_K, filled, most):
     """As `best_slots`, for slots that have some places `filled`: 0 and up, in any order."""
     best = tl.max(keys, axis=0)
     while (filled < most) & (best > ASLEEP):
         expert = tl.min(tl.where(keys == best, e, NOBODY), axis=0)
-        ids_L = tl.where(place_L == filled, expert, ids_L)
+        ids_K = tl.where(place_K == filled, expert, ids_K)
         keys = tl.where(e == expert, ASLEEP, keys)
         best = tl.max(keys, axis=0)
         filled += 1
-    return ids_L, filled, keys
+    return ids_K, filled, keys
 
 
 @triton.jit
 def gates_of(
-    logits_ptr, token, ids_L, is_found, top, total, E: tl.constexpr, SCORING: tl.constexpr
+    logits_ptr, token, ids_K, is_found, top, total, E: tl.constexpr, SCORING: tl.constexpr
 ):
     """Gates of some of a token's experts, as `own_slots` computed them to rank."""
-    logits_L = tl.load(logits_ptr + token * E + ids_L, mask=is_found, other=0.0).to(tl.float32)
-    return tl.where(is_found, _gates(logits_L, top, total, SCORING), 0.0)
+    logits_K = tl.load(logits_ptr + token * E + ids_K, mask=is_found, other=0.0).to(tl.float32)
+    return tl.where(is_found, _gates(logits_K, top, total, SCORING), 0.0)
 
 
 @triton.jit
 def _kept(
-    gates_L, is_kept, threshold, top_p,
+    gates_K, is_kept, threshold, top_p,
     SCORING: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_TOP_P: tl.constexpr,
 ):  # fmt: skip
     """Which of a token's found slots threshold and top_p keep."""
-    best = tl.max(tl.where(is_kept, gates_L, NEVER), axis=0)
-    mass_L = tl.where(is_kept, gates_L, 0.0)
+    best = tl.max(tl.where(is_kept, gates_K, NEVER), axis=0)
+    mass_K = tl.where(is_kept, gates_K, 0.0)
     if SCORING == SOFTMAX_AFTER:
-        mass_L = tl.where(is_kept, tl.exp(gates_L - best), 0.0)
+        mass_K = tl.where(is_kept, tl.exp(gates_K - best), 0.0)
         best = 1.0
-    total = tl.sum(mass_L, axis=0)
+    total = tl.sum(mass_K, axis=0)
     if HAS_THRESHOLD:
-        is_kept = is_kept & (mass_L >= threshold * best)
+        is_kept = is_kept & (mass_K >= threshold * best)
     if HAS_TOP_P:
-        left_L = tl.where(is_kept, mass_L, 0.0)
-        earlier_L = tl.cumsum(is_kept.to(tl.int32), axis=0) - is_kept.to(tl.int32)
+        left_K = tl.where(is_kept, mass_K, 0.0)
+        earlier_K = tl.cumsum(is_kept.to(tl.int32), axis=0) - is_kept.to(tl.int32)
         # Not the rounding of a running sum but nothing at all is before the first.
-        before_L = tl.where(earlier_L == 0, 0.0, tl.cumsum(left_L, axis=0) - left_L)
-        is_kept = is_kept & ((before_L < top_p * total) | (before_L == 0.0))
+        before_K = tl.where(earlier_K == 0, 0.0, tl.cumsum(left_K, axis=0) - left_K)
+        is_kept = is_kept & ((before_K < top_p * total) | (before_K == 0.0))
     return is_kept
 
 
 @triton.jit
-def _kept_first(ids_L, gates_L, is_kept, SLOTS: tl.constexpr):
+def _kept_first(ids_K, gates_K, is_kept, SLOTS: tl.constexpr):
     """The kept slots before all others, in their order."""
     l = tl.arange(0, SLOTS)  # noqa: E741
-    to_L = tl.cumsum(is_kept.to(tl.int32), axis=0) - 1
-    moves_LL = is_kept[:, None] & (to_L[:, None] == l[None, :])
-    ids_L = tl.sum(tl.where(moves_LL, ids_L[:, None], 0), axis=0)
-    gates_L = tl.sum(tl.where(moves_LL, gates_L[:, None], 0.0), axis=0)
-    return ids_L, gates_L
+    to_K = tl.cumsum(is_kept.to(tl.int32), axis=0) - 1
+    moves_KK = is_kept[:, None] & (to_K[:, None] == l[None, :])
+    ids_K = tl.sum(tl.where(moves_KK, ids_K[:, None], 0), axis=0)
+    gates_K = tl.sum(tl.where(moves_KK, gates_K[:, None], 0.0), axis=0)
+    return ids_K, gates_K
 
 
 @triton.jit
-def whole_of(gates_L, collect_stats, epsilon, SCORING: tl.constexpr, NORMALISE: tl.constexpr):
+def whole_of(gates_K, is_counted, epsilon, SCORING: tl.constexpr, NORMALISE: tl.constexpr):
     """What the shares of these slots are taken of: their sum, or that of their exponentials."""
     if SCORING == SOFTMAX_AFTER:
-        best = tl.max(tl.where(collect_stats, gates_L, NEVER), axis=0)
+        best = tl.max(tl.where(is_counted, gates_K, NEVER), axis=0)
         best = tl.where(best > NEVER, best, 0.0)
-        whole = best + tl.log(tl.sum(tl.where(collect_stats, tl.exp(gates_L - best), 0.0), axis=0))
+        whole = best + tl.log(tl.sum(tl.where(is_counted, tl.exp(gates_K - best), 0.0), axis=0))
     elif NORMALISE:
-        whole = tl.maximum(tl.sum(tl.where(collect_stats, gates_L, 0.0), axis=0) + epsilon, TINY)
+        whole = tl.maximum(tl.sum(tl.where(is_counted, gates_K, 0.0), axis=0) + epsilon, TINY)
     else:
         whole = 1.0
     return whole
 
 
 @triton.jit
-def shares_of(gates_L, is_kept, whole, SCORING: tl.constexpr):
+def shares_of(gates_K, is_kept, whole, SCORING: tl.constexpr):
     """What each kept slot weighs before scaling."""
     if SCORING == SOFTMAX_AFTER:  # noqa: SIM108, constexpr: one branch is compiled
-        shares_L = tl.exp(gates_L - whole)
+        shares_K = tl.exp(gates_K - whole)
     else:
-        shares_L = gates_L / whole
-    return tl.where(is_kept, shares_L, 0.0)
+        shares_K = gates_K / whole
+    return tl.where(is_kept, shares_K, 0.0)
 
 
 @triton.jit
 def own_keys(
-    logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+    # pointers
+    logits_ptr, bias_ptr, allowed_ptr, padding_ptr,
+    # rows and places
+    token,
+    # compile-time
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SCORING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr,
@@ -209,7 +213,13 @@ def own_keys(
 
 @triton.jit
 def own_slots(
-    logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
+    # pointers
+    logits_ptr,
+    # rows and places
+    token, keys, e, top, total,
+    # sizes and numbers
+    threshold, top_p, epsilon, slots, full, most,
+    # compile-time
     E: tl.constexpr, SLOTS: tl.constexpr, SCORING: tl.constexpr, NORMALISE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_TOP_P: tl.constexpr,
     KEEP_WEIGHTS: tl.constexpr,
@@ -220,14 +230,14 @@ def own_slots(
     shares are taken of where that is the model's own top-k, `full` of them.
     """
     k = tl.arange(0, SLOTS)
-    ids_L, found, _others = best_slots(keys, e, most, SLOTS)
-    gates_L = gates_of(logits_ptr, token, ids_L, k < found, top, total, E, SCORING)
+    ids_K, found, _others = best_slots(keys, e, most, SLOTS)
+    gates_K = gates_of(logits_ptr, token, ids_K, k < found, top, total, E, SCORING)
     whole = 1.0
     if KEEP_WEIGHTS:
-        whole = whole_of(gates_L, k < tl.minimum(found, full), epsilon, SCORING, NORMALISE)
+        whole = whole_of(gates_K, k < tl.minimum(found, full), epsilon, SCORING, NORMALISE)
     is_kept = k < tl.minimum(found, slots)
     if HAS_THRESHOLD or HAS_TOP_P:
-        is_kept = _kept(gates_L, is_kept, threshold, top_p, SCORING, HAS_THRESHOLD, HAS_TOP_P)
+        is_kept = _kept(gates_K, is_kept, threshold, top_p, SCORING, HAS_THRESHOLD, HAS_TOP_P)
         if HAS_THRESHOLD and HAS_BIAS:  # a slot in the middle may go
-            ids_L, gates_L = _kept_first(ids_L, gates_L, is_kept, SLOTS)
-    return ids_L, gates_L, tl.sum(is_kept.to(tl.int32), axis=0), whole
+            ids_K, gates_K = _kept_first(ids_K, gates_K, is_kept, SLOTS)
+    return ids_K, gates_K, tl.sum(is_kept.to(tl.int32), axis=0), whole

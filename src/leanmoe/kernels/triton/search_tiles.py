@@ -21,10 +21,10 @@ SHARED_BYTES = 227 * 1024
 MOST_SUMS = 176
 """Float32 sums a thread can hold beside what else it needs."""
 FEW_ROWS = 32
-PIECE_ROWS = 128
-"""Of a block where rows are many; an expert that has several times as many has as many pieces."""
-MOST_TWO_PART_ROWS = 24
-"""Up to so many rows an expert has on average, fp8 activations are of two parts: memory decides
+SUBBLOCK_ROWS = 128
+"""Where rows are many; an expert that has several times as many has as many subblocks."""
+MOST_TWO_TERM_ROWS = 24
+"""Up to so many rows an expert has on average, fp8 activations are of two terms: memory decides
 there, and twice the products cost nothing."""
 FEW: tuple[tuple[int, int, int, int], ...] = (
     (16, 128, 4, 4),
@@ -38,7 +38,8 @@ FEW: tuple[tuple[int, int, int, int], ...] = (
     (64, 256, 4, 3),
     (128, 128, 8, 3),
 )
-"""Columns, depth (half of it for float32), warps and stages where rows are few: memory decides."""
+"""BLOCK_N, BLOCK_K (half of it for float32), num_warps and num_stages where rows are few: memory
+decides."""
 MANY: tuple[tuple[int, int, int, int], ...] = (
     (64, 64, 8, 4),
     (128, 64, 4, 3),
@@ -68,9 +69,9 @@ FLOAT16_SECOND = (
     (256, 64, 8, 3),
 )
 """The second product of fp8 weights in float16: they take registers, so tiles are less deep."""
-MOST_JOINED_TOKENS = 4
-"""Above, tokens have experts in common, whose weights the joined way would read for each."""
-JOINED = (
+MOST_FUSED_TOKENS = 4
+"""Above, tokens have experts in common, whose weights the fused sum would read for each."""
+FUSED_SUM = (
     (4, 256, 4),
     (4, 512, 4),
     (4, 512, 8),
@@ -82,12 +83,12 @@ JOINED = (
     (16, 128, 8),
     (32, 64, 8),
 )
-"""Columns, depth and warps of the second product where it adds up the slots: eight experts' tiles
-are held in registers, twice."""
+"""BLOCK_N, BLOCK_K and num_warps of the second product where it adds up the slots: eight experts'
+tiles are held in registers, twice."""
 
 
 def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
-    """Rows of a block, and whether there is a work list; tiles come from `tiles`."""
+    """Rows of a block, and whether ids are grouped first; tiles come from `tiles`."""
     mean = tokens * shape.slots / shape.experts
     found = _ways_for_few(tokens, mean)
     if is_fp8(shape):
@@ -95,22 +96,22 @@ def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
     if 8 <= mean <= 96:
         found.append(ExpertsConfig(64, 16, False))
     if mean >= 48:
-        pieces = {1, max(1, round(mean / PIECE_ROWS))}
-        found += [ExpertsConfig(PIECE_ROWS, 32, False, pieces=n) for n in sorted(pieces)]
+        counts = {1, max(1, round(mean / SUBBLOCK_ROWS))}
+        found += [ExpertsConfig(SUBBLOCK_ROWS, 32, False, subblocks=n) for n in sorted(counts)]
     return found
 
 
 def _ways_of_fp8(for_few: list[ExpertsConfig], mean: float) -> list[ExpertsConfig]:
-    """Activations of two parts while memory decides; then of one, float16 between the products.
+    """Activations of two terms while memory decides; then of one, float16 between the products.
 
     fp8 there, too, is faster, and 4.1 to 4.4% off in a layer of DeepSeek-V3's width, for 3.5 to
     3.7% (docs/kernels.md): how far off is too far is the tuner's to say.
     """
-    if mean <= MOST_TWO_PART_ROWS:
-        return [replace(way, parts=2) for way in for_few]
+    if mean <= MOST_TWO_TERM_ROWS:
+        return [replace(way, fp8_terms=2) for way in for_few]
     blocks = [(64, 16)] if mean <= 96 else [(64, 0)]
     if mean >= 48:
-        blocks.append((PIECE_ROWS, 32))
+        blocks.append((SUBBLOCK_ROWS, 32))
     found = [ExpertsConfig(rows, tail, False, float16_act=True) for rows, tail in blocks]
     return [ExpertsConfig(*blocks[0], False), *found]
 
@@ -121,8 +122,8 @@ def _ways_for_few(tokens: int, mean: float) -> list[ExpertsConfig]:
     if tokens <= MOST_DIRECT_TOKENS:
         direct = ExpertsConfig(max(16, power_of_two(tokens)), 0, True)
         found.append(direct)
-        if tokens <= MOST_JOINED_TOKENS:
-            found.append(replace(direct, is_joined=True))
+        if tokens <= MOST_FUSED_TOKENS:
+            found.append(replace(direct, fused_sum=True))
     if tokens > 4 and mean <= 24:
         found += [ExpertsConfig(rows, 0, False) for rows in (16, 32) if rows <= max(16, 8 * mean)]
     return found
@@ -130,34 +131,50 @@ def _ways_for_few(tokens: int, mean: float) -> list[ExpertsConfig]:
 
 def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
     """Tiles worth a try for one product under a way of cutting rows."""
-    if way.is_joined and not is_first:
-        yield from (Tile(columns, depth, warps, 1) for columns, depth, warps in JOINED)
+    if way.fused_sum and not is_first:
+        yield from (Tile(block_n, block_k, warps, 1) for block_n, block_k, warps in FUSED_SUM)
         return
-    each = getattr(torch, shape.dtype).itemsize
-    rows = (way.rows + way.tail) * way.parts
-    few = way.block_rows <= FEW_ROWS
-    cuts = FEW if few else MANY
-    if is_fp8(shape):
-        cuts = FP8_FIRST if is_first else FP8_SECOND
-        if way.float16_act and not is_first:
-            cuts = FLOAT16_SECOND
-    for (columns, depth, warps, stages), left, described in product(
-        cuts, (True, False), (False, True) if is_fp8(shape) else (False,)
-    ):
-        if way.parts == 2 and not left:
+    is_for_few = way.block_rows <= FEW_ROWS
+    copies = (False, True) if is_fp8(shape) else (False,)
+    for cut, swap_ab, use_tma in product(_cuts(way, shape, is_first), (True, False), copies):
+        tile = Tile(*cut, swap_ab=swap_ab, use_tma=use_tma)
+        if not _fits(tile, way, shape, is_first):
             continue
-        depth = depth // 2 if each == 4 else depth
-        wide = columns * 2 if is_first else columns
-        if left and wide < 16 * warps:  # a warp takes 16 rows of the left operand
-            continue
-        if not left and wide < 8 * warps:
-            continue
-        shared = (wide * each + rows * max(each, 2)) * depth * stages
-        if shared > SHARED_BYTES or rows * wide / (32 * warps) > MOST_SUMS:
-            continue
-        yield Tile(columns, depth, warps, stages, 1, left, described)
-        if not few and not described and not is_first:
-            yield Tile(columns, depth, warps, stages, 4, left, described)
+        yield tile
+        if not is_for_few and not use_tma and not is_first:
+            yield replace(tile, GROUP_M=4)
+
+
+def _cuts(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[tuple[int, int, int, int]]:
+    """BLOCK_N, BLOCK_K, num_warps and num_stages to try."""
+    cuts = FEW if way.block_rows <= FEW_ROWS else MANY
+    if is_fp8(shape) and is_first:
+        cuts = FP8_FIRST
+    elif is_fp8(shape):
+        cuts = FLOAT16_SECOND if way.float16_act else FP8_SECOND
+    halves = 2 if _itemsize(shape) == 4 else 1
+    for block_n, block_k, warps, stages in cuts:
+        yield block_n, block_k // halves, warps, stages
+
+
+def _fits(tile: Tile, way: ExpertsConfig, shape: Shape, is_first: bool) -> bool:
+    """Whether shared memory and registers hold the tile, and each warp has enough of it."""
+    if way.fp8_terms == 2 and not tile.swap_ab:
+        return False
+    rows = (way.BLOCK_M + way.TAIL_M) * way.fp8_terms
+    wide = tile.BLOCK_N * 2 if is_first else tile.BLOCK_N
+    if (
+        wide < (16 if tile.swap_ab else 8) * tile.num_warps
+    ):  # 16 rows of the left operand, 8 columns
+        return False
+    each = _itemsize(shape)
+    shared = (wide * each + rows * max(each, 2)) * tile.BLOCK_K * tile.num_stages
+    return shared <= SHARED_BYTES and rows * wide / (32 * tile.num_warps) <= MOST_SUMS
+
+
+def _itemsize(shape: Shape) -> int:
+    size: int = getattr(torch, shape.dtype).itemsize
+    return size
 
 
 def is_fp8(shape: Shape) -> bool:

@@ -19,9 +19,9 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.reference import experts_reference
 from leanmoe.kernels.triton.config import ExpertsConfig, Tile
-from leanmoe.kernels.triton.expert_blocks import WorkList, expert_blocks_reference
-from leanmoe.kernels.triton.experts import FP8, experts_gpu, operands
-from leanmoe.kernels.triton.launch import MOST_FLOAT32_PARTS, ExpertsCall, settle_keys
+from leanmoe.kernels.triton.expert_blocks import ExpertBlocks, expert_blocks_reference
+from leanmoe.kernels.triton.experts import FP8, experts_gpu
+from leanmoe.kernels.triton.launch import MOST_FLOAT32_TOKENS, ExpertsCall, operands, settle_keys
 from leanmoe.kernels.triton.search_tiles import is_fp8, tiles, ways
 from leanmoe.kernels.triton.timing import time_calls
 from leanmoe.kernels.triton.tuned_tiles import Shape
@@ -115,11 +115,11 @@ def _compile(shape: Shape, tokens: int, config: ExpertsConfig, product: Product)
     """In a process of its own: the programs of one product."""
     torch.cuda.current_device()  # Triton asks the driver for what to compile
     call = _call(_Compiled, shape, tokens, config, random_weights(shape, "meta"), None, "meta")
-    work = _empty_work() if not config.is_direct else ()
-    (call.first_product if product == FIRST else call.second_product)(*work)
+    blocks = _empty_blocks() if not config.is_direct else ()
+    (call.first_product if product == FIRST else call.second_product)(*blocks)
 
 
-def _empty_work() -> tuple[Tensor, Tensor, Tensor]:
+def _empty_blocks() -> tuple[Tensor, Tensor, Tensor]:
     integers = torch.empty(8, dtype=torch.int32, device="meta")
     return integers, torch.empty(3, 8, dtype=torch.int32, device="meta"), integers
 
@@ -140,8 +140,7 @@ def _call(
             torch.empty(tokens, shape.slots, dtype=torch.int64, device=device),
             torch.empty(tokens, shape.slots, device=device),
         )
-    extras, _, layout, activation, numbers = operands(weights, None)
-    return kind(*inputs, weights.gate_up, weights.down, extras, layout, activation, numbers, config)
+    return kind(*inputs, operands(weights), config)
 
 
 class Tuner:
@@ -182,9 +181,9 @@ class Tuner:
                 yield shape, found
 
     def _compile(self, pool: ProcessPoolExecutor, shape: Shape) -> list[Future[None]]:
-        """What is compiled depends on the tokens only in how the parts are kept."""
+        """What is compiled depends on the tokens only in how exactly each slot's result is kept."""
         once = {
-            (config, product, size > MOST_FLOAT32_PARTS): (size, config, product)
+            (config, product, size > MOST_FLOAT32_TOKENS): (size, config, product)
             for size in self.tokens
             for way in ways(shape, size)
             for product, config in _candidates(way, shape)
@@ -202,7 +201,7 @@ class Tuner:
 def _candidates(way: ExpertsConfig, shape: Shape) -> list[tuple[Product, ExpertsConfig]]:
     """What is compiled ahead. The second product knows of the first its columns, if anything."""
     first = [_with(way, FIRST, tile) for tile in tiles(way, shape, True)]
-    columns = {config.gate_up.columns: config for config in first}
+    columns = {config.gate_up.BLOCK_N: config for config in first}
     before = columns.values() if is_fp8(shape) else [way]
     second = [_with(c, SECOND, tile) for c in before for tile in tiles(way, shape, False)]
     return [(FIRST, config) for config in first] + [(SECOND, config) for config in second]
@@ -252,7 +251,7 @@ class _Timed:
         self, way: ExpertsConfig, product: Product, inputs: Sequence[Inputs]
     ) -> Tile | None:
         """A rough time for every tile, a careful one for the few that did best."""
-        lists = [_work(way, ids, self.shape) for _, ids, _ in inputs]
+        lists = [_grouped(way, ids, self.shape) for _, ids, _ in inputs]
         tiles_left = list(tiles(way, self.shape, product == FIRST))
         for is_rough in (True, False):
             times: list[tuple[float, int]] = []
@@ -261,8 +260,8 @@ class _Timed:
 
                 def calls(config: ExpertsConfig = config) -> list[Callable[[], object]]:
                     return [
-                        _product(self._call(config, i), product, work)
-                        for i, work in zip(inputs, lists, strict=True)
+                        _product(self._call(config, i), product, blocks)
+                        for i, blocks in zip(inputs, lists, strict=True)
                     ]
 
                 took = self._try(calls, len(inputs[0][0]), product, config, is_rough)
@@ -275,7 +274,7 @@ class _Timed:
         return _call(ExpertsCall, self.shape, len(inputs[0]), config, self.weights, inputs)
 
     def _time(self, config: ExpertsConfig, inputs: Sequence[Inputs]) -> float | None:
-        """The whole op, work list and all."""
+        """The whole op, grouping of the ids and all."""
 
         def calls() -> list[Callable[[], object]]:
             return [partial(experts_gpu, *i, self.weights, config=config) for i in inputs]
@@ -310,10 +309,12 @@ def _with(config: ExpertsConfig, product: Product, tile: Tile) -> ExpertsConfig:
     return replace(config, gate_up=tile) if product == FIRST else replace(config, down=tile)
 
 
-def _work(way: ExpertsConfig, ids_TK: Tensor, shape: Shape) -> WorkList | None:
+def _grouped(way: ExpertsConfig, ids_TK: Tensor, shape: Shape) -> ExpertBlocks | None:
     return None if way.is_direct else expert_blocks_reference(ids_TK, shape.experts, way.block_rows)
 
 
-def _product(call: ExpertsCall, product: Product, work: WorkList | None) -> Callable[[], object]:
+def _product(
+    call: ExpertsCall, product: Product, blocks: ExpertBlocks | None
+) -> Callable[[], object]:
     run = call.first_product if product == FIRST else call.second_product
-    return lambda: run(*(() if work is None else work[:3]))
+    return lambda: run(*(() if blocks is None else blocks[:3]))

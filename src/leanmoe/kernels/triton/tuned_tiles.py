@@ -24,7 +24,7 @@ from leanmoe.kernels.weights import ExpertWeights
 
 SHIPPED = Path(__file__).parent / "tuned"
 OWN = "LEANMOE_TUNED"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,10 @@ class Tuned:
         """Reads and checks a file."""
         value = read_json(path, "tuned kernels")
         if not isinstance(value, dict) or value.get("leanmoe_kernels") != SCHEMA_VERSION:
-            raise LeanMoeError(f"{path} is no tuned-kernels file of version {SCHEMA_VERSION}")
+            raise LeanMoeError(
+                f"{path} is no tuned-kernels file of version {SCHEMA_VERSION}: "
+                "write it anew with `leanmoe kernels tune`"
+            )
         try:
             buckets = tuple(
                 (int(b["tokens"]), ExpertsConfig.from_json(b["config"], f"{path.name}: config"))
@@ -117,7 +120,7 @@ def config_for(weights: ExpertWeights, tokens: int, slots: int) -> ExpertsConfig
     if tuned is None:
         return guess(tokens, weights)
     config = tuned.nearest(tokens)
-    if config.is_direct and tokens > config.rows:
+    if config.is_direct and tokens > config.BLOCK_M:
         config = guess(tokens, weights)
     return config
 
@@ -151,16 +154,16 @@ def guess(tokens: int, weights: ExpertWeights) -> ExpertsConfig:
     if weights.gate_up_scale is not None:
         wide, down = Tile(128, 128, 8, 3), Tile(64, 128, 4, 3)
         if tokens <= 512:
-            return ExpertsConfig(16, 0, tokens <= 16, wide, down, parts=2)
-        return ExpertsConfig(64, 0, False, wide, replace(down, depth=64), float16_act=True)
-    depth = 32 if weights.gate_up.dtype.itemsize == 4 else 64
-    few = Tile(columns=32, depth=depth, warps=4, stages=3, weights_left=False)
+            return ExpertsConfig(16, 0, tokens <= 16, wide, down, fp8_terms=2)
+        return ExpertsConfig(64, 0, False, wide, replace(down, BLOCK_K=64), float16_act=True)
+    block_k = 32 if weights.gate_up.dtype.itemsize == 4 else 64
+    few = Tile(BLOCK_N=32, BLOCK_K=block_k, num_warps=4, num_stages=3, swap_ab=False)
     if tokens <= 16:
-        return ExpertsConfig(16, 0, True, few, Tile(64, depth, 4, 3, weights_left=False))
+        return ExpertsConfig(16, 0, True, few, Tile(64, block_k, 4, 3, swap_ab=False))
     if tokens <= 512:
-        return ExpertsConfig(16, 0, False, few, Tile(64, depth, 4, 3, weights_left=False))
-    many = Tile(64, depth, 4, 3, 1, weights_left=False)
-    return ExpertsConfig(64, 0, False, many, Tile(128, depth, 4, 3, 1, False))
+        return ExpertsConfig(16, 0, False, few, Tile(64, block_k, 4, 3, swap_ab=False))
+    many = Tile(64, block_k, 4, 3, 1, swap_ab=False)
+    return ExpertsConfig(64, 0, False, many, Tile(128, block_k, 4, 3, 1, False))
 
 
 @lru_cache(maxsize=256)
