@@ -1,7 +1,7 @@
 """The experts in plain torch: what every faster implementation is checked against.
 
-Letters: T tokens, K slots a token, E experts, M expert width, D hidden width, X slots: all, or those
-of one expert, J columns of the first product.
+Letters: T tokens, K slots a token, E experts, M expert width, D hidden width, X slots, all or of
+one expert, J columns of the first product.
 """
 
 from __future__ import annotations
