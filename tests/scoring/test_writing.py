@@ -106,7 +106,7 @@ def test_divergence_by_position_is_that_of_the_logits() -> None:
 
 def test_what_cannot_be_written() -> None:
     model = build("qwen3_moe")
-    with pytest.raises(LeanMoeError, match="2 prompts cannot decode together"):
+    with pytest.raises(LeanMoeError, match="there are 2 prompts, too few"):
         write_on(model, PROMPTS[:2], 4, lambda _: nullcontext(), "x", decode_batch=3)
     with pytest.raises(LeanMoeError, match="no token"):
         write_on(model, [()], 4, lambda _: nullcontext(), "x")

@@ -13,10 +13,7 @@ from scipy import stats
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.stats import paired
-from leanmoe.stats.paired import (
-    Divergence,
-    Losses,
-)
+from leanmoe.stats.paired import Divergence, Losses, fixed_sequence
 
 Floats = NDArray[np.float64]
 TRIALS = 600
@@ -204,3 +201,27 @@ def test_sums_add_up_and_survive_json() -> None:
     once = Divergence(np.array([1.0, 2.0, 3.0]), plan, full)
     assert (once + once).mean_kl == pytest.approx(6.0 / 300)
     assert once.loss_difference == pytest.approx(plan.mean - full.mean)
+
+
+def test_stops_at_the_first_failure_and_tests_nothing_behind_it() -> None:
+    tested: list[int] = []
+
+    def accepts(candidate: int) -> bool:
+        tested.append(candidate)
+        return candidate != 3
+
+    assert fixed_sequence([1, 2, 3, 4], accepts) == (1, 2)
+    assert tested == [1, 2, 3]
+    assert fixed_sequence([], accepts) == ()
+
+
+def test_errs_as_often_as_one_test_while_picking_the_best_does_not() -> None:
+    draw = np.random.default_rng(0)
+    bad = range(10)
+    in_order = best_of = 0
+    for _ in range(2000):
+        passes = draw.random(len(bad)) < 0.05  # ten bad plans, each tested at 95%
+        in_order += bool(fixed_sequence(bad, lambda n, passes=passes: bool(passes[n])))
+        best_of += bool(passes.any())
+    assert in_order < 0.065 * 2000
+    assert best_of > 0.35 * 2000

@@ -1,1 +1,1 @@
-"""What a plan gains: service load in process and against servers, full model and plans in turn."""
+"""What a plan gains: service load on the full model and on plans, interleaved."""

@@ -1,4 +1,4 @@
-"""The one interleaved comparer: variants run the same load in turn, in an order drawn anew.
+"""The one interleaved comparer: variants run the same load, each repeat in a new order.
 
 A machine grows warm and slow over minutes. Runs of one variant after the other would call that a
 gain, so each repeat runs every variant once, and ratios are of runs of the same repeat. `tune`

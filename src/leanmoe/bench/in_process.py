@@ -1,4 +1,4 @@
-"""The load in this process: full model and plans take turns on one loaded model."""
+"""The load in this process: full model and plans alternate on one loaded model."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class InProcess:
         return Outcome(timelines)
 
     def routing(self, load: ServiceLoad, run_one: RunOne) -> dict[str, Any]:
-        """Experts a token used and distinct experts a step woke, means over layers and steps.
+        """Experts a token used and distinct experts of a step, means over layers and steps.
 
         Of the tokens that decode: under every variant prompt tokens are counted apart.
         """

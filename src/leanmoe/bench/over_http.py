@@ -1,4 +1,4 @@
-"""The load over HTTP, through GuideLLM: servers take turns, each with its own plan or none."""
+"""The load over HTTP, through GuideLLM: servers alternate, each with its own plan or none."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Job:
         return any(is_server(target) for target in self.targets)
 
     def check(self) -> None:
-        """Raises LeanMoeError for what does not go together, before anything is loaded."""
+        """Raises LeanMoeError for settings that exclude each other, before anything is loaded."""
         self.settings.check()
         if self.engine not in ENGINES:
             raise LeanMoeError(f"--engine is {self.engine!r}: it must be {' or '.join(ENGINES)}")

@@ -32,7 +32,7 @@ class ScrapedStep:
     """As the server names it: a number, or "full model"."""
     up_to: str
     distinct: float
-    """Experts the step woke."""
+    """Experts that the step activated."""
     activated: float
     """Experts a token used."""
 

@@ -36,7 +36,7 @@ class Runner(Protocol):
     """Something that can run a load on several variants."""
 
     restarts: bool
-    """Whether a change of variant is so slow that variants take turns by repeat, not by run."""
+    """Whether a change of variant is so slow that variants alternate by repeat, not by run."""
 
     def describe(self) -> dict[str, Any]:
         """What runs, on what."""
@@ -69,7 +69,7 @@ def sweep(
     """Runs every variant at every load; each repeat draws prompts of its own.
 
     Where a change of variant is quick, load follows load, and variants alternate within a load. An
-    engine that restarts runs all loads before the next variant has its turn. `shown` is called
+    engine that restarts runs all loads before the next variant. `shown` is called
     when a load is done. Whatever ends the sweep early is written into the record as the reason, and
     raised.
     """

@@ -31,7 +31,7 @@ WORKER = [sys.executable, "-m", "leanmoe.bench.vllm_worker"]
 class VLLMOffline:
     """Runs loads on vLLM, the plan in LEANMOE_PLAN of the engine's process.
 
-    Two engines rarely fit on a GPU, so variants take turns by repeat: each repeat starts every
+    Two engines rarely fit on a GPU, so variants alternate by repeat: each repeat starts every
     variant's engine once and runs all loads on it.
     """
 

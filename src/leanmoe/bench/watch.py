@@ -32,12 +32,12 @@ def watch(
     most_rows: int,
     patience: float,
 ) -> dict[str, Any]:
-    """Experts a token used and distinct experts a step woke, means over layers and samples.
+    """Experts a token used and distinct experts of a step, means over layers and samples.
 
     Args:
-        rows: requests, each with "prompt" and "output_tokens_count"; sent in turn until there are
-            SAMPLES samples. Those under way then end as they would.
-        together: at most so many are under way at once.
+        rows: requests, each with "prompt" and "output_tokens_count"; sent until there are SAMPLES
+            samples. Those under way then end as they would.
+        decode_batch: at most so many are under way at once.
         most_rows: steps with more rows are left out: they hold a prompt.
         patience: seconds that one request may take.
 

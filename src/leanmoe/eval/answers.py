@@ -20,11 +20,7 @@ from leanmoe.plan.named_plans import FULL, Named
 from leanmoe.runtime import apply, served_experts
 from leanmoe.scoring.rows import Score, ScoredRow, score_rows
 from leanmoe.stats.outcomes import Bools
-from leanmoe.stats.paired import (
-    MINIMUM_DOCUMENTS,
-    Losses,
-    loss_increase,
-)
+from leanmoe.stats.paired import MINIMUM_DOCUMENTS, Losses, loss_increase
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,9 @@ def answer_tasks(
     settings: EvalSettings,
     folder: RunFolder,
 ) -> dict[str, dict[str, list[Answers]]]:
-    """By plan (the full model first) and task: the answers of each mix.
+    """By plan (the full model first) and task: the answers of each batch draw.
 
-    Questions of all tasks are asked together: each other's company. A plan that does not depend on
-    company is asked once.
+    Questions of all tasks share decode batches. A plan that is not batch-aware is asked once.
     """
     rows = [row for task in tasks for item in task.items for row in item.rows]
     items = [item for task in tasks for item in task.items]
@@ -57,9 +52,9 @@ def answer_tasks(
     for each in (full, *plans):
         batch_draws = settings.batch_draws if each.is_batch_aware(settings.concurrency) else 1
         found[each.name] = {task.name: [] for task in tasks}
-        for mix in range(batch_draws):
-            score = _scoring(model, each, rows, questions, settings, mix)
-            stored = folder.step(f"tasks-{_step(each, full)}-{mix}", score)
+        for draw in range(batch_draws):
+            score = _scoring(model, each, rows, questions, settings, draw)
+            stored = folder.step(f"tasks-{_step(each, full)}-{draw}", score)
             scores = [Score(nll, bool(greedy)) for nll, greedy in zip(*stored, strict=True)]
             for name, answers in _judged(tasks, scores).items():
                 found[each.name][name].append(answers)
@@ -92,7 +87,7 @@ def _scoring(
     rows: Sequence[ScoredRow],
     questions: Sequence[int],
     settings: EvalSettings,
-    mix: int,
+    draw: int,
 ) -> Callable[[], Any]:
     experts = served_experts(model)
 
@@ -106,8 +101,8 @@ def _scoring(
         )
 
     def compute() -> Any:
-        what = f"Tasks, {each.name}" + (f", mix {mix + 1}" if mix else "")
-        seed = settings.seed + mix
+        what = f"Tasks, {each.name}" + (f", batch draw {draw + 1}" if draw else "")
+        seed = settings.seed + draw
         scores = score_rows(model, rows, questions, applying, what, settings.concurrency, seed)
         return [[score.nll for score in scores], [int(score.greedy) for score in scores]]
 

@@ -18,11 +18,7 @@ from leanmoe.prune.kept_experts import as_plan, best_experts, kept_count
 from leanmoe.runtime import apply, served_experts, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import WINDOW_TOKENS, Windows, cut
-from leanmoe.stats.paired import (
-    Losses,
-    loss_increase,
-    require_documents,
-)
+from leanmoe.stats.paired import Losses, loss_increase, require_documents
 
 FEWEST_DOCUMENTS = 60
 """A text of fewer is cut into passages, which are then what statistics are paired by."""

@@ -52,7 +52,7 @@ def generation(
     drawn = writer.drawn(full, 0) if writer.draws else None
     for each in plans:
         batch_draws = settings.batch_draws if each.is_batch_aware(settings.concurrency) else 1
-        theirs = [writer.greedy(each, mix) for mix in range(batch_draws)]
+        theirs = [writer.greedy(each, draw) for draw in range(batch_draws)]
         row: dict[str, Any] = {
             "plan": each.name,
             "mixes": batch_draws,
@@ -67,7 +67,7 @@ def generation(
             )
             row["exact_match"] = found.to_json()
         if drawn is not None:
-            plan_drawn = [writer.drawn(each, mix) for mix in range(batch_draws)]
+            plan_drawn = [writer.drawn(each, draw) for draw in range(batch_draws)]
             row["pass_at"] = _pass_at(writer, drawn, plan_drawn, settings)
         rows.append(row)
     return {
@@ -112,7 +112,7 @@ class _Writer:
         return applying
 
     def _write(
-        self, each: Named, mix: int, prompts: Sequence[Prompt], kind: str, **how: Any
+        self, each: Named, draw: int, prompts: Sequence[Prompt], kind: str, **how: Any
     ) -> list[list[int]]:
         def compute() -> list[list[int]]:
             return write_on(
@@ -122,23 +122,23 @@ class _Writer:
                 self._applying(each.plan),
                 f"{kind.capitalize()} replies, {each.name}",
                 self._settings.concurrency,
-                self._settings.seed + mix,
+                self._settings.seed + draw,
                 **how,
             )
 
         name = "full" if each.name == FULL else each.digest
-        stored: list[list[int]] = self._folder.step(f"{kind}-{name}-{mix}", compute)
+        stored: list[list[int]] = self._folder.step(f"{kind}-{name}-{draw}", compute)
         return stored
 
-    def greedy(self, each: Named, mix: int) -> list[list[int]]:
+    def greedy(self, each: Named, draw: int) -> list[list[int]]:
         """The likeliest reply to each prompt."""
-        return self._write(each, mix, self._prompts, "greedy")
+        return self._write(each, draw, self._prompts, "greedy")
 
-    def drawn(self, each: Named, mix: int) -> list[list[int]]:
+    def drawn(self, each: Named, draw: int) -> list[list[int]]:
         """Replies drawn at the temperature: those of the first prompt, then of the second."""
         prompts = [prompt for prompt in self._prompts for _ in range(self.draws)]
         how = {"temperature": self._settings.temperature, "draws": self._settings.seed}
-        return self._write(each, mix, prompts, "drawn", **how)
+        return self._write(each, draw, prompts, "drawn", **how)
 
     def right(self, replies: Sequence[Sequence[int]]) -> Any:
         """Whether each reply holds its prompt's answer; replies may be several a prompt."""
@@ -157,7 +157,7 @@ class _Writer:
             for prompt, reply in zip(self._prompts, replies, strict=True)
         ]
 
-        def compute(mix: int) -> Callable[[], Any]:
+        def compute(draw: int) -> Callable[[], Any]:
             return lambda: divergence_by_position(
                 self._model,
                 rows,
@@ -165,7 +165,7 @@ class _Writer:
                 self._applying(each.plan),
                 f"Divergence by position, {each.name}",
                 self._settings.concurrency,
-                self._settings.seed + mix,
+                self._settings.seed + draw,
             ).tolist()
 
         found = [self._folder.step(f"kl-{each.digest}-{m}", compute(m)) for m in range(batch_draws)]

@@ -56,7 +56,7 @@ def answer_harness(
     settings: EvalSettings,
     folder: RunFolder,
 ) -> dict[str, dict[str, list[Answers]]]:
-    """By plan (the full model first) and task: the answers of each mix."""
+    """By plan (the full model first) and task: the answers of each batch draw."""
     _announce(names, settings)
     full = Named(FULL, Plan(plans[0].plan.model))
     found: dict[str, dict[str, list[Answers]]] = {}
@@ -64,15 +64,15 @@ def answer_harness(
         scope = each.is_batch_aware(settings.concurrency)
         batch_draws = settings.batch_draws if scope and settings.engine == "transformers" else 1
         found[each.name] = {}
-        for mix in range(batch_draws):
+        for draw in range(batch_draws):
             key = "full" if each is full else each.digest
             if settings.engine == "vllm":
                 from leanmoe.eval.harness_vllm import in_vllm
 
                 run = in_vllm(each, names, settings, folder, _answers)
             else:
-                run = _in_process(model, tokenizer, each, names, settings, mix)
-            stored = folder.step(f"harness-{settings.engine}-{key}-{mix}", run)
+                run = _in_process(model, tokenizer, each, names, settings, draw)
+            stored = folder.step(f"harness-{settings.engine}-{key}-{draw}", run)
             for task, judged in stored.items():
                 found[each.name].setdefault(task, []).append(_as_answers(judged))
     return found
@@ -136,12 +136,12 @@ def _in_process(
     each: Named,
     names: Sequence[str],
     settings: EvalSettings,
-    mix: int,
+    draw: int,
 ) -> Callable[[], Stored]:
     def compute() -> Stored:
         from leanmoe.eval.harness_model import planned_model
 
-        return _answers(planned_model(model, tokenizer, each, settings, mix), names, settings)
+        return _answers(planned_model(model, tokenizer, each, settings, draw), names, settings)
 
     return compute
 

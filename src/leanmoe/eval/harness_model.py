@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's own model class, with answers scored in the company of a service.
+"""lm-evaluation-harness's own model class, with answers scored in decode batches.
 
 Imported only where the harness is installed.
 """
@@ -16,28 +16,30 @@ from leanmoe.runtime import apply, served_experts
 from leanmoe.scoring.rows import ScoredRow, score_rows
 
 
-def planned_model(model: Any, tokenizer: Any, each: Named, settings: EvalSettings, mix: int) -> Any:
-    """A model for the harness that answers under a plan, its mix of company drawn by a seed."""
+def planned_model(
+    model: Any, tokenizer: Any, each: Named, settings: EvalSettings, draw: int
+) -> Any:
+    """A model for the harness that answers under a plan; `draw` seeds who shares a decode batch."""
     made = PlannedHFLM(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=settings.concurrency,
         device=str(model.device),
     )
-    made.plan_by(each, settings, mix)
+    made.plan_by(each, settings, draw)
     return made
 
 
 class PlannedHFLM(HFLM):  # type: ignore[misc]
     """Tokenises, truncates and stops as the harness does; scores and writes under a plan."""
 
-    def plan_by(self, each: Named, settings: EvalSettings, mix: int) -> None:
-        """What it answers under."""
-        self._each, self._settings, self._mix = each, settings, mix
+    def plan_by(self, each: Named, settings: EvalSettings, draw: int) -> None:
+        """Sets the plan to answer under, and which batch draw this is."""
+        self._each, self._settings, self._draw = each, settings, draw
         self._questions: list[int] = []
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """Log-likelihoods of answers; the answers of a question keep each other no company."""
+        """Log-likelihoods of answers; the answers of one question never share a decode batch."""
         del disable_tqdm
         names = [(request.task_name, request.doc_id) for request in requests]
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
@@ -73,11 +75,11 @@ class PlannedHFLM(HFLM):  # type: ignore[misc]
             applying,
             f"Harness, {self._each.name}",
             settings.concurrency,
-            settings.seed + self._mix,
+            settings.seed + self._draw,
         )
         return [(-score.nll, score.greedy) for score in scores]
 
     def _model_generate(self, context: Any, **settings: Any) -> Any:
-        """Writes as many requests at once as decode together, as a step of a service."""
+        """Writes replies in decode batches, as steps of a service."""
         with apply(self.model, self._each.plan, experts=served_experts(self.model)):
             return super()._model_generate(context, **settings)

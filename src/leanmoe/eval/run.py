@@ -117,8 +117,8 @@ def compared(
             right_U = np.concatenate([full[task][0].right_U for task in by_task])
             pooled_ZU = np.stack(
                 [
-                    np.concatenate([batch_draws[mix].right_U for batch_draws in by_task.values()])
-                    for mix in range(min(map(len, by_task.values())))
+                    np.concatenate([batch_draws[draw].right_U for batch_draws in by_task.values()])
+                    for draw in range(min(map(len, by_task.values())))
                 ]
             )
             pooled = difference(right_U, pooled_ZU, settings.confidence)

@@ -107,7 +107,7 @@ def rank_experts(
     return criterion.by_statistics(observe(model, windows) if seen is None else seen)
 
 
-@CRITERIA.register("random", title="drawn by lot", source=PAPER, kind="by_number")
+@CRITERIA.register("random", title="drawn at random", source=PAPER, kind="by_number")
 def _random(experts: int, seed: int) -> Scores:
     """S_j is uniform between 0 and 1, drawn for each layer."""
     return np.random.default_rng(seed).random(experts)

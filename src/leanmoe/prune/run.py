@@ -17,13 +17,7 @@ from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.text import read_corpus, split
 from leanmoe.models.shape import REFERENCE, MoEShape, read_shape
-from leanmoe.prune.allocation import (
-    ALLOCATION_TOKENS,
-    Allocated,
-    allocate,
-    fewest,
-    first_windows,
-)
+from leanmoe.prune.allocation import ALLOCATION_TOKENS, Allocated, allocate, fewest, first_windows
 from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
 from leanmoe.prune.criteria import CRITERIA, Criterion, Scores, observe, rank_experts
 from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count

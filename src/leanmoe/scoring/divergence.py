@@ -15,17 +15,9 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.scoring.forward import (
-    Head,
-    hidden_of,
-)
+from leanmoe.scoring.forward import Head, hidden_of
 from leanmoe.scoring.windows import BATCH_TOKENS, WindowBatch, Windows
-from leanmoe.stats.paired import (
-    Counts,
-    Divergence,
-    Floats,
-    Losses,
-)
+from leanmoe.stats.paired import Counts, Divergence, Floats, Losses
 
 
 @dataclass(frozen=True)

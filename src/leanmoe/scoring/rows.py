@@ -25,12 +25,10 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.runtime import why_not_full_attention
-from leanmoe.scoring.forward import (
-    Head,
-)
+from leanmoe.scoring.forward import Head
 
 BATCH_TOKENS = 8192
-"""Columns times bundles of one forward call, unless those that decode together need more."""
+"""Columns times bundles of one forward call, unless a decode batch needs more."""
 LENGTH_STEP = 4
 """Bundles whose decoded tokens differ by less count as equally long when they are sorted."""
 PADDING, TRUNK = -1, 0
@@ -91,13 +89,13 @@ class Call:
 
     bundles: tuple[Bundle, ...]
     scored: tuple[bool, ...]
-    """False where a bundle only keeps the others company; it is scored elsewhere."""
+    """False where a bundle only fills a decode batch up; it is scored elsewhere."""
 
 
 def bundled(
     rows: Sequence[ScoredRow], questions: Sequence[int], can_branch: bool = True
 ) -> tuple[Bundle, ...]:
-    """Rows of one question together, where their prompts are the same; `questions` are theirs."""
+    """A bundle for each question and prompt; `questions` holds each row's question."""
     groups: dict[object, list[int]] = {}
     for number, (row, question) in enumerate(zip(rows, questions, strict=True)):
         key = (question, row.ids[: row.prompt]) if can_branch else number
@@ -124,16 +122,16 @@ def calls(
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
 ) -> tuple[Call, ...]:
-    """All bundles, those of similar lengths together, longest first.
+    """All bundles in calls: neighbours are of similar lengths, the longest first.
 
-    Every `decode_batch` neighbours of a call decode together: which ones, among similar lengths, is
-    drawn. The last few are filled up with bundles that are scored elsewhere. Raises LeanMoeError
-    when there are fewer than decode together.
+    Every `decode_batch` neighbours of a call are a step: which ones, among similar lengths, is
+    drawn. The last step is filled up with bundles that are scored elsewhere. Raises LeanMoeError
+    when there are fewer bundles than that.
     """
     if len(bundles) < decode_batch:
         raise LeanMoeError(
-            f"decode_batch is {decode_batch}: there are {len(bundles)} questions, "
-            "so fewer can decode together"
+            f"decode_batch is {decode_batch}: it needs as many questions, and there are "
+            f"{len(bundles)}"
         )
     draw = random.Random(seed)
     ranks = [draw.random() for _ in bundles]

@@ -20,12 +20,12 @@ WINDOW_TOKENS = 256
 MINIMUM_WINDOW_TOKENS = 16
 """Shorter pieces are left out: nearly all of their tokens would be predicted without context."""
 BATCH_TOKENS = 4096
-"""Tokens in one forward call, unless the sequences that decode together need more."""
+"""Tokens in one forward call, unless a decode batch needs more."""
 
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Windows that one forward call runs together, padded on the right to the longest of them."""
+    """Windows of one forward call, padded on the right to the longest of them."""
 
     ids_SN: Tensor
     mask_SN: Tensor
@@ -33,7 +33,7 @@ class WindowBatch:
     rows_S: Tensor
     """Each row's number in its `Windows`."""
     scored_S: Tensor
-    """False for a window that only keeps the others company; it is scored in another batch."""
+    """False for a window that only fills a decode batch up; it is scored in another batch."""
     prompt_tokens: int = 0
     reply_tokens: int = 0
     """Where above 0, the tokens after the prompt are replies of so many tokens; see `replies`."""
@@ -138,8 +138,8 @@ class Windows:
         count = len(self.lengths_S)
         if count < step:
             raise LeanMoeError(
-                f"decode_batch is {step}: the text gives {count} windows, so at most {count} "
-                "sequences can decode together; give more text or shorter windows"
+                f"decode_batch is {step}: the text gives {count} windows, so a decode batch has "
+                f"at most {count} sequences; give more text or shorter windows"
             )
         order = self._spread()
         missing = -count % step
@@ -249,10 +249,10 @@ def _in_rounds(
 ) -> Iterable[tuple[int, list[int]]]:
     """One piece of each document, then another of each, until there are `tokens`."""
     taken = 0
-    for turn in range(max(map(len, pieces.values()))):
+    for number_of_piece in range(max(map(len, pieces.values()))):
         for number, found in pieces.items():
             if tokens is not None and taken >= tokens:
                 return
-            if turn < len(found):
-                taken += len(found[turn])
-                yield number, found[turn]
+            if number_of_piece < len(found):
+                taken += len(found[number_of_piece])
+                yield number, found[number_of_piece]

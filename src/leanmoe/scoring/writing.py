@@ -17,13 +17,11 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
-from leanmoe.scoring.forward import (
-    Head,
-)
+from leanmoe.scoring.forward import Head
 from leanmoe.scoring.rows import Applying, Laid, ScoredRow, bundled, calls
 
 REQUESTS_AT_ONCE = 32
-"""In one call, unless those that decode together are more."""
+"""Requests of one call, unless a decode batch is larger."""
 
 
 @torch.inference_mode()
@@ -38,12 +36,12 @@ def write_on(
     temperature: float | None = None,
     draws: int = 0,
 ) -> list[list[int]]:
-    """`new_tokens` tokens after each prompt, none stopped early: requests stay company to the end.
+    """`new_tokens` tokens after each prompt; none stops early, so that the decode batch stays full.
 
-    Greedy, or drawn at `temperature`: then by lots that depend on `draws`, the prompt's number and
-    the position alone, so that two models with the same distribution write the same. Every
-    `decode_batch` requests decode together, in an order drawn by `seed`; the last few are filled
-    up with others. Raises LeanMoeError when there are fewer prompts than decode together, or the
+    The likeliest token is taken, or one is drawn at `temperature`. Draws depend on `draws`, the
+    prompt's number and the position alone, so that models with the same distribution write the
+    same. Every `decode_batch` requests share a step, in an order drawn by `seed`; the last step
+    is filled up with others. Raises LeanMoeError when there are fewer prompts than that, or the
     model reads fewer tokens.
     """
     _require_room(model, prompts, new_tokens, decode_batch)
@@ -57,16 +55,16 @@ def write_on(
     with bar(what, len(order) * new_tokens, "tokens") as advance:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            lots = None if temperature is None else _Lots(chosen, temperature, draws)
-            written = _write(model, [prompts[n] for n in chosen], new_tokens, applying, lots)
+            noise = None if temperature is None else _GumbelNoise(chosen, temperature, draws)
+            written = _write(model, [prompts[n] for n in chosen], new_tokens, applying, noise)
             for number, reply in zip(chosen, written.tolist(), strict=True):
                 replies.setdefault(number, reply)
             advance(len(chosen) * new_tokens)
     return [replies[number] for number in range(len(prompts))]
 
 
-class _Lots:
-    """Draws by Gumbel noise of each request's own."""
+class _GumbelNoise:
+    """Draws tokens by the Gumbel-max trick: the token of largest logit / temperature + noise."""
 
     def __init__(self, numbers: Sequence[int], temperature: float, draws: int) -> None:
         self._temperature = temperature
@@ -86,7 +84,7 @@ def _write(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     applying: Applying,
-    lots: _Lots | None,
+    noise: _GumbelNoise | None,
 ) -> Tensor:
     from transformers import DynamicCache
 
@@ -112,7 +110,7 @@ def _write(
         logits_SV = done.logits[:, -1].float()
         if not bool(logits_SV.isfinite().all()):
             raise LeanMoeError("the model's logits are not finite numbers while it writes")
-        return logits_SV.argmax(-1) if lots is None else lots.choose(logits_SV)
+        return logits_SV.argmax(-1) if noise is None else noise.choose(logits_SV)
 
     with applying(width - 1):
         written = [step(ids_SP.to(device), 0, width)]
@@ -178,7 +176,7 @@ def _require_room(
 ) -> None:
     if len(prompts) < decode_batch:
         raise LeanMoeError(
-            f"decode_batch is {decode_batch}: {len(prompts)} prompts cannot decode together"
+            f"decode_batch is {decode_batch}: there are {len(prompts)} prompts, too few for a step"
         )
     if not min(map(len, prompts)):
         raise LeanMoeError("a prompt has no token")

@@ -42,15 +42,15 @@ class Difference:
     """One-sided: with the confidence asked for, the truth is not below it."""
     lost: int
     gained: int
-    """Questions that only the full model, and only the plan, has right; of the first mix."""
+    """Questions that only the full model, and only the plan, has right; of the first batch draw."""
     mcnemar: float
-    """Exact two-sided p of the first mix that losses and gains are equally likely."""
+    """Exact two-sided p, of the first batch draw, that losses and gains are equally likely."""
     smallest_seen: float
     """The smallest loss that so many questions show with power 0.8, by the changes seen."""
     batch_draws: int = 1
     lowest_mix: float = 0.0
     highest_mix: float = 0.0
-    """The difference of the worst and of the best mix."""
+    """The difference of the worst and of the best batch draw."""
 
     def to_json(self) -> dict[str, Any]:
         """As result files hold it."""
@@ -69,11 +69,11 @@ class AccuracyVerdict:
 def difference(full_U: Bools, plan_ZU: Bools, confidence: float = CONFIDENCE) -> Difference:
     """Accuracy of `plan_ZU` less that of `full_U`, question by question.
 
-    One mix: Tango's score interval for paired proportions (Statistics in Medicine 17, 1998), which
-    holds where few or no questions change sides. Several mixes: a question counts with its mean
-    over mixes, and questions are the units of a t interval that is never narrower than Tango's on
-    as many questions that change sides as there are in the mean mix. Raises LeanMoeError when
-    there are no questions or numbers of them differ.
+    One batch draw: Tango's score interval for paired proportions (Statistics in Medicine 17,
+    1998), which holds where few or no questions change sides. Several: a question counts with its
+    mean over draws, and questions are the units of a t interval that is never narrower than
+    Tango's on as many questions that change sides as there are in the mean draw. Raises
+    LeanMoeError when there are no questions or numbers of them differ.
     """
     if not len(full_U) or plan_ZU.ndim != 2 or plan_ZU.shape[1] != len(full_U):
         raise LeanMoeError(

@@ -1,7 +1,5 @@
 """How sure we are of what a plan costs: paired statistics over documents. Needs no torch.
 
-Letters: U documents, Z bootstrap replicates.
-
 The cost of a plan is the relative increase of next-token loss, Σ loss(plan) / Σ loss(full) − 1:
 sums over tokens, so long documents weigh more. Tokens of a document are alike and must not count
 as independent; documents do. Both models read the same tokens, so what varies is the difference
@@ -14,11 +12,10 @@ alone. Two bounds are computed, and the worse one counts:
 - bootstrap-t over documents (Efron and Tibshirani, An Introduction to the Bootstrap, section 12.5).
   This holds where a few documents are harmed far more than the rest, where t is too sure.
 
-Per-document sums of next-token loss and divergence: what the statistics are paired by.
+Many plans are tested on the same text without letting the choice of the best bias the verdict:
+`fixed_sequence`.
 
-Needs no torch. Letters: U documents.
-
-Testing many plans on the same text without letting the choice of the best bias the verdict.
+Letters: U documents, Z bootstrap replicates.
 """
 
 from __future__ import annotations
@@ -36,13 +33,94 @@ from leanmoe.core.errors import LeanMoeError
 
 CONFIDENCE = 0.95
 POWER = 0.8
-
 REPLICATES = 4000
 REPLICATES_AT_ONCE = 500
-
 SMALLEST_ERROR = 1e-3
-"""Of a replicate, as a share of the sample's own standard error."""
+"""The least standard error of a replicate, as a share of the sample's own."""
 MINIMUM_DOCUMENTS = 20
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+Candidate = TypeVar("Candidate")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Next-token loss (negative log-likelihood, nats), summed per document."""
+
+    names: tuple[str, ...]
+    loss_U: Floats
+    tokens_U: Counts
+    """Tokens that were predicted, per document."""
+
+    @property
+    def mean(self) -> float:
+        """Nats per predicted token, over all documents."""
+        return float(self.loss_U.sum() / self.tokens_U.sum())
+
+    def __add__(self, other: Losses) -> Losses:
+        """The same documents, other tokens of them."""
+        _require_same(self.names, other.names)
+        return Losses(self.names, self.loss_U + other.loss_U, self.tokens_U + other.tokens_U)
+
+    def to_json(self) -> dict[str, Any]:
+        """The sums as JSON values."""
+        return {
+            "names": list(self.names),
+            "loss": self.loss_U.tolist(),
+            "tokens": self.tokens_U.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Losses:
+        """Reads what `to_json` wrote."""
+        return cls(
+            tuple(value["names"]),
+            np.asarray(value["loss"], dtype=np.float64),
+            np.asarray(value["tokens"], dtype=np.int64),
+        )
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What changed from the full model: KL(full ‖ plan) and both losses (nats), per document."""
+
+    kl_U: Floats
+    plan: Losses
+    full: Losses
+
+    @property
+    def mean_kl(self) -> float:
+        """Nats per predicted token: how far the plan's next-token distribution is from the full."""
+        return float(self.kl_U.sum() / self.plan.tokens_U.sum())
+
+    @property
+    def loss_difference(self) -> float:
+        """Nats per predicted token that the plan loses to the full model."""
+        return self.plan.mean - self.full.mean
+
+    def __add__(self, other: Divergence) -> Divergence:
+        """The same documents, other tokens of them."""
+        return Divergence(self.kl_U + other.kl_U, self.plan + other.plan, self.full + other.full)
+
+
+def require_paired(first: Losses, second: Losses) -> None:
+    """Raises LeanMoeError unless both are sums over the same tokens of the same documents."""
+    _require_same(first.names, second.names)
+    if different := np.flatnonzero(first.tokens_U != second.tokens_U).tolist():
+        n = different[0]
+        raise LeanMoeError(
+            f"losses are not paired: document {first.names[n]!r} has {first.tokens_U[n]} predicted "
+            f"tokens in one and {second.tokens_U[n]} in the other"
+        )
+
+
+def _require_same(first: tuple[str, ...], second: tuple[str, ...]) -> None:
+    if first != second:
+        raise LeanMoeError(
+            f"losses are not paired: {len(first)} documents in one, {len(second)} in the other, "
+            "or others in another order; measure both on the same windows"
+        )
 
 
 @dataclass(frozen=True)
@@ -241,92 +319,6 @@ def _quantiles(documents: int, confidence: float, power: float) -> float:
     """Standard errors between truth and margin: those of the bound and those of the luck."""
     both = stats.t.ppf(confidence, documents - 1) + stats.t.ppf(power, documents - 1)
     return float(both)
-
-
-Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Next-token loss (negative log-likelihood, nats), summed per document."""
-
-    names: tuple[str, ...]
-    loss_U: Floats
-    tokens_U: Counts
-    """Tokens that were predicted, per document."""
-
-    @property
-    def mean(self) -> float:
-        """Nats per predicted token, over all documents."""
-        return float(self.loss_U.sum() / self.tokens_U.sum())
-
-    def __add__(self, other: Losses) -> Losses:
-        """The same documents, other tokens of them."""
-        _require_same(self.names, other.names)
-        return Losses(self.names, self.loss_U + other.loss_U, self.tokens_U + other.tokens_U)
-
-    def to_json(self) -> dict[str, Any]:
-        """The sums as JSON values."""
-        return {
-            "names": list(self.names),
-            "loss": self.loss_U.tolist(),
-            "tokens": self.tokens_U.tolist(),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Losses:
-        """Reads what `to_json` wrote."""
-        return cls(
-            tuple(value["names"]),
-            np.asarray(value["loss"], dtype=np.float64),
-            np.asarray(value["tokens"], dtype=np.int64),
-        )
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """What changed from the full model: KL(full ‖ plan) and both losses (nats), per document."""
-
-    kl_U: Floats
-    plan: Losses
-    full: Losses
-
-    @property
-    def mean_kl(self) -> float:
-        """Nats per predicted token: how far the plan's next-token distribution is from the full."""
-        return float(self.kl_U.sum() / self.plan.tokens_U.sum())
-
-    @property
-    def loss_difference(self) -> float:
-        """Nats per predicted token that the plan loses to the full model."""
-        return self.plan.mean - self.full.mean
-
-    def __add__(self, other: Divergence) -> Divergence:
-        """The same documents, other tokens of them."""
-        return Divergence(self.kl_U + other.kl_U, self.plan + other.plan, self.full + other.full)
-
-
-def require_paired(first: Losses, second: Losses) -> None:
-    """Raises LeanMoeError unless both are sums over the same tokens of the same documents."""
-    _require_same(first.names, second.names)
-    if different := np.flatnonzero(first.tokens_U != second.tokens_U).tolist():
-        n = different[0]
-        raise LeanMoeError(
-            f"losses are not paired: document {first.names[n]!r} has {first.tokens_U[n]} predicted "
-            f"tokens in one and {second.tokens_U[n]} in the other"
-        )
-
-
-def _require_same(first: tuple[str, ...], second: tuple[str, ...]) -> None:
-    if first != second:
-        raise LeanMoeError(
-            f"losses are not paired: {len(first)} documents in one, {len(second)} in the other, "
-            "or others in another order; measure both on the same windows"
-        )
-
-
-Candidate = TypeVar("Candidate")
 
 
 def fixed_sequence(
