@@ -91,13 +91,13 @@ def test_counts_and_accuracies() -> None:
     assert mcnemar(5, 5) == 1.0
 
 
-def test_mixes_widen_the_interval_and_are_shown() -> None:
+def test_batch_draws_widen_the_interval_and_are_shown() -> None:
     full, plan = answers(10, 4, 150, 136)
     other = np.roll(plan, 1, axis=1)
     one, both = difference(full, plan), difference(full, np.concatenate([plan, other]))
     assert both.batch_draws == 2
-    assert both.lowest_mix <= both.difference <= both.highest_mix
-    assert (one.lowest_mix, one.highest_mix) == (one.difference, one.difference)
+    assert both.lowest_draw <= both.difference <= both.highest_draw
+    assert (one.lowest_draw, one.highest_draw) == (one.difference, one.difference)
 
 
 def test_tasks_count_the_same_in_their_mean() -> None:

@@ -25,6 +25,12 @@ Bools = NDArray[np.bool_]
 ASSUMED_CHANGES = 0.05
 """Share of questions that change sides, assumed before a run; what is seen replaces it after."""
 
+_NAMES_IN_FILES = {
+    "batch_draws": "mixes",
+    "lowest_draw": "lowest_mix",
+    "highest_draw": "highest_mix",
+}
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -48,13 +54,16 @@ class Difference:
     smallest_seen: float
     """The smallest loss that so many questions show with power 0.8, by the changes seen."""
     batch_draws: int = 1
-    lowest_mix: float = 0.0
-    highest_mix: float = 0.0
+    lowest_draw: float = 0.0
+    highest_draw: float = 0.0
     """The difference of the worst and of the best batch draw."""
 
     def to_json(self) -> dict[str, Any]:
-        """As result files hold it."""
-        return asdict(self)
+        """The numbers as results of schema 1 name them: a batch draw is a "mix" there."""
+        value = asdict(self)
+        for field, name in _NAMES_IN_FILES.items():
+            value[name] = value.pop(field)
+        return value
 
 
 @dataclass(frozen=True)
@@ -110,8 +119,8 @@ def difference(full_U: Bools, plan_ZU: Bools, confidence: float = CONFIDENCE) ->
         mcnemar=mcnemar(int(lost_Z[0]), int(gained_Z[0])),
         smallest_seen=smallest_loss(len(full_U), changes, confidence),
         batch_draws=len(plan_ZU),
-        lowest_mix=float(draws_Z.min()),
-        highest_mix=float(draws_Z.max()),
+        lowest_draw=float(draws_Z.min()),
+        highest_draw=float(draws_Z.max()),
     )
 
 
@@ -143,8 +152,8 @@ def mean_of_tasks(found: Sequence[Difference]) -> Difference:
         mcnemar=mcnemar(lost, gained),
         smallest_seen=math.sqrt(sum(d.smallest_seen**2 for d in found)) / count,
         batch_draws=found[0].batch_draws,
-        lowest_mix=sum(d.lowest_mix for d in found) / count,
-        highest_mix=sum(d.highest_mix for d in found) / count,
+        lowest_draw=sum(d.lowest_draw for d in found) / count,
+        highest_draw=sum(d.highest_draw for d in found) / count,
     )
 
 
