@@ -1,4 +1,4 @@
-"""The hook in SGLang's own `select_experts`; skipped where SGLang cannot be imported.
+"""The plan in SGLang's own `select_experts`; skipped where SGLang cannot be imported.
 
 A machine without a GPU will do: SGLang then routes in plain torch. Its wheel is enough, with the
 packages that its `topk` file imports.
@@ -21,7 +21,7 @@ from leanmoe.kernels.dispatch import repeat_best
 from leanmoe.models.routers import Router
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.routing import route
-from leanmoe.serve.sglang import patch as hook
+from leanmoe.serve.sglang import patch as sglang_patch
 
 try:
     topk: Any = import_module("sglang.srt.layers.moe.topk")
@@ -78,10 +78,10 @@ def logits(rows: int = ROWS) -> Tensor:
     return 2 * torch.randn(rows, EXPERTS, generator=seeded(rows))
 
 
-def select(found: Any, rows: int = ROWS, **more: Any) -> tuple[Tensor, Tensor]:
+def select(topk_config: Any, rows: int = ROWS, **more: Any) -> tuple[Tensor, Tensor]:
     """Ids and weights as SGLang's function in its `topk` file gives them."""
     output = topk.select_experts(
-        hidden_states=torch.empty(rows, 1), router_logits=logits(rows), topk_config=found,
+        hidden_states=torch.empty(rows, 1), router_logits=logits(rows), topk_config=topk_config,
         layer_id=0, **more,
     )  # fmt: skip
     return output.topk_ids.long(), output.topk_weights.float()
@@ -96,30 +96,32 @@ def dense(ids: Tensor, weights: Tensor) -> Tensor:
 def patched() -> Iterator[Any]:
     """Puts a rule to work in SGLang's file, and takes it away again."""
     stock, bind = topk.select_experts, topk.TopK.bind_runner_backend
-    load, bypass = runner.ModelRunner.load_model, getattr(topk, hook.BYPASS)
+    load, bypass = runner.ModelRunner.load_model, getattr(topk, sglang_patch.BYPASS)
 
-    def patch(rule: Rule, up_to: int | None = None) -> hook.SglangPlan:
+    def patch(rule: Rule, up_to: int | None = None) -> sglang_patch.SglangPlan:
         model = Fingerprint("Model", 1, 1, EXPERTS, TOP_K)
-        planned = hook.SglangPlan(Plan(model, (Band(up_to, (rule,)),)), "plan.json")
+        planned = sglang_patch.SglangPlan(Plan(model, (Band(up_to, (rule,)),)), "plan.json")
         planned.shape = SimpleNamespace(moe_layers=(0,))  # type: ignore[assignment]
-        hook.patch(planned, topk, runner.ModelRunner)
+        sglang_patch.patch(planned, topk, runner.ModelRunner)
         return planned
 
     yield patch
     topk.select_experts, topk.TopK.bind_runner_backend = stock, bind
     runner.ModelRunner.load_model = load
-    setattr(topk, hook.BYPASS, bypass)
+    setattr(topk, sglang_patch.BYPASS, bypass)
 
 
 def test_the_version_is_the_one_named() -> None:
-    assert metadata.version("sglang") == hook.TESTED
+    assert metadata.version("sglang") == sglang_patch.TESTED
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_what_is_read_of_a_router_is_how_sglang_routes(name: str) -> None:
-    found = config(name)
-    ids, weights = select(found)
-    wanted = route(logits(), hook.read_router(found), TOP_K, Rule(), found.correction_bias)
+    settings = config(name)
+    ids, weights = select(settings)
+    wanted = route(
+        logits(), sglang_patch.read_router(settings), TOP_K, Rule(), settings.correction_bias
+    )
     assert sorted_rows(ids) == sorted_rows(wanted.ids_BTK)
     torch.testing.assert_close(dense(ids, weights), dense(wanted.ids_BTK, wanted.weights_BTK))
 
@@ -127,11 +129,11 @@ def test_what_is_read_of_a_router_is_how_sglang_routes(name: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_rule_routes_as_the_reference_does(name: str, rule: str, patched: Any) -> None:
-    found = config(name)
-    router: Router = hook.read_router(found)
+    settings = config(name)
+    router: Router = sglang_patch.read_router(settings)
     patched(RULES[rule])
-    ids, weights = select(found)
-    wanted = route(logits(), router, TOP_K, RULES[rule], found.correction_bias)
+    ids, weights = select(settings)
+    wanted = route(logits(), router, TOP_K, RULES[rule], settings.correction_bias)
     wanted_ids = repeat_best(wanted.ids_BTK, EXPERTS)
     torch.testing.assert_close(
         dense(ids, weights), dense(wanted_ids, wanted.weights_BTK), atol=1e-6, rtol=1e-5
@@ -145,11 +147,11 @@ def test_a_rule_routes_as_the_reference_does(name: str, rule: str, patched: Any)
 def test_rows_beyond_the_last_band_are_sglangs_own(patched: Any) -> None:
     stock = select(config("softmax"))
     patched(Rule(guaranteed=1), up_to=ROWS - 1)
-    for found, wanted in zip(select(config("softmax")), stock, strict=True):
-        assert torch.equal(found, wanted)
+    for ours, wanted in zip(select(config("softmax")), stock, strict=True):
+        assert torch.equal(ours, wanted)
 
 
-def test_padding_does_not_vote(patched: Any) -> None:
+def test_padding_asks_for_no_expert(patched: Any) -> None:
     patched(Rule(guaranteed=1))
     ids, weights = select(config("softmax"), num_token_non_padded=torch.tensor(5))
     wanted = route(logits()[:5], Router(normalise=True), TOP_K, Rule(guaranteed=1))

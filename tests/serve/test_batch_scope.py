@@ -1,4 +1,4 @@
-"""Several ranks, on CPUs with gloo: what must agree agrees, and nobody waits for ever.
+"""Several ranks, on CPUs with gloo: what must agree agrees, and no rank waits for ever.
 
 Each scenario runs in every process of a group of 2 and of 4, which are started once. A process
 that is waited for in vain fails the group's timeout.
@@ -50,18 +50,18 @@ def bias_of(name: str) -> Tensor | None:
 
 def gathered(value: Tensor) -> list[Tensor]:
     """A tensor of the same shape on all ranks, from each of them."""
-    found = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, value.contiguous())
-    return found
+    values = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(values, value.contiguous())
+    return values
 
 
-def assert_equal(found: Routing, expected: Routing, rows: slice = slice(None)) -> None:
+def assert_equal(routing: Routing, expected: Routing, rows: slice = slice(None)) -> None:
     """To the last bit, of the expected tokens those of `rows`."""
-    assert torch.equal(found.ids_BTK, expected.ids_BTK[rows])
-    assert torch.equal(found.weights_BTK, expected.weights_BTK[rows])
-    assert (found.over_budget_B is None) == (expected.over_budget_B is None)
-    if found.over_budget_B is not None and expected.over_budget_B is not None:
-        assert bool(found.over_budget_B) == bool(expected.over_budget_B)
+    assert torch.equal(routing.ids_BTK, expected.ids_BTK[rows])
+    assert torch.equal(routing.weights_BTK, expected.weights_BTK[rows])
+    assert (routing.over_budget_B is None) == (expected.over_budget_B is None)
+    if routing.over_budget_B is not None and expected.over_budget_B is not None:
+        assert bool(routing.over_budget_B) == bool(expected.over_budget_B)
 
 
 def tensor_parallel(rank: int, ranks: int) -> None:
@@ -71,14 +71,14 @@ def tensor_parallel(rank: int, ranks: int) -> None:
     for name, router in ROUTERS.items():
         for seed, rule in enumerate((*RULES, Rule(), Rule(top_k=2), Rule(top_p=0.6))):
             for function in (route, fast_route):
-                found = function(draw(40, seed), router, TOP_K, rule, bias_of(name), None, scope)
-                for value in found[:2]:
+                routing = function(draw(40, seed), router, TOP_K, rule, bias_of(name), None, scope)
+                for value in routing[:2]:
                     assert all(torch.equal(value, other) for other in gathered(value))
     torch.set_num_threads(1)
 
 
 def all_ranks_tokens(rank: int, ranks: int) -> None:
-    """With the company of all, each rank's tokens get what one process with all would give them."""
+    """Over the scope of all, each rank's tokens get what one process with all would give them."""
     scope = scope_of_all_ranks(placement=Placement.round_robin(EXPERTS, ranks))
     for name, router in ROUTERS.items():
         for rule in RULES:
@@ -89,12 +89,12 @@ def all_ranks_tokens(rank: int, ranks: int) -> None:
                 padding_T = padding_T < 0.3
                 before = sum(counts[:rank])
                 mine = slice(before, before + counts[rank])
-                found = route(
+                routing = route(
                     all_TE[mine], router, TOP_K, rule, bias_of(name), padding_T[mine], scope
                 )
                 alone = BatchScope(scope.placement)
                 expected = route(all_TE, router, TOP_K, rule, bias_of(name), padding_T, alone)
-                assert_equal(found, expected, mine)
+                assert_equal(routing, expected, mine)
 
 
 def a_rank_of_padding(rank: int, ranks: int) -> None:
@@ -103,16 +103,16 @@ def a_rank_of_padding(rank: int, ranks: int) -> None:
     padding_T = torch.arange(6 * ranks) < 6  # all of rank 0's
     mine = slice(6 * rank, 6 * rank + 6)
     router = ROUTERS["softmax, normalised"]
-    found = route(all_TE[mine], router, TOP_K, rule, None, padding_T[mine], scope_of_all_ranks())
+    routing = route(all_TE[mine], router, TOP_K, rule, None, padding_T[mine], scope_of_all_ranks())
     expected = route(all_TE[6:], router, TOP_K, rule)
     if rank == 0:
-        assert (found.ids_BTK == EXPERTS).all()
+        assert (routing.ids_BTK == EXPERTS).all()
     else:
-        assert_equal(found, expected, slice(6 * rank - 6, 6 * rank))
+        assert_equal(routing, expected, slice(6 * rank - 6, 6 * rank))
 
 
 def own_ranks_tokens(rank: int, ranks: int) -> None:
-    """By default a rank's company is its own tokens: another choice than with the others'."""
+    """By default the scope is a rank's own tokens: another choice than with those of all."""
     router, rule = ROUTERS["softmax"], Rule(guaranteed=1)
     own = route(draw(8, rank), router, TOP_K, rule)
     shared = route(draw(8, rank), router, TOP_K, rule, scope=scope_of_all_ranks())
@@ -129,8 +129,8 @@ def many_steps(rank: int, ranks: int) -> None:
         all_TE = draw(sum(counts), step)
         mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         arguments = (ROUTERS["V3 groups"], TOP_K, Rule(budget=5), bias_of("V3 groups"))
-        found = route(all_TE[mine], *arguments, scope=scope)
-        assert_equal(found, route(all_TE, *arguments), mine)
+        routing = route(all_TE[mine], *arguments, scope=scope)
+        assert_equal(routing, route(all_TE, *arguments), mine)
 
 
 def one_band_for_all(rank: int, ranks: int) -> None:
@@ -146,25 +146,25 @@ def one_band_for_all(rank: int, ranks: int) -> None:
 
 
 def expert_parallel(rank: int, ranks: int) -> None:
-    """Each rank wakes what the counts say, and the ranks' parts add up to one process's output."""
+    """Each rank activates what the counts say; the ranks' parts add up to one process's output."""
     router, rule = ROUTERS["softmax, normalised"], Rule(budget_per_rank=4)
     hidden_TD = draw(24, 1)[:, :WIDTH].double()
     weights_EDD = draw(EXPERTS * WIDTH, 2)[:, :WIDTH].reshape(EXPERTS, WIDTH, WIDTH).double()
     for placement in (Placement.linear(EXPERTS, ranks), Placement.round_robin(EXPERTS, ranks)):
-        found = route(draw(24, 3), router, TOP_K, rule, scope=BatchScope(placement))
+        routing = route(draw(24, 3), router, TOP_K, rule, scope=BatchScope(placement))
         mine = placement.experts_on(rank)
-        whole_TD = computed(hidden_TD, found, weights_EDD, range(EXPERTS))
-        part_TD = computed(hidden_TD, found, weights_EDD, mine)
+        whole_TD = computed(hidden_TD, routing, weights_EDD, range(EXPERTS))
+        part_TD = computed(hidden_TD, routing, weights_EDD, mine)
         dist.all_reduce(part_TD)
         torch.testing.assert_close(part_TD, whole_TD)
 
-        here = len({e for e in found.ids_BTK.flatten().tolist() if e in mine})
-        woken = [int(count) for count in gathered(torch.tensor(here))]
-        assert woken == count_distinct_by_rank(found.ids_BTK, placement).tolist()
-        bests = count_distinct_by_rank(found.ids_BTK[:, :1], placement)
-        assert max(woken) <= max(4, int(bests.max()))
+        here = len({e for e in routing.ids_BTK.flatten().tolist() if e in mine})
+        active = [int(count) for count in gathered(torch.tensor(here))]
+        assert active == count_distinct_by_rank(routing.ids_BTK, placement).tolist()
+        bests = count_distinct_by_rank(routing.ids_BTK[:, :1], placement)
+        assert max(active) <= max(4, int(bests.max()))
         full = route(draw(24, 3), router, TOP_K, Rule())
-        assert max(woken) < int(count_distinct_by_rank(full.ids_BTK, placement).max())
+        assert max(active) < int(count_distinct_by_rank(full.ids_BTK, placement).max())
 
 
 def logical_ids(rank: int, ranks: int) -> None:
@@ -172,7 +172,7 @@ def logical_ids(rank: int, ranks: int) -> None:
     placement = Placement.linear(EXPERTS, ranks)
     router, rule = ROUTERS["sigmoid with a bias"], Rule(guaranteed=2, budget_per_rank=5)
     bias_E = bias_of("sigmoid with a bias")
-    found = route(draw(16, 4), router, TOP_K, rule, bias_E, None, BatchScope(placement))
+    routing = route(draw(16, 4), router, TOP_K, rule, bias_E, None, BatchScope(placement))
     hidden_TD = draw(16, 5)[:, :WIDTH].double()
     weights_EDD = draw(EXPERTS * WIDTH, 6)[:, :WIDTH].reshape(EXPERTS, WIDTH, WIDTH).double()
     each = EXPERTS // ranks
@@ -180,21 +180,21 @@ def logical_ids(rank: int, ranks: int) -> None:
     dist.broadcast(shuffled, 0)
     logical_E = shuffled.flatten()  # of the slots, those of a rank in another order
     slot_E = torch.cat((logical_E.argsort(), torch.tensor([EXPERTS])))
-    in_slots = found._replace(ids_BTK=slot_E[found.ids_BTK])
+    in_slots = routing._replace(ids_BTK=slot_E[routing.ids_BTK])
     mine = range(rank * each, rank * each + each)
     part_TD = computed(hidden_TD, in_slots, weights_EDD[logical_E], mine)
     dist.all_reduce(part_TD)
-    torch.testing.assert_close(part_TD, computed(hidden_TD, found, weights_EDD, range(EXPERTS)))
+    torch.testing.assert_close(part_TD, computed(hidden_TD, routing, weights_EDD, range(EXPERTS)))
     assert torch.equal(
         count_distinct_by_rank(in_slots.ids_BTK, placement),
-        count_distinct_by_rank(found.ids_BTK, placement),
+        count_distinct_by_rank(routing.ids_BTK, placement),
     )
 
 
-def computed(hidden_TD: Tensor, found: Routing, weights_EDD: Tensor, held: object) -> Tensor:
+def computed(hidden_TD: Tensor, routing: Routing, weights_EDD: Tensor, held: object) -> Tensor:
     """What the experts held here add to each token."""
     out_TD = torch.zeros_like(hidden_TD)
-    for token, (ids, weights) in enumerate(zip(found.ids_BTK, found.weights_BTK, strict=True)):
+    for token, (ids, weights) in enumerate(zip(routing.ids_BTK, routing.weights_BTK, strict=True)):
         for expert, weight in zip(ids.tolist(), weights.tolist(), strict=True):
             if expert in held:  # type: ignore[operator]
                 out_TD[token] += weight * (hidden_TD[token] @ weights_EDD[expert])

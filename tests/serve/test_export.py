@@ -19,8 +19,8 @@ PATH = Path("plan.json")
 
 
 def test_llama_cpp_gets_the_exact_override() -> None:
-    found = export(SIX, PATH, "llama.cpp", "model.gguf")
-    assert found.command[-2:] == ("--override-kv", "qwen3moe.expert_used_count=int:6")
+    recipe = export(SIX, PATH, "llama.cpp", "model.gguf")
+    assert recipe.command[-2:] == ("--override-kv", "qwen3moe.expert_used_count=int:6")
 
 
 def test_llama_cpp_takes_the_name_of_an_architecture_it_does_not_list() -> None:
@@ -46,28 +46,28 @@ def test_llama_cpp_refuses_what_is_more_than_one_top_k(plan: Plan, reason: str) 
 
 
 def test_a_uniform_plan_needs_no_plugin_in_sglang() -> None:
-    found = export(SIX, PATH, "sglang", "some/model")
-    assert not found.environment
-    assert json.loads(found.command[-1]) == {"num_experts_per_tok": 6}
+    recipe = export(SIX, PATH, "sglang", "some/model")
+    assert not recipe.environment
+    assert json.loads(recipe.command[-1]) == {"num_experts_per_tok": 6}
     assert export(SHARED, PATH, "sglang").environment["LEANMOE_PLAN"] == str(PATH.resolve())
 
 
 def test_vllm_captures_the_ends_of_the_bands() -> None:
-    found = export(SHARED, PATH, "vllm", "some/model")
-    sizes = json.loads(found.command[-1])["cudagraph_capture_sizes"]
+    recipe = export(SHARED, PATH, "vllm", "some/model")
+    sizes = json.loads(recipe.command[-1])["cudagraph_capture_sizes"]
     assert 30 in sizes
     assert sizes == sorted(sizes)
-    assert any("capture sizes" in note for note in found.notes)
+    assert any("capture sizes" in note for note in recipe.notes)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_rules_for_prompts_run_only_if_the_user_drops_them(engine: str) -> None:
     with pytest.raises(LeanMoeError, match="--drop prompt"):
         export(PROMPT, PATH, engine)
-    found = export(PROMPT, PATH, engine, drop=["prompt"])
-    assert found.environment["LEANMOE_DROP"] == "prompt"
-    assert found.left_out == ("prompt",)
-    assert "Left out of the plan: prompt" in found.text()
+    recipe = export(PROMPT, PATH, engine, drop=["prompt"])
+    assert recipe.environment["LEANMOE_DROP"] == "prompt"
+    assert recipe.left_out == ("prompt",)
+    assert "Left out of the plan: prompt" in recipe.text()
 
 
 def test_transformers_runs_all_of_a_plan() -> None:

@@ -32,8 +32,8 @@ def test_what_is_not_set_or_empty_is_the_default() -> None:
 
 
 def test_every_variable_of_the_plugin_is_read() -> None:
-    found = read(DROP="prompt, other", BATCH_SCOPE="all", EXPERTS="leanmoe", STATISTICS="1")
-    assert found == PluginOptions("plan.json", ("prompt", "other"), True, True, True)
+    options = read(DROP="prompt, other", BATCH_SCOPE="all", EXPERTS="leanmoe", STATISTICS="1")
+    assert options == PluginOptions("plan.json", ("prompt", "other"), True, True, True)
     assert len(VARIABLES) == 7, "the two others are not the plugin's"
 
 

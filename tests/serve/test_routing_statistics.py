@@ -20,10 +20,10 @@ def test_nothing_ran_before_the_first_step() -> None:
 def test_a_slot_of_weight_0_and_padding_are_not_counted() -> None:
     statistics = RoutingStatistics(2, 8)
     statistics.note(1, IDS, WEIGHTS, torch.tensor([False, False, True]))
-    found = statistics.read().to_json()
-    assert (found["rows"], found["is_captured"]) == (3, False)
-    assert found["layers"][0] is None, "another process runs it"
-    assert found["layers"][1] == {"tokens": 2, "distinct": 2, "activated": 1.5}
+    report = statistics.read().to_json()
+    assert (report["rows"], report["is_captured"]) == (3, False)
+    assert report["layers"][0] is None, "another process runs it"
+    assert report["layers"][1] == {"tokens": 2, "distinct": 2, "activated": 1.5}
 
 
 def test_the_last_step_of_a_layer_stands_for_it() -> None:

@@ -1,4 +1,4 @@
 """A plan in the engines that people serve with: thin adapters over `routing` and `kernels`.
 
-Nothing imports this but the command line, and the engines themselves through their plugin groups.
+`eval` and the command line import it; the engines find it through their plugin groups.
 """

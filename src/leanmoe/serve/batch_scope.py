@@ -1,11 +1,14 @@
-"""Tokens that share experts with those of other data-parallel ranks: one small sum a layer.
+"""Batch-aware rules over the tokens of all data-parallel ranks: one small sum a layer.
 
-Each rank routes its own tokens. What it must know of the others' is how often they rank an expert
-best, guarantee it and vote for it: three whole numbers an expert, whatever the number of tokens.
-So a rank with few tokens or none takes part as any other, and all decide alike, to the last bit.
+Each rank routes its own tokens. All it must know of the others is their expert demand: how often
+their tokens rank an expert best, how often they guarantee it, and its gate mass. These are three
+whole numbers an expert, whatever the number of tokens. So a rank with few tokens or none takes part
+as any other does, and all ranks decide alike, to the last bit.
 
-For loops of one's own, eager ones; vLLM's adapter sums the same ballots with vLLM's own groups.
-Tested with gloo on CPUs, never run on several GPUs.
+This is for eager loops of one's own; vLLM's adapter sums the same demand with vLLM's own groups. It
+is tested with gloo on CPUs and was never run on several GPUs.
+
+Letters: B steps routed apart, E experts.
 """
 
 from __future__ import annotations
@@ -23,20 +26,20 @@ from leanmoe.routing import BatchScope
 def scope_of_all_ranks(
     group: dist.ProcessGroup | None = None, placement: Placement | None = None
 ) -> BatchScope:
-    """The company of the tokens of all ranks of `group` (None: of all processes).
+    """The batch scope of all ranks of `group`; None stands for the group of all processes.
 
-    Every rank must route every step of every layer, with no tokens where it has none, under the
-    same rule: which band applies is decided by `tokens_of_all`. A rank that stays away keeps the
-    others waiting until the group's own timeout.
+    Every rank must route every step of every layer under the same rule, with no tokens where it has
+    none: `tokens_of_all` decides which band applies. If a rank leaves a step out, the others wait
+    for it until the group's timeout, and then fail.
 
-    A layer costs one all-reduce of 3 x E int64 (3 KiB for 128 experts) on the way to its experts,
-    and is waited for: bound by latency, not by bytes.
+    A layer costs one all-reduce of 3 x E int64 (3 KiB for 128 experts) before its experts can run.
+    Its time is that of the latency, not of the bytes.
     """
 
     def exchange(demand_B3E: Tensor) -> Tensor:
-        total_S3E = demand_B3E.clone()
-        dist.all_reduce(total_S3E, group=group)
-        return total_S3E
+        total_B3E = demand_B3E.clone()
+        dist.all_reduce(total_B3E, group=group)
+        return total_B3E
 
     return BatchScope(placement, exchange)
 
@@ -44,9 +47,9 @@ def scope_of_all_ranks(
 def tokens_of_all(
     tokens: int, device: torch.device | str = "cpu", group: dist.ProcessGroup | None = None
 ) -> int:
-    """The tokens of a step on all ranks together: the same number everywhere, once a step.
+    """The number of tokens that all ranks have in a step; every rank asks once a step.
 
-    Raises LeanMoeError, on every rank, for more than ranks can tell each other of.
+    Raises LeanMoeError, on every rank, for more tokens than a sum of expert demand can count.
     """
     total = torch.tensor(tokens, device=device)
     dist.all_reduce(total, group=group)

@@ -46,7 +46,7 @@ def run(
     cross_rank: bool = False,
     then_stock: bool = False,
 ) -> list[dict[str, Any]]:
-    """What two processes found, each with its own requests."""
+    """What two processes ran and replied, each with its own requests."""
     folder.mkdir()
     for left in Path("/dev/shm").glob("-*:*-cpushm_*"):  # vLLM trips over a killed engine's
         left.unlink()
@@ -108,7 +108,7 @@ def test_tensor_parallel_ranks_agree_and_an_empty_plan_changes_nothing(
     assert planned[0]["tokens"] != stock[0]["tokens"]  # else the plan did nothing
 
 
-def woken(step: Any, slots: slice = slice(None)) -> set[int]:
+def active_experts(step: Any, slots: slice = slice(None)) -> set[int]:
     """The experts of a step's tokens, or those of some of their slots."""
     _, ids, used = step
     return {
@@ -144,9 +144,9 @@ def test_each_pipeline_stage_runs_its_own_layers_of_the_plan(
     assert all(layers), "a stage has no layer"
     for stage, own in zip(planned, layers, strict=True):
         for layer in own:
-            found = experts_of(stage["steps"], layer)
-            assert len(found) == 16
-            assert found == experts_of(tensor_parallel[0]["steps"], layer)
+            experts = experts_of(stage["steps"], layer)
+            assert len(experts) == 16
+            assert experts == experts_of(tensor_parallel[0]["steps"], layer)
         assert stage["tokens"] == tensor_parallel[0]["tokens"] != stock
 
 
@@ -156,9 +156,9 @@ def test_uneven_data_parallel_ranks_end_and_share_their_experts(
 ) -> None:
     """One rank has more requests, and goes on long after the other has none."""
     requests = [[(PROMPTS[0], 3)], [(PROMPTS[1], 12), (PROMPTS[2], 9), (PROMPTS[3], 12)]]
-    found = run(tmp_path / "found", DATA, requests, SEVERAL, cross_rank)
-    assert [len(tokens) for tokens in found[1]["tokens"]] == [12, 9, 12]
-    steps = [one["steps"] for one in found]
+    ranks = run(tmp_path / "found", DATA, requests, SEVERAL, cross_rank)
+    assert [len(tokens) for tokens in ranks[1]["tokens"]] == [12, 9, 12]
+    steps = [one["steps"] for one in ranks]
     assert len(steps[0]) == len(steps[1])  # a rank without requests takes part
     placement = Placement.linear(MODEL.experts, 2)
     borrowed = 0
@@ -166,14 +166,18 @@ def test_uneven_data_parallel_ranks_end_and_share_their_experts(
         layer = mine[0]
         assert other[0] == layer
         sides = (mine, other)
-        bests = [woken(step, slice(0, 1)) for step in sides]
+        bests = [active_experts(step, slice(0, 1)) for step in sides]
         every = bests[0] | bests[1]
-        if layer == 0:  # guaranteed=1: nobody is awake but somebody's best
+        if layer == 0:  # guaranteed=1: only experts that are some token's best are active
             for step, own in zip(sides, bests, strict=True):
-                assert woken(step) <= (every if cross_rank else own)
-                borrowed += len(woken(step) - own)
+                assert active_experts(step) <= (every if cross_rank else own)
+                borrowed += len(active_experts(step) - own)
         if layer == 1:
-            groups = [woken(mine) | woken(other)] if cross_rank else [woken(s) for s in sides]
+            groups = (
+                [active_experts(mine) | active_experts(other)]
+                if cross_rank
+                else [active_experts(s) for s in sides]
+            )
             limits = [every] if cross_rank else bests
             for active, best in zip(groups, limits, strict=True):
                 for rank in range(2):

@@ -124,7 +124,7 @@ def test_a_bench_measures_it_over_http(server: tuple[str, str], tmp_path: Path) 
     seen = found["loads"][0]["routing"]["plan"]
     assert seen["samples"] > 0, seen
     assert {band["band"] for band in seen["bands"]} == {"0"}, "a step with a prompt was taken"
-    # Each token keeps its best three and what it finds awake of the others'.
+    # Each token keeps its best three, and of its others those that are active anyway.
     assert 3 <= seen["experts_a_token"] <= MODEL.top_k
     most = 3 * seen["rows_a_step"]
     assert seen["experts_a_token"] <= seen["distinct_experts_a_step"] <= most

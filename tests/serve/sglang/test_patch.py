@@ -119,7 +119,7 @@ def test_a_rule_is_the_custom_routing_function_of_the_call() -> None:
     torch.testing.assert_close(weights, wanted.weights_BTK, atol=1e-6, rtol=1e-5)
 
 
-def test_padding_rows_do_not_vote_and_stay_minus_one() -> None:
+def test_padding_rows_ask_for_no_expert_and_stay_minus_one() -> None:
     _, ids = build().select_experts(
         torch.empty(6, 1), logits(6), TopKConfig(), layer_id=0,
         num_token_non_padded=torch.tensor(4),
@@ -148,10 +148,10 @@ def test_a_plain_top_k_and_other_layers_run_sglangs_own_routing() -> None:
     stock, _ = select_experts(torch.empty(6, 1), logits(6), TopKConfig(top_k=2))
     assert torch.equal(weights, stock)
     for layer, rows in ((7, 6), (0, 9)):  # not in the plan; beyond the last band
-        found, _ = module.select_experts(
+        weights, _ = module.select_experts(
             torch.empty(rows, 1), logits(rows), TopKConfig(), layer_id=layer
         )
-        assert torch.equal(found, select_experts(torch.empty(1), logits(rows), TopKConfig())[0])
+        assert torch.equal(weights, select_experts(torch.empty(1), logits(rows), TopKConfig())[0])
 
 
 def test_what_cannot_run_is_refused() -> None:

@@ -132,7 +132,7 @@ def test_a_step_cut_in_two_cannot_wait_for_other_ranks() -> None:
         checks.check_ranks(spread(2, data=2), SHARED, True, CUT, "layer 1")
 
 
-def test_more_tokens_than_ranks_can_count_together_are_refused() -> None:
+def test_more_tokens_than_a_sum_over_ranks_can_count_are_refused() -> None:
     checks.check_ranks(spread(2, data=32), SHARED, True, WHOLE, "layer 1")
     checks.check_ranks(spread(2, data=64), SHARED, False, WHOLE, "layer 1")
     with pytest.raises(LeanMoeError, match=r"64 ranks may have 8192 each; .* to 4096 or fewer"):

@@ -49,8 +49,8 @@ def test_latent_heads_of_few_widths_have_kernels_on_a_cpu() -> None:
 def test_variables_are_those_of_the_plan_and_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     path = Path("plan.json")
-    found = environment("reference", path, ["prompt"], ON_CPU)
-    assert found == {
+    variables = environment("reference", path, ["prompt"], ON_CPU)
+    assert variables == {
         "LEANMOE_PLAN": str(path.resolve()), "LEANMOE_STATISTICS": "1", "LEANMOE_DROP": "prompt",
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_MLA_DISABLE": "1",
     }  # fmt: skip

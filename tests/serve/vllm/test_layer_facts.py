@@ -29,9 +29,9 @@ from tests.serve.stand_ins import (
 
 def test_routers_are_read_as_vllm_has_them() -> None:
     assert read_router(FusedTopKRouter()) == Router(normalise=True, group_score="max")
-    found = read_router(GroupedTopKRouter())
-    assert (found.groups, found.groups_used, found.group_score) == (4, 2, "top2_sum")
-    assert found.scaling == 2.5
+    router = read_router(GroupedTopKRouter())
+    assert (router.groups, router.groups_used, router.group_score) == (4, 2, "top2_sum")
+    assert router.scaling == 2.5
     too_few = GroupedTopKRouter()
     too_few.num_expert_group = 3
     assert not read_router(too_few).limits_groups

@@ -103,9 +103,9 @@ def test_what_vllm_says_of_padding_comes_first(monkeypatch: pytest.MonkeyPatch) 
     context = Context({"attention": torch.tensor([5, 6])})
     context.is_padding = torch.tensor([False, True, True])  # type: ignore[attr-defined]
     install_context(monkeypatch, context)
-    found = padding_rows(2)
-    assert found is not None
-    assert found.tolist() == [False, True]
+    mask = padding_rows(2)
+    assert mask is not None
+    assert mask.tolist() == [False, True]
 
 
 def test_a_step_with_no_cache_has_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_gathered_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         padding_rows(4)
 
 
-def test_the_band_is_that_of_all_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rows_of_all_ranks_decide_the_band(monkeypatch: pytest.MonkeyPatch) -> None:
     install_context(monkeypatch, Context(dp_metadata=ranks(4, 4)))
     assert step_rows(4) == 8
     install_context(monkeypatch, Context())
@@ -144,11 +144,11 @@ def test_the_layers_statistics_say_what_its_steps_ran() -> None:
     statistics = RoutingStatistics(2, 16)
     routed(FusedTopKRouter(), BANDED, 0, 6, statistics=statistics)
     routed(FusedTopKRouter(), BANDED, 1, 6, statistics=statistics)
-    found = statistics.read().to_json()
-    assert (found["rows"], found["is_captured"]) == (6, False)
-    assert found["layers"][1]["tokens"] == 6
-    assert found["layers"][1]["distinct"] <= 6  # the budget of 5, or every token's best
+    report = statistics.read().to_json()
+    assert (report["rows"], report["is_captured"]) == (6, False)
+    assert report["layers"][1]["tokens"] == 6
+    assert report["layers"][1]["distinct"] <= 6  # the budget of 5, or every token's best
     wanted = route(logits(6), Router(normalise=True), 4, SHARED)
     used = wanted.ids_BTK[wanted.ids_BTK < 16]
-    assert found["layers"][0]["distinct"] == len(used.unique())
-    assert found["layers"][0]["activated"] == pytest.approx(len(used) / 6)
+    assert report["layers"][0]["distinct"] == len(used.unique())
+    assert report["layers"][0]["activated"] == pytest.approx(len(used) / 6)

@@ -64,8 +64,8 @@ def test_the_output_is_that_of_the_reference(
 def test_a_layer_is_read_where_it_lies() -> None:
     layer = random_layer(8)
     runner = runner_of(layer, "silu")
-    found = weights_of(runner.routed_experts)
-    assert found.gate_up.data_ptr() == runner.routed_experts.w13_weight.data_ptr()
+    weights = weights_of(runner.routed_experts)
+    assert weights.gate_up.data_ptr() == runner.routed_experts.w13_weight.data_ptr()
     assert set(GATES) == {"silu", "gelu", "gelu_tanh", "swigluoai"}
 
 

@@ -58,7 +58,7 @@ def test_a_worker_names_the_band_of_the_last_step(monkeypatch: pytest.MonkeyPatc
     statistics.note(0, torch.tensor([[3, 1]] * 5), torch.tensor([[0.7, 0.3]] * 5), None)
     model: Any = SimpleNamespace(plan=plan, statistics=statistics)
     monkeypatch.setattr(process_plugin(), "model", model)
-    found = PlanWorker().leanmoe_statistics()
-    assert found is not None
-    assert (found["rows"], found["band"], found["up_to"]) == (5, 1, 16)
-    assert found["layers"] == [{"tokens": 5, "distinct": 2, "activated": 2.0}]
+    answer = PlanWorker().leanmoe_statistics()
+    assert answer is not None
+    assert (answer["rows"], answer["band"], answer["up_to"]) == (5, 1, 16)
+    assert answer["layers"] == [{"tokens": 5, "distinct": 2, "activated": 2.0}]

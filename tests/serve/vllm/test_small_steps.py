@@ -186,10 +186,10 @@ def triton_layer(module: Any, places: Tensor | None = None) -> Any:
 
     def apply(*, hidden_states: Tensor, topk_ids: Tensor) -> str:
         del hidden_states
-        found: str = module._prepare_expert_assignment(
+        assigned: str = module._prepare_expert_assignment(
             topk_ids, {"BLOCK_SIZE_M": 16}, *topk_ids.shape, 64, places, block_shape=None
         )
-        return found
+        return assigned
 
     runner = loaded_runner()
     runner.routed_experts.quant_method.moe_kernel.fused_experts.apply = apply
@@ -250,8 +250,8 @@ def test_slots_whose_experts_are_elsewhere_are_not_grouped(triton_moe: Any) -> N
     runner = triton_layer(triton_moe, torch.arange(64))
     GroupedSteps(runner, lambda _: True).put()
     ids = torch.zeros(4, 4, dtype=torch.int32)
-    found = apply_of(runner)(hidden_states=torch.empty(4, 1), topk_ids=ids)
-    assert found == "as vLLM has it"
+    assigned = apply_of(runner)(hidden_states=torch.empty(4, 1), topk_ids=ids)
+    assert assigned == "as vLLM has it"
 
 
 def test_experts_that_fail_leave_later_steps_as_vllm_has_them(triton_moe: Any) -> None:
@@ -268,6 +268,6 @@ def test_the_assignment_is_put_once(triton_moe: Any) -> None:
     assert triton_moe._prepare_expert_assignment is first
 
 
-def test_a_vllm_without_the_functions_is_told(triton_moe: Any) -> None:
+def test_a_vllm_without_the_functions_says_so(triton_moe: Any) -> None:
     del triton_moe._prepare_expert_assignment
     assert "have no _prepare_expert_assignment" in str(grouping_unsupported_reason())

@@ -62,13 +62,13 @@ def check_runner(runner: Any, rules: list[Rule], name: str) -> None:
     is_batch_aware = any(rule.is_batch_aware for rule in rules)
     if is_batch_aware and getattr(runner, "do_naive_dispatch_combine", False):
         raise LeanMoeError(
-            f"{name}: data-parallel ranks gather their tokens before they are routed, so rules "
-            "that share experts cannot tell padding: set --moe-backend triton or "
+            f"{name}: data-parallel ranks gather their tokens before they are routed, so "
+            "batch-aware rules cannot tell padding: set --moe-backend triton or "
             "--data-parallel-size 1"
         )
     if is_batch_aware and runner.moe_config.pcp_size > 1:
         raise LeanMoeError(
-            f"{name}: rules that share experts cannot run with prefill context parallelism: set "
+            f"{name}: batch-aware rules cannot run with prefill context parallelism: set "
             "--prefill-context-parallel-size 1"
         )
 
@@ -122,13 +122,13 @@ def check_padding(config: Any, rules: list[Rule]) -> None:
         return
     if getattr(config, "use_v2_model_runner", False):
         raise LeanMoeError(
-            "this vLLM's newer model runner does not say which rows are padding, so rules that "
-            "share experts cannot run: set VLLM_USE_V2_MODEL_RUNNER=0"
+            "this vLLM's newer model runner does not say which rows are padding, so batch-aware "
+            "rules cannot run: set VLLM_USE_V2_MODEL_RUNNER=0"
         )
     if getattr(config.parallel_config, "decode_context_parallel_size", 1) > 1:
         raise LeanMoeError(
             "this vLLM does not say which rows are padding under decode context parallelism, so "
-            "rules that share experts cannot run: set --decode-context-parallel-size 1"
+            "batch-aware rules cannot run: set --decode-context-parallel-size 1"
         )
 
 

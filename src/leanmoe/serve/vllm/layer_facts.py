@@ -92,8 +92,8 @@ def scope_of(runner: Any, experts: int, cross_rank: bool) -> BatchScope:
     without requests a dummy of padding alone, and all are in the same band: so all of them take
     part in each layer.
     """
-    shares = cross_rank and runner.moe_config.dp_size > 1
-    return BatchScope(placement_of(runner, experts), _summing(runner) if shares else None)
+    has_others = cross_rank and runner.moe_config.dp_size > 1
+    return BatchScope(placement_of(runner, experts), _summing(runner) if has_others else None)
 
 
 def placement_of(runner: Any, experts: int) -> Placement | None:
