@@ -53,6 +53,8 @@ def test_other_values_are_refused_by_name(name: str, value: str, message: str) -
 def test_what_an_engine_cannot_do_is_refused() -> None:
     with pytest.raises(LeanMoeError, match="LEANMOE_BATCH_SCOPE is 'all': SGLang cannot"):
         read("SGLang", BATCH_SCOPE="all")
+    with pytest.raises(LeanMoeError, match="leanmoe's kernels cannot run in SGLang"):
+        read("SGLang", EXPERTS="leanmoe")
 
 
 def test_a_plan_is_read_less_what_may_be_left_out(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ VARIABLES = (
         "vllm",
         "vllm, leanmoe",
         "Says whose kernels compute the experts in vLLM. A layer that leanmoe's kernels cannot "
-        "compute is refused.",
+        "compute is refused, and so is leanmoe in SGLang.",
     ),
     Variable(
         STATISTICS,

@@ -26,7 +26,7 @@ from leanmoe.serve.plan_support import ALL, PROMPT, RANK, check_batch_scope, che
 
 __all__ = ["VARIABLES", "PluginOptions", "Variable"]
 
-VLLM_KERNELS, LEANMOE_KERNELS = "vllm", "leanmoe"
+VLLM_KERNELS, OUR_KERNELS = "vllm", "leanmoe"
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,17 @@ class PluginOptions:
             return None
         scope = environ.get(BATCH_SCOPE) or RANK
         check_batch_scope(scope, engine)
-        kernels = _one_of(environ, EXPERTS, (VLLM_KERNELS, LEANMOE_KERNELS))
+        kernels = _one_of(environ, EXPERTS, (VLLM_KERNELS, OUR_KERNELS))
+        if kernels == OUR_KERNELS and engine != "vLLM":
+            raise LeanMoeError(
+                f"{EXPERTS} is {kernels!r}: leanmoe's kernels cannot run in {engine}; unset it"
+            )
         return cls(
             path,
             tuple(part.strip() for part in environ.get(DROP, "").split(",") if part.strip()),
             collect_stats=_one_of(environ, STATISTICS, ("0", "1")) == "1",
             cross_rank=scope == ALL,
-            leanmoe_kernels=kernels == LEANMOE_KERNELS,
+            leanmoe_kernels=kernels == OUR_KERNELS,
         )
 
     def load_plan(self, engine: str) -> Plan:

@@ -1,7 +1,7 @@
 """A drawn Qwen3-MoE checkpoint with int8 experts (compressed-tensors' W8A8), and what stands in for
 vLLM's kernel of such experts on a CPU without AMX.
 
-Letters: T rows of a step, E experts, K slots a token, H hidden width, I width of an expert.
+Letters: T tokens (rows of a step), K slots of a token, D hidden width.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def apply(
     **__: Any,
 ) -> None:
     """Activations are quantised a token at a time; a slot of weight 0 adds nothing."""
-    found_TH = torch.zeros(hidden_states.shape, dtype=torch.float32)
+    out_TD = torch.zeros(hidden_states.shape, dtype=torch.float32)
     for expert in topk_ids.unique().tolist():
         assert 0 <= expert < w1.shape[0]
         weights_T = (topk_weights * (topk_ids == expert)).sum(-1)
@@ -132,8 +132,8 @@ def apply(
         both = product(hidden_states[rows].float(), w1[expert], self.w1_scale[expert])
         gate, up = both.chunk(2, dim=-1)
         made = product(functional.silu(gate) * up, w2[expert], self.w2_scale[expert])
-        found_TH.index_add_(0, rows, made * weights_T[rows, None].float())
-    output.copy_(found_TH)
+        out_TD.index_add_(0, rows, made * weights_T[rows, None].float())
+    output.copy_(out_TD)
 
 
 def product(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

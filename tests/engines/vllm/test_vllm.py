@@ -1,6 +1,6 @@
 """The plugin in vLLM itself: tokens, routing layer by layer, likelihoods, refusals.
 
-Letters: N requests, L tokens of each, T rows of a step, K slots a token.
+Letters: T tokens (rows of a step), E experts, K slots of a token.
 """
 
 from __future__ import annotations
