@@ -10,13 +10,14 @@ from pathlib import Path
 from unicodedata import normalize
 
 import pytest
+from scripts import docs_reference
 from typer.testing import CliRunner
 
+import leanmoe
 from leanmoe import Plan, Rule
 from leanmoe.cli import VERBS, app
 from leanmoe.models.reference import path as reference_path
 from leanmoe.models.shape import read_shape
-from scripts import docs_reference
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -129,13 +130,6 @@ def test_commands_have_the_verbs_and_options_that_are_shown(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
-def test_benchmarks_and_scripts_that_are_named_exist(page: Path) -> None:
-    for module in re.findall(r"python -m ((?:benchmarks|reference_model)[\w.]*)", text_of(page)):
-        path = ROOT.joinpath(*module.split("."))
-        assert path.with_suffix(".py").exists() or path.is_dir(), f"{page.name}: {module}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
 def test_pages_use_the_words_of_the_glossary(page: Path) -> None:
     text = text_of(page)
     assert not PRIVATE_WORDS.findall(BLOCK.sub("", text))
@@ -163,15 +157,15 @@ def reader(tmp_path: Path) -> dict[str, str]:
     """A reader's folder, with a plan and a text of their own, and `leanmoe` on their path."""
     shape = read_shape(str(reference_path()))
     Plan.uniform(shape.fingerprint(), Rule(top_k=6)).save(tmp_path / "plan.json")
-    sections = [f"# Section {n}\n\n" + (ROOT / "LICENSE").read_text() for n in range(8)]
-    (tmp_path / "my.txt").write_text("\n\n".join(sections), encoding="utf-8")
+    text = "\n\n".join(page.read_text(encoding="utf-8") for page in SITE)
+    (tmp_path / "my.txt").write_text(text, encoding="utf-8")
     command = tmp_path / "bin" / "leanmoe"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m leanmoe "$@"\n', encoding="utf-8")
     command.chmod(0o755)
     paths = {
         "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": f"{Path(leanmoe.__file__).parents[1]}{os.pathsep}{ROOT}",
     }
     return {**os.environ, **paths, "HF_HUB_OFFLINE": "1"}
 
@@ -237,3 +231,8 @@ def test_makefile_has_the_two_commands() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^demo:", text, flags=re.MULTILINE)
     assert re.search(r"^test:", text, flags=re.MULTILINE)
+
+
+def test_pages_that_the_source_names_exist() -> None:
+    source = "\n".join(p.read_text(encoding="utf-8") for p in ROOT.glob("src/**/*.py"))
+    assert all((ROOT / name).exists() for name in re.findall(r"docs/[\w./-]+\.md", source))

@@ -69,6 +69,11 @@ def test_files_give_the_plan_back(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_a_file_may_be_named_by_a_word(tmp_path: Path) -> None:
+    PLAN.save(str(tmp_path / "plan.json"))
+    assert Plan.load(str(tmp_path / "plan.json")) == PLAN
+
+
 def test_json_holds_only_what_is_set() -> None:
     assert PLAN.to_json() == {
         "leanmoe_plan": 1,

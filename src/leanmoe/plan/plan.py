@@ -165,14 +165,14 @@ class Plan:
         plan.check(model, more_experts=True)
         return plan
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Writes the plan, whole or not at all."""
-        write_json(path, self.to_json())
+        write_json(Path(path), self.to_json())
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: Path | str) -> Plan:
         """Reads and validates a plan file."""
-        return cls.from_json(read_json(path, "plan"))
+        return cls.from_json(read_json(Path(path), "plan"))
 
 
 def _band_from_json(value: Any, number: int) -> Band:

@@ -337,7 +337,7 @@ def _banded(found: Section) -> str:
         found["label"],
         "DeepSeek-V3 on the same machine. Its quality under these plans has not been measured; on "
         "the reference model sharing experts within a step loses several times less than a uniform "
-        "k (docs/quality.md, README).",
+        "k (docs/concepts/plan.md, README).",
         plot(_gains(found["concurrency"], series, "requests at once")) + table_with(names, rows),
     )
 

@@ -232,7 +232,7 @@ def _analysis_claims(results: dict[str, Any]) -> list[dict[str, str]]:
             f"GPUs are on {ranks_touched(256, 8, 8, 1, 1):.1f} of them",
             "verdict": CONFIRMED,
             "why": "The bounds hold; real volume is lower, and at decode the time is latency: see "
-            "docs/predict.md.",
+            "docs/results/prediction.md.",
         },
     ]
 

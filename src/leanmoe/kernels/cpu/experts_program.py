@@ -33,7 +33,9 @@ from leanmoe.kernels.cpu.numba_compile import COMPILE, compile_program, stamp_of
 ) = range(27)  # fmt: skip
 
 EXPERT_COST = 4
-"""Reading an expert's weights costs a thread about as much as this many rows; docs/kernels.md."""
+"""Reading an expert's weights costs a thread about as much as this many rows.
+
+Measured: docs/results/kernels-cpu.md."""
 ROWS_BY_TOKENS = 8
 """With this many rows an expert and thread, threads split the tokens and not the experts."""
 

@@ -40,7 +40,8 @@ def release_threads() -> bool:
 
     They come back with the caller's next parallel operation. Call it before another thread takes
     over the work: GNU's OpenMP counts the workers of both, finds more than cores, and puts every
-    worker to sleep after every operation, which makes a small model half as fast (docs/load.md).
+    worker to sleep after every operation, which makes a small model half as fast
+    (docs/results/throughput.md).
     """
     found = _openmp("omp_pause_resource_all")
     return bool(found) and found[0](PAUSE_SOFT) == 0

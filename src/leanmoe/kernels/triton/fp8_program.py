@@ -41,7 +41,7 @@ def rest_fp8(x_XJ, scale_X, WIDEN: tl.constexpr):
     """What rounding to fp8 takes away from each row, as fp8: `REST` times as large, by its scale.
 
     The way back from fp8, which would say what rounding left, is compiled wrongly by Triton 3.6.0
-    in some layouts (docs/kernels.md). So float32 is rounded by itself.
+    in some layouts (docs/results/kernels-gpu.md). So float32 is rounded by itself.
     """
     whole_XJ = x_XJ / scale_X[:, None]
     return _rounded((whole_XJ - _three_bits(whole_XJ)) * REST, WIDEN)

@@ -1,7 +1,7 @@
 """What `leanmoe kernels tune` tries: ways to cut a layer into tiles, by shape and tokens.
 
-Chosen from wide searches on an H200 (docs/kernels.md): what was within a few percent of the best
-for some shape, and no more, since each is compiled and timed.
+Chosen from wide searches on an H200 (docs/results/kernels-gpu.md): what was within a few percent of
+the best for some shape, and no more, since each is compiled and timed.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _ways_of_fp8(for_few: list[ExpertsConfig], mean: float) -> list[ExpertsConfi
     """Activations of two terms while memory decides; then of one, float16 between the products.
 
     fp8 there, too, is faster, and 4.1 to 4.4% off in a layer of DeepSeek-V3's width, for 3.5 to
-    3.7% (docs/kernels.md): how far off is too far is the tuner's to say.
+    3.7% (docs/results/kernels-gpu.md): how far off is too far is the tuner's to say.
     """
     if mean <= MOST_TWO_TERM_ROWS:
         return [replace(way, fp8_terms=2) for way in for_few]

@@ -93,7 +93,7 @@ def random_call(shape: Shape, tokens: int, seed: int, device: str = "cuda") -> I
 def error_of(config: ExpertsConfig, weights: ExpertWeights, call: Inputs) -> float:
     """Relative error of a config against the definition in float64, on a few of a call's tokens.
 
-    Compilers err, too: a tile may be fast and wrong (docs/kernels.md).
+    Compilers err, too: a tile may be fast and wrong (docs/results/kernels-gpu.md).
     """
     tokens = len(call[0])
     some = torch.arange(0, tokens, -(-tokens // EXACT_TOKENS), device=call[0].device)
