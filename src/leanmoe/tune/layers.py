@@ -109,7 +109,7 @@ def candidates(
     """Every candidate of a run; those that serve at several concurrencies stand once.
 
     Where `router` normalises the weights of those it picks, the rules keep the weights of the
-    whole top-k: normalising anew over fewer loses several times as much (docs/quality.md).
+    whole top-k: normalising anew over fewer loses several times as much (docs/concepts/plan.md).
     """
     layers = range(model.moe_layers)
     keep = True if router is not None and normalises(router) else None
