@@ -130,6 +130,13 @@ def test_commands_have_the_verbs_and_options_that_are_shown(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_benchmarks_and_scripts_that_are_named_exist(page: Path) -> None:
+    for module in re.findall(r"python -m ((?:benchmarks|reference_model)[\w.]*)", text_of(page)):
+        path = ROOT.joinpath(*module.split("."))
+        assert path.with_suffix(".py").exists() or path.is_dir(), f"{page.name}: {module}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
 def test_pages_use_the_words_of_the_glossary(page: Path) -> None:
     text = text_of(page)
     assert not PRIVATE_WORDS.findall(BLOCK.sub("", text))
