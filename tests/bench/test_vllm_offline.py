@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from leanmoe.bench import vllm_offline, vllm_worker
+from leanmoe.bench import vllm_offline
 from leanmoe.bench.prompts import Supply
 from leanmoe.bench.settings import BenchSettings, Lengths
 from leanmoe.bench.vllm_offline import VLLMOffline
@@ -50,15 +50,15 @@ class Engine:
 
 
 def test_the_loop_keeps_as_many_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_worker, "sampling", lambda tokens: tokens)
+    monkeypatch.setattr(vllm_offline, "sampling", lambda tokens: tokens)
     engine = Engine()
     requests = [{"prompt": [1] * (3 + n), "output": 2 + n % 3} for n in range(10)]
-    found = vllm_worker.closed_loop(engine, requests, 4, 60.0)
+    found = vllm_offline.closed_loop(engine, requests, 4, 60.0)
     assert engine.most == 4
     assert sorted(a["output"] for a in found) == sorted(r["output"] for r in requests)
     assert sorted(a["input"] for a in found) == [3 + n for n in range(10)]
     assert all(a["sent"] <= a["tokens"][0] <= a["tokens"][-1] for a in found)
-    few = vllm_worker.closed_loop(Engine(), requests, 4, -1.0)
+    few = vllm_offline.closed_loop(Engine(), requests, 4, -1.0)
     assert len(few) == 1, "after the first, nothing is sent when the time is up"
 
 

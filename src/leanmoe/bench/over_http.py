@@ -83,7 +83,7 @@ class OverHTTP:
         Where it shows nothing of that, "missing" says why.
         """
         del run_one
-        from leanmoe.bench.watch import watch
+        from leanmoe.bench.server_routing import watch
 
         decode_batch = min(load.concurrency or self._settings.max_concurrency, load.requests)
         requests = self._supply.draw(load, "watched", WATCHED_ROUNDS * decode_batch)

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from leanmoe.bench.scrape import MOST_BYTES, ScrapedStep, read_step
+from leanmoe.bench.server_routing import MOST_BYTES, SAMPLES, ScrapedStep, read_step, watch
 from leanmoe.bench.servers import Server
 from leanmoe.bench.settings import ServiceLoad
-from leanmoe.bench.watch import SAMPLES, watch
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.serve.metrics import exposition
 from tests.bench.mock_server import MockServer, serving
