@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -16,11 +17,11 @@ def install(monkeypatch: pytest.MonkeyPatch, distribution: str | None, version: 
 
     def version_of(name: str) -> str:
         if name != distribution:
-            raise installed_vllm.metadata.PackageNotFoundError
+            raise metadata.PackageNotFoundError
         return version
 
     monkeypatch.setattr(installed_vllm, "find_spec", lambda _: distribution)
-    monkeypatch.setattr(installed_vllm.metadata, "version", version_of)
+    monkeypatch.setattr(metadata, "version", version_of)
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.32.0", "1.0.0", "0.24.0rc1+cu130", "dev"])
@@ -52,12 +53,12 @@ def test_vllm_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_plugin_no_plan_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "vllm", "0.24.0")
-    monkeypatch.setattr(installed_vllm.metadata, "entry_points", lambda **_: ())
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: ())
     assert require_vllm(with_plans=False).version == "0.24.0"
     with pytest.raises(LeanMoeError, match="would run the full model and call it the plan"):
         require_vllm(with_plans=True)
     plugin = SimpleNamespace(value="leanmoe.serve.vllm.plugin:activate")
-    monkeypatch.setattr(installed_vllm.metadata, "entry_points", lambda **_: (plugin,))
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: (plugin,))
     assert require_vllm(with_plans=True).version == "0.24.0"
 
 

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,13 @@ RULES = (
     Rule(threshold=0.3, budget=12, budget_per_rank=4),
     Rule(budget_per_rank=3, experts=tuple(range(0, 30))),
 )
-UNEVEN = ((5, 0, 9, 1), (0, 7, 0, 0), (1, 1, 1, 1), (0, 0, 0, 0), (3, 20, 2, 0))
+UNEVEN: tuple[tuple[int, ...], ...] = (
+    (5, 0, 9, 1),
+    (0, 7, 0, 0),
+    (1, 1, 1, 1),
+    (0, 0, 0, 0),
+    (3, 20, 2, 0),
+)
 """Tokens of each rank in a step; of a group of 2 the first two count."""
 
 
@@ -250,7 +257,8 @@ def run_all(rank: int, ranks: int, folder: str) -> None:
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranks: int = request.param
     folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
-    context = mp.spawn(run_all, (ranks, str(folder)), nprocs=ranks, join=False)
+    spawn: Any = vars(mp)["spawn"]  # torch gives it no types
+    context = spawn(run_all, (ranks, str(folder)), nprocs=ranks, join=False)
     end = time.monotonic() + 3 * TIMEOUT.total_seconds()
     while not context.join(timeout=1):
         if time.monotonic() > end:
