@@ -192,7 +192,7 @@ def test_the_study_without_quality(tmp_path: Path, capsys: pytest.CaptureFixture
     results = json.loads((tmp_path / "out/study.json").read_text())
     assert {c["verdict"] for c in results["claims"]} <= {"confirmed", "partly", "not confirmed"}
     page = (tmp_path / "out/study.html").read_text()
-    for part in ("The paper&#x27;s claims", "The U: where a lower k gains", "cited"):
+    for part in ("The paper&#39;s claims", "The U: where a lower k gains", "cited"):
         assert part in page
     tuned = ["--tuned", str(tmp_path / "out/study.json"), "-o", str(tmp_path / "x")]
     code, _, err = run(capsys, "study", "--quality", "none", *tuned)

@@ -8,28 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_main import run
-from tests.report.test_quality_tables import results
-
-MADE = {
-    "hardware": "a CPU",
-    "cores": 2,
-    "versions": {"torch": "2.13.0"},
-    "commit": "0123456789ab",
-    "date": "2026-01-01",
-    "seed": 0,
-    "command": "leanmoe eval",
-}
+from tests.report.test_eval_tables import content
 
 
 def saved(folder: Path, version: int) -> None:
     """An evaluation's results in `folder`."""
-    whole = {
-        "leanmoe_eval": version,
-        "provenance": MADE,
-        "settings": {"model": "reference"},
-        "experts_implementation": "leanmoe cpu",
-        **results(),
-    }
+    whole = {**content(), "leanmoe_eval": version}
     (folder / "results.json").write_text(json.dumps(whole))
 
 

@@ -150,7 +150,7 @@ def test_the_matrix_has_a_row_for_each_plan_and_each_domain_calibrated_on(run: P
 
 def test_the_page_shows_every_table(run: Path) -> None:
     page = (run / "report.html").read_text()
-    for words in ("Tasks", "Greedy replies", "Answers in replies", "Domains", "Provenance"):
+    for words in ("Tasks", "Greedy replies", "Answers in replies", "Domains", "How this was made"):
         assert words in page
     assert "<script" not in page
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from leanmoe.results.tune import TuneResults
+
+RATIO = {"median": 1.15, "low": 1.1, "high": 1.2, "repeats": 5}
 LAYERS, EXPERTS, TOP_K = 6, 64, 8
+FINGERPRINT = {
+    "architecture": "DeepseekV3ForCausalLM",
+    "layers": 7,
+    "moe_layers": LAYERS,
+    "experts": EXPERTS,
+    "top_k": TOP_K,
+}
 
 
 def results(seed: int = 0, accepted: bool = True) -> dict[str, Any]:
@@ -31,14 +41,28 @@ def results(seed: int = 0, accepted: bool = True) -> dict[str, Any]:
             "seed": 0,
             "command": "leanmoe tune reference",
         },
-        "model": {"name": "reference <model>", "experts_implementation": "leanmoe experts_cpu"},
+        "model": {
+            "name": "reference <model>",
+            "fingerprint": FINGERPRINT,
+            "parameters": 17_000_000,
+            "active_parameters": 6_000_000,
+            "dtype": "float32",
+            "experts_implementation": "leanmoe experts_cpu",
+        },
         "settings": {"margin": 0.005, "confidence": 0.95},
         "text": {
             "source": "prose",
             "calibration": {"documents": 200, "tokens": 200_000},
             "heldout": {"documents": 100, "tokens": 50_000},
         },
-        "profile": {"tokens": 200_000, "layers": [_layer(n, draw) for n in range(LAYERS)]},
+        "profile": {
+            "label": "measured",
+            "tokens": 200_000,
+            "documents": 200,
+            "quantiles": [0.5],
+            "layers": [_layer(n, draw) for n in range(LAYERS)],
+        },
+        "sensitivity": {"label": "measured", "tokens": 20_000, "candidates": []},
         "fronts": [
             {
                 "concurrency": c,
@@ -54,7 +78,9 @@ def results(seed: int = 0, accepted: bool = True) -> dict[str, Any]:
                 "up_to": c,
                 "accepted": accepted and c > 1,
                 "loss": _loss(0.003, draw) if accepted else None,
-                "gain": {"median": 1.15, "low": 1.1, "high": 1.2} if accepted else None,
+                "gain": {"median": 1.15, "low": 1.1, "high": 1.2, "repeats": 5}
+                if accepted
+                else None,
                 "reason": "the fastest plan within the margin",
             }
             for c, _, _ in loads
@@ -63,6 +89,17 @@ def results(seed: int = 0, accepted: bool = True) -> dict[str, Any]:
         "seconds": {"profile": 60.0},
         "peak_memory_bytes": 2_000_000_000,
     }
+
+
+def tune_results(
+    accepted: bool = True, confidence: float = 0.95, with_budget: bool = False
+) -> TuneResults:
+    """The results as reading them gives them; `with_budget` adds those of a memory budget."""
+    value = results(accepted=accepted)
+    value["settings"]["confidence"] = confidence
+    if with_budget:
+        value["total_or_activated"] = totals()
+    return TuneResults.from_json(value)
 
 
 def totals(seed: int = 0) -> list[dict[str, Any]]:
@@ -79,7 +116,7 @@ def plan() -> dict[str, Any]:
     """A plan.json that goes with it."""
     return {
         "leanmoe_plan": 1,
-        "model": {"moe_layers": LAYERS, "top_k": TOP_K},
+        "model": FINGERPRINT,
         "bands": [
             {"up_to": 2, "rules": [{}] * LAYERS},
             {"up_to": 16, "rules": [{"top_k": 6}] * LAYERS},
@@ -92,12 +129,17 @@ def _layer(number: int, draw: random.Random) -> dict[str, Any]:
     use = [draw.random() for _ in range(EXPERTS)]
     return {
         "layer": number,
+        "decoder_layer": number + 1,
         "use": [u / sum(use) for u in use],
         "gate": [draw.random() for _ in range(EXPERTS)],
         "mass": [((j + 1) / TOP_K) ** 0.7 for j in range(TOP_K)],
+        "mass_quantiles": [],
+        "pairs": [],
         "distinct": [
             {
                 "tokens": 2**j,
+                "documents": 1,
+                "error": 0.0,
                 "measured": 0.8 * EXPERTS * (1 - (1 - 1 / 8) ** 2**j),
                 "uniform": EXPERTS * (1 - (1 - 1 / 8) ** 2**j),
             }
@@ -123,12 +165,17 @@ def _point(
     return {
         "name": f"point {number}",
         "strategy": "leanmoe",
+        "predicted_loss": 0.01,
         "modelled_time": 1 - 0.1 * number,
         "slots": 8 - number,
+        "slots_per_layer": [8 - number] * LAYERS,
         "distinct": 40.0 - 5 * number,
         "loss": _loss(0.001 * number**2, draw),
+        "accepted": chosen,
+        "reason": "within the margin",
         "chosen": chosen,
         "rules": rules,
+        "prompt": [],
     }
 
 
@@ -140,6 +187,7 @@ def _strategies(concurrency: int, draw: random.Random) -> dict[str, Any]:
         "rows": [
             {
                 "strategy": name,
+                "title": name,
                 "source": "arXiv 2505.03531",
                 "slots": 6.0,
                 "distinct": 30.0 + draw.random(),
@@ -161,9 +209,16 @@ def _gain(concurrency: int, inputs: int, outputs: int, draw: random.Random) -> d
         "concurrency": concurrency,
         "input_tokens": inputs,
         "output_tokens": outputs,
+        "requests": 24,
+        "label": "measured",
         "variants": {
             name: {
+                "duration": 10.0,
+                "request_throughput": base,
                 "output_throughput": base * factor,
+                "total_token_throughput": 9 * base,
+                "itl_ms": spread(12 / factor),
+                "runs": [base * factor] * 5,
                 "ttft_ms": spread(50),
                 "tpot_ms": spread(12 / factor),
                 "e2el_ms": spread(400 / factor),

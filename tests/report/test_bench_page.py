@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.report.bench_page import bench_page, headline, read_bench, write_bench_page
+from leanmoe.report.bench_page import bench_page, headline
+from leanmoe.results.bench import BenchResults
+from tests.report.example import FINGERPRINT
 
 
 def run(speed: float, load: int) -> dict[str, float]:
@@ -55,7 +57,11 @@ def bench(speed: float = 1.1, spread: float = 0.02, rate: bool = False) -> dict[
             {"name": "full", "plan": None},
             {
                 "name": "plan",
-                "plan": {"bands": [{"up_to": None, "rules": [{"guaranteed": 3}] * 2}]},
+                "plan": {
+                    "leanmoe_plan": 1,
+                    "model": {**FINGERPRINT, "moe_layers": 2},
+                    "bands": [{"up_to": None, "rules": [{"guaranteed": 3}] * 2}],
+                },
             },
         ],
         "loads": [
@@ -63,6 +69,7 @@ def bench(speed: float = 1.1, spread: float = 0.02, rate: bool = False) -> dict[
                 "max_concurrency": None if rate else load,
                 "request_rate": float(load) if rate else None,
                 "num_prompts": 10,
+                "label": "measured",
                 "runs": {"full": [run(1, load)] * 5, "plan": [run(speed, load)] * 5},
                 "median": {"full": run(1, load), "plan": run(speed, load)},
                 "gain": {"plan": {"output_throughput": ratio, "median_tpot_ms": times}},
@@ -74,10 +81,13 @@ def bench(speed: float = 1.1, spread: float = 0.02, rate: bool = False) -> dict[
     }
 
 
-def test_one_file_that_asks_no_network(tmp_path: Path) -> None:
-    source = tmp_path / "results.json"
-    source.write_text(json.dumps(bench()))
-    html = write_bench_page(source, tmp_path / "report.html").read_text()
+def read(value: dict[str, Any]) -> BenchResults:
+    """Results as reading them gives them."""
+    return BenchResults.from_json(value)
+
+
+def test_one_file_that_asks_no_network() -> None:
+    html = bench_page(read(bench()))
     assert re.findall(r"<script[^>]*\bsrc=|<link\b|<img\b|@import", html) == []
     assert html.count("plotly.js v") == 1
     outside = re.sub(r"<script.*?</script>", "", html, flags=re.S)
@@ -90,16 +100,16 @@ def test_one_file_that_asks_no_network(tmp_path: Path) -> None:
 
 
 def test_the_headline_says_gain_loss_and_tie() -> None:
-    assert "plan +10.0% at 1 at once (95% interval +8.0% to +12.0%)" in headline(bench())
-    assert "plan -10.0%" in headline(bench(0.9))
-    assert "no difference shown" in headline(bench(1.01))
-    assert "TPOT plan -9.1%" in headline(bench(rate=True))
+    assert "plan +10.0% at concurrency 1 (95% interval +8.0% to +12.0%)" in headline(read(bench()))
+    assert "plan -10.0%" in headline(read(bench(0.9)))
+    assert "no difference shown" in headline(read(bench(1.01)))
+    assert "TPOT plan -9.1%" in headline(read(bench(rate=True)))
 
 
 def test_the_confidence_shown_is_the_one_asked_for() -> None:
     asked = bench()
     asked["settings"]["confidence"] = 0.8
-    html = re.sub(r"<script.*?</script>", "", bench_page(asked), flags=re.S)
+    html = re.sub(r"<script.*?</script>", "", bench_page(read(asked)), flags=re.S)
     assert "95%" not in html
     assert "(80% interval +8.0% to +12.0%)" in html
     assert "bars are 80% intervals" in html
@@ -107,11 +117,13 @@ def test_the_confidence_shown_is_the_one_asked_for() -> None:
 
 def test_an_incomplete_bench_says_so() -> None:
     stopped = {**bench(), "complete": False, "stopped": "the server <died>"}
-    assert "Incomplete: the server &lt;died&gt;" in bench_page(stopped)
+    assert "Incomplete: the server &lt;died&gt;" in bench_page(read(stopped))
     busy = {**bench(), "notes": ["The machine was busy."]}
-    assert bench_page(busy).index("The machine was busy.") < bench_page(busy).index("Gain against")
+    assert bench_page(read(busy)).index("The machine was busy.") < bench_page(read(busy)).index(
+        "Gain against"
+    )
     nothing = {**stopped, "loads": []}
-    assert "no gain is claimed" in bench_page(nothing)
+    assert "no gain is claimed" in bench_page(read(nothing))
 
 
 def test_a_variant_without_runs_yet_is_left_blank() -> None:
@@ -119,7 +131,7 @@ def test_a_variant_without_runs_yet_is_left_blank() -> None:
     half["loads"][1]["runs"]["plan"] = []
     half["loads"][1]["median"]["plan"] = {}
     half["loads"][1]["gain"] = {}
-    assert "<h2>Every load" in bench_page(half)
+    assert "<h2>Every load" in bench_page(read(half))
 
 
 @pytest.mark.parametrize(
@@ -130,6 +142,9 @@ def test_results_of_another_form_are_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "results.json"
-    path.write_text(json.dumps({k: v for k, v in {**bench(), **change}.items() if v is not None}))
+    whole = {**bench(), **change}
+    path.write_text(
+        json.dumps({k: v for k, v in whole.items() if v is not None or k not in change})
+    )
     with pytest.raises(LeanMoeError, match=message):
-        read_bench(path)
+        BenchResults.read(path)

@@ -1,25 +1,29 @@
-"""The verdict as a picture: well-formed, and it shows what the results say."""
+"""Elements of pictures are well-formed, escape words, and ticks are round."""
 
 from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from leanmoe.report.svg import verdict_svg
-from leanmoe.results.tune import describe_rule
-from tests.report.example import results
+import pytest
+
+from leanmoe.report.svg import INK, bar, document, line, path, text, ticks
 
 
-def test_it_is_well_formed_and_names_every_load() -> None:
-    picture = verdict_svg(results())
-    words = [text.text or "" for text in ElementTree.fromstring(picture).iter() if text.text]
-    for entry in results()["gain"]:
-        assert f"{entry['concurrency']} at once" in words
-    assert "margin" in words
+def test_a_picture_is_well_formed_and_escapes_words() -> None:
+    parts = [line(0, 0, 1, 1, INK), path([(0, 0), (1, 2), (3, 4)], INK), text(1, 2, "a < b")]
+    root = ElementTree.fromstring(document(10, 20, 'said "so"', parts))
+    assert root.attrib["viewBox"] == "0 0 10 20"
+    assert root.attrib["aria-label"] == 'said "so"'
+    assert [each.text for each in root][-1] == "a < b"
 
 
-def test_a_load_without_a_plan_says_so() -> None:
-    assert "no plan within the margin" in verdict_svg(results(accepted=False))
+def test_a_bar_may_end_left_of_its_start() -> None:
+    assert 'x="2.0" y="1.0" width="3.0" height="18"' in bar(5, 2, 10, INK)
 
 
-def test_kept_weights_are_said() -> None:
-    assert describe_rule({"top_k": 6, "keep_weights": True}) == "top_k 6, weights kept"
+@pytest.mark.parametrize(
+    ("low", "high", "most", "values"),
+    [(0, 10, 5, [0, 2, 4, 6, 8, 10]), (-1, 1, 4, [-1, -0.5, 0, 0.5, 1]), (0, 1e4, 3, [0, 1e4])],
+)
+def test_ticks_are_round(low: float, high: float, most: float, values: list[float]) -> None:
+    assert ticks(low, high, most) == values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -11,3 +12,10 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
 def committed(kind: str) -> list[Path]:
     """The committed results files of one kind."""
     return [path for path in sorted(FOLDER.glob("*.json")) if kind in json.loads(path.read_text())]
+
+
+def without_nulls(value: Any) -> Any:
+    """JSON values without the fields that are null: an optional field may be absent or null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value

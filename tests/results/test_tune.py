@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from leanmoe.core.provenance import MadeWith
 from leanmoe.plan import Rule
-from leanmoe.results.tune import StepsMadeWith, TuneResults
+from leanmoe.results.tune import StepsMadeWith, TuneResults, describe_rule
 from tests.results.committed import committed
 
 
@@ -23,3 +25,16 @@ def test_steps_say_what_they_were_made_with() -> None:
     made = StepsMadeWith("0.1", "abc", "2", "5", "w", "m", steps=("full", "gain-1"))
     assert isinstance(made, MadeWith)
     assert made.to_json()["steps"] == ("full", "gain-1")
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({}, "full"),
+        ({"top_k": 6, "guaranteed": 3}, "top_k 6, guaranteed 3"),
+        ({"experts": [1, 2]}, "2 experts"),
+        ({"top_k": 6, "keep_weights": True}, "top_k 6, weights kept"),
+    ],
+)
+def test_rules_in_words(rule: dict[str, object], words: str) -> None:
+    assert describe_rule(Rule.from_json(rule)) == words

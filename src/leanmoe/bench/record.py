@@ -10,9 +10,9 @@ from typing import Any
 from leanmoe.bench.metrics import Measurement
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.core.files import write_json
+from leanmoe.results.bench import BenchResults
 from leanmoe.stats.ratios import Ratio
 
-SCHEMA_VERSION = 1
 COMPARED = (
     "output_throughput",
     "request_throughput",
@@ -76,7 +76,7 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """All of it."""
         return {
-            "leanmoe_bench": SCHEMA_VERSION,
+            BenchResults.KIND: BenchResults.VERSION,
             "complete": self._stopped is None,
             "stopped": self._stopped,
             **self._about,

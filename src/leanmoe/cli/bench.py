@@ -145,7 +145,7 @@ def bench(
         overwrite=overwrite,
         engine_args=engine_args,
     )
-    from leanmoe.report.bench_page import write_bench_page
+    from leanmoe.report.write import write_page
 
     page = output / "report.html"
 
@@ -153,7 +153,7 @@ def bench(
         if not as_json:
             _show(record.entry(load), settings.confidence)
 
-    record = run_job(job, shown, lambda results: write_bench_page(results, page))
+    record = run_job(job, shown, lambda results: write_page(results.parent, page))
     if as_json:
         print(json.dumps(record.to_json()))
         return

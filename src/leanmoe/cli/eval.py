@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from leanmoe.cli.options import AsJson, Dtype, Model, Overwrite, RunOutput, Seed
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.parsing import parse_share
 from leanmoe.eval.settings import EvalSettings
+from leanmoe.results.eval import EvalResults
 
 _DEFAULT = EvalSettings(model="reference")
 
@@ -114,36 +115,31 @@ def eval(
         trust_remote_code=trust_remote_code,
     )
     from leanmoe.eval.run import RESULTS, evaluate
-    from leanmoe.report.quality_page import write_quality_page
-    from leanmoe.results.eval import read_evaluation
+    from leanmoe.report.write import write_page
 
     command = "leanmoe " + " ".join(sys.argv[1:])
     folder = evaluate(settings, plan or [], rule or [], output, command, overwrite)
-    results = read_evaluation(folder / RESULTS)
-    write_quality_page(results, folder / "report.html")
+    results = EvalResults.read(folder / RESULTS)
+    write_page(folder)
     if as_json:
-        print(json.dumps({"run": str(folder), **results}))
+        print(json.dumps({"run": str(folder), **results.to_json()}))
         return
     _show(results, folder)
 
 
-def _show(results: dict[str, Any], folder: Path) -> None:
+def _show(results: EvalResults, folder: Path) -> None:
     from rich.console import Console
 
     from leanmoe.eval.run import MEAN
-    from leanmoe.report.quality_tables import console_tables
+    from leanmoe.report.eval_tables import console_tables
 
     console = Console(highlight=False)
     for table in console_tables(results, console):
         console.print(table)
-    for row in results.get("tasks", []):
-        if row["task"] == MEAN or len(_tasks_of(results)) == 1:
-            console.print(f"{row['plan']}, {row['task']}: {row['verdict']['reason']}.")
+    for row in results.tasks:
+        if row.task == MEAN or len({each.task for each in results.tasks}) == 1:
+            console.print(f"{row.plan}, {row.task}: {row.verdict.reason}.")
     console.print(f"Results: {folder / 'results.json'}   Page: {folder / 'report.html'}")
-
-
-def _tasks_of(results: dict[str, Any]) -> set[str]:
-    return {row["task"] for row in results.get("tasks", [])}
 
 
 def _tasks(text: str | None) -> tuple[str, ...]:

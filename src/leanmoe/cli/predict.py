@@ -227,9 +227,11 @@ def _longest(found: Any) -> str:
 
 def _show_sweep(results: dict[str, Any], page: Path | None, as_json: bool) -> None:
     if page is not None:
-        from leanmoe.report.sweep_page import write_sweep_page
+        from leanmoe.core.files import write_text
+        from leanmoe.report.predict_page import predict_page
+        from leanmoe.results.predict import SweepResults
 
-        write_sweep_page(results, page)
+        write_text(page, predict_page(SweepResults.from_json(results)))
     if as_json:
         print(json.dumps(results))
         return

@@ -43,7 +43,7 @@ def study(
     Example:
     leanmoe study -o runs/study
     """
-    from leanmoe.report.study_page import write_study_page
+    from leanmoe.report.write import write_page
     from leanmoe.study.run import PAGE, earlier_quality
     from leanmoe.study.run import study as run
 
@@ -59,7 +59,7 @@ def study(
             f"--quality is {quality!r}: it must be 'measured', 'none' or a study.json"
         )
     results = run(output, section, " ".join(["leanmoe", *sys.argv[1:]]), seed, tuned)
-    write_study_page(results, output / PAGE)
+    write_page(output, output / PAGE)
     if as_json:
         print(json.dumps(results))
         return

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,7 +15,8 @@ from rich.table import Table
 from leanmoe.cli.options import AsJson, Dtype, Model, Overwrite, RunOutput, Seed, TrustRemoteCode
 from leanmoe.core.files import read_json
 from leanmoe.core.parsing import parse_counts, parse_share
-from leanmoe.results.tune import Results, percent, read_results
+from leanmoe.core.schema import to_json
+from leanmoe.results.tune import PruneOrSkipRow, TuneResults, percent
 from leanmoe.tune.settings import TuneSettings
 
 _DEFAULT = TuneSettings(model="reference")
@@ -92,64 +94,64 @@ def tune(
         trust_remote_code=trust_remote_code,
     )
     settings.check()
-    from leanmoe.report import write_report
+    from leanmoe.report.write import write_page
     from leanmoe.tune.run import tune as run_tune
 
     command = "leanmoe " + " ".join(sys.argv[1:])
     folder = run_tune(settings, output, command, overwrite)
-    results = read_results(folder / "results.json")
-    write_report(folder)
+    results = TuneResults.read(folder / "results.json")
+    write_page(folder)
     if as_json:
         plan = read_json(folder / "plan.json", "plan")
-        print(json.dumps({"run": str(folder), "verdicts": results["verdicts"], "plan": plan}))
+        print(json.dumps({"run": str(folder), "verdicts": to_json(results.verdicts), "plan": plan}))
         return
     show(results, folder)
 
 
-def show(results: Results, folder: Path) -> None:
+def show(results: TuneResults, folder: Path) -> None:
     """Prints the verdict of a run as a table."""
-    from leanmoe.report.page import headline
+    from leanmoe.report.tune_page import headline
 
     console = Console()
-    sure = f"{100 * results['settings']['confidence']:g}%"
+    sure = f"{100 * results.confidence:g}%"
     table = Table(title="Verdict per load", title_justify="left")
-    table.add_column("requests at once", justify="right")
+    table.add_column("concurrency", justify="right")
     table.add_column("runs")
     for name in ("loss", f"at most ({sure})", "throughput", f"interval ({sure})"):
         table.add_column(name, justify="right")
-    for verdict in results["verdicts"]:
-        loss, gain = verdict["loss"], verdict["gain"]
+    for verdict in results.verdicts:
+        loss, gain = verdict.loss, verdict.gain
         table.add_row(
-            str(verdict["concurrency"]),
-            "[green]the plan[/green]" if verdict["accepted"] else "full model",
-            percent(loss["ratio"]) if loss else "",
-            percent(loss["upper_bound"]) if loss else "",
-            percent(gain["median"] - 1, 1) if gain else "",
-            f"{percent(gain['low'] - 1, 1)} to {percent(gain['high'] - 1, 1)}" if gain else "",
+            str(verdict.concurrency),
+            "[green]the plan[/green]" if verdict.accepted else "full model",
+            percent(loss.ratio) if loss else "",
+            percent(loss.upper_bound) if loss else "",
+            percent(gain.median - 1, 1) if gain else "",
+            f"{percent(gain.low - 1, 1)} to {percent(gain.high - 1, 1)}" if gain else "",
         )
     console.print(table)
-    if "total_or_activated" in results:
-        console.print(_totals(results["total_or_activated"]))
-    for verdict in results["verdicts"]:
-        console.print(f"{verdict['concurrency']} at once: {verdict['reason']}.", highlight=False)
+    if results.total_or_activated:
+        console.print(_totals(results.total_or_activated))
+    for verdict in results.verdicts:
+        console.print(f"Concurrency {verdict.concurrency}: {verdict.reason}.", highlight=False)
     console.print()
     console.print(headline(results))
     console.print(f"Plan: {folder / 'plan.json'}   Page: {folder / 'report.html'}")
 
 
-def _totals(rows: list[dict[str, Any]]) -> Table:
+def _totals(rows: Sequence[PruneOrSkipRow]) -> Table:
     table = Table(title="Fewer experts in total, or a token, where as fast", title_justify="left")
-    for name in ("at once", "budget", "way", "memory", "time in experts", "loss", "verdict"):
+    for name in ("concurrency", "budget", "way", "memory", "time in experts", "loss", "verdict"):
         table.add_column(name, justify="left" if name in ("way", "verdict") else "right")
     for row in rows:
-        loss = row["loss"]
+        loss = row.loss
         table.add_row(
-            str(row["concurrency"]),
-            row["budget"],
-            row["way"],
-            f"{row['memory']:.0%}",
-            f"{row['time']:.0%}",
-            f"{percent(loss['ratio'])} [{percent(loss['low'])}, {percent(loss['high'])}]",
-            row.get("against", {}).get("verdict", ""),
+            str(row.concurrency),
+            row.budget,
+            row.way,
+            f"{row.memory:.0%}",
+            f"{row.time:.0%}",
+            f"{percent(loss.ratio)} [{percent(loss.low)}, {percent(loss.high)}]",
+            row.against.verdict if row.against else "",
         )
     return table

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.run_folder import RunFolder
+from leanmoe.core.schema import to_json
 from leanmoe.eval.answers import Answers, answer_tasks, loss_changes
 from leanmoe.eval.domains import domain_matrix, read_domains
 from leanmoe.eval.generate import generation
@@ -23,7 +23,7 @@ from leanmoe.eval.settings import EvalSettings
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, read_plans, require_at_work
-from leanmoe.results.eval import SCHEMA_VERSION
+from leanmoe.results.eval import EvalResults
 from leanmoe.runtime import apply, load_model, served_experts, shape_of
 from leanmoe.stats.outcomes import (
     Difference,
@@ -66,7 +66,7 @@ def evaluate(
     tasks = _read_local(local, model, tokenizer, settings)
     texts = read_domains(tokenizer, settings)
     results: dict[str, Any] = {
-        "leanmoe_eval": SCHEMA_VERSION,
+        EvalResults.KIND: EvalResults.VERSION,
         "provenance": collect(command, settings.seed).to_json(),
         "label": "measured",
         "settings": settings.to_json(),
@@ -91,7 +91,7 @@ def evaluate(
         results["domains"] = domain_matrix(model, tokenizer, texts, plans, settings, folder)
     results["made_with"] = folder.made_with()
     results["seconds"] = folder.seconds()
-    write_json(folder.path / RESULTS, results)
+    EvalResults.from_json(to_json(results)).write(folder.path / RESULTS)
     return folder.path
 
 

@@ -1,29 +1,34 @@
-"""The plots of the page, each a plotly figure made from one section of the results."""
+"""All plots of the pages, each a plotly figure made from one part of the results."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-from leanmoe.results.tune import Results, describe_rule
+from leanmoe.plan import Plan
+from leanmoe.results.bench import THROUGHPUT, TPOT, BenchResults
+from leanmoe.results.intervals import LossChange, RatioOfRuns
+from leanmoe.results.predict import SweepResults
+from leanmoe.results.study import Analysis, Banded, Table9, UShape, V2Lite
+from leanmoe.results.tune import (
+    LoadFront,
+    ProfileSummary,
+    StrategyTable,
+    TuneResults,
+    ValidatedPlan,
+    describe_rule,
+)
 
-INK = "#1d2b3a"
-FULL = "#8a97a6"
-OURS = "#0b7a75"
-OTHER = "#d08c60"
-LIMIT = "#b3261e"
-COLOURS = ("#0b7a75", "#d08c60", "#5b5ea6", "#a23b72", "#4f772d", "#3a86c8", "#8d6a9f", "#c9a227")
+INK, FULL, OURS, LIMIT = "#1d2b3a", "#8a97a6", "#0b7a75", "#b3261e"
+COLOURS = (OURS, "#d08c60", "#5b5ea6", "#a23b72", "#4f772d", "#3a86c8", "#8d6a9f", "#c9a227")
+Values = Sequence[float | None]
 
 
-def front(results: Results, concurrency: int) -> go.Figure:
-    """Next-token loss against MoE-layer time for the plans validated at one load."""
-    points = next(f for f in results["fronts"] if f["concurrency"] == concurrency)["points"]
-    figure = figure_with(
-        "MoE layer time, share of the full model's (less is faster)",
-        "next-token loss, increase over the full model",
-    )
-    margin = results["settings"]["margin"]
+def loss_front(front: LoadFront, margin: float) -> go.Figure:
+    """Next-token loss against MoE-layer time for the plans validated for one concurrency."""
+    figure = _figure("MoE layer time, share of the full model's (less is faster)", _LOSS)
     figure.add_hline(
         y=100 * margin,
         line={"color": LIMIT, "dash": "dash", "width": 1.5},
@@ -32,38 +37,42 @@ def front(results: Results, concurrency: int) -> go.Figure:
         annotation_position="top left",
     )
     for chosen, colour, name in ((False, FULL, "validated"), (True, OURS, "chosen plan")):
-        shown = [p for p in points if bool(p["chosen"]) is chosen]
-        if shown:
-            figure.add_trace(_loss_points(shown, "modelled_time", name, colour, chosen))
+        points = [point for point in front.points if point.chosen is chosen]
+        if points:
+            figure.add_trace(
+                go.Scatter(
+                    x=[point.modelled_time for point in points],
+                    y=[100 * point.loss.ratio for point in points],
+                    error_y=_error_bars([point.loss for point in points], thickness=1),
+                    mode="markers",
+                    name=name,
+                    text=[_rules_in_lines(point) for point in points],
+                    marker={"color": colour, "size": 11 if chosen else 7},
+                    hovertemplate="%{text}<br>%{x:.3g}: %{y:+.2f}%<extra></extra>",
+                )
+            )
     # As many digits as tell two ticks apart; around a single point plotly would reach below none.
-    times = [p["modelled_time"] for p in points]
+    times = [point.modelled_time for point in front.points]
     if times:
         beside = max(0.02, 0.05 * (max(times) - min(times)))
         figure.update_xaxes(range=[min(times) - beside, max(times) + beside])
     figure.update_xaxes(tickformat="~%")
+    figure.update_yaxes(ticksuffix="%")
     return figure
 
 
-def strategies(results: Results, concurrency: int) -> go.Figure:
-    """What every strategy loses on one budget, at one load, on the same held-out text."""
-    tables = [t for t in results.get("strategies", []) if t["concurrency"] == concurrency]
-    rows = [row for table in tables for row in table["rows"]]
-    rows.sort(key=lambda row: row["loss"]["ratio"], reverse=True)
-    losses = [row["loss"] for row in rows]
-    figure = figure_with("next-token loss, increase over the full model", "")
+def strategies(tables: Sequence[StrategyTable]) -> go.Figure:
+    """What every strategy loses on one budget, at one concurrency, on the same held-out text."""
+    rows = [row for table in tables for row in table.rows]
+    rows.sort(key=lambda row: row.loss.ratio, reverse=True)
+    figure = _figure(_LOSS, "")
     figure.add_trace(
         go.Bar(
-            x=[100 * loss["ratio"] for loss in losses],
-            y=[row["strategy"] for row in rows],
+            x=[100 * row.loss.ratio for row in rows],
+            y=[row.strategy for row in rows],
             orientation="h",
-            marker_color=[OURS if row["strategy"] == "leanmoe" else FULL for row in rows],
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [100 * (loss["high"] - loss["ratio"]) for loss in losses],
-                "arrayminus": [100 * (loss["ratio"] - loss["low"]) for loss in losses],
-                "color": INK,
-            },
+            marker_color=[OURS if row.strategy == "leanmoe" else FULL for row in rows],
+            error_x=_error_bars([row.loss for row in rows]),
             hovertemplate="%{y}<br>%{x:+.2f}%<extra></extra>",
         )
     )
@@ -71,26 +80,21 @@ def strategies(results: Results, concurrency: int) -> go.Figure:
     return figure
 
 
-def gain(results: Results) -> go.Figure:
+def tune_gain(results: TuneResults) -> go.Figure:
     """Measured throughput with the plan over the full model's, with intervals, over load."""
-    entries = results["gain"]
-    names = [load_name(entry) for entry in entries]
-    ratios = [entry["ratio"] for entry in entries]
-    figure = figure_with("load", "output throughput, plan over full model")
+    figure = _figure("load", "output throughput, plan over full model")
     figure.add_hline(y=0, line={"color": FULL, "width": 1.5})
     figure.add_trace(
         go.Bar(
-            x=names,
-            y=[100 * (ratio["median"] - 1) for ratio in ratios],
+            x=[
+                f"concurrency {gain.concurrency}<br>{gain.input_tokens} in, "
+                f"{gain.output_tokens} out"
+                for gain in results.gain
+            ],
+            y=[100 * (gain.ratio.median - 1) for gain in results.gain],
             marker_color=OURS,
             width=0.45,
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [100 * (ratio["high"] - ratio["median"]) for ratio in ratios],
-                "arrayminus": [100 * (ratio["median"] - ratio["low"]) for ratio in ratios],
-                "color": INK,
-            },
+            error_y=_error_bars([gain.ratio for gain in results.gain]),
             hovertemplate="%{x}<br>%{y:+.1f}%<extra></extra>",
         )
     )
@@ -98,36 +102,35 @@ def gain(results: Results) -> go.Figure:
     return figure
 
 
-def plan_heat_map(plan: dict[str, Any], slots: dict[int, list[float]]) -> go.Figure:
-    """Each MoE layer's rule for prompts and in each band; the colour is a token's mean slots."""
-    bands = plan["bands"]
+def plan_heat_map(plan: Plan, slots: Mapping[int, Sequence[float]]) -> go.Figure:
+    """Each MoE layer's rule for prompts and in each band; the colour is a token's mean slots.
+
+    `slots` holds mean slots by layer for the bands, by number, where they are known.
+    """
+    layers, most = range(plan.model.moe_layers), plan.model.top_k
     names, previous = [], 0
-    for band in bands:
-        names.append(f"{previous + 1} to {band['up_to']}" if band["up_to"] else f"{previous + 1}+")
-        previous = band["up_to"] or previous
-    layers = list(range(plan["model"]["moe_layers"]))
-    most = plan["model"]["top_k"]
-    columns = [slots.get(b, [float(most)] * len(layers)) for b in range(len(bands))]
-    rules = [band["rules"] for band in bands]
-    if plan.get("prompt"):
+    for band in plan.bands:
+        names.append(f"{previous + 1} to {band.up_to}" if band.up_to else f"{previous + 1}+")
+        previous = band.up_to or previous
+    columns = [list(slots.get(n, [most] * len(layers))) for n in range(len(plan.bands))]
+    rules = [band.rules for band in plan.bands]
+    if plan.prompt:
         names.insert(0, "prompt tokens")
-        columns.insert(0, [float(rule.get("top_k", most)) for rule in plan["prompt"]])
-        rules.insert(0, plan["prompt"])
-    values = [[column[layer] for column in columns] for layer in layers]
-    texts = [[describe_rule(column[layer]) for column in rules] for layer in layers]
-    figure = figure_with("tokens in a forward step", "MoE layer")
+        columns.insert(0, [most if r.top_k is None else r.top_k for r in plan.prompt])
+        rules.insert(0, plan.prompt)
+    figure = _figure("tokens in a forward step", "MoE layer")
     figure.add_trace(
         go.Heatmap(
             x=names,
             y=[str(layer) for layer in layers],
-            z=values,
-            text=texts,
+            z=[[column[layer] for column in columns] for layer in layers],
+            text=[[describe_rule(column[layer]) for column in rules] for layer in layers],
             texttemplate="%{text}",
             zmin=0,
             zmax=most,
             xgap=3,
             ygap=3,
-            colorscale=[[0, "#0b7a75"], [0.6, "#9ecfc9"], [1, "#f2f5f7"]],
+            colorscale=[[0, OURS], [0.6, "#9ecfc9"], [1, "#f2f5f7"]],
             colorbar={"title": {"text": "slots"}, "thickness": 12},
             hovertemplate="layer %{y}, %{x} tokens<br>%{text}<br>%{z:.2f} slots<extra></extra>",
         )
@@ -136,18 +139,16 @@ def plan_heat_map(plan: dict[str, Any], slots: dict[int, list[float]]) -> go.Fig
     return figure
 
 
-def expert_use(results: Results) -> go.Figure:
+def expert_use(profile: ProfileSummary) -> go.Figure:
     """How often each expert is chosen, layer by layer, most used first; even use would be 1."""
-    layers = results["profile"]["layers"]
-    figure = figure_with("expert, by rank in its layer", "MoE layer")
-    rows = [
-        sorted((share * len(layer["use"]) for share in layer["use"]), reverse=True)
-        for layer in layers
-    ]
+    figure = _figure("expert, by rank in its layer", "MoE layer")
     figure.add_trace(
         go.Heatmap(
-            z=rows,
-            y=[str(layer["layer"]) for layer in layers],
+            z=[
+                sorted((share * len(layer.use) for share in layer.use), reverse=True)
+                for layer in profile.layers
+            ],
+            y=[str(layer.layer) for layer in profile.layers],
             zmin=0,
             colorscale=[[0, "#f2f5f7"], [0.4, "#9ecfc9"], [1, "#0b5a56"]],
             colorbar={"title": {"text": "x even"}, "thickness": 12},
@@ -158,90 +159,180 @@ def expert_use(results: Results) -> go.Figure:
     return figure
 
 
-def distinct_experts(results: Results) -> go.Figure:
-    """Distinct experts a step wakes over its tokens: real routing against the uniform formula."""
-    layers = results["profile"]["layers"]
-    figure = figure_with("tokens in a forward step", "distinct experts awake")
-    for number, layer in enumerate(layers):
-        figure.add_trace(
-            go.Scatter(
-                x=[d["tokens"] for d in layer["distinct"]],
-                y=[d["measured"] for d in layer["distinct"]],
-                name=f"layer {layer['layer']}",
-                mode="lines+markers",
-                line={"color": COLOURS[number % len(COLOURS)], "width": 1.5},
-                marker={"size": 5},
-            )
-        )
-    uniform = layers[0]["distinct"]
-    figure.add_trace(
-        go.Scatter(
-            x=[d["tokens"] for d in uniform],
-            y=[d["uniform"] for d in uniform],
-            name="uniform formula",
-            line={"color": INK, "dash": "dash"},
-            mode="lines",
-        )
-    )
+def distinct_experts(profile: ProfileSummary) -> go.Figure:
+    """Distinct experts that a step activates: real routing against the uniform formula."""
+    figure = _figure("tokens in a forward step", "distinct experts")
+    for number, layer in enumerate(profile.layers):
+        tokens = [each.tokens for each in layer.distinct]
+        measured = [each.measured for each in layer.distinct]
+        figure.add_trace(_layer_line(tokens, measured, f"layer {layer.layer}", number))
+    uniform = profile.layers[0].distinct
+    tokens, formula = [each.tokens for each in uniform], [each.uniform for each in uniform]
+    trace = _lines(tokens, formula, "uniform formula", INK, "dash")
+    figure.add_trace(trace.update(mode="lines"))
     figure.update_xaxes(type="log", dtick=0.30103)
     return figure
 
 
-def gate_mass(results: Results) -> go.Figure:
+def gate_mass(profile: ProfileSummary) -> go.Figure:
     """The share of a token's gate mass that its best j experts carry, layer by layer."""
-    figure = figure_with("best j of the token's experts", "share of the gate mass")
-    for number, layer in enumerate(results["profile"]["layers"]):
-        figure.add_trace(
-            go.Scatter(
-                x=list(range(1, len(layer["mass"]) + 1)),
-                y=layer["mass"],
-                name=f"layer {layer['layer']}",
-                mode="lines+markers",
-                line={"color": COLOURS[number % len(COLOURS)], "width": 1.5},
-                marker={"size": 5},
-            )
-        )
+    figure = _figure("best j of the token's experts", "share of the gate mass")
+    for number, layer in enumerate(profile.layers):
+        best = list(range(1, len(layer.mass) + 1))
+        figure.add_trace(_layer_line(best, layer.mass, f"layer {layer.layer}", number))
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
     figure.update_xaxes(dtick=1)
     return figure
 
 
-def load_name(entry: dict[str, Any]) -> str:
-    """A load as a reader would say it."""
-    lengths = f"{entry['input_tokens']} in, {entry['output_tokens']} out"
-    return f"{entry['concurrency']} at once<br>{lengths}"
+def throughput(results: BenchResults) -> go.Figure:
+    """Output tokens a second over load; small points are the repeats, lines their medians."""
+    figure = _over_load(results, "output tokens a second")
+    loads = [load.value for load in results.loads]
+    for number, name in enumerate(results.names):
+        runs = [(load.value, run) for load in results.loads for run in load.runs.get(name, ())]
+        figure.add_trace(
+            go.Scatter(
+                x=[value for value, _ in runs],
+                y=[run[THROUGHPUT] for _, run in runs],
+                mode="markers",
+                showlegend=False,
+                hoverinfo="skip",
+                marker={"color": _variant_colour(number), "size": 4, "opacity": 0.45},
+            )
+        )
+        medians = [load.median.get(name, {}).get(THROUGHPUT) for load in results.loads]
+        hover = f"{name}<br>%{{x}}: %{{y:,.4g}} tok/s<extra></extra>"
+        figure.add_trace(_variant_line(loads, medians, name, number, hover))
+    figure.update_yaxes(rangemode="tozero")
+    return figure
 
 
-def _loss_points(
-    rows: list[dict[str, Any]], cost: str, name: str, colour: str, strong: bool
-) -> go.Scatter:
-    losses = [row["loss"] for row in rows]
-    texts = ["<br>".join([row.get("name", name), *_rules_in_lines(row)]) for row in rows]
-    return go.Scatter(
-        x=[row[cost] for row in rows],
-        y=[100 * loss["ratio"] for loss in losses],
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [100 * (loss["high"] - loss["ratio"]) for loss in losses],
-            "arrayminus": [100 * (loss["ratio"] - loss["low"]) for loss in losses],
-            "thickness": 1,
-        },
-        mode="markers",
-        name=name,
-        text=texts,
-        marker={"color": colour, "size": 11 if strong else 7},
-        line={"color": colour, "width": 2.5 if strong else 1},
-        hovertemplate="%{text}<br>%{x:.3g}: %{y:+.2f}%<extra></extra>",
-    )
+def bench_gain(results: BenchResults) -> go.Figure:
+    """Each variant over the first, paired by repeat, with intervals, over load."""
+    gained = results.gained
+    title = "output throughput" if gained == THROUGHPUT else "time per output token"
+    figure = _over_load(results, f"{title}, over {results.names[0]}")
+    figure.add_hline(y=0, line={"color": FULL, "width": 1.5})
+    for number, name in enumerate(results.names[1:], 1):
+        loads = [load for load in results.loads if gained in load.gain.get(name, {})]
+        ratios = [load.gain[name][gained] for load in loads]
+        trace = _variant_line(
+            [load.value for load in loads],
+            [100 * (ratio.median - 1) for ratio in ratios],
+            name,
+            number,
+            f"{name}<br>%{{x}}: %{{y:+.1f}}%<extra></extra>",
+        )
+        trace.error_y = {**_error_bars(ratios), "thickness": 1.5, "color": _variant_colour(number)}
+        figure.add_trace(trace)
+    figure.update_yaxes(ticksuffix="%")
+    figure.update_layout(showlegend=True)
+    return figure
 
 
-def _rules_in_lines(row: dict[str, Any]) -> list[str]:
-    return [f"layer {n}: {describe_rule(rule)}" for n, rule in enumerate(row.get("rules", []))]
+def user_against_device(results: BenchResults) -> go.Figure:
+    """Tokens a second that one user sees against those that one device makes; one point a load.
+
+    Up and to the right is better. A user's rate is 1 / median TPOT.
+    """
+    devices = results.devices
+    figure = _figure("tok/s/user (1 / median TPOT)", f"tok/s/{devices.kind} (output)")
+    for number, name in enumerate(results.names):
+        loads = [load for load in results.loads if load.median.get(name, {}).get(TPOT)]
+        trace = _variant_line(
+            [1e3 / load.median[name][TPOT] for load in loads],
+            [load.median[name][THROUGHPUT] / devices.count for load in loads],
+            name,
+            number,
+            f"{name}, %{{text}}<br>%{{x:.4g}} tok/s/user, %{{y:,.4g}} tok/s<extra></extra>",
+        )
+        trace.text = [f"{load.value:g}" for load in loads]
+        trace.mode = "lines+markers+text" if number == 0 else "lines+markers"
+        trace.textposition = "bottom left"
+        figure.add_trace(trace)
+    figure.update_yaxes(rangemode="tozero")
+    return figure
 
 
-def figure_with(x_title: str, y_title: str) -> go.Figure:
-    """An empty figure in the page's style."""
+def deployment_fronts(results: SweepResults) -> go.Figure:
+    """The Pareto front of each plan: tokens a second of a user against a GPU's."""
+    figure = _figure("output tok/s of a user", "output tok/s of a GPU")
+    for number, (name, points) in enumerate(results.fronts.items()):
+        trace = _lines(
+            [point.per_user for point in points],
+            [point.per_gpu for point in points],
+            name,
+            _variant_colour(number),
+        )
+        trace.hovertext = [f"{point.place}, concurrency {point.concurrency}" for point in points]
+        figure.add_trace(trace)
+    figure.update_yaxes(type="log")
+    return figure
+
+
+def table_9(nine: Table9) -> go.Figure:
+    """The paper's gains for DeepSeek-V3 beside ours."""
+    x = [row.concurrency for row in nine.rows]
+    figure = _gains(x)
+    for k, colour in zip(("6", "4", "3"), COLOURS, strict=False):
+        ours, cited = ([row.gain[k] for row in nine.rows], [row.paper_gain[k] for row in nine.rows])
+        figure.add_trace(_lines(x, ours, f"k = {k}, modelled", colour))
+        figure.add_trace(_lines(x, cited, f"k = {k}, cited", colour, "dot"))
+    return figure
+
+
+def v2_lite(lite: V2Lite) -> go.Figure:
+    """The gains of fewer experts on DeepSeek-V2-Lite."""
+    x = [row.concurrency for row in lite.rows]
+    figure = _gains(x)
+    for number, name in enumerate(lite.rows[0].gain):
+        gains = [row.gain[name] for row in lite.rows]
+        figure.add_trace(_lines(x, gains, name, COLOURS[number % len(COLOURS)]))
+    cited = [row.paper_gain for row in lite.rows]
+    figure.add_trace(_lines(x, cited, "k=4, cited", COLOURS[0], "dot"))
+    return figure
+
+
+def banded(plans: Banded) -> go.Figure:
+    """The gains of plans on DeepSeek-V3."""
+    figure = _gains(plans.concurrency)
+    for number, (name, gains) in enumerate(plans.gains.items()):
+        figure.add_trace(_lines(plans.concurrency, gains, name, COLOURS[number]))
+    return figure
+
+
+def u_shapes(curves: Sequence[UShape]) -> go.Figure:
+    """What half the experts a token gain over the tokens of a step, model by model."""
+    figure = _figure("tokens in a decode step", "gain of half the experts a token, %")
+    for number, curve in enumerate(curves):
+        name = f"{curve.model.split('/')[-1]}, k = {curve.top_k} to {curve.lower}"
+        tokens = [row.tokens for row in curve.rows]
+        gains = [row.experts_gain for row in curve.rows]
+        figure.add_trace(_lines(tokens, gains, name, COLOURS[number % len(COLOURS)]))
+    figure.update_xaxes(type="log")
+    return figure
+
+
+def intensity(analysis: Analysis) -> go.Figure:
+    """Arithmetic intensity of a fine-grained and a coarse-grained MoE layer over tokens."""
+    figure = _figure("tokens in a step", "arithmetic intensity, FLOP a byte")
+    tokens = [row.tokens for row in analysis.rows]
+    for part, name, colour in zip(("fine", "coarse"), _LAYERS, COLOURS, strict=False):
+        values = [getattr(row, part).intensity for row in analysis.rows]
+        figure.add_trace(_lines(tokens, values, name, colour))
+    figure.add_hline(y=analysis.ridge, line={"color": FULL, "dash": "dash"})
+    figure.update_xaxes(type="log")
+    figure.update_yaxes(type="log")
+    return figure
+
+
+_LOSS = "next-token loss, increase over the full model"
+_LAYERS = ("DeepSeek-V3: 8 of 256", "Mixtral 8x7B: 2 of 8")
+
+
+def _figure(x_title: str, y_title: str) -> go.Figure:
+    """An empty figure in the pages' style."""
     figure = go.Figure()
     figure.update_layout(
         template="plotly_white",
@@ -253,6 +344,57 @@ def figure_with(x_title: str, y_title: str) -> go.Figure:
     )
     figure.update_xaxes(title={"text": x_title, "font_size": 13})
     figure.update_yaxes(title={"text": y_title, "font_size": 13})
-    if "loss" in y_title:
-        figure.update_yaxes(ticksuffix="%")
     return figure
+
+
+def _gains(concurrencies: Sequence[int]) -> go.Figure:
+    figure = _figure("concurrency", "gain in throughput, %")
+    _mark_loads(figure, concurrencies)
+    return figure
+
+
+def _over_load(results: BenchResults, title: str) -> go.Figure:
+    figure = _figure("concurrency" if results.gained == THROUGHPUT else "requests a second", title)
+    _mark_loads(figure, [load.value for load in results.loads])
+    return figure
+
+
+def _mark_loads(figure: go.Figure, loads: Sequence[float]) -> None:
+    figure.update_xaxes(type="log", tickvals=list(loads), ticktext=[f"{load:g}" for load in loads])
+
+
+def _error_bars(changes: Sequence[LossChange | RatioOfRuns], **more: Any) -> dict[str, Any]:
+    """Asymmetric bars in percent."""
+    middles = [c.ratio if isinstance(c, LossChange) else c.median for c in changes]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [100 * (c.high - m) for c, m in zip(changes, middles, strict=True)],
+        "arrayminus": [100 * (m - c.low) for c, m in zip(changes, middles, strict=True)],
+        "color": INK,
+        **more,
+    }
+
+
+def _lines(x: Sequence[float], y: Values, name: str, colour: str, dash: str = "solid") -> Any:
+    style = {"color": colour, "dash": dash}
+    return go.Scatter(x=list(x), y=list(y), name=name, mode="lines+markers", line=style)
+
+
+def _layer_line(x: Sequence[float], y: Values, name: str, number: int) -> Any:
+    trace = _lines(x, y, name, COLOURS[number % len(COLOURS)])
+    return trace.update(line_width=1.5, marker_size=5)
+
+
+def _variant_line(x: Sequence[float], y: Values, name: str, number: int, hover: str) -> Any:
+    trace = _lines(x, y, name, _variant_colour(number))
+    return trace.update(line_width=2.5 if number else 2, marker_size=8, hovertemplate=hover)
+
+
+def _variant_colour(number: int) -> str:
+    return FULL if number == 0 else COLOURS[(number - 1) % len(COLOURS)]
+
+
+def _rules_in_lines(point: ValidatedPlan) -> str:
+    rules = [f"layer {n}: {describe_rule(rule)}" for n, rule in enumerate(point.rules)]
+    return "<br>".join([point.name, *rules])

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
-from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.files import read_json
 from leanmoe.core.provenance import MadeWith, Provenance
 from leanmoe.core.schema import ResultsFile, stored_as
 from leanmoe.models.shape import Fingerprint
@@ -305,38 +302,14 @@ class TuneResults(ResultsFile):
         return kept
 
 
-SCHEMA_VERSION = 1
-SECTIONS = ("provenance", "model", "settings", "text", "profile", "fronts", "verdicts")
-
-Results = dict[str, Any]
-
-
-def read_results(path: Path) -> Results:
-    """The results of a tune run, with its schema version and sections checked."""
-    results = read_json(path, "results")
-    version = results.get("leanmoe_results") if isinstance(results, dict) else None
-    if version != SCHEMA_VERSION:
-        raise LeanMoeError(
-            f"results {path} has schema version {version!r}: this leanmoe reads {SCHEMA_VERSION}"
-        )
-    missing = [section for section in SECTIONS if section not in results]
-    if missing:
-        raise LeanMoeError(f"results {path} is incomplete: {missing[0]} is missing; run tune again")
-    return dict(results)
-
-
 def percent(share: float, digits: int = 2) -> str:
     """0.0123 -> "+1.23%": relative changes keep their sign."""
     return f"{100 * share:+.{digits}f}%"
 
 
-def describe_rule(rule: dict[str, Any]) -> str:
+def describe_rule(rule: Rule) -> str:
     """A rule in the words of the plan's fields, short enough for a cell of a heat map."""
-    if not rule:
-        return "full"
-    parts = []
-    if "experts" in rule:
-        parts.append(f"{len(rule['experts'])} experts")
+    parts = [] if rule.experts is None else [f"{len(rule.experts)} experts"]
     for name, text in (
         ("top_k", "top_k {}"),
         ("threshold", "threshold {:.2g}"),
@@ -345,8 +318,8 @@ def describe_rule(rule: dict[str, Any]) -> str:
         ("budget", "budget {}"),
         ("budget_per_rank", "budget a rank {}"),
     ):
-        if name in rule:
-            parts.append(text.format(rule[name]))
-    if rule.get("keep_weights"):
+        if (value := getattr(rule, name)) is not None:
+            parts.append(text.format(value))
+    if rule.keep_weights:
         parts.append("weights kept")
-    return ", ".join(parts)
+    return ", ".join(parts) or "full"

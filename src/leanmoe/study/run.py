@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.files import read_json, write_json
+from leanmoe.core.files import read_json
 from leanmoe.core.provenance import collect
+from leanmoe.core.schema import to_json
 from leanmoe.predict.experts.spread import ranks_touched
+from leanmoe.results.study import StudyResults
 from leanmoe.study import paper
 from leanmoe.study.simulated import analysis, banded, u_shapes, v2_lite
 from leanmoe.study.table_9 import WITHIN, table_9, what_moves
 
-SCHEMA_VERSION = 1
 RESULTS, PAGE = "study.json", "study.html"
 LEAST_RISE = 2.0
 """Points of percent that a curve must rise again to be called a U."""
@@ -32,7 +33,7 @@ def study(
     nine = table_9()
     overhead = nine["step_overhead_ms"] / 1e3
     results: dict[str, Any] = {
-        "leanmoe_study": SCHEMA_VERSION,
+        StudyResults.KIND: StudyResults.VERSION,
         "provenance": collect(command, seed).to_json(),
         "analysis": analysis(),
         "table_9": nine,
@@ -45,7 +46,7 @@ def study(
         "accuracy": accuracy(),
     }
     results["claims"] = claims(results)
-    write_json(output / RESULTS, results)
+    StudyResults.from_json(to_json(results)).write(output / RESULTS)
     return results
 
 

@@ -25,6 +25,7 @@ from leanmoe.predict.traffic.sweep import (
     sweep,
     within,
 )
+from leanmoe.results.predict import SweepResults
 
 FULL = "full model"
 
@@ -61,6 +62,7 @@ def sweep_results(
         raise LeanMoeError("at no concurrency do the requests fit beside the weights")
     by_plan = {name: [p for p in points if p.plan == name] for name in every}
     return {
+        SweepResults.KIND: SweepResults.VERSION,
         "label": "modelled",
         "how": "steady state of a closed loop, without the event simulator",
         "model": model.name,

@@ -1,0 +1,36 @@
+"""What `leanmoe prune` writes beside a pruned checkpoint: leanmoe_prune.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from leanmoe.core.provenance import Provenance
+from leanmoe.core.schema import ResultsFile
+
+
+@dataclass(frozen=True)
+class RankedBy:
+    """The criterion that experts were ranked by."""
+
+    title: str
+    source: str
+
+
+@dataclass(frozen=True)
+class PruneReport(ResultsFile):
+    """How experts were ranked, and which remain in each MoE layer."""
+
+    KIND: ClassVar[str] = "leanmoe_prune"
+    WHAT: ClassVar[str] = "report of prune"
+
+    settings: dict[str, Any]
+    criterion: RankedBy
+    calibration_tokens: int
+    allocation: dict[str, Any] | None
+    """How layers share the experts, where they do not keep as many each."""
+    protected: tuple[tuple[int, ...], ...]
+    """Layer and expert of those with extreme outputs, which remain whatever their score."""
+    provenance: Provenance
+    kept: tuple[tuple[int, ...], ...] = ()
+    """The experts that remain, layer by layer; a plan holds them in its rules instead."""
