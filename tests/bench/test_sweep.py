@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from leanmoe.bench.metrics import Request, Timeline
-from leanmoe.bench.one_block import block
 from leanmoe.bench.prompts import Supply
 from leanmoe.bench.record import Record
 from leanmoe.bench.settings import BenchSettings, Lengths, ServiceLoad
@@ -96,18 +95,6 @@ def test_variants_take_turns_on_the_same_requests(tmp_path: Path, restarts: bool
     assert entry["gain"]["plan"]["output_throughput"]["low"] > 1
 
 
-def test_what_was_measured_stays_and_says_why_it_ended(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    with pytest.raises(LeanMoeError, match="stopped answering"):
-        run(Fake(breaks_at=12), path)
-    found = json.loads(path.read_text())
-    assert found["complete"] is False
-    assert found["stopped"] == "the server stopped answering"
-    assert len(found["loads"]) == 2
-    assert len(found["loads"][0]["runs"]["full"]) == 3
-    assert sum(len(runs) for runs in found["loads"][1]["runs"].values()) == 2
-
-
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     class Interrupted(Fake):
         def run_one(self, *arguments: object) -> Outcome:
@@ -119,52 +106,3 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(Interrupted(), path)
     assert json.loads(path.read_text())["stopped"] == "interrupted"
-
-
-def test_a_killed_bench_left_a_file_that_says_so(tmp_path: Path) -> None:
-    record = Record(tmp_path / "results.json", SETTINGS, [{"name": "full"}], {})
-    record.save()
-    stored = json.loads(record.path.read_text())
-    assert stored["complete"] is False
-    assert "killed" in stored["stopped"]
-
-
-def test_one_repeat_claims_no_gain(tmp_path: Path) -> None:
-    settings = BenchSettings(**{**vars(SETTINGS), "repeats": 1})
-    found = run(Fake(), tmp_path / "results.json", settings)
-    assert found["loads"][0]["gain"] == {}
-    assert "no gain is claimed" in block(found["loads"][0], 0.95)
-
-
-def test_the_block_reads_as_vllms(tmp_path: Path) -> None:
-    entry = run(Fake(), tmp_path / "results.json")["loads"][0]
-    text = block(entry, 0.8)
-    assert "(80%: " in text
-    assert "95%" not in text
-    for row in (
-        "Serving Benchmark Result",
-        "Successful requests:",
-        "Failed requests:",
-        "Maximum request concurrency:",
-        "Benchmark duration (s):",
-        "Total input tokens:",
-        "Total generated tokens:",
-        "Request throughput (req/s):",
-        "Output token throughput (tok/s):",
-        "Total token throughput (tok/s):",
-        "Time to First Token",
-        "Mean TTFT (ms):",
-        "Median TPOT (ms):",
-        "P90 ITL (ms):",
-        "P99 E2EL (ms):",
-        "Time per Output Token (excl. 1st token)",
-        "Inter-token Latency",
-        "End-to-end Latency",
-    ):
-        assert row in text
-    widths = {len(line) for line in text.splitlines() if line[:1] in "=-"}
-    assert len(widths) == 1
-    (line,) = [line for line in text.splitlines() if line.startswith("Median TPOT")]
-    assert line.split()[-2:] == ["100.00", "50.00"]
-    assert "A gain." in text
-    assert "Request goodput" not in text, "no limits were given"

@@ -7,18 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.eval.harness import judged, right_or_wrong
-from leanmoe.eval.harness_vllm import every_step
-from leanmoe.eval.settings import EvalSettings
-from leanmoe.models.shape import read_shape
-from leanmoe.plan import Band, Plan, Rule
-from leanmoe.plan.named_plans import FULL, Named
-from leanmoe.runtime import load_model
 from tests.eval.test_run import NOUNS, leanmoe, write_lines
 
 WHY = "lm-evaluation-harness is not installed here: pip install 'leanmoe[eval]'"
@@ -56,29 +49,6 @@ def write_tasks(folder: Path) -> Path:
         "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
     )
     return folder
-
-
-def test_answers_are_the_harness_own(tasks: Path) -> None:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    from leanmoe.eval.harness_model import planned_model
-
-    model, tokenizer = load_model("reference")
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
-
-    def asked(made: Any) -> Any:
-        how: dict[str, Any] = {"bootstrap_iters": 0, "task_manager": manager}
-        return simple_evaluate(made, tasks=["things"], **how)["samples"]["things"]
-
-    plain = asked(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu"))
-    settings = EvalSettings("reference", concurrency=4)
-    empty = Named(FULL, Plan(read_shape("reference").fingerprint()))
-    ours = asked(planned_model(model, tokenizer, empty, settings, 0))
-    for one, other in zip(plain, ours, strict=True):
-        for (was, _), (now, _) in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
-            assert now == pytest.approx(was, abs=1e-3)
 
 
 def test_tasks_of_ones_own_from_the_command_line(
@@ -195,11 +165,3 @@ def test_only_what_is_right_or_wrong_is_compared() -> None:
     assert judged("x", written) == {"right": [1, 0], "scores": None, "loss": None}
     with pytest.raises(LeanMoeError, match=r"judged by bleu, which is 0\.3"):
         right_or_wrong("x", [{"doc_id": 0, "metrics": ["bleu"], "bleu": 0.3}])
-
-
-def test_in_vllm_the_services_rules_are_at_work_in_steps_of_any_size() -> None:
-    fingerprint = read_shape("reference").fingerprint()
-    rules = (Rule(top_k=3),) * fingerprint.moe_layers
-    plan = every_step(Plan(fingerprint, (Band(16, rules),)), 8)
-    assert plan.rules_for(4096) == rules
-    assert every_step(Plan(fingerprint), 8).is_empty

@@ -56,7 +56,7 @@ def generation(
         row: dict[str, Any] = {
             "plan": each.name,
             "mixes": batch_draws,
-            "agreement": _agreement(replies, theirs[0], settings.output_len),
+            "agreement": agreement(replies, theirs[0], settings.output_len),
             **_drift(writer, replies, theirs, settings),
             "divergence": writer.divergence(each, full, replies, batch_draws),
         }
@@ -172,7 +172,7 @@ class _Writer:
         return _by_part(np.mean([np.asarray(kl) for kl in found], axis=0), self._settings)
 
 
-def _agreement(
+def agreement(
     full: Sequence[Sequence[int]], plan: Sequence[Sequence[int]], length: int
 ) -> dict[str, Any]:
     """Where greedy replies first differ; those that never do count as their whole length."""
@@ -201,7 +201,7 @@ def _drift(
     def change(measure: Callable[[list[int]], float]) -> dict[str, Any]:
         before_U = np.array([measure(until(reply, writer.ends)) for reply in full])
         after_ZU = np.array([[measure(until(r, writer.ends)) for r in plan] for plan in plans])
-        found = _mean(after_ZU.mean(0) - before_U, settings.confidence)
+        found = mean_over_prompts(after_ZU.mean(0) - before_U, settings.confidence)
         return {"full": float(before_U.mean()), "plan": float(after_ZU.mean()), **found}
 
     return {
@@ -227,7 +227,7 @@ def _pass_at(
     for number in sorted({*tries, writer.draws}):
         full_U = rates(full, number)
         plan_U = np.mean([rates(plan, number) for plan in plans], axis=0)
-        found = _mean(plan_U - full_U, settings.confidence)
+        found = mean_over_prompts(plan_U - full_U, settings.confidence)
         rows.append(
             {"n": number, "full": float(full_U.mean()), "plan": float(plan_U.mean()), **found}
         )
@@ -240,15 +240,15 @@ def _by_part(kl_UN: Floats, settings: EvalSettings) -> dict[str, Any]:
         {
             "from": int(part[0]),
             "to": int(part[-1]),
-            **_mean(kl_UN[:, part].mean(1), settings.confidence),
+            **mean_over_prompts(kl_UN[:, part].mean(1), settings.confidence),
         }
         for part in parts
     ]
     growth_U = kl_UN[:, parts[-1]].mean(1) - kl_UN[:, parts[0]].mean(1)
-    return {"parts": rows, "growth": _mean(growth_U, settings.confidence)}
+    return {"parts": rows, "growth": mean_over_prompts(growth_U, settings.confidence)}
 
 
-def _mean(values_U: Floats, confidence: float) -> dict[str, float]:
+def mean_over_prompts(values_U: Floats, confidence: float) -> dict[str, float]:
     """A mean over prompts with its t interval."""
     mean = float(values_U.mean())
     error = float(values_U.std(ddof=1)) / len(values_U) ** 0.5
