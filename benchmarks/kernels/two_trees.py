@@ -52,8 +52,8 @@ for shape, (experts, hidden, width, slots) in shapes.items():
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     draw = partial(torch.randn, device=device)
-    up = (0.02 * draw(experts, 2 * width, hidden)).to(dtype)
-    down = (0.02 * draw(experts, hidden, width)).to(dtype)
+    up = draw(experts, 2 * width, hidden, dtype=dtype).mul_(0.02)
+    down = draw(experts, hidden, width, dtype=dtype).mul_(0.02)
     weights = ExpertWeights(up, down, gate=Gate("silu"))
     for tokens in sizes:
         inputs_TD = draw(tokens, hidden).to(dtype)
