@@ -8,7 +8,7 @@ import torch
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import count_distinct_by_rank
-from leanmoe.routing.counting import (
+from leanmoe.routing.batch_rules import (
     by_rank,
     from_ranks,
 )

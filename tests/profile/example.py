@@ -11,8 +11,8 @@ from leanmoe.models.families import Router
 from leanmoe.plan import Fingerprint
 from leanmoe.profile.record import (
     LayerStatistics,
+    distinct_curve,
 )
-from leanmoe.profile.replay import distinct_curve
 from leanmoe.profile.saved import Profile, Trace
 
 EXPERTS, TOP_K, LAYERS, DOCUMENTS, EACH = 16, 4, 2, 12, 40

@@ -10,8 +10,7 @@ import torch
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
-from leanmoe.profile.record import profile
-from leanmoe.profile.replay import replay
+from leanmoe.profile.record import profile, replay
 from leanmoe.routing import route
 from leanmoe.runtime import find_layers, record, shape_of
 from leanmoe.scoring.windows import Windows

@@ -12,7 +12,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.profile.replay import distinct_curve, draw_steps, replay
+from leanmoe.profile.record import distinct_curve, draw_steps, replay
 from leanmoe.profile.saved import Trace
 from leanmoe.routing import BatchScope, route
 from tests.profile.example import DOCUMENTS, EACH, EXPERTS, TOP_K, profile
@@ -75,18 +75,18 @@ def test_rules_activate_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("rule", [Rule(guaranteed=2), Rule(budget_per_rank=3)])
-def test_companies_and_ranks_are_counted_apart(rule: Rule) -> None:
-    """Beside the reference routing, a company at a time."""
-    made, tokens, companies, steps = profile(), 6, 2, 8
+def test_batch_scopes_and_ranks_are_counted_apart(rule: Rule) -> None:
+    """Beside the reference routing, a batch scope at a time."""
+    made, tokens, scopes, steps = profile(), 6, 2, 8
     placement = Placement.linear(EXPERTS, 4)
-    found = replay(made, 1, rule, tokens, steps, 0, placement, companies)
+    found = replay(made, 1, rule, tokens, steps, 0, BatchScope(placement), scopes)
     assert made.bias_LE is not None
     bias_E = torch.from_numpy(made.bias_LE[1])
     logits_TE = torch.from_numpy(made.trace.logits_LTE[1]).float()
     distinct, most, slots = [], [], []
     for places_B in draw_steps(made.trace, tokens, steps, 0):
         active = set()
-        for mine in places_B.chunk(companies):
+        for mine in places_B.chunk(scopes):
             routing = route(
                 logits_TE[mine], made.router, TOP_K, rule, bias_E, scope=BatchScope(placement)
             )
@@ -100,11 +100,11 @@ def test_companies_and_ranks_are_counted_apart(rule: Rule) -> None:
     assert found.slots == pytest.approx(sum(slots) / (steps * tokens))
 
 
-def test_companies_share_a_step_evenly() -> None:
-    with pytest.raises(LeanMoeError, match="companies is 4: it must divide the 6 tokens"):
-        replay(profile(), 0, Rule(guaranteed=1), 6, companies=4)
+def test_batch_scopes_share_a_step_evenly() -> None:
+    with pytest.raises(LeanMoeError, match="scopes is 4: it must divide the 6 tokens"):
+        replay(profile(), 0, Rule(guaranteed=1), 6, scopes=4)
     with pytest.raises(LeanMoeError, match="placement is of 8 experts"):
-        replay(profile(), 0, Rule(guaranteed=1), 6, placement=Placement.linear(8, 2))
+        replay(profile(), 0, Rule(guaranteed=1), 6, scope=BatchScope(Placement.linear(8, 2)))
 
 
 def test_rules_are_compared_on_the_same_steps() -> None:

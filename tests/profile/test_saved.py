@@ -13,7 +13,7 @@ import pytest
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
-from leanmoe.profile.replay import replay
+from leanmoe.profile.record import replay
 from leanmoe.profile.saved import ARRAYS_NAME, JSON_NAME, LayerCounts, Profile
 from tests.profile.example import EXPERTS, LAYERS, TOP_K, profile
 

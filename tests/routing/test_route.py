@@ -330,3 +330,17 @@ def test_every_rule_runs_under_inference_mode_and_outside_it() -> None:
     outside = route(logits.requires_grad_(), Router(), 4, rule)
     assert torch.equal(inside.ids_BTK, outside.ids_BTK)
     outside.weights_BTK.sum().backward()
+
+
+def test_skipped_slots_activate_nothing_and_count_for_nothing() -> None:
+    ids = torch.tensor([[[0, 1], [1, 4]], [[4, 4], [4, 4]]])
+    assert count_distinct(ids, 4).tolist() == [2, 0]
+    assert count_slots(ids, 4).tolist() == [3, 0]
+    assert int(count_distinct(ids[0], 4)) == 2
+    assert int(count_slots(ids[0], 4)) == 3
+
+
+def test_steps_are_counted_apart() -> None:
+    ids = torch.randint(0, 9, (5, 7, 3), generator=torch.Generator().manual_seed(0))
+    expected = [len(set(step.flatten().tolist()) - {8}) for step in ids]
+    assert count_distinct(ids, 8).tolist() == expected

@@ -117,6 +117,8 @@ def fast_route(
     scope: BatchScope = ALONE,
 ) -> Routing:
     """What `leanmoe.routing.route` gives, by the function that `choose_router` chooses."""
+    if scope.placement is not None:
+        scope.placement.check(logits_BTE.shape[-1])
     function = choose_router(logits_BTE, router, rule, scope).function
     return function(logits_BTE, router, top_k, rule, bias_E, padding_BT, scope)
 

@@ -1,26 +1,38 @@
-"""One pass of a model over text that counts what its router chooses.
+"""What a model's router does on text: recorded in one pass, and routed again under any rule.
 
-Letters: N windows, L tokens in a window or MoE layers, T tokens, E experts.
+Recording counts chunk by chunk, so that nothing but a sample of router logits is kept. A decode
+step of T requests holds one token of each of T documents: steps are drawn so from the sample, the
+same ones for the same seed whatever the rule, and routed by the same code as the model's own.
 
-What one MoE layer's router chose, counted chunk by chunk so that nothing else is kept.
-
-Letters: T tokens in a chunk, E experts, K slots a token (top-k), Q quantiles.
+Letters: B steps, T tokens of a batch or a step, E experts, K slots of a token, L MoE layers, Q
+quantiles, S windows, N tokens of a window, U documents.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.provenance import collect
+from leanmoe.kernels.dispatch import fast_route
 from leanmoe.models.families import Router
-from leanmoe.profile.replay import distinct_curve
-from leanmoe.profile.saved import QUANTILES, LayerCounts, Profile, Trace
-from leanmoe.routing import score
+from leanmoe.models.shape import distinct_uniform
+from leanmoe.plan import Rule
+from leanmoe.profile.saved import QUANTILES, Distinct, LayerCounts, Profile, Trace
+from leanmoe.routing import (
+    ALONE,
+    BatchScope,
+    count_distinct,
+    count_distinct_by_rank,
+    count_slots,
+    score,
+)
 from leanmoe.runtime import find_layers, record, shape_of
 from leanmoe.scoring.forward import hidden_of
 from leanmoe.scoring.windows import BATCH_TOKENS, WindowBatch, Windows
@@ -151,7 +163,7 @@ class LayerStatistics:
         self._gate_E = torch.zeros(experts, dtype=torch.float64)
         self._together_EE = torch.zeros((experts, experts), dtype=torch.int64)
         self._mass_K = torch.zeros(top_k, dtype=torch.float64)
-        self._histogram_KB = torch.zeros((top_k, BINS), dtype=torch.int64)
+        self._histogram = torch.zeros((top_k, BINS), dtype=torch.int64)
 
     @torch.inference_mode()
     def add(self, logits_TE: Tensor) -> None:
@@ -162,10 +174,10 @@ class LayerStatistics:
         if self._router.scoring == "softmax_after_top_k":
             gates_TK = gates_TK.softmax(-1)
         experts = logits_TE.shape[-1]
-        ids_R = ids_TK.reshape(-1)
+        slot_ids = ids_TK.reshape(-1)
         self._tokens += len(logits_TE)
-        self._use_E += torch.bincount(ids_R, minlength=experts).cpu()
-        self._gate_E += torch.bincount(ids_R, gates_TK.reshape(-1), minlength=experts).cpu()
+        self._use_E += torch.bincount(slot_ids, minlength=experts).cpu()
+        self._gate_E += torch.bincount(slot_ids, gates_TK.reshape(-1), minlength=experts).cpu()
         # In float32: exact, since a chunk has fewer than 2^24 tokens, and the product is fast.
         chosen_TE = torch.zeros(logits_TE.shape, device=ids_TK.device).scatter_(1, ids_TK, 1.0)
         self._together_EE += (chosen_TE.T @ chosen_TE).long().cpu()
@@ -178,13 +190,13 @@ class LayerStatistics:
         bin_TK = (share_TK * BINS).ceil().long().clamp(1, BINS) - 1
         place_TK = bin_TK + BINS * torch.arange(self._top_k, device=bin_TK.device)
         counts = torch.bincount(place_TK.reshape(-1), minlength=self._top_k * BINS)
-        self._histogram_KB += counts.view(self._top_k, BINS).cpu()
+        self._histogram += counts.view(self._top_k, BINS).cpu()
 
     def result(self) -> LayerCounts:
         """The counts so far, as numpy arrays."""
-        below_KB = self._histogram_KB.cumsum(-1).double() / max(self._tokens, 1)
+        below = self._histogram.cumsum(-1).double() / max(self._tokens, 1)
         quantiles_QK = torch.stack(
-            [((below_KB < quantile).sum(-1).double() + 1) / BINS for quantile in QUANTILES]
+            [((below < quantile).sum(-1).double() + 1) / BINS for quantile in QUANTILES]
         ).clamp(max=1.0)
         return LayerCounts(
             tokens=self._tokens,
@@ -194,3 +206,122 @@ class LayerStatistics:
             mass_K=(self._mass_K / max(self._tokens, 1)).numpy(),
             mass_quantiles_QK=quantiles_QK.numpy(),
         )
+
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+REPLAYED_TOKENS = 16384
+MINIMUM_STEPS = 64
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What decode steps of a profiled layer activate under a rule."""
+
+    tokens: int
+    """In a step."""
+    documents: int
+    """That a step's tokens are from."""
+    steps: int
+    slots: float
+    """Mean experts a token uses."""
+    distinct: float
+    """Mean distinct experts a step uses."""
+    distinct_error: float
+    """Standard error of `distinct` over the steps."""
+    most_loaded: float
+    """Mean distinct experts of the rank that activates the most, as experts were placed."""
+    over_budget: float
+    """Share of steps in which every token's best expert needed more than the rule's budget."""
+
+
+def replay(
+    profile: Profile,
+    layer: int,
+    rule: Rule,
+    tokens_in_step: int,
+    steps: int | None = None,
+    seed: int = 0,
+    scope: BatchScope = ALONE,
+    scopes: int = 1,
+) -> Replay:
+    """Routes decode steps of `tokens_in_step` tokens through MoE layer `layer` under `rule`.
+
+    `scope` says where the experts lie, by default on one rank. A step's tokens belong evenly to so
+    many batch `scopes`; tokens share experts within their own.
+
+    Where there are fewer documents than tokens in a step, each gives several tokens. By default as
+    many steps as make 16,384 tokens, and at least 64. Raises LeanMoeError when the sample holds
+    fewer tokens than a step, or the layer or the rule is out of range.
+    """
+    if not 0 <= layer < len(profile.layers):
+        raise LeanMoeError(f"layer is {layer}: it must be 0 to {len(profile.layers) - 1}")
+    rule.check(profile.model, more_experts=True)
+    if scopes < 1 or tokens_in_step % scopes:
+        raise LeanMoeError(
+            f"scopes is {scopes}: it must divide the {tokens_in_step} tokens in a step"
+        )
+    experts = profile.model.experts
+    count = steps or max(MINIMUM_STEPS, REPLAYED_TOKENS // max(tokens_in_step, 1))
+    places_BT = draw_steps(profile.trace, tokens_in_step, count, seed)
+    logits_TE = torch.from_numpy(profile.trace.logits_LTE[layer])
+    bias_E = None if profile.bias_LE is None else torch.from_numpy(profile.bias_LE[layer])
+    logits_BTE = logits_TE[places_BT.view(count * scopes, -1)].float()
+    routing = fast_route(logits_BTE, profile.router, profile.model.top_k, rule, bias_E, scope=scope)
+    over = routing.over_budget_B
+    ids_BTK = routing.ids_BTK.view(count, tokens_in_step, -1)
+    distinct_B = most_B = count_distinct(ids_BTK, experts).double()
+    if scope.placement is not None:
+        most_B = count_distinct_by_rank(ids_BTK, scope.placement).amax(dim=-1).double()
+    return Replay(
+        tokens=tokens_in_step,
+        documents=min(tokens_in_step, profile.trace.documents),
+        steps=count,
+        slots=float(count_slots(ids_BTK, experts).sum()) / places_BT.numel(),
+        distinct=float(distinct_B.mean()),
+        distinct_error=float(distinct_B.std(correction=0)) / math.sqrt(count),
+        most_loaded=float(most_B.mean()),
+        over_budget=0.0 if over is None else float(over.double().mean()),
+    )
+
+
+def distinct_curve(profile: Profile, layer: int, seed: int = 0) -> tuple[Distinct, ...]:
+    """Distinct experts of the full model over batch size, beside the formula for even use."""
+    model = profile.model
+    points = []
+    for tokens in (size for size in BATCH_SIZES if size <= profile.trace.tokens):
+        activity = replay(profile, layer, Rule(), tokens, seed=seed)
+        uniform = distinct_uniform(model.experts, model.top_k, tokens)
+        points.append(
+            Distinct(
+                tokens, activity.documents, activity.distinct, activity.distinct_error, uniform
+            )
+        )
+    return tuple(points)
+
+
+def draw_steps(trace: Trace, tokens_in_step: int, steps: int, seed: int = 0) -> Tensor:
+    """Places [B,T] in the trace: in each of B steps a token of each of T documents, at random.
+
+    With fewer than T documents, every document gives a token in turn, and then another one.
+    """
+    if not 1 <= tokens_in_step <= trace.tokens:
+        raise LeanMoeError(
+            f"tokens in a step is {tokens_in_step}: it must be 1 to {trace.tokens}, "
+            "the tokens that the profile has sampled"
+        )
+    counts = np.unique(trace.document_T, return_counts=True)[1]
+    counts_U = torch.from_numpy(counts)
+    starts_U = counts_U.cumsum(0) - counts_U
+    draw = torch.Generator().manual_seed(seed)
+    rounds = []
+    for turn in range(math.ceil(tokens_in_step / len(counts_U))):
+        wanted = min(len(counts_U), tokens_in_step - turn * len(counts_U))
+        keys_BU = torch.rand((steps, len(counts_U)), generator=draw)
+        documents_BT = keys_BU.topk(wanted).indices
+        rounds.append(documents_BT)
+    documents_BT = torch.cat(rounds, dim=1)
+    first_BU = torch.rand((steps, len(counts_U)), generator=draw)
+    turn_T = torch.arange(tokens_in_step) // len(counts_U)
+    counts_BT = counts_U[documents_BT]
+    offset_BT = (first_BU.gather(1, documents_BT) * counts_BT).long() + turn_T
+    return starts_U[documents_BT] + offset_BT % counts_BT

@@ -5,8 +5,13 @@ token, G groups of experts. An id equal to E is a skipped slot; its weight is 0.
 """
 
 from leanmoe.routing.batch_rules import ALONE, BatchScope
-from leanmoe.routing.counting import count_distinct, count_distinct_by_rank, count_slots
-from leanmoe.routing.route import Routing, route
+from leanmoe.routing.route import (
+    Routing,
+    count_distinct,
+    count_distinct_by_rank,
+    count_slots,
+    route,
+)
 from leanmoe.routing.scores import Scores, check_logits, score
 
 __all__ = [

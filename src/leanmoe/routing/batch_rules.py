@@ -12,16 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.routing.counting import (
-    by_rank,
-    from_ranks,
-)
 from leanmoe.routing.scores import (
     lower_first,
 )
@@ -129,3 +127,29 @@ def _first(order: Tensor, count: int) -> Tensor:
     """True on the `count` highest of the last dimension."""
     chosen = order.topk(min(count, order.shape[-1]), dim=-1)[1]
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def by_rank(values_BE: Tensor, placement: Placement, fill: float | bool) -> Tensor:
+    """(B,E) to (B,R,L); a rank's experts by id, `fill` where it has fewer than L."""
+    experts_RE, _ = _tables(placement, values_BE.device)
+    return functional.pad(values_BE, (0, 1), value=fill)[..., experts_RE]
+
+
+def from_ranks(values_BRE: Tensor, placement: Placement) -> Tensor:
+    """(B,R,L) as `by_rank` sorts it, back to (B,E)."""
+    _, place_E = _tables(placement, values_BRE.device)
+    return values_BRE.flatten(-2)[..., place_E]
+
+
+@lru_cache(maxsize=64)
+def _tables(placement: Placement, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which expert stands at each place (R,L), E at none, and each expert's place (E) in R x L."""
+    held = [placement.experts_on(rank) for rank in range(placement.ranks)]
+    most = max(map(len, held))
+    with torch.inference_mode(False):
+        experts_RE = torch.full((placement.ranks, most), placement.experts)
+        place_E = torch.empty(placement.experts, dtype=torch.int64)
+        for rank, ids in enumerate(held):
+            experts_RE[rank, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            place_E[list(ids)] = rank * most + torch.arange(len(ids))
+        return experts_RE.to(device), place_E.to(device)

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routing.batch_rules import ALONE, BatchScope, count_demand, select_active_experts
+from leanmoe.plan.placement import Placement
+from leanmoe.routing.batch_rules import (
+    ALONE,
+    BatchScope,
+    by_rank,
+    count_demand,
+    select_active_experts,
+)
 from leanmoe.routing.gate_weights import votes, weigh
 from leanmoe.routing.scores import (
     NEVER,
@@ -207,3 +214,26 @@ def _nothing(logits_BTE: Tensor) -> Routing:
     shape = (*logits_BTE.shape[:-1], 1)
     ids_BTK = torch.full(shape, logits_BTE.shape[-1], dtype=torch.int64, device=logits_BTE.device)
     return Routing(ids_BTK, torch.zeros(shape, device=logits_BTE.device), None)
+
+
+def count_distinct(ids_BTK: Tensor, experts: int) -> Tensor:
+    """Distinct experts [B] (int64) active in each step; skipped slots (id E) activate nothing."""
+    return _active(ids_BTK, experts).sum(dim=-1)
+
+
+def count_distinct_by_rank(ids_BTK: Tensor, placement: Placement) -> Tensor:
+    """Distinct experts (B,R) (int64) active on each rank; the largest decides the step's time."""
+    active_BE = _active(ids_BTK, placement.experts)
+    return by_rank(active_BE, placement, fill=False).sum(dim=-1)
+
+
+def count_slots(ids_BTK: Tensor, experts: int) -> Tensor:
+    """Slots [B] (int64) that the tokens of each step use: rows the experts compute."""
+    return (ids_BTK < experts).sum(dim=(-1, -2))
+
+
+def _active(ids_BTK: Tensor, experts: int) -> Tensor:
+    flat_BX = ids_BTK.flatten(-2)
+    shape = (*flat_BX.shape[:-1], experts + 1)
+    active_BE = torch.zeros(shape, dtype=torch.bool, device=ids_BTK.device)
+    return active_BE.scatter_(-1, flat_BX, True)[..., :experts]

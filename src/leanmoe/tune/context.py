@@ -19,8 +19,8 @@ from leanmoe.core.run_folder import RunFolder
 from leanmoe.core.text import Document, read_corpus, split
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Fingerprint, Plan, Rule
+from leanmoe.profile.record import Replay, replay
 from leanmoe.profile.record import profile as measure_profile
-from leanmoe.profile.replay import Replay, replay
 from leanmoe.profile.saved import Profile
 from leanmoe.runtime import (
     IMPLEMENTATION,

@@ -27,7 +27,7 @@ from leanmoe.core.progress import Advance, bar
 from leanmoe.kernels.dispatch import fast_route
 from leanmoe.models.routers import Router
 from leanmoe.plan import Fingerprint, Plan, Rule
-from leanmoe.profile.replay import draw_steps
+from leanmoe.profile.record import draw_steps
 from leanmoe.profile.saved import Profile
 from leanmoe.routing import count_distinct, count_slots
 from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, resume_from

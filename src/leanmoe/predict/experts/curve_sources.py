@@ -145,7 +145,8 @@ def _replayed(
     profile: Profile, plan: Plan, rules: set[Rule], scope: RankLayout = ALONE
 ) -> dict[tuple[int, Rule], Curve]:
     """Curves of these rules of the plan, in the layers that have them."""
-    from leanmoe.profile.replay import BATCH_SIZES, replay
+    from leanmoe.profile.record import BATCH_SIZES, replay
+    from leanmoe.routing import BatchScope
 
     every: Sequence[Sequence[Rule]] = [band.rules for band in plan.bands]
     every = [*every, plan.prompt] if plan.prompt else every
@@ -157,13 +158,12 @@ def _replayed(
             f"the profile's sample of {profile.trace.tokens} tokens is too small for a token of "
             f"each of {scope.scopes} data-parallel ranks"
         )
-    placement = Placement.linear(profile.model.experts, scope.ranks)
+    placed = BatchScope(Placement.linear(profile.model.experts, scope.ranks))
     found = {}
     with bar("Replaying traces", len(wanted), "layers and rules") as advance:
         for layer, rule in sorted(wanted, key=lambda pair: (pair[0], str(pair[1]))):
             runs = [
-                replay(profile, layer, rule, size, None, 0, placement, scope.scopes)
-                for size in sizes
+                replay(profile, layer, rule, size, None, 0, placed, scope.scopes) for size in sizes
             ]
             found[layer, rule] = from_points(
                 [(float(run.tokens), run.distinct, run.slots) for run in runs],
