@@ -14,8 +14,8 @@ from leanmoe.kernels.dispatch import repeat_best, route_ids, write_skipped
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.routing import route
+from tests.conformance.cases import Case, cases
 from tests.kernels.layers import in_float64, random_layer
-from tests.routing.cases import Case, cases
 
 
 def test_kernel_where_it_can() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.routing.batch_rules import count_demand, select_active_experts
-from tests.routing.cases import placements
+from tests.conformance.cases import placements
 
 EXPERTS = 10
 

@@ -21,8 +21,8 @@ from leanmoe.routing import (
     route,
     score,
 )
-from tests.routing import loops
-from tests.routing.cases import ROUTERS, Case, cases
+from tests.conformance import loops
+from tests.conformance.cases import ROUTERS, Case, cases
 
 PATIENT = settings(deadline=None)  # a call's time says nothing on a busy machine
 

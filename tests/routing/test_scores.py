@@ -11,7 +11,7 @@ import torch
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.families import Router
 from leanmoe.routing import check_logits, score
-from tests.routing.cases import ROUTERS
+from tests.conformance.cases import ROUTERS
 
 NEVER = float("-inf")
 

@@ -25,7 +25,7 @@ from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import BatchScope, Routing, count_distinct_by_rank, route
 from leanmoe.serve.batch_scope import scope_of_all_ranks, tokens_of_all
-from tests.routing.cases import ROUTERS
+from tests.conformance.cases import ROUTERS
 
 WORLDS = (2, 4)
 TIMEOUT = timedelta(seconds=40)

@@ -11,8 +11,8 @@ from torch import Tensor
 from leanmoe.kernels.triton.expert_blocks import expert_blocks_reference
 from leanmoe.kernels.triton.router import RoutedGpu, route_gpu, route_gpu_ids
 from leanmoe.routing import Routing, route
-from tests.kernels.cpu.test_router import by_expert
-from tests.routing.cases import Case
+from tests.conformance.cases import Case
+from tests.conformance.test_implementations import by_expert
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -20,7 +20,8 @@ from leanmoe.kernels.triton.router import (
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.routing import route
-from tests.kernels.cpu.test_router import is_clear
+from tests.conformance.cases import ROUTERS, Case, cases
+from tests.conformance.test_implementations import is_clear
 from tests.kernels.triton.routed import (
     DEVICE,
     check_blocks,
@@ -32,7 +33,6 @@ from tests.kernels.triton.routed import (
     route_here,
     run,
 )
-from tests.routing.cases import ROUTERS, Case, cases
 
 FEW = settings(deadline=None, max_examples=25)
 """The interpreter takes a tenth of a second for a token."""

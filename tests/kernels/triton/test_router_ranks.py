@@ -12,8 +12,8 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import BatchScope, route
+from tests.conformance.cases import ROUTERS
 from tests.kernels.triton.routed import check_blocks, check_same, draw, route_here, there
-from tests.routing.cases import ROUTERS
 
 PLACEMENTS = (
     Placement.linear(32, 2),

@@ -1,0 +1,177 @@
+"""Everything that decides which experts a token gets, as one table: each must be the reference.
+
+Letters: B steps routed apart, T tokens of a step, E experts, K slots of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from leanmoe.kernels import why_not_route_cpu, why_not_route_gpu
+from leanmoe.kernels.dispatch import route_on_cpu, route_on_gpu
+from leanmoe.plan import Fingerprint, Plan
+from leanmoe.routing import BatchScope, Routing, route, score
+from leanmoe.serve.plan_support import is_plain
+from leanmoe.serve.sglang.patch import planned_config
+from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
+from tests.conformance import loops
+from tests.conformance.cases import Case
+from tests.serve.sglang.test_patch import TopKConfig
+from tests.serve.stand_ins import FusedTopKRouter
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of a rule's meaning."""
+
+    route: Callable[[Case], Routing]
+    unsupported: Callable[[Case], str | None]
+    """Why it cannot route a case, in the words of the code itself where it has some."""
+    examples: int
+    """Random cases that are tried: Triton's interpreter takes a tenth of a second for a token."""
+    takes_steps: bool = True
+    """Whether it routes several steps at once."""
+    repeats: bool = False
+    """Whether a skipped slot names the token's best expert again, with weight 0."""
+
+
+def arguments(case: Case) -> tuple[object, ...]:
+    """What `route` is called with, but for the scope."""
+    return (case.logits_BTE, case.router, case.top_k, case.rule, case.bias_E, case.padding_BT)
+
+
+def scope_of(case: Case) -> BatchScope:
+    return BatchScope(case.placement)
+
+
+def by_reference(case: Case) -> Routing:
+    return route(*arguments(case), scope_of(case))  # type: ignore[arg-type]
+
+
+def by_loops(case: Case) -> Routing:
+    """Ids from the loops of `loops.py`; each token's weights from its experts' gates, one by one."""
+    rule, router = case.rule, case.router
+    gates_BTE, ranking_BTE = score(case.logits_BTE, router, case.bias_E, rule.experts)
+    is_after = router.scoring == "softmax_after_top_k"
+    masses_BTE = gates_BTE.double()
+    if is_after:
+        masses_BTE = (masses_BTE - masses_BTE.amax(dim=-1, keepdim=True)).exp()
+    padding_BT = case.padding_BT
+    if padding_BT is None:
+        padding_BT = torch.zeros(gates_BTE.shape[:2], dtype=torch.bool)
+    rank_of = None if case.placement is None else case.placement.rank_of
+    normalise = router.normalise or is_after
+    steps = [
+        loops.run(masses, ranking, case.slots, rule, padding, normalise, rank_of)
+        for masses, ranking, padding in zip(
+            masses_BTE.tolist(), ranking_BTE.tolist(), padding_BT.tolist(), strict=True
+        )
+    ]
+    ids_BTK = torch.full((*gates_BTE.shape[:2], case.slots), case.experts)
+    weights_BTK = torch.zeros(ids_BTK.shape)
+    for b, step in enumerate(steps):
+        for t, experts in enumerate(step.experts):
+            if experts:
+                whole = experts
+                if rule.keep_weights:
+                    ranked, best = ranking_BTE[b, t].topk(min(case.top_k, case.experts))
+                    whole = best[ranked > float("-inf")].tolist()
+                total = float(masses_BTE[b, t, whole].sum()) + router.normalise_epsilon
+                own = masses_BTE[b, t, experts] / (total if normalise and total > 0 else 1.0)
+                ids_BTK[b, t, : len(experts)] = torch.tensor(experts)
+                weights_BTK[b, t, : len(experts)] = (own * router.scaling).float()
+    has_budget = rule.budget is not None or rule.budget_per_rank is not None
+    over_B = torch.tensor([step.over_budget for step in steps]) if has_budget else None
+    return Routing(ids_BTK, weights_BTK, over_B)
+
+
+def by_cpu(case: Case) -> Routing:
+    return route_on_cpu(*arguments(case), scope_of(case))  # type: ignore[arg-type]
+
+
+def by_triton(case: Case) -> Routing:
+    there = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in arguments(case)]
+    routing = route_on_gpu(*there, scope_of(case))  # type: ignore[arg-type]
+    return Routing(*(None if x is None else x.cpu() for x in routing))  # type: ignore[arg-type]
+
+
+def by_vllm(case: Case) -> Routing:
+    """vLLM's hook, with a stand-in of the router in whose place it works."""
+    stock = FusedTopKRouter()
+    stock.e_score_correction_bias = case.bias_E  # type: ignore[attr-defined]
+    fingerprint = Fingerprint("Model", 1, 1, case.experts, case.top_k)
+    plan = Plan.uniform(fingerprint, case.rule)
+    hook = VllmLayerRouting(stock, plan, 0, scope=scope_of(case))
+    hook.__dict__["router"] = case.router
+    weights, ids = hook(torch.empty(len(case.logits_BTE), 1), case.logits_BTE, torch.int64)
+    return Routing(ids, weights, None)
+
+
+def by_sglang(case: Case) -> Routing:
+    """SGLang's hook: the custom routing function that it puts into the layer's config."""
+    router = case.router
+    config = TopKConfig(
+        top_k=case.top_k,
+        use_grouped_topk=router.groups > 1,
+        topk_group=router.groups_used,
+        num_expert_group=router.groups,
+        renormalize=router.normalise,
+        correction_bias=case.bias_E,
+        scoring_func=router.scoring,
+    )
+    tokens = None if case.padding_BT is None else (~case.padding_BT).sum()
+    custom = planned_config(config, case.rule, case.top_k, tokens).custom_routing_function
+    weights, ids = custom(None, case.logits_BTE, case.slots, router.normalise)
+    return Routing(ids.long(), weights * router.scaling, None)
+
+
+def _cpu_unsupported(case: Case) -> str | None:
+    return why_not_route_cpu(case.logits_BTE, case.router, case.rule.on(scope_of(case).ranks))
+
+
+def _triton_unsupported(case: Case) -> str | None:
+    there = case.logits_BTE.to(DEVICE)
+    return why_not_route_gpu(there, case.router, case.rule.on(scope_of(case).ranks))
+
+
+def _vllm_unsupported(case: Case) -> str | None:
+    if is_plain(case.rule):
+        return "vLLM's own routing runs it"
+    return None if case.padding_BT is None else "vLLM's context of a step says what is padding"
+
+
+def _sglang_unsupported(case: Case) -> str | None:
+    if is_plain(case.rule):
+        return "SGLang's own routing runs it"
+    if case.router.scoring not in ("softmax", "sigmoid"):
+        return f"it scores by {case.router.scoring}: only top_k alone can run here"
+    if case.placement is not None:
+        return "SGLang's hook knows no ranks"
+    padding = case.padding_BT
+    if padding is not None and not bool((padding[1:] >= padding[:-1]).all()):
+        return "SGLang's padding rows are its last"
+    return None
+
+
+IMPLEMENTATIONS = {
+    "loops": Implementation(by_loops, lambda _: None, 300),
+    "cpu": Implementation(by_cpu, _cpu_unsupported, 300),
+    "triton": Implementation(by_triton, _triton_unsupported, 10, takes_steps=False),
+    "vllm": Implementation(by_vllm, _vllm_unsupported, 60, takes_steps=False, repeats=True),
+    "sglang": Implementation(by_sglang, _sglang_unsupported, 60, takes_steps=False, repeats=True),
+}
+"""By name. The reference itself is what the others are compared with; the loops are independent."""
+
+
+def one_step(case: Case) -> Case:
+    """The first of a case's steps."""
+    if case.logits_BTE.dim() == 2:
+        return case
+    padding = None if case.padding_BT is None else case.padding_BT[0]
+    return replace(case, logits_BTE=case.logits_BTE[0], padding_BT=padding)
