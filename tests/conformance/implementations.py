@@ -55,7 +55,7 @@ def by_reference(case: Case) -> Routing:
 
 
 def by_loops(case: Case) -> Routing:
-    """Ids from the loops of `loops.py`; each token's weights from its experts' gates, one by one."""
+    """Ids from the loops of `loops.py`; each token's weights from its experts' gates."""
     rule, router = case.rule, case.router
     gates_BTE, ranking_BTE = score(case.logits_BTE, router, case.bias_E, rule.experts)
     is_after = router.scoring == "softmax_after_top_k"
