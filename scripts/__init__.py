@@ -1,0 +1,1 @@
+"""Scripts about the repository itself: what a verb touches, the pages written from the code."""
