@@ -1,7 +1,8 @@
 """A hook of mkdocs that writes the reference pages that follow from the code.
 
 The command line comes from the verbs' own parsers, the Python API from signatures and docstrings,
-the families from `leanmoe.models.families`, the shape letters from `leanmoe.core.shapes`.
+the families from `leanmoe.models.families`, shape letters and environment variables from
+`leanmoe.core`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import typer
 
 import leanmoe
 from leanmoe.cli import VERBS, app
+from leanmoe.core.environment import VARIABLES
 from leanmoe.core.shapes import LETTERS
 from leanmoe.models.families import FAMILIES, Family
 
-LETTERS_GO_HERE = "<!-- generated: shape letters -->"
 RUN_IN_VLLM = {
     "deepseek_v3": "tests (CPU), H100",
     "qwen3_moe": "tests (CPU), H100",
@@ -109,8 +110,11 @@ def _signature(target: Any) -> str:
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
-    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-    text = stars + parameter.name
+    text = parameter.name
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        text = f"*{text}"
+    elif parameter.kind is parameter.VAR_KEYWORD:
+        text = f"**{text}"
     if parameter.annotation is not parameter.empty:
         text += f": {_annotation(parameter.annotation)}"
     return text if parameter.default is parameter.empty else f"{text} = {parameter.default!r}"
@@ -176,12 +180,20 @@ def _family_row(name: str, family: Family) -> str:
 def _router(family: Family, normalise: bool) -> Any:
     from leanmoe.models import hf_config
 
-    kind = getattr(hf_config, "HfConfig", None) or hf_config.Settings  # type: ignore[attr-defined]
+    kind = getattr(hf_config, "HfConfig", None) or hf_config.Settings
     return family.router(kind({**family.defaults, **KEYS, "norm_topk_prob": normalise}))
 
 
 def _yes(value: object) -> str:
     return "yes" if value else "no"
+
+
+def environment_table() -> str:
+    """Every environment variable that leanmoe reads, as a table."""
+    rows = [f"| `{v.name}` | {v.allowed} | {v.default} | {v.meaning} |" for v in VARIABLES]
+    return "\n".join(
+        ["| variable | values | where it is not set | meaning |", "|---|---|---|---|", *rows]
+    )
 
 
 def letters_table() -> str:
@@ -196,6 +208,11 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/families.md": families_page,
 }
 """By path in the site: what writes the page."""
+TABLES: dict[str, Callable[[], str]] = {
+    "<!-- generated: environment variables -->": environment_table,
+    "<!-- generated: shape letters -->": letters_table,
+}
+"""By the comment in whose place it stands: what writes the table."""
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -208,5 +225,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts the shape letters into the glossary; mkdocs calls it."""
-    return markdown.replace(LETTERS_GO_HERE, letters_table())
+    """Puts the written tables in their places; mkdocs calls it."""
+    for comment, write in TABLES.items():
+        if comment in markdown:
+            markdown = markdown.replace(comment, write())
+    return markdown

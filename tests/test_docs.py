@@ -218,12 +218,11 @@ def test_the_site_is_built_strictly_and_needs_no_network(tmp_path: Path) -> None
         assert not loaded, f"{page.name} loads {loaded}"
 
 
-def test_every_environment_variable_is_explained() -> None:
-    explained = (DOCS / "reference/environment.md").read_text(encoding="utf-8")
-    source = "\n".join(p.read_text(encoding="utf-8") for p in ROOT.glob("src/**/*.py"))
-    used = set(re.findall(r"\"(LEANMOE_[A-Z_]+)\"", source))
-    assert used
-    assert used == set(re.findall(r"`(LEANMOE_[A-Z_]+)`", explained))
+def test_every_written_table_has_a_place_in_a_page() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in SITE)
+    placed = re.findall(r"<!-- generated: .*? -->", pages)
+    assert sorted(placed) == sorted(docs_reference.TABLES)
+    assert "| `LEANMOE_PLAN` |" in docs_reference.environment_table()
 
 
 def test_every_generated_page_says_what_its_subject_is() -> None:
@@ -238,6 +237,14 @@ def test_makefile_has_the_two_commands() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^demo:", text, flags=re.MULTILINE)
     assert re.search(r"^test:", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:[\w-]+/)+[\w-]+\.(?:py|md|json))`", text_of(page)):
+        places = (ROOT / name, Path(leanmoe.__file__).parent / name, ROOT / "src" / name)
+        is_made = name.startswith(("runs/", "tests/test_layout"))
+        assert is_made or any(place.exists() for place in places), name
 
 
 def test_pages_that_the_source_names_exist() -> None:
