@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.families import FAMILIES, family_of
-from leanmoe.models.hf_config import Settings
+from leanmoe.models.hf_config import HfConfig
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Rule
 from leanmoe.routing import route
@@ -141,4 +141,4 @@ def test_a_family_that_cannot_run_gives_no_fingerprint() -> None:
 def test_router_settings_are_validated(name: str, value: object, message: str) -> None:
     family = family_of("deepseek_v3")
     with pytest.raises(LeanMoeError, match=message):
-        family.router(Settings({name: value}, family.defaults))
+        family.router(HfConfig({name: value}, family.defaults))

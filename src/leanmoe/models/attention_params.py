@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from leanmoe.models.hf_config import Settings
+from leanmoe.models.hf_config import HfConfig
 
-Mixer = Callable[[Settings, int], int]
+Mixer = Callable[[HfConfig, int], int]
 """Parameters of the mixer of a decoder layer, by the layer's index."""
 HeadNorm = Literal["none", "head", "full"]
 """Norms of queries and keys: none, over each head's width, or over all heads together."""
@@ -30,7 +30,7 @@ def attention(
 ) -> Mixer:
     """Grouped-query attention. `bias` and `norm_flag` may name the setting that decides."""
 
-    def count(settings: Settings, layer: int) -> int:
+    def count(settings: HfConfig, layer: int) -> int:
         hidden = settings.whole("hidden_size", least=1)
         heads = settings.whole("num_attention_heads", least=1)
         pairs = settings.whole("num_key_value_heads", heads, least=1)
@@ -51,7 +51,7 @@ def attention(
 def latent_attention(indexer: bool = False, gate: Gate = "none") -> Mixer:
     """Multi-head latent attention (DeepSeek-V2 report, section 2.1), with V3.2's indexer."""
 
-    def count(settings: Settings, _layer: int) -> int:
+    def count(settings: HfConfig, _layer: int) -> int:
         hidden = settings.whole("hidden_size", least=1)
         heads = settings.whole("num_attention_heads", least=1)
         rope, nope = settings.whole("qk_rope_head_dim"), settings.whole("qk_nope_head_dim")
@@ -77,7 +77,7 @@ def hybrid(full: Mixer, other: Mixer) -> Mixer:
     return lambda settings, layer: (full if attends(settings, layer) else other)(settings, layer)
 
 
-def attends(settings: Settings, layer: int) -> bool:
+def attends(settings: HfConfig, layer: int) -> bool:
     """Whether a hybrid model's layer is one of attention."""
     if kinds := settings.items("layer_types", str):
         return "attention" in kinds[layer] and kinds[layer] != "linear_attention"
@@ -95,7 +95,7 @@ def attends(settings: Settings, layer: int) -> bool:
     return True
 
 
-def gated_delta_net(settings: Settings, _layer: int) -> int:
+def gated_delta_net(settings: HfConfig, _layer: int) -> int:
     """Qwen3-Next's linear attention (arXiv 2412.06464)."""
     hidden = settings.whole("hidden_size", least=1)
     heads = settings.whole("linear_num_value_heads")
@@ -110,7 +110,7 @@ def gated_delta_net(settings: Settings, _layer: int) -> int:
 def kimi_delta(low_rank: bool = True) -> Mixer:
     """Kimi Linear's delta attention (arXiv 2510.26692); gates of low or of full rank."""
 
-    def count(settings: Settings, _layer: int) -> int:
+    def count(settings: HfConfig, _layer: int) -> int:
         hidden = settings.whole("hidden_size", least=1)
         part = settings.part("linear_attn_config")
         heads = settings.whole("linear_num_heads", settings.whole("num_attention_heads", least=1))
@@ -125,7 +125,7 @@ def kimi_delta(low_rank: bool = True) -> Mixer:
     return count
 
 
-def lightning_attention(settings: Settings, _layer: int) -> int:
+def lightning_attention(settings: HfConfig, _layer: int) -> int:
     """MiniMax-01's linear attention (arXiv 2501.08313)."""
     hidden = settings.whole("hidden_size", least=1)
     heads = settings.whole("num_attention_heads", least=1)
@@ -133,7 +133,7 @@ def lightning_attention(settings: Settings, _layer: int) -> int:
     return hidden * rows * 5 + rows
 
 
-def mamba(settings: Settings, _layer: int) -> int:
+def mamba(settings: HfConfig, _layer: int) -> int:
     """Jamba's Mamba-1 (arXiv 2403.19887)."""
     hidden = settings.whole("hidden_size", least=1)
     inner, state = settings.whole("mamba_expand") * hidden, settings.whole("mamba_d_state")
@@ -145,7 +145,7 @@ def mamba(settings: Settings, _layer: int) -> int:
     return 3 * hidden * inner + convolution + steps + inner * (state + 1) + biases
 
 
-def mamba2(settings: Settings, _layer: int) -> int:
+def mamba2(settings: HfConfig, _layer: int) -> int:
     """Mamba-2 as in Granite 4 and Nemotron-H (arXiv 2405.21060)."""
     hidden = settings.whole("hidden_size", least=1)
     if "mamba_num_heads" in settings.values:
@@ -166,14 +166,14 @@ def mamba2(settings: Settings, _layer: int) -> int:
     return weights + channels * (kernel + convolution_bias) + 3 * heads + inner
 
 
-def short_convolution(settings: Settings, _layer: int) -> int:
+def short_convolution(settings: HfConfig, _layer: int) -> int:
     """LFM2's gated short convolution."""
     hidden = settings.whole("hidden_size", least=1)
     biases = 5 * hidden if settings.flag("conv_bias") else 0
     return 4 * hidden * hidden + hidden * settings.whole("conv_L_cache") + biases
 
 
-def window_and_full(settings: Settings, layer: int) -> int:
+def window_and_full(settings: HfConfig, layer: int) -> int:
     """MiMo-V2-Flash: window layers have twice the key-value heads, and sinks."""
     hidden = settings.whole("hidden_size", least=1)
     heads = settings.whole("num_attention_heads", least=1)

@@ -25,7 +25,7 @@ from leanmoe.models.attention_params import (
     short_convolution,
     window_and_full,
 )
-from leanmoe.models.hf_config import Settings
+from leanmoe.models.hf_config import HfConfig
 from leanmoe.models.routers import (
     BIAS,
     DEEPSEEK_V3,
@@ -51,7 +51,7 @@ __all__ = ["FAMILIES", "Family", "GroupScore", "Router", "ScoreDtype", "Scoring"
 class Family:
     """How a family's router works, and where its config.json says what its layers hold."""
 
-    router: Callable[[Settings], Router]
+    router: Callable[[HfConfig], Router]
     mixer: Mixer
     """Counts the weights of what mixes tokens in a decoder layer."""
     width: str = "moe_intermediate_size"

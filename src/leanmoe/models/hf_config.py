@@ -41,7 +41,7 @@ LAYER_LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-"
 """Nemotron-H's published pattern of layers, one letter each."""
 
 
-class Settings:
+class HfConfig:
     """The settings of one language model, by whichever of their names its config.json uses.
 
     A setting that is absent takes the family's default; null and absent are the same after that.
@@ -105,12 +105,12 @@ class Settings:
             raise self._wrong(name, value, f"{wanted}, one for each of {length} layers")
         return tuple(value if length is None else value[:length])
 
-    def part(self, name: str) -> Settings:
+    def part(self, name: str) -> HfConfig:
         """Settings of a part of their own; empty where there is none."""
         value = self.raw(name)
         if value is not None and not isinstance(value, Mapping):
             raise self._wrong(name, value, "an object")
-        return Settings(value or {})
+        return HfConfig(value or {})
 
     def _wrong(self, name: str, value: Any, wanted: str) -> LeanMoeError:
         found = "missing" if value is None else repr(value)

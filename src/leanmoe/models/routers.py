@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from leanmoe.models.hf_config import Settings
+from leanmoe.models.hf_config import HfConfig
 
 Scoring = Literal["softmax", "sigmoid", "softmax_after_top_k"]
 GroupScore = Literal["max", "top2_sum"]
@@ -56,10 +56,10 @@ def routing(
     normalise: str | None = None,
     scaling: str | None = None,
     groups: bool = False,
-) -> Callable[[Settings], Router]:
+) -> Callable[[HfConfig], Router]:
     """`base`, with what the config decides: keys of the flag and the factor, and groups."""
 
-    def router(settings: Settings) -> Router:
+    def router(settings: HfConfig) -> Router:
         found = base
         if normalise is not None:
             found = replace(found, normalise=settings.flag(normalise))
@@ -76,7 +76,7 @@ def routing(
     return router
 
 
-def deepseek_v2(settings: Settings) -> Router:
+def deepseek_v2(settings: HfConfig) -> Router:
     """Softmax, never normalised; groups only with `topk_method` "group_limited_greedy"."""
     methods = ("greedy", "group_limited_greedy")
     limited = settings.word("topk_method", "greedy", methods) == "group_limited_greedy"
@@ -84,14 +84,14 @@ def deepseek_v2(settings: Settings) -> Router:
     return routing(base, scaling="routed_scaling_factor", groups=limited)(settings)
 
 
-def lfm2(settings: Settings) -> Router:
+def lfm2(settings: HfConfig) -> Router:
     """Sigmoid in the model's own dtype, the bias held by the block around the router."""
     bias = "expert_bias" if settings.flag("use_expert_bias") else None
     base = Router("sigmoid", bias, normalise_epsilon=1e-6, score_dtype="logits")
     return routing(base, "norm_topk_prob", "routed_scaling_factor")(settings)
 
 
-def cohere(settings: Settings) -> Router:
+def cohere(settings: HfConfig) -> Router:
     """Either of two functions, applied to the logits that were picked."""
     function = settings.word("expert_selection_fn", "softmax", ("softmax", "sigmoid"))
     if function == "softmax":

@@ -14,7 +14,7 @@ from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.families import FAMILIES, Family, Router, family_of
-from leanmoe.models.hf_config import FILE, REFERENCE, Settings, language_part, read_config
+from leanmoe.models.hf_config import FILE, REFERENCE, HfConfig, language_part, read_config
 from leanmoe.models.weight_format import Storage, storage
 
 __all__ = [
@@ -171,13 +171,13 @@ def read_shape(source: str | Path | Mapping[str, Any]) -> MoEShape:
     config = source if isinstance(source, Mapping) else read_config(str(source))
     values = language_part(config)
     model_type = values.get("model_type")
-    if model_type not in tuple(FAMILIES) and Settings(values).raw("num_experts") in (None, 0, 1):
+    if model_type not in tuple(FAMILIES) and HfConfig(values).raw("num_experts") in (None, 0, 1):
         raise LeanMoeError(
             f"model_type {model_type!r} has no routed experts in its {FILE}: "
             "it is not a mixture-of-experts model"
         )
     family = family_of(model_type)
-    settings = Settings(values, family.defaults)
+    settings = HfConfig(values, family.defaults)
     layers = _layers(settings, family)
     experts, top_k = _experts(settings, str(model_type))
     moe_layers = _moe_layers(settings, layers)
@@ -203,19 +203,19 @@ def read_shape(source: str | Path | Mapping[str, Any]) -> MoEShape:
     )
 
 
-def _architecture(settings: Settings) -> str:
+def _architecture(settings: HfConfig) -> str:
     names = settings.items("architectures", str)
     return str(names[0]) if names else str(settings.raw("model_type"))
 
 
-def _layers(settings: Settings, family: Family) -> int:
+def _layers(settings: HfConfig, family: Family) -> int:
     kinds = settings.items("layer_types", str) if family.single else None
     if kinds is not None:
         return len(kinds)
     return settings.whole("num_hidden_layers", least=1)
 
 
-def _experts(settings: Settings, model_type: str) -> tuple[int, int]:
+def _experts(settings: HfConfig, model_type: str) -> tuple[int, int]:
     if settings.raw("num_experts") in (None, 0, 1):
         raise LeanMoeError(
             f"{model_type} with {settings.named('num_experts')} "
@@ -231,7 +231,7 @@ def _experts(settings: Settings, model_type: str) -> tuple[int, int]:
     return experts, top_k
 
 
-def _router(settings: Settings, family: Family, experts: int, top_k: int) -> Router:
+def _router(settings: HfConfig, family: Family, experts: int, top_k: int) -> Router:
     router = family.router(settings)
     groups, used = router.groups, router.groups_used
     if experts % groups or used > groups:
@@ -247,7 +247,7 @@ def _router(settings: Settings, family: Family, experts: int, top_k: int) -> Rou
     return router
 
 
-def _moe_layers(settings: Settings, layers: int) -> tuple[int, ...]:
+def _moe_layers(settings: HfConfig, layers: int) -> tuple[int, ...]:
     """Which layers have routed experts, in whichever of the ways to say so the config uses."""
     kinds = settings.items("mlp_layer_types", str, layers)
     frequency = settings.raw("moe_layer_freq")
@@ -265,7 +265,7 @@ def _moe_layers(settings: Settings, layers: int) -> tuple[int, ...]:
     return moe
 
 
-def _is_moe(settings: Settings, layer: int, layers: int) -> bool:
+def _is_moe(settings: HfConfig, layer: int, layers: int) -> bool:
     last = settings.raw("moe_layer_end_index")
     after = layers if last in (None, -1) else settings.whole("moe_layer_end_index") + 1
     if not settings.whole("first_k_dense_replace", 0) <= layer < after:
@@ -277,12 +277,12 @@ def _is_moe(settings: Settings, layer: int, layers: int) -> bool:
     return (layer + 1) % step == 0 and layer % period == settings.whole("expert_layer_offset", 0)
 
 
-def _dense_width(settings: Settings, family: Family) -> int:
+def _dense_width(settings: HfConfig, family: Family) -> int:
     own = settings.whole(family.dense_width, 0)
     return own or settings.whole("intermediate_size", 0)
 
 
-def _shared(settings: Settings, family: Family, width: int) -> tuple[int, int]:
+def _shared(settings: HfConfig, family: Family, width: int) -> tuple[int, int]:
     """Number of shared experts, and their width together."""
     count = settings.whole("n_shared_experts", 0)
     if family.shared_width is None:
@@ -292,7 +292,7 @@ def _shared(settings: Settings, family: Family, width: int) -> tuple[int, int]:
 
 
 def _parameters(
-    settings: Settings, family: Family, layers: int, moe_layers: tuple[int, ...]
+    settings: HfConfig, family: Family, layers: int, moe_layers: tuple[int, ...]
 ) -> Parameters:
     hidden = settings.whole("hidden_size", least=1)
     width = settings.whole(family.width, least=1)

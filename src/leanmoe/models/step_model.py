@@ -13,7 +13,7 @@ from typing import Any
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.attention_params import attends
 from leanmoe.models.families import family_of
-from leanmoe.models.hf_config import Settings, language_part, read_config
+from leanmoe.models.hf_config import HfConfig, language_part, read_config
 from leanmoe.models.shape import MoEShape, read_shape
 
 CACHE_BYTES = 2.0
@@ -116,7 +116,7 @@ def read_model(source: str | Path | Mapping[str, Any], name: str | None = None) 
     shape = read_shape(config)
     values = language_part(config)
     family = family_of(values.get("model_type"))
-    settings = Settings(values, family.defaults)
+    settings = HfConfig(values, family.defaults)
     kinds: dict[Attention, int] = {}
     for layer in range(shape.layers):
         if _attends(settings, layer):
@@ -127,14 +127,14 @@ def read_model(source: str | Path | Mapping[str, Any], name: str | None = None) 
     return Model(name, shape, tuple(kinds.items()), family.matrices)
 
 
-def _attends(settings: Settings, layer: int) -> bool:
+def _attends(settings: HfConfig, layer: int) -> bool:
     kinds = settings.items("layer_types", str)
     if kinds and "moe" in kinds:  # a layer is a mixer or experts (Nemotron-H)
         return bool(kinds[layer] == "full_attention")
     return attends(settings, layer)
 
 
-def _attention(settings: Settings, layer: int) -> Attention:
+def _attention(settings: HfConfig, layer: int) -> Attention:
     heads = settings.whole("num_attention_heads", least=1)
     if latent := settings.whole("kv_lora_rank", 0):
         rotary = settings.whole("qk_rope_head_dim")
@@ -150,7 +150,7 @@ def _attention(settings: Settings, layer: int) -> Attention:
     return Attention(heads, pairs, width, value, window=_window(settings, layer))
 
 
-def _window(settings: Settings, layer: int) -> int | None:
+def _window(settings: HfConfig, layer: int) -> int | None:
     window = settings.whole("sliding_window", 0)
     kinds = settings.items("layer_types", str)
     if not window:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from leanmoe.models.hf_config import Settings
+from leanmoe.models.hf_config import HfConfig
 
 PLAIN = {"float32": 4.0, "float": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 2.0}
 """Bytes of a weight that is not quantised, by the dtype's name."""
@@ -32,7 +32,7 @@ class Storage:
     """Bytes of one weight that is never quantised: embedding, head, router, norms."""
 
 
-def storage(settings: Settings) -> Storage:
+def storage(settings: HfConfig) -> Storage:
     """Reads `quantization_config`; a method that is not known is named and counted as plain."""
     dtype = str(settings.raw("dtype") or settings.raw("torch_dtype") or DEFAULT_DTYPE)
     dtype = dtype.removeprefix("torch.")
@@ -48,7 +48,7 @@ def storage(settings: Settings) -> Storage:
     return Storage(name, stored, plain if _experts_only(quantised) else stored, plain)
 
 
-def _format(method: str, quantised: Settings) -> tuple[str, float] | None:
+def _format(method: str, quantised: HfConfig) -> tuple[str, float] | None:
     """Name of the format and bytes a weight; None for a method that is not known."""
     if method in ("fp8", "fbgemm_fp8"):
         block = quantised.items("weight_block_size", int)
@@ -65,7 +65,7 @@ def _format(method: str, quantised: Settings) -> tuple[str, float] | None:
     return None
 
 
-def _compressed(quantised: Settings) -> tuple[str, float] | None:
+def _compressed(quantised: HfConfig) -> tuple[str, float] | None:
     groups = quantised.part("config_groups")
     if not groups.values:
         return None
@@ -80,6 +80,6 @@ def _integer(bits: int, group: int) -> tuple[str, float]:
     return f"int{bits}", bits / 8 + (SCALE_BYTES / group if group > 0 else 0.0)
 
 
-def _experts_only(quantised: Settings) -> bool:
+def _experts_only(quantised: HfConfig) -> bool:
     ignored = quantised.raw("modules_to_not_convert") or quantised.raw("ignore") or ()
     return any(mark in str(name) for name in ignored for mark in ATTENTION_MARKS)
