@@ -9,14 +9,14 @@ what the figures stand on. Nothing is downloaded, no GPU is needed.
 from __future__ import annotations
 
 from leanmoe import Plan
-from leanmoe.models.catalog import published_model
+from leanmoe.models.catalog import published_shape
 from leanmoe.plan import Rule
 from leanmoe.predict.hardware.gpus import read_gpu
 from leanmoe.predict.prediction import predict
 from leanmoe.predict.step.deployment import Deployment
 from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
 
-model = published_model("deepseek-ai/DeepSeek-V3")
+model = published_shape("deepseek-ai/DeepSeek-V3")
 machine = Deployment(read_gpu("h200"), tensor=8)
 tokens = read_lengths("1024", "length")
 rules = {"k = 6 for all": Rule(top_k=6), "4 guaranteed, shared": Rule(guaranteed=4)}
@@ -26,7 +26,7 @@ for at_once in (1, 8, 32, 128):
     load = ServiceLoadModel(tokens, tokens, at_once)
     cells = []
     for name, rule in rules.items():
-        plan = Plan.uniform(model.shape.fingerprint(), rule)
+        plan = Plan.uniform(model.fingerprint(), rule)
         found = predict(model, plan, machine, load)
         assert found.gain is not None
         cells.append(f"{name} {100 * (found.gain - 1):+.1f}%")

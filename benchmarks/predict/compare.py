@@ -25,7 +25,7 @@ from benchmarks.predict.engine_runs import FULL, gpu_of, read_run, runs_in
 from benchmarks.predict.several_gpus import parallel_steps, summary
 from leanmoe.core import provenance
 from leanmoe.core.files import read_json, write_json
-from leanmoe.models.catalog import published_model
+from leanmoe.models.catalog import published_shape
 from leanmoe.plan import Plan, Rule
 from leanmoe.predict.constants import shipped
 from leanmoe.predict.experts.active_experts import Activation
@@ -93,19 +93,19 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
     if not {"model", "hardware", "kernel", "context", "rows"} <= set(found):
         print(f"{path} is no list of steps: left out", file=sys.stderr)
         return
-    model = published_model(found["model"])  # the trial timed the captured model alone
+    model = published_shape(found["model"])  # the trial timed the captured model alone
     place = Deployment(GPUS[found["hardware"]], found.get("tensor", 1))
     step = StepTime(model, place, shipped(), found["kernel"], SmallSteps.REPEAT)  # before plugins
     for row in found["rows"]:
-        rule = Rule(top_k=row["k"] if row["k"] != model.shape.top_k else None, **row["rule"])
-        plan = None if rule.is_empty else Plan.uniform(model.shape.fingerprint(), rule)
+        rule = Rule(top_k=row["k"] if row["k"] != model.top_k else None, **row["rule"])
+        plan = None if rule.is_empty else Plan.uniform(model.fingerprint(), rule)
         curves = assumed_curves(model, Assumed())
         if row["distinct"] is not None:
-            curves = _measured_curve(row, model.shape.experts)
+            curves = _measured_curve(row, model.experts)
         batch = StepBatch(row["concurrency"], found["context"])
         parts = step.parts(batch, Activation(model, plan, curves))
         seconds = parts.total - parts.head - parts.engine
-        seconds += model.moe_layers * row["layer_us"] * 1e-6
+        seconds += len(model.moe_layers) * row["layer_us"] * 1e-6
         yield {
             "file": path.name,
             "what": f"{found['model']}, {rule.to_json() or 'full model'}",

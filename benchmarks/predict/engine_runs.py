@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.vllm.layout import SINGLE, Layout
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
-from leanmoe.models.step_model import read_model
+from leanmoe.models.shape import read_shape
 from leanmoe.plan import Rule
 from leanmoe.predict.constants import Constants
 from leanmoe.predict.experts.active_experts import Activation
@@ -75,7 +75,7 @@ class EngineRun:
     ) -> None:
         self._found = found
         settings = self._found["settings"]
-        self.model = read_model(self._found["config"], settings["shape"])
+        self.model = read_shape(self._found["config"], settings["shape"])
         self.gpu = GPUS[gpu_of(self._found["provenance"]["hardware"])]
         deployment = deployment_of(layout, self.gpu)
         self._step = cache(partial(StepTime, self.model, deployment, constants))
@@ -105,10 +105,10 @@ class EngineRun:
         rule = self._rule(line)
         way = self._way(line)
         most = [float(line["most_loaded"])] if "most_loaded" in line else []
-        columns = float(self.model.shape.top_k if rule.top_k is None else rule.top_k)
+        columns = float(self.model.top_k if rule.top_k is None else rule.top_k)
         curve = from_points(
             [point],
-            self.model.shape.experts,
+            self.model.experts,
             "measured in the run",
             columns,
             rule.is_batch_aware,
@@ -165,7 +165,7 @@ def own_times(constants: Constants, results: Path) -> dict[str, float]:
             between.append(line["tpot_ms"]["median"] * 1e-3 - captured - parts.head)
     slope, start = np.polyfit(sequences, between, 1)
     found = {
-        "layer_seconds": max(0.0, float(np.median(layer))) / run.model.shape.layers,
+        "layer_seconds": max(0.0, float(np.median(layer))) / run.model.layers,
         "step_seconds": max(0.0, float(start)),
         "sampled_seconds": max(0.0, float(slope)),
     }

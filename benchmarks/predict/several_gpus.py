@@ -44,7 +44,7 @@ def parallel_steps(path: Path, constants: Constants) -> Iterator[dict[str, Any]]
             yield {
                 "file": path.name,
                 "layout": layout,
-                "what": f"{run.model.name}, {run.model.shape.layers} layers",
+                "what": f"{run.model.name}, {run.model.layers} layers",
                 "plan": line["plan"],
                 "concurrency": line["requests"],
                 "most_loaded": line["most_loaded"],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.models.catalog import published_model
+from leanmoe.models.catalog import published_shape
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.predict.constants import Constants, read_constants, shipped, write_constants
 from leanmoe.predict.hardware.gpus import GPUS
@@ -188,7 +188,7 @@ def test_shipped_constants_say_how_far_off_they_have_been() -> None:
 
 @pytest.mark.skipif(installed() != VERSION, reason="aiconfigurator-core is not installed")
 def test_a_prediction_says_how_far_off_its_kind_has_been() -> None:
-    model, lengths = published_model("Qwen/Qwen3-30B-A3B"), read_lengths("64", "length")
+    model, lengths = published_shape("Qwen/Qwen3-30B-A3B"), read_lengths("64", "length")
     load = ServiceLoadModel(lengths, lengths, 4)
     said = {}
     for gpu in ("h200", "a800"):

@@ -66,7 +66,7 @@ def test_lines_are_predicted_as_they_ran(tmp_path: Path) -> None:
     plans = {"shared": BANDS, "empty plan": [{"up_to": None, "rules": [{}]}]}
     old = written(tmp_path, "old", plans=plans, lines=[{"plan": "shared"}, {"plan": "empty plan"}])
     assert experts_ms(old)[0] == repeat
-    assert read_run(new, shipped()).model.shape.layers == 16
+    assert read_run(new, shipped()).model.layers == 16
 
 
 def test_the_band_of_a_lines_requests_counts(tmp_path: Path) -> None:

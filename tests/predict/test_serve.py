@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.models.catalog import published_model
+from leanmoe.models.catalog import published_shape
 from leanmoe.predict.constants import shipped
 from leanmoe.predict.experts.active_experts import Activation
 from leanmoe.predict.experts.assumed import Assumed
@@ -20,7 +20,7 @@ from leanmoe.predict.traffic.closed_loop import closed_loop
 from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
 from leanmoe.predict.traffic.simulate import simulate
 
-MODEL = published_model("Qwen/Qwen3-30B-A3B")
+MODEL = published_shape("Qwen/Qwen3-30B-A3B")
 STEP = StepTime(MODEL, Deployment(GPUS["h200"]), shipped(), "vllm-triton")
 FULL = Activation(MODEL, None, assumed_curves(MODEL, Assumed()))
 

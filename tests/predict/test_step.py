@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.models.catalog import CONFIGS, published_model
-from leanmoe.models.step_model import read_model
+from leanmoe.models.catalog import CONFIGS, published_shape
+from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.predict.constants import shipped
 from leanmoe.predict.experts.active_experts import Activation
@@ -26,17 +26,16 @@ from tests.profile.example import profile
 from tests.published import MODELS
 
 H200 = GPUS["h200"]
-V3 = published_model("deepseek-ai/DeepSeek-V3")
-QWEN = published_model("Qwen/Qwen3-30B-A3B")
+V3 = published_shape("deepseek-ai/DeepSeek-V3")
+QWEN = published_shape("Qwen/Qwen3-30B-A3B")
 READINGS = Path(__file__).parents[2] / "benchmarks/predict/data/readings"
 
 
 def parts(
-    place: Deployment, batch: StepBatch, plan: Plan | None = None, model: object = V3
+    place: Deployment, batch: StepBatch, plan: Plan | None = None, model: MoEShape = V3
 ) -> Parts:
-    assert hasattr(model, "shape")
-    step = StepTime(model, place, shipped(), "sglang-triton" if model is V3 else "vllm-triton")  # type: ignore[arg-type]
-    return step.parts(batch, Activation(model, plan, assumed_curves(model, Assumed())))  # type: ignore[arg-type]
+    step = StepTime(model, place, shipped(), "sglang-triton" if model is V3 else "vllm-triton")
+    return step.parts(batch, Activation(model, plan, assumed_curves(model, Assumed())))
 
 
 def test_what_a_token_leaves_in_the_cache() -> None:
@@ -44,25 +43,25 @@ def test_what_a_token_leaves_in_the_cache() -> None:
     assert V3.cached_bytes(100, tensor=8) == 100 * V3.cached_bytes(1)  # a latent is on every GPU
     assert QWEN.cached_bytes(1) == 48 * 2 * 4 * 128 * 2
     assert QWEN.cached_bytes(1, tensor=4) == QWEN.cached_bytes(1) / 4
-    oss = published_model("openai/gpt-oss-120b")
+    oss = published_shape("openai/gpt-oss-120b")
     assert {kind.window for kind, _ in oss.attention} == {128, None}
     assert oss.cached_bytes(1000) < 1000 * oss.cached_bytes(1)
 
 
 def test_a_hybrid_models_linear_layers_cache_nothing() -> None:
-    found = read_model(MODELS["Qwen/Qwen3-Next-80B-A3B-Instruct"].config)
+    found = read_shape(MODELS["Qwen/Qwen3-Next-80B-A3B-Instruct"].config)
     assert sum(count for _, count in found.attention) == 12
-    nemotron = read_model(MODELS["nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B"].config)
+    nemotron = read_shape(MODELS["nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B"].config)
     assert (sum(count for _, count in nemotron.attention), nemotron.matrices) == (6, 2)
 
 
 def test_weights_on_all_gpus_are_the_models() -> None:
-    whole = V3.shape.always_bytes() + V3.shape.parameters.embedding * 2
-    whole += V3.moe_layers * V3.shape.experts * V3.shape.expert_bytes
+    whole = V3.always_bytes() + V3.parameters.embedding * 2
+    whole += len(V3.moe_layers) * V3.experts * V3.expert_bytes
     # Latent attention's down-projections are on every GPU: 7,168 x (1,536 + 576) a layer, fp8.
     copied = 61 * 7168 * (1536 + 576)
     assert V3.copied_weights == copied
-    everywhere = whole + 7 * copied * V3.shape.storage.other_bytes
+    everywhere = whole + 7 * copied * V3.storage.other_bytes
     assert Deployment(H200, 8).weight_bytes(V3) * 8 == pytest.approx(everywhere, rel=0.005)
     assert Deployment(H200, 1, 8, 8).weight_bytes(V3) > Deployment(H200, 8).weight_bytes(V3)
 
@@ -104,7 +103,7 @@ def test_hardware_by_name_or_by_file(tmp_path: Path) -> None:
 
 def test_more_work_takes_longer_and_lower_k_less() -> None:
     place = Deployment(H200, 8)
-    lower = Plan.uniform(V3.shape.fingerprint(), Rule(top_k=4))
+    lower = Plan.uniform(V3.fingerprint(), Rule(top_k=4))
     before = 0.0
     for tokens in (1, 8, 64, 512):
         full, fewer = (parts(place, StepBatch(tokens, 1000), plan) for plan in (None, lower))
@@ -129,8 +128,8 @@ def test_communication_follows_the_parallelism() -> None:
 
 
 def test_prompt_rules_spare_prompt_tokens_alone() -> None:
-    place, layers = Deployment(H200, 8), V3.moe_layers
-    plan = Plan(V3.shape.fingerprint(), (), (Rule(top_k=2),) * layers)
+    place, layers = Deployment(H200, 8), len(V3.moe_layers)
+    plan = Plan(V3.fingerprint(), (), (Rule(top_k=2),) * layers)
     batch = StepBatch(16, 1000, prompt=4096)
     assert parts(place, batch, plan).experts < 0.7 * parts(place, batch).experts
     decode = StepBatch(16, 1000)
@@ -138,8 +137,8 @@ def test_prompt_rules_spare_prompt_tokens_alone() -> None:
 
 
 def test_a_band_ends_where_it_says() -> None:
-    place, layers = Deployment(H200, 8), V3.moe_layers
-    plan = Plan(V3.shape.fingerprint(), (Band(32, (Rule(top_k=2),) * layers),))
+    place, layers = Deployment(H200, 8), len(V3.moe_layers)
+    plan = Plan(V3.fingerprint(), (Band(32, (Rule(top_k=2),) * layers),))
     assert parts(place, StepBatch(32, 100), plan).experts < parts(place, StepBatch(32, 100)).experts
     assert (
         parts(place, StepBatch(33, 100), plan).experts == parts(place, StepBatch(33, 100)).experts
@@ -159,7 +158,7 @@ def test_what_bounds_a_part() -> None:
 def experts_ms(
     tokens: int, rule: Rule, small_steps: SmallSteps, place: Deployment, kernel: str = "vllm-triton"
 ) -> float:
-    plan = Plan.uniform(QWEN.shape.fingerprint(), rule)
+    plan = Plan.uniform(QWEN.fingerprint(), rule)
     activation = Activation(QWEN, plan, assumed_curves(QWEN, Assumed()))
     step = StepTime(QWEN, place, shipped(), kernel, small_steps)
     return 1e3 * step.parts(StepBatch(tokens, 100), activation).experts
@@ -186,9 +185,9 @@ def test_small_steps_are_grouped_where_tokens_share_experts_and_else_skip() -> N
 
 
 def test_prompt_tokens_join_a_step_that_is_shared() -> None:
-    layers = QWEN.moe_layers
-    bands = Plan.uniform(QWEN.shape.fingerprint(), Rule(guaranteed=3)).bands
-    plan = Plan(QWEN.shape.fingerprint(), bands, prompt=(Rule(),) * layers)
+    layers = len(QWEN.moe_layers)
+    bands = Plan.uniform(QWEN.fingerprint(), Rule(guaranteed=3)).bands
+    plan = Plan(QWEN.fingerprint(), bands, prompt=(Rule(),) * layers)
     curves = assumed_curves(QWEN, Assumed())
     (active,) = Activation(QWEN, plan, curves).layers(2, 1)
     assert active.is_shared
@@ -201,14 +200,14 @@ def test_steps_of_vllm_are_within_a_tenth(path: Path) -> None:
     if installed() != VERSION:
         pytest.skip("aiconfigurator-core is not installed")
     found = json.loads(path.read_text())
-    model = published_model(found["model"])
+    model = published_shape(found["model"])
     place = Deployment(GPUS[found["hardware"]])
     step = StepTime(model, place, shipped(), found["kernel"], SmallSteps.REPEAT)
     for row in found["rows"]:
-        plan = Plan.uniform(model.shape.fingerprint(), Rule(**row["rule"]))
+        plan = Plan.uniform(model.fingerprint(), Rule(**row["rule"]))
         activation = Activation(model, plan, assumed_curves(model, Assumed()))
         took = step.parts(StepBatch(row["concurrency"], found["context"]), activation).total
-        took = 1e3 * took + model.moe_layers * row["layer_us"] * 1e-3
+        took = 1e3 * took + len(model.moe_layers) * row["layer_us"] * 1e-3
         assert took == pytest.approx(row["step_ms"], rel=0.1), row
 
 
@@ -224,7 +223,7 @@ def test_a_saved_profiles_curve_needs_no_torch_and_its_own_model() -> None:
         "num_experts": 16,
         "num_experts_per_tok": 4,
     }
-    model = read_model(config)
+    model = read_shape(config)
     curve_of = saved_curves({"model": asdict(saved.model), "profile": saved.to_json()}, model)
     full = curve_of(0, Rule())
     for point in saved.distinct[0]:
@@ -238,8 +237,8 @@ def test_a_saved_profiles_curve_needs_no_torch_and_its_own_model() -> None:
 
 def test_mxfp4_kernels_group_every_step() -> None:
     """OpenAI's, in vLLM: what an engine makes of steps slot by slot does not touch them."""
-    model = published_model("openai/gpt-oss-120b")
-    plan = Plan.uniform(model.shape.fingerprint(), Rule(guaranteed=2))
+    model = published_shape("openai/gpt-oss-120b")
+    plan = Plan.uniform(model.fingerprint(), Rule(guaranteed=2))
     activation = Activation(model, plan, assumed_curves(model, Assumed()))
     times = {
         StepTime(model, Deployment(H200), shipped(), "vllm-triton", how)

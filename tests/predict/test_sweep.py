@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.models.catalog import published_model
+from leanmoe.models.catalog import published_shape
 from leanmoe.plan import Plan, Rule
 from leanmoe.predict.constants import shipped
 from leanmoe.predict.experts.assumed import Assumed
@@ -28,7 +28,7 @@ from leanmoe.predict.traffic.sweep import (
 )
 from leanmoe.predict.traffic.sweep_results import FULL, sweep_results
 
-MODEL = published_model("deepseek-ai/DeepSeek-V3")
+MODEL = published_shape("deepseek-ai/DeepSeek-V3")
 
 
 def point(per_user: float, per_gpu: float) -> SweepPoint:
@@ -66,7 +66,7 @@ def test_every_split_is_allowed_and_fits() -> None:
 
 
 def test_a_thousand_configurations_take_seconds() -> None:
-    plan = Plan.uniform(MODEL.shape.fingerprint(), Rule(top_k=6))
+    plan = Plan.uniform(MODEL.fingerprint(), Rule(top_k=6))
     lengths = read_lengths("1024", "x")
     started = time.monotonic()
     found = sweep_results(

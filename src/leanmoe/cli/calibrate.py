@@ -33,7 +33,7 @@ def calibrate(
     Example:
     leanmoe calibrate h200 --model Qwen/Qwen3-30B-A3B -o h200.json
     """
-    from leanmoe.models.catalog import find_model
+    from leanmoe.models.catalog import find_shape
     from leanmoe.predict.calibrate import LAYERS, Layer, gpu_at_hand, read_tokens, require_gpu
     from leanmoe.predict.calibrate import calibrate as run
     from leanmoe.predict.hardware.gpus import read_gpu
@@ -41,7 +41,7 @@ def calibrate(
     described = read_gpu(gpu)
     layers = [Layer(*widths) for widths in LAYERS]
     for name in model or []:
-        shape = find_model(name).shape
+        shape = find_shape(name)
         layers.append(Layer(shape.experts, shape.hidden, shape.expert_width, shape.top_k))
     if output.exists():
         raise LeanMoeError(f"{output} is there already: give another --output, or remove it")

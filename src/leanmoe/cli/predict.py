@@ -99,7 +99,7 @@ def predict(
     Example:
     leanmoe predict deepseek-ai/DeepSeek-V3 --top-k 6 --gpus 8 --concurrency 1,32
     """
-    from leanmoe.models.catalog import find_model
+    from leanmoe.models.catalog import find_shape
     from leanmoe.predict.constants import find_constants
     from leanmoe.predict.experts.assumed import Assumed
     from leanmoe.predict.experts.curve_sources import find_curves
@@ -111,7 +111,7 @@ def predict(
     from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
     from leanmoe.predict.traffic.sweep import Limits
 
-    found = find_model(model)
+    found = find_shape(model)
     machine = read_gpu(gpu)
     own = find_constants(constants, communication, machine)
     assumed = Assumed(skew, agreement)

@@ -6,14 +6,12 @@ Facts from the models' public config.json files; leanmoe can be run on any other
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError, did_you_mean, unknown_name
 from leanmoe.models.shape import MoEShape, read_shape
-from leanmoe.models.step_model import Model, read_model
 
 _LATENT = {
     "kv_lora_rank": 512,
@@ -153,35 +151,23 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def published_model(name: str) -> Model:
+def published_shape(name: str) -> MoEShape:
     """One of `CONFIGS` by its name; raises LeanMoeError that lists them for another name."""
     if name not in CONFIGS:
         raise unknown_name("published model", name, CONFIGS)
-    return read_model(CONFIGS[name], name)
-
-
-def find_model(name: str) -> Model:
-    """A model by name: one of the study's by its facts here, else by its config.json."""
-    if name in CONFIGS and not Path(name).exists():
-        print(f"leanmoe: {name}'s shape is known here; nothing is fetched", file=sys.stderr)
-        return read_model(CONFIGS[name], name)
-    with _suggesting(name):
-        return read_model(name)
+    return read_shape(CONFIGS[name], name)
 
 
 def find_shape(name: str) -> MoEShape:
-    """A model's shape alone, found as `find_model` does, where its attention may be any."""
+    """A model by name: a published one by its facts here, else by its config.json.
+
+    Raises LeanMoeError as `read_shape` does, with the published names that are near.
+    """
     if name in CONFIGS and not Path(name).exists():
-        return find_model(name).shape
-    with _suggesting(name):
-        return read_shape(name)
-
-
-@contextmanager
-def _suggesting(name: str) -> Iterator[None]:
-    """Adds the known names near one that is not found."""
+        print(f"leanmoe: {name}'s shape is known here; nothing is fetched", file=sys.stderr)
+        return published_shape(name)
     try:
-        yield
+        return read_shape(name)
     except LeanMoeError as error:
         near = "" if Path(name).exists() else did_you_mean(name, CONFIGS).strip()
         raise LeanMoeError(f"{error}; {near}" if near else str(error)) from error

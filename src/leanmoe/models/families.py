@@ -12,20 +12,22 @@ from types import MappingProxyType
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError, unknown_name
-from leanmoe.models.attention_params import (
+from leanmoe.models.attention import (
     Mixer,
     attention,
-    gated_delta_net,
     hybrid,
-    kimi_delta,
     latent_attention,
+    window_and_full,
+)
+from leanmoe.models.hf_config import HfConfig
+from leanmoe.models.linear_attention import (
+    gated_delta_net,
+    kimi_delta,
     lightning_attention,
     mamba,
     mamba2,
     short_convolution,
-    window_and_full,
 )
-from leanmoe.models.hf_config import HfConfig
 from leanmoe.models.routers import (
     BIAS,
     DEEPSEEK_V3,

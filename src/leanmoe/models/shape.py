@@ -7,12 +7,14 @@ Which model a plan or a profile was made for. Needs no torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.attention import CACHE_BYTES, Attention, attends, attention_of
 from leanmoe.models.families import FAMILIES, Family, Router, family_of
 from leanmoe.models.hf_config import FILE, REFERENCE, HfConfig, language_part, read_config
 from leanmoe.models.weight_format import Storage, storage
@@ -75,7 +77,7 @@ class MoEShape:
     hidden: int
     expert_width: int
     shared_width: int
-    """Width of all shared experts together."""
+    """Width of all shared experts, added up."""
     dense_width: int
     vocabulary: int
     router: Router
@@ -83,6 +85,14 @@ class MoEShape:
     storage: Storage
     not_runnable: str | None
     """Why no plan can run on the model; None where one can."""
+    attention: tuple[tuple[Attention, int], ...] = field(compare=False)
+    """Kinds of attention layers and how many there are of each; linear mixers cache nothing.
+
+    Windows are those that the config.json lists: what a family assumes beside it is not known."""
+    matrices: int
+    """Matrices of an expert: 3 with a gate, 2 without."""
+    name: str = field(compare=False)
+    """What the model was asked for by; the architecture where it was not by a name."""
 
     def fingerprint(self) -> Fingerprint:
         """What a plan for this model is tied to; raises LeanMoeError where none can run."""
@@ -107,7 +117,7 @@ class MoEShape:
 
     @property
     def expert_bytes(self) -> float:
-        """Bytes read when one routed expert is awake."""
+        """Bytes read when one routed expert is active."""
         return self.parameters.expert * self.storage.expert_bytes
 
     def total_parameters(self) -> int:
@@ -129,11 +139,23 @@ class MoEShape:
         return plain * self.storage.plain_bytes + other * self.storage.other_bytes
 
     def decode_bytes(self, distinct: float) -> float:
-        """Bytes of weights a decode step reads when each MoE layer wakes `distinct` experts.
+        """Bytes of weights a decode step reads when each MoE layer activates `distinct` experts.
 
         The KV cache and activations are not counted.
         """
         return self.always_bytes() + len(self.moe_layers) * distinct * self.expert_bytes
+
+    def cached_bytes(self, context: float, tensor: int = 1) -> float:
+        """Bytes of KV cache of one sequence with `context` tokens on one of `tensor` GPUs."""
+        return sum(
+            count * kind.cached_width(tensor) * kind.reach(context) * CACHE_BYTES
+            for kind, count in self.attention
+        )
+
+    @property
+    def copied_weights(self) -> int:
+        """Attention's weights that every GPU of tensor parallelism holds whole."""
+        return sum(count * kind.copied for kind, count in self.attention)
 
     def _routed(self, experts: int) -> int:
         return len(self.moe_layers) * experts * self.parameters.expert
@@ -151,7 +173,7 @@ def distinct_uniform(experts: int, top_k: float, tokens: int) -> float:
 def distinct_grouped(experts: int, top_k: int, tokens: int, groups: int, used: int) -> float:
     """Expected distinct experts when the tokens of a step all use the same `used` of `groups`.
 
-    What makes group-limited routing wake fewer experts than `distinct_uniform` is not the limit
+    What makes group-limited routing activate fewer experts than `distinct_uniform` is not the limit
     but tokens that agree on their groups; this is full agreement, the lower end.
     """
     if not 1 <= used <= groups or experts % groups:
@@ -162,7 +184,7 @@ def distinct_grouped(experts: int, top_k: int, tokens: int, groups: int, used: i
     return distinct_uniform(reachable, top_k, tokens)
 
 
-def read_shape(source: str | Path | Mapping[str, Any]) -> MoEShape:
+def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) -> MoEShape:
     """The shape of a model folder, a config.json, a hub name, the word "reference" or a config.
 
     A hub name is looked up in the local cache first, then on the network. Raises LeanMoeError
@@ -200,12 +222,20 @@ def read_shape(source: str | Path | Mapping[str, Any]) -> MoEShape:
         parameters=_parameters(settings, family, layers, moe_layers),
         storage=storage(settings),
         not_runnable=family.not_runnable,
+        attention=_attention(settings, layers),
+        matrices=family.matrices,
+        name=name or (_architecture(settings) if isinstance(source, Mapping) else str(source)),
     )
 
 
 def _architecture(settings: HfConfig) -> str:
     names = settings.items("architectures", str)
     return str(names[0]) if names else str(settings.raw("model_type"))
+
+
+def _attention(settings: HfConfig, layers: int) -> tuple[tuple[Attention, int], ...]:
+    kinds = Counter(attention_of(settings, n) for n in range(layers) if attends(settings, n))
+    return tuple(kinds.items())
 
 
 def _layers(settings: HfConfig, family: Family) -> int:
@@ -283,7 +313,7 @@ def _dense_width(settings: HfConfig, family: Family) -> int:
 
 
 def _shared(settings: HfConfig, family: Family, width: int) -> tuple[int, int]:
-    """Number of shared experts, and their width together."""
+    """Number of shared experts, and the sum of their widths."""
     count = settings.whole("n_shared_experts", 0)
     if family.shared_width is None:
         return count, count * width

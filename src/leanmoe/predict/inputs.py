@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.models.step_model import Model
+from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
 
 if TYPE_CHECKING:
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def find_plan(
-    model: Model, path: Path | None, top_k: int | None, guaranteed: int | None
+    model: MoEShape, path: Path | None, top_k: int | None, guaranteed: int | None
 ) -> Plan | None:
     """A saved plan, or a uniform one; raises LeanMoeError where both are asked for or none fits."""
     if path is not None and (top_k is not None or guaranteed is not None):
         raise LeanMoeError("give --plan, or --top-k and --guaranteed, not both")
-    fingerprint = model.shape.fingerprint()
+    fingerprint = model.fingerprint()
     if path is not None:
         plan = Plan.load(path)
         plan.check(fingerprint, more_experts=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from leanmoe.models.step_model import Model
+from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan
 from leanmoe.predict.constants import Constants, shipped
 from leanmoe.predict.experts.active_experts import Activation
@@ -15,6 +15,7 @@ from leanmoe.predict.experts.curve_sources import CurvesOf, assumed_curves
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import TESTED_EXPERTS, TESTED_MULTIPLE
 from leanmoe.predict.kernels.kernel_constants import KernelConstants
+from leanmoe.predict.kernels.tables import kernel_format
 from leanmoe.predict.step.deployment import Deployment, Memory
 from leanmoe.predict.step.step_time import StepBatch, StepTime
 from leanmoe.predict.traffic.closed_loop import Served, closed_loop
@@ -66,7 +67,7 @@ class PredictedVariant:
 class Prediction:
     """What is predicted, and what it stands on."""
 
-    model: Model
+    model: MoEShape
     deployment: Deployment
     load: ServiceLoadModel
     full: PredictedVariant
@@ -113,13 +114,13 @@ def _to_json(found: PredictedVariant) -> dict[str, Any]:
     }
 
 
-def default_kernel(model: Model) -> str:
+def default_kernel(model: MoEShape) -> str:
     """The kernel assumed where none is named."""
-    return DEFAULT_KERNELS[model.dtype]
+    return DEFAULT_KERNELS[kernel_format(model)]
 
 
 def predict(
-    model: Model,
+    model: MoEShape,
     plan: Plan | None,
     deployment: Deployment,
     load: ServiceLoadModel,
@@ -140,7 +141,7 @@ def predict(
     """
     load.check()
     if plan is not None:
-        plan.check(model.shape.fingerprint(), more_experts=True)
+        plan.check(model.fingerprint(), more_experts=True)
     constants = constants or shipped()
     step = StepTime(model, deployment, constants, kernel or default_kernel(model))
     scope = deployment.scope(cross_rank)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from leanmoe.models.catalog import published_model
+from leanmoe.models.catalog import published_shape
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.predict.constants import Constants, shipped
@@ -47,15 +47,15 @@ def analysis() -> dict[str, Any]:
     dense layers' width for an expert's, as the paper's analysis does: nine times too many bytes and
     products, so that a layer seems to take nine times as long; the intensity stays the same.
     """
-    model = published_model(paper.V3)
-    shape, gpu = model.shape, GPUS["h200"]
-    fine = (shape.experts, shape.top_k, shape.hidden, shape.expert_width)
+    model = published_shape(paper.V3)
+    gpu = GPUS["h200"]
+    fine = (model.experts, model.top_k, model.hidden, model.expert_width)
     rows = []
     for tokens in LOADS:
         row: dict[str, Any] = {"tokens": tokens}
         for name, (experts, k, hidden, width) in (("fine", fine), ("coarse", COARSE)):
             distinct = distinct_uniform(experts, k, tokens)
-            weights = distinct * 3 * hidden * width * shape.weight_bytes
+            weights = distinct * 3 * hidden * width * model.weight_bytes
             products = 2 * tokens * k * 3 * hidden * width
             passed = 2.0 * tokens * (2 * hidden + k * width)
             row[name] = {
@@ -89,7 +89,7 @@ def v2_lite(overhead: float, constants: Constants | None = None) -> dict[str, An
     that DeepSeek-V3's column gave.
     """
     constants = with_overhead(constants or shipped(), "a800", overhead)
-    model = published_model(paper.V2_LITE)
+    model = published_shape(paper.V2_LITE)
     place, lengths = Deployment(GPUS["a800"], 2), read_lengths(STUDY_LENGTH, "length")
     curves = assumed_curves(model, Assumed())
     step = StepTime(model, place, constants, default_kernel(model))
@@ -125,10 +125,10 @@ def u_shape(name: str, place: Deployment, constants: Constants | None = None) ->
     awake anyway; many tokens, where products decide. Each starts at the first load that is in it.
     """
     constants = constants or shipped()
-    model = published_model(name)
+    model = published_shape(name)
     step = StepTime(model, place, constants, default_kernel(model))
     curves = assumed_curves(model, Assumed())
-    lower = max(1, round(model.shape.top_k * LOWER))
+    lower = max(1, round(model.top_k * LOWER))
     full = Activation(model, None, curves)
     fewer = Activation(model, plan_of(model, Rule(top_k=lower)), curves)
     context = read_lengths(STUDY_LENGTH, "length").mean * 1.5
@@ -150,7 +150,7 @@ def u_shape(name: str, place: Deployment, constants: Constants | None = None) ->
         "label": "modelled",
         "model": name,
         "machine": str(place),
-        "top_k": model.shape.top_k,
+        "top_k": model.top_k,
         "lower": lower,
         "rows": rows,
         "regimes": regimes([r["tokens"] for r in rows], [r["experts_gain"] for r in rows]),
@@ -197,9 +197,9 @@ def banded(overhead: float, constants: Constants | None = None) -> dict[str, Any
     fewer experts for prompt tokens. No quality is claimed for DeepSeek-V3: nobody measured it.
     """
     constants = with_overhead(constants or shipped(), "h200", overhead)
-    model = published_model(paper.V3)
-    print_ = model.shape.fingerprint()
-    layers = model.moe_layers
+    model = published_shape(paper.V3)
+    print_ = model.fingerprint()
+    layers = len(model.moe_layers)
     place, lengths = Deployment(GPUS["h200"], 8), read_lengths(STUDY_LENGTH, "length")
     curves = assumed_curves(model, Assumed())
     step = StepTime(model, place, constants, default_kernel(model))

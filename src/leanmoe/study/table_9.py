@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from leanmoe.models.catalog import published_model
-from leanmoe.models.shape import distinct_uniform
-from leanmoe.models.step_model import Model
+from leanmoe.models.catalog import published_shape
+from leanmoe.models.shape import MoEShape, distinct_uniform
 from leanmoe.plan import Plan, Rule
 from leanmoe.predict.constants import Constants, shipped
 from leanmoe.predict.experts.active_experts import Activation
@@ -36,9 +35,9 @@ WITHIN = 3.0
 """Points of percent that a ratio may be off."""
 
 
-def plan_of(model: Model, rule: Rule) -> Plan:
+def plan_of(model: MoEShape, rule: Rule) -> Plan:
     """The same rule in every layer at every load."""
-    return Plan.uniform(model.shape.fingerprint(), rule)
+    return Plan.uniform(model.fingerprint(), rule)
 
 
 def throughputs(
@@ -71,7 +70,7 @@ def table_9(
     fewer experts gain is then predicted.
     """
     constants = constants or shipped()
-    model = published_model(paper.V3)
+    model = published_shape(paper.V3)
     kernel = kernel or default_kernel(model)
     place, lengths = Deployment(GPUS["h200"], 8), read_lengths(STUDY_LENGTH, "length")
     curves = assumed_curves(model, assumed or Assumed())
@@ -125,16 +124,15 @@ def table_9(
     }
 
 
-def _saved(model: Model, place: Deployment, load: int, k: int) -> dict[str, float]:
+def _saved(model: MoEShape, place: Deployment, load: int, k: int) -> dict[str, float]:
     """Milliseconds of a step that k for 8 saves: reading, at the full rate; in the paper."""
-    shape = model.shape
-    fewer = distinct_uniform(shape.experts, 8, load) - distinct_uniform(shape.experts, k, load)
-    read = fewer * model.moe_layers * shape.expert_bytes / place.gpus / place.gpu.bandwidth
+    fewer = distinct_uniform(model.experts, 8, load) - distinct_uniform(model.experts, k, load)
+    read = fewer * len(model.moe_layers) * model.expert_bytes / place.gpus / place.gpu.bandwidth
     cited = load / paper.TABLE_9[load][8] - load / paper.TABLE_9[load][k]
     return {"reading": 1e3 * read, "paper": 1e3 * cited}
 
 
-def _least_gain(model: Model, place: Deployment, load: int, k: int) -> float:
+def _least_gain(model: MoEShape, place: Deployment, load: int, k: int) -> float:
     """Percent that k for 8 gains of the paper's own step, if tokens choose independently.
 
     Nothing but the reading of the experts that stay asleep is saved, at the memory's stated rate,
@@ -161,14 +159,18 @@ def _table_9_row(load: int, ours: Mapping[int, float]) -> dict[str, Any]:
 
 
 def _kept_experts(
-    model: Model, step: StepTime, curves: CurveOf, lengths: LengthDistribution, loads: Sequence[int]
+    model: MoEShape,
+    step: StepTime,
+    curves: CurveOf,
+    lengths: LengthDistribution,
+    loads: Sequence[int],
 ) -> list[dict[str, Any]]:
     """Throughput with fewer experts in total, in the paper's shares of 64."""
     found = []
     full = throughputs(step, None, curves, lengths, loads)
     for kept in paper.EXPERTS_KEPT[1:]:
         share = kept / paper.EXPERTS_KEPT[0]
-        rule = Rule(experts=tuple(range(int(model.shape.experts * share))))
+        rule = Rule(experts=tuple(range(int(model.experts * share))))
         column = throughputs(step, plan_of(model, rule), curves, lengths, loads)
         found.append(
             {
@@ -184,7 +186,7 @@ def what_moves(constants: Constants | None = None) -> list[dict[str, Any]]:
 
     None is chosen by how near it comes: this says how much of the difference they can explain.
     """
-    model = published_model(paper.V3)
+    model = published_shape(paper.V3)
     usual = default_kernel(model)
     cases: list[tuple[str, str, Assumed]] = [
         ("as above: independent tokens, even use", usual, Assumed()),

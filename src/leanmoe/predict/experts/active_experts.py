@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from leanmoe.models.step_model import Model
+from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.predict.experts.curve_sources import CurveOf
 from leanmoe.predict.experts.curves import Curve
@@ -32,9 +32,9 @@ class Active:
 class Activation:
     """Distinct experts and rows of every MoE layer, by the tokens of a step."""
 
-    def __init__(self, model: Model, plan: Plan | None, curve_of: CurveOf) -> None:
+    def __init__(self, model: MoEShape, plan: Plan | None, curve_of: CurveOf) -> None:
         self._plan = plan
-        layers = model.moe_layers
+        layers = len(model.moe_layers)
         bands = [] if plan is None else list(plan.bands)
         self._bands = [(band.up_to, _grouped(band.rules, curve_of)) for band in bands]
         self._full = _grouped((Rule(),) * layers, curve_of)

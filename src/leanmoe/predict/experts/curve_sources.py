@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
 from leanmoe.core.progress import bar
-from leanmoe.models.step_model import Model
+from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Fingerprint, Plan, Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.predict.experts.assumed import Assumed, assumed_curve
@@ -27,16 +27,16 @@ CurvesOf = Callable[[RankLayout], CurveOf]
 """The curves by where experts are and whose tokens share them."""
 
 
-def assumed_curves(model: Model, assumed: Assumed, scope: RankLayout = ALONE) -> CurveOf:
+def assumed_curves(model: MoEShape, assumed: Assumed, scope: RankLayout = ALONE) -> CurveOf:
     """Curves where no trace is at hand: the same in every layer."""
-    shape, router = model.shape, model.shape.router
+    router = model.router
     cached: dict[Rule, Curve] = {}
 
     def curve_of(_layer: int, rule: Rule) -> Curve:
         if rule not in cached:
             cached[rule] = assumed_curve(
-                shape.experts,
-                shape.top_k,
+                model.experts,
+                model.top_k,
                 rule,
                 assumed,
                 router.groups,
@@ -48,7 +48,7 @@ def assumed_curves(model: Model, assumed: Assumed, scope: RankLayout = ALONE) ->
     return curve_of
 
 
-def saved_curves(saved: Mapping[str, object], model: Model) -> CurveOf:
+def saved_curves(saved: Mapping[str, object], model: MoEShape) -> CurveOf:
     """Curves of `profile.json` (its `distinct`), which holds the full model's; needs no torch.
 
     A rule that lowers `top_k` alone scales every expert's use; any other rule needs its traces
@@ -56,7 +56,7 @@ def saved_curves(saved: Mapping[str, object], model: Model) -> CurveOf:
     for a profile of another model.
     """
     found = saved.get("model")
-    mine = model.shape.fingerprint()
+    mine = model.fingerprint()
     if not isinstance(found, dict) or Fingerprint(**found) != mine:
         raise LeanMoeError(f"the profile is of another model: {found}, this one is {mine}")
     shown = saved["profile"]
@@ -73,8 +73,8 @@ def saved_curves(saved: Mapping[str, object], model: Model) -> CurveOf:
     return curve_of
 
 
-def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: Model) -> Curve:
-    experts, top_k = model.shape.experts, model.shape.top_k
+def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: MoEShape) -> Curve:
+    experts, top_k = model.experts, model.top_k
     lower = Rule(top_k=rule.top_k, keep_weights=rule.keep_weights)
     if rule != lower:
         raise LeanMoeError(
@@ -98,7 +98,7 @@ PROFILE = "profile.json"
 
 
 def find_curves(
-    model: Model, plan: Plan | None, profile: Path | None, assumed: Assumed
+    model: MoEShape, plan: Plan | None, profile: Path | None, assumed: Assumed
 ) -> CurvesOf:
     """Distinct experts from a profile where one is given, else as assumed.
 

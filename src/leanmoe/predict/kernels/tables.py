@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.shape import MoEShape
 from leanmoe.predict.kernels.features import ExpertsShape, Rows
 
 PACKAGE = "aiconfigurator-core"
@@ -35,6 +36,13 @@ SYSTEMS = {
     "l40s": "l40s",
 }
 """Our names of GPUs, and the package's."""
+KERNEL_FORMATS: Mapping[str, str] = {
+    "bfloat16": "bfloat16",
+    "float16": "bfloat16",
+    "fp8": "fp8_block",
+    "mxfp4": "w4a16_mxfp4",
+}
+"""Formats of stored experts whose kernels were measured, and the tables' names."""
 WEIGHT_BYTES = {
     "bfloat16": 2.0,
     "fp8": 1.0,
@@ -56,6 +64,16 @@ GROUPED = ((7168, 2048, 256, 8),)
 GROUPS, GROUPS_USED = 8, 4
 GROUPED_LEAST_TOKENS = 32
 """Below it, which experts break the router's ties is not known, and so neither how many wake."""
+
+
+def kernel_format(model: MoEShape) -> str:
+    """The format of the kernel that computes the experts: bf16's where none is known."""
+    return KERNEL_FORMATS.get(model.storage.name, "bfloat16")
+
+
+def is_as_if(model: MoEShape) -> bool:
+    """Whether no kernel for the experts' format is known, and bf16's stands in for it."""
+    return model.storage.name not in KERNEL_FORMATS
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.models.step_model import Model, require_divides
+from leanmoe.models.shape import MoEShape
 from leanmoe.predict.experts.spread import RankLayout
 from leanmoe.predict.hardware.gpus import Gpu
 
@@ -65,7 +65,7 @@ class Deployment:
         parts += [f"PP{self.pipeline}"] if self.pipeline > 1 else []
         return f"{self.gpus} x {self.gpu.name} ({' '.join(parts)})"
 
-    def check(self, model: Model) -> None:
+    def check(self, model: MoEShape) -> None:
         """Raises LeanMoeError where the model cannot be split so."""
         for name in ("tensor", "expert", "data", "pipeline"):
             value = getattr(self, name)
@@ -74,32 +74,33 @@ class Deployment:
         if self.gpus > MOST_GPUS:
             raise LeanMoeError(f"{self.gpus} GPUs: at most {MOST_GPUS} are modelled")
         for kind, _ in model.attention:
-            require_divides("attention heads", kind.heads, self.tensor, "--tensor-parallel-size")
+            _require_divides("attention heads", kind.heads, self.tensor, "--tensor-parallel-size")
         stage = "GPUs of --tensor-parallel-size x --data-parallel-size"
-        require_divides(stage, self.stage, self.expert, "--expert-parallel-size")
-        shape = model.shape
-        require_divides("experts", shape.experts, self.expert, "--expert-parallel-size")
-        require_divides("values of an expert's width", shape.expert_width, self.expert_tensor, "TP")
-        if self.pipeline > shape.layers:
+        _require_divides(stage, self.stage, self.expert, "--expert-parallel-size")
+        _require_divides("experts", model.experts, self.expert, "--expert-parallel-size")
+        _require_divides(
+            "values of an expert's width", model.expert_width, self.expert_tensor, "TP"
+        )
+        if self.pipeline > model.layers:
             raise LeanMoeError(
                 f"--pipeline-parallel-size {self.pipeline} is more than the model's "
-                f"{shape.layers} layers"
+                f"{model.layers} layers"
             )
 
-    def weight_bytes(self, model: Model, experts: float | None = None) -> float:
+    def weight_bytes(self, model: MoEShape, experts: float | None = None) -> float:
         """Bytes of weights on each GPU; `experts` a layer where some are pruned."""
-        found, storage = model.shape.parameters, model.shape.storage
-        routed = model.moe_layers * (model.shape.experts if experts is None else experts)
+        found, storage = model.parameters, model.storage
+        routed = len(model.moe_layers) * (model.experts if experts is None else experts)
         whole = model.copied_weights
         split = (found.mixers - whole + found.dense + found.shared) / self.tensor + whole
         copied = (found.routers + found.norms) * storage.plain_bytes
         ends = (found.embedding + found.head) * storage.plain_bytes / self.tensor
-        spread = routed * model.shape.expert_bytes / self.stage
+        spread = routed * model.expert_bytes / self.stage
         return (split * storage.other_bytes + copied + spread) / self.pipeline + ends / min(
             self.pipeline, 2
         )
 
-    def memory(self, model: Model, experts: float | None = None) -> Memory:
+    def memory(self, model: MoEShape, experts: float | None = None) -> Memory:
         """What lies on each GPU; raises LeanMoeError, by how much, where weights do not fit."""
         weights = self.weight_bytes(model, experts)
         usable = self.gpu.memory * USABLE - RESERVED
@@ -125,7 +126,7 @@ class Memory:
     copies: int
     """Of attention, each with a cache of its own."""
 
-    def sequences(self, model: Model, context: float, deployment: Deployment) -> int:
+    def sequences(self, model: MoEShape, context: float, deployment: Deployment) -> int:
         """Sequences with `context` tokens that fit at once, over all copies."""
         each = model.cached_bytes(context, deployment.tensor) / deployment.pipeline
         return int(self.cache // each) * self.copies if each else 1 << 30
@@ -136,7 +137,7 @@ MOST_CHOSEN = 64
 
 
 def find_deployment(
-    model: Model,
+    model: MoEShape,
     gpu: Gpu,
     gpus: int | None,
     tensor: int | None,
@@ -166,7 +167,7 @@ def find_deployment(
     return here
 
 
-def _fewest(model: Model, gpu: Gpu, expert: int) -> Deployment:
+def _fewest(model: MoEShape, gpu: Gpu, expert: int) -> Deployment:
     last: LeanMoeError | None = None
     count = max(1, expert)
     while count <= MOST_CHOSEN:
@@ -181,3 +182,13 @@ def _fewest(model: Model, gpu: Gpu, expert: int) -> Deployment:
             continue
         return here
     raise last or LeanMoeError(f"--expert-parallel-size {expert}: say how the model lies on GPUs")
+
+
+def _require_divides(what: str, whole: int, by: int, flag: str) -> None:
+    """Raises LeanMoeError unless `by` divides `whole`."""
+    if whole % by:
+        allowed = [n for n in range(1, whole + 1) if whole % n == 0]
+        raise LeanMoeError(
+            f"{flag} {by} does not divide {whole} {what}: it must be one of "
+            f"{', '.join(map(str, allowed[:12]))}"
+        )

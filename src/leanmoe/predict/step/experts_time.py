@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 
-from leanmoe.models.step_model import Model
+from leanmoe.models.shape import MoEShape
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import ExpertsShape, Rows
 from leanmoe.predict.kernels.kernel_constants import KernelConstants
@@ -17,6 +17,7 @@ from leanmoe.predict.kernels.tables import (
     PADDED_TO,
     VERSION,
     Measured,
+    is_as_if,
     measured_curve,
 )
 from leanmoe.predict.kernels.tile_heuristics import GATHERED
@@ -52,8 +53,8 @@ class Ratios:
 class ExpertsTime:
     """The time of one layer's experts: constants, held to measured rows of the same layer."""
 
-    def __init__(self, model: Model, deployment: Deployment, kernel: KernelConstants) -> None:
-        shape, self._gpu = model.shape, deployment.gpu
+    def __init__(self, model: MoEShape, deployment: Deployment, kernel: KernelConstants) -> None:
+        shape, self._gpu = model, deployment.gpu
         self._kernel = kernel
         self.shape = ExpertsShape(
             shape.hidden,
@@ -86,7 +87,7 @@ class ExpertsTime:
                 f"interpolated: {len(measured)} measured rows of this layer "
                 f"(aiconfigurator-core {VERSION})"
             )
-        if model.is_as_if:
+        if is_as_if(model):
             self.origin += f", {shape.storage.name} weights read, computed as if by bf16's kernel"
         elif kernel.dtype in ACTIVATION_BYTES and self._gpu.flops_fp8 <= self._gpu.flops:
             self.origin += f", as if {self._gpu.name} computed fp8 at its bf16 rate"

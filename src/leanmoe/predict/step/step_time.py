@@ -10,7 +10,8 @@ from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
-from leanmoe.models.step_model import Attention, Model
+from leanmoe.models.attention import Attention
+from leanmoe.models.shape import MoEShape
 from leanmoe.predict.constants import Constants
 from leanmoe.predict.experts.active_experts import Activation, Active
 from leanmoe.predict.experts.spread import busiest, ranks_touched
@@ -23,6 +24,7 @@ from leanmoe.predict.hardware.collectives import (
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import Rows
 from leanmoe.predict.kernels.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
+from leanmoe.predict.kernels.tables import kernel_format
 from leanmoe.predict.kernels.tile_heuristics import GATHERED
 from leanmoe.predict.step.deployment import Deployment
 from leanmoe.predict.step.experts_time import ExpertsTime
@@ -86,7 +88,7 @@ class StepTime:
 
     def __init__(
         self,
-        model: Model,
+        model: MoEShape,
         deployment: Deployment,
         constants: Constants,
         kernel: str,
@@ -94,7 +96,9 @@ class StepTime:
     ) -> None:
         deployment.check(model)
         self.model, self.deployment = model, deployment
-        found, self.kernel_origin = constants.find(kernel, deployment.gpu.name, model.dtype)
+        found, self.kernel_origin = constants.find(
+            kernel, deployment.gpu.name, kernel_format(model)
+        )
         self.kernel = found
         self._experts = ExpertsTime(model, deployment, found)
         self._rates, self.rates_origin = constants.rates_for(deployment.gpu.name)
@@ -136,7 +140,7 @@ class StepTime:
         shared_by = here.pipeline
         tokens = batch.tokens / shared_by
         mine = tokens / here.data
-        layers = self.model.shape.layers
+        layers = self.model.layers
         active = activation.layers(batch.decoding / shared_by, batch.prompt / shared_by)
         sampled = (batch.decoding + batch.ending) / shared_by
         return Parts(
@@ -161,28 +165,29 @@ class StepTime:
         return calls * rates.product_seconds + max(reading, computing)
 
     def _projections(self, tokens: float) -> float:
-        found, storage = self.model.shape.parameters, self.model.shape.storage
+        found, storage = self.model.parameters, self.model.storage
         latent = any(kind.latent for kind, _ in self.model.attention)
-        calls = self.model.shape.layers * (5 if latent else 2)
+        calls = self.model.layers * (5 if latent else 2)
         whole = self.model.copied_weights
         weights = (found.mixers - whole) / self.deployment.tensor + whole
         return self._products(weights, storage.other_bytes, tokens, calls)
 
     def _shared(self, tokens: float) -> float:
-        found, shape = self.model.shape.parameters, self.model.shape
-        dense = shape.layers - self.model.moe_layers
-        calls = 2 * (self.model.moe_layers if found.shared else 0) + 2 * (
+        shape = self.model
+        found = shape.parameters
+        dense = shape.layers - len(self.model.moe_layers)
+        calls = 2 * (len(self.model.moe_layers) if found.shared else 0) + 2 * (
             dense if found.dense else 0
         )
         split = (found.shared + found.dense) / self.deployment.tensor
         return self._products(split, shape.storage.other_bytes, tokens, calls) + self._products(
-            found.routers, shape.storage.plain_bytes, tokens, self.model.moe_layers
+            found.routers, shape.storage.plain_bytes, tokens, len(self.model.moe_layers)
         )
 
     def _head(self, tokens: float) -> float:
-        found = self.model.shape.parameters
+        found = self.model.parameters
         weights = (found.head or found.embedding) / self.deployment.tensor
-        return self._products(weights, self.model.shape.storage.plain_bytes, tokens, 1)
+        return self._products(weights, self.model.storage.plain_bytes, tokens, 1)
 
     def _attention(self, batch: StepBatch, copies: float) -> float:
         gpu, rates, tensor = self.deployment.gpu, self._rates, self.deployment.tensor
@@ -230,7 +235,7 @@ class StepTime:
 
     def _is_slot_by_slot(self, tokens: float, active: Active) -> bool:
         share = SLOT_BY_SLOT.get((self.kernel.kernel, self.kernel.dtype), 0.0)
-        few = share * self.model.shape.experts
+        few = share * self.model.experts
         if self.deployment.expert > 1 or active.columns > few:
             return False
         is_grouped = active.is_shared and tokens > 1 and self._small_steps is SmallSteps.GROUP
@@ -242,9 +247,9 @@ class StepTime:
         return tokens * touched / self.deployment.expert * most * self.deployment.expert / rows
 
     def _touched(self, slots: float) -> float:
-        router = self.model.shape.router
+        router = self.model.router
         return ranks_touched(
-            self.model.shape.experts,
+            self.model.experts,
             slots,
             self.deployment.expert,
             router.groups,
@@ -254,7 +259,7 @@ class StepTime:
     def _communication(self, mine: float, tokens: float, active: list[Active]) -> float:
         """All-reduces of tensor parallelism; tokens to their experts and back where attention is
         copied."""
-        here, shape, rates = self.deployment, self.model.shape, self._rates
+        here, shape, rates = self.deployment, self.model, self._rates
         size = mine * shape.hidden * REPLICATED_BYTES
         seconds = 0.0
         if here.tensor > 1:
@@ -270,10 +275,10 @@ class StepTime:
     def _to_experts(self, mine: float, tokens: float, active: Active) -> float:
         """One layer's tokens to their experts and back, with data parallelism, and what ranks tell
         each other of their tokens' choices before."""
-        here, hidden, rates = self.deployment, self.model.shape.hidden, self._rates
+        here, hidden, rates = self.deployment, self.model.hidden, self._rates
         told = 0.0
         if active.exchanges_demand:
-            demand = DEMAND_BYTES * self.model.shape.experts
+            demand = DEMAND_BYTES * self.model.experts
             told = library_reduce_seconds(rates, here.gpu, demand, here.data)
         if here.exchanges and not self._gathers:
             touched = self._touched(active.rows / tokens if tokens else 0.0)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.models.step_model import Model
+from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan
 from leanmoe.predict.constants import Constants
 from leanmoe.predict.experts.active_experts import Activation
@@ -74,7 +74,7 @@ class SweepPoint:
 
 
 def deployments(
-    gpu: Gpu, model: Model, gpus: Sequence[int], refused: dict[str, str] | None = None
+    gpu: Gpu, model: MoEShape, gpus: Sequence[int], refused: dict[str, str] | None = None
 ) -> list[Deployment]:
     """Every split of these numbers of GPUs that the model allows and its weights fit.
 
@@ -105,8 +105,8 @@ def deployments(
     return found
 
 
-def _require_width(here: Deployment, model: Model) -> None:
-    width = model.shape.expert_width / here.expert_tensor
+def _require_width(here: Deployment, model: MoEShape) -> None:
+    width = model.expert_width / here.expert_tensor
     if width < LEAST_WIDTH:
         raise LeanMoeError(
             f"an expert's width of {width:.0f} on each GPU is less than a tile's {LEAST_WIDTH}"
@@ -118,7 +118,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def sweep(
-    model: Model,
+    model: MoEShape,
     plans: Mapping[str, Plan | None],
     places: Sequence[Deployment],
     loads: Sequence[ServiceLoadModel],

@@ -8,7 +8,7 @@ from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
-from leanmoe.models.step_model import Model
+from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan
 from leanmoe.predict.constants import Constants
 from leanmoe.predict.experts.curve_sources import CurvesOf
@@ -31,7 +31,7 @@ FULL = "full model"
 
 
 def sweep_results(
-    model: Model,
+    model: MoEShape,
     plans: dict[str, Plan],
     gpu: Gpu,
     gpus: Sequence[int],

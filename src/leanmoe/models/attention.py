@@ -1,13 +1,13 @@
-"""Weights of what mixes a layer's tokens: attention in its forms, linear attention, Mamba.
+"""Attention of a decoder layer: its widths, its weights, and what a step reads and computes.
 
-Each function counts the parameters of one layer from a model's settings, as Transformers builds
-it. Needs no torch. Letters: D hidden width, H heads, W head width.
+The counting functions give the parameters of one layer from a model's settings, as Transformers
+builds it. Needs no torch.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from leanmoe.models.hf_config import HfConfig
@@ -15,9 +15,57 @@ from leanmoe.models.hf_config import HfConfig
 Mixer = Callable[[HfConfig, int], int]
 """Parameters of the mixer of a decoder layer, by the layer's index."""
 HeadNorm = Literal["none", "head", "full"]
-"""Norms of queries and keys: none, over each head's width, or over all heads together."""
+"""Norms of queries and keys: none, over each head's width, or over all heads at once."""
 Gate = Literal["none", "element", "head"]
 """A gate on the attention's output: none, one for each value, or one for each head."""
+
+
+CACHE_BYTES = 2.0
+"""Of a value in the KV cache: bf16, what engines do unless told otherwise."""
+ALTERNATING = ("gpt_oss",)
+"""Model types whose layers have a window in turn where the config lists no layer types."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of one kind of layer."""
+
+    heads: int
+    pairs: int
+    """Key-value heads."""
+    width: int
+    """Of queries and keys."""
+    value_width: int
+    latent: int = 0
+    """Width of what multi-head latent attention caches, without rotary part; 0 for none."""
+    rotary: int = 0
+    """Of latent attention: width of the shared rotary key."""
+    window: int | None = None
+    """Tokens that a layer looks back; None for all."""
+    copied: int = 0
+    """Weights that tensor parallelism does not split: latent attention's down-projections."""
+
+    def cached_width(self, tensor: int = 1) -> float:
+        """Values cached for a token on one of `tensor` GPUs: a latent cache is not divided."""
+        if self.latent:
+            return float(self.latent + self.rotary)
+        return (self.width + self.value_width) * max(1.0, self.pairs / tensor)
+
+    def reach(self, context: float) -> float:
+        """Tokens a query attends to, of `context`."""
+        return context if self.window is None else min(context, float(self.window))
+
+    def decode_products(self, context: float, tensor: int) -> float:
+        """FLOP of one new token: latent attention works on what is cached (absorbed)."""
+        heads = self.heads / tensor
+        width = 2 * self.latent + self.rotary if self.latent else self.width + self.value_width
+        return 2 * heads * width * self.reach(context)
+
+    def prefill_products(self, tokens: float, before: float, tensor: int) -> float:
+        """FLOP of a prompt's part of `tokens` after `before` others: not absorbed."""
+        heads = self.heads / tensor
+        seen = self.reach(before + tokens / 2)
+        return 2 * heads * (self.width + self.value_width) * seen * tokens
 
 
 def attention(
@@ -95,84 +143,6 @@ def attends(settings: HfConfig, layer: int) -> bool:
     return True
 
 
-def gated_delta_net(settings: HfConfig, _layer: int) -> int:
-    """Qwen3-Next's linear attention (arXiv 2412.06464)."""
-    hidden = settings.whole("hidden_size", least=1)
-    heads = settings.whole("linear_num_value_heads")
-    keys = settings.whole("linear_num_key_heads") * settings.whole("linear_key_head_dim")
-    width = settings.whole("linear_value_head_dim")
-    values = heads * width
-    convolution = (2 * keys + values) * settings.whole("linear_conv_kernel_dim")
-    projections = hidden * (2 * keys + 2 * values + 2 * heads) + values * hidden
-    return projections + convolution + 2 * heads + width
-
-
-def kimi_delta(low_rank: bool = True) -> Mixer:
-    """Kimi Linear's delta attention (arXiv 2510.26692); gates of low or of full rank."""
-
-    def count(settings: HfConfig, _layer: int) -> int:
-        hidden = settings.whole("hidden_size", least=1)
-        part = settings.part("linear_attn_config")
-        heads = settings.whole("linear_num_heads", settings.whole("num_attention_heads", least=1))
-        width = settings.whole("linear_head_dim", settings.whole("head_dim", 0))
-        kernel = settings.whole("linear_conv_kernel_dim", 4)
-        heads, width = part.whole("num_heads", heads), part.whole("head_dim", width, least=1)
-        kernel = part.whole("short_conv_kernel_size", kernel)
-        rows = heads * width
-        gates = 2 * width * (hidden + rows) if low_rank else 2 * hidden * rows
-        return 4 * hidden * rows + 3 * rows * kernel + rows + heads + hidden * heads + gates + width
-
-    return count
-
-
-def lightning_attention(settings: HfConfig, _layer: int) -> int:
-    """MiniMax-01's linear attention (arXiv 2501.08313)."""
-    hidden = settings.whole("hidden_size", least=1)
-    heads = settings.whole("num_attention_heads", least=1)
-    rows = heads * settings.whole("head_dim", hidden // heads)
-    return hidden * rows * 5 + rows
-
-
-def mamba(settings: HfConfig, _layer: int) -> int:
-    """Jamba's Mamba-1 (arXiv 2403.19887)."""
-    hidden = settings.whole("hidden_size", least=1)
-    inner, state = settings.whole("mamba_expand") * hidden, settings.whole("mamba_d_state")
-    rank = settings.raw("mamba_dt_rank")
-    rank = math.ceil(hidden / 16) if rank == "auto" else settings.whole("mamba_dt_rank")
-    convolution = inner * (settings.whole("mamba_d_conv") + settings.flag("mamba_conv_bias", True))
-    biases = (2 * inner + hidden) if settings.flag("mamba_proj_bias") else 0
-    steps = inner * (rank + 2 * state) + rank * inner + inner + rank + 2 * state
-    return 3 * hidden * inner + convolution + steps + inner * (state + 1) + biases
-
-
-def mamba2(settings: HfConfig, _layer: int) -> int:
-    """Mamba-2 as in Granite 4 and Nemotron-H (arXiv 2405.21060)."""
-    hidden = settings.whole("hidden_size", least=1)
-    if "mamba_num_heads" in settings.values:
-        heads, groups = settings.whole("mamba_num_heads"), settings.whole("n_groups")
-        inner = heads * settings.whole("mamba_head_dim")
-        state, kernel = settings.whole("ssm_state_size"), settings.whole("conv_kernel")
-        convolution_bias = settings.flag("use_conv_bias", True)
-        bias = settings.flag("use_bias")
-    else:
-        heads, groups = settings.whole("mamba_n_heads"), settings.whole("mamba_n_groups", 1)
-        inner = settings.whole("mamba_expand") * hidden
-        state, kernel = settings.whole("mamba_d_state"), settings.whole("mamba_d_conv")
-        convolution_bias = settings.flag("mamba_conv_bias", True)
-        bias = settings.flag("mamba_proj_bias")
-    channels = inner + 2 * groups * state
-    rows = inner + channels + heads
-    weights = hidden * rows + inner * hidden + (rows + hidden if bias else 0)
-    return weights + channels * (kernel + convolution_bias) + 3 * heads + inner
-
-
-def short_convolution(settings: HfConfig, _layer: int) -> int:
-    """LFM2's gated short convolution."""
-    hidden = settings.whole("hidden_size", least=1)
-    biases = 5 * hidden if settings.flag("conv_bias") else 0
-    return 4 * hidden * hidden + hidden * settings.whole("conv_L_cache") + biases
-
-
 def window_and_full(settings: HfConfig, layer: int) -> int:
     """MiMo-V2-Flash: window layers have twice the key-value heads, and sinks."""
     hidden = settings.whole("hidden_size", least=1)
@@ -189,3 +159,32 @@ def window_and_full(settings: HfConfig, layer: int) -> int:
     rows = heads * width + pairs * (width + value)
     biases = rows if settings.flag("attention_bias") else 0
     return hidden * rows + heads * value * hidden + (heads if window else 0) + biases
+
+
+def attention_of(settings: HfConfig, layer: int) -> Attention:
+    """The attention of a decoder layer that has one."""
+    heads = settings.whole("num_attention_heads", least=1)
+    if latent := settings.whole("kv_lora_rank", 0):
+        rotary = settings.whole("qk_rope_head_dim")
+        width = settings.whole("qk_nope_head_dim") + rotary
+        value = settings.whole("v_head_dim", least=1)
+        down = latent + rotary + settings.whole("q_lora_rank", 0)
+        copied = settings.whole("hidden_size", least=1) * down
+        return Attention(heads, 1, width, value, latent, rotary, copied=copied)
+    hidden = settings.whole("hidden_size", least=1)
+    width = settings.whole("head_dim", hidden // heads, least=1)
+    pairs = settings.whole("num_key_value_heads", heads, least=1)
+    value = settings.whole("v_head_dim", width, least=1)
+    return Attention(heads, pairs, width, value, window=_window(settings, layer))
+
+
+def _window(settings: HfConfig, layer: int) -> int | None:
+    window = settings.whole("sliding_window", 0)
+    kinds = settings.items("layer_types", str)
+    if not window:
+        return None
+    if kinds:
+        return window if "sliding" in kinds[layer] else None
+    if settings.raw("model_type") in ALTERNATING:
+        return window if layer % 2 == 0 else None
+    return None
