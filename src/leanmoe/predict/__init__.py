@@ -2,6 +2,6 @@
 
 `hardware`: GPUs, and what they tell each other. `kernels`: how long a MoE layer's experts take.
 `experts`: how many experts a step activates. `step`: how long a whole forward step takes.
-`traffic`: throughput and latency of a service, and deployments compared. `prediction` puts them
-together for one deployment.
+`traffic`: throughput and latency of a service, and deployments compared. `prediction` joins them
+for one deployment.
 """

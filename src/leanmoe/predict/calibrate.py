@@ -162,7 +162,7 @@ def gpu_at_hand(described: Gpu) -> Gpu:
 
 
 def measure_layer(layer: Layer, tokens: Sequence[int], clock: Clock, device: str) -> list[Reading]:
-    """A layer's experts at each number of tokens; experts are drawn evenly."""
+    """A layer's experts at each number of tokens; experts are chosen evenly."""
     import torch
 
     from leanmoe.kernels import experts_gpu

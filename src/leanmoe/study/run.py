@@ -186,7 +186,7 @@ def _speed_claims(results: dict[str, Any]) -> list[dict[str, str]]:
                 f"{g:+.1f}% at {r['concurrency']}" for g, r in zip(gains, lite["rows"], strict=True)
             ),
             "verdict": CONFIRMED if is_u else PARTLY,
-            "why": "Few experts awake at first, all of them in the middle, products at the end. "
+            "why": "Few experts active at first, all of them in the middle, products at the end. "
             "The fall is there; the first gains and the rise are lower: constants for the A800 "
             "are carried over from the H200.",
         },
@@ -198,7 +198,7 @@ def _speed_claims(results: dict[str, Any]) -> list[dict[str, str]]:
             "verdict": REFUTED
             if ours[banded_name][place] > at_32["gain"]["6"] + WITHIN
             else PARTLY,
-            "why": "Sharing experts within a step wakes fewer of them for the same experts a "
+            "why": "Sharing experts within a step activates fewer of them for the same experts a "
             "token. DeepSeek-V3's quality under it has not been measured by us.",
         },
     ]
@@ -222,7 +222,7 @@ def _analysis_claims(results: dict[str, Any]) -> list[dict[str, str]]:
             "ours": f"8 of 256: compute-bound from {starts['fine']:,} tokens in a step; 2 of 8 "
             f"(Mixtral's): from {starts['coarse']:,}",
             "verdict": CONFIRMED if starts["fine"] > starts["coarse"] else REFUTED,
-            "why": "An awake expert has k/E of the step's tokens. It is that share, not the width "
+            "why": "An active expert has k/E of the step's tokens. It is that share, not the width "
             "of an expert, that decides.",
         },
         {

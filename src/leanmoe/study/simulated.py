@@ -121,8 +121,8 @@ def v2_lite(overhead: float, constants: Constants | None = None) -> dict[str, An
 def u_shape(name: str, place: Deployment, constants: Constants | None = None) -> dict[str, Any]:
     """What half of k gains over the tokens of a decode step, of the experts and of the step.
 
-    Three regimes: few tokens, where a lower k wakes fewer experts; a flat middle, where all are
-    awake anyway; many tokens, where products decide. Each starts at the first load that is in it.
+    Three regimes: few tokens, where a lower k activates fewer experts; a flat middle, where all are
+    active anyway; many tokens, where products decide. Each starts at the first load that is in it.
     """
     constants = constants or shipped()
     model = published_shape(name)
@@ -193,7 +193,7 @@ def banded(overhead: float, constants: Constants | None = None) -> dict[str, Any
     """DeepSeek-V3 where the paper's uniform k gives its +10%: a plan with bands beside it.
 
     The bands follow what the search found on the reference model: experts shared within the step
-    where few tokens decode, the model as it was trained where all experts are awake anyway, and
+    where few tokens decode, the model as it was trained where all experts are active anyway, and
     fewer experts for prompt tokens. No quality is claimed for DeepSeek-V3: nobody measured it.
     """
     constants = with_overhead(constants or shipped(), "h200", overhead)

@@ -90,7 +90,7 @@ def _active(curve: Curve, layers: int, tokens: float) -> Active:
 
 
 def _most_decoding(one: Active, other: Active, distinct: float) -> float | None:
-    """Of the most loaded GPU where both wake so many: as uneven as the more uneven of them."""
+    """Of the most loaded GPU where both activate so many: as uneven as the more uneven of them."""
     shares = [
         each.most_loaded / each.distinct
         for each in (one, other)

@@ -1,12 +1,12 @@
-"""How many experts a step wakes, by its tokens: from traces that were replayed, or assumed.
+"""How many experts a step activates, by its tokens, where routing is assumed.
 
 Letters: E experts, k experts a token, B tokens in a step, G groups, N GPUs that share the experts.
 
-Tokens that choose independently wake E(1-(1-k/E)^B) experts whether or not the router limits
-groups: every expert is still among a token's k with chance k/E. What makes group limits wake far
-fewer is that tokens of a step agree on their groups, as texts of one kind do. So a grouped router
-is drawn with an `agreement` between the tokens: 0 is the plain formula, 1 is all tokens in the same
-groups.
+Tokens that choose independently activate E(1-(1-k/E)^B) experts whether or not the router limits
+groups: every expert is still among a token's k with chance k/E. What makes group limits activate
+far fewer is that tokens of a step agree on their groups, as texts of one kind do. So a grouped
+router is sampled with an `agreement` between the tokens: 0 is the plain formula, 1 is all tokens in
+the same groups.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def assumed_curve(
 ) -> Curve:
     """What a rule activates where tokens choose as assumed; all but thresholds, which need traces.
 
-    `guaranteed` k0: the union of every token's best k0 is awake, and a token fills up to its k
-    from that of its company, however far down its own ranking (OEA's algorithm 1). Budgets are
-    drawn (`drawing`).
+    `guaranteed` k0: the union of every token's best k0 is active, and a token fills up to its k
+    from that of its batch scope, however far down its own ranking (OEA's algorithm 1). Steps under
+    budgets are sampled (`sampled_steps`).
     """
     assumed.check()
     if rule.threshold is not None or rule.top_p is not None:
@@ -101,9 +101,10 @@ def assumed_curve(
     pool = _Pool(kept, groups, groups_used)
     most: list[float] = []
     if rule.has_budget and slots:
-        drawn_of = pool if pool.is_limited else _Pool(kept)
+        sampled_pool = pool if pool.is_limited else _Pool(kept)
         found = [
-            _drawn(drawn_of, slots, rule, count, assumed, scope) for count in sampled_sizes(scope)
+            _sampled(sampled_pool, slots, rule, count, assumed, scope)
+            for count in sampled_sizes(scope)
         ]
         points = [(tokens, each.distinct, each.slots) for tokens, each in found]
         most = [each.most_loaded for _, each in found]
@@ -138,7 +139,7 @@ class _Pool:
 def _unlimited(
     pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: RankLayout
 ) -> tuple[float, float, float]:
-    """A curve's point without a budget, for so many tokens of a company."""
+    """A curve's point without a budget, for so many tokens of a batch scope."""
     first = min(rule.guaranteed, slots) if rule.guaranteed is not None else slots
     ours = _active(pool, first, count, assumed)
     tokens = count * scope.scopes
@@ -151,10 +152,10 @@ def _unlimited(
     return float(tokens), active, min(float(slots), used)
 
 
-def _drawn(
+def _sampled(
     pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: RankLayout
 ) -> tuple[float, ActiveMeans]:
-    """A curve's point under a budget, for so many tokens of a company."""
+    """A curve's point under a budget, for so many tokens of a batch scope."""
     tokens, rule = count * scope.scopes, rule.on(scope.ranks)
     deciding = scope if rule.budget_per_rank is not None else replace(scope, ranks=1)
     steps = _decided(pool, slots, rule, tokens, assumed, deciding)
@@ -165,7 +166,7 @@ def _drawn(
 def _decided(
     pool: _Pool, slots: int, rule: Rule, tokens: int, assumed: Assumed, scope: RankLayout
 ) -> SampledSteps:
-    """Drawn once for all numbers of ranks that decide alike."""
+    """Steps are sampled once for all numbers of ranks that decide alike."""
     popularity_E = inclusion(pool.experts, slots, assumed.skew)
     choices = Choices(popularity_E, pool.groups, pool.groups_used, assumed.agreement)
     return sample_steps(choices, slots, rule, tokens, scope)

@@ -85,7 +85,7 @@ def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: Mo
     share = slots / top_k
     points = []
     for point in layer["distinct"]:
-        # A token wakes share as many; so do 1/share tokens as many as one did before.
+        # A token activates `share` as many; so do 1/share tokens as many as one did before.
         active = experts * (1 - (1 - point["measured"] / experts) ** share)
         points.append((point["tokens"], min(active, slots * point["tokens"]), float(slots)))
     origin = "measured: the profile's tokens"
@@ -103,7 +103,7 @@ def find_curves(
     """Distinct experts from a profile where one is given, else as assumed.
 
     Rules that the saved curves do not cover are replayed, which needs torch: those by which tokens
-    share experts for each company anew.
+    share experts for each layout of ranks anew.
     """
     if profile is None:
         assumed.check()

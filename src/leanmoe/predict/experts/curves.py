@@ -34,7 +34,7 @@ class Curve:
         """Distinct experts and mean slots a token in a step of so many tokens.
 
         Interpolated over the logarithm of tokens. Beyond the last point the rest of the experts
-        wakes as independent tokens would wake it.
+        is activated as independent tokens would activate it.
         """
         place = math.log(max(tokens, 1.0))
         grid = np.log(self.tokens)

@@ -22,7 +22,7 @@ def busiest(
     """Rows and distinct experts of the most loaded of `ranks` GPUs with `experts` / `ranks` each.
 
     Experts lie at random, so loads of ranks are near normal: of N normals the largest is, on
-    average, the quantile (N - 3/8) / (N + 1/4) (Blom). Which experts are awake is drawn without
+    average, the quantile (N - 3/8) / (N + 1/4) (Blom). Which experts are active is random without
     replacement, rows fall on ranks independently. `counted` are the distinct experts of the most
     loaded GPU where they are known.
     """

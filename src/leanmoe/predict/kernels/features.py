@@ -1,6 +1,7 @@
 """What a MoE layer has to do on one GPU: rows, distinct experts, tiles, bytes and products.
 
-Letters: T tokens of the step, R rows (slots that this GPU computes), D distinct experts it wakes.
+Letters: T tokens of the step, R rows (slots that this GPU computes), D distinct experts it
+activates.
 """
 
 from __future__ import annotations
@@ -90,12 +91,12 @@ class Rows:
     rows: float
     """Slots whose experts are on this GPU."""
     distinct: float
-    """Experts awake on this GPU."""
+    """Experts active on this GPU."""
     counts: tuple[int, ...] | None = None
-    """Rows of each awake expert, where they are known exactly."""
+    """Rows of each active expert, where they are known exactly."""
 
     def tiles(self, rows: int) -> float:
-        """Tiles of `rows` rows: every awake expert's rows, rounded up."""
+        """Tiles of `rows` rows: every active expert's rows, rounded up."""
         if self.counts is not None:
             return float(sum(-(-count // rows) for count in self.counts))
         if self.distinct <= 0:
@@ -104,9 +105,9 @@ class Rows:
 
 
 def tiles_per_expert(mean_rows: float, tile: int) -> float:
-    """Expected tiles of an awake expert with `mean_rows` rows on average.
+    """Expected tiles of an active expert with `mean_rows` rows on average.
 
-    Rows of an awake expert are taken as Poisson, given that there is at least one. Beyond what is
+    Rows of an active expert are taken as Poisson, given that there is at least one. Beyond what is
     tabulated rounding up costs half a tile.
     """
     grid, values = _tile_table(tile)

@@ -3,9 +3,9 @@
 Up to a quarter as many slots as experts vLLM 0.24.0 does not group slots by expert
 (`moe_align_block_size` is left out): every slot is a row of blocks of its own, in the order of the
 slots, each of which reads a piece of its expert. Blocks that run at the same time read in step, so
-slots that share an expert share its bytes if their blocks do. How many slots run together follows
-from the launch: how many blocks a multiprocessor holds beside each other (shared memory), and
-whether blocks of several slots are put side by side (GROUP_SIZE_M).
+slots that share an expert share its bytes if their blocks do. How many slots run at the same time
+follows from the launch: how many blocks a multiprocessor holds beside each other (shared memory),
+and whether blocks of several slots are put side by side (GROUP_SIZE_M).
 """
 
 from __future__ import annotations
@@ -97,9 +97,10 @@ def launch_of(shape: ExpertsShape, tokens: float, gpu: Gpu) -> Launch:
 def slot_by_slot(shape: ExpertsShape, rows: Rows, columns: float, gpu: Gpu) -> Rows:
     """Where each of `columns` slots of the step is a row of blocks of its own.
 
-    Slots that do not run together read a shared expert anew; those that do, from the cache, which
-    serves all slots' reads at its own rate meanwhile. A repeated slot is its token's best beside
-    it: a row of blocks more, and what was just read. Slots that are passed over are not among them.
+    Slots that do not run at the same time read a shared expert anew; those that do, from the cache,
+    which serves all slots' reads at its own rate meanwhile. A repeated slot is its token's best
+    beside it: a row of blocks more, and what was just read. Slots that are passed over are not
+    among them.
     """
     launch, gates = launch_of(shape, rows.tokens, gpu), shape.matrices - 1
     of_up, of_down = (
@@ -113,7 +114,7 @@ def slot_by_slot(shape: ExpertsShape, rows: Rows, columns: float, gpu: Gpu) -> R
 
 
 def _reads(rows: Rows, decode_batch: float) -> float:
-    """Experts that are read, each time counted, where so many slots run together."""
+    """Experts that are read, each time counted, where so many slots run at the same time."""
     if decode_batch >= rows.rows or rows.distinct >= rows.rows:
         return rows.distinct
     among = distinct_among(decode_batch, rows.rows, rows.distinct)
@@ -128,9 +129,9 @@ def distinct_among(some: float, slots: float, distinct: float) -> float:
     low, high = distinct, distinct * slots**2
     for _ in range(60):
         pool = math.sqrt(low * high)
-        low, high = (pool, high) if _drawn(pool, slots) < distinct else (low, pool)
-    return min(some, _drawn(high, some))
+        low, high = (pool, high) if _distinct_of(pool, slots) < distinct else (low, pool)
+    return min(some, _distinct_of(high, some))
 
 
-def _drawn(pool: float, draws: float) -> float:
+def _distinct_of(pool: float, draws: float) -> float:
     return pool if pool <= 1 else -pool * math.expm1(draws * math.log1p(-1 / pool))

@@ -2,7 +2,7 @@
 
 `pip install 'leanmoe[predict]'` installs aiconfigurator-core (Apache-2.0, NVIDIA) and pyarrow.
 Without them leanmoe predicts from its own fitted constants. Tables hold one MoE layer's experts in
-CUDA graphs; experts are chosen in a fixed pattern ("balanced") that wakes as many as possible.
+CUDA graphs; experts are chosen in a fixed pattern ("balanced") that activates as many as possible.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ UNGATED = ((2688, 1856), (2048, 5120), (8192, 5120), (1024, 2688))
 """Hidden and expert width of the tables' experts without a gate (Nemotron-H)."""
 GROUPED = ((7168, 2048, 256, 8),)
 """Shapes that vLLM and SGLang ran through a router with 8 groups of which 4 are used: the
-"balanced" pattern wakes half of the experts there, although the tables do not say so."""
+"balanced" pattern activates half of the experts there, although the tables do not say so."""
 
 
 GROUPS, GROUPS_USED = 8, 4
 GROUPED_LEAST_TOKENS = 32
-"""Below it, which experts break the router's ties is not known, and so neither how many wake."""
+"""Below it, which experts break the router's ties is not known, and so neither how many are
+active."""
 
 
 def kernel_format(model: MoEShape) -> str:
@@ -196,7 +197,7 @@ class Measured:
 def balanced_counts(
     tokens: int, experts: int, top_k: int, ranks: int, grouped: bool = False
 ) -> tuple[int, ...]:
-    """Rows of each awake expert of the first of `ranks` GPUs under the tables' balanced pattern.
+    """Rows of each active expert of the first of `ranks` GPUs under the tables' balanced pattern.
 
     Token t takes the experts t + j * ceil(E / k), j = 0..k-1, modulo E; with fewer tokens than
     that stride they are spread over it. `grouped`: a router keeps the first half of 8 groups, and
@@ -283,7 +284,7 @@ def measured_curve(
 ) -> list[Measured]:
     """The rows of one layer's shape by rising tokens; none where nobody measured it.
 
-    Rows whose awake experts are not known (a grouped router's ties) are left out.
+    Rows whose active experts are not known (a grouped router's ties) are left out.
     """
     if installed() != VERSION or gpu not in SYSTEMS:
         return []

@@ -216,7 +216,7 @@ class StepTime:
         return fixed + max(read / (gpu.bandwidth * bandwidth), products / (gpu.flops * flops))
 
     def _experts_of(self, tokens: float, active: Active) -> float:
-        """One layer of those awake."""
+        """Seconds of one of the layers that activate the same."""
         rows, here = active.rows, self.deployment
         if tokens <= 0 or rows <= 0:
             return 0.0

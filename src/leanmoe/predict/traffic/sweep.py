@@ -129,11 +129,11 @@ def sweep(
     cross_rank: bool = False,
 ) -> list[SweepPoint]:
     """Every plan on every deployment at every concurrency; what does not fit is left out."""
-    companies = {here.scope(cross_rank) for here in places}
-    curves = {scope: curves_of(scope) for scope in companies}
+    layouts = {here.scope(cross_rank) for here in places}
+    curves = {scope: curves_of(scope) for scope in layouts}
     activations_of = {
         scope: {name: Activation(model, plan, curves[scope]) for name, plan in plans.items()}
-        for scope in companies
+        for scope in layouts
     }
     kept = {name: remaining(plan) for name, plan in plans.items()}
     found = []

@@ -28,7 +28,7 @@ from leanmoe.predict.experts.sampled_steps import (
 from leanmoe.predict.experts.spread import ALONE, RankLayout, busiest
 from leanmoe.routing import BatchScope, count_distinct_by_rank, count_slots, route
 
-COUNTED = Path(__file__).parents[2] / "benchmarks/results"
+COUNTED = Path(__file__).parents[3] / "benchmarks/results"
 ROUTER = Router(normalise=True)
 
 

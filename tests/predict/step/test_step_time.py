@@ -28,7 +28,7 @@ from tests.published import MODELS
 H200 = GPUS["h200"]
 V3 = published_shape("deepseek-ai/DeepSeek-V3")
 QWEN = published_shape("Qwen/Qwen3-30B-A3B")
-READINGS = Path(__file__).parents[2] / "benchmarks/predict/data/readings"
+READINGS = Path(__file__).parents[3] / "benchmarks/predict/data/readings"
 
 
 def parts(
