@@ -21,6 +21,7 @@ from leanmoe.prune.allocation import ALLOCATION_TOKENS, Allocated, allocate, few
 from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
 from leanmoe.prune.criteria import CRITERIA, Criterion, Scores, observe, rank_experts
 from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
+from leanmoe.results.prune import PruneReport, RankedBy
 from leanmoe.runtime import load_model
 from leanmoe.scoring.windows import Windows, cut
 
@@ -76,15 +77,14 @@ def prune(settings: PruneSettings, output: Path) -> Pruned:
     found = _allocate(settings, ranked, shape, count, protected)
     counts = count if found is None else found.counts
     kept = best_experts(ranked.scores_LE, counts, shape, protected)
-    provenance = collect(" ".join(["leanmoe", *sys.argv[1:]]), settings.seed).to_json()
-    record_of = {
-        "settings": asdict(settings),
-        "criterion": {"title": criterion.title, "source": criterion.source},
-        "calibration_tokens": ranked.tokens,
-        "allocation": None if found is None else asdict(found),
-        "protected": [list(pair) for pair in protected],
-        "provenance": provenance,
-    }
+    record_of = PruneReport(
+        settings=asdict(settings),
+        criterion=RankedBy(criterion.title, criterion.source),
+        calibration_tokens=ranked.tokens,
+        allocation=None if found is None else asdict(found),
+        protected=protected,
+        provenance=collect(" ".join(["leanmoe", *sys.argv[1:]]), settings.seed),
+    ).to_json()
     if source is None:
         before = int(shape.total_parameters() * shape.weight_bytes)
         write_json(output / PLAN_FILE, as_plan(kept, shape, record_of).to_json())

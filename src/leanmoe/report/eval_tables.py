@@ -149,8 +149,8 @@ def _replies(replies: Replies, confidence: str) -> Sheet:
     )
     return Sheet(
         f"Greedy replies of {replies.tokens} tokens to {replies.prompts} prompts [{confidence}]",
-        f"Requests: {_decoding(replies.concurrency)}. Divergence: KL from the full model along its "
-        "own replies, nats per token, each model with its own keys and values.",
+        f"{_decoding(replies.concurrency).capitalize()}. Divergence: KL from the full model along "
+        "its own replies, nats per token, each model with its own keys and values.",
         (
             "plan",
             "same to the end",

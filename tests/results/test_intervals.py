@@ -1,0 +1,27 @@
+"""Intervals hold what statistics write of them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from leanmoe.core.schema import from_json, to_json
+from leanmoe.results.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
+from leanmoe.stats.paired import ratio_of_sums
+
+
+def test_a_change_in_loss_holds_an_estimate() -> None:
+    draw = np.random.default_rng(0)
+    estimate = ratio_of_sums(draw.normal(1, 1, 50), draw.uniform(90, 110, 50), 0.9)
+    change = from_json(LossChange, estimate.to_json(), "loss")
+    assert (change.low, change.high, change.documents) == (estimate.low, estimate.high, 50)
+
+
+def test_intervals_are_written_field_by_field() -> None:
+    assert to_json(RatioOfRuns(1.1, 1.0, 1.2, 5)) == {
+        "median": 1.1,
+        "low": 1.0,
+        "high": 1.2,
+        "repeats": 5,
+    }
+    assert to_json(MeanChange(0.1, 0.0, 0.2)) == {"mean": 0.1, "low": 0.0, "high": 0.2}
+    assert to_json(LossGap(0.1, 0.0, 0.2)) == {"difference": 0.1, "low": 0.0, "high": 0.2}
