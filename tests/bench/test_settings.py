@@ -30,14 +30,14 @@ def test_bad_lengths_are_refused(text: str) -> None:
 
 
 def test_goodput_as_vllm_writes_it() -> None:
-    assert parse_goodput(["ttft:500 tpot:50"]) == (("ttft", 500.0), ("tpot", 50.0))
-    assert parse_goodput(["ttft:500", "e2el:2e3"]) == (("ttft", 500.0), ("e2el", 2000.0))
+    assert parse_goodput("--goodput", "ttft:500 tpot:50") == [("ttft", 500.0), ("tpot", 50.0)]
+    assert parse_goodput("--goodput", "ttft:500,e2el:2e3") == [("ttft", 500.0), ("e2el", 2000.0)]
 
 
 @pytest.mark.parametrize("word", ["itl:5", "ttft", "ttft:x", "ttft:-1", "ttft:nan", "tpot:inf"])
 def test_bad_goodput_is_refused(word: str) -> None:
     with pytest.raises(LeanMoeError, match="--goodput has"):
-        parse_goodput([word])
+        parse_goodput("--goodput", word)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,10 @@ def test_an_engine_that_is_not_there_is_said_before_text_is_read(
     code, _, err = run(
         capsys, "bench", "reference", "--engine", "vllm", *SMALL, "-o", str(tmp_path / "out")
     )
-    assert (code, err) == (1, "leanmoe: vLLM is not installed: pip install 'leanmoe[vllm]'\n")
+    assert (code, err) == (
+        1,
+        "leanmoe: vllm is not installed: pip install 'leanmoe[vllm]', or choose another --engine\n",
+    )
 
 
 def test_json_alone_on_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

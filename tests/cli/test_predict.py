@@ -41,7 +41,7 @@ def test_the_table_says_what_it_stands_on(capsys: pytest.CaptureFixture[str]) ->
     assert code == 0
     words = " ".join(out.split())
     for part in (
-        "Modelled; awake",
+        "Modelled; active",
         "experts have been off by:",
         "gain",
         "expect more",

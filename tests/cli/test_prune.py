@@ -30,7 +30,7 @@ def test_a_checkpoint_with_fewer_experts(
 
 
 def test_a_plan_touches_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["prune", "reference", "--criterion", "even", "--keep", "48", "--plan"]
+    command = ["prune", "reference", "--criterion", "even", "--keep", "48", "--as-plan"]
     code, out, _ = run(capsys, *command, "-o", str(tmp_path))
     assert code == 0
     assert "48 of 64 experts remain" in out
@@ -45,7 +45,7 @@ def test_layers_of_a_plan_may_keep_different_numbers(
     small = Evolution(generations=2, children=3)
     monkeypatch.setattr("leanmoe.prune.allocation.Evolution", lambda: small)
     monkeypatch.setattr("leanmoe.prune.run.ALLOCATION_TOKENS", 300)
-    command = ["prune", "reference", "--keep", "50%", "--tokens", "1024", "--plan", "--json"]
+    command = ["prune", "reference", "--keep", "50%", "--tokens", "1024", "--as-plan", "--json"]
     code, out, _ = run(capsys, *command, "--allocation", "evoesap", "-o", str(tmp_path))
     assert code == 0
     counts = [len(experts) for experts in json.loads(out)["kept"]]
@@ -63,7 +63,7 @@ def test_layers_of_a_plan_may_keep_different_numbers(
         (["--criterion", "reep"], "did you mean reap"),
         (["--tokens", "3"], "at least 16"),
         (["--allocation", "evoesap"], "no stock engine loads"),
-        (["--allocation", "evoesap", "--plan", "--criterion", "odd"], "reads none"),
+        (["--allocation", "evoesap", "--as-plan", "--criterion", "odd"], "reads none"),
         (["--allocation", "odd"], "even or evoesap"),
         (["--text", "/no/such.txt"], "does not exist"),
     ],

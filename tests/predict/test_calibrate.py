@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.predict.calibrate import TOKENS, Layer, calibrate, read_tokens
+from leanmoe.predict.calibrate import Layer, calibrate
 from leanmoe.predict.constants import read_constants
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
@@ -106,10 +105,3 @@ def test_a_missing_package_is_named_before_anything_is_measured(
 
     with pytest.raises(LeanMoeError, match=r"needs scipy: pip install 'leanmoe\[gpu\]'"):
         calibrate(H200, LAYERS, tmp_path / "c.json", "test", never, "cpu")
-
-
-def test_the_default_sizes_of_the_command_are_the_jobs() -> None:
-    from leanmoe.cli.calibrate import calibrate as command
-
-    default = signature(command).parameters["tokens"].default
-    assert read_tokens(default) == TOKENS

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.parsing import parse_range, require
+from leanmoe.core.options import (
+    DTYPE_HELP,
+    SEED_HELP,
+    TEXT_HELP,
+    TRUST_HELP,
+    argument,
+    numbers_text,
+    option,
+)
+from leanmoe.core.parsing import parse_numbers, parse_range, require
 
 GOODPUT_LIMITS = ("ttft", "tpot", "e2el")
 """What `vllm bench serve --goodput` takes."""
@@ -31,9 +41,9 @@ class Lengths:
     high: int
 
     @classmethod
-    def parse(cls, option: str, text: str, least: int) -> Lengths:
+    def parse(cls, name: str, text: str, least: int) -> Lengths:
         """Reads "1024" or "512:2048". Raises LeanMoeError naming the option."""
-        return cls(*parse_range(option, text, least, MOST_TOKENS))
+        return cls(*parse_range(name, text, least, MOST_TOKENS))
 
     def draw(self, rng: random.Random) -> int:
         """One length."""
@@ -68,28 +78,94 @@ class ServiceLoad:
         }
 
 
+def parse_goodput(name: str, text: str) -> list[tuple[str, float]]:
+    """Reads "ttft:500 tpot:50", in milliseconds. Raises LeanMoeError for anything else."""
+    limits: list[tuple[str, float]] = []
+    for word in text.replace(",", " ").split():
+        figure, _, value = word.partition(":")
+        try:
+            limit = float(value)
+        except ValueError:
+            limit = math.nan
+        if figure not in GOODPUT_LIMITS or not 0 < limit < math.inf:
+            raise LeanMoeError(
+                f"{name} has {word!r}: it must be limits in milliseconds like ttft:500 tpot:50, "
+                f"of {', '.join(GOODPUT_LIMITS)}"
+            )
+        limits.append((figure, limit))
+    return limits
+
+
 @dataclass(frozen=True)
 class BenchSettings:
     """The settings of one bench."""
 
-    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    request_rate: tuple[float, ...] = ()
-    """If given, loads are open loops at these rates instead."""
-    input_len: Lengths = Lengths(1024, 1024)
-    output_len: Lengths = Lengths(1024, 1024)
-    dataset_path: str | None = None
-    """A .jsonl file whose rows give the lengths, or the texts, instead."""
-    text: str | None = None
-    num_prompts: int | None = None
-    """Of one run; by default two rounds of the load or more."""
-    repeats: int = 5
-    max_seconds: float = 600.0
-    """No run sends requests for longer than this."""
-    max_concurrency: int = 256
-    """Of an open loop: what arrives beyond it waits."""
-    goodput: tuple[tuple[str, float], ...] = ()
-    confidence: float = 0.95
-    seed: int = 0
+    targets: tuple[str, ...] = argument(
+        "A folder, a name on the Hugging Face Hub or 'reference'; or servers' addresses, like "
+        "full=http://127.0.0.1:8000 plan=http://127.0.0.1:8001. The first is compared with.",
+        (),
+        repeats=True,
+        is_required=True,
+        metavar="MODEL|URL...",
+    )
+    plan: tuple[Path, ...] = option(
+        (), "A plan to run beside the full model; may be repeated.", repeats=True
+    )
+    concurrency: tuple[int, ...] = option(
+        (1, 2, 4, 8, 16, 32),
+        "Numbers of requests at once, comma separated: each is a closed loop.",
+        parse=partial(parse_numbers, kind=int),
+        text=numbers_text,
+    )
+    request_rate: tuple[float, ...] = option(
+        (),
+        "Requests a second, comma separated: open loops with Poisson arrivals, in place of closed "
+        "ones.",
+        parse=partial(parse_numbers, kind=float),
+    )
+    input_len: Lengths = option(
+        Lengths(1024, 1024),
+        "Prompt tokens: a number, or a range like 512:2048.",
+        parse=partial(Lengths.parse, least=1),
+    )
+    output_len: Lengths = option(
+        Lengths(1024, 1024),
+        "Reply tokens: a number, or a range like 16:256.",
+        parse=partial(Lengths.parse, least=2),
+    )
+    dataset_path: str | None = option(
+        None, "A .jsonl file whose rows have input_len or prompt, and output_len or output."
+    )
+    text: str | None = option(None, TEXT_HELP)
+    num_prompts: int | None = option(
+        None, "Requests of one run; by default two rounds of the load, or more."
+    )
+    repeats: int = option(5, "Runs of each load; full model and plans take turns in each.")
+    max_seconds: float = option(600.0, "No run sends requests for longer than this.")
+    max_concurrency: int = option(
+        256, "Requests under way in an open loop at most; what arrives beyond them waits."
+    )
+    goodput: tuple[tuple[str, float], ...] = option(
+        (),
+        "Limits in ms, like ttft:500 tpot:50; the requests that keep all of them are counted.",
+        parse=parse_goodput,
+        repeats=True,
+    )
+    confidence: float = option(0.95, "Confidence of every interval.")
+    engine: str = option(ENGINES[0], "transformers (continuous batching here) or vllm (offline).")
+    engine_args: str | None = option(
+        None, "Arguments of vLLM's engine as JSON, like '{\"enforce_eager\": true}'."
+    )
+    stock: bool = option(False, "Also run Transformers' own experts beside leanmoe's.")
+    tokenizer: str | None = option(
+        None, "The served model's tokenizer: a folder, a Hub name or 'reference'."
+    )
+    served_model: str | None = option(None, "The name that servers know the model by.")
+    gpus: int | None = option(None, "GPUs of one server or engine, for tokens/s a GPU.")
+    allow_remote: bool = option(False, "Send the load to another machine.")
+    seed: int = option(0, SEED_HELP)
+    dtype: str | None = option(None, DTYPE_HELP)
+    trust_remote_code: bool = option(False, TRUST_HELP)
 
     def check(self) -> None:
         """Raises LeanMoeError for the first setting out of range."""
@@ -105,6 +181,8 @@ class BenchSettings:
                 )
         if not self.request_rate and not self.concurrency:
             raise LeanMoeError("no load was given: set --concurrency or --request-rate")
+        if self.engine not in ENGINES:
+            raise LeanMoeError(f"--engine is {self.engine!r}: it must be {' or '.join(ENGINES)}")
         require(1 <= self.repeats <= 100, "--repeats", self.repeats, "1 to 100")
         require(
             0 < self.max_seconds <= MOST_SECONDS,
@@ -144,7 +222,9 @@ class BenchSettings:
         """The settings as JSON values."""
         return {
             **asdict(self),
-            "concurrency": list(self.concurrency),
+            "targets": list(self.targets),
+            "plan": [str(path) for path in self.plan],
+            "concurrency": [] if self.request_rate else list(self.concurrency),
             "request_rate": list(self.request_rate),
             "input_len": str(self.input_len),
             "output_len": str(self.output_len),
@@ -155,21 +235,3 @@ class BenchSettings:
 def requests_for(concurrency: int) -> int:
     """Requests of a closed loop's run, so that it lasts for more than a moment at any load."""
     return max(2 * concurrency, math.ceil(FEWEST_REQUESTS * math.sqrt(concurrency)))
-
-
-def parse_goodput(words: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """Reads "ttft:500 tpot:50", in milliseconds. Raises LeanMoeError for anything else."""
-    found: dict[str, float] = {}
-    for word in [part for each in words for part in each.replace(",", " ").split()]:
-        name, _, value = word.partition(":")
-        try:
-            limit = float(value)
-        except ValueError:
-            limit = math.nan
-        if name not in GOODPUT_LIMITS or not 0 < limit < math.inf:
-            raise LeanMoeError(
-                f"--goodput has {word!r}: it must be limits in milliseconds like ttft:500 tpot:50, "
-                f"of {', '.join(GOODPUT_LIMITS)}"
-            )
-        found[name] = limit
-    return tuple(found.items())

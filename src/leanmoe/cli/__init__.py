@@ -50,8 +50,10 @@ class _Verbs(TyperGroup):
 
 
 def _load(verb: str) -> Any:
+    from leanmoe.cli.verb import as_command
+
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command(verb)(getattr(import_module(f"leanmoe.cli.{verb}"), verb))
+    app.command(verb)(as_command(getattr(import_module(f"leanmoe.cli.{verb}"), verb)))
     return typer.main.get_command(app)
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.parsing import parse_counts
+from leanmoe.cli.options import AsJson, make_console, print_json
 from leanmoe.models.catalog import find_shape
+from leanmoe.models.settings import InspectSettings
 from leanmoe.models.shape import MoEShape, distinct_grouped, distinct_uniform
 
-BATCH_SIZES = ",".join(str(2**n) for n in range(13))
 LOWER_SHARES = (0.75, 0.5, 0.25)
 """The lower k that are shown, as shares of the model's own."""
 TOKENS_AT_THE_RIDGE = 200
@@ -31,34 +28,19 @@ NOTE = (
 GROUPS_NOTE = " 'groups agree': every token of a step uses the same groups, the lower end."
 
 
-def inspect(
-    model: Annotated[
-        str,
-        typer.Argument(help="A folder, a config.json, owner/name on the Hub, or 'reference'."),
-    ] = "reference",
-    batch_sizes: Annotated[
-        str, typer.Option(help="Tokens in a decode step, comma separated.", show_default=False)
-    ] = BATCH_SIZES,
-    bandwidth: Annotated[
-        float | None,
-        typer.Option(help="Memory bandwidth in GB/s; adds the least time a step can take."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-) -> None:
+def inspect(settings: InspectSettings, as_json: AsJson = False) -> None:
     """Show what a model is and what fewer experts could gain, from config.json alone.
 
     Example:
     leanmoe inspect deepseek-ai/DeepSeek-V3 --bandwidth 4800
     """
-    sizes = parse_counts("--batch-sizes", batch_sizes)
-    if bandwidth is not None and not bandwidth > 0:
-        raise LeanMoeError(f"--bandwidth is {bandwidth:g}: it must be above 0")
+    model = settings.model
     shape = find_shape(model)
-    steps = [_step(shape, tokens, bandwidth) for tokens in sizes]
+    steps = [_step(shape, tokens, settings.bandwidth) for tokens in settings.batch_sizes]
     if as_json:
-        print(json.dumps({"model": model, **_facts(shape), "label": "modelled", "steps": steps}))
+        print_json({"model": model, **_facts(shape), "label": "modelled", "steps": steps})
         return
-    console = Console(highlight=False)
+    console = make_console()
     console.print(_summary(model, shape), "")
     console.print("A decode step by its tokens, and the ideal gain at lower k", style="bold")
     console.print(_table(shape, steps))
@@ -154,7 +136,7 @@ def _summary(name: str, shape: MoEShape) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # a long path is broken, not cut
     for label, text in lines.items():
-        table.add_row(f"[dim]{label}[/dim]", text)
+        table.add_row(Text(label, "dim"), text)
     return table
 
 

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.cli.options import AsJson, Output, make_console, print_json
+from leanmoe.cli.verb import command_line
+from leanmoe.study.settings import StudySettings
 
 
 def study(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path("runs/study"),
-    quality: Annotated[
-        str,
-        typer.Option(help="'measured' here (minutes), 'none', or an earlier study's JSON."),
-    ] = "measured",
-    model: Annotated[
-        str, typer.Option(help="That quality is measured on: a folder, a hub name, 'reference'.")
-    ] = "reference",
-    text: Annotated[
-        str | None,
-        typer.Option(help="A .txt or .jsonl file, a folder, or a Hugging Face data set."),
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Quality on little text, to see that it runs.")
-    ] = False,
-    tuned: Annotated[
-        Path | None,
-        typer.Option(help="results.json of a leanmoe tune: what a searched plan gave, measured."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of every shuffle and draw.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    settings: StudySettings, output: Output = Path("runs/study"), as_json: AsJson = False
 ) -> None:
     """Repeat the paper's study and put its claims in a table: one page, JSON, this table.
 
@@ -44,31 +22,37 @@ def study(
     leanmoe study -o runs/study
     """
     from leanmoe.report.write import write_page
-    from leanmoe.study.run import PAGE, earlier_quality
+    from leanmoe.study.run import PAGE
     from leanmoe.study.run import study as run
 
-    section: dict[str, Any] | None = None
-    if quality == "measured":
-        from leanmoe.study.quality import QualitySettings, saved_quality
-
-        section = saved_quality(QualitySettings(model, text, quick=quick, seed=seed), output)
-    elif quality.endswith(".json"):
-        section = earlier_quality(Path(quality))
-    elif quality != "none":
-        raise LeanMoeError(
-            f"--quality is {quality!r}: it must be 'measured', 'none' or a study.json"
-        )
-    results = run(output, section, " ".join(["leanmoe", *sys.argv[1:]]), seed, tuned)
+    quality = _quality(settings, output)
+    results = run(output, quality, command_line(), settings.seed, settings.tuned)
     write_page(output, output / PAGE)
     if as_json:
-        print(json.dumps(results))
+        print_json(results)
         return
     _show(results)
     print(f"The page: {output / PAGE}")
 
 
+def _quality(settings: StudySettings, output: Path) -> dict[str, Any] | None:
+    """The study's section on quality: measured now, read from an earlier study, or none."""
+    if settings.quality == "none":
+        return None
+    if settings.quality == "measured":
+        from leanmoe.study.quality import QualitySettings, saved_quality
+
+        measured = QualitySettings(
+            settings.model, settings.text, quick=settings.quick, seed=settings.seed
+        )
+        return saved_quality(measured, output)
+    from leanmoe.study.run import earlier_quality
+
+    return earlier_quality(Path(settings.quality))
+
+
 def _show(results: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = make_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("claim", "the paper", "ours", "verdict"):
         table.add_column(heading, vertical="top")

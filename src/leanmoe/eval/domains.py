@@ -42,7 +42,7 @@ def read_domains(tokenizer: Any, settings: EvalSettings) -> list[tuple[Domain, W
     Raises LeanMoeError, before anything is measured, for a text that is too short to judge by.
     """
     found = []
-    for name, file in settings.domains:
+    for name, file in settings.domain:
         domain = read_domain(name, Path(file))
         windows = cut(
             domain.heldout, tokenizer, WINDOW_TOKENS, settings.domain_tokens, settings.seed

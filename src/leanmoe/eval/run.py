@@ -87,7 +87,7 @@ def evaluate(
         results["tasks"] = compared(answers, settings, metrics)
     if plans and settings.prompts is not None:
         results["generation"] = generation(model, tokenizer, plans, settings, folder)
-    if settings.domains:
+    if settings.domain:
         results["domains"] = domain_matrix(model, tokenizer, texts, plans, settings, folder)
     results["made_with"] = folder.made_with()
     results["seconds"] = folder.seconds()

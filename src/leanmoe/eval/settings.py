@@ -4,53 +4,94 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.parsing import flag, require
+from leanmoe.core.options import (
+    DTYPE_HELP,
+    MODEL_HELP,
+    SEED_HELP,
+    TRUST_HELP,
+    argument,
+    option,
+    percent_text,
+)
+from leanmoe.core.parsing import flag, parse_share, require
 
 PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "openbookqa", "rte", "winogrande")
 """Those of arXiv 2505.03531."""
 ENGINES = ("transformers", "vllm")
 
 
+def parse_tasks(name: str, text: str) -> tuple[str, ...]:
+    """Reads "boolq,piqa"; "none" is no task."""
+    del name
+    tasks = tuple(task.strip() for task in text.split(",") if task.strip())
+    return () if tasks == ("none",) else tasks
+
+
+def parse_domain(name: str, text: str) -> tuple[str, str]:
+    """Reads "NAME=FILE". Raises LeanMoeError for anything else."""
+    domain, _, file = text.partition("=")
+    if not domain or not file:
+        raise LeanMoeError(f"{name} is {text!r}: it must be NAME=FILE")
+    return domain, file
+
+
 @dataclass(frozen=True)
 class EvalSettings:
     """The settings of one run; plans are no part of them, so that more can be added to a run."""
 
-    model: str
-    tasks: tuple[str, ...] = PAPER_TASKS
-    data: str | None = None
-    """A folder with task files; names in `quality.local_tasks` are read from it."""
-    include_path: str | None = None
-    """A folder with lm-evaluation-harness task files of one's own."""
-    limit: int | None = None
-    """Questions of each task at most: its first."""
-    num_fewshot: int | None = None
-    concurrency: int = 1
-    """Requests that decode in one step."""
-    batch_draws: int = 3
-    """Runs in other company, for plans whose rules depend on it."""
-    margin: float = 0.01
-    """Largest loss of accuracy that is accepted, in shares: 0.01 is one point."""
-    confidence: float = 0.95
-    engine: str = "transformers"
-    prompts: str | None = None
-    """A file of prompts to write on from."""
-    output_len: int = 128
-    samples: int = 0
-    """Replies drawn per prompt with an answer, for pass@1 and pass@n."""
-    temperature: float = 1.0
-    domains: tuple[tuple[str, str], ...] = ()
-    """Names and text files."""
-    calibrate: str | None = None
-    """CRITERION:KEEP, to rank experts on each domain."""
-    domain_tokens: int = 16384
-    """Of held-out text for each domain, and as many to rank experts on."""
-    seed: int = 0
-    dtype: str | None = None
-    trust_remote_code: bool = False
+    model: str = argument(MODEL_HELP)
+    tasks: tuple[str, ...] = option(
+        PAPER_TASKS,
+        "Tasks, comma separated: lm-evaluation-harness's, and with --data also blimp, lambada, "
+        "piqa, qasc; 'none' for none.",
+        parse=parse_tasks,
+        text=", ".join,
+    )
+    data: str | None = option(None, "A folder with files of blimp, lambada, piqa or qasc.")
+    include_path: str | None = option(
+        None, "A folder with lm-evaluation-harness task files of your own."
+    )
+    limit: int | None = option(None, "Questions of each task, and prompts, at most: the first.")
+    num_fewshot: int | None = option(None, "Examples before each question of the harness.")
+    concurrency: int = option(1, "Requests that decode in one step of your service.")
+    batch_draws: int = option(
+        3, "Random batches that each answer is scored in, for plans with batch-aware rules."
+    )
+    margin: float = option(
+        0.01,
+        "Largest loss of accuracy to accept, in percentage points.",
+        parse=partial(parse_share, in_points=True),
+        text=percent_text,
+    )
+    confidence: float = option(0.95, "Confidence of every interval and verdict.")
+    engine: str = option(
+        "transformers", "transformers, or vllm with leanmoe's plugin (harness tasks only)."
+    )
+    prompts: str | None = option(
+        None, "A .jsonl file of prompts to reply to, with answers or without."
+    )
+    output_len: int = option(128, "Reply tokens for each of the --prompts.")
+    samples: int = option(
+        0, "Replies drawn for each prompt with an answer: they give pass@1 to pass@n."
+    )
+    temperature: float = option(1.0, "Temperature of drawn replies.")
+    domain: tuple[tuple[str, str], ...] = option(
+        (), "A text to test on, as NAME=FILE; may be repeated.", parse=parse_domain, repeats=True
+    )
+    calibrate: str | None = option(
+        None, "CRITERION:KEEP, like easy-ep:75%: adds a plan ranked on each --domain."
+    )
+    domain_tokens: int = option(
+        16384, "Held-out tokens of each domain to test on, and as many to rank experts on."
+    )
+    seed: int = option(0, SEED_HELP)
+    dtype: str | None = option(None, DTYPE_HELP)
+    trust_remote_code: bool = option(False, TRUST_HELP)
 
     def check(self) -> None:
         """Raises LeanMoeError for the first setting out of range."""
@@ -67,7 +108,7 @@ class EvalSettings:
             raise LeanMoeError(f"engine is {self.engine!r}: it must be {' or '.join(ENGINES)}")
         if self.engine == "vllm":
             self._check_vllm()
-        if self.calibrate is not None and not self.domains:
+        if self.calibrate is not None and not self.domain:
             raise LeanMoeError("--calibrate ranks experts on each --domain: none is given")
         for folder in (self.data, self.include_path):
             if folder is not None and not Path(folder).is_dir():
@@ -78,15 +119,15 @@ class EvalSettings:
             calibration(self.calibrate)
         if self.prompts is not None and not Path(self.prompts).is_file():
             raise LeanMoeError(f"prompts {self.prompts} is no file")
-        for name, file in self.domains:
+        for name, file in self.domain:
             if not Path(file).exists():
                 raise LeanMoeError(f"domain {name}: {file} does not exist")
         _require_once("task", self.tasks)
-        _require_once("domain", [name for name, _ in self.domains])
+        _require_once("domain", [name for name, _ in self.domain])
 
     def _check_vllm(self) -> None:
         """vLLM runs the harness's tasks; what else is asked for would not be run in it."""
-        others = {"data": self.data, "prompts": self.prompts, "domain": self.domains}
+        others = {"data": self.data, "prompts": self.prompts, "domain": self.domain}
         if given := [name for name, value in others.items() if value]:
             raise LeanMoeError(
                 f"--engine vllm runs lm-evaluation-harness's tasks alone: --{given[0]} needs "
@@ -101,7 +142,7 @@ class EvalSettings:
         """As a run's settings.json holds them."""
         value = asdict(self)
         value["tasks"] = list(self.tasks)
-        value["domains"] = [list(pair) for pair in self.domains]
+        value["domain"] = [list(pair) for pair in self.domain]
         return value
 
 

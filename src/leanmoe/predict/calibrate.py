@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.parsing import parse_counts
 from leanmoe.core.progress import bar
 from leanmoe.core.provenance import collect
 from leanmoe.predict.constants import Constants, shipped, write_constants
@@ -30,14 +29,13 @@ from leanmoe.predict.kernels.features import ExpertsShape, Rows
 from leanmoe.predict.kernels.fit import Form, Reading, accuracy, errors_of, fit
 from leanmoe.predict.kernels.kernel_constants import KernelConstants
 from leanmoe.predict.kernels.tile_heuristics import ANY, stages
+from leanmoe.predict.settings import CALIBRATE_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KERNEL = "leanmoe"
 DTYPE = "bfloat16"
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-FEWEST_TOKENS, MOST_TOKENS = 3, 65536
 LAYERS = ((64, 2048, 1024, 8), (128, 2048, 768, 8), (128, 4096, 1536, 8), (64, 2048, 1408, 6))
 """Experts, hidden width, expert width, slots. Every second one is fitted, so those differ in all
 three; a model's own layer is added, if it fits."""
@@ -96,7 +94,7 @@ def calibrate(
     command: str,
     clock: Clock = gpu_clock,
     device: str = "cuda",
-    tokens: Sequence[int] = TOKENS,
+    tokens: Sequence[int] = CALIBRATE_TOKENS,
     products: Sequence[tuple[int, int, int]] = PRODUCTS,
 ) -> Constants:
     """Measures, fits every second layer, tests on the others, writes the constants.
@@ -136,17 +134,6 @@ def require_gpu(device: str) -> None:
             "leanmoe calibrate needs an NVIDIA GPU that torch can use; without one, leanmoe "
             "predict uses the constants that come with it"
         )
-
-
-def read_tokens(words: str) -> tuple[int, ...]:
-    """Tokens of a step to measure at, from words such as `1,16,256`; LeanMoeError for others."""
-    found = tuple(sorted(set(parse_counts("--tokens", words))))
-    if len(found) < FEWEST_TOKENS or found[-1] > MOST_TOKENS:
-        raise LeanMoeError(
-            f"--tokens is {words!r}: it must be {FEWEST_TOKENS} or more whole numbers, each from "
-            f"1 to {MOST_TOKENS}, with commas between them"
-        )
-    return found
 
 
 def gpu_at_hand(described: Gpu) -> Gpu:

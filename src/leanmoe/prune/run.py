@@ -21,32 +21,12 @@ from leanmoe.prune.allocation import ALLOCATION_TOKENS, Allocated, allocate, few
 from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
 from leanmoe.prune.criteria import CRITERIA, Criterion, Scores, observe, rank_experts
 from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
+from leanmoe.prune.settings import EVEN, PruneSettings
 from leanmoe.results.prune import PruneReport, RankedBy
 from leanmoe.runtime import load_model
 from leanmoe.scoring.windows import Windows, cut
 
 PLAN_FILE = "plan.json"
-EVEN = "even"
-ALLOCATIONS = (EVEN, "evoesap")
-
-
-@dataclass(frozen=True)
-class PruneSettings:
-    """What `leanmoe prune` was asked for; defaults in one place."""
-
-    model: str
-    keep: str = "75%"
-    criterion: str = "reap"
-    text: str | None = None
-    tokens: int = 32768
-    seed: int = 0
-    protect: bool = True
-    """Whether experts with extreme outputs stay whatever their score."""
-    as_plan: bool = False
-    allocation: str = "even"
-    """How layers share the experts: "even", or "evoesap" (a plan's layers may differ)."""
-    dtype: str | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +43,7 @@ class Pruned:
 
 def prune(settings: PruneSettings, output: Path) -> Pruned:
     """Ranks, chooses and writes. Raises LeanMoeError before any expensive work where it can."""
+    settings.check()
     criterion = CRITERIA.get(settings.criterion)
     shape = read_shape(settings.model)
     count = kept_count(settings.keep, shape)
@@ -149,16 +130,12 @@ def _rank(settings: PruneSettings, criterion: Criterion, shape: MoEShape, count:
 
 
 def _check_allocation(settings: PruneSettings, criterion: Criterion) -> None:
-    if settings.allocation not in ALLOCATIONS:
-        raise LeanMoeError(
-            f"allocation is {settings.allocation!r}: it must be {' or '.join(ALLOCATIONS)}"
-        )
     if settings.allocation == EVEN:
         return
     if not settings.as_plan:
         raise LeanMoeError(
             f"--allocation {settings.allocation} gives layers different numbers of experts, which "
-            "no stock engine loads: add --plan, which touches no weights"
+            "no stock engine loads: add --as-plan, which touches no weights"
         )
     if not criterion.needs_text:
         raise LeanMoeError(

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from leanmoe.core.parsing import flag, require
+from leanmoe.core.options import (
+    DTYPE_HELP,
+    MODEL_HELP,
+    SEED_HELP,
+    TEXT_HELP,
+    TRUST_HELP,
+    argument,
+    numbers_text,
+    option,
+    percent_text,
+)
+from leanmoe.core.parsing import flag, parse_counts, parse_share, require
 
 PROMPT_SPREAD = 64
 """Replies are scored after prompts up to this many tokens shorter or longer than the load's."""
@@ -16,34 +27,49 @@ PROMPT_SPREAD = 64
 class TuneSettings:
     """The settings of one run; a run folder belongs to exactly one of them."""
 
-    model: str
-    text: str | None = None
-    concurrency: tuple[int, ...] = (1, 8, 32)
-    """Requests at once; each becomes a load band of the plan."""
-    margin: float = 0.005
-    """Largest relative increase in next-token loss that is accepted."""
-    confidence: float = 0.95
-    strategy: str = "auto"
-    """A strategy by name, or "auto": leanmoe's own search, compared with all the others."""
-    keep: str | None = None
-    """A memory budget: share or number of a layer's experts that the plan may use at all."""
-    criterion: str = "easy-ep"
-    """By what experts are ranked where there is a memory budget."""
-    input_len: int = 256
-    output_len: int = 32
-    repeats: int = 5
-    """Interleaved repeats of each throughput measurement."""
-    profile_tokens: int = 200_000
-    sensitivity_tokens: int = 20_000
-    heldout_tokens: int = 80_000
-    """Tokens of text that each plan is proven on; about 40% of them are scored."""
+    model: str = argument(MODEL_HELP)
+    text: str | None = option(None, TEXT_HELP)
+    concurrency: tuple[int, ...] = option(
+        (1, 8, 32),
+        "Numbers of requests at once, comma separated; each becomes a band of the plan.",
+        parse=parse_counts,
+        text=numbers_text,
+    )
+    margin: float = option(
+        0.005,
+        "Largest relative increase in next-token loss to accept.",
+        parse=parse_share,
+        text=percent_text,
+    )
+    confidence: float = option(0.95, "Confidence of every interval and verdict.")
+    strategy: str = option(
+        "auto",
+        "A strategy by name, or 'auto': leanmoe's own search, compared with all the others.",
+    )
+    keep: str | None = option(
+        None, "A memory budget: the share or number of a layer's experts that a plan may use."
+    )
+    criterion: str = option(
+        "easy-ep", "How experts are ranked under --keep; leanmoe prune --help lists the criteria."
+    )
+    input_len: int = option(256, "Prompt tokens of the load to tune for.")
+    output_len: int = option(32, "Reply tokens of the load to tune for.")
+    repeats: int = option(5, "Runs of each throughput measurement, full model and plan in turn.")
+    profile_tokens: int = option(200_000, "Tokens of calibration text that the profile reads.")
+    sensitivity_tokens: int = option(
+        20_000, "Tokens of calibration text that each candidate rule is measured on."
+    )
+    heldout_tokens: int = option(
+        80_000,
+        "Tokens of held-out text that plans are proven on; about 40% of them are scored.",
+    )
     heldout_share: float = 0.4
     """Share of the documents that the search never sees."""
     compared_share: float = 0.3
     """Share of the held-out text that the table of strategies is measured on."""
-    seed: int = 0
-    dtype: str | None = None
-    trust_remote_code: bool = False
+    seed: int = option(0, SEED_HELP)
+    dtype: str | None = option(None, DTYPE_HELP)
+    trust_remote_code: bool = option(False, TRUST_HELP)
 
     def check(self) -> None:
         """Raises LeanMoeError for the first setting out of range."""

@@ -1,0 +1,153 @@
+"""`leanmoe predict` from top to bottom: what is asked for is read, then predicted or swept.
+
+Needs no torch, unless a profile's traces have to be replayed under a plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.catalog import find_shape
+from leanmoe.models.shape import MoEShape
+from leanmoe.plan import Plan, Rule
+from leanmoe.predict.constants import Constants, find_constants
+from leanmoe.predict.experts.assumed import Assumed
+from leanmoe.predict.experts.curve_sources import CurvesOf, find_curves
+from leanmoe.predict.hardware.gpus import Gpu, read_gpu
+from leanmoe.predict.prediction import Prediction, default_kernel
+from leanmoe.predict.prediction import predict as predict_load
+from leanmoe.predict.settings import (
+    CONCURRENCY,
+    SWEPT_CONCURRENCY,
+    SWEPT_GPUS,
+    PredictSettings,
+)
+from leanmoe.predict.step.deployment import find_deployment
+from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
+from leanmoe.predict.traffic.sweep import Limits
+
+
+@dataclass(frozen=True)
+class PredictResults:
+    """What was predicted: one prediction for each load, or a sweep over deployments."""
+
+    predictions: tuple[Prediction, ...] = ()
+    sweep: dict[str, Any] | None = None
+
+    def to_json(self) -> Any:
+        """The sweep, or a list of predictions, as JSON values."""
+        if self.sweep is not None:
+            return self.sweep
+        return [each.to_json() for each in self.predictions]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the settings name."""
+
+    model: MoEShape
+    gpu: Gpu
+    constants: Constants
+    plan: Plan | None
+    curves_of: CurvesOf
+
+
+def predict(settings: PredictSettings) -> PredictResults:
+    """Predicts throughput, latency and memory of the full model and, where one is given, a plan.
+
+    Raises LeanMoeError for a setting that is not allowed, for a plan of another model, and for a
+    model that does not fit the GPUs.
+    """
+    settings.check()
+    inputs = _read(settings)
+    if settings.sweep:
+        return PredictResults(sweep=_sweep(settings, inputs))
+    place = find_deployment(
+        inputs.model,
+        inputs.gpu,
+        settings.gpus[0] if settings.gpus else None,
+        settings.tensor_parallel_size,
+        settings.expert_parallel_size,
+        settings.data_parallel_size,
+        settings.pipeline_parallel_size,
+    )
+    return PredictResults(
+        tuple(
+            predict_load(
+                inputs.model,
+                inputs.plan,
+                place,
+                load,
+                kernel=settings.kernel,
+                curves_of=inputs.curves_of,
+                constants=inputs.constants,
+                seed=settings.seed,
+                cross_rank=settings.cross_rank,
+            )
+            for load in _loads(settings)
+        )
+    )
+
+
+def find_plan(settings: PredictSettings, model: MoEShape) -> Plan | None:
+    """A saved plan, or a uniform one; raises LeanMoeError where both are asked for or none fits."""
+    rule = Rule(top_k=settings.top_k, guaranteed=settings.guaranteed)
+    fingerprint = model.fingerprint()
+    if settings.plan is None:
+        if rule.is_empty:
+            return None
+        plan = Plan.uniform(fingerprint, rule)
+        plan.check(fingerprint)
+        return plan
+    if not rule.is_empty:
+        raise LeanMoeError("give --plan, or --top-k and --guaranteed, not both")
+    plan = Plan.load(settings.plan)
+    plan.check(fingerprint, more_experts=True)
+    return plan
+
+
+def _read(settings: PredictSettings) -> _Inputs:
+    model = find_shape(settings.model)
+    gpu = read_gpu(settings.gpu)
+    plan = find_plan(settings, model)
+    assumed = Assumed(settings.skew, settings.agreement)
+    return _Inputs(
+        model,
+        gpu,
+        find_constants(settings.constants, settings.communication, gpu),
+        plan,
+        find_curves(model, plan, settings.profile, assumed),
+    )
+
+
+def _loads(settings: PredictSettings) -> list[ServiceLoadModel]:
+    """Each number of requests at once, or the one rate at which requests arrive."""
+    lengths = (
+        read_lengths(settings.input_len, "--input-len"),
+        read_lengths(settings.output_len, "--output-len"),
+    )
+    if settings.request_rate is not None:
+        return [ServiceLoadModel(*lengths, rate=settings.request_rate)]
+    default = SWEPT_CONCURRENCY if settings.sweep else CONCURRENCY
+    return [ServiceLoadModel(*lengths, each) for each in settings.concurrency or default]
+
+
+def _sweep(settings: PredictSettings, inputs: _Inputs) -> dict[str, Any]:
+    from leanmoe.predict.traffic.sweep_results import sweep_results
+
+    loads = _loads(settings)
+    return sweep_results(
+        inputs.model,
+        {} if inputs.plan is None else {"plan": inputs.plan},
+        inputs.gpu,
+        list(settings.gpus or [SWEPT_GPUS]),
+        loads[0],
+        [load.concurrency or 0 for load in loads],
+        inputs.constants,
+        settings.kernel or default_kernel(inputs.model),
+        inputs.curves_of,
+        Limits(settings.tpot, settings.ttft, settings.price),
+        settings.cross_rank,
+    )
