@@ -213,18 +213,19 @@ matrix product measured in the same runs |
 
 Model FLOPs are {t["flops_per_token"] / 1e6:.1f} million a token: 6 for each weight of each matrix
 a token meets (its {settings["model"]["top_k"]} routed experts, not all
-{settings["model"]["experts"]}) plus causal attention. The model is narrow, so most of the time is
-memory traffic and not arithmetic; that is what the utilisation says.
+{settings["model"]["experts"]}) plus causal attention. The model is narrow: memory traffic takes most
+of the time, not arithmetic. That is why the utilisation is low.
 
-AdamW on float32 masters, bf16 weights, learning rate {optimiser["learning_rate"]:g}
-(warm-up over {optimiser["warmup_tokens"] / 1e6:.0f}M tokens, then flat, then linear decay over the
-last {100 * optimiser["decay_share"]:.0f}%), weight decay {optimiser["weight_decay"]:g}, gradient
-norm clipped at {optimiser["clip"]:g}. Expert load is balanced without an auxiliary loss
-(DeepSeek-V3 report, section 2.1.2): bias step {settings["gamma"]:g}, off for the last
-{100 * settings["gamma_off_share"]:.0f}%, and a sequence-wise loss of {settings["alpha"]:g}.
-Trained in {len(t["stops"])} runs, resumed after {stops} billion tokens. The planned total was
-raised from run to run ({planned} billion) as the speed became known, so the learning rate stepped
-up once, a little, at the last resumption. Kernel of the experts: `{t["kernel"]}`.
+The optimiser is AdamW on float32 masters with bf16 weights. The learning rate is
+{optimiser["learning_rate"]:g}: it warms up over {optimiser["warmup_tokens"] / 1e6:.0f}M tokens, stays
+flat, and decays linearly over the last {100 * optimiser["decay_share"]:.0f}%. Weight decay is
+{optimiser["weight_decay"]:g}, and the gradient norm is clipped at {optimiser["clip"]:g}. Expert load is
+balanced without an auxiliary loss (DeepSeek-V3 report, section 2.1.2). The bias step is
+{settings["gamma"]:g}, and 0 for the last {100 * settings["gamma_off_share"]:.0f}%. A sequence-wise loss
+weighs {settings["alpha"]:g}.
+Training took {len(t["stops"])} runs and resumed after {stops} billion tokens. The planned total rose
+from run to run ({planned} billion), as the speed became known. So the learning rate stepped up once,
+a little, at the last resumption. `{t["kernel"]}` computed the experts.
 
 ![Training and dev loss over tokens](loss.svg)"""
 
@@ -242,8 +243,8 @@ The weights are leanmoe's own work, under Apache-2.0 like the code. They were tr
 - [Python Enhancement Proposals](https://github.com/python/peps), public domain or CC0;
 - two [OpenStax](https://openstax.org) textbooks, CC BY 4.0, © Rice University.
 
-The texts were cut into tokens and otherwise left as they were; the weights are not endorsed by
-their authors. Evaluated on, never trained on: WikiText-2 (CC BY-SA), LAMBADA (CC BY 4.0), PIQA
+The texts were cut into tokens and otherwise left as they were. Their authors do not endorse the
+weights. The weights were tested on these and never trained on them: WikiText-2 (CC BY-SA), LAMBADA (CC BY 4.0), PIQA
 (AFL 3.0), QASC (CC BY 4.0), BLiMP (CC BY 4.0), and whole documents of the sources above."""
 
 
@@ -297,16 +298,18 @@ with a correction bias, {m["heads"]} heads of latent attention, vocabulary {m["v
   the held-out novels above are the test of those.
 - PIQA and QASC are near chance: the model has next to no knowledge of the world. WikiText-2 is of
   a kind it never saw.
-- English only; old novels and technical documentation. No instruction tuning, no safety
-  tuning: do not put its output before people.
+- The model knows English alone, of old novels and technical documentation. It had no instruction
+  tuning and no safety tuning: do not put its output before people.
 
 ## How these numbers were made
 
-Measured on {made["hardware"]}, {made["date"]}, torch {made["versions"]["torch"]}, Transformers
-{made["versions"]["transformers"]}, {found["dtype"]}, experts `{found["experts_implementation"]}`,
-commit {made["commit"]} (of the last of its runs: an interrupted evaluation goes on), seed
-{made["seed"]}; training on {training["device"]}, torch
-{training["torch"]}.
+| | |
+| :-- | :-- |
+| evaluated on | {made["hardware"]}, {made["date"]} |
+| with | torch {made["versions"]["torch"]}, Transformers {made["versions"]["transformers"]}, \
+{found["dtype"]}, experts `{found["experts_implementation"]}`, seed {made["seed"]} |
+| commit | {made["commit"]}, of the last of its runs: an interrupted evaluation goes on |
+| trained on | {training["device"]}, torch {training["torch"]} |
 
 ```
 python -m reference_model.prepare TEXT --out DATA
