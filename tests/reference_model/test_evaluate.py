@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference_model.card import card, write_card
+from reference_model.card import HERE, RESULTS, card, write_card
 from reference_model.evaluate import (
     EvaluateSettings,
     Evaluation,
@@ -152,7 +152,7 @@ def test_a_small_evaluation_from_files_to_card(tmp_path: Path) -> None:
     assert again.results["blimp"] == found["blimp"]
     assert (results / "evaluation.json").read_text() == before
     for name in ("training", "data"):
-        packaged = Path(reference.__file__).parent / "results" / f"{name}.json"
+        packaged = RESULTS / f"{name}.json"
         write_json(results / f"{name}.json", read_json(packaged, name))
     write_card(results, tmp_path)
     assert (
@@ -163,14 +163,11 @@ def test_a_small_evaluation_from_files_to_card(tmp_path: Path) -> None:
 
 def test_the_packaged_card_is_what_its_results_say() -> None:
     from leanmoe.core.files import read_json
-    from leanmoe.models import reference
 
-    folder = Path(reference.__file__).parent
     loaded = [
-        read_json(folder / "results" / f"{name}.json", name)
-        for name in ("training", "data", "evaluation")
+        read_json(RESULTS / f"{name}.json", name) for name in ("training", "data", "evaluation")
     ]
-    assert card(*loaded) == (folder / "README.md").read_text()
+    assert card(*loaded) == (HERE / "README.md").read_text()
     assert all(layer["unused"] == 0 for layer in loaded[2]["expert_use"])
     pair = next(entry for entry in loaded[2]["uniform_k"] if entry["k"] == 2)
     assert all(text["low"] > 0.1 for text in pair["texts"].values())
