@@ -213,19 +213,19 @@ matrix product measured in the same runs |
 
 Model FLOPs are {t["flops_per_token"] / 1e6:.1f} million a token: 6 for each weight of each matrix
 a token meets (its {settings["model"]["top_k"]} routed experts, not all
-{settings["model"]["experts"]}) plus causal attention. The model is narrow: memory traffic takes most
-of the time, not arithmetic. That is why the utilisation is low.
+{settings["model"]["experts"]}) plus causal attention. The model is narrow: memory traffic takes
+most of the time, not arithmetic. That is why the utilisation is low.
 
 The optimiser is AdamW on float32 masters with bf16 weights. The learning rate is
-{optimiser["learning_rate"]:g}: it warms up over {optimiser["warmup_tokens"] / 1e6:.0f}M tokens, stays
-flat, and decays linearly over the last {100 * optimiser["decay_share"]:.0f}%. Weight decay is
-{optimiser["weight_decay"]:g}, and the gradient norm is clipped at {optimiser["clip"]:g}. Expert load is
-balanced without an auxiliary loss (DeepSeek-V3 report, section 2.1.2). The bias step is
-{settings["gamma"]:g}, and 0 for the last {100 * settings["gamma_off_share"]:.0f}%. A sequence-wise loss
-weighs {settings["alpha"]:g}.
-Training took {len(t["stops"])} runs and resumed after {stops} billion tokens. The planned total rose
-from run to run ({planned} billion), as the speed became known. So the learning rate stepped up once,
-a little, at the last resumption. `{t["kernel"]}` computed the experts.
+{optimiser["learning_rate"]:g}: it warms up over {optimiser["warmup_tokens"] / 1e6:.0f}M tokens,
+stays flat, and decays linearly over the last {100 * optimiser["decay_share"]:.0f}%. Weight decay is
+{optimiser["weight_decay"]:g}, and the gradient norm is clipped at {optimiser["clip"]:g}. Expert
+load is balanced without an auxiliary loss (DeepSeek-V3 report, section 2.1.2). The bias step is
+{settings["gamma"]:g}, and 0 for the last {100 * settings["gamma_off_share"]:.0f}%. A sequence-wise
+loss weighs {settings["alpha"]:g}.
+Training took {len(t["stops"])} runs and resumed after {stops} billion tokens. The planned total
+rose from run to run ({planned} billion), as the speed became known. So the learning rate stepped up
+once, a little, at the last resumption. `{t["kernel"]}` computed the experts.
 
 ![Training and dev loss over tokens](loss.svg)"""
 
@@ -244,8 +244,9 @@ The weights are leanmoe's own work, under Apache-2.0 like the code. They were tr
 - two [OpenStax](https://openstax.org) textbooks, CC BY 4.0, © Rice University.
 
 The texts were cut into tokens and otherwise left as they were. Their authors do not endorse the
-weights. The weights were tested on these and never trained on them: WikiText-2 (CC BY-SA), LAMBADA (CC BY 4.0), PIQA
-(AFL 3.0), QASC (CC BY 4.0), BLiMP (CC BY 4.0), and whole documents of the sources above."""
+weights. The weights were tested on these and never trained on them: WikiText-2 (CC BY-SA), LAMBADA
+(CC BY 4.0), PIQA (AFL 3.0), QASC (CC BY 4.0), BLiMP (CC BY 4.0), and whole documents of the sources
+above."""
 
 
 def card(training: dict[str, Any], data: dict[str, Any], found: dict[str, Any]) -> str:
