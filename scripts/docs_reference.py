@@ -64,7 +64,8 @@ def _option_row(parameter: Any) -> str:
     is_shown = not is_argument and not isinstance(default, bool) and default not in (None, (), [])
     shown = f"`{_plain(default)}`" if is_shown else ""
     meaning = " ".join((getattr(parameter, "help", None) or "").split()).replace("|", "\\|")
-    return f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {meaning} |"
+    shown_names = ", ".join(f"`{name.replace('|', ' or ')}`" for name in names)
+    return f"| {shown_names} | {shown} | {meaning} |"
 
 
 def _flags(parameter: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -231,6 +232,34 @@ def test_every_generated_page_says_what_its_subject_is() -> None:
     assert "| deepseek_v3 |" in docs_reference.families_page()
     assert "`leanmoe.Plan`" in docs_reference.python_page()
     assert "| T | tokens" in docs_reference.letters_table()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
+    lines = BLOCK.sub("", text_of(page)).splitlines()
+    columns = 0
+    for line in lines:
+        cells = len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line)))
+        if line.startswith("|"):
+            columns = columns or cells
+            assert cells == columns, line
+        else:
+            columns = 0
+
+
+def test_error_messages_that_are_explained_are_the_source_s() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.glob("src/**/*.py")]
+    words = [
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    page = (DOCS / "reference/errors.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)`[^|]* \|", page, flags=re.MULTILINE)
+    assert len(messages) > 5
+    for piece in [piece.strip(" '") for message in messages for piece in message.split("…")]:
+        assert any(piece in word for word in words), piece
 
 
 def test_makefile_has_the_two_commands() -> None:
