@@ -20,6 +20,7 @@ from leanmoe.cli import VERBS, app
 from leanmoe.core.environment import VARIABLES
 from leanmoe.core.shapes import LETTERS
 from leanmoe.models.families import FAMILIES, Family
+from leanmoe.models.hf_config import HfConfig
 
 RUN_IN_VLLM = {
     "deepseek_v3": "tests (CPU), H100",
@@ -179,10 +180,7 @@ def _family_row(name: str, family: Family) -> str:
 
 
 def _router(family: Family, normalise: bool) -> Any:
-    from leanmoe.models import hf_config
-
-    kind = getattr(hf_config, "HfConfig", None) or hf_config.Settings
-    return family.router(kind({**family.defaults, **KEYS, "norm_topk_prob": normalise}))
+    return family.router(HfConfig({**family.defaults, **KEYS, "norm_topk_prob": normalise}))
 
 
 def _yes(value: object) -> str:
