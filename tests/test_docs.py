@@ -30,7 +30,11 @@ PAGES = [
     ROOT / "reference_model/README.md",
     *SITE,
 ]
-GUIDE, CONCEPTS = sorted(DOCS.glob("guide/*.md")), sorted(DOCS.glob("concepts/*.md"))
+GUIDE = sorted(DOCS.glob("guide/*.md"))
+PROSE = [
+    page for page in PAGES if page.parent.name != "reference_model" and page.name != "CHANGELOG.md"
+]
+"""The reference model's card is written from its results; a changelog has no sentences."""
 MOST_WORDS_IN_A_SENTENCE = 25
 MOST_WORDS_BEFORE_SUCCESS = 300
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\n\Z", re.DOTALL)
@@ -144,7 +148,7 @@ def test_pages_use_the_words_of_the_glossary(page: Path) -> None:
     assert not [sentence for sentence in WORST if sentence in " ".join(text.split())]
 
 
-@pytest.mark.parametrize("page", [*GUIDE, *CONCEPTS], ids=ids([*GUIDE, *CONCEPTS]))
+@pytest.mark.parametrize("page", PROSE, ids=ids(PROSE))
 def test_sentences_are_short(page: Path) -> None:
     sentences = sentences_of(text_of(page))
     long = [s for s in sentences if len(s.split()) > MOST_WORDS_IN_A_SENTENCE]
