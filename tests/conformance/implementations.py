@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from leanmoe.kernels import why_not_route_cpu, why_not_route_gpu
+from leanmoe.kernels import route_cpu_unsupported, route_gpu_unsupported
 from leanmoe.kernels.dispatch import route_on_cpu, route_on_gpu
 from leanmoe.plan import Fingerprint, Plan
 from leanmoe.routing import BatchScope, Routing, route, score
@@ -132,12 +132,12 @@ def by_sglang(case: Case) -> Routing:
 
 
 def _cpu_unsupported(case: Case) -> str | None:
-    return why_not_route_cpu(case.logits_BTE, case.router, case.rule.on(scope_of(case).ranks))
+    return route_cpu_unsupported(case.logits_BTE, case.router, case.rule.on(scope_of(case).ranks))
 
 
 def _triton_unsupported(case: Case) -> str | None:
     there = case.logits_BTE.to(DEVICE)
-    return why_not_route_gpu(there, case.router, case.rule.on(scope_of(case).ranks))
+    return route_gpu_unsupported(there, case.router, case.rule.on(scope_of(case).ranks))
 
 
 def _vllm_unsupported(case: Case) -> str | None:

@@ -18,7 +18,7 @@ from leanmoe.prune.criteria import (
     watch,
 )
 from leanmoe.runtime import find_layers, record, shape_of
-from leanmoe.runtime.experts import all_outputs
+from leanmoe.runtime.transformers_experts import all_outputs
 from leanmoe.scoring.windows import Windows
 from tests import tiny
 from tests.prune.test_checkpoint import NO_ROUND_TRIP, NOT_BUILT

@@ -7,7 +7,7 @@ import torch
 
 from leanmoe import Plan, Rule, apply
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.runtime import shape_of, why_not_full_attention
+from leanmoe.runtime import partial_attention_reason, shape_of
 from leanmoe.scoring.forward import final_hidden
 from leanmoe.scoring.windows import Windows
 from tests.runtime.families import build
@@ -67,5 +67,5 @@ def test_replies_need_full_windows_and_full_attention() -> None:
     )
     with pytest.raises(LeanMoeError, match="padded"):
         padded.after_prompt(4, 2)
-    assert why_not_full_attention(build("deepseek_v3").config) is None
-    assert "sliding" in (why_not_full_attention(build("gpt_oss").config) or "")
+    assert partial_attention_reason(build("deepseek_v3").config) is None
+    assert "sliding" in (partial_attention_reason(build("gpt_oss").config) or "")

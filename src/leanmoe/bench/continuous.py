@@ -28,7 +28,7 @@ from torch.nn import functional
 from leanmoe.bench.metrics import Request, Timeline
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.quiet import quiet_loggers
-from leanmoe.runtime import release_threads, why_not_full_attention
+from leanmoe.runtime import partial_attention_reason, release_threads
 
 PREFILL_TOKENS_A_STEP = 2048
 """A step takes as many whole prompts as fit in this, beside what decodes; a longer prompt is
@@ -114,7 +114,7 @@ def served(model: Any, room: Room, most_output: int) -> Iterator[Any]:
     with ExitStack() as stack:
         stack.enter_context(quiet_loggers("ContinuousBatchingLogger", level=logging.CRITICAL))
         stack.enter_context(_cache_width(model.config))
-        if model.device.type == "cpu" and why_not_full_attention(model.config) is None:
+        if model.device.type == "cpu" and partial_attention_reason(model.config) is None:
             stack.enter_context(attention_per_request(model, room.page))
         manager = stack.enter_context(
             model.continuous_batching_context_manager(

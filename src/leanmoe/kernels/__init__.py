@@ -5,11 +5,11 @@ Those that compute take `(hidden_TD, ids_TK, weights_TK, weights: ExpertWeights)
 """
 
 from leanmoe.kernels.cpu.experts import experts_cpu
-from leanmoe.kernels.cpu.router import route_cpu, why_not_route_cpu
+from leanmoe.kernels.cpu.router import route_cpu, route_cpu_unsupported
 from leanmoe.kernels.dispatch import Choice, Experts, choose_experts, choose_router
 from leanmoe.kernels.reference import expert_rows, experts_reference
-from leanmoe.kernels.triton.experts import experts_gpu, why_not_gpu
-from leanmoe.kernels.triton.router import RoutedGpu, route_gpu, route_gpu_ids, why_not_route_gpu
+from leanmoe.kernels.triton.experts import experts_gpu, experts_gpu_unsupported
+from leanmoe.kernels.triton.router import RoutedGpu, route_gpu, route_gpu_ids, route_gpu_unsupported
 from leanmoe.kernels.weights import ExpertWeights, Gate
 from leanmoe.kernels.work import Work, count_work
 
@@ -26,11 +26,11 @@ __all__ = [
     "expert_rows",
     "experts_cpu",
     "experts_gpu",
+    "experts_gpu_unsupported",
     "experts_reference",
     "route_cpu",
+    "route_cpu_unsupported",
     "route_gpu",
     "route_gpu_ids",
-    "why_not_gpu",
-    "why_not_route_cpu",
-    "why_not_route_gpu",
+    "route_gpu_unsupported",
 ]

@@ -15,11 +15,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from leanmoe.kernels.cpu.experts import experts_cpu, prepare, why_not_cpu
-from leanmoe.kernels.cpu.router import route_cpu, why_not_route_cpu
+from leanmoe.kernels.cpu.experts import experts_cpu, experts_cpu_unsupported, prepare
+from leanmoe.kernels.cpu.router import route_cpu, route_cpu_unsupported
 from leanmoe.kernels.reference import experts_reference
-from leanmoe.kernels.triton.experts import experts_gpu, why_not_gpu
-from leanmoe.kernels.triton.router import route_gpu, route_gpu_ids, why_not_route_gpu
+from leanmoe.kernels.triton.experts import experts_gpu, experts_gpu_unsupported
+from leanmoe.kernels.triton.router import route_gpu, route_gpu_ids, route_gpu_unsupported
 from leanmoe.kernels.triton.tuned_tiles import describe
 from leanmoe.kernels.weights import ExpertWeights
 from leanmoe.models.routers import Router
@@ -54,11 +54,15 @@ def choose_experts(weights: ExpertWeights, device: torch.device | str) -> Choice
     """
     kind = torch.device(device).type
     if kind == "cuda":
-        reason = why_not_gpu(weights) if _is_installed("triton") else "triton is not installed"
+        reason = (
+            experts_gpu_unsupported(weights)
+            if _is_installed("triton")
+            else "triton is not installed"
+        )
         if reason is None:
             return Choice("gpu", experts_gpu, describe(weights))
     elif kind == "cpu":
-        reason = why_not_cpu(weights) or _lacks_memory(weights)
+        reason = experts_cpu_unsupported(weights) or _lacks_memory(weights)
         if reason is None:
             return Choice("cpu", experts_cpu, prepare(weights).describe())
     else:
@@ -93,13 +97,13 @@ def choose_router(
     if torch.device(device or logits_BTE.device).type == "cuda":
         reason: str | None = "triton is not installed"
         if _is_installed("triton"):
-            reason = why_not_route_gpu(_one_step(logits_BTE), router, rule)
+            reason = route_gpu_unsupported(_one_step(logits_BTE), router, rule)
         if reason is None:
             return Choice("gpu", route_on_gpu, "one step of logits on a GPU")
     else:
         reason = "numba is not installed"
         if _is_installed("numba"):
-            reason = why_not_route_cpu(logits_BTE, router, rule)
+            reason = route_cpu_unsupported(logits_BTE, router, rule)
         if reason is None and scope.exchange is not None and rule.is_batch_aware:
             reason = "ranks exchange what their tokens ask for"
         if reason is None:

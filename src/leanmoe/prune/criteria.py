@@ -37,8 +37,8 @@ from leanmoe.models.routers import Router
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Rule
 from leanmoe.runtime import find_layers, record, shape_of
-from leanmoe.runtime.experts import all_outputs, expert_outputs
 from leanmoe.runtime.model import MoELayer, decoder_layers
+from leanmoe.runtime.transformers_experts import all_outputs, expert_outputs
 from leanmoe.scoring.forward import final_hidden, hidden_of
 from leanmoe.scoring.windows import Windows
 

@@ -6,34 +6,39 @@ token, D hidden width, B independent forward steps, B sequences that decode toge
 
 from leanmoe.kernels.cpu.threads import release_threads
 from leanmoe.runtime.apply import Applied, apply
-from leanmoe.runtime.counts import LayerCounts
-from leanmoe.runtime.experts import IMPLEMENTATION, has_kernel, register_experts, served_experts
+from leanmoe.runtime.counts import RoutingCounts
 from leanmoe.runtime.model import (
     MoELayer,
     find_layers,
     hidden_before,
     load_model,
+    partial_attention_reason,
     record,
     resume_from,
     shape_of,
-    why_not_full_attention,
+)
+from leanmoe.runtime.transformers_experts import (
+    IMPLEMENTATION,
+    has_kernel,
+    register_experts,
+    served_experts,
 )
 
 __all__ = [
     "IMPLEMENTATION",
     "Applied",
-    "LayerCounts",
     "MoELayer",
+    "RoutingCounts",
     "apply",
     "find_layers",
     "has_kernel",
     "hidden_before",
     "load_model",
+    "partial_attention_reason",
     "record",
     "register_experts",
     "release_threads",
     "resume_from",
     "served_experts",
     "shape_of",
-    "why_not_full_attention",
 ]

@@ -16,8 +16,7 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Plan
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import BatchScope
-from leanmoe.runtime.counts import LayerCounts
-from leanmoe.runtime.experts import IMPLEMENTATION, prepared, register_experts
+from leanmoe.runtime.counts import RoutingCounts
 from leanmoe.runtime.model import (
     MoELayer,
     find_layers,
@@ -32,7 +31,8 @@ from leanmoe.runtime.routing import (
     fast_router,
     without_skipped,
 )
-from leanmoe.runtime.step import Part, scoring_parts, served_parts
+from leanmoe.runtime.step import StepPart, scoring_parts, served_parts
+from leanmoe.runtime.transformers_experts import IMPLEMENTATION, prepared, register_experts
 
 logger = logging.getLogger(__name__)
 _MARK = "_leanmoe_applied"
@@ -45,9 +45,9 @@ class Applied:
     plan: Plan
     implementation: str
     """Which experts implementation computes the chosen experts."""
-    generated: tuple[LayerCounts, ...] = ()
+    generated: tuple[RoutingCounts, ...] = ()
     """Per MoE layer, for tokens whose prediction is read; filled with `count=True`."""
-    prompt: tuple[LayerCounts, ...] = ()
+    prompt: tuple[RoutingCounts, ...] = ()
     """The same for prompt tokens."""
 
 
@@ -55,7 +55,7 @@ class Applied:
 class _Call:
     """What is known of the forward call that is running."""
 
-    parts: tuple[Part, ...] | None = None
+    parts: tuple[StepPart, ...] | None = None
     read: Any = None
     logits: dict[int, Tensor] = field(default_factory=dict)
 
@@ -117,8 +117,8 @@ def apply(
             model.set_experts_implementation(IMPLEMENTATION)
         applied = Applied(plan, _implementation(model, layers))
         if count:
-            applied.generated = tuple(LayerCounts() for _ in layers)
-            applied.prompt = tuple(LayerCounts() for _ in layers)
+            applied.generated = tuple(RoutingCounts() for _ in layers)
+            applied.prompt = tuple(RoutingCounts() for _ in layers)
         if count or observe or not plan.is_empty or experts == IMPLEMENTATION:
             _hook(model, plan, layers, shape.router, applied, scoring, scope, observe, undo)
         logger.info(

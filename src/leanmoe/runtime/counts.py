@@ -11,7 +11,7 @@ from leanmoe.routing import count_distinct, count_slots
 
 
 @dataclass
-class LayerCounts:
+class RoutingCounts:
     """Sums over the forward steps of one MoE layer."""
 
     steps: int = 0

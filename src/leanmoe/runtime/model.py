@@ -136,7 +136,7 @@ def router_logits(output: Any) -> Tensor:
     return logits
 
 
-def why_not_full_attention(config: Any) -> str | None:
+def partial_attention_reason(config: Any) -> str | None:
     """Why a token of this model does not see all tokens before it; None if it does."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if kinds:

@@ -29,11 +29,11 @@ from leanmoe.kernels.dispatch import Route, fast_route
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.routing import ALONE, BatchScope, Routing, route
-from leanmoe.runtime.counts import LayerCounts
+from leanmoe.runtime.counts import RoutingCounts
 from leanmoe.runtime.model import (
     MoELayer,
 )
-from leanmoe.runtime.step import Part
+from leanmoe.runtime.step import StepPart
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 Observe = Callable[[int, Tensor, Tensor], None]
@@ -52,13 +52,13 @@ class LayerRouting:
     bias_E: Tensor | None
     is_fast: bool
     """Whether our own routing may stand for the reference."""
-    counts: tuple[LayerCounts, LayerCounts] | None
+    counts: tuple[RoutingCounts, RoutingCounts] | None
     """Where to count what generated tokens do and what prompt tokens do."""
     scope: BatchScope = ALONE
     observe: Observe | None = None
 
     def choose(
-        self, logits_TE: Tensor, stock: tuple[Tensor, Tensor] | None, parts: Sequence[Part]
+        self, logits_TE: Tensor, stock: tuple[Tensor, Tensor] | None, parts: Sequence[StepPart]
     ) -> tuple[Tensor, Tensor, bool]:
         """Ids and weights (T,K) under the parts' rules, and whether any slot may be skipped.
 
@@ -78,7 +78,7 @@ class LayerRouting:
         self,
         logits_TE: Tensor,
         stock: tuple[Tensor, Tensor] | None,
-        part: Part,
+        part: StepPart,
         index: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         rule = part.rules[self.number]
@@ -97,7 +97,7 @@ class LayerRouting:
         return function(logits, self.router, self.top_k, rule, self.bias_E, padding, self.scope)
 
     def _joined(
-        self, logits_TE: Tensor, stock: tuple[Tensor, Tensor] | None, parts: Sequence[Part]
+        self, logits_TE: Tensor, stock: tuple[Tensor, Tensor] | None, parts: Sequence[StepPart]
     ) -> tuple[Tensor, Tensor]:
         """The parts' slots in token order, with as many slots as the widest part has."""
         most, *others = sorted(parts, key=_tokens, reverse=True)
@@ -118,12 +118,12 @@ class LayerRouting:
                 all_weights_TK[at] = _widened(weights, slots, 0)
         return all_ids_TK, all_weights_TK
 
-    def _fits_all(self, part: Part, tokens: int) -> bool:
+    def _fits_all(self, part: StepPart, tokens: int) -> bool:
         """Whether the part is most of the call and its tokens are routed each on its own."""
         alone = not part.rules[self.number].is_batch_aware and part.padding_BT is None
         return alone and self.counts is None and 2 * _tokens(part) > tokens
 
-    def _count(self, ids: Tensor, part: Part) -> None:
+    def _count(self, ids: Tensor, part: StepPart) -> None:
         if self.counts is None:
             return
         ids_BTK = ids if ids.dim() == 3 else ids.unsqueeze(0)
@@ -132,12 +132,12 @@ class LayerRouting:
             padding_BT = padding_BT.unsqueeze(0)
         self.counts[part.is_prompt].add(ids_BTK, padding_BT, self.experts)
 
-    def _count_budget(self, over_B: Tensor | None, part: Part) -> None:
+    def _count_budget(self, over_B: Tensor | None, part: StepPart) -> None:
         if over_B is not None and self.counts is not None:
             self.counts[part.is_prompt].over_budget_steps += int(over_B.sum())
 
 
-def _tokens(part: Part) -> int:
+def _tokens(part: StepPart) -> int:
     assert part.index_BT is not None
     return part.index_BT.numel()
 
@@ -148,7 +148,7 @@ def _widened(values: Tensor, slots: int, fill: int) -> Tensor:
     return functional.pad(flat_TK, (0, slots - flat_TK.shape[-1]), value=fill)
 
 
-def _skips(part: Part, layer: int) -> bool:
+def _skips(part: StepPart, layer: int) -> bool:
     """Whether a slot may be skipped: never under an empty rule or one with a plain `top_k`."""
     rule = part.rules[layer]
     if rule.is_empty:

@@ -17,7 +17,7 @@ from leanmoe.plan import Plan, Rule
 
 
 @dataclass(frozen=True)
-class Part:
+class StepPart:
     """Tokens of one call that are under the same rules, as steps of equally many tokens."""
 
     index_BT: Tensor | None
@@ -30,7 +30,7 @@ class Part:
 
 def served_parts(
     plan: Plan, shape_SN: tuple[int, int], padding_SN: Tensor | None, read: Any
-) -> tuple[Part, ...]:
+) -> tuple[StepPart, ...]:
     """The parts of a served call: its prompt tokens, if the plan has rules for them, and the rest.
 
     `read` is the call's `logits_to_keep`: how many last positions, or which, have a prediction
@@ -40,7 +40,7 @@ def served_parts(
     unread_T = _unread(shape_SN, read) if plan.prompt else None
     if unread_T is None or not bool(unread_T.any()):
         tokens = shape_SN[0] * shape_SN[1] - (0 if padding_T is None else int(padding_T.sum()))
-        return (Part(None, padding_T, plan.rules_for(max(tokens, 1))),)
+        return (StepPart(None, padding_T, plan.rules_for(max(tokens, 1))),)
     return tuple(
         part
         for part in (
@@ -57,7 +57,7 @@ def scoring_parts(
     padding_SN: Tensor | None,
     decode_batch: int | None,
     prompt_tokens: int,
-) -> tuple[Part, ...]:
+) -> tuple[StepPart, ...]:
     """The parts of a scoring call: the first `prompt_tokens` of each sequence, then the rest.
 
     The rest decodes in steps of `decode_batch` sequences, or is one step without it.
@@ -89,9 +89,9 @@ def scoring_parts(
 
 def _part(
     index_BT: Tensor, padding_T: Tensor | None, rules: tuple[Rule, ...], is_prompt: bool = False
-) -> Part:
+) -> StepPart:
     padding_BT = None if padding_T is None else padding_T[index_BT.to(padding_T.device)]
-    return Part(index_BT, padding_BT, rules, is_prompt)
+    return StepPart(index_BT, padding_BT, rules, is_prompt)
 
 
 def _some(
@@ -100,7 +100,7 @@ def _some(
     rules: tuple[Rule, ...] | None,
     is_prompt: bool = False,
     plan: Plan | None = None,
-) -> Part | None:
+) -> StepPart | None:
     index_T = chosen_T.nonzero().flatten()
     if not len(index_T):
         return None

@@ -16,7 +16,7 @@ A service that reads a few tokens after a long prompt is scored on just those. O
 would run hundreds of tokens to score a few. So replies branch off one prompt (`branched_ids`): a
 window runs once as a prompt, and beside it its last part a second time, cut into replies. Each
 token of a reply sees the prompt's tokens before the reply and the reply's own before itself. This
-holds only for models whose tokens see all tokens before them (`runtime.why_not_full_attention`).
+holds only for models whose tokens see all tokens before them (`runtime.partial_attention_reason`).
 
 Letters: S windows, N tokens of a window or of a row of the call, T tokens, D hidden width,
 V vocabulary.

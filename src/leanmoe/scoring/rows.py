@@ -24,7 +24,7 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
-from leanmoe.runtime import why_not_full_attention
+from leanmoe.runtime import partial_attention_reason
 from leanmoe.scoring.forward import Head
 
 BATCH_TOKENS = 8192
@@ -274,7 +274,7 @@ def score_rows(
     _require_lengths(model, rows)
     head = Head.of(model)
     scores: list[Score | None] = [None] * len(rows)
-    bundles = bundled(rows, questions, why_not_full_attention(model.config) is None)
+    bundles = bundled(rows, questions, partial_attention_reason(model.config) is None)
     with bar(what, sum(len(row.ids) for row in rows), "tokens") as advance:
         for call in calls(bundles, decode_batch, seed, batch_tokens):
             laid = Laid.of(call.bundles)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanmoe.runtime.counts import LayerCounts as RoutingCounts
+from leanmoe.runtime.counts import RoutingCounts
 
 EAGER = 0
 """The key of a step that no graph captured; captured ones have the number of their rows."""

@@ -27,8 +27,8 @@ from leanmoe.runtime import (
     apply,
     find_layers,
     load_model,
+    partial_attention_reason,
     shape_of,
-    why_not_full_attention,
 )
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
@@ -219,7 +219,7 @@ def _cut_text(
     settings: TuneSettings,
     model: Any,
 ) -> TuneWindows:
-    reason = why_not_full_attention(model.config)
+    reason = partial_attention_reason(model.config)
     if reason:
         logger.info("every reply is scored in a row of its own: %s", reason)
     whole, prompt, reply = settings.scored_window(reason is None)

@@ -31,8 +31,8 @@ from leanmoe.profile.record import draw_steps
 from leanmoe.profile.saved import Profile
 from leanmoe.routing import count_distinct, count_slots
 from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, resume_from
-from leanmoe.runtime.experts import experts_forward
 from leanmoe.runtime.model import keep_hidden
+from leanmoe.runtime.transformers_experts import experts_forward
 from leanmoe.scoring.divergence import Reference, reference
 from leanmoe.scoring.forward import final_hidden
 from leanmoe.stats.paired import Divergence

@@ -22,7 +22,7 @@ from leanmoe.core.registry import Registry
 from leanmoe.plan import Fingerprint, Rule
 from leanmoe.routing import route
 from leanmoe.runtime import find_layers, shape_of
-from leanmoe.runtime.experts import experts_forward
+from leanmoe.runtime.transformers_experts import experts_forward
 from leanmoe.tune.allocate import Option, cheapest
 from leanmoe.tune.layers import Sensitivity, loss_rates, profile_hidden
 

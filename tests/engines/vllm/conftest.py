@@ -41,7 +41,7 @@ def _settings() -> None:
 def load() -> Iterator[Any]:
     """Loads a model (the reference model) in vLLM under a plan, or as trained; one at a time."""
     from leanmoe.models.reference import path
-    from leanmoe.serve.options import PluginOptions
+    from leanmoe.serve.plugin_options import PluginOptions
     from leanmoe.serve.vllm.patch import process_plugin
 
     def start(plan: Any = None, leanmoe_kernels: bool = False, **settings: Any) -> Any:

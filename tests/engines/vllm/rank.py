@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
 
     from leanmoe.models.reference import path
     from leanmoe.plan import Plan
-    from leanmoe.serve.options import PluginOptions
+    from leanmoe.serve.plugin_options import PluginOptions
     from leanmoe.serve.routing_statistics import RoutingStatistics
     from leanmoe.serve.vllm.patch import process_plugin
 

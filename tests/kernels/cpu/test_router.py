@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from leanmoe.kernels.cpu.router import route_cpu, why_not_route_cpu
+from leanmoe.kernels.cpu.router import route_cpu, route_cpu_unsupported
 from leanmoe.plan import Rule
 from tests.conformance.cases import ROUTERS
 
@@ -21,7 +21,7 @@ def test_many_tokens_are_those_of_few() -> None:
 
 def test_says_what_it_cannot_do() -> None:
     after = ROUTERS["softmax after top-k"]
-    assert why_not_route_cpu(torch.randn(2, 8).bfloat16(), after, Rule(top_k=1)) is not None
-    assert why_not_route_cpu(torch.randn(2, 8), after, Rule(top_k=0)) is not None
+    assert route_cpu_unsupported(torch.randn(2, 8).bfloat16(), after, Rule(top_k=1)) is not None
+    assert route_cpu_unsupported(torch.randn(2, 8), after, Rule(top_k=0)) is not None
     for rule, reason in ((Rule(budget_per_rank=2), "budget_per_rank"), (Rule(budget=2), "None")):
-        assert reason in str(why_not_route_cpu(torch.randn(2, 8), ROUTERS["softmax"], rule))
+        assert reason in str(route_cpu_unsupported(torch.randn(2, 8), ROUTERS["softmax"], rule))

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from leanmoe.kernels.triton.config import ExpertsConfig, Tile
 from leanmoe.kernels.triton.expert_blocks import expert_blocks_reference
-from leanmoe.kernels.triton.experts import experts_gpu, why_not_gpu
+from leanmoe.kernels.triton.experts import experts_gpu, experts_gpu_unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8_ROUNDING = 1e-2 if DEVICE == "cuda" else 2e-3
@@ -325,8 +325,8 @@ def test_no_tokens() -> None:
 
 def test_says_what_it_cannot_do() -> None:
     weights = random_layer()
-    assert why_not_gpu(replace(weights, gate=lambda x: x)) is not None
-    assert why_not_gpu(replace(weights, after=lambda x: x)) is not None
+    assert experts_gpu_unsupported(replace(weights, gate=lambda x: x)) is not None
+    assert experts_gpu_unsupported(replace(weights, after=lambda x: x)) is not None
     hidden, ids, gates = random_call(weights, 20, 3)
     with pytest.raises(LeanMoeError, match="rows must be at least the tokens"):
         run((hidden, ids, gates), weights, WAYS["direct"])

@@ -15,7 +15,7 @@ from leanmoe.kernels.triton.router import (
     RoutedGpu,
     route_gpu,
     route_gpu_ids,
-    why_not_route_gpu,
+    route_gpu_unsupported,
 )
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
@@ -32,6 +32,7 @@ from tests.kernels.triton.routed import (
     repeating_here,
     route_here,
     run,
+    there,
 )
 
 FEW = settings(deadline=None, max_examples=25)
@@ -229,7 +230,7 @@ def test_says_what_it_cannot_do() -> None:
         ((1, 2, 8), torch.float32, Router(), "dimensions"),
     ):
         logits = torch.randn(shape, dtype=dtype, device=DEVICE)
-        assert reason in str(why_not_route_gpu(logits, router, Rule()))
+        assert reason in str(route_gpu_unsupported(logits, router, Rule()))
     with pytest.raises(LeanMoeError, match="nothing is routed"):
         route_here(torch.randn(2, 8), after, 4, Rule(top_k=0))
 
@@ -238,6 +239,7 @@ def test_ids_for_engines_repeat_the_best_as_in_torch() -> None:
     logits = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     padding = torch.tensor([False] * 4 + [True] * 2)
     rule, router = Rule(guaranteed=1, threshold=0.5), Router(normalise=True)
+    logits, padding = there((logits, padding))
     plain = route_gpu(logits, router, 4, rule, None, padding)
     ids, weights = route_gpu_ids(logits, router, 4, rule, None, padding)
     assert ids.tolist() == repeat_best(plain.ids_TK, 32, padding).tolist()
@@ -245,17 +247,16 @@ def test_ids_for_engines_repeat_the_best_as_in_torch() -> None:
 
 
 @given(cases(hostile=False))
-@settings(deadline=None, max_examples=20)
+@FEW
 def test_ids_for_engines_pass_over_the_same_slots(drawn: Case) -> None:
-    logits, router, rule = drawn.logits_BTE[0], drawn.router, drawn.rule
-    padding = None if drawn.padding_BT is None else drawn.padding_BT[0]
-    if why_not_route_gpu(logits, router, rule) is not None:
-        return
-    arguments = (logits, router, drawn.top_k, rule, drawn.bias_E, padding)
+    case = one_step(drawn)
+    logits, bias, padding = there((case.logits_BTE, case.bias_E, case.padding_BT))
+    assume(route_gpu_unsupported(logits, case.router, case.rule) is None)
+    arguments = (logits, case.router, case.top_k, case.rule, bias, padding)
     plain = route_gpu(*arguments)
-    for number in (-1, drawn.experts):
+    for number in (-1, case.experts):
         ids, weights = route_gpu_ids(*arguments, skipped_id=number)
-        wanted = write_skipped(plain.ids_TK, drawn.experts, padding, number)
+        wanted = write_skipped(plain.ids_TK, case.experts, padding, number)
         assert ids.dtype is torch.int32
         assert ids.tolist() == wanted.tolist()
         torch.testing.assert_close(weights, plain.weights_TK, rtol=0, atol=0, equal_nan=True)

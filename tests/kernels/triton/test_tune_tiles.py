@@ -18,6 +18,7 @@ from leanmoe.kernels.triton.config import ExpertsConfig, Tile
 from leanmoe.kernels.triton.search_tiles import tiles, ways
 from leanmoe.kernels.triton.tune_tiles import Tuner, random_call, random_weights
 from leanmoe.kernels.triton.tuned_tiles import SHIPPED, Shape, Tuned, config_for, file_name
+from tests.kernels.triton.routed import DEVICE
 
 SMALL = Shape(8, 256, 128, 2, "float16")
 V3 = Shape(256, 7168, 2048, 8, "bfloat16")
@@ -36,9 +37,9 @@ def pretending(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(tune_tiles, "time_calls", time_calls)
     monkeypatch.setattr(tune_tiles, "_compile", lambda *_: None)
     monkeypatch.setattr(tune_tiles, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
-    monkeypatch.setattr(tune_tiles, "random_weights", lambda shape: random_weights(shape, "cpu"))
+    monkeypatch.setattr(tune_tiles, "random_weights", lambda shape: random_weights(shape, DEVICE))
     monkeypatch.setattr(
-        tune_tiles, "random_call", lambda shape, size, seed: random_call(shape, size, seed, "cpu")
+        tune_tiles, "random_call", lambda shape, size, seed: random_call(shape, size, seed, DEVICE)
     )
     return seen
 

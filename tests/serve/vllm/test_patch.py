@@ -12,7 +12,7 @@ import pytest
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
-from leanmoe.serve.options import PluginOptions
+from leanmoe.serve.plugin_options import PluginOptions
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.patch import VllmPlugin, process_plugin
 from tests.serve.stand_ins import (

@@ -10,7 +10,7 @@ import pytest
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
-from leanmoe.serve.options import PluginOptions
+from leanmoe.serve.plugin_options import PluginOptions
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.planned_model import PlannedModel, decoder_index
 from leanmoe.serve.vllm.small_steps import Skipping

@@ -9,7 +9,7 @@ import pytest
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Fingerprint, Plan
-from leanmoe.serve.options import PluginOptions
+from leanmoe.serve.plugin_options import PluginOptions
 from leanmoe.serve.vllm import plugin
 from leanmoe.serve.vllm.patch import VllmPlugin
 

@@ -29,7 +29,7 @@ _kernels: MutableMapping[Tensor, Kernel] = WeakTensorKeyDictionary()
 _preparing = threading.Lock()
 
 
-def why_not_cpu(weights: ExpertWeights) -> str | None:
+def experts_cpu_unsupported(weights: ExpertWeights) -> str | None:
     """Why `experts_cpu` cannot compute these weights; None if it can."""
     if weights.gate_up.device.type != "cpu":
         return f"the weights are on {weights.gate_up.device}"
@@ -82,7 +82,7 @@ def prepare(weights: ExpertWeights) -> Kernel:
         layout = (weights.gate, weights.is_gated, weights.is_concatenated, weights.is_transposed)
         kernel = _kernels.get(weights.gate_up)
         if kernel is None or kernel.version != version or kernel.layout != layout:
-            if reason := why_not_cpu(weights):
+            if reason := experts_cpu_unsupported(weights):
                 raise LeanMoeError(f"experts_cpu cannot compute these experts: {reason}")
             kernel = Kernel(weights, version, layout)
             _kernels[weights.gate_up] = kernel

@@ -22,7 +22,7 @@ from leanmoe.routing import Routing
 MOST_GROUPS = 64
 
 
-def why_not_route_cpu(logits_BTE: Tensor, router: Router, rule: Rule) -> str | None:
+def route_cpu_unsupported(logits_BTE: Tensor, router: Router, rule: Rule) -> str | None:
     """Why `route_cpu` cannot route these tokens; None if it can."""
     if logits_BTE.device.type != "cpu":
         return f"the logits are on {logits_BTE.device}"
@@ -45,7 +45,7 @@ def route_cpu(
     bias_E: Tensor | None = None,
     padding_BT: Tensor | None = None,
 ) -> Routing:
-    """As `leanmoe.routing.route`, for what `why_not_route_cpu` has nothing against.
+    """As `leanmoe.routing.route`, for what `route_cpu_unsupported` has nothing against.
 
     Scores may differ from torch's in the last bits, and with them the order of experts that are as
     good as equal. Equal ones: the lower id first, and so for groups. Slots come best first. A

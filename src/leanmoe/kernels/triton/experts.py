@@ -22,7 +22,7 @@ FP8 = torch.float8_e4m3fn
 LEAST_FP8_DEPTH = 32
 
 
-def why_not_gpu(weights: ExpertWeights) -> str | None:
+def experts_gpu_unsupported(weights: ExpertWeights) -> str | None:
     """Why `experts_gpu` cannot compute these weights; None if it can."""
     tensor, other = weights.gate_up, weights.down
     if tensor.device.type != "cuda" and not interprets():
@@ -67,7 +67,7 @@ def experts_gpu(
     Raises LeanMoeError for what it cannot compute.
     """
     check_call(hidden_TD, ids_TK, weights_TK, weights)
-    if reason := why_not_gpu(weights):
+    if reason := experts_gpu_unsupported(weights):
         raise LeanMoeError(f"experts_gpu cannot compute these experts: {reason}")
     if weights.gate_up.dtype not in (hidden_TD.dtype, FP8) or hidden_TD.dtype not in FLOATS:
         raise LeanMoeError(

@@ -48,7 +48,7 @@ class RoutedGpu(NamedTuple):
     blocks: ExpertBlocks
 
 
-def why_not_route_gpu(logits_TE: Tensor, router: Router, rule: Rule) -> str | None:
+def route_gpu_unsupported(logits_TE: Tensor, router: Router, rule: Rule) -> str | None:
     """Why `route_gpu` cannot route these tokens; None if it can."""
     if logits_TE.device.type != "cuda" and not interprets():
         return f"the logits are on {logits_TE.device}"
@@ -79,7 +79,7 @@ def route_gpu(
     block_rows: int = BLOCK_ROWS,
     ids_dtype: torch.dtype = torch.int64,
 ) -> RoutedGpu:
-    """As `leanmoe.routing.route`, for what `why_not_route_gpu` has nothing against.
+    """As `leanmoe.routing.route`, for what `route_gpu_unsupported` has nothing against.
 
     Scores may differ from torch's in the last bits, and with them the order of experts that are as
     good as equal. Equal ones: the lower id first, and so for groups. A token whose logits are not
@@ -137,7 +137,7 @@ def _call(
     placement, exchange = scope
     ranks = 1 if placement is None else placement.ranks
     rule = rule.on(ranks)
-    if reason := why_not_route_gpu(logits_TE, router, rule):
+    if reason := route_gpu_unsupported(logits_TE, router, rule):
         raise LeanMoeError(f"route_gpu cannot route these tokens: {reason}")
     experts, device = logits_TE.shape[1], logits_TE.device
     rank_E = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 def activate() -> None:
     """Puts the plan of LEANMOE_PLAN to work in this process, or ends it."""
     try:
-        from leanmoe.serve.options import PluginOptions
+        from leanmoe.serve.plugin_options import PluginOptions
 
         options = PluginOptions.from_environ("SGLang")
         if options is None:

@@ -16,7 +16,7 @@ from typing import Any
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import TESTED, check_version
 from leanmoe.plan import Plan
-from leanmoe.serve.options import PluginOptions
+from leanmoe.serve.plugin_options import PluginOptions
 from leanmoe.serve.vllm.checks import check_hook
 from leanmoe.serve.vllm.planned_model import PlannedModel
 

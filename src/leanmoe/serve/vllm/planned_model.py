@@ -13,8 +13,8 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.dispatch import choose_router
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
-from leanmoe.serve.options import PluginOptions
 from leanmoe.serve.plan_support import is_plain
+from leanmoe.serve.plugin_options import PluginOptions
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm import checks
 from leanmoe.serve.vllm.layer_facts import GATHERING, experts_class, scope_of

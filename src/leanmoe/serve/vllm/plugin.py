@@ -8,7 +8,7 @@ from __future__ import annotations
 
 def activate() -> None:
     """Puts the plan of LEANMOE_PLAN to work in this process; raises LeanMoeError if it cannot."""
-    from leanmoe.serve.options import PluginOptions
+    from leanmoe.serve.plugin_options import PluginOptions
 
     options = PluginOptions.from_environ("vLLM")
     if options is None:

@@ -8,7 +8,7 @@ import pytest
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Fingerprint, Plan, Rule
-from leanmoe.serve.options import VARIABLES, PluginOptions
+from leanmoe.serve.plugin_options import VARIABLES, PluginOptions
 
 MODEL = Fingerprint("Model", 1, 1, 8, 2)
 
