@@ -18,7 +18,6 @@ from leanmoe.prune.criteria import (
     watch,
 )
 from leanmoe.runtime import find_layers, record, shape_of
-from leanmoe.runtime.transformers_experts import all_outputs
 from leanmoe.scoring.windows import Windows
 from tests import tiny
 from tests.prune.test_checkpoint import NO_ROUND_TRIP, NOT_BUILT
@@ -46,7 +45,7 @@ def test_sums_are_those_of_plain_loops(family: str) -> None:
     found = seen(model, real)
     for layer in layers:
         (hidden, ids, weights), _ = calls[layer.number]
-        outputs = all_outputs(layer.experts, hidden).detach()
+        outputs = layer.all_outputs(hidden).detach()
         slots, gates, added = (np.zeros(16) for _ in range(3))
         for token in range(18):
             for expert, gate in zip(ids[token].tolist(), weights[token].tolist(), strict=True):

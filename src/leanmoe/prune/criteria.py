@@ -38,7 +38,6 @@ from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Rule
 from leanmoe.runtime import find_layers, record, shape_of
 from leanmoe.runtime.model import MoELayer, decoder_layers
-from leanmoe.runtime.transformers_experts import all_outputs, expert_outputs
 from leanmoe.scoring.forward import final_hidden, hidden_of
 from leanmoe.scoring.windows import Windows
 
@@ -286,7 +285,7 @@ class Watch:
         routed_TD, after_TD = routed_TD[real_T].float(), after_TD[real_T].float()
         change_T = 1 - functional.cosine_similarity(after_TD - routed_TD, after_TD, dim=-1)
         self._tokens[layer.number] += len(hidden_TD)
-        for expert, rows_X, slots_X, out_XD in expert_outputs(layer.experts, hidden_TD, ids_TK):
+        for expert, rows_X, slots_X, out_XD in layer.outputs_by_expert(hidden_TD, ids_TK):
             gates_X = weights_TK[rows_X, slots_X].double()
             added_X = gates_X * out_XD.double().norm(dim=-1)
             values = (
@@ -348,7 +347,7 @@ def removal_order(
 ) -> Scores:
     """Scores [E]: the later an expert goes, the higher; the last `least` are not told apart."""
     bias_E = layer.ranking_bias(router)
-    outputs_TED = all_outputs(layer.experts, hidden_TD).float()
+    outputs_TED = layer.all_outputs(hidden_TD).float()
     state = _Layer(outputs_TED, logits_TE, router, top_k, bias_E)
     scores_E = np.full(logits_TE.shape[1], float(logits_TE.shape[1]))
     kept = list(range(logits_TE.shape[1]))

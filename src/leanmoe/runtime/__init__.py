@@ -4,8 +4,7 @@ Letters: N sequences, L tokens of each in a forward call, T = N x L tokens, E ex
 token, D hidden width, B independent forward steps, B sequences that decode together.
 """
 
-from leanmoe.kernels.cpu.threads import release_threads
-from leanmoe.runtime.apply import Applied, apply
+from leanmoe.runtime.apply import Applied, apply, has_kernel, served_experts
 from leanmoe.runtime.counts import RoutingCounts
 from leanmoe.runtime.model import (
     MoELayer,
@@ -14,15 +13,11 @@ from leanmoe.runtime.model import (
     load_model,
     partial_attention_reason,
     record,
+    release_threads,
     resume_from,
     shape_of,
 )
-from leanmoe.runtime.transformers_experts import (
-    IMPLEMENTATION,
-    has_kernel,
-    register_experts,
-    served_experts,
-)
+from leanmoe.runtime.transformers_experts import IMPLEMENTATION, register_experts
 
 __all__ = [
     "IMPLEMENTATION",

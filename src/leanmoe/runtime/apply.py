@@ -130,6 +130,19 @@ def apply(
             step()
 
 
+def has_kernel(model: Any) -> bool:
+    """Whether every MoE layer of the model is computed by a kernel and not by the reference."""
+    return all(layer.has_kernel for layer in find_layers(model))
+
+
+def served_experts(model: Any) -> str:
+    """The experts that measurements use: ours where a kernel computes them, else Transformers'.
+
+    Our plain reference would make a slow full model, and any plan look fast beside it.
+    """
+    return IMPLEMENTATION if has_kernel(model) else "stock"
+
+
 def _implementation(model: Any, layers: tuple[MoELayer, ...]) -> str:
     name = str(model.config._experts_implementation)
     if name == IMPLEMENTATION:

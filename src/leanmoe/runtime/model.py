@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels import expert_rows
+from leanmoe.kernels.cpu.threads import openmp_functions
 from leanmoe.models.routers import Router
 from leanmoe.models.shape import REFERENCE, MoEShape, read_shape
+from leanmoe.runtime.transformers_experts import experts_forward, prepared
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,6 +56,22 @@ def load_model(
     model = model.to(device).eval()
     find_layers(model)
     return model, tokenizer
+
+
+PAUSE_SOFT = 1
+"""omp_pause_soft of OpenMP 5.0: free what threads hold, keep what programs set."""
+
+
+def release_threads() -> bool:
+    """Ends the worker threads that torch keeps for the calling thread; whether there was a way.
+
+    They come back with the caller's next parallel operation. Call it before another thread takes
+    over the model: GNU's OpenMP counts the workers of both, finds more than cores, and puts every
+    worker to sleep after every operation, which makes a small model half as fast
+    (docs/results/throughput.md).
+    """
+    pause = openmp_functions("omp_pause_resource_all")
+    return bool(pause) and pause[0](PAUSE_SOFT) == 0
 
 
 def _source(name: str) -> str:
@@ -95,6 +114,37 @@ class MoELayer:
         raise LeanMoeError(
             f"{self.name} has no {router.ranking_bias}: this family's router has one"
         )
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a kernel computes the layer's experts, and not the reference."""
+        return prepared(self.experts)[1].name != "reference"
+
+    def random_input(self, tokens: int, draw: torch.Generator) -> Tensor:
+        """Standard normal hidden states [T,D], as the inputs of MoE layers are normalised."""
+        up = self.experts.gate_up_proj if self.experts.has_gate else self.experts.up_proj
+        width = int(up.shape[1] if self.experts.is_transposed else up.shape[2])
+        return torch.randn(tokens, width, generator=draw).to(self.experts.down_proj)
+
+    def run_experts(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The weighted sum (T,D) of the chosen experts' outputs, by our kernel for them."""
+        return experts_forward(self.experts, hidden_TD, ids_TK, weights_TK.to(hidden_TD))
+
+    def outputs_by_expert(
+        self, hidden_TD: Tensor, ids_TK: Tensor
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Each used expert with its tokens (X), their slots (X) and what it makes of them (X,D)."""
+        weights, _ = prepared(self.experts)
+        for expert in sorted(set(ids_TK.flatten().tolist())):
+            if expert < weights.experts:
+                rows_X, slots_X = (ids_TK == expert).nonzero(as_tuple=True)
+                yield expert, rows_X, slots_X, expert_rows(hidden_TD[rows_X], expert, weights)
+
+    def all_outputs(self, hidden_TD: Tensor) -> Tensor:
+        """What every expert makes of every token, (T,E,D): for few tokens."""
+        weights, _ = prepared(self.experts)
+        outputs = [expert_rows(hidden_TD, expert, weights) for expert in range(weights.experts)]
+        return torch.stack(outputs, dim=1)
 
 
 def shape_of(model: Any) -> MoEShape:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from leanmoe.kernels import Choice, Experts, ExpertWeights, Gate, choose_experts, expert_rows
+from leanmoe.kernels import Choice, Experts, ExpertWeights, Gate, choose_experts
 from leanmoe.kernels.weights import ACTIVATIONS, Activation
-from leanmoe.runtime.model import (
-    find_layers,
-)
 
 IMPLEMENTATION = "leanmoe"
 PROBE_ROWS, PROBE_WIDTH = 8, 16
@@ -38,19 +34,6 @@ def experts_forward(
     """Transformers' experts interface: (T,D), (T,K) and (T,K) to (T,D)."""
     weights, choice = prepared(module)
     return choice.function(hidden_states, top_k_index, top_k_weights, weights)
-
-
-def has_kernel(model: Any) -> bool:
-    """Whether every MoE layer of the model is computed by a kernel and not by the reference."""
-    return all(prepared(layer.experts)[1].name != "reference" for layer in find_layers(model))
-
-
-def served_experts(model: Any) -> str:
-    """The experts that measurements use: ours where a kernel computes them, else Transformers'.
-
-    Our plain reference would make a slow full model, and any plan look fast beside it.
-    """
-    return IMPLEMENTATION if has_kernel(model) else "stock"
 
 
 def prepared(module: Any) -> tuple[ExpertWeights, Choice[Experts]]:
@@ -112,21 +95,3 @@ def _gated(gate: Gate, module: Any, probe: Tensor) -> Tensor:
     if getattr(module, "is_concatenated", True):
         return gate.combine(*probe.chunk(2, dim=-1))
     return gate.combine(probe[..., ::2], probe[..., 1::2])
-
-
-def expert_outputs(
-    module: Any, hidden_TD: Tensor, ids_TK: Tensor
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Each used expert with its tokens (X), their slots (X) and what it makes of them (X,D)."""
-    weights, _ = prepared(module)
-    for expert in sorted(set(ids_TK.flatten().tolist())):
-        if expert < weights.experts:
-            rows_X, slots_X = (ids_TK == expert).nonzero(as_tuple=True)
-            yield expert, rows_X, slots_X, expert_rows(hidden_TD[rows_X], expert, weights)
-
-
-def all_outputs(module: Any, hidden_TD: Tensor) -> Tensor:
-    """What every expert makes of every token, (T,E,D): for few tokens."""
-    weights, _ = prepared(module)
-    outputs = [expert_rows(hidden_TD, expert, weights) for expert in range(weights.experts)]
-    return torch.stack(outputs, dim=1)

@@ -32,7 +32,6 @@ from leanmoe.profile.saved import Profile
 from leanmoe.routing import count_distinct, count_slots
 from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, resume_from
 from leanmoe.runtime.model import keep_hidden
-from leanmoe.runtime.transformers_experts import experts_forward
 from leanmoe.scoring.divergence import Reference, reference
 from leanmoe.scoring.forward import final_hidden
 from leanmoe.stats.paired import Divergence
@@ -325,10 +324,7 @@ def fit(
     number = layer.number
     logits_TE = torch.from_numpy(profile.trace.logits_LTE[number])
     bias_E = None if profile.bias_LE is None else torch.from_numpy(profile.bias_LE[number])
-    weight = layer.experts.down_proj
-    hidden_TD = torch.randn(
-        tokens, profile_hidden(layer), generator=torch.Generator().manual_seed(seed)
-    ).to(weight)
+    hidden_TD = layer.random_input(tokens, torch.Generator().manual_seed(seed))
     steps = draw_steps(profile.trace, tokens, STEPS, seed)
     times: dict[tuple[int, int], list[float]] = {}
     routing_times: dict[tuple[int, int], list[float]] = {}
@@ -339,13 +335,11 @@ def fit(
         order.shuffle(cases)
         for case in cases:
             rule, step = rules[case[0]], steps[case[1]]
-            logits = logits_TE[step].float().to(weight.device)
+            logits = logits_TE[step].float().to(hidden_TD.device)
             started = time.perf_counter()
             routing = fast_route(logits, profile.router, profile.model.top_k, rule, bias_E)
             routed = time.perf_counter()
-            experts_forward(
-                layer.experts, hidden_TD, routing.ids_BTK, routing.weights_BTK.to(weight)
-            )
+            layer.run_experts(hidden_TD, routing.ids_BTK, routing.weights_BTK)
             ended = time.perf_counter()
             times.setdefault(case, []).append(ended - routed)
             routing_times.setdefault(case, []).append(routed - started)
@@ -354,13 +348,6 @@ def fit(
                 float(count_distinct(routing.ids_BTK, profile.model.experts)),
             )
     return _line(times, routing_times, work, rules)
-
-
-def profile_hidden(layer: Any) -> int:
-    """Hidden width of the layer's experts."""
-    experts = layer.experts
-    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    return int(up.shape[1] if experts.is_transposed else up.shape[2])
 
 
 def _line(

@@ -11,8 +11,7 @@ from leanmoe.core.provenance import collect, peak_memory
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.plan import Plan
 from leanmoe.prune.kept_experts import Kept
-from leanmoe.runtime import apply
-from leanmoe.runtime.transformers_experts import served_experts
+from leanmoe.runtime import apply, served_experts
 from leanmoe.tune.alternatives import compare_strategies, keep_by_budget, total_or_activated
 from leanmoe.tune.context import TuneContext, prepare
 from leanmoe.tune.layers import measure_sensitivities, time_layers

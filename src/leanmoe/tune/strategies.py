@@ -22,9 +22,8 @@ from leanmoe.core.registry import Registry
 from leanmoe.plan import Fingerprint, Rule
 from leanmoe.routing import route
 from leanmoe.runtime import find_layers, shape_of
-from leanmoe.runtime.transformers_experts import experts_forward
 from leanmoe.tune.allocate import Option, cheapest
-from leanmoe.tune.layers import Sensitivity, loss_rates, profile_hidden
+from leanmoe.tune.layers import Sensitivity, loss_rates
 
 Kind = Literal["slots", "distinct"]
 Cost = Callable[[int, Rule], float]
@@ -298,18 +297,13 @@ def perturbation(
     moved: dict[tuple[int, int], float] = {}
     draw = torch.Generator().manual_seed(seed)
     for layer in find_layers(model):
-        weight = layer.experts.down_proj
-        hidden_TD = torch.randn(tokens, profile_hidden(layer), generator=draw).to(weight)
+        hidden_TD = layer.random_input(tokens, draw)
         bias_E = layer.ranking_bias(shape.router)
         logits_TE = hidden_TD.float() @ layer.router.weight.float().T
         outputs = []
         for k in range(1, shape.top_k + 1):
             routing = route(logits_TE, shape.router, shape.top_k, Rule(top_k=k), bias_E)
-            outputs.append(
-                experts_forward(
-                    layer.experts, hidden_TD, routing.ids_BTK, routing.weights_BTK.to(weight)
-                )
-            )
+            outputs.append(layer.run_experts(hidden_TD, routing.ids_BTK, routing.weights_BTK))
         for k, output in enumerate(outputs, start=1):
             moved[layer.number, k] = float((output - outputs[-1]).norm() / tokens**0.5)
     return moved

@@ -23,32 +23,16 @@ class Team:
     thread_number: int
 
 
-PAUSE_SOFT = 1
-"""omp_pause_soft of OpenMP 5.0: free what threads hold, keep what programs set."""
-
-
 @functools.cache
 def find_team() -> Team | None:
     """torch's OpenMP, if it is one with GNU's interface (GNU's and LLVM's have it)."""
-    functions = _openmp("GOMP_parallel", "omp_get_thread_num")
+    functions = openmp_functions("GOMP_parallel", "omp_get_thread_num")
     addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in functions]
     return Team(*(address or 0 for address in addresses)) if len(addresses) == 2 else None
 
 
-def release_threads() -> bool:
-    """Ends the worker threads that torch keeps for the calling thread; whether there was a way.
-
-    They come back with the caller's next parallel operation. Call it before another thread takes
-    over the work: GNU's OpenMP counts the workers of both, finds more than cores, and puts every
-    worker to sleep after every operation, which makes a small model half as fast
-    (docs/results/throughput.md).
-    """
-    found = _openmp("omp_pause_resource_all")
-    return bool(found) and found[0](PAUSE_SOFT) == 0
-
-
 @functools.cache
-def _openmp(*names: str) -> tuple[Any, ...]:
+def openmp_functions(*names: str) -> tuple[Any, ...]:
     """Functions of the OpenMP library that torch itself uses; none if one of them is missing."""
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         try:
