@@ -20,7 +20,7 @@ from leanmoe.predict.kernels.tile_heuristics import ANY, stages
 
 OUR_LAYER = {1: 165.5, 8: 1075, 16: 1910, 32: 3036, 64: 4280, 128: 4795, 256: 4946}
 """Microseconds of leanmoe's kernel on one DeepSeek-V3 layer (7168, 2048, 256 experts, k = 8, bf16,
-random draws) by tokens, on one H200, 2026-11-24 (docs/kernels.md)."""
+random draws) by tokens, on one H200, 2026-11-24 (docs/results/kernels-gpu.md)."""
 OUR_FIT = (1, 16, 64, 256)
 """Points of those that constants are fitted to; the others are a test."""
 OUR_FEATURES = ("call", "weights")
@@ -43,7 +43,7 @@ def our_kernel(gpu: Gpu) -> tuple[KernelConstants, list[dict[str, float]]]:
         gpu,
         "bfloat16",
         [at(n) for n in OUR_FIT],
-        "four of seven readings of one DeepSeek-V3 layer, docs/kernels.md, h200",
+        "four of seven readings of one DeepSeek-V3 layer, docs/results/kernels-gpu.md, h200",
         stages((ANY,)),
         Form(OUR_FEATURES),
     )

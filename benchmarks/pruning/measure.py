@@ -1,6 +1,6 @@
 """What do fewer experts in total cost and gain, by each criterion, beside fewer experts a token?
 
-    python -m benchmarks.pruning.measure --text documents.txt --svg docs/pruning.svg
+    python -m benchmarks.pruning.measure --text documents.txt --svg docs/assets/pruning.svg
 
 Experts are ranked on one half of the documents; next-token loss is measured on the other half,
 under a plan that uses the experts that remain alone, paired by document with the full model. Speed
