@@ -15,3 +15,8 @@ def test_near_names_come_first_then_all_of_them() -> None:
 
 def test_where_nothing_is_near_nothing_is_suggested() -> None:
     assert did_you_mean("zzz", ["h200"]) == ""
+
+
+def test_thousands_are_counted_not_listed() -> None:
+    error = str(unknown_name("task", "taks", ["task", *map(str, range(1999))], " here"))
+    assert error == "task 'taks' is not known: did you mean task? 2,000 are known here"

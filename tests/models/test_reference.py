@@ -112,3 +112,8 @@ def test_path_needs_no_torch_and_names_what_is_missing(
     monkeypatch.setattr(reference, "__file__", str(tmp_path / "reference.py"))
     with pytest.raises(LeanMoeError, match=r"lacks config\.json, tokenizer\.json"):
         reference.path()
+
+
+def test_the_word_reference_is_its_folder_and_other_names_are_themselves() -> None:
+    assert reference.folder_of("reference") == str(reference.path())
+    assert reference.folder_of("Qwen/Qwen3-30B-A3B") == "Qwen/Qwen3-30B-A3B"

@@ -17,6 +17,7 @@ from leanmoe.bench.sweep import Runner, sweep
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers
+from leanmoe.models.reference import folder_of
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 
@@ -262,13 +263,9 @@ def load_tokenizer(job: Job, servers: Sequence[Server]) -> Any:
     quiet_transformers()
     guesses = [job.tokenizer] if job.tokenizer else _guesses(job, servers)
     for guess in guesses:
-        if guess == "reference":
-            from leanmoe.models.reference import path
-
-            guess = str(path())
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                guess, trust_remote_code=job.trust_remote_code
+                folder_of(guess), trust_remote_code=job.trust_remote_code
             )
             encode(tokenizer, SMALLEST_VOCABULARY_SAMPLE)
         except Exception:  # the hub, tokenizers and Transformers each raise their own

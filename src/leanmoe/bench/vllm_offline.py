@@ -26,6 +26,7 @@ from leanmoe.bench.sweep import Outcome, RunOne
 from leanmoe.core.environment import PLAN
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import require_vllm
+from leanmoe.models.reference import folder_of
 from leanmoe.plan import Plan
 
 FULL = "full"
@@ -60,7 +61,7 @@ class VLLMOffline:
         self._plans: dict[str, Path | None] = {FULL: None, **plans}
         self._version = require_vllm(bool(plans)).version
         self._engine = {
-            "model": model_folder(model),
+            "model": folder_of(model),
             "tensor_parallel_size": gpus,
             "dtype": dtype or "auto",
             "trust_remote_code": trust_remote_code,
@@ -174,15 +175,6 @@ class _Engine:
         lines = [line.strip() for line in self._log if line.strip()]
         errors = [line for line in lines if "Error" in line]
         return (errors or lines or ["it said nothing"])[-1][-300:]
-
-
-def model_folder(model: str) -> str:
-    """What vLLM calls the model."""
-    if model == "reference":
-        from leanmoe.models.reference import path
-
-        return str(path())
-    return model
 
 
 def serve_jobs() -> None:

@@ -12,6 +12,7 @@ import typer
 from leanmoe.cli.options import AsJson, print_json
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import find_vllm, require_vllm
+from leanmoe.models.reference import folder_of
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.serve.plan_support import PROMPT, check_parts, without
@@ -57,7 +58,7 @@ def serve(
         return
     from leanmoe.serve.transformers import serve as serve_transformers
 
-    folder = launch.folder(settings.model)
+    folder = folder_of(settings.model)
     serve_transformers(folder, settings.model, plan, path, settings.host, settings.port)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+MOST_LISTED = 200
+
 
 class LeanMoeError(Exception):
     """Names the thing that is wrong, its value, and what is allowed, in one line.
@@ -21,7 +23,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str], more: str = "") -> LeanMoeError:
-    """The error for a name that is none of the known ones: near names first, then all of them."""
+    """The error for a name that is none of the known ones: near names first, then all of them.
+
+    Thousands are not listed.
+    """
     names = list(known)
     hint = did_you_mean(name, names)
-    return LeanMoeError(f"{what} {name!r} is not known: {hint}known are {', '.join(names)}{more}")
+    listed = (
+        f"known are {', '.join(names)}"
+        if len(names) <= MOST_LISTED
+        else f"{len(names):,} are known"
+    )
+    return LeanMoeError(f"{what} {name!r} is not known: {hint}{listed}{more}")

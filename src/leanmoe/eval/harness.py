@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from leanmoe.core.errors import LeanMoeError, did_you_mean
+from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.core.quiet import quiet_loggers
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.eval.answers import Answers
@@ -42,10 +42,8 @@ def require_harness(names: Sequence[str], settings: EvalSettings) -> None:
         require_engine()
     known = set(_manager(names, settings).all_tasks)
     if unknown := [name for name in names if name not in known]:
-        raise LeanMoeError(
-            f"task {unknown[0]!r} is not known to lm-evaluation-harness: "
-            f"{did_you_mean(unknown[0], known)}own task files go in --include-path FOLDER"
-        )
+        own = " to lm-evaluation-harness; own task files go in --include-path FOLDER"
+        raise unknown_name("task", unknown[0], known, own)
 
 
 def answer_harness(

@@ -17,7 +17,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from leanmoe.bench.vllm_offline import model_folder
 from leanmoe.core.environment import PLAN, STATISTICS
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import write_json
@@ -25,6 +24,7 @@ from leanmoe.core.installed_vllm import require_vllm
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.models.hf_config import read_config
+from leanmoe.models.reference import folder_of
 from leanmoe.plan import Band, Plan
 from leanmoe.plan.named_plans import Named
 from leanmoe.serve.vllm.launch import compilation, environment, lacks_mla_kernel, missing_in
@@ -98,7 +98,7 @@ def _engine(plan: Plan, path: Path, settings: EvalSettings) -> Engine:
     if plan.is_empty:
         del variables[PLAN]
     found: dict[str, Any] = {
-        "pretrained": model_folder(settings.model),
+        "pretrained": folder_of(settings.model),
         "dtype": settings.dtype or "auto",
         "trust_remote_code": settings.trust_remote_code,
         "seed": settings.seed,

@@ -16,8 +16,8 @@ from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
+from leanmoe.models.reference import NAME, folder_of
 
-REFERENCE = "reference"
 """The name of the model that ships with leanmoe."""
 FILE = "config.json"
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -138,11 +138,7 @@ def read_config(source: str) -> dict[str, Any]:
     A hub name is looked for in the local cache first; going to the network is said on standard
     error. Raises LeanMoeError where there is none, or where it is not a JSON object.
     """
-    if source == REFERENCE:
-        from leanmoe.models.reference import path
-
-        source = str(path())
-    local = Path(source).expanduser()
+    local = Path(folder_of(source)).expanduser()
     if source and local.is_dir():
         local = local / FILE
         if not local.is_file():
@@ -151,7 +147,7 @@ def read_config(source: str) -> dict[str, Any]:
         if not _is_hub_name(source):
             raise LeanMoeError(
                 f"model {source!r} does not exist: give a folder, a {FILE}, owner/name on the "
-                f"Hugging Face Hub, or {REFERENCE}"
+                f"Hugging Face Hub, or {NAME}"
             )
         local = _from_hub(source)
     config = read_json(local, "config")

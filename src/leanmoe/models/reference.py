@@ -1,6 +1,6 @@
 """The small DeepSeek-V3-style model that ships with leanmoe.
 
-`path()` needs neither torch nor Transformers. `reference_model/` in the repository trained it.
+Needs neither torch nor Transformers. `reference_model/` in the repository trained it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from leanmoe.core.errors import LeanMoeError
 
+NAME = "reference"
+"""The word that stands for it wherever a model is named."""
 _REQUIRED = ("config.json", "tokenizer.json", "model.safetensors.index.json")
 
 
@@ -21,3 +23,8 @@ def path() -> Path:
             f"the reference model is not in this installation: {folder} lacks {', '.join(missing)}"
         )
     return folder
+
+
+def folder_of(model: str) -> str:
+    """What Transformers and engines load: the packaged folder for "reference", else the name."""
+    return str(path()) if model == NAME else model

@@ -16,11 +16,10 @@ from typing import Any
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.attention import CACHE_BYTES, Attention, attends, attention_of
 from leanmoe.models.families import FAMILIES, Family, Router, family_of
-from leanmoe.models.hf_config import FILE, REFERENCE, HfConfig, language_part, read_config
+from leanmoe.models.hf_config import FILE, HfConfig, language_part, read_config
 from leanmoe.models.weight_format import Storage, storage
 
 __all__ = [
-    "REFERENCE",
     "MoEShape",
     "Parameters",
     "distinct_grouped",

@@ -16,7 +16,8 @@ from leanmoe.core.progress import bar
 from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.text import read_corpus, split
-from leanmoe.models.shape import REFERENCE, MoEShape, read_shape
+from leanmoe.models.reference import folder_of
+from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.prune.allocation import ALLOCATION_TOKENS, Allocated, allocate, fewest, first_windows
 from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
 from leanmoe.prune.criteria import CRITERIA, Criterion, Scores, observe, rank_experts
@@ -79,12 +80,9 @@ def prune(settings: PruneSettings, output: Path) -> Pruned:
 
 def checkpoint_folder(name: str) -> Path:
     """The folder of a checkpoint's files: local, the one that ships, or fetched from the hub."""
-    if name == REFERENCE:
-        from leanmoe.models.reference import path
-
-        return path()
-    if Path(name).is_dir():
-        return Path(name)
+    local = Path(folder_of(name))
+    if local.is_dir():
+        return local
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

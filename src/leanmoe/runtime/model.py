@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import expert_rows
 from leanmoe.kernels.cpu.threads import openmp_functions
+from leanmoe.models.reference import folder_of
 from leanmoe.models.routers import Router
-from leanmoe.models.shape import REFERENCE, MoEShape, read_shape
+from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.runtime.transformers_experts import experts_forward, prepared
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +41,9 @@ def load_model(
     read_shape(name)
     if dtype is not None and dtype not in DTYPES:
         raise LeanMoeError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
-    source = _source(name)
+    local = Path(name)
+    is_config = local.name == "config.json" and local.is_file()
+    source = str(local.parent) if is_config else folder_of(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted: Any = DTYPES[dtype] if dtype else (torch.float32 if device == "cpu" else "auto")
     try:
@@ -72,15 +75,6 @@ def release_threads() -> bool:
     """
     pause = openmp_functions("omp_pause_resource_all")
     return bool(pause) and pause[0](PAUSE_SOFT) == 0
-
-
-def _source(name: str) -> str:
-    if name == REFERENCE:
-        from leanmoe.models.reference import path
-
-        return str(path())
-    local = Path(name)
-    return str(local.parent) if local.name == "config.json" and local.is_file() else name
 
 
 ROUTER_NAMES = ("gate", "router")

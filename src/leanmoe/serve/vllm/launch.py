@@ -11,7 +11,8 @@ from typing import Any
 
 from leanmoe.core.environment import DROP, PLAN, STATISTICS
 from leanmoe.core.installed_vllm import VllmInstall
-from leanmoe.models.hf_config import REFERENCE, read_config
+from leanmoe.models.hf_config import read_config
+from leanmoe.models.reference import folder_of
 from leanmoe.plan import Plan
 
 MLA_WIDTHS = (320, 576)
@@ -37,7 +38,7 @@ def command(
 ) -> list[str]:
     """The server's command line; what the user adds comes last and so prevails."""
     config = read_config(model)
-    name = folder(model)
+    name = folder_of(model)
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", name]
     words += ["--served-model-name", model, "--host", host, "--port", str(port)]
     if plan is not None:
@@ -82,12 +83,3 @@ def missing_in(config: Mapping[str, Any]) -> dict[str, str]:
         return {}
     wanted = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     return {name: value for name, value in wanted.items() if name not in config}
-
-
-def folder(model: str) -> str:
-    """What an engine is given for a model: the folder of the one that ships, else its name."""
-    if model != REFERENCE:
-        return model
-    from leanmoe.models.reference import path
-
-    return str(path())
