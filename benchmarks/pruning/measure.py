@@ -49,8 +49,16 @@ from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
 from leanmoe.prune.allocation import ALLOCATION_TOKENS, Allocated, allocate, first_windows
 from leanmoe.prune.checkpoint import FILE, read_source, write_pruned
-from leanmoe.prune.criteria import CRITERIA, Scores, observe, rank_experts
-from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
+from leanmoe.prune.criteria import (
+    CRITERIA,
+    Kept,
+    Scores,
+    as_plan,
+    best_experts,
+    kept_count,
+    observe,
+    rank_experts,
+)
 from leanmoe.prune.run import checkpoint_folder
 from leanmoe.runtime import load_model, shape_of
 from leanmoe.scoring.divergence import losses

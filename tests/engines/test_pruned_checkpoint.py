@@ -14,7 +14,7 @@ import torch
 from leanmoe.models.reference import path
 from leanmoe.models.shape import read_shape
 from leanmoe.prune.checkpoint import read_source, write_pruned
-from leanmoe.prune.kept_experts import best_experts
+from leanmoe.prune.criteria import best_experts
 
 pytestmark = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vllm is not installed here: it needs its own environment"

@@ -20,7 +20,7 @@ from leanmoe.models.families import FAMILIES
 from leanmoe.models.shape import MoEShape
 from leanmoe.prune import checkpoint
 from leanmoe.prune.checkpoint import FILE, INDEX, RECORD, SINGLE, STATE, read_source, write_pruned
-from leanmoe.prune.kept_experts import Kept, as_plan
+from leanmoe.prune.criteria import Kept, as_plan
 from tests import tiny
 
 NOT_BUILT = {"kimi_k2"}

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from leanmoe.models.reference import path
 from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.prune.checkpoint import read_source, write_pruned
-from leanmoe.prune.kept_experts import best_experts
+from leanmoe.prune.criteria import best_experts
 from tests import tiny
 
 LLAMA_CPP = os.environ.get("LLAMA_CPP", "")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from leanmoe.prune.checkpoint import FILE, SINGLE, read_source, write_pruned
-from leanmoe.prune.kept_experts import Kept
+from leanmoe.prune.criteria import Kept
 from tests import tiny
 
 EACH = 3

@@ -13,8 +13,14 @@ from leanmoe.core.text import Document, read_corpus
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import Named
-from leanmoe.prune.criteria import CRITERIA, observe, rank_experts
-from leanmoe.prune.kept_experts import as_plan, best_experts, kept_count
+from leanmoe.prune.criteria import (
+    CRITERIA,
+    as_plan,
+    best_experts,
+    kept_count,
+    observe,
+    rank_experts,
+)
 from leanmoe.runtime import apply, served_experts, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import WINDOW_TOKENS, Windows, cut

@@ -17,8 +17,7 @@ from typing import Any
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.models.shape import MoEShape
-from leanmoe.prune.criteria import Scores
-from leanmoe.prune.kept_experts import as_plan, best_experts, check_count, groups_of
+from leanmoe.prune.criteria import Scores, as_plan, best_experts, check_count
 from leanmoe.runtime import IMPLEMENTATION, apply
 from leanmoe.scoring.acceptance import Acceptance
 from leanmoe.scoring.windows import Windows
@@ -118,7 +117,7 @@ def evolve(
 
 def fewest(shape: MoEShape) -> int:
     """The smallest number of experts that a layer can run with, in whole groups."""
-    groups = groups_of(shape)
+    groups = shape.router.limiting_groups
     for kept in range(groups, shape.experts + 1, groups):
         try:
             check_count(kept, shape)
@@ -130,7 +129,7 @@ def fewest(shape: MoEShape) -> int:
 
 def whole_step(shape: MoEShape, share: float) -> int:
     """Experts of one move: about `share` of a layer's, in whole groups."""
-    groups = groups_of(shape)
+    groups = shape.router.limiting_groups
     return max(groups, round(share * shape.experts / groups) * groups)
 
 

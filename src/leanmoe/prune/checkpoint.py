@@ -25,7 +25,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, write_json, write_with
 from leanmoe.models.hf_config import FILE, NAMES, TEXT_PARTS
 from leanmoe.models.shape import MoEShape, read_shape
-from leanmoe.prune.kept_experts import Kept, check_count, groups_of
+from leanmoe.prune.criteria import Kept, check_count
 from leanmoe.prune.tensor_names import TensorPart, check_parts, expert_parts, renumbered
 
 INDEX = "model.safetensors.index.json"
@@ -201,7 +201,7 @@ def _check_kept(kept: Kept, shape: MoEShape) -> None:
             "number for all layers; write a plan instead"
         )
     check_count(counts[0], shape)
-    groups = groups_of(shape)
+    groups = shape.router.limiting_groups
     size = shape.experts // groups
     for layer, experts in enumerate(kept):
         each = [sum(e // size == g for e in experts) for g in range(groups)]

@@ -1,6 +1,7 @@
-"""Which experts matter least: eleven criteria, each with its formula and where it comes from.
+"""Which experts matter least, and which remain: eleven criteria, each with formula and source.
 
 `rank_experts` gives every expert of every layer a score S; the higher, the longer it stays.
+`best_experts` takes those of highest score, as many in each layer, and in each group.
 
 Symbols of the formulas, all for one MoE layer and over the tokens t of the calibration text:
 
@@ -18,9 +19,9 @@ order of their experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,19 +33,18 @@ from torch.nn import functional
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.core.registry import Registry
-from leanmoe.kernels.dispatch import fast_route
-from leanmoe.models.routers import Router
 from leanmoe.models.shape import MoEShape
-from leanmoe.plan import Rule
-from leanmoe.runtime import find_layers, record, shape_of
+from leanmoe.plan import Band, Plan, Rule
+from leanmoe.prune.output_error import output_errors
+from leanmoe.runtime import find_layers, shape_of
 from leanmoe.runtime.model import MoELayer, decoder_layers
-from leanmoe.scoring.forward import final_hidden, hidden_of
+from leanmoe.scoring.forward import final_hidden
 from leanmoe.scoring.windows import Windows
 
 Scores = NDArray[np.float64]
+Kept = tuple[tuple[int, ...], ...]
+"""For each MoE layer the experts that remain, ascending."""
 PAPER = "arXiv 2505.03531"
-SAMPLE_TOKENS = 256
-"""Tokens on which `output-error` compares a layer's output."""
 SUPER_QUANTILE, SUPER_SHARE, SUPER_TIMES = 0.995, 0.1, 5.0
 """An expert is super if its largest output is above this quantile of all experts' and above this
 share of the largest of all (arXiv 2507.23279, section 3), and above so many times its layer's
@@ -183,50 +183,12 @@ def _output_sum(seen: ExpertStatistics) -> Scores:
     return seen.outputs_LE
 
 
-@CRITERIA.register(
+CRITERIA.register(
     "output-error",
     title="greedily by the error of the layer's output",
     source="arXiv 2402.14800",
     kind="by_model",
-)
-def output_errors(model: Any, windows: Windows, least: int) -> Scores:
-    """S_j is the step in which expert j goes, and E for the `least` that stay.
-
-    NAEE minimises ‖y_R(t) − y(t)‖ over every subset R of Mixtral's 8 experts; with 64 or 256 that
-    is not possible. Here each step removes the expert j of those that are left, R, for which
-    Σ_t ‖y_{R∖j}(t) − y(t)‖² is least, where y_R is the layer's output when only R may be chosen.
-    The sum is over a sample of SAMPLE_TOKENS tokens.
-    """
-    shape, layers = shape_of(model), find_layers(model)
-    hidden: dict[int, Tensor] = {}
-    logits: dict[int, Tensor] = {}
-    with ExitStack() as hooks:
-        for layer in layers:
-
-            def caught(_module: Any, inputs: Any, _out: Any, number: int = layer.number) -> None:
-                hidden[number] = inputs[0]
-
-            hooks.callback(layer.experts.register_forward_hook(caught).remove)
-        with record(model, logits.__setitem__):
-            batch, _ = next(hidden_of(model, windows, "Sampling tokens"))
-    real = batch.mask_SN.reshape(-1).nonzero().flatten()
-    draw = torch.Generator().manual_seed(windows.seed)
-    chosen = real[torch.randperm(len(real), generator=draw)[:SAMPLE_TOKENS]]
-    with bar("Removing experts", len(layers) * (shape.experts - least), "experts") as advance:
-        return np.stack(
-            [
-                removal_order(
-                    layer,
-                    shape.router,
-                    shape.top_k,
-                    hidden[layer.number][chosen],
-                    logits[layer.number][chosen],
-                    least,
-                    advance,
-                )
-                for layer in layers
-            ]
-        )
+)(output_errors)
 
 
 @dataclass(frozen=True)
@@ -268,9 +230,7 @@ class Watch:
         """All that was seen. Raises LeanMoeError if that is nothing."""
         if not min(self._tokens):
             raise LeanMoeError("no text was run: there is nothing to rank experts by")
-        slots, gates, outputs, changes = self._sums.copy()
-        largest = self._largest.copy()
-        return ExpertStatistics(self._tokens[0], slots, gates, outputs, changes, largest)
+        return ExpertStatistics(self._tokens[0], *self._sums.copy(), self._largest.copy())
 
     def add(
         self, layer: MoELayer, inputs: tuple[Tensor, Tensor, Tensor], routed_TD: Tensor,
@@ -288,12 +248,8 @@ class Watch:
         for expert, rows_X, slots_X, out_XD in layer.outputs_by_expert(hidden_TD, ids_TK):
             gates_X = weights_TK[rows_X, slots_X].double()
             added_X = gates_X * out_XD.double().norm(dim=-1)
-            values = (
-                float(len(rows_X)),
-                float(gates_X.sum()),
-                float(added_X.sum()),
-                float((added_X * change_T[rows_X].double()).sum()),
-            )
+            turned = float((added_X * change_T[rows_X].double()).sum())
+            values = (float(len(rows_X)), float(gates_X.sum()), float(added_X.sum()), turned)
             self._sums[:, layer.number, expert] += values
             largest = float(out_XD.abs().max())
             self._largest[layer.number, expert] = max(self._largest[layer.number, expert], largest)
@@ -335,64 +291,104 @@ def watch(model: Any) -> Iterator[Watch]:
         yield watching
 
 
-@torch.inference_mode()
-def removal_order(
-    layer: MoELayer,
-    router: Router,
-    top_k: int,
-    hidden_TD: Tensor,
-    logits_TE: Tensor,
-    least: int,
-    progress: Callable[[int], None] = lambda _: None,
-) -> Scores:
-    """Scores [E]: the later an expert goes, the higher; the last `least` are not told apart."""
-    bias_E = layer.ranking_bias(router)
-    outputs_TED = layer.all_outputs(hidden_TD).float()
-    state = _Layer(outputs_TED, logits_TE, router, top_k, bias_E)
-    scores_E = np.full(logits_TE.shape[1], float(logits_TE.shape[1]))
-    kept = list(range(logits_TE.shape[1]))
-    for step in range(len(kept) - least):
-        gone = min(kept, key=lambda expert: (state.error_without(expert, kept), expert))
-        kept.remove(gone)
-        state.settle(kept)
-        scores_E[gone] = step
-        progress(1)
-    return scores_E
+def kept_count(text: str, shape: MoEShape) -> int:
+    """How many experts of a layer remain: "75%" of them, or a number; down to whole groups.
+
+    Raises LeanMoeError for what is no such number, and where the model could not run with it.
+    """
+    try:
+        wanted = float(text[:-1]) / 100 * shape.experts if text.endswith("%") else int(text)
+    except ValueError as error:
+        raise LeanMoeError(
+            f"keep is {text!r}: it must be a share like 75% or a number of experts"
+        ) from error
+    groups = shape.router.limiting_groups
+    kept = int(wanted / groups + 1e-9) * groups if 0 < wanted <= shape.experts else 0
+    if not kept:
+        raise LeanMoeError(f"keep is {text!r}: it must leave 1 to {shape.experts} experts a layer")
+    check_count(kept, shape)
+    return kept
 
 
-class _Layer:
-    """A layer's output on the sample with the experts that are left, and how far it is off."""
+def check_count(kept: int, shape: MoEShape) -> None:
+    """Raises LeanMoeError unless stock engines can run the model with so many experts a layer."""
+    groups, used = shape.router.limiting_groups, shape.router.groups_used
+    if kept % groups:
+        raise LeanMoeError(f"{kept} experts do not divide into the router's {groups} groups")
+    usable = kept if groups == 1 else kept // groups * used
+    if usable < shape.top_k:
+        where = "" if groups == 1 else f" in the {used} groups a token may use"
+        raise LeanMoeError(
+            f"keeping {kept} of {shape.experts} experts leaves {usable}{where}: "
+            f"a token needs {shape.top_k}"
+        )
+    if groups > 1 and shape.router.group_score == "top2_sum" and kept // groups < 2:
+        raise LeanMoeError(
+            f"keeping {kept} of {shape.experts} experts leaves 1 in each of {groups} groups: "
+            "the router ranks a group by its best 2"
+        )
 
-    def __init__(
-        self, outputs_TED: Tensor, logits_TE: Tensor, router: Router, top_k: int, bias_E: Any
-    ) -> None:
-        self._outputs, self._logits, self._bias = outputs_TED, logits_TE, bias_E
-        self._router, self._top_k = router, top_k
-        everyone = torch.arange(len(logits_TE), device=logits_TE.device)
-        self._ids, self._full = self._run(everyone, None)
-        self._error_T = torch.zeros(len(logits_TE), device=logits_TE.device)
 
-    def error_without(self, expert: int, kept: list[int]) -> float:
-        """Squared error of the layer's output if one more goes; only its tokens change."""
-        rows = (self._ids == expert).any(dim=-1).nonzero().flatten()
-        if not len(rows):
-            return float(self._error_T.sum())
-        _, out = self._run(rows, [other for other in kept if other != expert])
-        changed = (out - self._full[rows]).square().sum(dim=-1)
-        return float(self._error_T.sum() - self._error_T[rows].sum() + changed.sum())
+def best_experts(
+    scores_LE: Scores,
+    kept: int | Sequence[int],
+    shape: MoEShape,
+    protected: Sequence[tuple[int, int]] = (),
+) -> Kept:
+    """The experts of highest score, `kept` in each layer and equally many in each group.
 
-    def settle(self, kept: list[int]) -> None:
-        """Goes on from these experts."""
-        everyone = torch.arange(len(self._logits), device=self._logits.device)
-        self._ids, out = self._run(everyone, kept)
-        self._error_T = (out - self._full).square().sum(dim=-1)
+    `kept` is a number for every layer, or one for each: engines need equal ones, a plan does not.
+    `protected` are pairs of layer and expert that stay whatever their score. Equal scores: the
+    lower id. Raises LeanMoeError where more are protected than may remain.
+    """
+    groups = shape.router.limiting_groups
+    size = shape.experts // groups
+    counts = [kept] * len(scores_LE) if isinstance(kept, int) else list(kept)
+    scores_LE = scores_LE.astype(np.float64, copy=True)
+    for layer, expert in protected:
+        scores_LE[layer, expert] = np.inf
+    found = []
+    for layer, (scores_E, count) in enumerate(zip(scores_LE, counts, strict=True)):
+        each = count // groups
+        chosen: list[int] = []
+        for first in range(0, shape.experts, size):
+            group_E = scores_E[first : first + size]
+            if (fixed := int(np.isposinf(group_E).sum())) > each:
+                raise LeanMoeError(
+                    f"MoE layer {layer} has {fixed} protected experts where {each} may remain"
+                )
+            order = np.argsort(-group_E, kind="stable")
+            chosen += [first + int(expert) for expert in order[:each]]
+        found.append(tuple(sorted(chosen)))
+    return tuple(found)
 
-    def _run(self, rows: Tensor, kept: list[int] | None) -> tuple[Tensor, Tensor]:
-        rule = Rule(experts=None if kept is None else tuple(kept))
-        routing = fast_route(self._logits[rows], self._router, self._top_k, rule, self._bias)
-        experts = self._logits.shape[1]
-        used = routing.ids_BTK < experts
-        ids = routing.ids_BTK.clamp(max=experts - 1)
-        parts_TKD = self._outputs[rows[:, None], ids]
-        weights_TK = routing.weights_BTK.float() * used
-        return routing.ids_BTK, torch.einsum("tkd,tk->td", parts_TKD, weights_TK)
+
+def as_plan(kept: Kept, shape: MoEShape, provenance: dict[str, object] | None = None) -> Plan:
+    """A plan that uses these experts alone, at every load: no weights are touched."""
+    rules = tuple(Rule(experts=experts) for experts in kept)
+    return replace(Plan.per_layer(shape.fingerprint(), rules), provenance=provenance or {})
+
+
+def restricted(plan: Plan, kept: Kept) -> Plan:
+    """The plan with these experts alone, at every load: steps beyond its last band too."""
+
+    def rules(those: Sequence[Rule]) -> tuple[Rule, ...]:
+        return tuple(_restricted(rule, ids) for rule, ids in zip(those, kept, strict=True))
+
+    bands = [Band(band.up_to, rules(band.rules)) for band in plan.bands]
+    if not bands or bands[-1].up_to is not None:
+        bands.append(Band(None, rules([Rule()] * len(kept))))
+    prompt = rules(plan.prompt) if plan.prompt else ()
+    return Plan(plan.model, tuple(bands), prompt, plan.provenance)
+
+
+def _restricted(rule: Rule, kept: tuple[int, ...]) -> Rule:
+    def within(budget: int | None) -> int | None:
+        return None if budget is None else min(budget, len(kept))
+
+    return replace(
+        rule,
+        experts=kept,
+        budget=within(rule.budget),
+        budget_per_rank=within(rule.budget_per_rank),
+    )

@@ -20,8 +20,17 @@ from leanmoe.models.reference import folder_of
 from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.prune.allocation import ALLOCATION_TOKENS, Allocated, allocate, fewest, first_windows
 from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
-from leanmoe.prune.criteria import CRITERIA, Criterion, Scores, observe, rank_experts
-from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
+from leanmoe.prune.criteria import (
+    CRITERIA,
+    Criterion,
+    Kept,
+    Scores,
+    as_plan,
+    best_experts,
+    kept_count,
+    observe,
+    rank_experts,
+)
 from leanmoe.prune.settings import EVEN, PruneSettings
 from leanmoe.results.prune import PruneReport, RankedBy
 from leanmoe.runtime import load_model

@@ -20,8 +20,15 @@ from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.text import read_corpus, split
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Fingerprint, Plan, Rule
-from leanmoe.prune.criteria import CRITERIA, observe, rank_experts
-from leanmoe.prune.kept_experts import Kept, as_plan, best_experts, kept_count
+from leanmoe.prune.criteria import (
+    CRITERIA,
+    Kept,
+    as_plan,
+    best_experts,
+    kept_count,
+    observe,
+    rank_experts,
+)
 from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut

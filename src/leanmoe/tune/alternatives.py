@@ -13,8 +13,14 @@ from typing import Any, Self
 
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
-from leanmoe.prune.criteria import CRITERIA, rank_experts
-from leanmoe.prune.kept_experts import Kept, best_experts, kept_count, restricted
+from leanmoe.prune.criteria import (
+    CRITERIA,
+    Kept,
+    best_experts,
+    kept_count,
+    rank_experts,
+    restricted,
+)
 from leanmoe.stats.paired import Estimate, Losses, loss_difference, loss_increase
 from leanmoe.tune.allocate import FrontPoint, Option, pareto
 from leanmoe.tune.context import EXPERTS_KEPT, STRATEGY, TOTAL_OR_ACTIVATED, TuneContext, digest

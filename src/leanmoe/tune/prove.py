@@ -15,7 +15,7 @@ from typing import Any, Self
 from leanmoe.bench.compare import Variant, compare, same_prompts
 from leanmoe.bench.metrics import ClosedLoop
 from leanmoe.plan import Band, Plan, Rule
-from leanmoe.prune.kept_experts import Kept, restricted
+from leanmoe.prune.criteria import Kept, restricted
 from leanmoe.runtime import apply, served_experts
 from leanmoe.stats.paired import Losses, Verdict, fixed_sequence, non_inferior
 from leanmoe.tune.allocate import FrontPoint, points_for

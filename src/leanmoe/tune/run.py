@@ -10,7 +10,7 @@ from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect, peak_memory
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.plan import Plan
-from leanmoe.prune.kept_experts import Kept
+from leanmoe.prune.criteria import Kept
 from leanmoe.runtime import apply, served_experts
 from leanmoe.tune.alternatives import compare_strategies, keep_by_budget, total_or_activated
 from leanmoe.tune.context import TuneContext, prepare

@@ -94,8 +94,7 @@ class TuneSettings:
             STRATEGIES.get(self.strategy)
         if self.keep is not None:
             from leanmoe.models.shape import read_shape
-            from leanmoe.prune.criteria import CRITERIA
-            from leanmoe.prune.kept_experts import kept_count
+            from leanmoe.prune.criteria import CRITERIA, kept_count
 
             CRITERIA.get(self.criterion)
             kept_count(self.keep, read_shape(self.model))
