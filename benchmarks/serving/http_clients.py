@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from leanmoe.bench.metrics import Request
+from leanmoe.bench.measurement import Request
 from leanmoe.bench.over_http import OverHTTP
 from leanmoe.bench.run import Job, load_tokenizer, make_supply
 from leanmoe.bench.servers import Server, ask, read_address
@@ -33,7 +33,7 @@ from leanmoe.bench.settings import BenchSettings, Lengths, ServiceLoad
 from leanmoe.bench.sweep import few_requests, measured
 from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect
-from leanmoe.stats.ratios import Ratio
+from leanmoe.stats.paired import Ratio
 
 OURS = "leanmoe bench"
 WAYS: dict[str, dict[str, bool]] = {

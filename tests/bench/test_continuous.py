@@ -19,7 +19,7 @@ from leanmoe.bench.continuous import (
     run,
     served,
 )
-from leanmoe.bench.metrics import Request
+from leanmoe.bench.measurement import Request
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.runtime import load_model
 

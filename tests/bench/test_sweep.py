@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from leanmoe.bench.metrics import Request, Timeline
+from leanmoe.bench.measurement import Request, Timeline
 from leanmoe.bench.prompts import Supply
 from leanmoe.bench.record import Record
 from leanmoe.bench.settings import BenchSettings, Lengths, ServiceLoad

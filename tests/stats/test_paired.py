@@ -13,7 +13,7 @@ from scipy import stats
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.stats import paired
-from leanmoe.stats.paired import Divergence, Losses, fixed_sequence
+from leanmoe.stats.paired import Divergence, Losses, Ratio, fixed_sequence
 
 Floats = NDArray[np.float64]
 TRIALS = 600
@@ -225,3 +225,12 @@ def test_errs_as_often_as_one_test_while_picking_the_best_does_not() -> None:
         best_of += bool(passes.any())
     assert in_order < 0.065 * 2000
     assert best_of > 0.35 * 2000
+
+
+def test_the_interval_is_of_paired_ratios() -> None:
+    first, other = [100.0, 200.0, 50.0], [110.0, 218.0, 55.5]
+    found = Ratio.of(first, other)
+    assert found.low < found.median < found.high
+    assert found.low > 1.05, "repeats that differ twofold do not widen an interval of pairs"
+    with pytest.raises(LeanMoeError, match="at least 2"):
+        Ratio.of([1.0], [1.0])

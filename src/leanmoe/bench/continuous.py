@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from leanmoe.bench.metrics import Request, Timeline
+from leanmoe.bench.measurement import Request, Timeline
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.quiet import quiet_loggers
 from leanmoe.runtime import partial_attention_reason, release_threads

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from leanmoe.bench.continuous import Arrivals, Room, run, served
-from leanmoe.bench.metrics import Request
+from leanmoe.bench.measurement import Request
 from leanmoe.bench.prompts import Supply
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, RunOne

@@ -14,7 +14,7 @@ from importlib import import_module, metadata
 from typing import Any
 from urllib.parse import urlsplit
 
-from leanmoe.bench.metrics import Request, Timeline
+from leanmoe.bench.measurement import Request, Timeline
 from leanmoe.bench.prompts import Supply
 from leanmoe.bench.servers import Server, answers
 from leanmoe.bench.settings import BenchSettings, ServiceLoad

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanmoe.bench.metrics import Request
+from leanmoe.bench.measurement import Request
 from leanmoe.bench.settings import MOST_TOKENS, Lengths, ServiceLoad
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar

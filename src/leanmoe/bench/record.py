@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanmoe.bench.metrics import Measurement
+from leanmoe.bench.measurement import Measurement
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.core.files import write_json
 from leanmoe.results.bench import BenchResults
-from leanmoe.stats.ratios import Ratio
+from leanmoe.stats.paired import Ratio
 
 COMPARED = (
     "output_throughput",

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from leanmoe.bench.compare import interleaved, warm_up
-from leanmoe.bench.metrics import Measurement, Request, Timeline
+from leanmoe.bench.measurement import Measurement, Request, Timeline, interleaved, warm_up
 from leanmoe.bench.prompts import Supply
 from leanmoe.bench.record import Record
 from leanmoe.bench.settings import BenchSettings, ServiceLoad

@@ -34,7 +34,7 @@ from leanmoe.routing import (
     score,
 )
 from leanmoe.runtime import find_layers, record, shape_of
-from leanmoe.scoring.forward import hidden_of
+from leanmoe.scoring.divergence import hidden_of
 from leanmoe.scoring.windows import BATCH_TOKENS, WindowBatch, Windows
 
 TRACE_TOKENS = 16384

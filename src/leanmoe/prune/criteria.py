@@ -38,7 +38,7 @@ from leanmoe.plan import Band, Plan, Rule
 from leanmoe.prune.output_error import output_errors
 from leanmoe.runtime import find_layers, shape_of
 from leanmoe.runtime.model import MoELayer, decoder_layers
-from leanmoe.scoring.forward import final_hidden
+from leanmoe.scoring.divergence import final_hidden
 from leanmoe.scoring.windows import Windows
 
 Scores = NDArray[np.float64]
@@ -230,7 +230,9 @@ class Watch:
         """All that was seen. Raises LeanMoeError if that is nothing."""
         if not min(self._tokens):
             raise LeanMoeError("no text was run: there is nothing to rank experts by")
-        return ExpertStatistics(self._tokens[0], *self._sums.copy(), self._largest.copy())
+        slots, gates, outputs, changes = self._sums.copy()
+        largest = self._largest.copy()
+        return ExpertStatistics(self._tokens[0], slots, gates, outputs, changes, largest)
 
     def add(
         self, layer: MoELayer, inputs: tuple[Tensor, Tensor, Tensor], routed_TD: Tensor,

@@ -20,7 +20,7 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.runtime import find_layers, record, shape_of
 from leanmoe.runtime.model import MoELayer
-from leanmoe.scoring.forward import hidden_of
+from leanmoe.scoring.divergence import hidden_of
 from leanmoe.scoring.windows import Windows
 
 Scores = NDArray[np.float64]

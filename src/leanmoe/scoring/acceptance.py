@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.scoring.forward import Head, final_hidden
+from leanmoe.scoring.divergence import Head, final_hidden
 from leanmoe.scoring.windows import WindowBatch, Windows
 
 

@@ -1,23 +1,252 @@
-"""Next-token loss, and divergence from the full model, per document.
+"""Next-token loss, and divergence from the full model, per document of some windows.
 
-Letters: S windows, N tokens of a window, T predicted tokens, D hidden width, U documents.
-Losses and divergences are sums of float64 nats. A token of a window is predicted from those before
-it in the window; a window's first token is not predicted.
+Scoring asks little of the V logits of a token: their log normaliser, one logit, a mean. So the
+model runs below its head (`final_hidden`), and `Head` computes what is asked slice by slice.
+
+A head is linear: logits = scale · (W h + b). So the divergence from the full model's distribution
+p needs p only through its mean output vector, `expected` = Σ_v p_v W_v:
+
+    KL(p ‖ q) = [Σ_v p_v logit_p(v) − log Z_p] − [Σ_v p_v logit_q(v) − log Z_q]
+              = scale · expected · (h_p − h_q) + log Z_q − log Z_p.
+
+D numbers a token then stand for the full model's V probabilities, and a plan is compared with it
+at the price of the plan's own log Z.
+
+A service that reads a few tokens after a long prompt is scored on just those. One pass per reply
+would run hundreds of tokens to score a few. So replies branch off one prompt (`branched_ids`): a
+window runs once as a prompt, and beside it its last part a second time, cut into replies. Each
+token of a reply sees the prompt's tokens before the reply and the reply's own before itself. This
+holds only for models whose tokens see all tokens before them (`runtime.partial_attention_reason`).
+
+Losses and divergences are sums of float64 nats. A window's first token is not predicted.
+
+Letters: S windows, N tokens of a window or of a row of the call, T tokens, D hidden width,
+V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.scoring.forward import Head, hidden_of
+from leanmoe.core.progress import bar
 from leanmoe.scoring.windows import BATCH_TOKENS, WindowBatch, Windows
 from leanmoe.stats.paired import Counts, Divergence, Floats, Losses
+
+SLICE_BYTES = 32 * 1024**2
+"""Bytes of float32 logits that are held at once."""
+PROBES = 4
+"""Random hidden states on which a head is checked."""
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
+ROUNDING_OTHERWISE = 3e-2
+"""How far the model's own logits may be from ours, relative to the largest: float16, bfloat16."""
+
+
+@torch.inference_mode()
+def final_hidden(model: Any, batch: WindowBatch) -> Tensor:
+    """The hidden states [S,N,D] that the model's head would read, under whatever is applied.
+
+    The head over whole windows costs as much as the layers, so `Head` applies it in slices. Asking
+    the model for few logits instead would tell `apply` that the other tokens are a prompt.
+    """
+    device = model.device
+    if batch.reply_tokens:
+        return _branched(model, batch)
+    mask = batch.attention_mask
+    done = model.base_model(
+        input_ids=batch.ids_SN.to(device),
+        attention_mask=None if mask is None else mask.to(device),
+        use_cache=False,
+    )
+    hidden_SND: Tensor = done[0]
+    return hidden_SND
+
+
+def hidden_of(
+    model: Any,
+    windows: Windows,
+    what: str,
+    batch_tokens: int = BATCH_TOKENS,
+    decode_batch: int | None = None,
+) -> Iterator[tuple[WindowBatch, Tensor]]:
+    """Each batch of `windows` with its final hidden states [S,N,D]; `what` names the progress."""
+    batches = windows.batches(batch_tokens, decode_batch)
+    with bar(what, windows.tokens, "tokens") as advance:
+        for batch in batches:
+            yield batch, final_hidden(model, batch)
+            advance(batch.tokens)
+
+
+def _branched(model: Any, batch: WindowBatch) -> Tensor:
+    length, prompt = batch.ids_SN.shape[1], batch.prompt_tokens
+    positions, mask = branched_layout(length, prompt, batch.reply_tokens, model.dtype)
+    done = model.base_model(
+        input_ids=branched_ids(batch.ids_SN, prompt).to(model.device),
+        position_ids=positions.to(model.device),
+        attention_mask=mask.to(model.device),
+        use_cache=False,
+    )
+    return unbranched(done[0], length, prompt)
+
+
+def branched_ids(ids_SN: Tensor, prompt: int) -> Tensor:
+    """The rows of the call [S,N]: the window, then its tokens after the first `prompt` again."""
+    return torch.cat([ids_SN, ids_SN[:, prompt:]], dim=1)
+
+
+@lru_cache(maxsize=16)
+def branched_layout(
+    length: int, prompt: int, reply: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Position ids [1,N] and the attention mask [1,1,N,N], to be added to scores, of such rows.
+
+    N is `length` + `length` − `prompt`. Reply number n holds window positions prompt + n x reply
+    to prompt + (n+1) x reply - 1. Its first token is the last one of its prompt: the one whose
+    prediction is the reply's first token.
+    """
+    window = torch.arange(length)
+    replies = window[prompt:]
+    starts = prompt + (replies - prompt) // reply * reply
+    window_sees_window = window[:, None] >= window[None, :]
+    reply_sees_window = starts[:, None] > window[None, :]
+    is_same_reply = starts[:, None] == starts[None, :]
+    reply_sees_reply = is_same_reply & (replies[:, None] >= replies[None, :])
+    nothing = torch.zeros(length, length - prompt).bool()
+    upper = torch.cat([window_sees_window, nothing], dim=1)
+    lower = torch.cat([reply_sees_window, reply_sees_reply], dim=1)
+    sees_NN = torch.cat([upper, lower])
+    mask_NN = torch.zeros(sees_NN.shape, dtype=dtype).masked_fill(~sees_NN, torch.finfo(dtype).min)
+    return torch.cat([window, replies])[None], mask_NN[None, None]
+
+
+def unbranched(hidden_SND: Tensor, length: int, prompt: int) -> Tensor:
+    """The windows' final hidden states [S,N,D], those of the replies in their places."""
+    return torch.cat([hidden_SND[:, :prompt], hidden_SND[:, length:]], dim=1)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head, in float32."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: Any) -> Head:
+        """The head of `model`, checked against the logits that the model itself computes.
+
+        Raises LeanMoeError when they differ by more than rounding (the head is not linear) or the
+        output matrix is not finite.
+        """
+        output = model.get_output_embeddings()
+        weight = output.weight
+        bias = getattr(output, "bias", None)
+        head = cls(weight.float(), None if bias is None else bias.float(), 1.0)
+        if not bool(weight.isfinite().all()):
+            raise LeanMoeError(f"the output matrix of {type(model).__name__} holds NaN or infinity")
+        draw = torch.Generator().manual_seed(0)
+        probes_TD = torch.randn((PROBES, weight.shape[1]), generator=draw).to(weight)
+        theirs_TV = _own_logits(model, probes_TD).float()
+        ours_TV = head._logits(probes_TD)
+        allowed = ROUNDING.get(weight.dtype, ROUNDING_OTHERWISE)
+        scale = float((theirs_TV * ours_TV).sum() / ours_TV.square().sum())
+        if abs(scale - 1) < allowed:
+            scale = 1.0  # some families divide their logits by a constant
+        off = float((theirs_TV - scale * ours_TV).abs().max() / theirs_TV.abs().max())
+        if not off <= allowed:
+            raise LeanMoeError(
+                f"the head of {type(model).__name__} is not linear (its logits differ by "
+                f"{off:.1%} from those of its output matrix): its divergence cannot be measured"
+            )
+        return cls(head.weight_VD, head.bias_V, scale)
+
+    def log_normaliser(self, hidden_TD: Tensor) -> Tensor:
+        """log Z [T] of the next-token distribution; not finite where a logit is not."""
+        return torch.cat([_log_sum_exp_in_place(part)[0] for part in self._slices(hidden_TD)])
+
+    def log_normaliser_and_likeliest(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(log Z [T], the token [T] with the largest logit)."""
+        normalisers, tokens = [], []
+        for logits_TV in self._slices(hidden_TD):
+            tokens.append(logits_TV.argmax(-1))
+            normalisers.append(_log_sum_exp_in_place(logits_TV)[0])
+        return torch.cat(normalisers), torch.cat(tokens)
+
+    def expected(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(log Z [T], mean output vector [T, D] under the next-token distribution)."""
+        normalisers, means = [], []
+        for logits_TV in self._slices(hidden_TD):
+            normaliser_T, sums_T = _log_sum_exp_in_place(logits_TV)
+            normalisers.append(normaliser_T)
+            means.append(logits_TV @ self.weight_VD / sums_T[:, None])
+        return torch.cat(normalisers), torch.cat(means)
+
+    def shared_mass(self, first_TD: Tensor, second_TD: Tensor) -> Tensor:
+        """Σ_v min(p_v, q_v) [T] of two next-token distributions: 1 where they are the same."""
+        parts = zip(self._slices(first_TD), self._slices(second_TD), strict=True)
+        return torch.cat([torch.minimum(a.softmax(-1), b.softmax(-1)).sum(-1) for a, b in parts])
+
+    def crossed(self, expected_TD: Tensor, hidden_TD: Tensor) -> Tensor:
+        """The mean logit [T], float64, short of the bias: under the distribution whose mean output
+        vector is `expected`, of the logits that `hidden` gives."""
+        return (expected_TD.double() * hidden_TD.double()).sum(-1) * self.scale
+
+    def logits_at(self, hidden_TD: Tensor, tokens_T: Tensor) -> Tensor:
+        """One logit a token [T], float64: that of `tokens_T`."""
+        logit_T = (hidden_TD.double() * self.weight_VD[tokens_T].double()).sum(-1)
+        if self.bias_V is not None:
+            logit_T = logit_T + self.bias_V[tokens_T].double()
+        return logit_T * self.scale
+
+    def _slices(self, hidden_TD: Tensor) -> Iterator[Tensor]:
+        rows = max(1, SLICE_BYTES // (4 * self.weight_VD.shape[0]))
+        for part_TD in torch.split(hidden_TD, rows):
+            logits_TV = self._logits(part_TD)
+            yield logits_TV if self.scale == 1.0 else logits_TV.mul_(self.scale)
+
+    def _logits(self, hidden_TD: Tensor) -> Tensor:
+        """[T, V], float32, before `scale`."""
+        return nn.functional.linear(hidden_TD.float(), self.weight_VD, self.bias_V)
+
+
+def _log_sum_exp_in_place(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """(log Z [T], sums [T] of exp(logit - largest), which replace the logits in their memory)."""
+    # torch.logsumexp makes two copies of the logits and takes three times as long.
+    largest_T = logits_TV.amax(-1)
+    sums_T = logits_TV.sub_(largest_T[:, None]).exp_().sum(-1)
+    return sums_T.log() + largest_T, sums_T
+
+
+class _Passthrough(nn.Module):
+    """Stands in for the layers: returns the hidden states it is given as embeddings."""
+
+    def forward(self, inputs_embeds: Tensor, **_others: Any) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def _own_logits(model: Any, hidden_TD: Tensor) -> Tensor:
+    """Logits [T, V] as the model's own forward makes them of final hidden states."""
+    prefix = model.base_model_prefix
+    layers = model._modules[prefix]
+    model._modules[prefix] = _Passthrough()
+    try:
+        # The class's own forward: what may be hooked to the instance concerns its layers.
+        done = type(model).forward(model, inputs_embeds=hidden_TD[None], use_cache=False)
+    finally:
+        model._modules[prefix] = layers
+    logits_TV: Tensor = done.logits[0]
+    return logits_TV
 
 
 @dataclass(frozen=True)

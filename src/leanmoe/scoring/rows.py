@@ -25,7 +25,7 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.runtime import partial_attention_reason
-from leanmoe.scoring.forward import Head
+from leanmoe.scoring.divergence import Head
 
 BATCH_TOKENS = 8192
 """Columns times bundles of one forward call, unless a decode batch needs more."""

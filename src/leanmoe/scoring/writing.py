@@ -17,7 +17,7 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
-from leanmoe.scoring.forward import Head
+from leanmoe.scoring.divergence import Head
 from leanmoe.scoring.rows import Applying, Laid, ScoredRow, bundled, calls
 
 REQUESTS_AT_ONCE = 32

@@ -15,14 +15,16 @@ alone. Two bounds are computed, and the worse one counts:
 Many plans are tested on the same text without letting the choice of the best bias the verdict:
 `fixed_sequence`.
 
+How much faster a plan ran is paired too, by repeat: `Ratio`.
+
 Letters: U documents, Z bootstrap replicates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -339,3 +341,39 @@ def fixed_sequence(
             break
         accepted.append(candidate)
     return tuple(accepted)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A variant's figure over the first variant's, paired by repeat."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @classmethod
+    def of(cls, first: Sequence[float], other: Sequence[float], confidence: float = 0.95) -> Ratio:
+        """Student's t interval on the logarithms of the paired ratios, r_i = other_i / first_i.
+
+            exp(mean(log r) ± t(1 − (1 − confidence) / 2; n − 1) · std(log r) / √n)
+
+        Logarithms, because a ratio and its inverse must get the same verdict. Raises LeanMoeError
+        for fewer than 2 repeats, which have no spread.
+        """
+        logs = np.log(np.asarray(other) / np.asarray(first))
+        count = len(logs)
+        if count < 2:
+            raise LeanMoeError(f"{count} repeat: at least 2 are needed for an interval")
+        reach = stats.t.ppf(0.5 + confidence / 2, count - 1) * logs.std(ddof=1) / math.sqrt(count)
+        centre = float(logs.mean())
+        return cls(
+            float(np.exp(np.median(logs))),
+            float(math.exp(centre - reach)),
+            float(math.exp(centre + reach)),
+            count,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers under their names."""
+        return asdict(self)

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
-from leanmoe.bench.compare import Variant, compare, same_prompts
-from leanmoe.bench.metrics import ClosedLoop
+from leanmoe.bench.measurement import ClosedLoop, Variant, compare, same_prompts
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.prune.criteria import Kept, restricted
 from leanmoe.runtime import apply, served_experts
