@@ -87,7 +87,7 @@ class _Reorder(torch.autograd.Function):
 
 def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
     """`function.apply`, with the type that torch leaves out."""
-    return cast(Tensor, function.apply(*inputs))  # type: ignore[no-untyped-call]
+    return cast(Tensor, function.apply(*inputs))
 
 
 def experts_forward(

@@ -123,7 +123,7 @@ class Trainer:
         inputs_ST, targets_ST = self.windows.batch(self.step * s.sequences, s.sequences)
         loss = self.loss(inputs_ST, targets_ST)
         balance = self.balancer.take_loss()
-        (loss + s.alpha * balance).backward()  # type: ignore[no-untyped-call]
+        (loss + s.alpha * balance).backward()
         norm = self.adam.step(rate_at(self.tokens, s.tokens, s.optimiser))
         moving = self.tokens < s.tokens * (1 - s.gamma_off_share)
         violation_L = self.balancer.update_biases(s.gamma if moving else 0.0)
@@ -209,7 +209,7 @@ def add_dropout(model: PreTrainedModel, share: float) -> None:
         layer.mlp.register_forward_hook(drop)
 
 
-class _SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _SeenOperators(TorchDispatchMode):
     """Records the names of the operators that run inside the `with`."""
 
     def __init__(self) -> None:

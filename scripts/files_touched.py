@@ -192,11 +192,11 @@ class Walk:
         elif isinstance(node, ast.With):
             pairs = [(i.optional_vars, i.context_expr) for i in node.items if i.optional_vars]
         elif isinstance(node, ast.AnnAssign | ast.arg):
-            target = node.target if isinstance(node, ast.AnnAssign) else ast.Name(node.arg)
-            if isinstance(target, ast.Name) and (
+            named = node.target if isinstance(node, ast.AnnAssign) else ast.Name(node.arg)
+            if isinstance(named, ast.Name) and (
                 kind := self.project.annotated(module, node.annotation)
             ):
-                scope.setdefault(target.id, kind)
+                scope.setdefault(named.id, kind)
         for target, value in pairs:
             kind = self._kind(module, value, scope)
             for name in ast.walk(target):

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def draw_ids(tokens: int, slots: int, experts: int, generator: torch.Generator) 
     return (popularity_E + gumbel_TE).topk(slots, dim=-1).indices
 
 
-def make_layers(dtype: torch.dtype) -> tuple[DeepseekV3Config, list[torch.nn.Module]]:
+def make_layers(dtype: torch.dtype) -> tuple[DeepseekV3Config, list[Any]]:
     """Transformers' own expert modules with random weights."""
     config = DeepseekV3Config(
         hidden_size=HIDDEN,

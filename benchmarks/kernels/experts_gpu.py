@@ -18,7 +18,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -93,10 +93,11 @@ class Line:
     """Against float64, on the first tokens."""
 
 
-def timed(calls: dict[str, list[Callable[[], object]]]) -> dict[str, list[float]]:
+def timed(calls: Mapping[str, Sequence[Callable[[], object]]]) -> dict[str, list[float]]:
     """Microseconds a call, by implementation and round."""
     graphs = {name: Captured(group) for name, group in calls.items()}
-    order, found = random.Random(0), {name: [] for name in calls}
+    order = random.Random(0)
+    found: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(ROUNDS + 1):
         for name, graph in order.sample(list(graphs.items()), len(graphs)):
             took = graph.time()
@@ -135,7 +136,7 @@ def measure(
 ) -> Line:
     """leanmoe and its peers at one point, the full model."""
     inputs = draw_all(shape, tokens, Rule())
-    calls: dict[str, list[Callable[[], object]]] = {
+    calls: dict[str, list[Callable[[], Any]]] = {
         "leanmoe": [partial(experts_gpu, *i, weights) for i in inputs]
     }
     if stock is not None:
@@ -146,8 +147,8 @@ def measure(
     if vllm is not None:
         config = vllm.tune(f"{shape.dtype} {shape.width} T={tokens}", inputs, weights)
         calls["vLLM"] = [vllm.call(i, weights, config) for i in inputs]
-    hidden_TD, *routed = (tensor[:EXACT_TOKENS] for tensor in inputs[0])
-    exact = experts_reference(hidden_TD.double(), *routed, weights)
+    hidden_TD, ids_TK, gates_TK = (tensor[:EXACT_TOKENS] for tensor in inputs[0])
+    exact = experts_reference(hidden_TD.double(), ids_TK, gates_TK, weights)
     errors = {}
     for name, group in calls.items():
         got = group[0]()[: len(exact)].double()
@@ -179,7 +180,7 @@ def line(
         f"{shape.experts} x {shape.hidden} x {shape.width} {shape.dtype}",
         tokens,
         rule,
-        sum(len(ids.unique()) for ids in used) / len(used),
+        sum(ids.unique().numel() for ids in used) / len(used),
         sum(len(ids) for ids in used) / len(used),
         {name: round(median(took), 2) for name, took in times.items()},
         {
@@ -219,8 +220,8 @@ def dense_rate() -> float:
     return 2 * 8192**3 / (median(took) * 1e-6)
 
 
-@triton.jit
-def _read(x_ptr, out_ptr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _read(x_ptr: Any, out_ptr: Any, BLOCK: tl.constexpr, STEPS: tl.constexpr) -> None:
     """Reads `STEPS` blocks of numbers; what it writes is there so that it must read."""
     start, n = tl.program_id(0).to(tl.int64) * STEPS, tl.arange(0, BLOCK)
     found = tl.zeros((BLOCK,), dtype=tl.int32)
@@ -250,7 +251,8 @@ def known_bandwidth(gpu: str) -> float:
 
 def bytes_of(shape: Shape) -> float:
     """Of one expert's weights."""
-    return 3.0 * shape.hidden * shape.width * getattr(torch, shape.dtype).itemsize
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+    return 3.0 * shape.hidden * shape.width * dtype.itemsize
 
 
 def table(lines: Sequence[Line], shapes: dict[str, Shape], bandwidth: float, dense: float) -> str:

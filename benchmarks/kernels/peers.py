@@ -172,6 +172,9 @@ def _of_one_expert(shape: Shape) -> ExpertWeights:
 
 def candidates(rows: float, is_fp8: bool) -> Iterator[dict[str, int]]:
     """Tiles worth a try with so many rows an expert."""
+    heights: tuple[int, ...]
+    columns: tuple[int, ...]
+    depths: tuple[int, ...]
     if is_fp8:
         heights, columns, depths = (16, 32, 64), (64, 128), (128,)
     elif rows < 24:

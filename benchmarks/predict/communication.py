@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 KIB = 1024
@@ -94,7 +94,7 @@ def samples_of(
             found.append((time.perf_counter() - started) / calls)
         return found
     torch.cuda.synchronize()
-    replay = partial(several, call, calls)
+    replay: Callable[[], None] = partial(several, call, calls)
     if not options.eager:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -241,7 +241,7 @@ def main() -> None:
         sys.exit(f"--ranks is {options.ranks}: at least 2 must talk to each other")
     options.command = " ".join(sys.argv)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, (options, f"{folder}/group"), nprocs=options.ranks)
+        spawn(run, (options, f"{folder}/group"), nprocs=options.ranks)
 
 
 if __name__ == "__main__":

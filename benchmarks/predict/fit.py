@@ -16,6 +16,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.predict.engine_runs import own_times
 from benchmarks.predict.own_layers import beyond, our_benchmark, our_kernel
@@ -61,7 +62,7 @@ def main() -> None:
     for gpu in (home, other):
         found_rates[gpu.name], rate_errors[gpu.name] = rates(gpu)
     measured = Constants(tuple(kernels[other.name]), {other.name: found_rates[other.name]})
-    own = own_times(measured, RESULTS)
+    own: dict[str, Any] = own_times(measured, RESULTS)
     made = {**where.to_json(), "tables": f"{PACKAGE} {VERSION}", "label": "fitted"}
     for name, each in found_rates.items():
         constants_of = Constants(tuple(kernels[name]), {name: replace(each, **own)}, made)
@@ -87,10 +88,8 @@ def main() -> None:
         if line["grouped"]:
             for name, each in line["grouped"].items():
                 print(f"    DeepSeek-V3 {name}: {Accuracy(**each)}")
-    for each in moved:
-        print(each)
-    for each in [*our_lines, *benchmark_lines]:
-        print(each)
+    for other_line in [*moved, *our_lines, *benchmark_lines]:
+        print(other_line)
     for name, errors in rate_errors.items():
         for part, each in errors.items():
             print(f"{name} {part}: {Accuracy(**each)}")

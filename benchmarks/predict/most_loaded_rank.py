@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from leanmoe.routing import BatchScope, count_distinct, count_distinct_by_rank, 
 
 EXPERTS, TOP_K, BUDGET = 128, 8, 48
 ROUTER = Router(normalise=True)
-RULES = (
+RULES: tuple[tuple[str, Callable[[int], Rule]], ...] = (
     ("k=8", lambda _ranks: Rule()),
     ("guaranteed=3", lambda _ranks: Rule(guaranteed=3)),
     (f"budget={BUDGET}", lambda _ranks: Rule(budget=BUDGET)),

@@ -89,7 +89,8 @@ def our_benchmark(gpu: Gpu, folder: Path) -> tuple[list[KernelConstants], list[d
     kernels, lines = [], []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         mine = [row for row in rows if row["dtype"] == dtype]
-        names, edges = OUR_MANY_FEATURES, OUR_EDGES
+        names: tuple[str, ...] = OUR_MANY_FEATURES
+        edges: tuple[float, ...] = OUR_EDGES
         if all(row["rule"] == "k=8" for row in mine):
             held = set(sorted({row["tokens"] for row in mine})[1:-1:2])
             names, edges = OUR_FEW_FEATURES, OUR_EDGES[-1:]

@@ -208,9 +208,10 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
         "between nodes as DeepEP states; a layer's and an engine's own time from vLLM 0.24 on one "
         "H100",
     )
-    found = Rates(
-        **{n: v if isinstance(v, str) else float(f"{v:.4g}") for n, v in vars(found).items()}
-    )
+    short: dict[str, Any] = {
+        n: v if isinstance(v, str) else float(f"{v:.4g}") for n, v in vars(found).items()
+    }
+    found = Rates(**short)
     errors = {
         "dense products, bf16": dense_error,
         "dense products, fp8 blocks (with their own constants)": fp8_error,

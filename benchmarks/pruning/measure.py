@@ -45,10 +45,11 @@ from leanmoe.core.progress import bar
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.core.text import read_corpus, split
+from leanmoe.models.hf_config import FILE
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
 from leanmoe.prune.allocation import ALLOCATION_TOKENS, Allocated, allocate, first_windows
-from leanmoe.prune.checkpoint import FILE, read_source, write_pruned
+from leanmoe.prune.checkpoint import read_source, write_pruned
 from leanmoe.prune.criteria import (
     CRITERIA,
     Kept,

@@ -157,7 +157,7 @@ def start(
         return {"trouble": what_went_wrong(log.read_text())}
     said = [line for line in log.read_text().splitlines() if "leanmoe: plan" in line]
     how = said[-1].partition(" at work, ")[2] if said else ""
-    return json.loads(path.read_text()) | {"said": how}
+    return {**json.loads(path.read_text()), "said": how}
 
 
 def what_went_wrong(log: str) -> str:

@@ -58,7 +58,7 @@ class Run:
 
     @property
     def has_time(self) -> bool:
-        return time.perf_counter() - self.began < self.options.seconds
+        return bool(time.perf_counter() - self.began < self.options.seconds)
 
     def load(self) -> Any:
         """The engine, with every way's decode steps captured."""

@@ -64,7 +64,7 @@ PUBLISHED_LAYERS = {"qwen3-30b-a3b": 48, "deepseek-v3": 61, "gpt-oss-120b": 36}
 
 def config_of(shape: str, layers: int | None, is_fp8: bool = False) -> dict[str, Any]:
     """The config.json of a shape, with another number of layers if any is named."""
-    config = dict(SHAPES[shape])
+    config: dict[str, Any] = dict(SHAPES[shape])
     if layers:
         config["num_hidden_layers"] = layers
         if "layer_types" in config:

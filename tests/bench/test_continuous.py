@@ -136,7 +136,7 @@ class Model:
         _attn_implementation = "sdpa"
 
 
-def keywords(lengths: list[tuple[int, int]], pages: list[int]) -> dict:
+def keywords(lengths: list[tuple[int, int]], pages: list[int]) -> dict[str, Any]:
     """`lengths`: new tokens and cached tokens of each request, each in a page of its own."""
     new = [n for n, _ in lengths]
     known = [n + c for n, c in lengths]
@@ -199,11 +199,11 @@ def test_one_served_model_at_a_time() -> None:
 
 
 @pytest.fixture(scope="module")
-def reference_model():
+def reference_model() -> Any:
     return load_model("reference")
 
 
-def test_the_service_writes_what_generate_writes(reference_model) -> None:
+def test_the_service_writes_what_generate_writes(reference_model: Any) -> None:
     model, tokenizer = reference_model
     text = "The list methods make it very easy to use a list as a stack, where the last element"
     ids = tokenizer(text)["input_ids"]
@@ -213,7 +213,7 @@ def test_the_service_writes_what_generate_writes(reference_model) -> None:
     with served(model, Room(2, 12, 18), 6) as manager:
         real = manager.get_result
 
-        def keep(**settings):
+        def keep(**settings: Any) -> Any:
             output = real(**settings)
             if output is not None and output.is_finished():
                 made[output.request_id] = list(output.generated_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def job(output: Path, *plans: Path, settings: BenchSettings = SETTINGS, **change
     return Job(("reference",), plans, settings, output, "leanmoe bench", **changes)  # type: ignore[arg-type]
 
 
-def bench(wanted: Job) -> dict:
+def bench(wanted: Job) -> dict[str, Any]:
     return run_job(wanted, lambda *_: None, lambda _: None).to_json()
 
 
@@ -125,7 +126,7 @@ def test_a_cache_that_cannot_fit_is_refused() -> None:
         ),
     ],
 )
-def test_what_does_not_go_together(tmp_path: Path, changes: dict, message: str) -> None:
+def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     wanted = {
         "targets": ("reference",),
         "plans": (),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_by_hand() -> None:
         ({"ttft": 99}, 0),
     ],
 )
-def test_goodput_counts_requests_that_keep_every_limit(limits: dict, kept: int) -> None:
+def test_goodput_counts_requests_that_keep_every_limit(limits: dict[str, float], kept: int) -> None:
     found = Measurement.of([FAST, SLOW], goodput=limits)
     assert found.request_goodput == pytest.approx(kept / 2.5)
 
@@ -92,11 +93,11 @@ def test_nothing_completed_is_no_measurement() -> None:
 
 
 @pytest.fixture(scope="module")
-def reference_model():
+def reference_model() -> Any:
     return load_model("reference")
 
 
-def test_compare_interleaves_and_orders_times(reference_model) -> None:
+def test_compare_interleaves_and_orders_times(reference_model: Any) -> None:
     from contextlib import nullcontext
 
     model, tokenizer = reference_model

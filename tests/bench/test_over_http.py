@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def servers() -> Iterator[tuple[MockServer, MockServer]]:
 
 
 def job(output: Path, *targets: str, **changes: object) -> Job:
-    settings: dict = {
+    settings: dict[str, Any] = {
         "text": str(Path(__file__).parents[2] / "docs"),
         "concurrency": (3,),
         "input_len": Lengths(10, 20),
@@ -46,7 +47,7 @@ def job(output: Path, *targets: str, **changes: object) -> Job:
     )
 
 
-def bench(wanted: Job) -> dict:
+def bench(wanted: Job) -> dict[str, Any]:
     return run_job(wanted, lambda *_: None, lambda _: None).to_json()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_bad_goodput_is_refused(word: str) -> None:
         ({"max_concurrency": 0}, "--max-concurrency"),
     ],
 )
-def test_what_is_out_of_range_is_named(change: dict, message: str) -> None:
+def test_what_is_out_of_range_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(LeanMoeError, match=message):
         BenchSettings(**change).check()
 

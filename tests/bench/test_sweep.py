@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ class Fake:
         self.is_closed = False
 
     @contextmanager
-    def at(self, _load: ServiceLoad) -> Iterator[RunOne]:
+    def at(self, load: ServiceLoad) -> Iterator[RunOne]:  # noqa: ARG002, the protocol's name
         yield self.run_one
 
     def run_one(
@@ -55,23 +56,34 @@ class Fake:
             failed=1,
         )
 
-    def routing(self, _load: ServiceLoad, _run_one: RunOne) -> dict:
+    def routing(
+        self,
+        load: ServiceLoad,  # noqa: ARG002
+        run_one: RunOne,  # noqa: ARG002
+    ) -> dict[str, Any]:
         return {"full": {"distinct_experts_a_step": 9.0}}
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": "fake"}
+
+    def variants(self) -> list[dict[str, Any]]:
+        return [{"name": "full"}, {"name": "plan"}]
 
     def close(self) -> None:
         self.is_closed = True
 
 
-def run(fake: Fake, path: Path, settings: BenchSettings = SETTINGS) -> dict:
+def run(fake: Fake, path: Path, settings: BenchSettings = SETTINGS) -> dict[str, Any]:
     supply = Supply(range(1000), settings.input_len, settings.output_len)
-    record = Record(path, settings, [{"name": "full"}, {"name": "plan"}], {"engine": "fake"})
+    record = Record(path, settings, fake.variants(), fake.describe())
     shown: list[ServiceLoad] = []
     try:
         sweep(fake, supply, settings, record, shown.append)
     finally:
         assert fake.is_closed
     assert shown == list(settings.loads())
-    return json.loads(path.read_text())
+    written: dict[str, Any] = json.loads(path.read_text())
+    return written
 
 
 @pytest.mark.parametrize("restarts", [False, True])

@@ -52,7 +52,9 @@ class Engine:
 def test_the_loop_keeps_as_many_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_offline, "sampling", lambda tokens: tokens)
     engine = Engine()
-    requests = [{"prompt": [1] * (3 + n), "output": 2 + n % 3} for n in range(10)]
+    requests: list[dict[str, Any]] = [
+        {"prompt": [1] * (3 + n), "output": 2 + n % 3} for n in range(10)
+    ]
     found = vllm_offline.closed_loop(engine, requests, 4, 60.0)
     assert engine.most == 4
     assert sorted(a["output"] for a in found) == sorted(r["output"] for r in requests)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from leanmoe.kernels import route_cpu_unsupported, route_gpu_unsupported
 from leanmoe.kernels.dispatch import route_on_cpu, route_on_gpu
@@ -41,9 +41,12 @@ class Implementation:
     """Whether a skipped slot names the token's best expert again, with weight 0."""
 
 
-def arguments(case: Case) -> tuple[object, ...]:
-    """What `route` is called with, but for the scope."""
-    return (case.logits_BTE, case.router, case.top_k, case.rule, case.bias_E, case.padding_BT)
+def arguments(case: Case, device: str = "cpu") -> tuple[Any, ...]:
+    """What `route` is called with."""
+    logits_BTE, bias_E, padding_BT = (
+        None if x is None else x.to(device) for x in (case.logits_BTE, case.bias_E, case.padding_BT)
+    )
+    return logits_BTE, case.router, case.top_k, case.rule, bias_E, padding_BT, scope_of(case)
 
 
 def scope_of(case: Case) -> BatchScope:
@@ -51,7 +54,7 @@ def scope_of(case: Case) -> BatchScope:
 
 
 def by_reference(case: Case) -> Routing:
-    return route(*arguments(case), scope_of(case))  # type: ignore[arg-type]
+    return route(*arguments(case))
 
 
 def by_loops(case: Case) -> Routing:
@@ -92,12 +95,11 @@ def by_loops(case: Case) -> Routing:
 
 
 def by_cpu(case: Case) -> Routing:
-    return route_on_cpu(*arguments(case), scope_of(case))  # type: ignore[arg-type]
+    return route_on_cpu(*arguments(case))
 
 
 def by_triton(case: Case) -> Routing:
-    there = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in arguments(case)]
-    routing = route_on_gpu(*there, scope_of(case))  # type: ignore[arg-type]
+    routing = route_on_gpu(*arguments(case, DEVICE))
     return Routing(*(None if x is None else x.cpu() for x in routing))  # type: ignore[arg-type]
 
 

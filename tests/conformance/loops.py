@@ -36,7 +36,7 @@ def run(
 
     `rank_of` says which rank has each expert; None for one that has all.
     """
-    orders = [sorted(range(len(row)), key=lambda e, row=row: (-row[e], e)) for row in ranking]
+    orders = [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in ranking]
     usable = [
         [e for e in order if row[e] > NEVER] for order, row in zip(orders, ranking, strict=True)
     ]

@@ -156,7 +156,7 @@ def test_every_field_and_every_pair_of_fields(name: str, fields: tuple[str, ...]
         bias_E = torch.randn(EXPERTS, generator=generator) * 0.1
         has_bias = ROUTERS[router].ranking_bias is not None
         logits_BTE = torch.randn(1, TOKENS, EXPERTS, generator=generator)
-        padding_BT = torch.arange(TOKENS)[None] == TOKENS - 1
+        padding_BT: Tensor | None = torch.arange(TOKENS)[None] == TOKENS - 1
         logits_BTE[padding_BT] = float("nan")
         if name == "vllm":
             logits_BTE, padding_BT = logits_BTE[:, :-1], None

@@ -30,7 +30,7 @@ except ImportError as error:
     pytest.skip(f"SGLang cannot be imported here: {error}", allow_module_level=True)
 
 EXPERTS, TOP_K, ROWS = 16, 4, 24
-ROUTERS = {
+ROUTERS: dict[str, dict[str, Any]] = {
     "softmax": {"renormalize": True},
     "softmax, not normalised": {"renormalize": False},
     "sigmoid": {"scoring_func": "sigmoid"},
@@ -62,7 +62,7 @@ RULES = {
 
 
 def config(name: str) -> Any:
-    settings: dict[str, Any] = dict(ROUTERS[name])
+    settings = dict(ROUTERS[name])
     if settings.get("correction_bias") == "random":
         settings["correction_bias"] = torch.randn(EXPERTS, generator=seeded(1))
     return topk.TopKConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,8 @@ def in_float64(weights: ExpertWeights) -> ExpertWeights:
     """The same layer with every tensor in float64."""
     names = ("gate_up", "down", "gate_up_bias", "down_bias")
     tensors = {name: getattr(weights, name) for name in names}
-    return replace(weights, **{k: None if t is None else t.double() for k, t in tensors.items()})
+    wide: dict[str, Any] = {k: None if t is None else t.double() for k, t in tensors.items()}
+    return replace(weights, **wide)
 
 
 def _narrowed(both: Tensor, weights: ExpertWeights) -> Tensor:
@@ -108,7 +110,7 @@ def _activation(gate: Gate, x: Tensor) -> Tensor:
     if gate.activation == "silu":
         return x / (1 + torch.exp(-gate.alpha * x))
     if gate.activation == "gelu":
-        return x * 0.5 * (1 + torch.special.erf(x / 2**0.5))
+        return 0.5 * x * (1 + torch.erf(x / 2**0.5))
     if gate.activation == "gelu_tanh":
         return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     positive = x.clamp(min=0)

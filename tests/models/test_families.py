@@ -29,7 +29,8 @@ def logits_of(output: Any) -> Tensor:
     """A router's logits; Granite's came after its ids and weights before Transformers 5.23."""
     if isinstance(output, Tensor):
         return output
-    return output[0] if output[0].is_floating_point() else output[-1]
+    logits: Tensor = output[0] if output[0].is_floating_point() else output[-1]
+    return logits
 
 
 def routed(model: Any, dtype: torch.dtype) -> list[tuple[MoELayer, Tensor, Tensor, Tensor]]:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from reference_model.architecture import ModelSettings, correction_bias, routers
-from reference_model.scoring import ScoredRow, Scorer
+from reference_model.scoring import Scorer
 from transformers import AutoModelForCausalLM
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models import reference
+from leanmoe.scoring.rows import ScoredRow
 
 MOST_BYTES = 36_000_000
 MOST_SHARD_BYTES = 15_000_000

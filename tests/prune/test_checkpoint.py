@@ -17,9 +17,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 from leanmoe import apply
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.families import FAMILIES
+from leanmoe.models.hf_config import FILE
 from leanmoe.models.shape import MoEShape
 from leanmoe.prune import checkpoint
-from leanmoe.prune.checkpoint import FILE, INDEX, RECORD, SINGLE, STATE, read_source, write_pruned
+from leanmoe.prune.checkpoint import INDEX, RECORD, SINGLE, STATE, read_source, write_pruned
 from leanmoe.prune.criteria import Kept, as_plan
 from tests import tiny
 
@@ -102,6 +103,7 @@ def test_tensors_are_the_sources_own_rows(family: str, tmp_path: Path) -> None:
                 continue
             experts = list(kept[source.shape.moe_layers.index(part.decoder_index)])
             if part.kind == "numbered":
+                assert part.expert is not None
                 old = name.replace(f".experts.{part.expert}.", f".experts.{experts[part.expert]}.")
                 assert torch.equal(pruned.get_tensor(name), full.get_tensor(old))
             else:
@@ -128,7 +130,7 @@ def test_shards_and_index_fit_together(sharded: Path, tmp_path: Path) -> None:
     prune(sharded, tmp_path / "out", sorted_kept(source.shape))
     assert contents(sharded) == before, "the source was touched"
     index = json.loads((tmp_path / "out" / INDEX).read_text())
-    found = {}
+    found: dict[str, str] = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(path, "pt") as shard:
             found |= dict.fromkeys(shard.keys(), path.name)
@@ -141,7 +143,8 @@ def test_shards_and_index_fit_together(sharded: Path, tmp_path: Path) -> None:
 
 def test_an_interrupted_run_does_not_load_and_goes_on(sharded: Path, tmp_path: Path) -> None:
     source, out = read_source(sharded), tmp_path / "out"
-    kept, done = sorted_kept(source.shape), []
+    kept = sorted_kept(source.shape)
+    done: list[Any] = []
     real = checkpoint._write_shard
 
     def stop_at_third(*arguments: Any) -> None:
@@ -215,7 +218,7 @@ def test_an_output_that_exists_is_left_alone(sharded: Path, tmp_path: Path) -> N
 
 def test_too_little_space_is_said_before_anything_is_written(sharded: Path, tmp_path: Path) -> None:
     kept = sorted_kept(read_source(sharded).shape)
-    little = shutil._ntuple_diskusage(10, 9, 1)  # type: ignore[attr-defined]
+    little = shutil._ntuple_diskusage(10, 9, 1)
     with (
         patch.object(shutil, "disk_usage", return_value=little),
         pytest.raises(LeanMoeError, match="are free"),

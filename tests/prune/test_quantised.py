@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from leanmoe.prune.checkpoint import FILE, SINGLE, read_source, write_pruned
+from leanmoe.models.hf_config import FILE
+from leanmoe.prune.checkpoint import SINGLE, read_source, write_pruned
 from leanmoe.prune.criteria import Kept
 from tests import tiny
 

@@ -24,6 +24,7 @@ from reference_model.evaluate import (
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import write_json
+from leanmoe.eval import local_tasks
 from leanmoe.eval.local_tasks import Item
 from leanmoe.scoring.rows import Score, ScoredRow
 from reference_model import tasks
@@ -119,15 +120,19 @@ def write_evaluation_files(folder: Path) -> None:
         documents = [f"Document {i} says a little about rain.\n" for i in range(12)]
         (folder / name).write_text("<|endoftext|>\n".join(documents))
     (folder / tasks.TEXTS["wikitext2"]).write_text(" = A title = \n some words \n" * 12)
-    (folder / tasks.LAMBADA).write_text('{"text": "He opened the door and closed the door"}\n')
-    (folder / tasks.PIQA).write_text('{"goal": "To dry hair", "sol1": "use air", "sol2": "sing"}\n')
-    (folder / tasks.PIQA_LABELS).write_text("0\n")
-    (folder / tasks.QASC).write_text(
+    (folder / local_tasks.LAMBADA).write_text(
+        '{"text": "He opened the door and closed the door"}\n'
+    )
+    (folder / local_tasks.PIQA).write_text(
+        '{"goal": "To dry hair", "sol1": "use air", "sol2": "sing"}\n'
+    )
+    (folder / local_tasks.PIQA_LABELS).write_text("0\n")
+    (folder / local_tasks.QASC).write_text(
         '{"question": {"stem": "What falls?", "choices": [{"text": "rain", "label": "A"}, '
         '{"text": "roof", "label": "B"}]}, "answerKey": "A"}\n'
     )
-    (folder / tasks.BLIMP).mkdir()
-    (folder / tasks.BLIMP / "agreement.jsonl").write_text(
+    (folder / local_tasks.BLIMP).mkdir()
+    (folder / local_tasks.BLIMP / "agreement.jsonl").write_text(
         '{"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps."}\n'
     )
 

@@ -113,6 +113,7 @@ def test_training_experts_agree_with_the_plain_loop(implementation: str) -> None
     model = build(TINY.model, seed=1)
     to_bf16(model)
     for gate in routers(model):
+        assert isinstance(gate.weight, nn.Parameter)
         nn.init.normal_(gate.weight, std=0.3)
     ids = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(0))
     found = {}

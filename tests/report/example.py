@@ -22,7 +22,7 @@ def results(seed: int = 0, accepted: bool = True) -> dict[str, Any]:
     """A results.json as a tune run writes it."""
     draw = random.Random(seed)
     loads = [(1, 128, 32), (8, 128, 32), (32, 256, 32)]
-    rules = [
+    rules: list[dict[str, Any]] = [
         {"top_k": 6},
         {},
         {"threshold": 0.3},

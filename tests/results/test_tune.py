@@ -24,7 +24,7 @@ def test_committed_results_are_read_and_written_alike() -> None:
 def test_steps_say_what_they_were_made_with() -> None:
     made = StepsMadeWith("0.1", "abc", "2", "5", "w", "m", steps=("full", "gain-1"))
     assert isinstance(made, MadeWith)
-    assert made.to_json()["steps"] == ("full", "gain-1")
+    assert list(made.to_json()["steps"]) == ["full", "gain-1"]
 
 
 @pytest.mark.parametrize(

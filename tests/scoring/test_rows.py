@@ -96,7 +96,7 @@ def test_a_step_holds_one_token_of_each_neighbour_and_no_padding() -> None:
             self.context.__exit__(*error)
             slots.append(self.applied.generated[0].tokens)
 
-    score_rows(model, rows, questions, Counting, "x", 4)  # type: ignore[arg-type]
+    score_rows(model, rows, questions, Counting, "x", 4)
     every = calls(bundled(rows, questions), 4)
     assert sum(slots) == sum(bundle.decoded for call in every for bundle in call.bundles)
 

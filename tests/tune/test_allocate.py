@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.tune.allocate import Option, Workload, cheapest, front, pareto
-from leanmoe.tune.layers import LayerTime
+from leanmoe.tune.layers import LayerTime, Phase
 from tests.tune.example import setting
 
 NUMBERS = st.floats(0, 10, allow_nan=False).map(lambda x: round(x, 2))
@@ -78,8 +78,9 @@ def workload() -> Workload:
     return Workload(8, 256, 8, 512, {"prompt": line, "decode": line})
 
 
-def full() -> dict:
-    return {(phase, n): (8.0, 30.0) for phase in ("prompt", "decode") for n in range(6)}
+def full() -> dict[tuple[Phase, int], tuple[float, float]]:
+    phases: tuple[Phase, ...] = ("prompt", "decode")
+    return {(phase, n): (8.0, 30.0) for phase in phases for n in range(6)}
 
 
 def test_a_front_is_safest_first_and_ever_faster() -> None:

@@ -7,6 +7,7 @@ Letters: T tokens (rows of a step), K slots of a token, D hidden width.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def write_checkpoint(folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(outputs: int, inputs: int, size: float = 1.0) -> Tensor:
-        values = torch.randn(outputs, inputs, generator=generator) * size * inputs**-0.5
-        return values.bfloat16()
+        values = torch.randn(outputs, inputs, generator=generator) * (size / math.sqrt(inputs))
+        return values.to(torch.bfloat16)
 
     ones = torch.ones(HIDDEN).bfloat16()
     tensors = {

@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
         steps.append((layer, ids_TK.tolist(), used))
 
     if settings["plan"]:
-        RoutingStatistics.note = note  # type: ignore[method-assign]
+        RoutingStatistics.note = note  # type: ignore[method-assign, assignment]
         options = PluginOptions(collect_stats=True, cross_rank=settings["cross_rank"])
         process_plugin().start(Plan.load(folder / "plan.json"), options)
     from vllm import LLM, SamplingParams

@@ -7,6 +7,7 @@ in for the kernel; loading, the choice of a kernel, routing and the plugin are w
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_each_layer_of_int8_experts_routes_as_the_reference(
         near = BFLOAT16 if is_plain(RULES[layer.layer]) else 1e-5  # vLLM's own routing, or ours
         torch.testing.assert_close(
             by_expert(ids_TK, weights_TK), by_expert(wanted_ids, wanted), atol=near, rtol=near,
-            msg=lambda text, at=layer.layer: f"layer {at}: {text}",
+            msg=partial("layer {}: {}".format, layer.layer),
         )  # fmt: skip
         assert bool((ids_TK < EXPERTS).all()), "an id that vLLM's kernel has no expert for"
         skipped += int((weights_TK == 0).sum())

@@ -207,7 +207,7 @@ def test_the_plan_reaches_the_workers_that_vllm_starts(tmp_path: Path) -> None:
     }  # fmt: skip
     log = tmp_path / "log.txt"
     with log.open("w") as out:
-        command = [sys.executable, HERE / "workers.py", tmp_path]
+        command = [sys.executable, str(HERE / "workers.py"), str(tmp_path)]
         done = subprocess.run(
             command, env=environment, stdout=out, stderr=out, timeout=PATIENCE, check=False
         )

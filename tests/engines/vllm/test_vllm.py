@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -147,7 +148,7 @@ def test_a_searched_plan_routes_as_in_transformers_layer_by_layer(
         for step, (chosen, weights) in enumerate(wanted):
             torch.testing.assert_close(
                 by_expert(*steps[step]) * SCALING, by_expert(chosen, weights), atol=1e-3, rtol=1e-3,
-                msg=lambda text, at=(layer, step): f"layer and step {at}: {text}",
+                msg=partial("layer and step {}: {}".format, (layer, step)),
             )  # fmt: skip
             used = (chosen < MODEL.experts) & (weights != 0)
             assert len(chosen[used].unique()) == len(steps[step][0][steps[step][1] != 0].unique())
@@ -174,7 +175,8 @@ def likelihoods_in_transformers(model: Any, plan: Plan) -> Tensor:
     prompts = torch.tensor(ids())
     with apply(model, plan), torch.no_grad():
         logits = model(prompts).logits.float().log_softmax(-1)
-    return logits[:, :-1].gather(-1, prompts[:, 1:, None])[..., 0]
+    likelihoods: Tensor = logits[:, :-1].gather(-1, prompts[:, 1:, None])[..., 0]
+    return likelihoods
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -251,10 +253,10 @@ def test_small_steps_of_this_vllm_are_as_read() -> None:
     """Its Triton experts do not run here, but what the plugin asks of their code can be asked."""
     from importlib import import_module
 
-    from leanmoe.serve.vllm import small_steps
+    from leanmoe.serve.vllm import layer_facts, small_steps
 
     functions = import_module(small_steps.FUNCTIONS)
-    module, name = small_steps.TRITON
+    module, name = layer_facts.TRITON
     assert isinstance(getattr(import_module(module), name), type)
     assert small_steps.passes_over(functions)
     for rows, slots, experts in ((4, 4, 64), (8, 8, 256), (2, 6, 64)):

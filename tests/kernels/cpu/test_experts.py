@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from leanmoe.kernels import ExpertWeights, count_work, experts_cpu, experts_refe
 from tests.kernels.layers import random_call, random_layer, slot_by_slot
 from tests.kernels.test_reference import LAYOUTS
 
-NEAR = {"rtol": 1e-5, "atol": 2e-5}
+NEAR: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}
 """Float32 sums of some dozens of products of order 1."""
 
 
@@ -137,9 +138,9 @@ def test_inputs_may_be_views_and_of_any_dtype() -> None:
     weights = random_layer()
     hidden_TD, ids_TK, weights_TK = random_call(weights, tokens=12, slots=3)
     wanted_TD = experts_cpu(hidden_TD, ids_TK, weights_TK, weights)
-    views = [t.T.contiguous().T for t in (hidden_TD, ids_TK, weights_TK)]
-    assert not views[0].is_contiguous()
-    assert torch.equal(experts_cpu(*views, weights), wanted_TD)
+    hidden, ids, gates = (t.T.contiguous().T for t in (hidden_TD, ids_TK, weights_TK))
+    assert not hidden.is_contiguous()
+    assert torch.equal(experts_cpu(hidden, ids, gates, weights), wanted_TD)
     assert torch.equal(
         experts_cpu(hidden_TD, ids_TK.int(), weights_TK.double(), weights), wanted_TD
     )

@@ -57,8 +57,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def on_device(weights: ExpertWeights) -> ExpertWeights:
-    moved = {name: getattr(weights, name) for name in TENSORS}
-    return replace(weights, **{k: None if t is None else t.to(DEVICE) for k, t in moved.items()})
+    tensors = {name: getattr(weights, name) for name in TENSORS}
+    moved: dict[str, Any] = {k: None if t is None else t.to(DEVICE) for k, t in tensors.items()}
+    return replace(weights, **moved)
 
 
 def run(
@@ -337,11 +338,11 @@ def test_says_what_it_cannot_do() -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_place_for_the_result_is_filled(way: str) -> None:
     layer = on_device(random_layer())
-    call = [tensor.to(layer.gate_up.device) for tensor in random_call(layer, 5, 3)]
-    place = torch.full_like(call[0], float("nan"))
-    found = experts_gpu(*call, layer, config=WAYS[way], out=place)
+    hidden, ids, gates = (x.to(layer.gate_up.device) for x in random_call(layer, 5, 3))
+    place = torch.full_like(hidden, float("nan"))
+    found = experts_gpu(hidden, ids, gates, layer, config=WAYS[way], out=place)
     assert found is place
-    assert torch.equal(place, experts_gpu(*call, layer, config=WAYS[way]))
+    assert torch.equal(place, experts_gpu(hidden, ids, gates, layer, config=WAYS[way]))
     for wrong in (place[:4], place.double(), place.T.contiguous().T):
         with pytest.raises(LeanMoeError, match="place for the result"):
-            experts_gpu(*call, layer, out=wrong)
+            experts_gpu(hidden, ids, gates, layer, out=wrong)

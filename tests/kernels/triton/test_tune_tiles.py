@@ -15,6 +15,8 @@ from leanmoe.cli import main
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.triton import tune_tiles
 from leanmoe.kernels.triton.config import ExpertsConfig, Tile
+from leanmoe.kernels.triton.experts import experts_gpu
+from leanmoe.kernels.triton.launch import ExpertsCall
 from leanmoe.kernels.triton.search_tiles import tiles, ways
 from leanmoe.kernels.triton.tune_tiles import Tuner, random_call, random_weights
 from leanmoe.kernels.triton.tuned_tiles import SHIPPED, Shape, Tuned, config_for, file_name
@@ -86,7 +88,7 @@ def test_all_that_is_timed_was_compiled_ahead(
     monkeypatch.setattr(tune_tiles, "_compile", compile_)
     monkeypatch.setattr(tune_tiles, "time_calls", time_calls)
     monkeypatch.setattr(tune_tiles._Compiled, "run", named(compiled))
-    monkeypatch.setattr(tune_tiles.ExpertsCall, "run", named(launched))
+    monkeypatch.setattr(ExpertsCall, "run", named(launched))
     monkeypatch.setattr(tune_tiles, "error_of", lambda *_: 0.0)
     shape = Shape(8, 512, 256, 2, dtype)
     assert len(list(Tuner([shape], [1, 40, 700], lambda *_: None).tune())) == 1
@@ -111,7 +113,7 @@ def test_a_tile_that_fails_does_not_end_the_search(
 
 @pytest.mark.usefixtures("pretending")
 def test_a_config_that_is_too_far_off_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = tune_tiles.experts_gpu
+    right = experts_gpu
 
     def miscompiled(*call: Any, config: ExpertsConfig) -> torch.Tensor:
         return right(*call, config=config) * (1.02 if config.fused_sum else 1.0)

@@ -38,7 +38,7 @@ def test_independent_tokens_wake_what_the_plain_formula_says_whatever_the_groups
 ) -> None:
     draw = np.random.default_rng(1)
     counts = [len(set().union(*routed(draw, 12, 64, 6, groups, used))) for _ in range(300)]
-    mean, error = np.mean(counts), np.std(counts) / math.sqrt(len(counts))
+    mean, error = np.mean(counts), float(np.std(counts)) / math.sqrt(len(counts))
     assert mean == pytest.approx(distinct_uniform(64, 6, 12), abs=4 * error)
 
 

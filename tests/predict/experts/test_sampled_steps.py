@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def rules(draw: st.DrawFn) -> tuple[int, int, int, int, Rule]:
     experts = draw(st.integers(4, 24))
     slots = draw(st.integers(1, min(6, experts)))
     ranks = draw(st.integers(1, min(4, experts)))
-    limits = {
+    limits: dict[str, Any] = {
         "guaranteed": draw(st.none() | st.integers(1, slots)),
         "budget": draw(st.none() | st.integers(1, experts)),
         "budget_per_rank": draw(st.none() | st.integers(1, experts)),
@@ -115,7 +116,7 @@ def test_steps_are_the_same_wherever_the_experts_are(rule: Rule) -> None:
 
 def test_ranks_that_decide_alone_activate_more_than_all_at_once() -> None:
     """Each of two ranks spends the budget on its own tokens' wishes."""
-    choices = Choices(np.arange(1, 129) ** -0.5)
+    choices = Choices(np.arange(1.0, 129.0) ** -0.5)
     rule, tokens = Rule(budget_per_rank=24), 16
     alone, common = (
         drawn(choices, 8, rule, tokens, RankLayout(2, 2, cross_rank))

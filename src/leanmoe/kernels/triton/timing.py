@@ -18,7 +18,7 @@ def _shared() -> tuple[Any, Any, Any]:
 
     And a graph that does next to nothing: a pool that no graph uses cannot be used again.
     """
-    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     keeper = torch.cuda.CUDAGraph()
     one = torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
@@ -54,10 +54,7 @@ class Captured:
 
     def time(self) -> float:
         """Microseconds a call in one replay."""
-        start, end = (
-            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            for _ in range(2)
-        )
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         self.graph.replay()
         end.record()
