@@ -60,7 +60,7 @@ def test_poisson_arrivals(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_sweep_with_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "sweep.html"
     command = ["predict", "deepseek-ai/DeepSeek-V3", "--top-k", "6", "--gpus", "8,16", "--sweep"]
-    code, out, _ = run(capsys, *command, "--tpot", "40", "--price", "2", "--page", str(page))
+    code, out, _ = run(capsys, *command, "--tpot", "40", "--price", "2", "-o", str(page))
     assert code == 0
     words = " ".join(out.split())
     assert "Cheapest, plan:" in words
@@ -86,7 +86,7 @@ def test_a_sweep_with_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--request-rate", "1", "--concurrency", "2"], "--request-rate goes with neither"),
         (["--kernel", "mine"], "there are no constants for kernel 'mine'"),
         (["--agreement", "2"], "agreement is 2"),
-        (["--page", "x.html"], "go with --sweep"),
+        (["--output", "x.html"], "go with --sweep"),
         (["--gpus", "8", "--tensor-parallel-size", "4"], "are 4 GPUs, --gpus says 8"),
         (["--constants", "absent.json"], "cannot read constants"),
         (["--plan", "absent.json"], "cannot read plan"),
@@ -125,7 +125,7 @@ def test_a_plan_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_budget_per_rank_and_whose_tokens_spend_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ranks that decide alone wake other experts, and more in all; so their steps take longer."""
+    """Ranks that decide alone activate other experts, more in all; their steps take longer."""
     path = tmp_path / "plan.json"
     name = "Qwen/Qwen3-30B-A3B"
     Plan.uniform(read_shape(CONFIGS[name]).fingerprint(), Rule(budget_per_rank=12)).save(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.catalog import published_shape
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.predict.constants import Constants, read_constants, shipped, write_constants
+from leanmoe.predict.experts.assumed import Assumed
+from leanmoe.predict.experts.curve_sources import assumed_curves
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.hardware.rates import Rates
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
@@ -19,7 +22,7 @@ from leanmoe.predict.kernels.fit import Form, Reading, accuracy, choose, errors_
 from leanmoe.predict.kernels.kernel_constants import KernelConstants, Regime
 from leanmoe.predict.kernels.tables import TABLES, VERSION, installed, measured_curve, read_table
 from leanmoe.predict.kernels.tile_heuristics import ANY, CUTLASS, Stage, stages
-from leanmoe.predict.prediction import predict
+from leanmoe.predict.prediction import Basis, default_kernel, predict
 from leanmoe.predict.step.deployment import Deployment
 from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
 
@@ -192,7 +195,8 @@ def test_a_prediction_says_how_far_off_its_kind_has_been() -> None:
     load = ServiceLoadModel(lengths, lengths, 4)
     said = {}
     for gpu in ("h200", "a800"):
-        found = predict(model, None, Deployment(GPUS[gpu]), load, simulated=False)
+        basis = Basis(default_kernel(model), partial(assumed_curves, model, Assumed()))
+        found = predict(model, None, Deployment(GPUS[gpu]), load, basis)
         said[gpu] = found.stands_on["experts have been off by"]
         assert found.stands_on["experts"].startswith("interpolated") == (gpu == "h200")
     assert "each row from its layer's others" in said["h200"]

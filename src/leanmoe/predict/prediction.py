@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan
 from leanmoe.predict.constants import Constants, shipped
 from leanmoe.predict.experts.active_experts import Activation
-from leanmoe.predict.experts.assumed import Assumed
-from leanmoe.predict.experts.curve_sources import CurvesOf, assumed_curves
+from leanmoe.predict.experts.curve_sources import CurvesOf
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import TESTED_EXPERTS, TESTED_MULTIPLE
 from leanmoe.predict.kernels.kernel_constants import KernelConstants
@@ -33,11 +32,22 @@ FASTER = 1.25
 
 
 @dataclass(frozen=True)
+class Basis:
+    """What predictions of one model stand on."""
+
+    kernel: str
+    curves_of: CurvesOf
+    constants: Constants = field(default_factory=shipped)
+    cross_rank: bool = False
+    """Whether tokens share experts with those of all data-parallel ranks, not only their own."""
+
+
+@dataclass(frozen=True)
 class PredictedVariant:
     """One side of a comparison: the full model or a plan."""
 
     served: Served
-    simulated: Simulated | None
+    simulated: Simulated
     distinct: float
     """Mean distinct experts of a MoE layer in a decode step."""
     slots: float
@@ -48,19 +58,17 @@ class PredictedVariant:
     @property
     def throughput(self) -> float:
         """Output tokens a second."""
-        if self.simulated is not None:
-            return self.simulated.output_throughput
-        return self.served.output_throughput
+        return self.simulated.output_throughput
 
     @property
     def ttft(self) -> float:
         """Mean time to the first token, seconds."""
-        return self.simulated.ttft["mean"] if self.simulated is not None else self.served.ttft
+        return self.simulated.ttft["mean"]
 
     @property
     def tpot(self) -> float:
         """Mean time of a further token, seconds."""
-        return self.simulated.tpot["mean"] if self.simulated is not None else self.served.tpot
+        return self.simulated.tpot["mean"]
 
 
 @dataclass(frozen=True)
@@ -99,18 +107,18 @@ class Prediction:
         }
 
 
-def _to_json(found: PredictedVariant) -> dict[str, Any]:
+def _to_json(variant: PredictedVariant) -> dict[str, Any]:
     return {
-        "output_throughput": found.throughput,
-        "ttft_ms": 1e3 * found.ttft,
-        "tpot_ms": 1e3 * found.tpot,
-        "running": found.served.running,
-        "distinct": found.distinct,
-        "slots": found.slots,
-        "memory": asdict(found.memory),
-        "step_ms": found.served.step.to_json(),
-        "bounds": dict(found.bounds),
-        "simulated": None if found.simulated is None else asdict(found.simulated),
+        "output_throughput": variant.throughput,
+        "ttft_ms": 1e3 * variant.ttft,
+        "tpot_ms": 1e3 * variant.tpot,
+        "running": variant.served.running,
+        "distinct": variant.distinct,
+        "slots": variant.slots,
+        "memory": asdict(variant.memory),
+        "step_ms": variant.served.step.to_json(),
+        "bounds": dict(variant.bounds),
+        "simulated": asdict(variant.simulated),
     }
 
 
@@ -124,42 +132,26 @@ def predict(
     plan: Plan | None,
     deployment: Deployment,
     load: ServiceLoadModel,
-    kernel: str | None = None,
-    assumed: Assumed | None = None,
-    curves_of: CurvesOf | None = None,
-    constants: Constants | None = None,
-    simulated: bool = True,
+    basis: Basis,
     seed: int = 0,
-    requests: int | None = None,
-    cross_rank: bool = False,
 ) -> Prediction:
     """Predicts the full model and the plan on the same machine under the same load.
 
-    `curves_of` gives distinct experts from replayed traces; without it routing is `assumed`.
-    `cross_rank`: tokens share experts with those of all data-parallel ranks, not only their own.
     Raises LeanMoeError for a plan of another model, and for what does not fit.
     """
     load.check()
-    if plan is not None:
-        plan.check(model.fingerprint(), more_experts=True)
-    constants = constants or shipped()
-    step = StepTime(model, deployment, constants, kernel or default_kernel(model))
-    scope = deployment.scope(cross_rank)
-    if curves_of is None:
-        curves = assumed_curves(model, assumed or Assumed(), scope)
-    else:
-        curves = curves_of(scope)
-    sides = {"full": None, **({} if plan is None else {"plan": plan})}
-    found = {}
+    step = StepTime(model, deployment, basis.constants, basis.kernel)
+    curve_of = basis.curves_of(deployment.scope(basis.cross_rank))
+    variants: dict[str, PredictedVariant] = {}
     origins: set[str] = set()
-    for name, side in sides.items():
-        activation = Activation(model, side, curves)
+    for name, side in {"full": None, **({} if plan is None else {"plan": plan})}.items():
+        activation = Activation(model, side, curve_of)
         origins |= set(activation.origins)
         experts = remaining(side)
-        run = simulate(step, activation, load, experts, requests, seed) if simulated else None
-        found[name] = _variant(step, activation, load, experts, run)
+        run = simulate(step, activation, load, experts, seed=seed)
+        variants[name] = _variant(step, activation, load, experts, run)
     return Prediction(
-        model, deployment, load, found["full"], found.get("plan"), _stands_on(step, origins)
+        model, deployment, load, variants["full"], variants.get("plan"), _stands_on(step, origins)
     )
 
 
@@ -186,15 +178,11 @@ def _variant(
     activation: Activation,
     load: ServiceLoadModel,
     experts: float | None,
-    run: Simulated | None,
+    run: Simulated,
 ) -> PredictedVariant:
     memory = step.deployment.memory(step.model, experts)
-    if load.concurrency is None:
-        assert run is not None
-        at_once = max(1, round(run.running))
-        closed = replace(load, concurrency=at_once, rate=None)
-    else:
-        closed = load
+    concurrency = load.concurrency or max(1, round(run.running))
+    closed = replace(load, concurrency=concurrency, rate=None)
     served = closed_loop(step, activation, closed, experts)
     context = load.inputs.mean + load.outputs.remaining
     batch = StepBatch(served.running, context)
@@ -224,7 +212,7 @@ def bounds(step: StepTime, batch: StepBatch, activation: Activation) -> dict[str
         "link": replace(gpu, link=gpu.link * FASTER, network=gpu.network * FASTER),
     }
     after = {name: step.on(other).parts(batch, activation) for name, other in faster.items()}
-    found = {}
+    bounding = {}
     for part, seconds in asdict(before).items():
         if seconds <= 0:
             continue
@@ -233,8 +221,8 @@ def bounds(step: StepTime, batch: StepBatch, activation: Activation) -> dict[str
             for name, parts in after.items()
         }
         best = max(follows, key=lambda name: follows[name])
-        found[part] = best if follows[best] >= 0.5 else "latency"
-    return found
+        bounding[part] = best if follows[best] >= 0.5 else "latency"
+    return bounding
 
 
 def _stands_on(step: StepTime, origins: set[str]) -> dict[str, str]:

@@ -12,11 +12,11 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.catalog import find_shape
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
-from leanmoe.predict.constants import Constants, find_constants
+from leanmoe.predict.constants import find_constants
 from leanmoe.predict.experts.assumed import Assumed
-from leanmoe.predict.experts.curve_sources import CurvesOf, find_curves
+from leanmoe.predict.experts.curve_sources import find_curves
 from leanmoe.predict.hardware.gpus import Gpu, read_gpu
-from leanmoe.predict.prediction import Prediction, default_kernel
+from leanmoe.predict.prediction import Basis, Prediction, default_kernel
 from leanmoe.predict.prediction import predict as predict_load
 from leanmoe.predict.settings import (
     CONCURRENCY,
@@ -24,9 +24,10 @@ from leanmoe.predict.settings import (
     SWEPT_GPUS,
     PredictSettings,
 )
-from leanmoe.predict.step.deployment import find_deployment
+from leanmoe.predict.step.deployment import DeploymentRequest, find_deployment
 from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
-from leanmoe.predict.traffic.sweep import Limits
+from leanmoe.predict.traffic.sweep import sweep
+from leanmoe.results.predict import SweepLimits, SweepResults
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class PredictResults:
     """What was predicted: one prediction for each load, or a sweep over deployments."""
 
     predictions: tuple[Prediction, ...] = ()
-    sweep: dict[str, Any] | None = None
+    sweep: SweepResults | None = None
 
     def to_json(self) -> Any:
         """The sweep, or a list of predictions, as JSON values."""
         if self.sweep is not None:
-            return self.sweep
+            return self.sweep.to_json()
         return [each.to_json() for each in self.predictions]
 
 
@@ -49,9 +50,9 @@ class _Inputs:
 
     model: MoEShape
     gpu: Gpu
-    constants: Constants
     plan: Plan | None
-    curves_of: CurvesOf
+    loads: tuple[ServiceLoadModel, ...]
+    basis: Basis
 
 
 def predict(settings: PredictSettings) -> PredictResults:
@@ -64,31 +65,7 @@ def predict(settings: PredictSettings) -> PredictResults:
     inputs = _read(settings)
     if settings.sweep:
         return PredictResults(sweep=_sweep(settings, inputs))
-    place = find_deployment(
-        inputs.model,
-        inputs.gpu,
-        settings.gpus[0] if settings.gpus else None,
-        settings.tensor_parallel_size,
-        settings.expert_parallel_size,
-        settings.data_parallel_size,
-        settings.pipeline_parallel_size,
-    )
-    return PredictResults(
-        tuple(
-            predict_load(
-                inputs.model,
-                inputs.plan,
-                place,
-                load,
-                kernel=settings.kernel,
-                curves_of=inputs.curves_of,
-                constants=inputs.constants,
-                seed=settings.seed,
-                cross_rank=settings.cross_rank,
-            )
-            for load in _loads(settings)
-        )
-    )
+    return PredictResults(_predictions(settings, inputs))
 
 
 def find_plan(settings: PredictSettings, model: MoEShape) -> Plan | None:
@@ -112,18 +89,17 @@ def _read(settings: PredictSettings) -> _Inputs:
     model = find_shape(settings.model)
     gpu = read_gpu(settings.gpu)
     plan = find_plan(settings, model)
-    assumed = Assumed(settings.skew, settings.agreement)
-    return _Inputs(
-        model,
-        gpu,
+    basis = Basis(
+        settings.kernel or default_kernel(model),
+        find_curves(model, plan, settings.profile, Assumed(settings.skew, settings.agreement)),
         find_constants(settings.constants, settings.communication, gpu),
-        plan,
-        find_curves(model, plan, settings.profile, assumed),
+        settings.cross_rank,
     )
+    return _Inputs(model, gpu, plan, tuple(_loads(settings)), basis)
 
 
 def _loads(settings: PredictSettings) -> list[ServiceLoadModel]:
-    """Each number of requests at once, or the one rate at which requests arrive."""
+    """A load for each concurrency, or the one at which requests arrive at a rate."""
     lengths = (
         read_lengths(settings.input_len, "--input-len"),
         read_lengths(settings.output_len, "--output-len"),
@@ -134,20 +110,28 @@ def _loads(settings: PredictSettings) -> list[ServiceLoadModel]:
     return [ServiceLoadModel(*lengths, each) for each in settings.concurrency or default]
 
 
-def _sweep(settings: PredictSettings, inputs: _Inputs) -> dict[str, Any]:
-    from leanmoe.predict.traffic.sweep_results import sweep_results
+def _predictions(settings: PredictSettings, inputs: _Inputs) -> tuple[Prediction, ...]:
+    asked = DeploymentRequest(
+        settings.gpus[0] if settings.gpus else None,
+        settings.tensor_parallel_size,
+        settings.expert_parallel_size,
+        settings.data_parallel_size,
+        settings.pipeline_parallel_size,
+    )
+    place = find_deployment(inputs.model, inputs.gpu, asked)
+    return tuple(
+        predict_load(inputs.model, inputs.plan, place, load, inputs.basis, settings.seed)
+        for load in inputs.loads
+    )
 
-    loads = _loads(settings)
-    return sweep_results(
+
+def _sweep(settings: PredictSettings, inputs: _Inputs) -> SweepResults:
+    return sweep(
         inputs.model,
         {} if inputs.plan is None else {"plan": inputs.plan},
         inputs.gpu,
-        list(settings.gpus or [SWEPT_GPUS]),
-        loads[0],
-        [load.concurrency or 0 for load in loads],
-        inputs.constants,
-        settings.kernel or default_kernel(inputs.model),
-        inputs.curves_of,
-        Limits(settings.tpot, settings.ttft, settings.price),
-        settings.cross_rank,
+        settings.gpus or (SWEPT_GPUS,),
+        inputs.loads,
+        inputs.basis,
+        SweepLimits(settings.tpot, settings.ttft, settings.price),
     )

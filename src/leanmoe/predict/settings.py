@@ -15,6 +15,7 @@ SWEPT_GPUS = 8
 CALIBRATE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FEWEST_TOKENS, MOST_TOKENS = 3, 65536
 SCOPES = ("rank", "all")
+SWEEPS_ALONE = "--output, --tpot, --ttft and --price go with --sweep"
 LENGTHS_HELP = "a number, 512:2048 (even), 1024~0.8 (log-normal: median and sigma), or a file."
 
 
@@ -51,7 +52,7 @@ class PredictSettings:
     )
     concurrency: tuple[int, ...] = option(
         (),
-        f"Numbers of requests at once, comma separated; by default {numbers_text(CONCURRENCY)}.",
+        f"Concurrencies to predict, comma separated; by default {numbers_text(CONCURRENCY)}.",
         parse=parse_counts,
     )
     request_rate: float | None = option(
@@ -95,10 +96,13 @@ class PredictSettings:
         )
         if self.request_rate is not None and (self.concurrency or self.sweep):
             raise LeanMoeError("--request-rate goes with neither --concurrency nor --sweep")
+        limits = {"--tpot": self.tpot, "--ttft": self.ttft, "--price": self.price}
+        for flag, value in limits.items():
+            require(value is None or value > 0, flag, value, "above 0")
         if self.sweep:
             return
-        if any(limit is not None for limit in (self.tpot, self.ttft, self.price)):
-            raise LeanMoeError("--page, --tpot, --ttft and --price go with --sweep")
+        if any(limit is not None for limit in limits.values()):
+            raise LeanMoeError(SWEEPS_ALONE)
         if len(self.gpus) > 1:
             raise LeanMoeError(
                 f"--gpus is '{numbers_text(self.gpus)}': several numbers go with --sweep"

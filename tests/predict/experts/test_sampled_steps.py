@@ -21,8 +21,8 @@ from leanmoe.predict.experts.curves import Curve
 from leanmoe.predict.experts.sampled_steps import (
     ActiveMeans,
     Choices,
-    SampledSteps,
-    route_steps,
+    SampledDemand,
+    ask,
     sample_steps,
     sampled_sizes,
 )
@@ -31,6 +31,7 @@ from leanmoe.routing import BatchScope, count_distinct_by_rank, count_slots, rou
 
 COUNTED = Path(__file__).parents[3] / "benchmarks/results"
 ROUTER = Router(normalise=True)
+GROUPED = Router(normalise=True, groups=2, groups_used=1, group_score="max")
 
 
 @st.composite
@@ -55,16 +56,27 @@ def test_what_is_active_and_used_is_what_the_routing_counts(
     case: tuple[int, int, int, int, Rule], seed: int, spread: float
 ) -> None:
     experts, slots, ranks, tokens, rule = case
-    logits_BTE = spread * np.random.default_rng(seed).normal(size=(6, tokens, experts))
+    draw = np.random.default_rng(seed)
+    logits_BTE = spread * draw.normal(size=(6, tokens, experts))
+    usable_BTG = None
+    if experts % 2 == 0 and experts // 2 >= slots and seed % 2:  # a token may use one of two groups
+        first_BT = draw.random((6, tokens)) < 0.5
+        usable_BTG = np.stack([first_BT, ~first_BT], axis=-1)
+        logits_BTE[~np.repeat(usable_BTG, experts // 2, axis=-1)] = -np.inf
     placement = Placement.linear(experts, ranks)
-    active_BE, used_BT = route_steps(logits_BTE, ROUTER, slots, rule, placement)
-    logits = torch.from_numpy(logits_BTE)
-    found = route(logits, ROUTER, slots, rule.on(ranks), scope=BatchScope(placement))
-    active_BR = count_distinct_by_rank(found.ids_BTK, placement)
-    counted = SampledSteps(active_BE, float(used_BT.mean())).on(ranks)
+    router = ROUTER if usable_BTG is None else GROUPED
+    usable = None if usable_BTG is None else torch.from_numpy(usable_BTG)
+    asked = ask(logits_BTE, router, slots, rule.guaranteed)
+    steps = SampledDemand(asked, usable, 6, slots).decide(rule, ranks)
+    routed = route(
+        torch.from_numpy(logits_BTE), router, slots, rule.on(ranks), scope=BatchScope(placement)
+    )
+    active_BR = count_distinct_by_rank(routed.ids_BTK, placement)
+    counted = steps.on(ranks)
     assert counted.distinct == pytest.approx(float(active_BR.sum(1).double().mean()))
     assert counted.most_loaded == pytest.approx(float(active_BR.amax(1).double().mean()))
-    assert used_BT.sum(1).tolist() == count_slots(found.ids_BTK, experts).tolist()
+    slots_B = count_slots(routed.ids_BTK, experts)
+    assert steps.slots == pytest.approx(float(slots_B.double().mean()) / tokens)
 
 
 def test_experts_that_were_pruned_and_a_lower_top_k_are_not_asked_for_twice() -> None:

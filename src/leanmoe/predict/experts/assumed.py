@@ -12,8 +12,8 @@ the same groups.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,12 @@ from leanmoe.plan import Rule
 from leanmoe.predict.experts.curves import Curve, from_points
 from leanmoe.predict.experts.sampled_steps import (
     SAMPLED_TOKENS,
+    SIZES,
     ActiveMeans,
     Choices,
+    SampledDemand,
     SampledSteps,
-    sample_steps,
+    sample_demand,
     sampled_sizes,
 )
 from leanmoe.predict.experts.spread import ALONE, RankLayout
@@ -156,20 +158,28 @@ def _sampled(
     pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: RankLayout
 ) -> tuple[float, ActiveMeans]:
     """A curve's point under a budget, for so many tokens of a batch scope."""
-    tokens, rule = count * scope.scopes, rule.on(scope.ranks)
-    deciding = scope if rule.budget_per_rank is not None else replace(scope, ranks=1)
-    steps = _decided(pool, slots, rule, tokens, assumed, deciding)
+    tokens = count * scope.scopes
+    ranks = scope.ranks if rule.on(scope.ranks).budget_per_rank is not None else 1
+    steps = _decided(pool, slots, rule.on(scope.ranks), tokens, assumed, scope.scopes, ranks)
     return float(tokens), steps.on(scope.ranks)
 
 
 @cache
 def _decided(
-    pool: _Pool, slots: int, rule: Rule, tokens: int, assumed: Assumed, scope: RankLayout
+    pool: _Pool, slots: int, rule: Rule, tokens: int, assumed: Assumed, scopes: int, ranks: int
 ) -> SampledSteps:
-    """Steps are sampled once for all numbers of ranks that decide alike."""
+    """Steps are decided once for all numbers of ranks that decide alike."""
+    return _demand(pool, slots, rule.guaranteed, tokens, assumed, scopes).decide(rule, ranks)
+
+
+@lru_cache(maxsize=len(SIZES))
+def _demand(
+    pool: _Pool, slots: int, guaranteed: int | None, tokens: int, assumed: Assumed, scopes: int
+) -> SampledDemand:
+    """What tokens ask for, for as many sizes as one curve has: it is large."""
     popularity_E = inclusion(pool.experts, slots, assumed.skew)
     choices = Choices(popularity_E, pool.groups, pool.groups_used, assumed.agreement)
-    return sample_steps(choices, slots, rule, tokens, scope)
+    return sample_demand(choices, slots, guaranteed, tokens, scopes)
 
 
 def _active(pool: _Pool, top_k: int, tokens: int, assumed: Assumed) -> float:

@@ -1,6 +1,7 @@
 """Steps whose tokens choose at random, routed under a batch-aware rule.
 
-`leanmoe.routing` decides, as in a running model: torch is imported when a step is routed.
+`leanmoe.routing` decides, as in a running model: torch is imported when a step is sampled. What
+tokens ask for is sampled once for all numbers of ranks that the experts may lie on.
 
 Letters: Z sampled steps, B batches of tokens that are routed apart (a sampled step has one for
 each batch scope), T tokens of a batch, E experts, G groups of experts, R ranks.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.predict.experts.spread import ALONE, RankLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLED_TOKENS = 4096
 """Tokens sampled for each number of tokens in a step, at least."""
@@ -95,6 +99,40 @@ def sampled_sizes(layout: RankLayout) -> tuple[int, ...]:
     return tuple(count for count in SIZES if count <= most)
 
 
+@dataclass(frozen=True)
+class SampledDemand:
+    """What the tokens of sampled steps ask for, which is the same wherever the experts are."""
+
+    demand_B3E: Tensor
+    """As `routing.count_demand` has it, of each batch."""
+    usable_BTG: Tensor | None
+    """The groups that a token may use; None for all."""
+    steps: int
+    slots: int
+    """The most experts that a token uses."""
+
+    def decide(self, rule: Rule, ranks: int = 1) -> SampledSteps:
+        """The steps where the rule decides on so many ranks, which hold the experts in blocks.
+
+        A token fills its slots with the active experts that it may use, as `routing.route` has it.
+        """
+        from leanmoe.routing.batch_rules import select_active_experts
+
+        placement = Placement.linear(self.demand_B3E.shape[-1], ranks)
+        active_BE, _ = select_active_experts(self.demand_B3E, rule.on(ranks), placement)
+        if self.usable_BTG is None:
+            filled_BT = active_BE.sum(dim=-1, keepdim=True)
+        else:
+            groups = self.usable_BTG.shape[-1]
+            active_BG1 = (
+                active_BE.reshape(len(active_BE), groups, -1).sum(dim=-1).float().unsqueeze(-1)
+            )
+            filled_BT = (self.usable_BTG.float() @ active_BG1).squeeze(-1).long()
+        used_ZX = filled_BT.clamp(max=self.slots).numpy().reshape(self.steps, -1)
+        active_ZXE = active_BE.numpy().reshape(self.steps, -1, active_BE.shape[-1])
+        return SampledSteps(np.asarray(active_ZXE.any(axis=1)), float(used_ZX.mean(axis=1).mean()))
+
+
 def sample_steps(
     choices: Choices,
     slots: int,
@@ -103,50 +141,59 @@ def sample_steps(
     layout: RankLayout = ALONE,
     seed: int = 0,
 ) -> SampledSteps:
-    """Samples and routes steps of `tokens`, a multiple of the layout's batch scopes.
+    """Samples and decides steps of `tokens`, a multiple of the layout's batch scopes.
 
     `slots` are the most that a token uses. Where the experts are matters to `budget_per_rank`
     alone: under other rules the steps are the same for any number of ranks.
     """
+    demand = sample_demand(choices, slots, rule.guaranteed, tokens, layout.scopes, seed)
+    return demand.decide(rule, layout.ranks)
+
+
+def sample_demand(
+    choices: Choices, slots: int, guaranteed: int | None, tokens: int, scopes: int, seed: int = 0
+) -> SampledDemand:
+    """Samples steps of `tokens` in so many batch scopes, and what they ask for."""
+    import torch
+
     draw = np.random.default_rng(seed)
-    scopes, experts = layout.scopes, len(choices.popularity_E)
     steps = max(FEWEST_STEPS, SAMPLED_TOKENS // tokens)
-    placement = Placement.linear(experts, layout.ranks)
-    active, used = [], []
-    for count in _portions(steps, tokens * experts):
-        logits_BTE = _logits(draw, choices, (count, scopes, tokens // scopes))
-        active_BE, used_BT = route_steps(logits_BTE, choices.router, slots, rule, placement)
-        active.append(active_BE.reshape(count, scopes, experts).any(axis=1))
-        used.append(used_BT.reshape(count, -1).mean(axis=1))
-    return SampledSteps(np.concatenate(active), float(np.concatenate(used).mean()))
+    demands, usable = [], []
+    for count in _portions(steps, tokens * len(choices.popularity_E)):
+        logits_BTE, usable_BTG = _logits(draw, choices, (count, scopes, tokens // scopes))
+        demands.append(ask(logits_BTE, choices.router, slots, guaranteed))
+        usable += [] if usable_BTG is None else [torch.from_numpy(usable_BTG)]
+    return SampledDemand(torch.cat(demands), torch.cat(usable) if usable else None, steps, slots)
 
 
-def route_steps(
-    logits_BTE: Logits, router: Router, slots: int, rule: Rule, placement: Placement
-) -> tuple[Bools, NDArray[np.int64]]:
-    """The experts (B,E) that each batch activates, and how many each token (B,T) uses.
+def ask(logits_BTE: Logits, router: Router, slots: int, guaranteed: int | None = None) -> Tensor:
+    """What each batch's tokens ask for (B,3,E) under a budget of any size.
 
-    Of the rule only what makes it batch-aware counts: `slots` says how many experts a token uses
-    at most, and the logits are those of the experts that remain.
+    `slots` says how many experts a token uses at most; the logits are those of the experts that
+    remain. `routing.route` tells it as it tells it to other ranks.
     """
     import torch
 
     from leanmoe.routing import BatchScope, route
 
-    logits = torch.from_numpy(logits_BTE)
-    batches, _, experts = logits.shape
-    rule = rule.on(placement.ranks)
-    shared = Rule(
-        guaranteed=rule.guaranteed, budget=rule.budget, budget_per_rank=rule.budget_per_rank
-    )
-    ids_BTK = route(logits, router, slots, shared, scope=BatchScope(placement)).ids_BTK
-    active_BE = torch.zeros((batches, experts + 1), dtype=torch.bool)
-    active_BE.scatter_(1, ids_BTK.flatten(1), True)
-    return active_BE[:, :experts].numpy(), (ids_BTK < experts).sum(dim=-1).numpy()
+    told: list[Tensor] = []
+
+    def listen(demand_B3E: Tensor) -> Tensor:
+        told.append(demand_B3E)
+        return demand_B3E
+
+    any_budget = Rule(guaranteed=guaranteed, budget=logits_BTE.shape[-1])
+    route(torch.from_numpy(logits_BTE), router, slots, any_budget, scope=BatchScope(None, listen))
+    return told[0]
 
 
-def _logits(draw: np.random.Generator, choices: Choices, shape: tuple[int, int, int]) -> Logits:
-    """Logits (B,T,E) of (steps, batch scopes, tokens): the scopes of a step share popularity."""
+def _logits(
+    draw: np.random.Generator, choices: Choices, shape: tuple[int, int, int]
+) -> tuple[Logits, Bools | None]:
+    """Logits (B,T,E) of (steps, batch scopes, tokens), and the groups (B,T,G) a token may use.
+
+    The scopes of a step share popularity.
+    """
     steps, scopes, tokens = shape
     experts = len(choices.popularity_E)
     popularity_E = np.log(choices.popularity_E).astype(np.float32)
@@ -154,15 +201,16 @@ def _logits(draw: np.random.Generator, choices: Choices, shape: tuple[int, int, 
     popularity_BE = np.repeat(popularity_ZE, scopes, axis=0)
     logits_BTE = popularity_BE[:, None] + _gumbel(draw, (steps * scopes, tokens, experts))
     if choices.groups_used == choices.groups:
-        return logits_BTE
+        return logits_BTE, None
     common_ZG = draw.standard_normal((steps, choices.groups))
     common_BG = np.repeat(common_ZG, scopes, axis=0)
     own_BTG = draw.standard_normal((steps * scopes, tokens, choices.groups))
     shared, apart = math.sqrt(choices.agreement), math.sqrt(1 - choices.agreement)
     score_BTG = shared * common_BG[:, None] + apart * own_BTG
     places_BTG = np.argsort(np.argsort(-score_BTG, axis=-1), axis=-1)
-    allowed_BTE = np.repeat(places_BTG < choices.groups_used, experts // choices.groups, axis=-1)
-    return np.where(allowed_BTE, logits_BTE, np.float32(-np.inf))
+    usable_BTG = places_BTG < choices.groups_used
+    usable_BTE = np.repeat(usable_BTG, experts // choices.groups, axis=-1)
+    return np.where(usable_BTE, logits_BTE, np.float32(-np.inf)), usable_BTG
 
 
 def _gumbel(draw: np.random.Generator, shape: tuple[int, ...]) -> Logits:

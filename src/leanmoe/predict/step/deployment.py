@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import MoEShape
 from leanmoe.predict.experts.spread import RankLayout
 from leanmoe.predict.hardware.gpus import Gpu
-
-if TYPE_CHECKING:
-    pass
-
 
 USABLE = 0.92
 """Share of a GPU's memory for weights, activations and cache, as engines set it by default."""
@@ -136,31 +131,37 @@ MOST_CHOSEN = 64
 """GPUs that are tried before a user has to say how many."""
 
 
-def find_deployment(
-    model: MoEShape,
-    gpu: Gpu,
-    gpus: int | None,
-    tensor: int | None,
-    expert: int,
-    data: int,
-    pipeline: int,
-) -> Deployment:
-    """What the user asked for; with nothing said, the fewest GPUs (a power of 2) that hold it."""
-    if tensor is None and gpus is None and data == pipeline == 1:
-        return _fewest(model, gpu, expert)
+@dataclass(frozen=True)
+class DeploymentRequest:
+    """What a user says of a deployment; None for what is left open."""
+
+    gpus: int | None = None
+    tensor: int | None = None
+    expert: int = 1
+    data: int = 1
+    pipeline: int = 1
+
+
+def find_deployment(model: MoEShape, gpu: Gpu, asked: DeploymentRequest) -> Deployment:
+    """What the user asked for; with nothing said, the fewest GPUs (a power of 2) that hold it.
+
+    Raises LeanMoeError where the sizes contradict each other and where the model does not fit.
+    """
+    gpus, tensor, copies = asked.gpus, asked.tensor, asked.data * asked.pipeline
+    if tensor is None and gpus is None and copies == 1:
+        return _fewest(model, gpu, asked.expert)
     if tensor is None:
-        shared = data * pipeline
-        if gpus is not None and gpus % shared:
+        if gpus is not None and gpus % copies:
             raise LeanMoeError(
                 f"--gpus {gpus} is no multiple of --data-parallel-size x "
-                f"--pipeline-parallel-size, {shared}"
+                f"--pipeline-parallel-size, {copies}"
             )
-        tensor = max(1, (gpus or shared) // shared)
-    here = Deployment(gpu, tensor, expert, data, pipeline)
+        tensor = max(1, (gpus or copies) // copies)
+    here = Deployment(gpu, tensor, asked.expert, asked.data, asked.pipeline)
     if gpus is not None and here.gpus != gpus:
         raise LeanMoeError(
-            f"--tensor-parallel-size {tensor} x --data-parallel-size {data} x "
-            f"--pipeline-parallel-size {pipeline} are {here.gpus} GPUs, --gpus says {gpus}"
+            f"--tensor-parallel-size {tensor} x --data-parallel-size {asked.data} x "
+            f"--pipeline-parallel-size {asked.pipeline} are {here.gpus} GPUs, --gpus says {gpus}"
         )
     here.check(model)
     here.memory(model)

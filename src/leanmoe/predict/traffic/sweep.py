@@ -1,76 +1,78 @@
-"""Deployments, loads and plans compared: the Pareto front, the cheapest that is fast enough.
+"""`leanmoe predict --sweep`: deployments, loads and plans compared.
 
-Uses the steady state (`serve`), not the simulator: a thousand configurations in seconds.
+The Pareto front, and the cheapest deployment that is fast enough. It uses the steady state
+(`closed_loop`), not the simulator: a thousand configurations in seconds.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.progress import bar
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan
-from leanmoe.predict.constants import Constants
 from leanmoe.predict.experts.active_experts import Activation
-from leanmoe.predict.experts.curve_sources import CurvesOf
 from leanmoe.predict.hardware.gpus import Gpu
-from leanmoe.predict.prediction import remaining
+from leanmoe.predict.prediction import Basis, remaining
 from leanmoe.predict.step.deployment import Deployment
 from leanmoe.predict.step.step_time import StepTime
 from leanmoe.predict.traffic.closed_loop import closed_loop
 from leanmoe.predict.traffic.service_load import ServiceLoadModel
+from leanmoe.results.predict import CheapestPoint, SweepLimits, SweepResults, SweptPoint
 
-if TYPE_CHECKING:
-    pass
-
-
+FULL = "full model"
 SECONDS_AN_HOUR = 3600.0
 LEAST_WIDTH = 64
-"""Of an expert on one GPU: narrower ones are measured nowhere and wasteful."""
+"""The least width of an expert on one GPU: narrower ones are measured nowhere and wasteful."""
+FEWEST_GPUS = 64
+"""GPUs of the full model that what a plan saves is counted against, at least."""
 
 
-@dataclass(frozen=True)
-class SweepPoint:
-    """One configuration. Seconds, and tokens a second."""
+def sweep(
+    model: MoEShape,
+    plans: Mapping[str, Plan],
+    gpu: Gpu,
+    gpus: Sequence[int],
+    loads: Sequence[ServiceLoadModel],
+    basis: Basis,
+    limits: SweepLimits,
+) -> SweepResults:
+    """Compares the full model and the plans on every split of these numbers of GPUs.
 
-    plan: str
-    gpus: int
-    tensor: int
-    expert: int
-    data: int
-    pipeline: int
-    concurrency: int
-    output_throughput: float
-    ttft: float
-    tpot: float
-
-    @property
-    def per_user(self) -> float:
-        """Output tokens a second that a user sees."""
-        return 1 / self.tpot
-
-    @property
-    def per_gpu(self) -> float:
-        """Output tokens a second of a GPU."""
-        return self.output_throughput / self.gpus
-
-    def cost(self, price: float) -> float:
-        """Of a million output tokens, at a price for a GPU and hour."""
-        return price * self.gpus / (self.output_throughput * SECONDS_AN_HOUR) * 1e6
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields and what follows from them, times in milliseconds."""
-        plain = {k: v for k, v in asdict(self).items() if k not in ("ttft", "tpot")}
-        return {
-            **plain,
-            "ttft_ms": 1e3 * self.ttft,
-            "tpot_ms": 1e3 * self.tpot,
-            "per_user": self.per_user,
-            "per_gpu": self.per_gpu,
-        }
+    Raises LeanMoeError where nothing fits.
+    """
+    refused: dict[str, str] = {}
+    places = deployments(gpu, model, gpus, refused)
+    if not places:
+        why = next(iter(refused.values()), "no split was tried")
+        raise LeanMoeError(f"{model.name} fits none of these GPUs: {why}")
+    every: dict[str, Plan | None] = {FULL: None, **plans}
+    total = len(places) * len(loads) * len(every)
+    started = time.monotonic()
+    with bar("Comparing", total, "configurations") as advance:
+        points = points_of(model, every, places, loads, basis, advance)
+    if not points:
+        raise LeanMoeError("at no concurrency do the requests fit beside the weights")
+    by_plan = {name: [point for point in points if point.plan == name] for name in every}
+    return SweepResults(
+        label="modelled",
+        how="steady state of a closed loop, without the event simulator",
+        model=model.name,
+        gpu=gpu.name,
+        load=str(loads[0]).split(", ", 1)[1],
+        kernel=basis.kernel,
+        configurations=total,
+        seconds=time.monotonic() - started,
+        deployments=tuple(str(here) for here in places),
+        refused=refused,
+        points=tuple(points),
+        fronts={name: tuple(front(mine)) for name, mine in by_plan.items()},
+        cheapest=tuple(_savings(by_plan, limits)),
+        limits=limits,
+    )
 
 
 def deployments(
@@ -81,7 +83,7 @@ def deployments(
     Tensor parallelism stays within a node; experts are split whole (expert parallelism) or in
     width; pipelines are of whole nodes. What is refused is noted with why.
     """
-    found = []
+    allowed = []
     notes = {} if refused is None else refused
     for count in gpus:
         for tensor in _divisors(count):
@@ -101,8 +103,8 @@ def deployments(
                     except LeanMoeError as error:
                         notes[str(here)] = str(error)
                         continue
-                    found.append(here)
-    return found
+                    allowed.append(here)
+    return allowed
 
 
 def _require_width(here: Deployment, model: MoEShape) -> None:
@@ -117,57 +119,67 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def sweep(
+def points_of(
     model: MoEShape,
     plans: Mapping[str, Plan | None],
     places: Sequence[Deployment],
     loads: Sequence[ServiceLoadModel],
-    constants: Constants,
-    kernel: str,
-    curves_of: CurvesOf,
+    basis: Basis,
     advance: Callable[[int], None] = lambda _done: None,
-    cross_rank: bool = False,
-) -> list[SweepPoint]:
+) -> list[SweptPoint]:
     """Every plan on every deployment at every concurrency; what does not fit is left out."""
-    layouts = {here.scope(cross_rank) for here in places}
-    curves = {scope: curves_of(scope) for scope in layouts}
+    layouts = {here.scope(basis.cross_rank) for here in places}
+    # Those that differ in ranks alone one after another: they share what was sampled last.
     activations_of = {
-        scope: {name: Activation(model, plan, curves[scope]) for name, plan in plans.items()}
-        for scope in layouts
+        layout: {name: Activation(model, plan, curve_of) for name, plan in plans.items()}
+        for layout in sorted(layouts, key=lambda each: (each.scopes, each.ranks))
+        for curve_of in [basis.curves_of(layout)]
     }
     kept = {name: remaining(plan) for name, plan in plans.items()}
-    found = []
+    points = []
     for here in places:
-        step = StepTime(model, here, constants, kernel)
-        activations = activations_of[here.scope(cross_rank)]
+        step = StepTime(model, here, basis.constants, basis.kernel)
+        activations = activations_of[here.scope(basis.cross_rank)]
         for load in loads:
             for name, activation in activations.items():
-                try:
-                    served = closed_loop(step, activation, load, kept[name])
-                except LeanMoeError:  # one request does not fit beside the weights
-                    continue
-                finally:
-                    advance(1)
-                if served.running < (load.concurrency or 0):
-                    continue  # the same as a lower concurrency, with a queue before it
-                found.append(
-                    SweepPoint(
-                        name,
-                        here.gpus,
-                        here.tensor,
-                        here.expert,
-                        here.data,
-                        here.pipeline,
-                        load.concurrency or 0,
-                        served.output_throughput,
-                        served.ttft,
-                        served.tpot,
-                    )
-                )
-    return found
+                point = _point(name, step, activation, load, kept[name])
+                advance(1)
+                points += [] if point is None else [point]
+    return points
 
 
-def front(points: Iterable[SweepPoint]) -> list[SweepPoint]:
+def _point(
+    plan: str,
+    step: StepTime,
+    activation: Activation,
+    load: ServiceLoadModel,
+    experts: float | None,
+) -> SweptPoint | None:
+    """One configuration; None where not all of its requests fit beside the weights."""
+    here, concurrency = step.deployment, load.concurrency or 0
+    try:
+        served = closed_loop(step, activation, load, experts)
+    except LeanMoeError:  # not even one request fits
+        return None
+    if served.running < concurrency:  # the same as a lower concurrency, with a queue before it
+        return None
+    return SweptPoint(
+        plan,
+        here.gpus,
+        here.tensor,
+        here.expert,
+        here.data,
+        here.pipeline,
+        concurrency,
+        served.output_throughput,
+        ttft_ms=1e3 * served.ttft,
+        tpot_ms=1e3 * served.tpot,
+        per_user=1 / served.tpot,
+        per_gpu=served.output_throughput / here.gpus,
+    )
+
+
+def front(points: Iterable[SweptPoint]) -> list[SweptPoint]:
     """The points that no other beats in both tokens a user and a GPU, by rising tokens a user."""
     best = -math.inf
     kept = []
@@ -178,42 +190,50 @@ def front(points: Iterable[SweepPoint]) -> list[SweepPoint]:
     return kept[::-1]
 
 
-def within(
-    points: Iterable[SweepPoint], tpot: float | None = None, ttft: float | None = None
-) -> list[SweepPoint]:
-    """The points that meet both limits, in seconds."""
-    return [
-        p for p in points if (tpot is None or p.tpot <= tpot) and (ttft is None or p.ttft <= ttft)
-    ]
+def within(points: Iterable[SweptPoint], limits: SweepLimits) -> list[SweptPoint]:
+    """The points that meet both limits."""
+    most_tpot = math.inf if limits.tpot_ms is None else limits.tpot_ms
+    most_ttft = math.inf if limits.ttft_ms is None else limits.ttft_ms
+    return [each for each in points if each.tpot_ms <= most_tpot and each.ttft_ms <= most_ttft]
 
 
-def cheapest(points: Iterable[SweepPoint]) -> SweepPoint | None:
+def cheapest(points: Iterable[SweptPoint]) -> SweptPoint | None:
     """The point with the most tokens a GPU."""
-    return max(points, key=lambda p: p.per_gpu, default=None)
+    return max(points, key=lambda point: point.per_gpu, default=None)
 
 
-def gpus_for(point: SweepPoint, throughput: float) -> int:
+def gpus_for(point: SweptPoint, throughput: float) -> int:
     """GPUs that serve `throughput` tokens a second in as many copies of the point as that takes."""
     return math.ceil(throughput / point.output_throughput) * point.gpus
 
 
-def at_concurrency(load: ServiceLoadModel, sizes: Sequence[int]) -> list[ServiceLoadModel]:
-    """The load at each of these concurrencies."""
-    return [replace(load, concurrency=size, rate=None) for size in sizes]
+def cost(point: SweptPoint, price: float) -> float:
+    """The cost of a million output tokens, at a price for a GPU and hour."""
+    return price * point.gpus / (point.output_throughput * SECONDS_AN_HOUR) * 1e6
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a deployment must keep to, and what a GPU costs."""
-
-    tpot_ms: float | None = None
-    ttft_ms: float | None = None
-    price: float | None = None
-    """Of a GPU and hour."""
-
-    def check(self) -> None:
-        """Raises LeanMoeError for a value that is not above 0."""
-        flags = {"--tpot": self.tpot_ms, "--ttft": self.ttft_ms, "--price": self.price}
-        for flag, value in flags.items():
-            if value is not None and not value > 0:
-                raise LeanMoeError(f"{flag} is {value:g}: it must be above 0")
+def _savings(
+    by_plan: Mapping[str, Sequence[SweptPoint]], limits: SweepLimits
+) -> Iterable[CheapestPoint]:
+    """For each plan the deployment that is fast enough with the fewest GPUs a token."""
+    best = {name: cheapest(within(mine, limits)) for name, mine in by_plan.items()}
+    full = best[FULL]
+    for name, point in best.items():
+        if point is None:
+            yield CheapestPoint(name, None)
+            continue
+        costs = None if limits.price is None else cost(point, limits.price)
+        if full is None:
+            yield CheapestPoint(name, point, costs)
+            continue
+        target = full.output_throughput * max(1, FEWEST_GPUS // full.gpus)
+        gpus = gpus_for(point, target)
+        yield CheapestPoint(
+            name,
+            point,
+            costs,
+            target,
+            gpus,
+            gpus_for(full, target) - gpus,
+            1 - full.per_gpu / point.per_gpu,
+        )
