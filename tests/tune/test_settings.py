@@ -29,7 +29,7 @@ def test_settings_out_of_range_are_named(changed: dict[str, object], message: st
 
 
 def test_bands_meet_between_loads() -> None:
-    assert replace(SETTINGS, concurrency=(1, 8, 32)).bands() == (2, 16, 64)
+    assert replace(SETTINGS, concurrency=(1, 8, 32)).band_ends() == {1: 2, 8: 16, 32: 64}
     assert TuneSettings.from_json(SETTINGS.to_json()) == SETTINGS
 
 

@@ -32,14 +32,13 @@ def tune(
     from leanmoe.report.write import write_page
     from leanmoe.tune.run import tune as run_tune
 
-    folder = run_tune(settings, output, command_line(), overwrite)
-    results = TuneResults.read(folder / "results.json")
-    write_page(folder)
+    results = run_tune(settings, output, command_line(), overwrite)
+    write_page(output)
     if as_json:
-        plan = read_json(folder / "plan.json", "plan")
-        print_json({"run": str(folder), "verdicts": to_json(results.verdicts), "plan": plan})
+        plan = read_json(output / "plan.json", "plan")
+        print_json({"run": str(output), "verdicts": to_json(results.verdicts), "plan": plan})
         return
-    show(results, folder)
+    show(results, output)
 
 
 def show(results: TuneResults, folder: Path) -> None:

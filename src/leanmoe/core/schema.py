@@ -58,6 +58,11 @@ class ResultsFile:
         return _dataclass_from_json(cls, content, where)
 
     @classmethod
+    def of(cls, **fields: Any) -> Self:
+        """The results with these fields, given as the JSON values that the file would hold."""
+        return cls.from_json({cls.KIND: cls.VERSION, **fields})
+
+    @classmethod
     def read(cls, path: Path) -> Self:
         """Reads a file; raises LeanMoeError as `from_json` does."""
         return cls.from_json(read_json(path, cls.WHAT), str(path))

@@ -181,6 +181,20 @@ class KeptByBudget:
         return cls({b: tuple(tuple(map(int, experts)) for experts in v) for b, v in value.items()})
 
 
+def within_memory(
+    context: TuneContext, sensitivities: Sequence[Sensitivity], times: Mapping[int, PhaseTimes]
+) -> tuple[Kept | None, list[dict[str, Any]]]:
+    """The experts that the memory budget keeps, and pruning beside skipping at several budgets.
+
+    None and no rows where the settings have no memory budget.
+    """
+    keep = context.settings.keep
+    if keep is None:
+        return None, []
+    by_budget = keep_by_budget(context, keep)
+    return by_budget[keep], total_or_activated(context, sensitivities, times, by_budget)
+
+
 def keep_by_budget(context: TuneContext, keep: str) -> Mapping[str, Kept]:
     """The experts that remain at each memory budget, the run's own (`keep`) included."""
     settings, shape = context.settings, context.shape

@@ -166,8 +166,7 @@ def assemble(
     """
     bands: list[Band] = []
     prompt: tuple[Rule, ...] = ()
-    settings = context.settings
-    for concurrency, up_to in zip(settings.concurrency, settings.bands(), strict=True):
+    for concurrency, up_to in context.settings.band_ends().items():
         proved = chosen.get(concurrency)
         bands.append(Band(up_to, proved.point.decode if proved else context.no_rules))
         if proved is not None:
@@ -222,17 +221,14 @@ def _measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> Gain:
 
 
 def verdict_on(
-    concurrency: int,
-    up_to: int | None,
-    points: Sequence[Proved],
-    chosen: Proved | None,
-    gain: Gain,
+    context: TuneContext, proved: Mapping[int, Sequence[Proved]], gain: Gain
 ) -> dict[str, Any]:
     """Accepted if a plan's loss is within the margin and its throughput surely above full's."""
-    ratio = gain.value["ratio"]
+    ratio, concurrency = gain.value["ratio"], gain.value["concurrency"]
+    points, chosen = proved[concurrency], last_accepted(proved[concurrency])
     verdict: dict[str, Any] = {
         "concurrency": concurrency,
-        "up_to": up_to,
+        "up_to": context.settings.band_ends()[concurrency],
         "accepted": False,
         "loss": None,
         "gain": None,

@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanmoe.core.files import write_json
 from leanmoe.core.provenance import collect, peak_memory
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.plan import Plan
-from leanmoe.prune.criteria import Kept
+from leanmoe.results.tune import TuneResults
 from leanmoe.runtime import apply, served_experts
-from leanmoe.tune.alternatives import compare_strategies, keep_by_budget, total_or_activated
+from leanmoe.tune.alternatives import compare_strategies, within_memory
 from leanmoe.tune.context import TuneContext, prepare
-from leanmoe.tune.layers import measure_sensitivities, time_layers
+from leanmoe.tune.layers import Sensitivity, measure_sensitivities, time_layers
 from leanmoe.tune.prove import (
     Proof,
     Proved,
@@ -29,8 +28,14 @@ from leanmoe.tune.prove import (
 from leanmoe.tune.settings import TuneSettings
 
 
-def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = False) -> Path:
-    """Runs the main job into folder `output`, taking up what an earlier run left; returns it."""
+def tune(
+    settings: TuneSettings, output: Path, command: str = "leanmoe.tune", overwrite: bool = False
+) -> TuneResults:
+    """Runs the main job into folder `output`, taking up what an earlier run left.
+
+    Raises LeanMoeError for a setting out of range, a model that cannot be run, text that is too
+    short, and a folder that holds something else.
+    """
     settings.check()
     loads = settings.concurrency
 
@@ -41,12 +46,7 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
     times = time_layers(context)
 
     # A memory budget restricts every plan to the experts it keeps.
-    kept: Kept | None = None
-    totals: list[dict[str, Any]] = []
-    if settings.keep is not None:
-        by_budget = keep_by_budget(context, settings.keep)
-        totals = total_or_activated(context, sensitivities, times, by_budget)
-        kept = by_budget[settings.keep]
+    kept, totals = within_memory(context, sensitivities, times)
 
     # Prove plans on held-out text, and show what other strategies would have lost.
     proof = Proof(context, full, kept)
@@ -59,19 +59,33 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
     usable = kept if any(chosen.values()) else None  # the kept experts alone may lose too much
     proposal = assemble(context, chosen, usable)
     gains = [measure_gain(context, proposal, load) for load in loads]
-    verdicts = [
-        verdict_on(load, up_to, proved[load], chosen[load], gain)
-        for load, up_to, gain in zip(loads, settings.bands(), gains, strict=True)
-    ]
+    verdicts = [verdict_on(context, proved, gain) for gain in gains]
     faster = {v["concurrency"]: chosen[v["concurrency"]] for v in verdicts if v["accepted"]}
     provenance = collect(command, settings.seed).to_json()
-    assemble(context, faster, usable, provenance).save(context.folder.path / "plan.json")
+    assemble(context, faster, usable, provenance).save(output / "plan.json")
 
-    results = {
-        "leanmoe_results": 1,
-        "provenance": provenance,
+    results = TuneResults.of(
+        provenance=provenance,
+        **_measured(context, sensitivities),
+        fronts=[_front(proof, load, proved[load], chosen[load]) for load in loads],
+        strategies=strategies,
+        total_or_activated=totals,
+        gain=[gain.to_json() for gain in gains],
+        verdicts=verdicts,
+        notes=_notes(verdicts, settings, usable is not None),
+        made_with=context.folder.made_with(),
+        seconds=context.folder.seconds(),
+        peak_memory_bytes=peak_memory(),
+    )
+    results.write(output / "results.json")
+    return results
+
+
+def _measured(context: TuneContext, sensitivities: Sequence[Sensitivity]) -> dict[str, Any]:
+    """What was measured before any plan was made, by the names of the results' fields."""
+    return {
         "model": _model(context),
-        "settings": settings.to_json(),
+        "settings": context.settings.to_json(),
         "text": {"source": context.text.source, **context.text.counts},
         "profile": context.profile.to_json(),
         "sensitivity": {
@@ -79,18 +93,7 @@ def tune(settings: TuneSettings, output: Path, command: str, overwrite: bool = F
             "tokens": context.text.searched.tokens,
             "candidates": [s.to_json() for s in sensitivities],
         },
-        "fronts": [_front(proof, load, proved[load], chosen[load]) for load in loads],
-        "strategies": strategies,
-        **({"total_or_activated": totals} if totals else {}),
-        "gain": [gain.to_json() for gain in gains],
-        "verdicts": verdicts,
-        "notes": _notes(verdicts, settings, usable is not None),
-        "made_with": context.folder.made_with(),
-        "seconds": context.folder.seconds(),
-        "peak_memory_bytes": peak_memory(),
     }
-    write_json(context.folder.path / "results.json", results)
-    return context.folder.path
 
 
 def _front(

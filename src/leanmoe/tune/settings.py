@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from leanmoe.core.options import (
@@ -114,16 +115,15 @@ class TuneSettings:
         prompt = self.input_len - spread
         return prompt + replies * self.output_len, prompt, self.output_len
 
-    def bands(self) -> tuple[int | None, ...]:
-        """The upper end of each load's band, in tokens of a forward step.
+    def band_ends(self) -> dict[int, int]:
+        """The upper end of each load's band, in tokens of a forward step, by concurrency.
 
         A load's band reaches halfway, in ratio, to the next load; the last load's reaches twice
         its tokens. Larger steps are prefill, which the band after these covers.
         """
-        ends: list[int | None] = []
-        for load, following in zip(self.concurrency, self.concurrency[1:], strict=False):
-            ends.append(int((load * following) ** 0.5))
-        return (*ends, 2 * self.concurrency[-1])
+        loads = self.concurrency
+        between = [int((load * following) ** 0.5) for load, following in pairwise(loads)]
+        return dict(zip(loads, [*between, 2 * loads[-1]], strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""
