@@ -1,7 +1,8 @@
 """What the reference model is: a DeepSeek-V3 in small.
 
-Shape suffixes used in this package: S sequences, T tokens, E routed experts, K slots (top-k),
-H hidden width, I expert width, V vocabulary.
+Shape suffixes used in this package: S sequences, N tokens of a sequence, T tokens, E routed
+experts, K slots of a token, X all slots in order of their experts, D hidden width, M expert width,
+V vocabulary, L MoE layers.
 """
 
 from __future__ import annotations

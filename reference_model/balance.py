@@ -68,9 +68,9 @@ def sequence_balance(logits_TE: Tensor, ids_TK: Tensor, tokens: int) -> tuple[Te
     sequences. 1 when perfectly even.
     """
     experts, slots = logits_TE.shape[1], ids_TK.shape[1]
-    ids_SR = ids_TK.reshape(-1, tokens * slots)
-    counts_SE = torch.zeros(ids_SR.shape[0], experts, device=logits_TE.device)
-    counts_SE.scatter_add_(1, ids_SR, torch.ones_like(ids_SR, dtype=counts_SE.dtype))
+    ids_SX = ids_TK.reshape(-1, tokens * slots)
+    counts_SE = torch.zeros(ids_SX.shape[0], experts, device=logits_TE.device)
+    counts_SE.scatter_add_(1, ids_SX, torch.ones_like(ids_SX, dtype=counts_SE.dtype))
     scores_TE = logits_TE.sigmoid()
     shares_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
     shares_SE = shares_TE.view(-1, tokens, experts).mean(dim=1)

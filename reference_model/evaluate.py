@@ -51,7 +51,7 @@ class EvaluateSettings:
 
 
 def bits_per_byte(nlls: Floats, sizes: Floats) -> float:
-    """Nats over units, bytes of the units: bits per byte of them together."""
+    """Nats over units, bytes of the units: bits per byte of them all."""
     return float(nlls.sum() / sizes.sum() / math.log(2))
 
 

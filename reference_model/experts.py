@@ -19,15 +19,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 NAME = "leanmoe_training"
 
 
-def _sum_slots(rows_RH: Tensor, inverse_R: Tensor, slots: int) -> Tensor:
-    """(R,H) sorted by expert to (T,H): each token's K rows, found by `inverse`, added up."""
-    return rows_RH.index_select(0, inverse_R).view(-1, slots, rows_RH.shape[-1]).sum(dim=1)
+def _sum_slots(rows_XD: Tensor, inverse_X: Tensor, slots: int) -> Tensor:
+    """(X,D) sorted by expert to (T,D): each token's K rows, at `inverse_X`, added up."""
+    return rows_XD.index_select(0, inverse_X).view(-1, slots, rows_XD.shape[-1]).sum(dim=1)
 
 
-def _activate(both_RI: Tensor, weights_R: Tensor) -> Tensor:
+def _activate(both_XM: Tensor, weights_X: Tensor) -> Tensor:
     """SwiGLU of the joint gate and up projection, times the row's gate weight."""
-    gate_RI, up_RI = both_RI.chunk(2, dim=-1)
-    return silu(gate_RI) * up_RI * weights_R.to(both_RI.dtype).unsqueeze(-1)
+    gate_XM, up_XM = both_XM.chunk(2, dim=-1)
+    return silu(gate_XM) * up_XM * weights_X.to(both_XM.dtype).unsqueeze(-1)
 
 
 class _Steps:
@@ -42,16 +42,16 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_TH: Tensor, order_R: Tensor, inverse_R: Tensor, slots: int
+        ctx: Any, rows_TD: Tensor, order_X: Tensor, inverse_X: Tensor, slots: int
     ) -> Tensor:
-        ctx.save_for_backward(inverse_R)
+        ctx.save_for_backward(inverse_X)
         ctx.slots = slots
-        return rows_TH.index_select(0, order_R // slots)
+        return rows_TD.index_select(0, order_X // slots)
 
     @staticmethod
-    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        return _Steps.sum_slots(grad_RH, inverse_R, ctx.slots), None, None, None
+    def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse_X,) = ctx.saved_tensors
+        return _Steps.sum_slots(grad_XD, inverse_X, ctx.slots), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -59,30 +59,30 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_RH: Tensor, order_R: Tensor, inverse_R: Tensor, slots: int
+        ctx: Any, rows_XD: Tensor, order_X: Tensor, inverse_X: Tensor, slots: int
     ) -> Tensor:
-        ctx.save_for_backward(order_R)
+        ctx.save_for_backward(order_X)
         ctx.slots = slots
-        return _Steps.sum_slots(rows_RH, inverse_R, slots)
+        return _Steps.sum_slots(rows_XD, inverse_X, slots)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:
-        (order_R,) = ctx.saved_tensors
-        return grad_TH.index_select(0, order_R // ctx.slots), None, None, None
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, None]:
+        (order_X,) = ctx.saved_tensors
+        return grad_TD.index_select(0, order_X // ctx.slots), None, None, None
 
 
 class _Reorder(torch.autograd.Function):
     """values[order]; backward is the inverse gather, not a scatter-add."""
 
     @staticmethod
-    def forward(ctx: Any, values_R: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_R)
-        return values_R.index_select(0, order_R)
+    def forward(ctx: Any, values_X: Tensor, order_X: Tensor, inverse_X: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_X)
+        return values_X.index_select(0, order_X)
 
     @staticmethod
-    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        return grad_R.index_select(0, inverse_R), None, None
+    def backward(ctx: Any, grad_X: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_X,) = ctx.saved_tensors
+        return grad_X.index_select(0, inverse_X), None, None
 
 
 def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
@@ -93,24 +93,24 @@ def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
 def experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Transformers' experts interface: (T,H), ids (T,K), weights (T,K) to (T,H)."""
-    rows_TH, ids_TK = hidden_states, top_k_index
+    """Transformers' experts interface: (T,D), ids (T,K), weights (T,K) to (T,D)."""
+    rows_TD, ids_TK = hidden_states, top_k_index
     slots = ids_TK.shape[1]
     # One-byte keys: a radix sort passes over the keys once, not eight times.
-    sorted_R, order_R = ids_TK.reshape(-1).to(torch.uint8).sort()
-    inverse_R = torch.empty_like(order_R)
-    inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    gate_up_EIH = cast(Tensor, self.gate_up_proj)
-    down_EHI = cast(Tensor, self.down_proj)
-    experts_E = torch.arange(gate_up_EIH.shape[0], device=order_R.device, dtype=torch.uint8)
-    ends_E = torch.searchsorted(sorted_R, experts_E, right=True, out_int32=True)
+    sorted_X, order_X = ids_TK.reshape(-1).to(torch.uint8).sort()
+    inverse_X = torch.empty_like(order_X)
+    inverse_X[order_X] = torch.arange(order_X.numel(), device=order_X.device)
+    gate_up_EMD = cast(Tensor, self.gate_up_proj)
+    down_EDM = cast(Tensor, self.down_proj)
+    experts_E = torch.arange(gate_up_EMD.shape[0], device=order_X.device, dtype=torch.uint8)
+    ends_E = torch.searchsorted(sorted_X, experts_E, right=True, out_int32=True)
 
-    spread_RH = _apply(_Spread, rows_TH, order_R, inverse_R, slots)
-    both_RI = grouped_mm(spread_RH, gate_up_EIH.transpose(-2, -1), offs=ends_E)
-    weights_R = _apply(_Reorder, top_k_weights.reshape(-1), order_R, inverse_R)
-    narrow_RI = _Steps.activate(both_RI, weights_R)
-    down_RH = grouped_mm(narrow_RI, down_EHI.transpose(-2, -1), offs=ends_E)
-    return _apply(_Combine, down_RH, order_R, inverse_R, slots)
+    spread_XD = _apply(_Spread, rows_TD, order_X, inverse_X, slots)
+    both_XM = grouped_mm(spread_XD, gate_up_EMD.transpose(-2, -1), offs=ends_E)
+    weights_X = _apply(_Reorder, top_k_weights.reshape(-1), order_X, inverse_X)
+    narrow_XM = _Steps.activate(both_XM, weights_X)
+    down_XD = grouped_mm(narrow_XM, down_EDM.transpose(-2, -1), offs=ends_E)
+    return _apply(_Combine, down_XD, order_X, inverse_X, slots)
 
 
 def register() -> None:

@@ -81,8 +81,8 @@ class Scorer:
 
         def counter(layer: int) -> Any:
             def count(_gate: Any, _inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-                ids_R = outputs[2][self._real_T].flatten().cpu()
-                counts_LE[layer] += torch.bincount(ids_R, minlength=experts)
+                ids_X = outputs[2][self._real_T].flatten().cpu()
+                counts_LE[layer] += torch.bincount(ids_X, minlength=experts)
 
             return count
 

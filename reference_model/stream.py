@@ -53,7 +53,7 @@ class Windows:
         return int(self._starts[place])
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs and next-token targets (S,T), windows `first` to `first + count` of the order."""
+        """Inputs and next-token targets (S,N), windows `first` to `first + count` of the order."""
         starts = torch.tensor([self._start(i) for i in range(first, first + count)])
         starts = starts.to(self.ids.device, non_blocking=True)
         window = self.ids[starts[:, None] + self._span].long()

@@ -112,16 +112,16 @@ class Trainer:
         """Tokens trained on so far."""
         return self.step * self.step_tokens
 
-    def loss(self, inputs_ST: Tensor, targets_ST: Tensor) -> Tensor:
+    def loss(self, inputs_SN: Tensor, targets_SN: Tensor) -> Tensor:
         """Mean next-token cross-entropy, in nats."""
-        hidden_STH = self.model.model(input_ids=inputs_ST, use_cache=False).last_hidden_state
-        return self.cross_entropy(hidden_STH, self.model.lm_head.weight, targets_ST)
+        hidden_SND = self.model.model(input_ids=inputs_SN, use_cache=False).last_hidden_state
+        return self.cross_entropy(hidden_SND, self.model.lm_head.weight, targets_SN)
 
     def train_step(self) -> dict[str, Tensor]:
         """One update; returns device tensors, so that nothing waits for the device."""
         s = self.settings
-        inputs_ST, targets_ST = self.windows.batch(self.step * s.sequences, s.sequences)
-        loss = self.loss(inputs_ST, targets_ST)
+        inputs_SN, targets_SN = self.windows.batch(self.step * s.sequences, s.sequences)
+        loss = self.loss(inputs_SN, targets_SN)
         balance = self.balancer.take_loss()
         (loss + s.alpha * balance).backward()
         norm = self.adam.step(rate_at(self.tokens, s.tokens, s.optimiser))
@@ -175,10 +175,10 @@ class Trainer:
         )
 
 
-def head_loss(hidden_STH: Tensor, head_VH: Tensor, targets_ST: Tensor) -> Tensor:
+def head_loss(hidden_SND: Tensor, head_VD: Tensor, targets_SN: Tensor) -> Tensor:
     """Mean cross-entropy of the output matrix's logits, in float32."""
-    logits_TV = linear(hidden_STH.flatten(0, 1), head_VH).float()
-    return cross_entropy(logits_TV, targets_ST.flatten())
+    logits_TV = linear(hidden_SND.flatten(0, 1), head_VD).float()
+    return cross_entropy(logits_TV, targets_SN.flatten())
 
 
 def compile_parts(model: PreTrainedModel) -> None:
@@ -221,11 +221,11 @@ class _SeenOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_experts(model: PreTrainedModel, inputs_ST: Tensor, implementation: str) -> str:
+def check_experts(model: PreTrainedModel, inputs_SN: Tensor, implementation: str) -> str:
     """Runs one forward pass; raises unless grouped matrix products do the experts' work."""
     with _SeenOperators() as seen, torch.no_grad():
         model.eval()
-        model.model(input_ids=inputs_ST, use_cache=False)
+        model.model(input_ids=inputs_SN, use_cache=False)
         model.train()
     grouped = sorted(name for name in seen.names if "grouped_mm" in name)
     if implementation != "eager" and not any("fallback" not in name for name in grouped):

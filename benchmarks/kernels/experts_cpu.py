@@ -15,15 +15,11 @@ Shapes: T tokens, K slots a token, E experts, D hidden width, M expert width.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -33,8 +29,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-from leanmoe.core import provenance
-from leanmoe.core.files import write_json
+from benchmarks.common.results import collect, file_of, parser_of, write
 from leanmoe.core.progress import bar
 from leanmoe.kernels import ExpertWeights, choose_experts, experts_cpu
 
@@ -258,11 +253,10 @@ def table(lines: list[Line], fits: list[Fit], overheads: dict[str, float]) -> st
 
 def main() -> None:
     """Measures, writes the results file, prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=25, help="rounds a line (default 25)")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="tokens, with commas")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
     options = parser.parse_args()
     tokens = [int(count) for count in options.tokens.split(",")]
 
@@ -279,14 +273,10 @@ def main() -> None:
             fits.append(bench.fit(options.rounds))
             advance(1)
 
-    origin = provenance.collect("python -m benchmarks.kernels.experts_cpu", options.seed)
-    slug = re.sub(r"[^a-z0-9]+", "-", origin.hardware.lower()).strip("-")
-    name = f"{datetime.now(UTC):%Y-%m-%d}-{slug}-{origin.commit}-experts-cpu.json"
+    origin = collect(options.seed)
     result = {
         "leanmoe_benchmark": 1,
         "what": "experts of one layer on CPU, microseconds",
-        "label": "measured",
-        "provenance": origin.to_json(),
         "threads": torch.get_num_threads(),
         "load_average": {"before": load_before, "after": os.getloadavg()},
         "shape": {
@@ -301,8 +291,7 @@ def main() -> None:
         "fit": [asdict(fit) for fit in fits],
         "overhead_microseconds": overheads,
     }
-    path = options.output / name
-    write_json(path, result)
+    path = write(file_of(options.output, "experts-cpu", origin), origin, "measured", result)
     print(f"{origin.hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"Microseconds a layer; load average {load_before[0]:.1f} before the run. {path}\n")
     print(table(lines, fits, overheads))

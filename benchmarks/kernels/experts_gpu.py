@@ -1,6 +1,6 @@
 """How fast are a MoE layer's routing and experts on this GPU: leanmoe against its peers?
 
-    python -m benchmarks.kernels.experts_gpu --output results --vllm installed
+    python -m benchmarks.kernels.experts_gpu --vllm installed
 
 Every implementation computes the same calls in the same run. A call is captured in a CUDA graph on
 several inputs, so that caches do not flatter; graphs are replayed one after the other, in an order
@@ -14,9 +14,7 @@ Shapes: T tokens, K slots a token, E experts, D hidden width, M expert width.
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,9 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benchmarks.common.results import collect, file_of, parser_of, write
 from benchmarks.kernels.peers import MOST_GATHERED, STOCK, Inputs, Stock, Vllm, torch_grouped
-from leanmoe.core import provenance
-from leanmoe.core.files import write_json
 from leanmoe.kernels import ExpertWeights, experts_gpu, experts_reference, route_gpu
 from leanmoe.kernels.triton.timing import Captured
 from leanmoe.kernels.triton.tune_tiles import random_weights
@@ -85,7 +82,7 @@ class Line:
     tokens: int
     rule: str
     distinct: float
-    """Experts awake, mean over the inputs."""
+    """Active experts, mean over the inputs."""
     rows: float
     microseconds: dict[str, float]
     quartiles: dict[str, tuple[float, float]]
@@ -106,14 +103,14 @@ def timed(calls: Mapping[str, Sequence[Callable[[], object]]]) -> dict[str, list
     return found
 
 
-def draw(shape: Shape, tokens: int, rule: Rule, seed: int, asleep: Tensor | None = None) -> Inputs:
-    """Random hidden states, routed by random logits under the rule, to experts not `asleep`."""
+def draw(shape: Shape, tokens: int, rule: Rule, seed: int, unused: Tensor | None = None) -> Inputs:
+    """Random hidden states, routed by random logits under the rule, to experts not `unused`."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     dtype = torch.bfloat16
     hidden_TD = torch.randn(tokens, shape.hidden, generator=generator, device=DEVICE).to(dtype)
     logits_TE = torch.randn(tokens, shape.experts, generator=generator, device=DEVICE)
-    if asleep is not None:
-        logits_TE[:, asleep[asleep < shape.experts]] = -1e4
+    if unused is not None:
+        logits_TE[:, unused[unused < shape.experts]] = -1e4
     routed = route_gpu(logits_TE, Router(normalise=True), shape.slots, rule)
     return hidden_TD, routed.ids_TK, routed.weights_TK
 
@@ -121,7 +118,7 @@ def draw(shape: Shape, tokens: int, rule: Rule, seed: int, asleep: Tensor | None
 def draw_all(shape: Shape, tokens: int, rule: Rule) -> list[Inputs]:
     """The inputs of one graph: many where calls are short, as layers follow each other in a step.
 
-    Where few experts are awake the next call wakes others, so that none can lie in the L2 cache.
+    Where few experts are active the next call activates others: none can lie in the L2 cache.
     """
     count = 16 if tokens <= 8 else 4 if tokens <= 64 else 2 if tokens <= 512 else 1
     found: list[Inputs] = []
@@ -290,8 +287,7 @@ def plan_table(rules: Sequence[Line]) -> str:
 
 def main() -> None:
     """Measures everything, writes JSON, prints tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser = parser_of(__doc__)
     parser.add_argument("--bandwidth", type=float, help="of the GPU, bytes/s; known for H100, H200")
     parser.add_argument("--vllm", help="'installed', or a folder with vLLM in it; left out without")
     parser.add_argument("--shapes", default=",".join(NAMES), help="comma separated")
@@ -306,12 +302,10 @@ def main() -> None:
         vllm = Vllm(None if arguments.vllm == "installed" else Path(arguments.vllm))
         vllm.compile([(shape, tokens) for shape, sizes in points for tokens in sizes])
         print(f"vLLM {vllm.version} ready after {time.monotonic() - started:.0f} s", flush=True)
-    where = provenance.collect("python " + " ".join(sys.argv), seed=0)
+    where = collect(seed=0)
     bandwidth = arguments.bandwidth or known_bandwidth(where.hardware)
     dense, read = dense_rate(), read_rate()
     result: dict[str, Any] = {
-        "label": "measured",
-        "provenance": where.to_json(),
         "bandwidth": bandwidth,
         "dense_flops": dense,
         "read_rate": read,
@@ -343,9 +337,7 @@ def main() -> None:
         "configs": configs,
         "vllm": None if vllm is None else {"version": vllm.version, "tiles": vllm.chosen},
     }
-    gpu = where.hardware.lower().replace(" ", "-")
-    name = f"{where.date[:10]}-{gpu}-{where.commit}-experts-gpu.json"
-    write_json(arguments.output / name, result)
+    print(write(file_of(arguments.output, "experts-gpu", where), where, "measured", result))
     share = read / bandwidth
     print(f"\nreading alone {read / 1e12:.3f} TB/s, {share:.1%} of the datasheet's")
     print(f"dense {dense / 1e12:.0f} TFLOP/s\n\nroutes, microseconds at {ROUTE_TOKENS} tokens")

@@ -8,6 +8,7 @@ The sanitizer finds the faults; what comes out is compared with the references b
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ SHAPES = (
 )
 FIRST, SECOND = Tile(32, 64, 4, 3), Tile(32, 64, 4, 3)
 FP8_FIRST, FP8_SECOND = Tile(128, 128, 8, 3), Tile(64, 128, 4, 3)
-WAYS = (
+CONFIGS = (
     (1, ExpertsConfig(16, 0, True)),
     (3, ExpertsConfig(16, 0, True, fused_sum=True)),
     (13, ExpertsConfig(16, 0, True)),
@@ -38,13 +39,13 @@ WAYS = (
     (150, ExpertsConfig(64, 16, False)),
 )
 PIECES = ((150, ExpertsConfig(16, 32, False, subblocks=2)),)
-"""Blocks in pieces, which fp8 weights have not, beside the ways of all."""
-FP8_WAYS = (
+"""Blocks in pieces, which fp8 weights have not."""
+FP8_CONFIGS = (
     (3, ExpertsConfig(16, 0, True, fp8_terms=2)),
     (37, ExpertsConfig(16, 0, False, fp8_terms=2)),
     (150, ExpertsConfig(64, 16, False, float16_act=True)),
 )
-"""Activations as the sum of two fp8 numbers, or float16 between the products, beside all ways."""
+"""Activations as the sum of two fp8 numbers, or float16 between the products."""
 RULES = (
     Rule(),
     Rule(top_k=4),
@@ -67,24 +68,24 @@ WORST = {"bfloat16": 1e-2, "float8_e4m3fn": 5e-2}
 """Relative error that is still rounding."""
 
 
-def check_experts(shape: Shape, weights: ExpertWeights, tokens: int, way: ExpertsConfig) -> None:
+def check_experts(shape: Shape, weights: ExpertWeights, tokens: int, chosen: ExpertsConfig) -> None:
     """One call, some of its slots skipped, against the reference in float64."""
     is_fp8 = weights.gate_up_scale is not None
     first, second = (FP8_FIRST, FP8_SECOND) if is_fp8 else (FIRST, SECOND)
-    if way.fused_sum:
+    if chosen.fused_sum:
         second = Tile(8, 128, 4, 1)
     hidden_TD, ids_TK, gates_TK = random_call(shape, tokens, 0, DEVICE)
     ids_TK[::4, -1] = shape.experts  # skipped
-    config = replace(way, gate_up=first, down=second)
+    config = replace(chosen, gate_up=first, down=second)
     got = experts_gpu(hidden_TD, ids_TK, gates_TK, weights, config=config).double()
     want = experts_reference(hidden_TD.double(), ids_TK, gates_TK, weights)
     error = float((got - want).norm() / want.norm())
     kind = (
         "joined"
-        if way.fused_sum
+        if chosen.fused_sum
         else "direct"
-        if way.is_direct
-        else f"{way.BLOCK_M} + {way.TAIL_M} rows"
+        if chosen.is_direct
+        else f"{chosen.BLOCK_M} + {chosen.TAIL_M} rows"
     )
     print(f"experts {shape} T={tokens} {kind}: relative error {error:.1e}", flush=True)
     if error > WORST[shape.dtype]:
@@ -108,10 +109,11 @@ def check_route(router: Router, rule: Rule, tokens: int) -> None:
 
 def main() -> None:
     """Everything once."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     for shape in SHAPES:
         weights = random_weights(shape, DEVICE)
-        for tokens, way in WAYS + (PIECES if weights.gate_up_scale is None else FP8_WAYS):
-            check_experts(shape, weights, tokens, way)
+        for tokens, chosen in CONFIGS + (PIECES if weights.gate_up_scale is None else FP8_CONFIGS):
+            check_experts(shape, weights, tokens, chosen)
     for router, rule, tokens in itertools.product(ROUTERS, RULES, (1, 37, 300)):
         check_route(router, rule, tokens)
 

@@ -41,18 +41,18 @@ def torch_grouped(inputs: Inputs, weights: ExpertWeights) -> Tensor:
     """The least that torch._grouped_mm needs around it: sort, two products, gate, sum."""
     hidden_TD, ids_TK, gates_TK = inputs
     slots = ids_TK.shape[1]
-    sorted_N, order_N = ids_TK.flatten().sort()
+    sorted_X, order_X = ids_TK.flatten().sort()
     edges = torch.arange(weights.experts, device=ids_TK.device)
-    ends_E = torch.searchsorted(sorted_N, edges, right=True).to(torch.int32)
-    rows_ND = hidden_TD[order_N // slots]
-    both = torch._grouped_mm(rows_ND, weights.gate_up.transpose(1, 2), offs=ends_E)
+    ends_E = torch.searchsorted(sorted_X, edges, right=True).to(torch.int32)
+    rows_XD = hidden_TD[order_X // slots]
+    both = torch._grouped_mm(rows_XD, weights.gate_up.transpose(1, 2), offs=ends_E)
     gate, up = both.chunk(2, dim=-1)
-    out_ND = torch._grouped_mm(
+    out_XD = torch._grouped_mm(
         functional.silu(gate) * up, weights.down.transpose(1, 2), offs=ends_E
     )
-    placed_ND = torch.empty_like(out_ND)
-    placed_ND[order_N] = out_ND * gates_TK.flatten()[order_N, None].to(out_ND.dtype)
-    return placed_ND.view(*ids_TK.shape, -1).sum(dim=1)
+    placed_XD = torch.empty_like(out_XD)
+    placed_XD[order_X] = out_XD * gates_TK.flatten()[order_X, None].to(out_XD.dtype)
+    return placed_XD.view(*ids_TK.shape, -1).sum(dim=1)
 
 
 class Stock:

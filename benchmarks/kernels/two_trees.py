@@ -4,14 +4,14 @@
     python -m benchmarks.kernels.two_trees --before /tmp/before --device cuda
 
 Each checkout has a process of its own, which holds the same random weights and inputs. The two time
-the same calls in turn, round after round, so that what the machine does meanwhile meets both. Shown
+the same calls one after the other, round after round, so that what the machine does meanwhile meets
+both. Shown
 is the median over rounds of after / before, with the middle half of the rounds. The least and the
 most that two equal checkouts come to are seen with the same folder twice.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from statistics import median, quantiles
 from typing import IO, Any
+
+from benchmarks.common.results import collect, file_of, parser_of, write
 
 ROUNDS = 15
 SHAPES = {
@@ -157,18 +159,30 @@ def compare(before: Checkout, after: Checkout) -> list[dict[str, Any]]:
     return rows
 
 
+def commit_of(tree: Path) -> str:
+    """The commit of a checkout, with "+dirty" where it was changed."""
+    words = ["git", "-C", str(tree), "describe", "--always", "--dirty=+dirty", "--abbrev=12"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or os.environ.get("LEANMOE_COMMIT", "unknown")
+
+
 def main() -> None:
     """Compares two checkouts, writes JSON, prints a table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--before", type=Path, required=True, help="The other checkout's folder.")
-    parser.add_argument("--after", type=Path, default=Path(), help="This checkout, if left out.")
+    parser = parser_of(__doc__)
+    parser.add_argument("--before", type=Path, required=True, help="the other checkout's folder")
+    parser.add_argument("--after", type=Path, default=Path(), help="this checkout, if left out")
     parser.add_argument("--device", choices=sorted(SHAPES), default="cpu")
-    parser.add_argument("--output", type=Path, help="A file for the rows, as JSON.")
     given = parser.parse_args()
-    before, after = (Checkout(tree.resolve(), given.device) for tree in (given.before, given.after))
+    if given.device == "cuda":
+        import torch  # noqa: F401, names the GPU in the provenance
+    made = collect(seed=0)
+    trees = {"before": given.before.resolve(), "after": given.after.resolve()}
+    before, after = (Checkout(tree, given.device) for tree in trees.values())
     rows = compare(before, after)
-    if given.output is not None:
-        given.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    commits = {name: commit_of(tree) for name, tree in trees.items()}
+    path = file_of(given.output, f"two-trees-{given.device}", made)
+    content = {"device": given.device, "rounds": ROUNDS, "commits": commits, "calls": rows}
+    print(write(path, made, "measured", content))
     for row in rows:
         low, high = row["middle_half"]
         print(

@@ -1,11 +1,11 @@
 """How long do collectives take between the GPUs of this machine, and what does the planner say?
 
-    python -m benchmarks.predict.communication --output results
+    python -m benchmarks.predict.communication
 
 All-reduce, all-gather, reduce-scatter and all-to-all by message size, through torch.distributed:
 NCCL in a captured graph that is replayed, or gloo between processes of a CPU. Medians over
 samples, each the slowest rank's. The bytes are those that one rank adds up (all-reduce,
-reduce-scatter), has at the end (all-gather) or sends to all together, itself included
+reduce-scatter), has at the end (all-gather) or sends to all, itself included
 (all-to-all). `leanmoe.predict.hardware.collectives` reads the file.
 """
 
@@ -16,14 +16,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
+
+from benchmarks.common.results import collect, command, file_of, parser_of, write
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 KIB = 1024
@@ -39,14 +41,13 @@ TIMED_BYTES = 64 * KIB * KIB
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--ranks", type=int, help="processes; the GPUs of this machine")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is a GPU")
     parser.add_argument("--largest", type=int, default=LARGEST, help="bytes of a message, at most")
     parser.add_argument("--eager", action="store_true", help="call by call, not in a graph")
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--gpu", help="the planner's name for the GPU, like h100")
-    parser.add_argument("--output", type=Path, default=Path("results"))
     return parser.parse_args()
 
 
@@ -148,7 +149,7 @@ def run(rank: int, options: argparse.Namespace, store: str) -> None:
                 "median": median(found), "low": min(found), "high": max(found),
             }  # fmt: skip
         if rank == 0:
-            write(options, seconds, size == message_sizes(options.largest)[-1])
+            write_seconds(options, seconds, size == message_sizes(options.largest)[-1])
     if rank == 0:
         table(options, seconds)
     dist.barrier()
@@ -156,31 +157,24 @@ def run(rank: int, options: argparse.Namespace, store: str) -> None:
     os._exit(0)
 
 
-def write(options: argparse.Namespace, seconds: dict[str, Any], is_complete: bool) -> None:
+def write_seconds(options: argparse.Namespace, seconds: dict[str, Any], is_complete: bool) -> None:
     """The results as they are."""
-    from leanmoe.core.files import write_json
-    from leanmoe.core.provenance import collect
-
-    made = collect(options.command, seed=0).to_json()
-    hardware = made["hardware"].lower().replace(" ", "-")
-    name = f"{made['date'][:10]}-{options.ranks}x-{hardware}-{made['commit']}-communication.json"
-    options.output.mkdir(parents=True, exist_ok=True)
-    options.path = options.output / name
+    made = replace(collect(seed=0), command=options.command)
+    options.path = file_of(options.output, "communication", made, f"{options.ranks}x-")
     content = {
-        "leanmoe_benchmark": "communication", "label": "measured", "is_complete": is_complete,
+        "leanmoe_benchmark": "communication", "is_complete": is_complete,
         "gpus": options.ranks, "device": options.device, "is_eager": options.eager,
-        "provenance": made,
         "environment": {n: v for n, v in os.environ.items() if n.startswith("NCCL_")},
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if options.device == "cuda" else None,
         "seconds": seconds,
     }  # fmt: skip
-    write_json(options.path, content)
+    write(options.path, made, "measured", content)
 
 
 def table(options: argparse.Namespace, seconds: dict[str, Any]) -> None:
     """Microseconds by size, and beside them what the planner takes, before and after a fit."""
     said = predicted(options)
-    heads = [*OPERATIONS, *(f"{way} {name}" for way in said for name in said[way])]
+    heads = [*OPERATIONS, *(f"{kind} {name}" for kind in said for name in said[kind])]
     print(f"{'KiB':>8} " + " ".join(f"{head:>21}" for head in heads))
     for size in message_sizes(options.largest):
         cells = [f"{seconds[name][str(size)]['median'] * 1e6:.1f}" for name in OPERATIONS]
@@ -239,7 +233,7 @@ def main() -> None:
     options.ranks = options.ranks or (torch.cuda.device_count() if options.device == "cuda" else 2)
     if options.ranks < 2:
         sys.exit(f"--ranks is {options.ranks}: at least 2 must talk to each other")
-    options.command = " ".join(sys.argv)
+    options.command = command()
     with tempfile.TemporaryDirectory() as folder:
         spawn(run, (options, f"{folder}/group"), nprocs=options.ranks)
 

@@ -5,15 +5,14 @@
 Reads each committed results/*-experts-gpu.json (one layer by tokens and rule; `kernels.experts_gpu`
 writes them; leanmoe's constants of that GPU are fitted to its rows of the full model, which count
 as fitted), every results/*-vllm-*.json (decode steps under plans; `vllm.one_gpu` writes them) and
-every list in readings/: a model, a machine, and rows of concurrency, k, rule, distinct experts (or
-null), microseconds that the rule itself took a layer, and milliseconds a step. A layer's and an
+every list in data/readings/: a model, a machine, and rows of concurrency, k, rule, distinct experts
+(or null), microseconds that the rule itself took a layer, and milliseconds a step. A layer's and an
 engine's own times are fitted to every second load of the full model in one run (`engine_runs`),
 which count as fitted; nothing else is. Steps on several GPUs are those of `several_gpus`.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.results import RESULTS, collect, file_of, parser_of, write
 from benchmarks.predict.engine_runs import FULL, gpu_of, read_run, runs_in
 from benchmarks.predict.several_gpus import parallel_steps, summary
-from leanmoe.core import provenance
-from leanmoe.core.files import read_json, write_json
+from leanmoe.core.files import read_json
 from leanmoe.models.catalog import published_shape
 from leanmoe.plan import Plan, Rule
 from leanmoe.predict.constants import shipped
@@ -46,6 +45,7 @@ KERNELS = {
     ("vLLM", "float8_e4m3fn"): ("vllm-triton", "fp8_block"),
 }
 """Implementation and dtype in a results file: kernel and format of our constants."""
+READINGS = Path(__file__).parent / "data/readings"
 LAYER_LIMIT, STEP_LIMIT = 0.04, 0.10
 """What the model is held to: of a layer of ours, of a whole step."""
 
@@ -118,7 +118,7 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def engine_steps(path: Path) -> Iterator[dict[str, Any]]:
-    """Each decode step of `vllm.one_gpu` with what is predicted from the experts that it woke.
+    """Each decode step of `vllm.one_gpu` with what is predicted from the experts that it activated.
 
     The run says how many distinct experts and slots each plan had, so nothing of routing is
     assumed; what a plan's routing itself takes is not modelled. A captured step is the model up to
@@ -168,14 +168,13 @@ def _by_plan(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]
 
 def main() -> None:
     """Compares, writes JSON, prints tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--folder", type=Path, default=Path("benchmarks"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser = parser_of(__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what was measured")
+    parser.add_argument("--readings", type=Path, default=READINGS, help="folder of lists of steps")
     arguments = parser.parse_args()
-    where = provenance.collect("python " + " ".join(sys.argv))
-    results = arguments.folder / "results"
+    results: Path = arguments.results
     found_layers = [r for p in sorted(results.glob("*-experts-gpu.json")) for r in layers(p)]
-    lists = sorted((arguments.folder / "readings").glob("*.json"))
+    lists = sorted(arguments.readings.glob("*.json"))
     found_steps = [row for path in lists for row in steps(path)]
     runs = runs_in(results)
     found_engine = [row for path in runs for row in engine_steps(path)]
@@ -212,17 +211,15 @@ def main() -> None:
         else:
             print(f"{name}: nothing measured is there to compare with")
     print(*summary(found_parallel), sep="\n")
-    write_json(
-        arguments.output / f"{where.date[:10]}-{where.commit}-cost-compare.json",
-        {
-            "label": "modelled, against measured",
-            "provenance": where.to_json(),
-            "layers": found_layers,
-            "steps": found_steps,
-            "engine steps": found_engine,
-            "steps by layout": found_parallel,
-        },
-    )
+    made = collect()
+    path = file_of(arguments.output, "cost-compare", made)
+    content = {
+        "layers": found_layers,
+        "steps": found_steps,
+        "engine steps": found_engine,
+        "steps by layout": found_parallel,
+    }
+    print(write(path, made, "modelled, against measured", content))
 
 
 if __name__ == "__main__":

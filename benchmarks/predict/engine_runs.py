@@ -103,7 +103,7 @@ class EngineRun:
         tokens = line["requests"]
         point = (float(tokens), float(line["distinct"]), float(line["activated"]))
         rule = self._rule(line)
-        way = self._way(line)
+        variant = self._variant(line)
         most = [float(line["most_loaded"])] if "most_loaded" in line else []
         columns = float(self.model.top_k if rule.top_k is None else rule.top_k)
         curve = from_points(
@@ -113,10 +113,10 @@ class EngineRun:
             columns,
             rule.is_batch_aware,
             most,
-            way.get("company") == "all",
+            "all" in (variant.get("batch_scope"), variant.get("company")),
         )
         activation = Activation(self.model, None, partial(_always, curve))
-        small_steps = SMALL_STEPS[way.get("small_steps", SmallSteps.GROUP.value)]
+        small_steps = SMALL_STEPS[variant.get("small_steps", SmallSteps.GROUP.value)]
         step = self._step(KERNELS[self.experts(line)], small_steps)
         return step.parts(StepBatch(tokens, self._context), activation)
 
@@ -129,15 +129,19 @@ class EngineRun:
         """Whose kernels computed the line's experts."""
         return str(line.get("experts", "vllm"))
 
-    def _way(self, line: dict[str, Any]) -> dict[str, Any]:
-        """How the line ran. Files with "plans" are older: skipped slots repeated in all of them."""
-        if "ways" in self._found:
-            return dict(self._found["ways"][line["plan"]])
+    def _variant(self, line: dict[str, Any]) -> dict[str, Any]:
+        """What ran the line.
+
+        Older files call variants "ways", with "company" for the batch scope; those with "plans" are
+        older still: skipped slots repeated in all of them.
+        """
+        if variants := self._found.get("variants", self._found.get("ways")):
+            return dict(variants[line["plan"]])
         bands = self._found["plans"].get(line["plan"], [])
         return {"bands": bands, "small_steps": SmallSteps.REPEAT.value}
 
     def _rule(self, line: dict[str, Any]) -> Rule:
-        for band in self._way(line).get("bands", []):
+        for band in self._variant(line).get("bands", []):
             if band["up_to"] is None or line["requests"] <= band["up_to"]:
                 return Rule.from_json(band["rules"][0])
         return Rule()

@@ -12,18 +12,14 @@ constants, ours, that come with leanmoe (src/leanmoe/predict/fitted).
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from benchmarks.common.results import RESULTS, collect, file_of, parser_of, write
 from benchmarks.predict.engine_runs import own_times
 from benchmarks.predict.own_layers import beyond, our_benchmark, our_kernel
 from benchmarks.predict.rates import rates
 from benchmarks.predict.tile_groups import fit_table, transfer
-from leanmoe.core import provenance
-from leanmoe.core.files import write_json
 from leanmoe.core.progress import bar
 from leanmoe.predict.constants import FITTED, Constants, write_constants
 from leanmoe.predict.hardware.gpus import GPUS
@@ -31,17 +27,14 @@ from leanmoe.predict.kernels.features import FEATURES
 from leanmoe.predict.kernels.kernel_constants import Accuracy, KernelConstants
 from leanmoe.predict.kernels.tables import PACKAGE, TABLES, VERSION
 
-RESULTS = Path("benchmarks/results")
-
 
 def main() -> None:
     """Fits, tests, writes JSON, prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = parser_of(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the halves")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--write-constants", action="store_true")
     arguments = parser.parse_args()
-    where = provenance.collect("python " + " ".join(sys.argv), seed=arguments.seed)
+    where = collect(arguments.seed)
     home, other = GPUS["h200"], GPUS["h100"]
     kernels: dict[str, list[KernelConstants]] = {home.name: [], other.name: []}
     lines, moved = [], []
@@ -69,8 +62,6 @@ def main() -> None:
         if arguments.write_constants:
             write_constants(FITTED / f"{name}.json", constants_of)
     result = {
-        "label": "modelled, against measured tables",
-        "provenance": where.to_json(),
         "tables": f"{PACKAGE} {VERSION}",
         "features": list(FEATURES),
         "kernels": lines,
@@ -80,7 +71,8 @@ def main() -> None:
         "rates": rate_errors,
         "own times": own,
     }
-    write_json(arguments.output / f"{where.date[:10]}-{where.commit}-cost-fit.json", result)
+    path = file_of(arguments.output, "cost-fit", where)
+    print(write(path, where, "modelled, against measured tables", result))
     for line in lines:
         print(f"{line['gpu']} {line['kernel']} {line['dtype']}")
         for each in line["accuracy"]:

@@ -1,4 +1,4 @@
-"""How many distinct experts does the most loaded rank of expert parallelism wake under each rule?
+"""How many experts does the most loaded rank of expert parallelism activate under each rule?
 
     python -m benchmarks.predict.most_loaded_rank
 
@@ -8,25 +8,20 @@ of Qwen3-30B-A3B: 128 experts, 8 a token. Experts are placed in blocks, as vLLM 
 are means over steps with a 95% interval, and the share of the full model's gate mass that the
 experts that run carry: what a rule drops, which is not yet what it costs in quality.
 
-Letters: S steps, T tokens in a step, N tokens of a layer's steps, E experts, L layers, R ranks.
+Letters: B steps, T tokens of a step (drawn: of all of a layer's steps), E experts, L layers.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.vllm.measure import USE
-from benchmarks.vllm.replay import ROUTINGS, Replay
-from leanmoe.core.files import write_json
+from benchmarks.common.results import collect, file_of, parser_of, write
+from benchmarks.vllm.replay import ROUTINGS, Replay, reference_use
 from leanmoe.core.progress import bar
-from leanmoe.core.provenance import collect
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
@@ -44,13 +39,12 @@ RULES: tuple[tuple[str, Callable[[int], Rule]], ...] = (
 
 
 def main() -> None:
-    """Prints a table for each kind of routing, and writes all numbers where asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Counts, writes JSON, prints a table for each kind of routing."""
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--steps", type=int, default=40, help="Of each layer.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="A folder for the numbers as JSON.")
     settings = parser.parse_args()
     rows = []
     cells = [(kind, tokens) for kind in ROUTINGS for tokens in settings.tokens]
@@ -64,39 +58,37 @@ def main() -> None:
                 for name, rule in RULES
             ]
             advance(1)
+    made = collect(settings.seed)
+    path = file_of(settings.output, "most-loaded-rank", made)
+    print(write(path, made, "measured", {"rows": rows}))
     show(rows, settings.ranks)
-    if settings.output is not None:
-        found = collect("benchmarks/predict/most_loaded_rank.py", settings.seed)
-        name = f"{found.date[:10]}-{found.commit[:12]}-most-loaded-rank.json"
-        write_json(settings.output / name, {"provenance": found.to_json(), "rows": rows})
 
 
 def drawn(kind: str, steps: int, tokens: int, seed: int) -> Tensor:
-    """Logits (S,T,E): `steps` with the use of each of the reference model's layers."""
-    layers = json.loads(USE.read_text(encoding="utf-8"))["profile"]["layers"]
-    use_LE = [layer["use"] for layer in layers]
+    """Logits (B,T,E): `steps` with the use of each of the reference model's layers."""
+    use_LE = reference_use()
     replay = Replay(EXPERTS, steps * tokens, use_LE)
-    wanted_NE = torch.empty(steps * tokens, EXPERTS)
-    logits_LNE = [replay.logits(layer, wanted_NE) for layer in range(len(use_LE))]
+    wanted_TE = torch.empty(steps * tokens, EXPERTS)
+    logits_LTE = [replay.logits(layer, wanted_TE) for layer in range(len(use_LE))]
     replay.draw(kind, seed)  # in place
-    return torch.cat(logits_LNE).view(-1, tokens, EXPERTS)
+    return torch.cat(logits_LTE).view(-1, tokens, EXPERTS)
 
 
 def counted(logits_BTE: Tensor, rule: Rule, ranks: int) -> dict[str, float]:
-    """What steps wake under a rule, on the most loaded rank and in all, and the mass that runs."""
+    """What steps activate under a rule, on the most loaded rank and in all; the mass that runs."""
     placement = Placement.linear(EXPERTS, ranks)
     routing = route(logits_BTE, ROUTER, TOP_K, rule, scope=BatchScope(placement))
-    most_S = count_distinct_by_rank(routing.ids_BTK, placement).amax(dim=-1).double()
+    most_B = count_distinct_by_rank(routing.ids_BTK, placement).amax(dim=-1).double()
     gates_BTE = torch.nn.functional.pad(score(logits_BTE, ROUTER).gates_BTE, (0, 1))
-    ran_ST = gates_BTE.gather(-1, routing.ids_BTK).sum(dim=-1)
-    full_ST = gates_BTE.topk(TOP_K, dim=-1)[0].sum(dim=-1)
-    over_S = routing.over_budget_B
+    ran_BT = gates_BTE.gather(-1, routing.ids_BTK).sum(dim=-1)
+    full_BT = gates_BTE.topk(TOP_K, dim=-1)[0].sum(dim=-1)
+    over_B = routing.over_budget_B
     return {
-        "most_loaded": float(most_S.mean()),
-        "interval": 1.96 * float(most_S.std()) / math.sqrt(len(most_S)),
+        "most_loaded": float(most_B.mean()),
+        "interval": 1.96 * float(most_B.std()) / math.sqrt(len(most_B)),
         "distinct": float(count_distinct(routing.ids_BTK, EXPERTS).double().mean()),
-        "mass": float((ran_ST / full_ST).mean()),
-        "over_budget": 0.0 if over_S is None else float(over_S.double().mean()),
+        "mass": float((ran_BT / full_BT).mean()),
+        "over_budget": 0.0 if over_B is None else float(over_B.double().mean()),
     }
 
 

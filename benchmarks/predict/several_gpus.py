@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.results import RESULTS
 from benchmarks.predict.engine_runs import FULL, gpu_of, read_layouts
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
@@ -99,10 +100,9 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--communication", type=Path)
     arguments = parser.parse_args()
-    results = Path(__file__).parents[1] / "results"
     rows: list[dict[str, Any]] = []
     try:
-        for path in arguments.files or sorted(results.glob("*-parallel-*.json")):
+        for path in arguments.files or sorted(RESULTS.glob("*-parallel-*.json")):
             hardware = read_json(path, "results")["provenance"]["hardware"]
             constants = shipped()
             if arguments.communication is not None:

@@ -1,4 +1,4 @@
-"""Which of two settings loses less? Differences paired by document. Used by pruning.py."""
+"""Which of two settings loses less? Differences paired by document. Part of `measure`."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def ordering(
                 (pair for pair in timed.seconds if pair[1] == keep and "uneven" not in pair[0]),
                 key=lambda pair: lost[pair].mean,
             )
-            for way, marked in (("normalised anew", False), ("weights kept", True)):
+            for weights, marked in (("normalised anew", False), ("weights kept", True)):
                 row: dict[str, Any] = {
                     "load": load,
                     "keep": keep,
                     "criterion": pruned[0],
-                    "skipping": way,
+                    "skipping": weights,
                 }
                 fast = [
                     pair

@@ -4,7 +4,7 @@
 
 Experts are ranked on one half of the documents; next-token loss is measured on the other half,
 under a plan that uses the experts that remain alone, paired by document with the full model. Speed
-and memory are those of the pruned checkpoints themselves; see pruning_speed.py.
+and memory are those of the pruned checkpoints themselves; see pruning.speed.
 
 Every finished piece is kept in --work, and the same command goes on from there. Timing alone wants
 a quiet machine: run with --minutes 0 first, which does all the rest, then with the minutes that
@@ -14,7 +14,6 @@ the machine is quiet for.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.results import collect, file_of, parser_of, write
 from benchmarks.pruning.compare import against, ordering
 from benchmarks.pruning.memory import peak_of
 from benchmarks.pruning.picture import picture
@@ -39,7 +39,6 @@ from benchmarks.pruning.speed import (
 )
 from benchmarks.pruning.table import one_table, show
 from leanmoe import apply
-from leanmoe.core import provenance
 from leanmoe.core.files import write_json, write_text
 from leanmoe.core.progress import bar
 from leanmoe.core.quiet import quiet_transformers
@@ -96,7 +95,7 @@ def main() -> None:
     """Measures what is not yet stored, writes JSON and a picture, prints tables."""
     arguments = _arguments()
     quiet_transformers()
-    where = provenance.collect("python " + " ".join(sys.argv), seed=0)
+    made = collect(seed=0)
     asked = Asked(
         arguments.model,
         arguments.text,
@@ -120,8 +119,6 @@ def main() -> None:
     peaks = measure_peaks(asked.model, kept, plans, prompts, folder)
     timed = time_all(model, kept, plans, prompts, folder, arguments)
     result = {
-        "label": "measured",
-        "provenance": where.to_json(),
         "text": corpus.source,
         "heldout": {"documents": windows.documents, "tokens": windows.tokens},
         "rows": rows_of(full, lost, kept, timed, peaks),
@@ -130,8 +127,8 @@ def main() -> None:
         "ordering": [] if timed is None else ordering(full, lost, timed, KEEP),
     }
     every = set(asked.criteria) == set(CRITERIA)
-    name = f"{where.date[:10]}-{where.commit}-pruning{'' if every else '-some'}.json"
-    write_json(arguments.output / name, result)
+    path = file_of(arguments.output, f"pruning{'' if every else '-some'}", made)
+    print(write(path, made, "measured", result))
     if arguments.svg and timed is not None:
         write_text(arguments.svg, picture(result))
     print(one_table(result))
@@ -139,7 +136,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="reference")
     parser.add_argument("--text")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
@@ -151,7 +148,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/pruning"))
     parser.add_argument("--overwrite", action="store_true", help="what --work holds")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()
 
 

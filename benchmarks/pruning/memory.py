@@ -32,8 +32,8 @@ def main() -> None:
     model, _ = load_model(folder)
     plan = Plan.load(Path(plan_file)) if plan_file else Plan(shape_of(model).fingerprint())
     variant = Variant(("", ""), model, plan)
-    ids_NL = torch.tensor(json.loads(Path(ids_file).read_text()))
-    for ids, cache in steps_of(variant, ids_NL).values():
+    ids_SN = torch.tensor(json.loads(Path(ids_file).read_text()))
+    for ids, cache in steps_of(variant, ids_SN).values():
         take_step(variant, ids, cache)
     print(json.dumps({"peak_bytes": peak_bytes(), "before_loading_bytes": before}))
 

@@ -1,4 +1,4 @@
-"""A picture of pruning.py's results: loss against speed at each load, and against memory.
+"""A picture of The results of `measure`: loss against speed at each load, and against memory.
 
 Every criterion is there: the best at each share and the paper's counts by their own colours.
 """

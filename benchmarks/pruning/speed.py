@@ -1,4 +1,4 @@
-"""How fast are pruned checkpoints, and skipping, at each load, and how large? Used by pruning.py.
+"""How fast are pruned checkpoints, and skipping, at each load, and how large? Part of `measure`.
 
 Single steps are timed: a decode step of B requests that have 128 tokens each behind them, and a
 step with 8 prompts of 128. In each round every variant takes one step at every load, in an order
@@ -99,7 +99,7 @@ class Timed:
 
 
 def read_prompts(documents: Sequence[Document], tokenizer: Any, count: int) -> list[list[int]]:
-    """`count` times PROMPT_TOKENS ids: the starts of documents that are long enough, in turn."""
+    """`count` times PROMPT_TOKENS ids: the starts of documents that are long enough, over again."""
     starts = []
     for document in documents:
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -108,10 +108,10 @@ def read_prompts(documents: Sequence[Document], tokenizer: Any, count: int) -> l
     return [starts[n % len(starts)] for n in range(count)]
 
 
-def steps_of(full: Variant, ids_NL: torch.Tensor) -> Steps:
+def steps_of(full: Variant, ids_SN: torch.Tensor) -> Steps:
     """What each load's step computes: its tokens, and what is cached of the requests' prompts."""
-    steps: Steps = {PROMPT: (ids_NL[:PROMPTS], None)}
-    return steps | {str(load): _behind(full, ids_NL[:load]) for load in LOADS}
+    steps: Steps = {PROMPT: (ids_SN[:PROMPTS], None)}
+    return steps | {str(load): _behind(full, ids_SN[:load]) for load in LOADS}
 
 
 def time_rounds(
@@ -145,10 +145,10 @@ def _round(variants: Sequence[Variant], steps: Steps, number: int) -> list[Any]:
 
 
 @torch.inference_mode()
-def _behind(full: Variant, ids_NL: torch.Tensor) -> tuple[torch.Tensor, Any]:
+def _behind(full: Variant, ids_SN: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """The next token of each request, and what is cached of its prompt."""
     cache = DynamicCache(config=full.model.config)
-    done = full.model(input_ids=ids_NL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    done = full.model(input_ids=ids_SN, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return done.logits[:, -1].argmax(-1, keepdim=True), cache
 
 

@@ -1,4 +1,4 @@
-"""pruning.py's results in tables: loss, speed and memory of every setting in one of them."""
+"""The results of `measure` in tables: loss, speed and memory of every setting in one of them."""
 
 from __future__ import annotations
 

@@ -2,12 +2,12 @@
 
     python -m benchmarks.serving.http_clients http://127.0.0.1:8000 --tokenizer reference
 
-Both send closed loops to the same server, in turn, in an order drawn anew for each repeat; no
-prompt is sent twice, but for vLLM's ready check and warm-up. Its client runs as its users run it,
-and with one thing after the other made as leanmoe has it: greedy, the same prompts, a warm-up.
-Before that its plain form runs a few times on the server as it was found: where that was started
-just before, they say how a first run differs from the next. It needs vLLM and leanmoe[bench] in one
-environment.
+Both send closed loops to the same server, one after the other, in an order drawn anew for each
+repeat; no prompt is sent twice, but for vLLM's ready check and warm-up. Its client runs as its
+users run it, and with one thing after the other made as leanmoe has it: greedy, the same prompts, a
+warm-up. Before that its plain form runs a few times on the server as it was found: where that was
+started just before, they say how a first run differs from the next. It needs vLLM and
+leanmoe[bench] in one environment.
 """
 
 from __future__ import annotations
@@ -18,25 +18,23 @@ import contextlib
 import io
 import json
 import random
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.common.results import collect, command, file_of, parser_of, write
 from leanmoe.bench.measurement import Request
 from leanmoe.bench.over_http import OverHTTP
 from leanmoe.bench.run import Job, load_tokenizer, make_supply
 from leanmoe.bench.servers import Server, ask, read_address
 from leanmoe.bench.settings import BenchSettings, Lengths, ServiceLoad
 from leanmoe.bench.sweep import few_requests, measured
-from leanmoe.core.files import write_json
-from leanmoe.core.provenance import collect
 from leanmoe.stats.paired import Ratio
 
 OURS = "leanmoe bench"
-WAYS: dict[str, dict[str, bool]] = {
+CLIENTS: dict[str, dict[str, bool]] = {
     "vllm bench serve": {},
     "greedy": {"greedy": True},
     "greedy, our prompts": {"greedy": True, "ours": True},
@@ -48,7 +46,7 @@ TURNAROUND = "median_turnaround_ms"
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("url")
     parser.add_argument("--tokenizer", default="reference")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8])
@@ -57,7 +55,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--first", type=int, default=4, help="runs on the server as it was found")
-    parser.add_argument("--output", type=Path, default=Path("http-clients.json"))
     return parser.parse_args()
 
 
@@ -71,8 +68,7 @@ class Clients:
             input_len=lengths, output_len=replies, num_prompts=asked.requests, max_seconds=120
         )
         self.server: Server = ask(read_address(asked.url))
-        targets, command = (asked.url,), " ".join(sys.argv)
-        job = Job(targets, (), self.settings, Path(), command, tokenizer=asked.tokenizer)
+        job = Job((asked.url,), (), self.settings, Path(), command(), tokenizer=asked.tokenizer)
         self.tokenizer = load_tokenizer(job, [self.server])
         _, self.supply = make_supply(self.settings, self.tokenizer)
         self.ours = OverHTTP([self.server], self.tokenizer, self.settings, self.supply, None)
@@ -153,8 +149,8 @@ def turnaround_ms(starts: list[float], ends: list[float], decode_batch: int) -> 
 
 
 def one_load(clients: Clients, load: ServiceLoad, repeats: int, rng: random.Random) -> Any:
-    """All clients in turn."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *WAYS)}
+    """The runs of all clients, by client."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *CLIENTS)}
     few = few_requests(clients.supply, load)
     clients.leanmoe(replace(load, requests=len(few)), few)
     for repeat in range(repeats):
@@ -163,7 +159,7 @@ def one_load(clients: Clients, load: ServiceLoad, repeats: int, rng: random.Rand
             if name == OURS:
                 found = clients.leanmoe(load, requests)
             else:
-                found = clients.vllm(load, requests, rng.randrange(2**31), **WAYS[name])
+                found = clients.vllm(load, requests, rng.randrange(2**31), **CLIENTS[name])
             runs[name].append(found)
     return runs
 
@@ -186,12 +182,10 @@ def main() -> None:
     clients, rng = Clients(asked), random.Random(0)
     loads = [ServiceLoad(asked.requests, concurrency=c) for c in asked.concurrency]
     middle = loads[len(loads) // 2]
+    made = collect(seed=0)
+    path = file_of(asked.output, "http-clients", made)
     found: dict[str, Any] = {
         "http_clients": 1,
-        "provenance": collect(
-            " ".join(["benchmarks.serving.http_clients", *sys.argv[1:]]), 0
-        ).to_json(),
-        "label": "measured",
         "input_len": asked.input_len,
         "output_len": asked.output_len,
         "first": {
@@ -209,7 +203,8 @@ def main() -> None:
         runs = one_load(clients, load, asked.repeats, rng)
         show(load, runs)
         found["loads"].append({**load.to_json(), "runs": runs})
-        write_json(asked.output, found)
+        write(path, made, "measured", found)
+    print(path)
 
 
 if __name__ == "__main__":

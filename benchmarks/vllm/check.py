@@ -1,12 +1,12 @@
 """Does the plugin hold in a vLLM that spreads, moves or quantises the experts?
 
-    python -m benchmarks.vllm.check --settings one,tp2,tp2-ep,tp2-ep-eplb,pp2,fp8 --output results
+    python -m benchmarks.vllm.check --settings one,tp2,tp2-ep,tp2-ep-eplb,pp2,fp8
 
 For each setting vLLM runs a small drawn model with worker processes of its own, as a service does;
-all requests come at once, so every run has the same steps. It runs twice without the plugin, under
-an empty plan, with and without statistics, with fewer experts by vLLM's own setting and by a plan,
-and under a plan that skips experts. Compared are the greedy tokens, and what each worker says of
-its last step. Nothing is timed, so `--decode_batch` engines run at once.
+all requests come at the same time, so every run has the same steps. It runs twice without the
+plugin, under an empty plan, with and without statistics, with fewer experts by vLLM's own setting
+and by a plan, and under a plan that skips experts. Compared are the greedy tokens, and what each
+worker says of its last step. Nothing is timed, so `--engines` of them run at the same time.
 
 With `tp2-ep-eplb` vLLM moves its experts while the replies are made, and copies some, by how often
 each was chosen. It counts padding rows, too, in which stands what was in memory before: 16 replies,
@@ -27,8 +27,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.results import collect, file_of, parser_of, write
 from benchmarks.vllm.draw_model import draw
-from benchmarks.vllm.gpu_lock import Turn
+from benchmarks.vllm.gpu_lock import GpuLock
 from benchmarks.vllm.settings import SEVERAL_GPUS, prepare
 from benchmarks.vllm.shapes import QWEN
 
@@ -63,13 +64,12 @@ PATIENCE = 400
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--settings", default=",".join(SETTINGS), help="comma separated")
     parser.add_argument("--runs", default=",".join(RUNS), help="comma separated")
-    parser.add_argument("--replies", type=int, default=REPLIES, help="at once, at most 16")
-    parser.add_argument("--together", type=int, default=4, help="engines that run at once")
+    parser.add_argument("--replies", type=int, default=REPLIES, help="concurrency, at most 16")
+    parser.add_argument("--engines", type=int, default=4, help="engines that run at the same time")
     parser.add_argument("--memory", type=float, default=0.05, help="share of the GPU's an engine")
-    parser.add_argument("--output", type=Path, default=Path("results"))
     parser.add_argument("--vllm", default="installed", help="'installed', or a folder")
     parser.add_argument("--lock", type=Path, help="as in vllm.several_gpus: nobody measures beside")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
@@ -218,7 +218,7 @@ def main() -> None:
             sys.exit(f"--{option} has {unknown.pop()}: it must be of {', '.join(known)}")
     if not 1 <= options.replies <= max(CAPTURED):
         sys.exit(f"--replies is {options.replies}: it must be 1 to {max(CAPTURED)}")
-    turn = Turn(options.lock) if options.lock else None
+    lock = GpuLock(options.lock) if options.lock else None
     prepare(options.vllm, SEVERAL_GPUS)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -226,13 +226,13 @@ def main() -> None:
         draw(model, MODEL)
         entry_point(folder)
         keys = [(name, run) for name in names for run in asked_runs]
-        with ThreadPoolExecutor(options.decode_batch) as pool:
+        with ThreadPoolExecutor(options.engines) as pool:
             runs = {
                 key: pool.submit(start, *key, model, folder / "-".join(key), options)
                 for key in keys
             }
             found = {key: run.result() for key, run in runs.items()}
-    del turn
+    del lock
     for (name, run), one in found.items():
         if "trouble" in one:
             print(f"{name}, {run}: {one['trouble']}\n")
@@ -245,8 +245,6 @@ def report(
     found: dict[tuple[str, str], dict[str, Any]],
 ) -> None:
     """All as JSON and on screen; exits with 1 where something must be the same and is not."""
-    from benchmarks.vllm.step_results import write
-
     engines = [
         {"setting": name, "run": run}
         | {word: one[word] for word in ("said", "workers", "trouble") if one.get(word)}
@@ -254,7 +252,9 @@ def report(
     ]
     found_all = {"model": MODEL, "eplb": EPLB, "replies": options.replies}
     found_all |= {"rows": rows, "engines": engines}
-    path = write(options.output, "check", {"leanmoe_benchmark": "vllm_check"} | found_all)
+    made = collect(seed=0)
+    path = file_of(options.output, "vllm-check", made)
+    write(path, made, "measured", {"leanmoe_benchmark": "vllm_check", **found_all})
     print(f"{'setting':14} {'run':14} {'beside':14} {'in':14} same replies")
     for row in rows:
         share = "-" if row["same"] is None else f"{row['same']:.0%} {row['parted_at_token']}"

@@ -13,7 +13,7 @@ CACHE_BYTES = 3 << 28
 """Keys and values of an engine that shares its GPU: it cannot tell what the others will take."""
 
 
-class Turn:
+class GpuLock:
     """One run's hold of the lock; it ends with the process."""
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One engine with replayed routing, measured in every way in turn: what a run has in common.
+"""One engine with replayed routing, measured under every variant: what runs have in common.
 
 `one_gpu` measures on one GPU, `several_gpus` on several.
 """
@@ -16,15 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.vllm.gpu_lock import CACHE_BYTES, Turn
+from benchmarks.common.results import collect, file_of, write
+from benchmarks.vllm.gpu_lock import CACHE_BYTES, GpuLock
 from benchmarks.vllm.layout import SINGLE, Layout
 from benchmarks.vllm.shapes import MLA, config_of, what_it_is
-from benchmarks.vllm.step_results import Results, show, write
+from benchmarks.vllm.step_results import Results, show
 
 BANDED = "banded"
 """A plan of bands, each with the single rule that was fastest at that load in the first round."""
-USE = Path(__file__).parents[1] / "results/2026-11-23-intel-r-xeon-r-processor-demo.json"
-"""A committed run of the reference model, for how often its experts are used."""
 PAUSE = 15
 """Seconds between two times that what was measured is written, within a round."""
 
@@ -33,13 +32,13 @@ class Run:
     """One run: what is measured, and what was."""
 
     def __init__(self, options: argparse.Namespace, layout: Layout = SINGLE) -> None:
-        from benchmarks.vllm.variants import ways_of
+        from benchmarks.vllm.variants import variants_of
         from leanmoe.models.shape import read_shape
 
         self.options, self.layout, self.started = options, layout, time.perf_counter()
         self.began = self.started
         is_first = os.environ.get("RANK", "0") == "0"
-        self._turn = Turn(options.lock) if options.lock and is_first else None
+        self._lock = GpuLock(options.lock) if options.lock and is_first else None
         self.loads = [int(part) for part in options.loads.split(",")]
         self.routings = options.routings.split(",")
         self.small_steps, self.experts = options.small_steps.split(","), options.experts.split(",")
@@ -50,9 +49,11 @@ class Run:
         self.same_tokens: bool | None = None
         self.repeats: bool | None = None
         """Whether stock vLLM answers with the same tokens twice, without which no plan can."""
-        self.ways = ways_of(self.shape, options.plans, self.small_steps, self.experts, layout)
+        self.variants = variants_of(
+            self.shape, options.plans, self.small_steps, self.experts, layout
+        )
         self.left_out: dict[str, str] = {}
-        """Ways that this engine cannot run, and why."""
+        """Variants that this engine cannot run, and why."""
         self.results = Results()
         self._written = self.started
 
@@ -61,12 +62,11 @@ class Run:
         return bool(time.perf_counter() - self.began < self.options.seconds)
 
     def load(self) -> Any:
-        """The engine, with every way's decode steps captured."""
+        """The engine, with every variant's decode steps captured."""
         from vllm import LLM
 
-        from benchmarks.vllm.replay import Engine, Replay
+        from benchmarks.vllm.replay import Engine, Replay, reference_use
 
-        use = [layer["use"] for layer in json.loads(USE.read_text())["profile"]["layers"]]
         sizes = [load // self.layout.data for load in self.loads]
         rows = max(2048, max(sizes) * self.options.prompt)
         folder = Path(tempfile.mkdtemp())
@@ -87,34 +87,34 @@ class Run:
             give_tiles(self.options.tiles, self.shape.experts, self.shape.expert_width, hardware())
         llm = LLM(model=str(folder), **settings)
         self.say(f"engine loaded: {self.what}")
-        engine = Engine(llm, Replay(self.shape.experts, rows, use), self.layout)
+        engine = Engine(llm, Replay(self.shape.experts, rows, reference_use()), self.layout)
         self.ranks = engine.ranks
         if engine.layers != len(self.shape.moe_layers):
             sys.exit(f"{engine.layers} MoE layers were found, not {len(self.shape.moe_layers)}")
         if _has_gpu() and not engine.is_captured:
             sys.exit("this vLLM's captured steps cannot be exchanged: use 0.24.0")
-        asked, self.ways = self.ways, []
-        for way in asked:
-            self._add(engine, way)
-        self.say(f"{len(self.ways)} ways captured")
-        stock, empty = (way.name for way in self.ways[:2])
+        asked, self.variants = self.variants, []
+        for variant in asked:
+            self._add(engine, variant)
+        self.say(f"{len(self.variants)} variants captured")
+        stock, empty = (variant.name for variant in self.variants[:2])
         self.same_tokens = engine.is_same(stock, empty)
         self.repeats = engine.is_same(stock, stock)
         return engine
 
-    def _add(self, engine: Any, way: Any) -> None:
-        """Captures a way, unless the engine cannot run it."""
-        way = engine.settled(way)
-        if reason := engine.why_not(way):
-            self.left_out[way.name] = reason
-            self.say(f"left out: {way.name}, {reason}")
+    def _add(self, engine: Any, variant: Any) -> None:
+        """Captures a variant, unless the engine cannot run it."""
+        variant = engine.settled(variant)
+        if reason := engine.why_not(variant):
+            self.left_out[variant.name] = reason
+            self.say(f"left out: {variant.name}, {reason}")
         else:
-            engine.add(way)
-            self.ways.append(way)
+            engine.add(variant)
+            self.variants.append(variant)
 
     def measure(self, engine: Any) -> None:
         """Rounds until there is no more time; what there is is written as they go."""
-        self._wait_for_turn()
+        self._wait_for_gpus()
         for number in range(self.options.rounds):
             for routing in self.routings:
                 engine.replay.draw(routing, seed=number)
@@ -130,29 +130,33 @@ class Run:
             if not self.has_time:
                 return
 
-    def _wait_for_turn(self) -> None:
+    def _wait_for_gpus(self) -> None:
         """Where other runs share the GPUs: now they are this one's, and its time begins."""
         if not self.options.lock:
             return
-        if self._turn is not None:
-            self._turn.take()
+        if self._lock is not None:
+            self._lock.take()
         self.ranks.first_says(True)
         self.began = self._written = time.perf_counter()
         self.say("the GPUs are this run's")
 
     def _add_banded(self, engine: Any) -> None:
         """Puts the fastest single rule of each load into a plan of its own."""
-        from benchmarks.vllm.variants import VLLM, Way
+        from benchmarks.vllm.variants import VLLM, Variant
         from leanmoe.plan import Band, Plan
 
         singles = {
-            way.name: way.plan
-            for way in self.ways
-            if way.plan and way.experts == VLLM and not (way.is_second or way.cross_rank)
+            variant.name: variant.plan
+            for variant in self.variants
+            if variant.plan
+            and variant.experts == VLLM
+            and not (variant.is_second or variant.cross_rank)
         }
         bands: list[Band] = []
         for number, load in enumerate(self.loads):
-            fastest = min(singles, key=lambda way: self.results.mean_step(load, way, self.routings))
+            fastest = min(
+                singles, key=lambda variant: self.results.mean_step(load, variant, self.routings)
+            )
             up_to = load if number < len(self.loads) - 1 else None
             rules = singles[fastest].bands[0].rules
             if bands and bands[-1].rules == rules:
@@ -160,26 +164,26 @@ class Run:
             bands.append(Band(up_to, rules))
             self.say(f"fastest at {load}: {fastest}")
         plan = Plan(self.shape.fingerprint(), tuple(bands))
-        self._add(engine, Way(BANDED, plan, self.small_steps[0]))
+        self._add(engine, Variant(BANDED, plan, self.small_steps[0]))
 
     def _point(self, engine: Any, routing: str, load: int, number: int) -> None:
-        names = [way.name for way in self.ways if way.is_worth(load)]
+        names = [variant.name for variant in self.variants if variant.is_worth(load)]
         order = random.Random(number * 1000 + load).sample(names, len(names))
-        for way in order:
-            engine.select(way)
+        for variant in order:
+            engine.select(variant)
             took, tokens = engine.decode(load, self.options.prompt, self.options.steps)
-            add = partial(self.results.add, number, (routing, load, way))
+            add = partial(self.results.add, number, (routing, load, variant))
             add("tokens_per_second", tokens / took)
             add("tpot_ms", took * load / tokens * 1e3)
             if not engine.is_captured:
-                self.results.see((routing, load, way), engine.experts(way, load))
+                self.results.see((routing, load, variant), engine.experts(variant, load))
         if engine.is_captured:  # all from the same state, the last request's
-            for way in order * self.options.samples:
+            for variant in order * self.options.samples:
                 rows = load // self.layout.data
-                took = engine.step_seconds(rows, way, self.options.replays)
-                self.results.add(number, (routing, load, way), "step_ms", took * 1e3)
-            for way in order:
-                self.results.see((routing, load, way), engine.experts(way, load))
+                took = engine.step_seconds(rows, variant, self.options.replays)
+                self.results.add(number, (routing, load, variant), "step_ms", took * 1e3)
+            for variant in order:
+                self.results.see((routing, load, variant), engine.experts(variant, load))
 
     def note(self, number: int) -> None:
         """After each load of a round: says how far it is, and writes where that was long ago."""
@@ -193,9 +197,9 @@ class Run:
             "is_complete": is_complete,
             "same_tokens_under_empty_plan": self.same_tokens,
             "stock_repeats_its_tokens": self.repeats,
-            "ways": {way.name: way.to_json() for way in self.ways},
+            "variants": {variant.name: variant.to_json() for variant in self.variants},
             "left_out": self.left_out,
-            "lines": self.results.lines(self.ways),
+            "lines": self.results.lines(self.variants),
         }
 
     def write(self, is_complete: bool) -> None:
@@ -208,14 +212,16 @@ class Run:
             **self.found(is_complete),
         }
         name = f"{self.options.shape}{'-fp8' if self.options.fp8 else ''}"
-        self.path = write(self.options.output, name, content)
+        made = collect(seed=0)
+        self.path = file_of(self.options.output, f"vllm-{name}", made)
+        write(self.path, made, "measured", {"leanmoe_benchmark": "vllm_gpu", **content})
 
     def say(self, what: str) -> None:
         print(f"{time.perf_counter() - self.started:6.0f} s  {what}", flush=True)
 
     def table(self) -> None:
         """The results on screen."""
-        show(self.results.lines(self.ways))
+        show(self.results.lines(self.variants))
         print(f"\nsame tokens as stock under the empty plan: {self.same_tokens}")
         print(f"same tokens by stock twice: {self.repeats}")
         print(self.path)

@@ -1,14 +1,14 @@
 """How much faster does vLLM decode under a plan on one GPU, at each load?
 
-    python -m benchmarks.vllm.one_gpu --shape qwen3-30b-a3b --output results --seconds 500
+    python -m benchmarks.vllm.one_gpu --shape qwen3-30b-a3b --seconds 500
     python -m benchmarks.vllm.one_gpu --shape tiny --loads 1,2,4 --small-steps repeat --rounds 2
 
 One engine with dummy weights is loaded once; each plan's decode steps are captured anew, so that
-stock vLLM and all plans are measured in turn, in an order that changes from round to round. After
-the first round a plan with bands is made of the rules that were fastest, and joins the others.
-`--small-steps group,skip,repeat` runs each plan with all that small steps can do,
-`--experts vllm,leanmoe` with vLLM's experts and with leanmoe's kernels in their place. What an
-engine cannot run is named and left out.
+stock vLLM and all plans are measured in every round, in an order that changes. After the first
+round a plan with bands is made of the rules that were fastest, and joins the others. `--small-steps
+group,skip,repeat` runs each plan with all that small steps can do, `--experts vllm,leanmoe` with
+vLLM's experts and with leanmoe's kernels in their place. What an engine cannot run is named and
+left out.
 
 Two times are taken: that of the model's captured step alone, and that of whole engine steps with
 scheduler and sampler. Routing is replayed (vllm.replay): drawn evenly, and with the skew of the
@@ -30,9 +30,9 @@ PLANS = (
 
 def main() -> None:
     """Runs it."""
-    from benchmarks.vllm.settings import parser_of, prepare
+    from benchmarks.vllm.settings import prepare, vllm_parser
 
-    options = parser_of(__doc__.splitlines()[0], PLANS).parse_args()
+    options = vllm_parser(__doc__, PLANS).parse_args()
     prepare(options.vllm)
     from benchmarks.vllm.measure import Run
 

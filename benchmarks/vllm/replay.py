@@ -1,7 +1,8 @@
-"""vLLM's layers routed by drawn logits, in one of several ways that can be switched.
+"""vLLM's layers routed by drawn logits, under one of several variants that can be exchanged.
 
 Dummy weights give all tokens the same experts, so their routing says nothing: each layer is given
-logits of its own in place of its router's, the same for every way, at no cost in a captured step.
+logits of its own in place of its router's, the same for every variant, at no cost in a captured
+step.
 
 Letters: L MoE layers, T rows of a step, E experts, K slots a token.
 """
@@ -9,8 +10,11 @@ Letters: L MoE layers, T rows of a step, E experts, K slots a token.
 from __future__ import annotations
 
 import copy
+import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.vllm.layout import SINGLE, Layout, Ranks
 from benchmarks.vllm.step_results import Seen
-from benchmarks.vllm.variants import AUTO, GROUP, LEANMOE, REPEAT, SKIP, STOCK, Way
+from benchmarks.vllm.variants import AUTO, GROUP, LEANMOE, REPEAT, SKIP, STOCK, Variant
 from leanmoe.plan.placement import Placement
 from leanmoe.serve.vllm.layer_facts import scope_of
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
@@ -31,22 +35,30 @@ from leanmoe.serve.vllm.small_steps import (
 )
 
 ROUTINGS = ("skewed", "uniform")
+USE = Path(__file__).parent / "data/reference_use.json"
+"""How often the reference model uses each of its experts; the file says where that was measured."""
 KEPT_ROWS = 1024
 """Steps of more rows are prefill: their ids are not kept. On a GPU only captured steps' are."""
 
 
+def reference_use() -> list[list[float]]:
+    """Each expert's share of the slots of the reference model's MoE layers (L,E)."""
+    use_LE: list[list[float]] = json.loads(USE.read_text(encoding="utf-8"))["use_LE"]
+    return use_LE
+
+
 class Replay:
-    """The drawn logits of all layers, the way that is in use, and what it chose."""
+    """The drawn logits of all layers, the variant that is in use, and what it chose."""
 
     def __init__(self, experts: int, rows: int, use_LE: Sequence[Sequence[float]]) -> None:
         """`use_LE`: how often each expert of each layer of some model is chosen, any E."""
-        self.way = STOCK
+        self.variant = STOCK
         self._experts, self._rows = experts, rows
         self._use_LE = use_LE
         self._logits: dict[int, Tensor] = {}
         self.data_rank = 0
         self.own: set[str] = set()
-        """Ways whose experts leanmoe's kernels compute."""
+        """Variants whose experts leanmoe's kernels compute."""
         self.kept: dict[tuple[str, int], dict[int, tuple[Tensor, Tensor]]] = {}
 
     def logits(self, layer: int, own_TE: Tensor) -> Tensor:
@@ -84,11 +96,11 @@ class Replay:
         """Holds on to what a layer chose; a captured step writes there each time it is replayed."""
         is_eager = ids_TK.is_cuda and not torch.cuda.is_current_stream_capturing()
         if ids_TK.shape[0] <= KEPT_ROWS and not is_eager:
-            self.kept.setdefault((self.way, ids_TK.shape[0]), {})[layer] = (ids_TK, weights_TK)
+            self.kept.setdefault((self.variant, ids_TK.shape[0]), {})[layer] = (ids_TK, weights_TK)
 
-    def used(self, way: str, rows: int, tokens: int) -> tuple[Tensor, float]:
-        """Experts each layer woke in the last step of so many rows (L,E), and experts a token."""
-        layers = self.kept[way, rows]
+    def used(self, variant: str, rows: int, tokens: int) -> tuple[Tensor, float]:
+        """The active experts (L,E) of the last step of so many rows, and experts a token."""
+        layers = self.kept[variant, rows]
         active_LE = torch.zeros(len(layers), self._experts, dtype=torch.int32)
         used = []
         for active_E, (_, (ids_TK, weights_TK)) in zip(
@@ -101,55 +113,55 @@ class Replay:
 
 
 class Switch:
-    """Stands in the place of a layer's routing: drawn logits, and the way that is in use."""
+    """Stands in the place of a layer's routing: drawn logits, and the variant that is in use."""
 
     def __init__(self, runner: Any, layer: int, replay: Replay) -> None:
         self._runner, self._layer, self._replay = runner, layer, replay
         router = runner.router
         self._router = copy.copy(router)  # as it was: `router` gets this in its routing's place
         self._stock = router._compute_routing
-        self._ways: dict[str, Callable[..., Any]] = {STOCK: self._stock}
+        self._variants: dict[str, Callable[..., Any]] = {STOCK: self._stock}
 
-    def add(self, way: Way) -> None:
-        """One way more."""
-        if way.plan is None:
-            self._ways[way.name] = self._stock
+    def add(self, variant: Variant) -> None:
+        """One variant more."""
+        if variant.plan is None:
+            self._variants[variant.name] = self._stock
             return
-        scope = scope_of(self._runner, way.plan.model.experts, way.cross_rank)
-        routing = VllmLayerRouting(self._router, way.plan, self._layer, scope=scope)
-        if not way.is_plain:
-            routing.skipping = way.skipping
-        self._ways[way.name] = routing
+        scope = scope_of(self._runner, variant.plan.model.experts, variant.cross_rank)
+        routing = VllmLayerRouting(self._router, variant.plan, self._layer, scope=scope)
+        if not variant.is_plain:
+            routing.skipping = variant.skipping
+        self._variants[variant.name] = routing
 
     def groups_step(self, rows: int) -> bool:
-        """Whether a step of so many rows is grouped under the way in use."""
-        way = self._ways[self._replay.way]
-        return isinstance(way, VllmLayerRouting) and way.groups_step(rows)
+        """Whether a step of so many rows is grouped under the variant in use."""
+        variant = self._variants[self._replay.variant]
+        return isinstance(variant, VllmLayerRouting) and variant.groups_step(rows)
 
     def __call__(
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any, **others: Any
     ) -> tuple[Tensor, Tensor]:
         logits_TE = self._replay.logits(self._layer, router_logits)
-        way = self._ways[self._replay.way]
-        weights, ids = way(hidden_states, logits_TE, indices_type, **others)
+        variant = self._variants[self._replay.variant]
+        weights, ids = variant(hidden_states, logits_TE, indices_type, **others)
         self._replay.keep(self._layer, ids, weights)
         return weights, ids
 
 
 class ExpertsSwitch:
-    """Stands in the place of a layer's experts: vLLM's or leanmoe's, as the way in use has it."""
+    """Stands in the place of a layer's experts: vLLM's or leanmoe's, as the variant has it."""
 
     def __init__(self, runner: Any, replay: Replay) -> None:
         self._own, self._replay = LeanmoeExperts(runner), replay
         runner.routed_experts.quant_method.moe_kernel.fused_experts.apply = self
 
     def __call__(self, **arguments: Any) -> None:
-        compute = self._own if self._replay.way in self._replay.own else self._own.stock
+        compute = self._own if self._replay.variant in self._replay.own else self._own.stock
         compute(**arguments)
 
 
 class Engine:
-    """A vLLM engine whose captured steps can be exchanged, one set per way.
+    """A vLLM engine whose captured steps can be exchanged, one set per variant.
 
     With several GPUs there is one such process for each, and all do the same at the same time.
     """
@@ -175,49 +187,51 @@ class Engine:
         self._runner._dummy_run(1)  # the buffers of drawn logits
         replay.draw("uniform", 0)
 
-    def settled(self, way: Way) -> Way:
-        """A way with its small steps as this engine can run them, where that is left to it."""
-        if way.small_steps != AUTO or way.experts == LEANMOE:
-            return way
-        ways = [replace(way, small_steps=how) for how in (GROUP, SKIP, REPEAT)]
-        return next(found for found in ways if self.why_not(found) is None)
+    def settled(self, variant: Variant) -> Variant:
+        """A variant with its small steps as this engine can run them, where that is left to it."""
+        if variant.small_steps != AUTO or variant.experts == LEANMOE:
+            return variant
+        variants = [replace(variant, small_steps=how) for how in (GROUP, SKIP, REPEAT)]
+        return next(found for found in variants if self.why_not(found) is None)
 
-    def why_not(self, way: Way) -> str | None:
-        """Why this engine cannot run a way; None if it can."""
-        if way.experts == LEANMOE:
+    def why_not(self, variant: Variant) -> str | None:
+        """Why this engine cannot run a variant; None if it can."""
+        if variant.experts == LEANMOE:
             return self._why_not_ours
-        if way.is_plain or way.plan is None or way.small_steps == REPEAT:
+        if variant.is_plain or variant.plan is None or variant.small_steps == REPEAT:
             return None
-        reason = skipping_unsupported_reason(self._layers[0], way.slots, way.plan.model.experts)
-        return reason or (grouping_unsupported_reason() if way.small_steps == GROUP else None)
+        reason = skipping_unsupported_reason(
+            self._layers[0], variant.slots, variant.plan.model.experts
+        )
+        return reason or (grouping_unsupported_reason() if variant.small_steps == GROUP else None)
 
-    def add(self, way: Way) -> None:
-        """One way more, captured."""
-        if way.experts == LEANMOE:
+    def add(self, variant: Variant) -> None:
+        """One variant more, captured."""
+        if variant.experts == LEANMOE:
             if not self.replay.own:
                 for layer in self._layers:
                     ExpertsSwitch(layer, self.replay)
-            self.replay.own.add(way.name)
-        if way.small_steps == GROUP and not way.is_plain:
+            self.replay.own.add(variant.name)
+        if variant.small_steps == GROUP and not variant.is_plain:
             for layer, switch in zip(self._layers, self._switches, strict=True):
                 GroupedSteps(layer, switch.groups_step).put()
         for switch in self._switches:
-            switch.add(way)
-        self.capture(way.name)
+            switch.add(variant)
+        self.capture(variant.name)
 
-    def capture(self, way: str) -> None:
-        """Captures the decode steps of all sizes under a way."""
-        self.replay.way = way
+    def capture(self, variant: str) -> None:
+        """Captures the decode steps of all sizes under a variant."""
+        self.replay.variant = variant
         if self.is_captured:
             self._runner.model.concrete_cudagraph_entries = {}
             self._runner.capture_model()
-            self._entries[way] = self._runner.model.concrete_cudagraph_entries
+            self._entries[variant] = self._runner.model.concrete_cudagraph_entries
 
-    def select(self, way: str) -> None:
-        """Lets the next steps run under a way."""
-        self.replay.way = way
+    def select(self, variant: str) -> None:
+        """Lets the next steps run under a variant."""
+        self.replay.variant = variant
         if self.is_captured:
-            self._runner.model.concrete_cudagraph_entries = self._entries[way]
+            self._runner.model.concrete_cudagraph_entries = self._entries[variant]
 
     def decode(self, requests: int, prompt: int, steps: int) -> tuple[float, int]:
         """Seconds and tokens of decode steps of so many requests, the engine's work included.
@@ -246,26 +260,26 @@ class Engine:
         for _ in range(2):
             self._engine.step()
         self._wait()
-        self.ranks.slowest(0.0)  # all begin together
-        started, tokens = time_now(), 0
+        self.ranks.slowest(0.0)  # all begin at the same time
+        started, tokens = time.perf_counter(), 0
         for _ in range(steps):
             tokens += sum(len(found.outputs[0].token_ids) for found in self._engine.step())
         self._wait()
-        took = self.ranks.slowest(time_now() - started)
+        took = self.ranks.slowest(time.perf_counter() - started)
         tokens *= self._layout.data
         while self._engine.has_unfinished_requests():
             self._engine.step()
         return took, tokens
 
-    def is_same(self, way: str, other: str) -> bool:
-        """Whether both ways answer with the same tokens, on every GPU."""
-        differ = self.tokens(way, 8, 24) != self.tokens(other, 8, 24)
+    def is_same(self, variant: str, other: str) -> bool:
+        """Whether both variants answer with the same tokens, on every GPU."""
+        differ = self.tokens(variant, 8, 24) != self.tokens(other, 8, 24)
         return not bool(self.ranks.most(torch.tensor([int(differ)]))[0])
 
-    def experts(self, way: str, requests: int) -> Seen:
-        """What the last step of so many requests woke, on all GPUs."""
+    def experts(self, variant: str, requests: int) -> Seen:
+        """The experts that the last step of so many requests activated, on all GPUs."""
         rows = requests // self._layout.data
-        active_LE, activated = self.replay.used(way, rows, rows)
+        active_LE, activated = self.replay.used(variant, rows, rows)
         active_LE = self.ranks.most(active_LE)
         placement = Placement.linear(active_LE.shape[1], self._layout.expert_ranks)
         by_rank = [active_LE[:, placement.experts_on(r)].sum(-1) for r in range(placement.ranks)]
@@ -277,11 +291,11 @@ class Engine:
             activated,
         )
 
-    def tokens(self, way: str, requests: int, count: int) -> dict[str, list[int]]:
+    def tokens(self, variant: str, requests: int, count: int) -> dict[str, list[int]]:
         """Greedy replies to so many prompts of different lengths, by prompt."""
         from vllm import SamplingParams
 
-        self.select(way)
+        self.select(variant)
         parameters = SamplingParams(
             max_tokens=count, ignore_eos=True, detokenize=False, temperature=0.0
         )
@@ -297,12 +311,12 @@ class Engine:
                     replies[prompt] = list(found.outputs[0].token_ids)
         return replies
 
-    def step_seconds(self, rows: int, way: str, replays: int) -> float:
+    def step_seconds(self, rows: int, variant: str, replays: int) -> float:
         """Seconds of one captured step of the model alone, replayed as the last request left it.
 
         `rows` are those of one data-parallel rank.
         """
-        entries = self._entries[way]
+        entries = self._entries[variant]
         graph = next(e.cudagraph for key, e in entries.items() if key.num_tokens == rows)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         graph.replay()
@@ -322,10 +336,3 @@ class Engine:
     def _wait(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-
-
-def time_now() -> float:
-    """Seconds on the clock that measures."""
-    import time
-
-    return time.perf_counter()

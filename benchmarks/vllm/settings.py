@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.common.results import parser_of
 from benchmarks.vllm.shapes import SHAPES
 
 ENVIRONMENT = {
@@ -28,15 +29,15 @@ SEVERAL_GPUS = {
 LOADS = "1,2,4,8,16,32,64,128,256,512"
 
 
-def parser_of(
-    description: str, plans: str, routings: str = "skewed,uniform"
+def vllm_parser(
+    doc: str | None, plans: str, routings: str = "skewed,uniform"
 ) -> argparse.ArgumentParser:
     """The options that all have, with the plans and routings that are measured by default."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = parser_of(doc)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, help="decoder layers, in place of the shape's own")
     parser.add_argument("--fp8", action="store_true", help="weights in blocks of fp8")
-    parser.add_argument("--loads", default=LOADS, help="requests at once, comma separated")
+    parser.add_argument("--loads", default=LOADS, help="concurrency, comma separated")
     parser.add_argument("--plans", default=plans, help="name: field=value field=value; ...")
     parser.add_argument("--small-steps", default="group", help="of group, skip, repeat, auto")
     parser.add_argument("--experts", default="vllm", help="of vllm and leanmoe")
@@ -48,7 +49,6 @@ def parser_of(
     parser.add_argument("--samples", type=int, default=3, help="of the captured step, a round")
     parser.add_argument("--rounds", type=int, default=7, help="at most")
     parser.add_argument("--seconds", type=float, default=500, help="stop after so many, all told")
-    parser.add_argument("--output", type=Path, default=Path("results"))
     parser.add_argument(
         "--vllm", default="installed", help="'installed', or a folder to find it in"
     )
@@ -62,7 +62,7 @@ def parser_of(
         "--lock",
         type=Path,
         help="a file that runs on the same GPUs share: they load beside each other and measure "
-        "one after the other; --seconds are then those of a turn",
+        "one after the other; --seconds are then those of measuring",
     )
     return parser
 

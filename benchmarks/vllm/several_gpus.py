@@ -3,10 +3,11 @@
     python -m benchmarks.vllm.several_gpus --layouts 1,tp2-ep,dp2-ep,tp2 --layers 16 --seconds 540
 
 For each layout (tensor, expert and data parallelism) one process a GPU loads the model with dummy
-weights, captures the decode steps of every plan and measures them in turn, as `one_gpu` does on
-one GPU; the processes keep in step. Beside each time stand the distinct experts of a layer, on all
-GPUs and on the most loaded one. What was measured is written after every load; a layout that fails
-or takes too long leaves the others theirs. SIGINT or SIGTERM stops it and shows what there is.
+weights, captures the decode steps of every plan and measures them one after the other, as `one_gpu`
+does on one GPU; the processes keep in step. Beside each time stand the distinct experts of a layer,
+on all GPUs and on the most loaded one. What was measured is written after every load; a layout that
+fails or takes too long leaves the others theirs. SIGINT or SIGTERM stops it and shows what there
+is.
 
     python -m benchmarks.vllm.several_gpus --layouts 1 --seconds 300  # one GPU first
     python -m benchmarks.vllm.several_gpus --layouts tp2-ep,dp2-ep,tp2 --beside results/FIRST.json
@@ -15,10 +16,10 @@ or takes too long leaves the others theirs. SIGINT or SIGTERM stops it and shows
 
 `--beside` shows the layouts of another run in the tables, `--show` prints those of several runs and
 measures nothing. Both want runs of the same hardware, versions and settings. With `--lock` all
-layouts are loaded at once, also those of other runs with the same file, and measured in turn: their
-weights must fit together.
+layouts are loaded at the same time, also those of other runs with the same file, and measured one
+after the other: the weights of all must fit.
 
-A load is of all GPUs together. With data parallelism they share it evenly, so a load below their
+A load is that of all GPUs. With data parallelism they share it evenly, so a load below their
 number is left out. Each process has a scheduler of its own, so whole engine steps lack the way from
 vLLM's scheduler process to its workers; the model's captured step alone does not depend on that.
 """
@@ -35,6 +36,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,12 +44,12 @@ LAYOUTS = "1,tp2-ep,dp2-ep,tp2"
 LOADS = "1,4,16,32,64,128,256,512"
 PLANS = (
     "k=6: top_k=6; k=4: top_k=4; guaranteed=3: guaranteed=3; "
-    "guaranteed=3 of all: guaranteed=3 company=all; budget: budget=3/8; "
+    "guaranteed=3 of all: guaranteed=3 batch_scope=all; budget: budget=3/8; "
     "budget a rank: budget_per_rank=3/16"
 )
 PLANS_OF_TOP_4 = (
     "k=3: top_k=3; k=2: top_k=2; guaranteed=2: guaranteed=2; "
-    "guaranteed=2 of all: guaranteed=2 company=all; budget: budget=3/8; "
+    "guaranteed=2 of all: guaranteed=2 batch_scope=all; budget: budget=3/8; "
     "budget a rank: budget_per_rank=3/16"
 )
 """A budget a rank that comes to the budget, on two ranks."""
@@ -59,9 +61,9 @@ PATIENCE = 1800
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    from benchmarks.vllm.settings import parser_of
+    from benchmarks.vllm.settings import vllm_parser
 
-    parser = parser_of(__doc__.splitlines()[0], "", routings="skewed")
+    parser = vllm_parser(__doc__, "", routings="skewed")
     parser.add_argument("--layouts", default=LAYOUTS, help="1, tp2, tp2-ep, dp2-ep, ...")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument(
@@ -83,10 +85,9 @@ def parse() -> argparse.Namespace:
 
 def rank_run(options: argparse.Namespace) -> None:
     """One process of a layout: the first writes what all measured."""
+    from benchmarks.common.results import collect, write
     from benchmarks.vllm.layout import Layout
     from benchmarks.vllm.measure import Run
-    from leanmoe.core.files import write_json
-    from leanmoe.core.provenance import collect
 
     layout = Layout.parse(options.layout)
     is_first = os.environ.get("RANK", "0") == "0"
@@ -105,21 +106,19 @@ def rank_run(options: argparse.Namespace) -> None:
         def write(self, is_complete: bool) -> None:
             if not is_first:
                 return
-            content: dict[str, Any] = {
-                "leanmoe_benchmark": "vllm_parallel", "label": "measured", "layouts": {},
-            }  # fmt: skip
+            content: dict[str, Any] = {"leanmoe_benchmark": "vllm_parallel", "layouts": {}}
             if options.file.exists():
                 content = json.loads(options.file.read_text())
-            command = os.environ["LEANMOE_BENCHMARK_COMMAND"]
+                del content["provenance"]
+            made = replace(collect(seed=0), command=os.environ["LEANMOE_BENCHMARK_COMMAND"])
             hidden = ("file", "layout", "beside", "show", "lock")
             content |= {
-                "provenance": collect(command, seed=0).to_json(),
                 "settings": {n: str(v) for n, v in vars(options).items() if n not in hidden},
                 "what": self.what,
                 "config": self.config,
             }
             content["layouts"][options.layout] = {"gpus": layout.gpus, **self.found(is_complete)}
-            write_json(options.file, content)
+            write(options.file, made, "measured", content)
 
         def say(self, what: str) -> None:
             if is_first:
@@ -195,7 +194,7 @@ def stop(processes: list[Any]) -> None:
 
 
 def measure(options: argparse.Namespace, names: list[str]) -> dict[str, str]:
-    """Every layout in turn, each with its share of the time that is left; what went wrong."""
+    """Every layout, one after the other, with its share of the time left; what went wrong."""
     end = time.monotonic() + options.seconds
     troubles = {}
     for number, name in enumerate(names):
@@ -208,8 +207,8 @@ def measure(options: argparse.Namespace, names: list[str]) -> dict[str, str]:
     return troubles
 
 
-def measure_together(options: argparse.Namespace, names: list[str]) -> dict[str, str]:
-    """Every layout, all started at once; the lock gives each its turn. What went wrong."""
+def measure_sharing(options: argparse.Namespace, names: list[str]) -> dict[str, str]:
+    """Every layout, all started at the same time; the lock lets one measure. What went wrong."""
     started = {name: start(options, name, options.seconds) for name in names}
     with ThreadPoolExecutor(len(names)) as pool:
         waiting = {name: pool.submit(finish, name, started[name], PATIENCE) for name in names}
@@ -297,8 +296,8 @@ def table(paths: list[Path], troubles: dict[str, str]) -> None:
     for name, layout in found.items():
         print(f"\n===== {name}: {layout['gpus']} GPU{'s' * (layout['gpus'] > 1)}")
         show(layout["lines"], is_parallel=True)
-        for way, reason in layout["left_out"].items():
-            print(f"left out: {way}, {reason}")
+        for variant, reason in layout["left_out"].items():
+            print(f"left out: {variant}, {reason}")
         print(
             f"same tokens as stock under the empty plan: {layout['same_tokens_under_empty_plan']}"
         )
@@ -311,15 +310,15 @@ def table(paths: list[Path], troubles: dict[str, str]) -> None:
 
 def named(path: Path) -> Path:
     """The results under the name that says when, on what and from which commit they are."""
+    from benchmarks.common.results import file_of
+    from leanmoe.core.provenance import Provenance
+
     if not path.exists():
         return path
     content = json.loads(path.read_text())
-    made = content["provenance"]
     gpus = max(layout["gpus"] for layout in content["layouts"].values())
-    hardware = f"{gpus}x-{made['hardware'].lower().replace(' ', '-')}"
-    shape = content["settings"]["shape"]
-    name = f"{made['date'][:10]}-{hardware}-{made['commit']}-parallel-{shape}.json"
-    return path.rename(path.with_name(name))
+    name, made = f"parallel-{content['settings']['shape']}", Provenance(**content["provenance"])
+    return path.rename(file_of(path.parent, name, made, f"{gpus}x-"))
 
 
 def interrupt(*_: Any) -> None:
@@ -353,14 +352,16 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     check_beside(options, names)
-    os.environ["LEANMOE_BENCHMARK_COMMAND"] = " ".join(sys.argv)
+    from benchmarks.common.results import command
+
+    os.environ["LEANMOE_BENCHMARK_COMMAND"] = command()
     options.output.mkdir(parents=True, exist_ok=True)
     options.file = options.output / f"{time.strftime('%H%M%S')}-{os.getpid()}-parallel.json"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     troubles = {}
     try:
-        troubles = (measure_together if options.lock else measure)(options, names)
+        troubles = (measure_sharing if options.lock else measure)(options, names)
     except KeyboardInterrupt:
         troubles = {"all": "stopped"}
     paths = list(filter(Path.exists, [named(options.file)]))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.vllm.variants import STOCK, Way
+from benchmarks.vllm.variants import STOCK, Variant
 
 Point = tuple[str, int, str]
-"""Routing, requests and the name of a way."""
+"""Routing, requests and the name of a variant."""
 TIMES = ("step_ms", "tpot_ms", "tokens_per_second")
 
 
@@ -50,26 +48,26 @@ class Results:
         """How many have been measured."""
         return len(self._samples)
 
-    def mean_step(self, load: int, way: str, routings: Sequence[str]) -> float:
+    def mean_step(self, load: int, variant: str, routings: Sequence[str]) -> float:
         """Milliseconds a step so far, over all routings."""
         found = []
         for routing in routings:
-            values = self._samples[routing, load, way]
+            values = self._samples[routing, load, variant]
             rounds = values.get("step_ms", values["tpot_ms"])
             found.append(median(sample for samples in rounds.values() for sample in samples))
         return sum(found) / len(found)
 
-    def lines(self, ways: Sequence[Way]) -> list[dict[str, Any]]:
-        """One entry for each routing, load and way, in the order of `ways`."""
-        experts, found = {way.name: way.experts for way in ways}, []
+    def lines(self, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+        """One entry for each routing, load and variant, in the order of `variants`."""
+        experts, found = {variant.name: variant.experts for variant in variants}, []
         places = {name: place for place, name in enumerate(experts)}
         heads = {point[:2]: place for place, point in enumerate(self._samples)}
         points = sorted(self._samples, key=lambda point: (heads[point[:2]], places[point[2]]))
-        for routing, load, way in points:
-            values = self._samples[routing, load, way]
+        for routing, load, variant in points:
+            values = self._samples[routing, load, variant]
             stock = self._samples.get((routing, load, STOCK), {})
-            entry: dict[str, Any] = {"routing": routing, "requests": load, "plan": way}
-            entry["experts"] = experts[way]
+            entry: dict[str, Any] = {"routing": routing, "requests": load, "plan": variant}
+            entry["experts"] = experts[variant]
             for name, rounds in values.items():
                 entry[name] = interval(
                     [sample for samples in rounds.values() for sample in samples]
@@ -82,7 +80,7 @@ class Results:
                 if pairs:
                     gains = [b / a if is_rate else a / b for a, b in pairs]
                     entry[f"gain_{name}"] = interval(gains)
-            if seen := self._seen.get((routing, load, way)):
+            if seen := self._seen.get((routing, load, variant)):
                 for name in ("distinct", "most_loaded", "activated"):
                     entry[name] = round(sum(getattr(one, name) for one in seen) / len(seen), 3)
                 ranks = zip(*(one.by_rank for one in seen), strict=True)
@@ -91,38 +89,23 @@ class Results:
         return found
 
 
-def write(folder: Path, name: str, content: dict[str, Any]) -> Path:
-    """Writes results with their provenance, named by date, hardware and commit."""
-    from leanmoe.core.files import write_json
-    from leanmoe.core.provenance import collect
-
-    provenance = collect(" ".join(sys.argv), seed=0).to_json()
-    hardware = provenance["hardware"].lower().replace(" ", "-")
-    start = f"{provenance['date'][:10]}-{hardware}-{provenance['commit']}"
-    path = folder / f"{start}-vllm-{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"leanmoe_benchmark": "vllm_gpu", "label": "measured", "provenance": provenance}
-    write_json(path, head | content)
-    return path
-
-
 def show(entries: Sequence[dict[str, Any]], is_parallel: bool = False) -> None:
     """Captured steps if there are any, then whole engine steps: a table for each routing.
 
     Of several GPUs also the experts of the most loaded one.
     """
     lines = {(e["routing"], e["requests"], e["plan"]): e for e in entries}
-    routings, loads, ways = (list(dict.fromkeys(key[i] for key in lines)) for i in range(3))
-    width = max(20, *(len(way) for way in ways)) if ways else 20
+    routings, loads, variants = (list(dict.fromkeys(key[i] for key in lines)) for i in range(3))
+    width = max(20, *(len(variant) for variant in variants)) if variants else 20
     most = ", of the most loaded GPU" if is_parallel else ""
     for name in TIMES:
         if not any(name in entry for entry in entries):
             continue
         for routing in routings:
             print(f"\n{routing} routing: {name}, gain over stock, distinct experts a layer{most}")
-            print(f"{'requests':>8} " + " ".join(f"{way:>{width}}" for way in ways))
+            print(f"{'requests':>8} " + " ".join(f"{variant:>{width}}" for variant in variants))
             for load in loads:
-                found = [lines.get((routing, load, way)) for way in ways]
+                found = [lines.get((routing, load, variant)) for variant in variants]
                 cells = [_cell(entry, name, is_parallel) for entry in found]
                 print(f"{load:>8} " + " ".join(f"{cell:>{width}}" for cell in cells))
 

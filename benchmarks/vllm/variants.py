@@ -1,4 +1,4 @@
-"""The ways to run a model that a benchmark of vLLM compares: plans, and what does their work."""
+"""What a benchmark of vLLM compares: plans, and the kernels that compute under them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ REPEAT, SKIP, GROUP, AUTO = "repeat", "skip", "group", "auto"
 """What small steps do: a skipped slot is the token's best expert again, or is passed over, or slots
 are grouped by expert where tokens share experts and else passed over; or the last of these that the
 engine can, as the plugin has it."""
-OF_ALL = "company=all"
-"""Word of a plan's description: tokens share experts with those of all data-parallel ranks."""
+OF_ALL = "batch_scope=all"
+"""Word of a plan's description: its batch scope is all data-parallel ranks."""
 VLLM, LEANMOE = "vllm", "leanmoe"
 """Whose kernels compute the experts."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to run the model."""
+class Variant:
+    """A plan and what runs it."""
 
     name: str
     plan: Plan | None = None
@@ -36,12 +36,12 @@ class Way:
     small_steps: str = GROUP
     experts: str = VLLM
     cross_rank: bool = False
-    """Whether a token's company is that of all data-parallel ranks."""
+    """Whether the batch scope of batch-aware rules is all data-parallel ranks."""
     is_second: bool = False
-    """Whether it differs from another way in small steps alone."""
+    """Whether it differs from another variant in small steps alone."""
 
     def is_worth(self, load: int) -> bool:
-        """Whether a step of so many requests is another than in some other way."""
+        """Whether a step of so many requests is another than in some other variant."""
         if not self.is_second or self.plan is None:
             return True
         return any(is_small(load, slots, self.plan.model.experts) for slots in self.slots)
@@ -76,7 +76,7 @@ class Way:
         if not self.is_plain and self.experts == VLLM:
             found["small_steps"] = self.small_steps
         if self.cross_rank:
-            found["company"] = "all"
+            found["batch_scope"] = "all"
         if self.plan is not None:
             bands = self.plan.to_json()["bands"]
             for band in bands:
@@ -85,25 +85,25 @@ class Way:
         return found
 
 
-def ways_of(
+def variants_of(
     shape: MoEShape,
     plans: str,
     small_steps: Sequence[str],
     experts: Sequence[str],
     layout: Layout = SINGLE,
-) -> list[Way]:
-    """Stock, the empty plan, and each plan in all ways that are asked for.
+) -> list[Variant]:
+    """Stock, the empty plan, and each plan in all variants that are asked for.
 
     `plans` is "name: field=value field=value; ...". The first of `small_steps` and of `experts`
     has the plan's plain name. A plan that is the same as another in this layout is left out: a
-    budget a rank where experts are on one, the company of all where there is no other's.
+    budget a rank where experts are on one, the batch scope of all where there is one rank.
     """
     _check("--small-steps", small_steps, (REPEAT, SKIP, GROUP, AUTO))
     _check("--experts", experts, (VLLM, LEANMOE))
     model = shape.fingerprint()
-    found = [Way(STOCK), Way(EMPTY, Plan.uniform(model, Rule()))]
+    found = [Variant(STOCK), Variant(EMPTY, Plan.uniform(model, Rule()))]
     if LEANMOE in experts:
-        found.append(Way(f"{STOCK}, {LEANMOE}", experts=LEANMOE))
+        found.append(Variant(f"{STOCK}, {LEANMOE}", experts=LEANMOE))
     for part in plans.split(";"):
         name, _, fields = part.partition(":")
         if not name.strip():
@@ -115,28 +115,28 @@ def ways_of(
             continue
         plan = Plan.uniform(model, rule)
         plan.check(model)
-        found += variants(name.strip(), plan, small_steps, experts, cross_rank)
+        found += of_plan(name.strip(), plan, small_steps, experts, cross_rank)
     return found
 
 
-def variants(
+def of_plan(
     name: str,
     plan: Plan,
     small_steps: Sequence[str],
     experts: Sequence[str],
     cross_rank: bool = False,
-) -> list[Way]:
-    """A plan in all ways that are asked for."""
+) -> list[Variant]:
+    """A plan in all variants that are asked for."""
     found = []
     if VLLM in experts:
-        found.append(Way(name, plan, small_steps[0], cross_rank=cross_rank))
+        found.append(Variant(name, plan, small_steps[0], cross_rank=cross_rank))
         others = [] if found[0].is_plain else small_steps[1:]
         found += [
             replace(found[0], name=f"{name}, {how}", small_steps=how, is_second=True)
             for how in others
         ]
     if LEANMOE in experts:
-        found.append(Way(f"{name}, {LEANMOE}", plan, experts=LEANMOE, cross_rank=cross_rank))
+        found.append(Variant(f"{name}, {LEANMOE}", plan, experts=LEANMOE, cross_rank=cross_rank))
     return found
 
 

@@ -1,0 +1,1 @@
+"""What benchmarks share: their results files, their common arguments and their time limit."""
