@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
@@ -10,10 +12,12 @@ from leanmoe.predict.settings import CalibrateSettings, PredictSettings
 
 @pytest.mark.parametrize("name", ["tpot", "ttft", "price"])
 def test_a_sweeps_limits_are_above_0(name: str) -> None:
+    below: dict[str, Any] = {name: -1}
     with pytest.raises(LeanMoeError, match=f"--{name} is -1: it must be above 0"):
-        PredictSettings("m", sweep=True, **{name: -1}).check()
+        PredictSettings("m", sweep=True, **below).check()
+    above: dict[str, Any] = {name: 1.0}
     with pytest.raises(LeanMoeError, match="go with --sweep"):
-        PredictSettings("m", **{name: 1.0}).check()
+        PredictSettings("m", **above).check()
 
 
 def test_several_numbers_of_gpus_go_with_a_sweep() -> None:
