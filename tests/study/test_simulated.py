@@ -6,7 +6,6 @@ import pytest
 
 from leanmoe.study import paper
 from leanmoe.study.simulated import U_SHAPES, analysis, banded, regimes, u_shape, v2_lite
-from leanmoe.study.table_9 import table_9, what_moves
 
 
 @pytest.mark.parametrize("name", U_SHAPES)
@@ -33,40 +32,6 @@ def test_regimes_of_made_up_curves() -> None:
     assert (late["peak"], late["lowest"], late["is_u"]) == (2, 4, True)
     assert regimes(tokens, [30, 20, 10, 3, 3])["is_u"] is False
     assert regimes(tokens, [30, 30, 30, 30, 30])["is_u"] is False
-
-
-def test_the_full_model_is_within_a_tenth_of_table_9_with_one_number_fitted() -> None:
-    found = table_9()
-    assert found["full_off"] < 0.1
-    assert 0 < found["step_overhead_ms"] < 10
-    cited = found["rows"][-1]
-    assert cited["paper"]["8"] == 2751
-    # Ratios: no better than they are said to be, and where no model can be.
-    within = {r["concurrency"]: abs(r["off"]["6"]) <= 3 for r in found["rows"]}
-    assert [load for load, good in within.items() if not good] == [4, 8, 16]
-    beyond = {(each["concurrency"], each["k"]) for each in found["out_of_reach"]}
-    assert beyond == {(4, 4), (8, 6), (8, 4), (16, 6), (16, 4)}
-    assert all(
-        abs(r["off"][str(k)]) > 3 for r in found["rows"] for c, k in beyond if c == r["concurrency"]
-    )
-
-
-def test_no_other_assumption_reproduces_the_ratios() -> None:
-    first, *others = what_moves()
-    assert first["within"] == table_9()["within"]
-    assert len({case["assumption"] for case in (first, *others)}) == 7
-    assert all(case["within"] < case["counted"] for case in (first, *others))
-    assert first["full_off"] < 0.1
-
-
-def test_where_table_9_breaks_its_own_trend() -> None:
-    found = {(load, k): points for load, k, points in paper.trend_breaks(3)}
-    assert {(32, 6), (32, 4), (32, 3)} <= set(found)
-    ratio = {load: row[6] / row[8] for load, row in paper.TABLE_9.items()}
-    trend = (ratio[16] * ratio[64]) ** 0.5
-    assert found[32, 6] == pytest.approx(100 * (ratio[32] / trend - 1))
-    assert (16, 6) not in found
-    assert paper.trend_breaks(1000) == []
 
 
 def test_v2_lite_falls_and_rises_as_the_paper_has_it() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -11,6 +11,9 @@ from rich.table import Table
 from leanmoe.cli.options import AsJson, Output, make_console, print_json
 from leanmoe.cli.verb import command_line
 from leanmoe.study.settings import StudySettings
+
+if TYPE_CHECKING:
+    from leanmoe.results.study import StudyResults
 
 
 def study(
@@ -25,46 +28,28 @@ def study(
     from leanmoe.study.run import PAGE
     from leanmoe.study.run import study as run
 
-    quality = _quality(settings, output)
-    results = run(output, quality, command_line(), settings.seed, settings.tuned)
+    results = run(settings, output, command_line())
     write_page(output, output / PAGE)
     if as_json:
-        print_json(results)
+        print_json(results.to_json())
         return
     _show(results)
     print(f"The page: {output / PAGE}")
 
 
-def _quality(settings: StudySettings, output: Path) -> dict[str, Any] | None:
-    """The study's section on quality: measured now, read from an earlier study, or none."""
-    if settings.quality == "none":
-        return None
-    if settings.quality == "measured":
-        from leanmoe.study.quality import QualitySettings, saved_quality
-
-        measured = QualitySettings(
-            settings.model, settings.text, quick=settings.quick, seed=settings.seed
-        )
-        return saved_quality(measured, output)
-    from leanmoe.study.run import earlier_quality
-
-    return earlier_quality(Path(settings.quality))
-
-
-def _show(results: dict[str, Any]) -> None:
+def _show(results: StudyResults) -> None:
     console = make_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("claim", "the paper", "ours", "verdict"):
         table.add_column(heading, vertical="top")
-    for claim in results["claims"]:
-        table.add_row(claim["claim"], claim["paper"], claim["ours"], claim["verdict"])
+    for claim in results.claims:
+        table.add_row(claim.claim, claim.paper, claim.ours, claim.verdict)
     console.print(table)
-    rows = results["table_9"]["rows"]
     console.print(
         "DeepSeek-V3, 8 H200: gain of k = 6 and 4, modelled (cited): "
         + "; ".join(
-            f"{r['concurrency']}: {r['gain']['6']:+.1f} ({r['paper_gain']['6']:+.1f}) and "
-            f"{r['gain']['4']:+.1f} ({r['paper_gain']['4']:+.1f})"
-            for r in rows
+            f"{row.concurrency}: {row.gain['6']:+.1f} ({row.paper_gain['6']:+.1f}) and "
+            f"{row.gain['4']:+.1f} ({row.paper_gain['4']:+.1f})"
+            for row in results.table_9.rows
         )
     )

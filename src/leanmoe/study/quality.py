@@ -17,6 +17,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, write_json
 from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers
+from leanmoe.core.schema import from_json, to_json
 from leanmoe.core.text import read_corpus, split
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Fingerprint, Plan, Rule
@@ -29,6 +30,9 @@ from leanmoe.prune.criteria import (
     observe,
     rank_experts,
 )
+from leanmoe.results.intervals import LossChange
+from leanmoe.results.study import QualityRow, StudiedQuality
+from leanmoe.results.tune import TextPart
 from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
@@ -112,8 +116,8 @@ def shape_rules(model: Fingerprint, shape: tuple[float, float, float, float]) ->
     return tuple(Rule(top_k=max(1, round(value * model.top_k))) for value in share)
 
 
-def saved_quality(settings: QualitySettings, output: Path) -> dict[str, Any]:
-    """Losses under every setting, as JSON values; minutes on two cores.
+def saved_quality(settings: QualitySettings, output: Path, command: str) -> StudiedQuality:
+    """Losses under every setting; minutes on two cores.
 
     Kept in folder `output` as soon as they are measured, and taken from there by a later run with
     the same settings.
@@ -121,18 +125,17 @@ def saved_quality(settings: QualitySettings, output: Path) -> dict[str, Any]:
     settings.check()
     path = output / FILE
     if path.exists():
-        found = read_json(path, "quality")
-        if isinstance(found, dict) and found.get("settings") == asdict(settings):
+        saved = read_json(path, "quality")
+        if isinstance(saved, dict) and saved.get("settings") == asdict(settings):
             print(f"leanmoe: {path} holds these settings' losses already", file=sys.stderr)
-            return found
-    found = measure_quality(settings)
-    write_json(path, found)
-    return found
+            return from_json(StudiedQuality, saved, str(path))
+    quality = measure_quality(settings, command)
+    write_json(path, to_json(quality))
+    return quality
 
 
-def measure_quality(settings: QualitySettings) -> dict[str, Any]:
-    """Measures them all."""
-    settings.check()
+def measure_quality(settings: QualitySettings, command: str) -> StudiedQuality:
+    """Measures the losses on held-out text, each beside the full model's."""
     quiet_transformers()
     corpus = read_corpus(settings.text)
     calibration, heldout = split(corpus.documents, 0.5, settings.seed)
@@ -146,26 +149,19 @@ def measure_quality(settings: QualitySettings) -> dict[str, Any]:
     for number, case in enumerate(cases, 1):
         what = f"{number} of {len(cases)}: {case.name}, {case.share:.0%}"
         increase = loss_increase(full, _losses(model, case.plan, windows, what), CONFIDENCE)
-        rows.append(
-            {
-                "group": case.group,
-                "name": case.name,
-                "slots": case.slots,
-                "share": case.share,
-                "increase": increase.to_json(),
-            }
-        )
-    return {
-        "label": "measured",
-        "settings": asdict(settings),
-        "model": settings.model,
-        "text": corpus.source,
-        "provenance": collect(" ".join(["leanmoe", *sys.argv[1:]]), settings.seed).to_json(),
-        "quick": settings.quick,
-        "confidence": CONFIDENCE,
-        "heldout": {"documents": windows.documents, "tokens": windows.tokens},
-        "rows": rows,
-    }
+        change = LossChange(**increase.to_json())
+        rows.append(QualityRow(case.group, case.name, case.slots, case.share, change))
+    return StudiedQuality(
+        label="measured",
+        model=settings.model,
+        text=corpus.source,
+        provenance=collect(command, settings.seed),
+        quick=settings.quick,
+        heldout=TextPart(windows.documents, windows.tokens),
+        rows=tuple(rows),
+        settings=asdict(settings),
+        confidence=CONFIDENCE,
+    )
 
 
 def _losses(model: Any, plan: Plan, windows: Windows, what: str) -> Losses:

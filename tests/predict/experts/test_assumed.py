@@ -13,8 +13,6 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import distinct_grouped, distinct_uniform
 from leanmoe.plan import Rule
 from leanmoe.predict.experts.assumed import Assumed, assumed_curve, grouped_distinct, inclusion
-from leanmoe.predict.experts.curves import from_points
-from leanmoe.predict.experts.spread import busiest, ranks_touched
 
 
 def routed(
@@ -122,40 +120,6 @@ def test_rules_bound_what_wakes() -> None:
 def test_a_rule_that_depends_on_text_needs_a_profile(rule: Rule) -> None:
     with pytest.raises(LeanMoeError, match="give a profile"):
         assumed_curve(64, 8, rule, Assumed())
-
-
-def test_a_measured_curve_is_kept_and_goes_on_beyond_its_last_point() -> None:
-    curve = from_points([(1, 8, 8), (16, 60, 8), (4, 28, 8)], 64, "measured")
-    assert curve.at(4) == (28, 8)
-    assert 28 < curve.at(8)[0] < 60
-    assert 60 < curve.at(64)[0] <= 64
-    with pytest.raises(LeanMoeError, match="at least one point"):
-        from_points([], 64, "measured")
-
-
-@pytest.mark.parametrize("ranks", [2, 8, 32])
-def test_the_busiest_rank_is_as_drawn(ranks: int) -> None:
-    draw = np.random.default_rng(3)
-    experts, k, tokens = 256, 8, 48
-    rows, distinct = [], []
-    for _ in range(200):
-        chosen = np.concatenate([draw.permutation(experts)[:k] for _ in range(tokens)])
-        rank = chosen // (experts // ranks)
-        rows.append(np.bincount(rank, minlength=ranks).max())
-        distinct.append(max(len(np.unique(chosen[rank == r])) for r in range(ranks)))
-    found = busiest(distinct_uniform(experts, k, tokens), tokens * k, experts, ranks)
-    assert found.distinct == pytest.approx(np.mean(distinct), rel=0.1)
-    assert found.rows == pytest.approx(np.mean(rows), rel=0.1)
-
-
-@pytest.mark.parametrize(("ranks", "groups", "used"), [(8, 1, 1), (8, 8, 4), (4, 1, 1)])
-def test_ranks_touched_is_as_drawn(ranks: int, groups: int, used: int) -> None:
-    draw = np.random.default_rng(4)
-    tokens = routed(draw, 600, 64, 6, groups, used)
-    touched = np.mean([len({e // (64 // ranks) for e in token}) for token in tokens])
-    # A router that ranks groups by their best two takes something from each: more than at random.
-    off = 0.12 if used < groups else 0.03
-    assert ranks_touched(64, 6, ranks, groups, used) == pytest.approx(touched, rel=off)
 
 
 @pytest.mark.parametrize("assumed", [Assumed(skew=-1), Assumed(agreement=1.5)])

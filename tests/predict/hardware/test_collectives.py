@@ -102,14 +102,6 @@ def test_gathering_between_nodes_takes_the_slower_of_link_and_network() -> None:
     assert bytes_only(1e12, 16) == pytest.approx(within * (15 / 16) / (7 / 8))
 
 
-def test_rates_from_before_the_librarys_calls_go_on_as_they_were() -> None:
-    gpu = read_gpu("h100")
-    found, _ = shipped().rates_for("h100")
-    rates = replace(found, library_bandwidth=0, gather_bandwidth=0)
-    assert library_reduce_seconds(rates, gpu, 1e5, 2) == reduce_seconds(rates, gpu, 1e5, 2)
-    assert gather_seconds(rates, gpu, 0, 2) == rates.exchange_seconds
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import (
@@ -18,8 +16,6 @@ from leanmoe.predict.kernels.features import (
     features,
     tiles_per_expert,
 )
-from leanmoe.predict.kernels.tables import balanced_counts
-from leanmoe.predict.step.experts_time import Ratios
 
 
 @pytest.mark.parametrize("mean", [1.05, 2.0, 9.0, 40.0, 300.0])
@@ -34,34 +30,6 @@ def test_tiles_of_an_active_expert(mean: float, tile: int) -> None:
 
 def test_tiles_beyond_the_table() -> None:
     assert tiles_per_expert(6400, 64) == 100.5
-
-
-@given(
-    st.integers(1, 600),
-    st.sampled_from([(64, 6), (128, 8), (256, 8), (512, 10)]),
-    st.sampled_from([1, 2, 8]),
-)
-@settings(max_examples=40, deadline=None)
-def test_the_tables_pattern_expert_by_expert(
-    tokens: int, sizes: tuple[int, int], ranks: int
-) -> None:
-    experts, k = sizes
-    stride = math.ceil(experts / k)
-    count: dict[int, int] = {}
-    for token in range(tokens):
-        place = token if tokens >= stride else token * stride / tokens
-        for slot in range(k):
-            expert = int((place + slot * stride) % experts)
-            count[expert] = count.get(expert, 0) + 1
-    mine = [count[e] for e in sorted(count) if e < experts // ranks]
-    assert balanced_counts(tokens, experts, k, ranks) == tuple(mine)
-
-
-def test_a_grouped_router_halves_the_active_experts_and_keeps_the_rows() -> None:
-    plain = balanced_counts(256, 256, 8, 1)
-    grouped = balanced_counts(256, 256, 8, 1, grouped=True)
-    assert (len(plain), len(grouped)) == (256, 128)
-    assert sum(plain) == sum(grouped) == 256 * 8
 
 
 def test_features_are_the_bytes_and_products_of_the_layer() -> None:
@@ -109,10 +77,3 @@ def test_experts_of_other_gpus_are_sorted_out() -> None:
     place = FEATURES.index("spread")
     assert features(shape, Rows(8, 8, 64, 16), gpu, PredictedTile(16, 64))[place] == 0
     assert features(shape, Rows(8, 8, 8, 7), gpu, PredictedTile(16, 64))[place] == 1
-
-
-def test_between_measured_rows_the_ratio_is_interpolated() -> None:
-    held = Ratios.of([(64, 1.4), (4, 1.0), (16, 1.2)])
-    assert [held.at(n) for n in (1, 4, 16, 64, 999)] == pytest.approx([1.0, 1.0, 1.2, 1.4, 1.4])
-    assert held.at(8) == pytest.approx(1.1)
-    assert Ratios().at(7) == 1

@@ -1,0 +1,40 @@
+"""Curves of distinct experts from a saved profile."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.catalog import CONFIGS, published_shape
+from leanmoe.models.shape import read_shape
+from leanmoe.plan import Rule
+from leanmoe.predict.experts.curve_sources import saved_curves
+from tests.profile.example import profile
+
+V3 = published_shape("deepseek-ai/DeepSeek-V3")
+
+
+def test_a_saved_profiles_curve_needs_no_torch_and_its_own_model() -> None:
+    saved = profile(alike=1.0)
+    with pytest.raises(LeanMoeError, match="the profile is of another model"):
+        saved_curves({"model": asdict(saved.model), "profile": saved.to_json()}, V3)
+    config = {
+        **CONFIGS["Qwen/Qwen3-30B-A3B"],
+        "architectures": [saved.model.architecture],
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [0],
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+    }
+    model = read_shape(config)
+    curve_of = saved_curves({"model": asdict(saved.model), "profile": saved.to_json()}, model)
+    full = curve_of(0, Rule())
+    for point in saved.distinct[0]:
+        assert full.at(point.tokens)[0] == pytest.approx(point.measured)
+    lower = curve_of(0, Rule(top_k=2))
+    assert all(lower.at(n)[0] < full.at(n)[0] for n in (2, 8, 32))
+    assert "measured" in full.origin
+    with pytest.raises(LeanMoeError, match="traces replayed"):
+        curve_of(0, Rule(guaranteed=1))

@@ -1,0 +1,46 @@
+"""Which of a kernel's constants a step takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from leanmoe.predict.constants import Constants, read_constants, write_constants
+from leanmoe.predict.hardware.gpus import GPUS
+from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
+from leanmoe.predict.kernels.kernel_constants import KernelConstants, Regime
+from leanmoe.predict.kernels.tile_heuristics import ANY
+
+H200 = GPUS["h200"]
+
+
+def test_a_step_is_in_the_first_regime_that_takes_it() -> None:
+    shape = ExpertsShape(2048, 768, 64)
+    few = Regime(ANY, PredictedTile(16, 32), {"call": 1.0}, tokens_an_expert=1)
+    some = Regime(ANY, PredictedTile(64, 64), {"call": 2.0}, slots_an_expert=16)
+    kernel = KernelConstants(
+        "x", "h200", "bfloat16", (few, some, Regime(9, PredictedTile(16, 64), {})), ""
+    )
+
+    def at(tokens: int) -> float:
+        return kernel.seconds(shape, Rows(tokens, 8, 8 * tokens, 60), H200) * 1e6
+
+    assert (at(64), at(65), at(128)) == pytest.approx((1, 2, 2))
+    assert at(129) == 0  # none takes it: the last
+    assert kernel.seconds(shape, Rows(4, 8, 0, 0), H200) == 0
+
+
+def test_a_tuned_layer_has_its_own_tiles_here_and_none_on_another_gpu(tmp_path: Path) -> None:
+    tuned = {(128, 768): ((8.0, PredictedTile(16, 64)), (ANY, PredictedTile(128, 128)))}
+    regimes = (Regime(ANY, None, {"waves": 1.0}), Regime(ANY, PredictedTile(16, 64), {"call": 5.0}))
+    kernel = KernelConstants("x", "h200", "bfloat16", regimes, "", tuned=tuned, least_waves=2)
+    rows = Rows(8, 8, 64, 52)
+    layer, other = ExpertsShape(2048, 768, 128), ExpertsShape(2048, 384, 128)
+    more = Rows(9, 8, 72, 52)
+    assert kernel.seconds(layer, rows, H200) > kernel.seconds(layer, more, H200)  # wider tiles
+    assert kernel.seconds(other, rows, H200) == pytest.approx(5e-6)
+    assert kernel.borrowed().seconds(layer, rows, H200) == pytest.approx(5e-6)
+    path = tmp_path / "mine.json"
+    write_constants(path, Constants((kernel,), {}))
+    assert read_constants(path).kernels == (kernel,)
