@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from leanmoe.kernels import route_cpu_unsupported, route_gpu_unsupported
@@ -21,9 +23,11 @@ from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from tests.conformance import loops
 from tests.conformance.cases import Case
 from tests.serve.sglang.test_patch import TopKConfig
-from tests.serve.stand_ins import FusedTopKRouter
+from tests.serve.stand_ins import FusedTopKRouter, install_context
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IS_INTERPRETED = DEVICE == "cpu"
+"""Whether Triton's programs run in its interpreter: a tenth of a second for a token."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class Implementation:
     unsupported: Callable[[Case], str | None]
     """Why it cannot route a case, in the words of the code itself where it has some."""
     examples: int
-    """Random cases that are tried: Triton's interpreter takes a tenth of a second for a token."""
+    """How many random cases are tried."""
     takes_steps: bool = True
-    """Whether it routes several steps at once."""
+    """Whether it routes several steps in one call."""
     repeats: bool = False
     """Whether a skipped slot names the token's best expert again, with weight 0."""
 
@@ -104,14 +108,17 @@ def by_triton(case: Case) -> Routing:
 
 
 def by_vllm(case: Case) -> Routing:
-    """vLLM's hook, with a stand-in of the router in whose place it works."""
+    """vLLM's hook, with stand-ins of the router in whose place it works and of vLLM's step."""
     stock = FusedTopKRouter()
     stock.e_score_correction_bias = case.bias_E  # type: ignore[attr-defined]
     fingerprint = Fingerprint("Model", 1, 1, case.experts, case.top_k)
     plan = Plan.uniform(fingerprint, case.rule)
     hook = VllmLayerRouting(stock, plan, 0, scope=scope_of(case))
     hook.__dict__["router"] = case.router
-    weights, ids = hook(torch.empty(len(case.logits_BTE), 1), case.logits_BTE, torch.int64)
+    step = SimpleNamespace(is_padding=case.padding_BT, dp_metadata=None)
+    with pytest.MonkeyPatch.context() as patch:
+        install_context(patch, step)
+        weights, ids = hook(torch.empty(len(case.logits_BTE), 1), case.logits_BTE, torch.int64)
     return Routing(ids, weights, None)
 
 
@@ -143,9 +150,7 @@ def _triton_unsupported(case: Case) -> str | None:
 
 
 def _vllm_unsupported(case: Case) -> str | None:
-    if is_plain(case.rule):
-        return "vLLM's own routing runs it"
-    return None if case.padding_BT is None else "vLLM's context of a step says what is padding"
+    return "vLLM's own routing runs it" if is_plain(case.rule) else None
 
 
 def _sglang_unsupported(case: Case) -> str | None:
@@ -162,11 +167,13 @@ def _sglang_unsupported(case: Case) -> str | None:
 
 
 IMPLEMENTATIONS = {
-    "loops": Implementation(by_loops, lambda _: None, 300),
-    "cpu": Implementation(by_cpu, _cpu_unsupported, 300),
-    "triton": Implementation(by_triton, _triton_unsupported, 10, takes_steps=False),
-    "vllm": Implementation(by_vllm, _vllm_unsupported, 60, takes_steps=False, repeats=True),
-    "sglang": Implementation(by_sglang, _sglang_unsupported, 60, takes_steps=False, repeats=True),
+    "loops": Implementation(by_loops, lambda _: None, 100),
+    "cpu": Implementation(by_cpu, _cpu_unsupported, 150),
+    "triton": Implementation(
+        by_triton, _triton_unsupported, 6 if IS_INTERPRETED else 100, takes_steps=False
+    ),
+    "vllm": Implementation(by_vllm, _vllm_unsupported, 40, takes_steps=False, repeats=True),
+    "sglang": Implementation(by_sglang, _sglang_unsupported, 40, takes_steps=False, repeats=True),
 }
 """By name. The reference itself is what the others are compared with; the loops are independent."""
 

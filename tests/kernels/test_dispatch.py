@@ -8,14 +8,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from leanmoe.kernels import ExpertWeights, choose_experts, experts_cpu, experts_reference
-from leanmoe.kernels import dispatch as choose_module
+from leanmoe.kernels import (
+    ExpertWeights,
+    choose_experts,
+    choose_router,
+    dispatch,
+    experts_cpu,
+    experts_gpu,
+    experts_reference,
+)
 from leanmoe.kernels.dispatch import repeat_best, route_ids, write_skipped
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routing import route
+from leanmoe.routing import ALONE, route
 from tests.conformance.cases import Case, cases
 from tests.kernels.layers import in_float64, random_layer
+from tests.kernels.triton.test_experts import DEVICE, on_device
 
 
 def test_kernel_where_it_can() -> None:
@@ -41,7 +49,7 @@ def test_reference_elsewhere_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_reference_when_packed_weights_do_not_fit_in_memory() -> None:
-    with patch.object(choose_module, "SHARE_OF_FREE_MEMORY", 0.0):
+    with patch.object(dispatch, "SHARE_OF_FREE_MEMORY", 0.0):
         choice = choose_experts(random_layer(), "cpu")
     assert choice.name == "reference"
     assert "are free" in choice.reason
@@ -92,3 +100,30 @@ def test_ids_for_engines_are_those_of_the_reference(skipped_id: int | None) -> N
     assert ids.dtype is torch.int32
     assert ids.tolist() == write_skipped(wanted.ids_BTK, 32, padding, skipped_id).tolist()
     torch.testing.assert_close(weights, wanted.weights_BTK, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [Rule(top_k=2), Rule(guaranteed=1), Rule(budget=3)], ids=str)
+@pytest.mark.parametrize("steps", [None, 1, 2])
+def test_one_step_runs_on_the_gpu_and_many_by_the_reference(rule: Rule, steps: int | None) -> None:
+    leading = () if steps is None else (steps,)
+    logits = torch.randn(*leading, 5, 16, generator=torch.Generator().manual_seed(1))
+    padding = torch.zeros(*leading, 5, dtype=torch.bool)
+    padding[..., 2] = True
+    choice = choose_router(logits.to(DEVICE), Router(), rule, device="cuda")
+    assert choice.name == ("reference" if steps == 2 else "gpu")
+    found = choice.function(logits.to(DEVICE), Router(), 4, rule, None, padding.to(DEVICE), ALONE)
+    wanted = route(logits, Router(), 4, rule, None, padding)
+    assert found.ids_BTK.shape == wanted.ids_BTK.shape
+    assert found.ids_BTK.sort(dim=-1)[0].tolist() == wanted.ids_BTK.sort(dim=-1)[0].tolist()
+    assert (found.over_budget_B is None) == (wanted.over_budget_B is None)
+    if found.over_budget_B is not None and wanted.over_budget_B is not None:
+        assert found.over_budget_B.tolist() == wanted.over_budget_B.tolist()
+
+
+def test_the_kernel_is_chosen_and_says_how_it_is_tuned() -> None:
+    weights = on_device(random_layer())
+    choice = choose_experts(weights, "cuda")
+    assert (choice.name, choice.function) == ("gpu", experts_gpu)
+    assert "a guess" in choice.reason
+    odd = ExpertWeights(weights.gate_up.double(), weights.down.double())
+    assert choose_experts(odd, "cuda").name == "reference"

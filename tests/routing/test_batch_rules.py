@@ -1,4 +1,4 @@
-"""Ballots, and which experts they wake."""
+"""What tokens demand, and which experts that activates."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_vote_too_small_to_count_is_still_a_vote() -> None:
     assert decided(ids, None, votes, Rule(budget=2))[0] == {0, 5}
 
 
-def test_no_tokens_wake_nobody() -> None:
+def test_no_tokens_activate_no_expert() -> None:
     ids = torch.empty(0, 4, dtype=torch.int64)
     rule = Rule(guaranteed=2, budget=3, budget_per_rank=2)
     assert decided(ids, None, torch.empty(0, 4), rule) == (set(), False)

@@ -11,7 +11,7 @@ from leanmoe import Plan, Rule, apply
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.work import count_work
 from leanmoe.plan.placement import Placement
-from leanmoe.runtime import find_layers, hidden_before, resume_from, shape_of
+from leanmoe.runtime import find_layers, has_kernel, shape_of
 from tests.runtime.families import CONFIGS, TOP_K_KEY, build
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -120,7 +120,7 @@ def test_a_budget_per_rank_wants_to_know_the_ranks(caplog: pytest.LogCaptureFixt
         pass
 
 
-def test_two_plans_at_once_are_refused() -> None:
+def test_a_second_plan_is_refused() -> None:
     model = build("qwen3_moe")
     plan = Plan(shape_of(model).fingerprint())
     with (
@@ -141,7 +141,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES[:4], ids=str)
-def test_padding_changes_nothing_and_wakes_nobody(rule: Rule) -> None:
+def test_padding_changes_nothing_and_activates_no_expert(rule: Rule) -> None:
     model = build("deepseek_v3")
     plan = Plan.uniform(shape_of(model).fingerprint(), rule)
     real = ids(1, 6)
@@ -223,12 +223,34 @@ def test_generate_under_a_plan_is_greedy_decoding_of_the_planned_model() -> None
     assert torch.equal(planned, fewer.generate(ids(2, 6), **settings))
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "gpt_oss"])
-def test_resuming_gives_the_logits_of_the_whole_model(family: str) -> None:
-    model = build(family)
-    kept = hidden_before(model, ids(), [1, 2])
-    stock = logits(model)
-    for index, hidden in kept.items():
-        with resume_from(model, index, hidden):
-            assert torch.equal(logits(model), stock)
-    assert torch.equal(logits(model), stock)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+GPU_FAMILIES = ("deepseek_v3", "qwen3_moe", "olmoe", "mixtral", "gpt_oss")
+GPU_RULES = (Rule(), Rule(top_k=2, keep_weights=True), Rule(guaranteed=1), Rule(budget=3))
+
+
+@needs_gpu
+@pytest.mark.parametrize("rule", GPU_RULES, ids=str)
+@pytest.mark.parametrize("family", GPU_FAMILIES)
+def test_our_kernels_give_what_the_stock_experts_give(family: str, rule: Rule) -> None:
+    model = build(family).cuda()
+    plan = Plan.uniform(shape_of(model).fingerprint(), rule)
+    inputs = ids(3, 9).cuda()
+    with apply(model, plan):
+        wanted = logits(model, input_ids=inputs)
+    with apply(model, plan, experts="leanmoe") as applied:
+        found = logits(model, input_ids=inputs)
+    assert has_kernel(model)
+    assert applied.implementation == "leanmoe gpu"
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-4)
+
+
+@needs_gpu
+def test_a_reply_in_bfloat16_is_the_same_each_time() -> None:
+    """Prompt, cache and decoding steps of one token, greedy."""
+    model = build("qwen3_moe").to(torch.bfloat16).cuda()
+    plan = Plan.uniform(shape_of(model).fingerprint(), Rule(guaranteed=2))
+    with apply(model, plan, experts="leanmoe"):
+        prompts = ids(2, 6).cuda()
+        replies = [model.generate(prompts, max_new_tokens=8, do_sample=False) for _ in range(2)]
+    assert replies[0].shape == (2, 14)
+    assert torch.equal(*replies)

@@ -1,7 +1,7 @@
 """Which experts a token gets: pure tensor functions of router logits, a rule and a padding mask.
 
-Letters: B independent forward steps (may be absent), T tokens in a step, E experts, K slots a
-token, G groups of experts. An id equal to E is a skipped slot; its weight is 0.
+Shape suffixes: B independent forward steps (may be absent), T tokens in a step, E experts, K slots
+a token, G groups of experts. An id equal to E is a skipped slot; its weight is 0.
 """
 
 from leanmoe.routing.batch_rules import ALONE, BatchScope

@@ -1,11 +1,10 @@
-"""Which experts a whole step may wake: `guaranteed` and the budgets, where tokens share experts.
+"""Which experts a whole step may activate: `guaranteed` and the budgets.
 
-First the step's tokens cast a ballot, then the ballot alone decides. Ballots add up: the sum of
-several ranks' is that of all their tokens, and gives each of them the same decision.
+First the step's tokens state their demand for each expert, then the demand alone decides. Demand
+adds up: the sum over several ranks is that of all their tokens, and each rank decides the same.
 
-Letters: B independent steps (may be absent), T tokens, E experts, K slots a token, R ranks, L
-experts of a rank. Slots come best first; `kept` is False for slots that wake nobody (padding,
-dropped by threshold or top_p), and None where every slot counts.
+Slots come best first; `kept` is False for slots without demand (padding, or dropped by threshold
+or top_p), and None where every slot counts. R ranks; L here counts the experts of a rank.
 """
 
 from __future__ import annotations
@@ -20,12 +19,10 @@ from torch.nn import functional
 
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.routing.scores import (
-    lower_first,
-)
+from leanmoe.routing.scores import lower_first
 
 BEST, GUARANTEED, VOTES = range(3)
-"""Rows of a ballot (B,3,E), int64: tokens whose best an expert is, tokens that guarantee it, and
+"""Rows of the demand (B,3,E), int64: tokens whose best an expert is, tokens that guarantee it, and
 the sum of its votes."""
 _UNIT = 1 << 32
 """Votes are added as whole numbers of 1/_UNIT: the order of the tokens cannot change a sum."""
@@ -35,13 +32,13 @@ _BEST = 1 << 62
 
 @dataclass(frozen=True)
 class BatchScope:
-    """With whom the tokens of a step share experts, and where the experts are."""
+    """Whose tokens a batch-aware rule counts, and which rank holds each expert."""
 
     placement: Placement | None = None
     """None: one rank has all experts."""
     exchange: Callable[[Tensor], Tensor] | None = None
-    """Makes of a step's ballot (B,3,E) that of the tokens of all ranks; it is called for each step,
-    also one without tokens. None: the step's own tokens are all there are."""
+    """Adds up the demand (B,3,E) of all ranks' tokens; it is called in each step, also in one
+    without tokens. None: the step's own tokens are all there are."""
 
     @property
     def ranks(self) -> int:
@@ -60,7 +57,7 @@ def count_demand(
     guaranteed: int | None = None,
     votes_BTK: Tensor | None = None,
 ) -> Tensor:
-    """What a step's tokens say of the experts (B,3,E), as `BEST`, `GUARANTEED` and `VOTES` have it.
+    """The demand (B,3,E) of a step's tokens, with the rows `BEST`, `GUARANTEED` and `VOTES`.
 
     `votes_BTK`, 0 to 1, are how much a slot matters to its token. Rows that are not asked for stay
     0: the shape is the same for any rule, and for no tokens.
@@ -84,18 +81,18 @@ def count_demand(
 def select_active_experts(
     demand_B3E: Tensor, rule: Rule, placement: Placement | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The experts (B,E) a step may wake, and (B) whether a budget is too small for it.
+    """The experts (B,E) that a step may activate, and (B) whether a budget is too small for it.
 
-    `guaranteed`: those that some token guarantees. Phase 1 of OEA (arXiv 2511.02237, algorithm 1):
-    whatever else a token uses must be awake for someone (phase 2, `route`).
+    `guaranteed` activates what some token guarantees: phase 1 of OEA (arXiv 2511.02237, algorithm
+    1). A token fills its other slots from these (phase 2, in `route`).
 
-    `budget` and `budget_per_rank`: greedy by the total of the votes that an expert gets (XShare,
-    arXiv 2602.07265; Lynx, arXiv 2411.08982), after every token's best, which always stays; an
-    expert whose rank is full is passed over. Where the bests alone are more than a budget, in all
-    or on a rank, they are what is awake there, and the second result says so. Equal totals: the
-    lower id first. Nobody is woken without a vote, so fewer may be awake.
+    `budget` and `budget_per_rank` activate greedily by the sum of an expert's votes (XShare, arXiv
+    2602.07265; Lynx, arXiv 2411.08982), after every token's best, which always stays; an expert
+    whose rank is full is passed over. Where the bests alone exceed a budget, in all or on a rank,
+    they alone are active there, and the second result says so. Equal sums: the lower id first. An
+    expert without a vote is never active, so fewer than the budget may be.
 
-    With both kinds the candidates are the guaranteed ones, and the budget prevails.
+    With both kinds the guaranteed experts are the candidates, and the budget prevails.
     """
     guaranteed_BE = demand_B3E[..., GUARANTEED, :] > 0
     if not rule.has_budget:

@@ -1,7 +1,4 @@
-"""Gate weights of the experts a token uses, normalised and scaled as its family does it.
-
-Letters: B independent steps (may be absent), T tokens, E experts, K slots a token.
-"""
+"""Gate weights of the experts a token uses, normalised and scaled as its family does it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Router logits and a rule to expert ids and weights: the order in which a rule's fields apply.
-
-Letters: B independent steps (may be absent), T tokens in a step, E experts, K slots a token.
-"""
+"""Router logits and a rule to expert ids and weights: the order in which a rule's fields apply."""
 
 from __future__ import annotations
 
@@ -62,9 +59,9 @@ def route(
         top_k: the model's own number of experts a token.
         rule: one that `Rule.check` accepts for the model.
         bias_E: the ranking bias, for routers that have one.
-        padding_BT: True for tokens that are padding: they use no expert and wake none.
-        company: which ranks the experts are on, for `budget_per_rank`, and how to hear of tokens
-            on other ranks. A rule without `guaranteed` or a budget asks for neither.
+        padding_BT: True for tokens that are padding: they use no expert and activate none.
+        scope: which ranks the experts are on, for `budget_per_rank`, and how to learn of tokens
+            on other ranks. A rule that is not batch-aware needs neither.
 
     The fields apply in the plan's order:
 
@@ -73,10 +70,10 @@ def route(
     2. `top_k`: the token's best that many. An empty rule, or one with `top_k` alone, computes what
        the family computes with that k, in the same operations.
     3. `threshold` and `top_p` drop some of these; how many are left is what the token wants.
-    4. `guaranteed`, `budget` and `budget_per_rank` decide which experts are awake in the step. A
-       token keeps those of its slots whose experts are awake and fills the number it wants with
-       the awake experts that follow in its own ranking, however far down it (OEA's algorithm 1
-       sets no lowest rank), so it may use experts beyond its own top-k; with too few awake its
+    4. `guaranteed`, `budget` and `budget_per_rank` decide which experts are active in the step. A
+       token keeps those of its slots whose experts are active and fills the number it wants with
+       the active experts that follow in its own ranking, however far down it (OEA's algorithm 1
+       sets no lowest rank), so it may use experts beyond its own top-k; with too few active its
        last slots are skipped. With both, the candidates for the budget are the guaranteed ones,
        and the budget prevails over all of a token's guaranteed experts but its best. Equal
        rankings: lower id first.
@@ -87,7 +84,7 @@ def route(
     if slots == 0:
         return _nothing(logits_BTE)
     scores = score(logits_BTE, router, bias_E, rule.experts)
-    full = _full_gates(scores, top_k, router) if rule.keep_weights else None
+    full = full_gates(scores, top_k, router) if rule.keep_weights else None
     kept: Tensor | None
     over_budget = None
     if rule.is_batch_aware:
@@ -108,7 +105,7 @@ def route(
     return Routing(ids, weights, over_budget)
 
 
-def _full_gates(scores: Scores, top_k: int, router: Router) -> Tensor:
+def full_gates(scores: Scores, top_k: int, router: Router) -> Tensor:
     """Gates of a token's best `top_k` experts among those it may use; nothing for the missing."""
     slots = min(top_k, scores.ranking_BTE.shape[-1])
     ranked, ids = scores.ranking_BTE.topk(slots, dim=-1)
@@ -156,7 +153,7 @@ def _shared(
     padding_BT: Tensor | None,
     scope: BatchScope,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids of the slots a token fills from the experts awake in its step, and which of them."""
+    """Ids of the slots a token fills from the active experts of its step, and which of them."""
     experts = scores.ranking_BTE.shape[-1]
     keys_BTE = order_keys(scores.ranking_BTE)
     first_BTK, ids_BTK = keys_BTE.topk(slots, dim=-1)
@@ -177,12 +174,12 @@ def _shared(
         demand_B3E = scope.exchange(demand_B3E)
     active_BE, over_budget = select_active_experts(demand_B3E, rule, scope.placement)
     usable_BTE = keys_BTE.masked_fill(~active_BE.unsqueeze(-2), NOT_USABLE)
-    found_BTK, found_ids_BTK = usable_BTE.topk(slots, dim=-1)
-    filled_BTK = is_usable(found_BTK, experts)
+    filled_keys_BTK, filled_ids_BTK = usable_BTE.topk(slots, dim=-1)
+    filled_BTK = is_usable(filled_keys_BTK, experts)
     if kept_BTK is not None:
         place_K = torch.arange(slots, device=ids_BTK.device)
         filled_BTK = filled_BTK & (place_K < kept_BTK.sum(dim=-1, keepdim=True))
-    return found_ids_BTK, filled_BTK, over_budget
+    return filled_ids_BTK, filled_BTK, over_budget
 
 
 def _wanted(

@@ -1,13 +1,8 @@
-"""Router logits to gates (what an expert weighs) and ranking (what decides who is picked).
+"""Router logits to gates (what an expert weighs) and ranking (what decides which are picked).
 
-Letters: B independent steps (may be absent), T tokens, E experts, G groups of experts.
-
-A token's experts in one definite order: by ranking, equal ones by lower id.
-
-torch.topk breaks ties as it likes, differently on each device. A token on its own may follow the
-family's own call there; tokens that share experts must agree on who comes first.
-
-Letters: B independent steps (may be absent), T tokens, E experts.
+`order_keys` puts a token's experts in one definite order: by ranking, equal ones by lower id.
+torch.topk breaks ties differently on each device. A token on its own may follow the family's own
+call there; under a batch-aware rule all tokens must agree on which expert comes first.
 """
 
 from __future__ import annotations
@@ -45,7 +40,7 @@ def score(
     remaining ones.
 
     The bias ranks and does not weigh (DeepSeek-V3 report, section 2.1.2). Group limits follow
-    DeepSeek-V2 (a group is as good as its best expert) or V3 (as its best two together).
+    DeepSeek-V2 (a group is as good as its best expert) or V3 (as its best two added up).
     """
     dtype = score_dtype(router, logits_BTE)
     if router.scoring == "softmax_after_top_k":
@@ -119,7 +114,7 @@ def _limit_groups(ranking_BTE: Tensor, router: Router, some_pruned: bool) -> Ten
 
 
 NOT_USABLE = torch.iinfo(torch.int64).min
-"""A key below every other: the expert is asleep."""
+"""A key below every other: the expert is not active."""
 _LOWEST_BITS = -2139095040  # what `_ordered_bits` makes of the smallest finite float32
 _FIRST = 1 << 50  # above every key: int32 bits x experts
 
@@ -143,7 +138,7 @@ def lower_first(experts: int, device: torch.device) -> Tensor:
 
 
 def is_usable(keys: Tensor, experts: int) -> Tensor:
-    """True where a key belongs to an expert the token may use (ranking above -inf, awake)."""
+    """True where a key belongs to an expert the token may use (active, and ranked above -inf)."""
     return keys >= _LOWEST_BITS * experts
 
 

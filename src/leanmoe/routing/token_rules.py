@@ -1,8 +1,6 @@
 """Which of a token's own best experts it keeps: `threshold` and `top_p`.
 
 Both look at the gates of the token's picked slots, best ranked first.
-
-Letters: B independent steps (may be absent), T tokens, K slots a token.
 """
 
 from __future__ import annotations

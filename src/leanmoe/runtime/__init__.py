@@ -1,7 +1,7 @@
 """A plan at work inside a Transformers model: where models, routing and kernels meet.
 
-Letters: N sequences, L tokens of each in a forward call, T = N x L tokens, E experts, K slots a
-token, D hidden width, B independent forward steps, B sequences that decode together.
+Shape suffixes: S sequences, N tokens of each in a forward call, T = S x N tokens, E experts, K
+slots a token, D hidden width, B independent forward steps.
 """
 
 from leanmoe.runtime.apply import Applied, apply, has_kernel, served_experts

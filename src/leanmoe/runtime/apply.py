@@ -17,12 +17,7 @@ from leanmoe.plan import Plan
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import BatchScope
 from leanmoe.runtime.counts import RoutingCounts
-from leanmoe.runtime.model import (
-    MoELayer,
-    find_layers,
-    router_logits,
-    shape_of,
-)
+from leanmoe.runtime.model import MoELayer, find_layers, router_logits, shape_of
 from leanmoe.runtime.routing import (
     Experts,
     FastRouter,
@@ -53,7 +48,7 @@ class Applied:
 
 @dataclass
 class _Call:
-    """What is known of the forward call that is running."""
+    """The forward call that is running: its parts, which logits are read, and each layer's own."""
 
     parts: tuple[StepPart, ...] | None = None
     read: Any = None
@@ -80,8 +75,8 @@ def apply(
         plan: an empty plan leaves the model's output as it is, bit for bit.
         experts: "stock" keeps the model's experts implementation; "leanmoe" uses our kernels.
         decode_batch: for scoring whole sequences: every position of every `decode_batch`
-            sequences is a decode step of its own, so rules that depend on a token's company see
-            the company of a service at that concurrency.
+            sequences is a decode step of its own, so batch-aware rules see as many tokens as in a
+            service at that concurrency.
         prompt_tokens: for scoring whole sequences: the first so many tokens of each are a
             prompt, whose predictions are not read. Not set: a call says so itself by asking for
             few logits (`logits_to_keep`), as `generate` and continuous batching do.

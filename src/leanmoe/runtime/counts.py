@@ -35,7 +35,7 @@ class RoutingCounts:
 
     @property
     def distinct_per_step(self) -> float:
-        """Mean distinct experts a step woke."""
+        """Mean distinct experts that a step activated."""
         return self.distinct / max(self.steps, 1)
 
     def to_json(self) -> dict[str, Any]:

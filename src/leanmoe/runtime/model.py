@@ -100,11 +100,11 @@ class MoELayer:
         if router.ranking_bias is None:
             return None
         for module in (self.router, self.block):
-            found: object = module
+            bias: object = module
             for name in router.ranking_bias.split("."):
-                found = getattr(found, name, None)
-            if isinstance(found, Tensor):
-                return found.reshape(-1)
+                bias = getattr(bias, name, None)
+            if isinstance(bias, Tensor):
+                return bias.reshape(-1)
         raise LeanMoeError(
             f"{self.name} has no {router.ranking_bias}: this family's router has one"
         )
@@ -160,10 +160,10 @@ def find_layers(model: Any) -> tuple[MoELayer, ...]:
                 layers.append(
                     MoELayer(len(layers), index, f"layers.{index}.{name}", router, experts, block)
                 )
-    found = tuple(layer.decoder_index for layer in layers)
-    if found != shape.moe_layers:
+    indices = tuple(layer.decoder_index for layer in layers)
+    if indices != shape.moe_layers:
         raise LeanMoeError(
-            f"{shape.architecture}: MoE layers were found at {list(found)}, "
+            f"{shape.architecture}: MoE layers were found at {list(indices)}, "
             f"but its config says {list(shape.moe_layers)}: this family cannot be run yet"
         )
     return tuple(layers)
@@ -231,7 +231,7 @@ def _pass_on(layer: MoELayer, sink: Sink) -> Callable[[nn.Module, Any, Any], Non
 
 @contextmanager
 def keep_hidden(model: Any, decoder_indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Fills the yielded mapping with the hidden states [N,L,D] that enter these decoder layers."""
+    """Fills the yielded mapping with the hidden states [S,N,D] that enter these decoder layers."""
     layers = decoder_layers(model)
     kept: dict[int, Tensor] = {}
     with ExitStack() as hooks:
@@ -245,7 +245,7 @@ def keep_hidden(model: Any, decoder_indices: Sequence[int]) -> Iterator[dict[int
 def hidden_before(
     model: Any, input_ids_SN: Tensor, decoder_indices: Sequence[int]
 ) -> dict[int, Tensor]:
-    """The hidden states [N,L,D] that enter these decoder layers for these tokens."""
+    """The hidden states [S,N,D] that enter these decoder layers for these tokens."""
     with keep_hidden(model, decoder_indices) as kept:
         model(input_ids=input_ids_SN, use_cache=False, logits_to_keep=1)
     return kept
@@ -255,7 +255,7 @@ def hidden_before(
 def resume_from(model: Any, decoder_index: int, hidden_SND: Tensor) -> Iterator[None]:
     """Makes `model`'s forward start at decoder layer `decoder_index` with these hidden states.
 
-    The layers before it return at once; masks and position embeddings are the model's own, so
+    The layers before it do nothing; masks and position embeddings are the model's own, so
     the logits are those of the whole forward, bit for bit. Scoring calls only (no cache).
     """
     layers = decoder_layers(model)

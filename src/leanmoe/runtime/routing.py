@@ -1,16 +1,9 @@
 """The experts of every token of a call, each part of it under its own rules.
 
-Letters: T tokens of the call, E experts, K slots a token.
-
-Which function routes: the reference, or a kernel where one can.
-
-Our own routing in place of a router module's, where it is sure to be the same.
-
-A router is a linear layer and a choice among its outputs. The choice, in plain torch operations,
-takes longer than the chosen experts of a small model do. Where a module's logits turn out to be
-its weight times the hidden states, and our choice the module's own, on a probe, ours stands in.
-
-Letters: T tokens, E experts, K slots a token, D hidden width.
+`LayerRouting` chooses them, by the reference or by a kernel where one can. `FastRouter` stands in
+for a router module: a linear layer and a choice among its outputs, which in plain torch operations
+takes longer than the chosen experts of a small model. It does so only where, on a probe, the
+module's logits are its weight times the hidden states and our choice is the module's own.
 """
 
 from __future__ import annotations
@@ -30,11 +23,14 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.routing import ALONE, BatchScope, Routing, route
 from leanmoe.runtime.counts import RoutingCounts
-from leanmoe.runtime.model import (
-    MoELayer,
-)
+from leanmoe.runtime.model import MoELayer
 from leanmoe.runtime.step import StepPart
 
+PROBE_TOKENS = 5
+
+logger = logging.getLogger(__name__)
+Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Logits (T,E) to ids and weights (T,K)."""
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 Observe = Callable[[int, Tensor, Tensor], None]
 """Called with a layer's number and a step's ids and weights (T,K), which it must not change."""
@@ -175,13 +171,6 @@ def without_skipped(
     return out_TD
 
 
-PROBE_TOKENS = 5
-
-logger = logging.getLogger(__name__)
-Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Logits (T,E) to ids and weights (T,K)."""
-
-
 @dataclass(frozen=True)
 class FastRouter:
     """How one router module makes its logits, and what its forward returns."""
@@ -229,11 +218,11 @@ def fast_router(layer: MoELayer, router: Router, top_k: int) -> FastRouter | Non
         return None
     logits_TE, weights_TK, ids_TK = (output[place] for place in places)
     for dtype in (torch.float32, weight.dtype):
-        found = FastRouter(module, dtype, weights_TK.dtype, places)
-        ours_TE = found.logits(probe_TD)
+        stand_in = FastRouter(module, dtype, weights_TK.dtype, places)
+        ours_TE = stand_in.logits(probe_TD)
         same = ours_TE.dtype is logits_TE.dtype and torch.equal(ours_TE, logits_TE)
         if same and _chooses_alike(ours_TE, ids_TK, weights_TK, layer, router, top_k):
-            return found
+            return stand_in
     logger.info("%s: its router is not one we know to replace; it runs as it is", layer.name)
     return None
 

@@ -68,7 +68,7 @@ def test_all_tokens_on_one_expert_twice(expert: int) -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_skipped_slots_and_sleeping_experts_leak_nothing() -> None:
+def test_skipped_slots_and_unused_experts_leak_nothing() -> None:
     weights = random_layer()
     hidden_TD, _, weights_TK = random_call(weights, tokens=5, slots=2)
     ids_TK = torch.tensor([[0, 6], [6, 6], [2, 0], [6, 6], [6, 2]])
@@ -167,7 +167,7 @@ def test_weights_that_change_are_noticed() -> None:
     assert_close(experts_cpu(*call, same_tensors).double(), wanted_TD, **NEAR)
 
 
-def test_runs_in_several_threads_at_once_and_in_inference_mode() -> None:
+def test_runs_in_several_threads_and_in_inference_mode() -> None:
     weights = random_layer(experts=32)
     calls = [random_call(weights, tokens, slots=4) for tokens in (3, 30, 90)]
     wanted = [experts_cpu(*call, weights) for call in calls]
@@ -179,10 +179,10 @@ def test_runs_in_several_threads_at_once_and_in_inference_mode() -> None:
                 if not torch.equal(experts_cpu(*calls[number], weights), wanted[number]):
                     wrong.append(number)
 
-    decode_batch = [threading.Thread(target=work, args=(n,)) for n in range(3)]
-    for thread in decode_batch:
+    running = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in running:
         thread.start()
-    for thread in decode_batch:
+    for thread in running:
         thread.join()
     assert not wrong
 

@@ -1,4 +1,4 @@
-"""build_work_list against the reference: the same rows in the same blocks, in any order."""
+"""build_expert_blocks against the reference: the same rows in the same blocks, in any order."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ def test_the_same_bits_every_time() -> None:
         assert all(torch.equal(first, run(call, weights, config)) for _ in range(2))
 
 
-def test_a_expert_blocks_made_before_is_used() -> None:
+def test_expert_blocks_made_before_are_used() -> None:
     layer = random_layer()
     weights, call = on_device(layer), random_call(layer, 20, 3)
     hidden, ids, gates = (t.to(DEVICE) for t in call)

@@ -1,8 +1,6 @@
-"""route_gpu: the programs against `route` and the blocks against its reference."""
+"""route_gpu beyond tests/conformance: blocks, ids for engines, experts on several ranks."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.dispatch import repeat_best, write_skipped
 from leanmoe.kernels.triton.router import (
+    MOST_TOKENS_OF_ALL,
     RoutedGpu,
     route_gpu,
     route_gpu_ids,
@@ -19,9 +18,9 @@ from leanmoe.kernels.triton.router import (
 )
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routing import route
+from leanmoe.plan.placement import Placement
+from leanmoe.routing import BatchScope, route
 from tests.conformance.cases import ROUTERS, Case, cases
-from tests.conformance.test_implementations import is_clear
 from tests.kernels.triton.routed import (
     DEVICE,
     check_blocks,
@@ -35,8 +34,15 @@ from tests.kernels.triton.routed import (
     there,
 )
 
-FEW = settings(deadline=None, max_examples=25)
+FEW = settings(deadline=None, max_examples=12)
 """The interpreter takes a tenth of a second for a token."""
+PLACEMENTS = (
+    Placement.linear(32, 2),
+    Placement.linear(32, 5),
+    Placement.round_robin(32, 4),
+    Placement((2, 0) * 16, 3),
+)
+"""The last has a rank without experts."""
 RULES = [
     Rule(top_k=3),
     Rule(threshold=0.4),
@@ -50,19 +56,9 @@ RULES = [
 ]
 
 
-@given(cases(hostile=False))
-@FEW
-def test_the_same_experts_and_weights_as_the_reference(drawn: Case) -> None:
-    case = one_step(drawn)
-    assume(is_clear(case))
-    found = run(case)
-    check_same(found, expected(case), case.experts)
-    check_blocks(found, case.experts)
-
-
 @pytest.mark.parametrize("rule", [Rule(threshold=0.5, guaranteed=g) for g in (1, 2)])
 def test_what_a_threshold_keeps_comes_before_others_whatever_ranks_higher(rule: Rule) -> None:
-    """With a bias a token's best by rank may fall to the threshold, and others keep it awake."""
+    """With a bias a token's best by rank may fall to the threshold, and others keep it active."""
     generator = torch.Generator().manual_seed(0)
     router = Router("sigmoid", "bias", True, 1e-20, 2.5)
     logits_TE = torch.randn(40, 32, generator=generator)
@@ -74,39 +70,10 @@ def test_what_a_threshold_keeps_comes_before_others_whatever_ranks_higher(rule: 
     assert (wanted.ids_BTK[:, :2].sort()[0] != by_rank.ids_BTK[:, :2].sort()[0]).any()
 
 
-@given(cases())
-@FEW
-def test_hostile_scores_keep_every_promise(drawn: Case) -> None:
-    case = one_step(drawn)
-    found = run(case, block_rows=2)
-    used = found.ids_TK < case.experts
-    assert bool((found.weights_TK[~used] == 0).all())
-    assert bool(found.weights_TK.isfinite().all())
-    for token in found.ids_TK.tolist():
-        active = [expert for expert in token if expert < case.experts]
-        assert len(set(active)) == len(active)
-        assert token == active + [case.experts] * (len(token) - len(active))
-        assert case.rule.experts is None or set(active) <= set(case.rule.experts)
-    if case.padding_BT is not None:
-        assert not bool(used[case.padding_BT].any())
-    if case.rule.budget is not None:
-        distinct = len(set(found.ids_TK[used].tolist()))
-        assert bool(found.over_budget) or distinct <= case.rule.budget
-    check_blocks(found, case.experts)
-
-
-@given(cases())
-@FEW
-def test_logits_that_rank_as_they_are_give_the_reference_bit_for_bit(drawn: Case) -> None:
-    guaranteed = drawn.rule.guaranteed or 1  # then the reference breaks ties by the lower id too
-    rule = Rule(drawn.rule.top_k, guaranteed=guaranteed, experts=drawn.rule.experts)
-    case = one_step(replace(drawn, name="softmax after top-k", bias_E=None, rule=rule))
-    assert run(case).ids_TK.tolist() == expected(case).ids_BTK.tolist()
-
-
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("name", ROUTERS)
-def test_every_rule_with_every_router(name: str, rule: Rule) -> None:
+def test_the_blocks_are_those_of_the_ids(rule: Rule) -> None:
+    """Each rule with another router: tests/conformance has every pair."""
+    name = list(ROUTERS)[RULES.index(rule) % len(ROUTERS)]
     logits, bias = draw(9, 32)
     case = Case(
         name, logits, bias if ROUTERS[name].ranking_bias else None,
@@ -147,16 +114,6 @@ def test_equal_votes_go_to_the_lower_id(budget: int) -> None:
     check_same(found, route(logits, router, 2, rule), 32)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("rule", [Rule(top_k=2), Rule(guaranteed=2), Rule(budget=5)], ids=str)
-def test_nan_in_a_token_is_nan_in_its_weights_and_in_no_other(name: str, rule: Rule) -> None:
-    logits, bias = draw(4, 32)
-    logits[1, 7] = float("nan")
-    bias_E = bias if ROUTERS[name].ranking_bias else None
-    weights = route_here(logits, ROUTERS[name], 4, rule, bias_E).weights_TK
-    assert weights.isnan().any(dim=-1).tolist() == [False, True, False, False]
-
-
 @pytest.mark.parametrize("rule", [Rule(), Rule(guaranteed=1), Rule(budget=3)], ids=str)
 def test_one_call_leaves_nothing_to_the_next(rule: Rule) -> None:
     for seed in range(3):
@@ -167,7 +124,7 @@ def test_one_call_leaves_nothing_to_the_next(rule: Rule) -> None:
         check_blocks(found, 32)
 
 
-def spelled_by_repeating(found: RoutedGpu, experts: int, padding_T: Tensor | None) -> Tensor:
+def repeated_ids(found: RoutedGpu, experts: int, padding_T: Tensor | None) -> Tensor:
     """The ids of `route_gpu`, each skipped slot the token's best, or the first token's."""
     best_T1 = found.ids_TK[:, :1]
     fallback = torch.where(best_T1 < experts, best_T1, 0)
@@ -181,14 +138,14 @@ def check_repeating(case: Case) -> None:
     ids_TK, weights_TK = repeating_here(*arguments)
     wanted = run(case)
     assert ids_TK.dtype is torch.int32
-    expected_ids = spelled_by_repeating(wanted, case.experts, case.padding_BT)
+    expected_ids = repeated_ids(wanted, case.experts, case.padding_BT)
     assert ids_TK.tolist() == expected_ids.tolist()
     assert weights_TK.tolist() == wanted.weights_TK.tolist()
 
 
 @given(cases(hostile=False))
 @FEW
-def test_repeating_spells_skipped_slots_by_experts_that_are_active(drawn: Case) -> None:
+def test_skipped_slots_repeat_experts_that_are_active(drawn: Case) -> None:
     case = one_step(drawn)
     if case.padding_BT is not None:  # else the first token has no routing of its own
         assume(not bool(case.padding_BT[:1].any()))
@@ -260,3 +217,121 @@ def test_ids_for_engines_pass_over_the_same_slots(drawn: Case) -> None:
         assert ids.dtype is torch.int32
         assert ids.tolist() == wanted.tolist()
         torch.testing.assert_close(weights, plain.weights_TK, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=["2", "5", "4 in turn", "one is empty"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(budget_per_rank=1),
+        Rule(budget_per_rank=4),
+        Rule(budget_per_rank=3, budget=7),
+        Rule(budget_per_rank=5, guaranteed=2, threshold=0.2),
+        Rule(budget_per_rank=3, experts=tuple(range(2, 30)), keep_weights=True),
+        Rule(budget_per_rank=32),
+    ],
+    ids=str,
+)
+def test_budgets_per_rank_are_those_of_the_reference(rule: Rule, placement: Placement) -> None:
+    for seed, (tokens, name) in enumerate(
+        ((1, "softmax"), (9, "softmax, normalised"), (24, "sigmoid with a bias"))
+    ):
+        logits, bias = draw(tokens, 32, seed)
+        bias_E = bias if ROUTERS[name].ranking_bias else None
+        padding = torch.arange(tokens) % 5 == 4
+        arguments = (logits, ROUTERS[name], 4, rule, bias_E, padding)
+        found = route_here(*arguments, placement)
+        check_same(found, route(*arguments, BatchScope(placement)), 32)
+        check_blocks(found, 32)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 5, 8, 16])
+def test_equal_votes_on_a_rank_go_to_the_lower_id(budget: int) -> None:
+    logits = torch.zeros(8, 32)
+    for token in range(8):
+        logits[token, 3 * token], logits[token, 31 - token] = 4.0, 3.0
+    rule, router = Rule(budget_per_rank=budget), ROUTERS["softmax after top-k"]
+    for placement in PLACEMENTS:
+        found = route_here(logits, router, 2, rule, None, None, placement)
+        check_same(found, route(logits, router, 2, rule, scope=BatchScope(placement)), 32)
+
+
+@pytest.mark.parametrize(
+    "rule", [Rule(guaranteed=1), Rule(budget=7, guaranteed=3), Rule(budget_per_rank=4)], ids=str
+)
+@pytest.mark.parametrize("own", [0, 1, 6])
+def test_tokens_of_other_ranks_count_as_in_one_step_with_them(own: int, rule: Rule) -> None:
+    logits, _ = draw(12, 32)
+    placement, router = PLACEMENTS[0], ROUTERS["softmax, normalised"]
+    wanted = route(logits, router, 4, rule, scope=BatchScope(placement))
+    demands: list[Tensor] = []
+
+    def listen(demand_3E: Tensor) -> Tensor:
+        demands.append(demand_3E)
+        return demand_3E
+
+    route(logits[own:], router, 4, rule, scope=BatchScope(placement, listen))
+
+    def add(demand_3E: Tensor) -> Tensor:
+        return demand_3E + demands[0].to(demand_3E.device)
+
+    for _ in range(2):  # the second finds nothing that the first left
+        found = route_here(logits[:own], router, 4, rule, None, None, placement, add)
+        assert found.ids_TK.sort(dim=-1)[0].tolist() == wanted.ids_BTK[:own].sort(-1)[0].tolist()
+        if own:
+            assert bool(found.over_budget) == bool(wanted.over_budget_B)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [Rule(guaranteed=1), Rule(budget=7, guaranteed=2), Rule(budget=5), Rule(budget_per_rank=4)],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_as_many_tokens_of_other_ranks_as_there_may_be(rule: Rule, seed: int) -> None:
+    """Counts and votes of 2^18 tokens, as the kernel's own word could not hold them."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, _ = draw(6, 32, seed)
+    placement, router = PLACEMENTS[0], ROUTERS["softmax, normalised"]
+    others, unit = MOST_TOKENS_OF_ALL - 6, 1 << 32
+    demand_3E = torch.zeros(3, 32, dtype=torch.int64)
+    demand_3E[0, seed] = others
+    demand_3E[1, 2:12] = torch.randint(1, others, (10,), generator=generator)
+    demand_3E[2, :16] = torch.randint(0, others * (unit + 1), (16,), generator=generator)
+    demand_3E[2, 16:19] = others * (unit + 1)
+    demand_3E[2, 19:22] = 1
+
+    def add(own: Tensor) -> Tensor:
+        return own + demand_3E.to(own.device)
+
+    wanted = route(logits, router, 4, rule, scope=BatchScope(placement, add))
+    for _ in range(2):
+        found = route_here(logits, router, 4, rule, None, None, placement, add)
+        check_same(found, wanted, 32)
+
+
+@pytest.mark.parametrize(
+    "rule", [Rule(guaranteed=1), Rule(budget=7, guaranteed=2), Rule(budget_per_rank=4)], ids=str
+)
+def test_skipped_slots_of_any_id_where_ranks_share_experts(rule: Rule) -> None:
+    logits, _ = draw(9, 32)
+    padding = torch.arange(9) % 5 == 4
+    placement, router = PLACEMENTS[0], ROUTERS["softmax, normalised"]
+    demand_3E = torch.ones(3, 32, dtype=torch.int64)
+
+    def add(own: Tensor) -> Tensor:
+        return own + demand_3E.to(own.device) * (torch.arange(32, device=own.device) < 5)
+
+    arguments = (logits, router, 4, rule, None, padding, placement, add)
+    wanted = route_here(*arguments)
+    for skipped in (-1, 32):
+        found = route_gpu_ids(*there(arguments), skipped_id=skipped)
+        ids_TK, weights_TK = (tensor.cpu() for tensor in found)
+        assert ids_TK.tolist() == wanted.ids_TK.masked_fill(wanted.ids_TK == 32, skipped).tolist()
+        assert weights_TK.tolist() == wanted.weights_TK.tolist()
+
+
+def test_a_placement_of_another_number_of_experts() -> None:
+    rule, placement = Rule(budget_per_rank=2), Placement.linear(6, 2)
+    with pytest.raises(LeanMoeError, match="placement is of 6 experts: the model has 8"):
+        route_here(torch.randn(2, 8), Router(), 4, rule, None, None, placement)

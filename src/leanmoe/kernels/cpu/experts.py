@@ -1,4 +1,4 @@
-"""CPU experts: rows sorted by expert, one fused pass over the experts that are awake.
+"""CPU experts: rows sorted by expert, one fused pass over the active experts.
 
 Letters: T tokens, K slots a token, E experts, D hidden width.
 """
@@ -153,22 +153,9 @@ class Kernel:
         size = self._scratch_bytes(tokens, slots, *self._sizes, threads)
         scratch = torch.empty(size, dtype=torch.uint8)
         fields = self._fields(
-            hidden_TD.data_ptr(),
-            ids_TK.data_ptr(),
-            gates_TK.data_ptr(),
-            out_TD.data_ptr(),
-            *self._addresses,
-            scratch.data_ptr(),
-            tokens,
-            slots,
-            *self._sizes,
-            *self._flags,
-            threads,
-            *self._team,
-            self._entry,
-            0,
-            0,
-            0,
-        )
+            hidden_TD.data_ptr(), ids_TK.data_ptr(), gates_TK.data_ptr(), out_TD.data_ptr(),
+            *self._addresses, scratch.data_ptr(), tokens, slots, *self._sizes, *self._flags,
+            threads, *self._team, self._entry, 0, 0, 0,
+        )  # fmt: skip
         # The program also writes to these bytes, which nothing else holds.
         return out_TD, self._run(fields)

@@ -42,7 +42,7 @@ ROWS_BY_TOKENS = 8
 COST_WORTH_A_THREAD = 64
 """In rows. With less for each, waiting for threads costs more than they save."""
 FLOATS_WORTH_A_TEAM = 1 << 16
-"""Fewer than these one thread adds up before the others have woken."""
+"""Fewer than these one thread adds up before the others have started."""
 ROWS_TASK, SUMS_TASK = 1, 2
 """What a thread of the team finds in TASK."""
 MOST_SUMS_BYTES = 1 << 26
@@ -247,7 +247,7 @@ def _cost(starts, experts):
 
 @njit(**COMPILE)
 def _whole_call(field):
-    """Experts awake + 2^32 x rows computed, or -1 - the slot with a wrong id."""
+    """Active experts + 2^32 x rows computed, or -1 - the slot with a wrong id."""
     tokens, slots, experts = field[TOKENS], field[SLOTS], field[EXPERTS]
     starts = carray(ints_at(field[SCRATCH]), experts + 2)
     order = carray(ints_at(field[SCRATCH] + _whole_lines((experts + 2) * 4)), tokens * slots)

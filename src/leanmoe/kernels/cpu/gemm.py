@@ -37,64 +37,30 @@ def padded_hidden(hidden):
     return padded(hidden, 2 * LANES)
 
 
-@njit(**COMPILE)
-def _f32_block(rows, vectors, x_rows, w, count, initial, out, stride):
-    if vectors == 2:
+def _block_product(vectors, is_bf16):
+    """The product of a block of 1 to 6 rows: numba wants a call of its own for each."""
+    one, two, three, four, five, six = llvm_microkernel.products(vectors, is_bf16)
+
+    @njit(**COMPILE)
+    def multiply(rows, x_rows, w, count, initial, out, stride):
         if rows == 1:
-            llvm_microkernel.f32_1x2(x_rows, w, count, initial, out, stride)
+            one(x_rows, w, count, initial, out, stride)
         elif rows == 2:
-            llvm_microkernel.f32_2x2(x_rows, w, count, initial, out, stride)
+            two(x_rows, w, count, initial, out, stride)
         elif rows == 3:
-            llvm_microkernel.f32_3x2(x_rows, w, count, initial, out, stride)
+            three(x_rows, w, count, initial, out, stride)
         elif rows == 4:
-            llvm_microkernel.f32_4x2(x_rows, w, count, initial, out, stride)
+            four(x_rows, w, count, initial, out, stride)
         elif rows == 5:
-            llvm_microkernel.f32_5x2(x_rows, w, count, initial, out, stride)
+            five(x_rows, w, count, initial, out, stride)
         else:
-            llvm_microkernel.f32_6x2(x_rows, w, count, initial, out, stride)
-    else:
-        if rows == 1:
-            llvm_microkernel.f32_1x4(x_rows, w, count, initial, out, stride)
-        elif rows == 2:
-            llvm_microkernel.f32_2x4(x_rows, w, count, initial, out, stride)
-        elif rows == 3:
-            llvm_microkernel.f32_3x4(x_rows, w, count, initial, out, stride)
-        elif rows == 4:
-            llvm_microkernel.f32_4x4(x_rows, w, count, initial, out, stride)
-        elif rows == 5:
-            llvm_microkernel.f32_5x4(x_rows, w, count, initial, out, stride)
-        else:
-            llvm_microkernel.f32_6x4(x_rows, w, count, initial, out, stride)
+            six(x_rows, w, count, initial, out, stride)
+
+    return multiply
 
 
-@njit(**COMPILE)
-def _bf16_block(rows, vectors, x_rows, w, count, initial, out, stride):
-    if vectors == 2:
-        if rows == 1:
-            llvm_microkernel.bf16_1x2(x_rows, w, count, initial, out, stride)
-        elif rows == 2:
-            llvm_microkernel.bf16_2x2(x_rows, w, count, initial, out, stride)
-        elif rows == 3:
-            llvm_microkernel.bf16_3x2(x_rows, w, count, initial, out, stride)
-        elif rows == 4:
-            llvm_microkernel.bf16_4x2(x_rows, w, count, initial, out, stride)
-        elif rows == 5:
-            llvm_microkernel.bf16_5x2(x_rows, w, count, initial, out, stride)
-        else:
-            llvm_microkernel.bf16_6x2(x_rows, w, count, initial, out, stride)
-    else:
-        if rows == 1:
-            llvm_microkernel.bf16_1x4(x_rows, w, count, initial, out, stride)
-        elif rows == 2:
-            llvm_microkernel.bf16_2x4(x_rows, w, count, initial, out, stride)
-        elif rows == 3:
-            llvm_microkernel.bf16_3x4(x_rows, w, count, initial, out, stride)
-        elif rows == 4:
-            llvm_microkernel.bf16_4x4(x_rows, w, count, initial, out, stride)
-        elif rows == 5:
-            llvm_microkernel.bf16_5x4(x_rows, w, count, initial, out, stride)
-        else:
-            llvm_microkernel.bf16_6x4(x_rows, w, count, initial, out, stride)
+_f32_by_2, _f32_by_4 = _block_product(2, False), _block_product(4, False)
+_bf16_by_2, _bf16_by_4 = _block_product(2, True), _block_product(4, True)
 
 
 @njit(**COMPILE)
@@ -105,10 +71,15 @@ def multiply_rows(is_bf16, rows, x_rows, w, count, initial, out, columns):
         panel = min(PANEL, vectors - done)
         before = done * LANES
         start, into = initial + before * 4, out + before * 4
-        if is_bf16:
-            _bf16_block(rows, panel, x_rows, w + before * count * 2, count, start, into, columns)
+        at = w + before * count * (2 if is_bf16 else 4)
+        if is_bf16 and panel == 2:
+            _bf16_by_2(rows, x_rows, at, count, start, into, columns)
+        elif is_bf16:
+            _bf16_by_4(rows, x_rows, at, count, start, into, columns)
+        elif panel == 2:
+            _f32_by_2(rows, x_rows, at, count, start, into, columns)
         else:
-            _f32_block(rows, panel, x_rows, w + before * count * 4, count, start, into, columns)
+            _f32_by_4(rows, x_rows, at, count, start, into, columns)
         done += panel
 
 

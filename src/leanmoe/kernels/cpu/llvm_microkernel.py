@@ -65,9 +65,8 @@ class _Emit:
         """Asks for the next `size` bytes; harmless beyond the end of the weights."""
         byte = ir.IntType(8).as_pointer()
         signature = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-        function = cgutils.get_or_insert_function(
-            self.builder.module, signature, "llvm.prefetch.p0"
-        )
+        module = self.builder.module
+        function = cgutils.get_or_insert_function(module, signature, "llvm.prefetch.p0")
         for line in range(0, size, CACHE_LINE):
             where = self.builder.inttoptr(self.plus(address, line), byte)
             self.builder.call(function, [where, I32(0), I32(3), I32(1)])
@@ -109,36 +108,30 @@ class _Emit:
         rest = self.multiply_add(whole, self.number(-0.693359375), x)
         rest = self.multiply_add(whole, self.number(2.12194440e-4), rest)
         total = self.number(1.9875691500e-4)
+        # fmt: off
         for coefficient in (
-            1.3981999507e-3,
-            8.3334519073e-3,
-            4.1665795894e-2,
-            1.6666665459e-1,
-            5.0000001201e-1,
-            1.0,
-            1.0,
+            1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1,
+            1.0, 1.0,
         ):
+            # fmt: on
             total = self.multiply_add(total, rest, self.number(coefficient))
-        power = builder.shl(
-            builder.bitcast(shifted, self.words), ir.Constant(self.words, [23] * LANES)
-        )
+        bits = builder.bitcast(shifted, self.words)
+        power = builder.shl(bits, ir.Constant(self.words, [23] * LANES))
         power = builder.add(power, ir.Constant(self.words, [0x3F800000] * LANES))
         return builder.fmul(total, builder.bitcast(power, self.vector))
 
     def weights(self, address, vectors, is_bf16):
         """One row of a panel as float32 vectors. bf16 is the upper half of a float32."""
         if not is_bf16:
-            return [
-                self.load(self.plus(address, c * LANES * BYTES), self.vector)
-                for c in range(vectors)
-            ]
-        builder, found = self.builder, []
+            places = (self.plus(address, c * LANES * BYTES) for c in range(vectors))
+            return [self.load(place, self.vector) for place in places]
+        builder, widened = self.builder, []
         for pair in range(vectors // 2):
             word = self.load(self.plus(address, pair * LANES * BYTES), self.words)
             low = builder.shl(word, ir.Constant(self.words, [16] * LANES))
             high = builder.and_(word, ir.Constant(self.words, [-65536] * LANES))
-            found += [builder.bitcast(low, self.vector), builder.bitcast(high, self.vector)]
-        return found
+            widened += [builder.bitcast(low, self.vector), builder.bitcast(high, self.vector)]
+        return widened
 
 
 def _product(rows: int, vectors: int, is_bf16: bool):
@@ -201,18 +194,9 @@ def _emit_product(builder, arguments, rows, vectors, is_bf16):
             emit.store(totals[r][c], emit.plus(out_row[r], columns[c]))
 
 
-f32_1x2, f32_2x2, f32_3x2, f32_4x2, f32_5x2, f32_6x2 = (
-    _product(rows, 2, False) for rows in range(1, 7)
-)
-f32_1x4, f32_2x4, f32_3x4, f32_4x4, f32_5x4, f32_6x4 = (
-    _product(rows, 4, False) for rows in range(1, 7)
-)
-bf16_1x2, bf16_2x2, bf16_3x2, bf16_4x2, bf16_5x2, bf16_6x2 = (
-    _product(rows, 2, True) for rows in range(1, 7)
-)
-bf16_1x4, bf16_2x4, bf16_3x4, bf16_4x4, bf16_5x4, bf16_6x4 = (
-    _product(rows, 4, True) for rows in range(1, 7)
-)
+def products(vectors: int, is_bf16: bool):
+    """The products of 1 to `ROWS` rows with a panel of that many vectors."""
+    return tuple(_product(rows, vectors, is_bf16) for rows in range(1, ROWS + 1))
 
 
 def _sigmoid_times(slope):
@@ -277,44 +261,21 @@ def _sigmoid(emit, x):
 sigmoid, exponential = _each(_sigmoid), _each(_Emit.exp)
 
 
-@intrinsic
-def floats_at(_typing, address):
-    """The float32 values at an address, as a pointer for `carray`."""
+def _values_at(element, kind):
+    """An intrinsic: the values at an address, as a pointer for `carray`."""
 
-    def generate(_context, builder, _signature, arguments):
-        return builder.inttoptr(arguments[0], F32.as_pointer())
+    @intrinsic
+    def values_at(_typing, address):
+        def generate(_context, builder, _signature, arguments):
+            return builder.inttoptr(arguments[0], kind.as_pointer())
 
-    return types.CPointer(types.float32)(types.int64), generate
+        return types.CPointer(element)(types.int64), generate
 
-
-@intrinsic
-def ints_at(_typing, address):
-    """The int32 values at an address, as a pointer for `carray`."""
-
-    def generate(_context, builder, _signature, arguments):
-        return builder.inttoptr(arguments[0], I32.as_pointer())
-
-    return types.CPointer(types.int32)(types.int64), generate
+    return values_at
 
 
-@intrinsic
-def bytes_at(_typing, address):
-    """The uint8 values at an address, as a pointer for `carray`."""
-
-    def generate(_context, builder, _signature, arguments):
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.CPointer(types.uint8)(types.int64), generate
-
-
-@intrinsic
-def longs_at(_typing, address):
-    """The int64 values at an address, as a pointer for `carray`."""
-
-    def generate(_context, builder, _signature, arguments):
-        return builder.inttoptr(arguments[0], I64.as_pointer())
-
-    return types.CPointer(types.int64)(types.int64), generate
+floats_at, ints_at = _values_at(types.float32, F32), _values_at(types.int32, I32)
+bytes_at, longs_at = _values_at(types.uint8, ir.IntType(8)), _values_at(types.int64, I64)
 
 
 @intrinsic
@@ -336,15 +297,9 @@ def call_team(_typing, function, worker, argument, threads):
         address, worker, argument, threads = arguments
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, byte, I32, I32])
-        builder.call(
-            builder.inttoptr(address, kind.as_pointer()),
-            [
-                builder.inttoptr(worker, byte),
-                builder.inttoptr(argument, byte),
-                builder.trunc(threads, I32),
-                I32(0),
-            ],
-        )
+        worker, argument = builder.inttoptr(worker, byte), builder.inttoptr(argument, byte)
+        values = [worker, argument, builder.trunc(threads, I32), I32(0)]
+        builder.call(builder.inttoptr(address, kind.as_pointer()), values)
         return context.get_dummy_value()
 
     return types.void(*(types.int64,) * 4), generate

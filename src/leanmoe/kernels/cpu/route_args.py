@@ -47,7 +47,7 @@ def scores_at(field, row):
 
 @register_jitable
 def lists_at(field, rows):
-    """Each token's own experts, their number and whole weight; a step's votes and awake experts."""
+    """Each token's own experts, their number and whole weight; a step's votes and active ones."""
     tokens, slots = field[STEPS] * field[TOKENS], field[LISTED]
     width = padded(field[EXPERTS], LANES)
     at = field[SCRATCH] + 2 * rows * width * 4

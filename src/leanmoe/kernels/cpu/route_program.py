@@ -1,7 +1,7 @@
 """Routing on the CPU, compiled by numba on first use: scores, a token's own experts, the step's.
 
 One call: every thread takes some of the tokens and finds each one's own experts
-(route_token.py); where tokens share experts, one thread then decides which are awake in each step,
+(route_token.py); where tokens share experts, one thread then decides which are active in each step,
 and fills the slots of every token from those. `leanmoe.routing.route` is the reference.
 """
 
@@ -16,29 +16,10 @@ import numpy as np
 from numba import carray, njit
 
 from leanmoe.kernels.cpu import llvm_microkernel
+from leanmoe.kernels.cpu import route_args as at
 from leanmoe.kernels.cpu.llvm_microkernel import bytes_at
 from leanmoe.kernels.cpu.numba_compile import COMPILE, compile_program, stamp_of
-from leanmoe.kernels.cpu.route_args import (
-    BUDGET,
-    ENTRY,
-    EXPERTS,
-    FIELDS,
-    FULL,
-    GROUPS,
-    GUARANTEED,
-    LISTED,
-    OVER,
-    PADDING,
-    SLOTS,
-    STEPS,
-    TASK,
-    TEAM,
-    THREAD_NUMBER,
-    THREADS,
-    TOKENS,
-    lists_at,
-    scores_at,
-)
+from leanmoe.kernels.cpu.route_args import lists_at, scores_at
 from leanmoe.kernels.cpu.route_token import (
     NEVER,
     insert,
@@ -61,23 +42,23 @@ VOTE_UNIT = 4294967296.0
 @njit(**COMPILE)
 def _own(field, part, parts):
     """Every token's own experts; written out where tokens do not share."""
-    experts, slots, tokens = field[EXPERTS], field[SLOTS], field[STEPS] * field[TOKENS]
-    shares = field[GUARANTEED] > 0 or field[BUDGET] > 0
-    rows = tokens if shares else field[THREADS]
+    experts, slots, tokens = field[at.EXPERTS], field[at.SLOTS], field[at.STEPS] * field[at.TOKENS]
+    shares = field[at.GUARANTEED] > 0 or field[at.BUDGET] > 0
+    rows = tokens if shares else field[at.THREADS]
     own, own_gates, counts, wholes, _votes, _active = lists_at(field, rows)
-    listed = field[LISTED]
-    padding = carray(bytes_at(field[PADDING]), tokens)
+    listed = field[at.LISTED]
+    padding = carray(bytes_at(field[at.PADDING]), tokens)
     ranks = np.empty(listed, np.float32)
     for token in range(tokens * part // parts, tokens * (part + 1) // parts):
         ids, picked = own[token * listed :], own_gates[token * listed :]
-        if field[PADDING] != 0 and padding[token] != 0:
+        if field[at.PADDING] != 0 and padding[token] != 0:
             counts[token] = 0
             if not shares:
                 write(field, token, ids, picked, 0, np.float32(1.0), True)
             continue
         gates, ranking = scores_at(field, token if shares else part)
         is_number = score(field, token, gates, ranking)
-        if field[GROUPS] > 1:
+        if field[at.GROUPS] > 1:
             limit_groups(field, ranking)
         found = 0
         for e in range(experts):
@@ -85,8 +66,8 @@ def _own(field, part, parts):
                 found = insert(ids, ranks, found, listed, e, ranking[e])
         for k in range(found):
             picked[k] = gates[ids[k]]
-        if field[FULL] > 0:
-            wholes[token] = whole_of(field, picked, min(found, field[FULL]))
+        if field[at.FULL] > 0:
+            wholes[token] = whole_of(field, picked, min(found, field[at.FULL]))
         kept = keep(field, ids, picked, min(found, slots))
         counts[token] = kept if is_number else -1
         if not shares:
@@ -95,9 +76,9 @@ def _own(field, part, parts):
 
 @njit(**COMPILE)
 def _activates(field, step):
-    """Adds up a step's guaranteed experts and votes: awake is 1 for guaranteed, 2 for a best."""
-    listed, tokens = field[LISTED], field[TOKENS]
-    own, own_gates, counts, _wholes, votes, active = lists_at(field, field[STEPS] * tokens)
+    """Adds up a step's guaranteed experts and votes: active is 1 for guaranteed, 2 for a best."""
+    listed, tokens = field[at.LISTED], field[at.TOKENS]
+    own, own_gates, counts, _wholes, votes, active = lists_at(field, field[at.STEPS] * tokens)
     shares = np.empty(listed, np.float32)
     active[:] = 0
     votes[:] = 0
@@ -106,10 +87,10 @@ def _activates(field, step):
         kept = counts[token]
         if kept <= 0:
             continue
-        for k in range(min(kept, field[GUARANTEED])):
+        for k in range(min(kept, field[at.GUARANTEED])):
             active[ids[k]] |= 1
         active[ids[0]] |= 2
-        if field[BUDGET] > 0:
+        if field[at.BUDGET] > 0:
             share(field, gates, kept, whole_of(field, gates, kept), shares)
             for k in range(kept):
                 votes[ids[k]] += np.int64(np.float32(shares[k]) * VOTE_UNIT) + 1
@@ -117,18 +98,18 @@ def _activates(field, step):
 
 @njit(**COMPILE)
 def _afford(field, step):
-    """Leaves awake every token's best and the most voted-for, while the budget lasts."""
-    experts = field[EXPERTS]
-    votes, active = lists_at(field, field[STEPS] * field[TOKENS])[4:]
+    """Keeps active every token's best and the most voted-for, while the budget lasts."""
+    experts = field[at.EXPERTS]
+    votes, active = lists_at(field, field[at.STEPS] * field[at.TOKENS])[4:]
     spent = 0
     for e in range(experts):
-        if field[GUARANTEED] > 0 and active[e] == 0:
+        if field[at.GUARANTEED] > 0 and active[e] == 0:
             votes[e] = 0
         spent += active[e] >= 2
         active[e] = 1 if active[e] >= 2 else 0
-    over = carray(bytes_at(field[OVER]), field[STEPS])
-    over[step] = 1 if spent > field[BUDGET] else 0
-    while spent < field[BUDGET]:
+    over = carray(bytes_at(field[at.OVER]), field[at.STEPS])
+    over[step] = 1 if spent > field[at.BUDGET] else 0
+    while spent < field[at.BUDGET]:
         best, most = -1, np.int64(0)
         for e in range(experts):
             if active[e] == 0 and votes[e] > most:
@@ -141,10 +122,10 @@ def _afford(field, step):
 
 @njit(**COMPILE)
 def _fill(field, step):
-    """Every token's slots: its own experts that are awake, then the awake that follow."""
-    experts, slots, tokens = field[EXPERTS], field[SLOTS], field[TOKENS]
-    own, own_gates, counts, wholes, _votes, active = lists_at(field, field[STEPS] * tokens)
-    listed = field[LISTED]
+    """Every token's slots: its own active experts, then the active ones that follow."""
+    experts, slots, tokens = field[at.EXPERTS], field[at.SLOTS], field[at.TOKENS]
+    own, own_gates, counts, wholes, _votes, active = lists_at(field, field[at.STEPS] * tokens)
+    listed = field[at.LISTED]
     ids, ranks = np.empty(slots, np.int32), np.empty(slots, np.float32)
     picked = np.empty(slots, np.float32)
     for token in range(step * tokens, (step + 1) * tokens):
@@ -177,19 +158,19 @@ def _fill(field, step):
 
 @njit(**COMPILE)
 def _whole_call(field):
-    """Own experts on all threads, then step by step who is awake and who uses them."""
-    tokens = field[STEPS] * field[TOKENS]
-    threads = field[THREADS] = max(1, min(field[THREADS], tokens // TOKENS_WORTH_A_THREAD))
-    field[TASK] = OWN_TASK
+    """Own experts on all threads, then step by step which are active and who uses them."""
+    tokens = field[at.STEPS] * field[at.TOKENS]
+    threads = field[at.THREADS] = max(1, min(field[at.THREADS], tokens // TOKENS_WORTH_A_THREAD))
+    field[at.TASK] = OWN_TASK
     if threads == 1:
         _own(field, 0, 1)
     else:
-        llvm_microkernel.call_team(field[TEAM], field[ENTRY], field.ctypes.data, threads)
-    if field[GUARANTEED] == 0 and field[BUDGET] == 0:
+        llvm_microkernel.call_team(field[at.TEAM], field[at.ENTRY], field.ctypes.data, threads)
+    if field[at.GUARANTEED] == 0 and field[at.BUDGET] == 0:
         return 0
-    for step in range(field[STEPS]):
+    for step in range(field[at.STEPS]):
         _activates(field, step)
-        if field[BUDGET] > 0:
+        if field[at.BUDGET] > 0:
             _afford(field, step)
         _fill(field, step)
     return 0
@@ -197,19 +178,14 @@ def _whole_call(field):
 
 @functools.cache
 def entry() -> int:
-    """Address of the program: a C function, int64 f(int64 fields[FIELDS])."""
-    stamp = stamp_of(
-        "route_program.py",
-        "route_token.py",
-        "route_args.py",
-        "gemm.py",
-        "llvm_microkernel.py",
-    )
+    """Address of the program: a C function, int64 f(int64 fields[at.FIELDS])."""
+    own = ("route_program.py", "route_token.py", "route_args.py")
+    stamp = stamp_of(*own, "gemm.py", "llvm_microkernel.py")
 
     def program(argument):
-        field = carray(argument, FIELDS)
-        if field[TASK] == OWN_TASK:
-            _own(field, llvm_microkernel.call_int(field[THREAD_NUMBER]), field[THREADS])
+        field = carray(argument, at.FIELDS)
+        if field[at.TASK] == OWN_TASK:
+            _own(field, llvm_microkernel.call_int(field[at.THREAD_NUMBER]), field[at.THREADS])
         else:
             _whole_call(field)
         return len(stamp)  # numba's cache sees one file; what is closed over is in its key

@@ -14,31 +14,10 @@ from numba import carray, njit
 from numba.extending import register_jitable
 
 from leanmoe.kernels.cpu import llvm_microkernel
+from leanmoe.kernels.cpu import route_args as at
 from leanmoe.kernels.cpu.gemm import padded
 from leanmoe.kernels.cpu.llvm_microkernel import LANES, bytes_at, floats_at, longs_at
 from leanmoe.kernels.cpu.numba_compile import COMPILE
-from leanmoe.kernels.cpu.route_args import (
-    ALLOWED,
-    BIAS,
-    EPSILON,
-    EXPERTS,
-    FULL,
-    GROUP_MAX,
-    GROUPS,
-    GROUPS_USED,
-    IDS,
-    LOGITS,
-    NORMALISE,
-    NUMBERS,
-    SCALING,
-    SCORING,
-    SIGMOID,
-    SLOTS,
-    SOFTMAX_AFTER,
-    THRESHOLD,
-    TOP_P,
-    WEIGHTS,
-)
 
 NEVER = np.float32(-np.inf)
 INFINITE = np.float32(np.inf)
@@ -48,18 +27,19 @@ TINY = np.float32(np.finfo(np.float32).tiny)
 @register_jitable
 def _remains(field, expert):
     """Whether an expert is not pruned."""
-    return field[ALLOWED] == 0 or carray(bytes_at(field[ALLOWED]), field[EXPERTS])[expert] != 0
+    allowed = carray(bytes_at(field[at.ALLOWED]), field[at.EXPERTS])
+    return field[at.ALLOWED] == 0 or allowed[expert] != 0
 
 
 @njit(**COMPILE)
 def score(field, token, gates, ranking):
     """Fills in a token's gates and ranking; whether they are numbers."""
-    experts, width = field[EXPERTS], padded(field[EXPERTS], LANES)
-    logits = carray(floats_at(field[LOGITS] + token * experts * 4), experts)
-    if field[SCORING] == SOFTMAX_AFTER:
+    experts, width = field[at.EXPERTS], padded(field[at.EXPERTS], LANES)
+    logits = carray(floats_at(field[at.LOGITS] + token * experts * 4), experts)
+    if field[at.SCORING] == at.SOFTMAX_AFTER:
         for e in range(experts):
             gates[e] = logits[e]
-    elif field[SCORING] == SIGMOID:
+    elif field[at.SCORING] == at.SIGMOID:
         for e in range(experts):
             gates[e] = logits[e]
         for e in range(experts, width):
@@ -86,12 +66,12 @@ def score(field, token, gates, ranking):
     for e in range(experts):
         not_numbers += not np.abs(gates[e]) < INFINITE
         ranking[e] = gates[e]
-    if field[BIAS] != 0:
-        bias = carray(floats_at(field[BIAS]), experts)
+    if field[at.BIAS] != 0:
+        bias = carray(floats_at(field[at.BIAS]), experts)
         for e in range(experts):
             ranking[e] += bias[e]
-    if field[ALLOWED] != 0:
-        allowed = carray(bytes_at(field[ALLOWED]), experts)
+    if field[at.ALLOWED] != 0:
+        allowed = carray(bytes_at(field[at.ALLOWED]), experts)
         for e in range(experts):
             if allowed[e] == 0:
                 ranking[e] = NEVER
@@ -101,7 +81,7 @@ def score(field, token, gates, ranking):
 @njit(**COMPILE)
 def limit_groups(field, ranking):
     """Ranks the experts of all but the token's best groups last."""
-    groups, size = field[GROUPS], field[EXPERTS] // field[GROUPS]
+    groups, size = field[at.GROUPS], field[at.EXPERTS] // field[at.GROUPS]
     value = np.empty(64, np.float32)
     for g in range(groups):
         first, second = NEVER, NEVER
@@ -112,7 +92,7 @@ def limit_groups(field, ranking):
                 first = rank
             elif rank > second:
                 second = rank
-        if field[GROUP_MAX] == 1 or second == NEVER:
+        if field[at.GROUP_MAX] == 1 or second == NEVER:
             value[g] = first
         else:
             value[g] = first + second
@@ -121,7 +101,7 @@ def limit_groups(field, ranking):
         for other in range(groups):
             if value[other] > value[g] or (value[other] == value[g] and other < g):
                 better += 1
-        if better >= field[GROUPS_USED]:
+        if better >= field[at.GROUPS_USED]:
             for e in range(g * size, (g + 1) * size):
                 ranking[e] = NEVER
 
@@ -145,8 +125,8 @@ def insert(ids, ranks, found, most, expert, rank):
 @njit(**COMPILE)
 def keep(field, ids, gates, found):
     """Drops what threshold and top_p drop, in place; how many are left."""
-    numbers = carray(floats_at(field[NUMBERS]), 4)
-    threshold, top_p = numbers[THRESHOLD], numbers[TOP_P]
+    numbers = carray(floats_at(field[at.NUMBERS]), 4)
+    threshold, top_p = numbers[at.THRESHOLD], numbers[at.TOP_P]
     if found == 0 or (threshold < 0 and top_p < 0):
         return found
     mass = np.empty(found, np.float32)
@@ -155,9 +135,9 @@ def keep(field, ids, gates, found):
         best = gates[k] if gates[k] > best else best
     total = np.float32(0.0)
     for k in range(found):
-        mass[k] = np.exp(gates[k] - best) if field[SCORING] == SOFTMAX_AFTER else gates[k]
+        mass[k] = np.exp(gates[k] - best) if field[at.SCORING] == at.SOFTMAX_AFTER else gates[k]
         total += mass[k]
-    best = np.float32(1.0) if field[SCORING] == SOFTMAX_AFTER else best
+    best = np.float32(1.0) if field[at.SCORING] == at.SOFTMAX_AFTER else best
     kept, before = 0, np.float32(0.0)
     for k in range(found):
         if threshold >= 0 and mass[k] < threshold * best:
@@ -173,26 +153,26 @@ def keep(field, ids, gates, found):
 @njit(**COMPILE)
 def whole_of(field, gates, count):
     """What the shares of these slots are taken of: their sum, or that of their exponentials."""
-    if field[SCORING] == SOFTMAX_AFTER:
+    if field[at.SCORING] == at.SOFTMAX_AFTER:
         best, total = NEVER, np.float32(0.0)
         for k in range(count):
             best = gates[k] if gates[k] > best else best
         for k in range(count):
             total += np.exp(gates[k] - best)
         return best + np.log(total)
-    if field[NORMALISE] == 0:
+    if field[at.NORMALISE] == 0:
         return np.float32(1.0)
     total = np.float32(0.0)
     for k in range(count):
         total += gates[k]
-    total += carray(floats_at(field[NUMBERS]), 4)[EPSILON]
+    total += carray(floats_at(field[at.NUMBERS]), 4)[at.EPSILON]
     return TINY if total < TINY else total
 
 
 @njit(**COMPILE)
 def share(field, gates, kept, whole, shares):
     """What each kept slot weighs before scaling."""
-    if field[SCORING] == SOFTMAX_AFTER:
+    if field[at.SCORING] == at.SOFTMAX_AFTER:
         for k in range(kept):
             shares[k] = np.exp(gates[k] - whole)
     else:
@@ -203,16 +183,16 @@ def share(field, gates, kept, whole, shares):
 @njit(**COMPILE)
 def write(field, token, ids, gates, kept, whole, is_number):
     """The token's ids and weights; slots beyond `kept` are skipped ones."""
-    slots, experts = field[SLOTS], field[EXPERTS]
-    numbers = carray(floats_at(field[NUMBERS]), 4)
-    out_ids = carray(longs_at(field[IDS] + token * slots * 8), slots)
-    weights = carray(floats_at(field[WEIGHTS] + token * slots * 4), slots)
-    if field[FULL] == 0:
+    slots, experts = field[at.SLOTS], field[at.EXPERTS]
+    numbers = carray(floats_at(field[at.NUMBERS]), 4)
+    out_ids = carray(longs_at(field[at.IDS] + token * slots * 8), slots)
+    weights = carray(floats_at(field[at.WEIGHTS] + token * slots * 4), slots)
+    if field[at.FULL] == 0:
         whole = whole_of(field, gates, kept)
     share(field, gates, kept, whole, weights)
     for k in range(kept):
         out_ids[k] = ids[k]
-        weights[k] *= numbers[SCALING]
+        weights[k] *= numbers[at.SCALING]
     for k in range(kept, slots):
         out_ids[k] = experts
         weights[k] = 0.0

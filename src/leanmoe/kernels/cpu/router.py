@@ -70,29 +70,19 @@ def route_cpu(
     if steps * tokens:
         program.run(
             program.pack(
-                logits.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                constants.allowed.ctypes.data if constants.allowed is not None else 0,
-                0 if padding is None else padding.data_ptr(),
-                ids.data_ptr(),
-                weights.data_ptr(),
-                0 if over is None else over.data_ptr(),
-                constants.numbers.ctypes.data,
-                scratch.data_ptr(),
-                steps,
-                tokens,
-                experts,
-                slots,
-                full,
-                listed,
-                *constants.flags,
-                threads,
-                *program.team,
-                program.entry,
-                0,
+                logits.data_ptr(), _address(bias),
+                0 if constants.allowed is None else constants.allowed.ctypes.data,
+                _address(padding), ids.data_ptr(), weights.data_ptr(), _address(over),
+                constants.numbers.ctypes.data, scratch.data_ptr(),
+                steps, tokens, experts, slots, full, listed, *constants.flags,
+                threads, *program.team, program.entry, 0,
             )
-        )
+        )  # fmt: skip
     return Routing(ids, weights, over)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class _Constants(NamedTuple):
@@ -134,9 +124,9 @@ class _Program:
         self.run = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(self.entry)
         self.pack = struct.Struct(f"={route_args.FIELDS}q").pack
         self.scratch_bytes = lru_cache(maxsize=1024)(route_args.scratch_bytes)
-        found = find_team()
-        self._has_team = found is not None
-        self.team = (found.parallel, found.thread_number) if found else (0, 0)
+        team = find_team()
+        self._has_team = team is not None
+        self.team = (team.parallel, team.thread_number) if team else (0, 0)
 
     @property
     def threads(self) -> int:

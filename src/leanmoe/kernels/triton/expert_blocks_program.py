@@ -101,14 +101,9 @@ def group_slots(
         starts_E = tl.cumsum(counts_E, axis=0) - counts_E
         tl.store(starts_ptr + e, starts_E, mask=e < E)
         write_blocks(
-            counts_E[None, :],
-            starts_E[None, :],
-            blocks_ptr,
-            used_ptr,
-            most_blocks,
-            BLOCK_ROWS,
+            counts_E[None, :], starts_E[None, :], blocks_ptr, used_ptr, most_blocks, BLOCK_ROWS,
             PADDED_E,
-        )
+        )  # fmt: skip
         tl.debug_barrier()
         tl.store(counts_ptr + e, 0, mask=e < E)
         if IS_ONE:

@@ -129,10 +129,9 @@ def _check_config(
             f"experts config for fp8 reads {min(depths)} columns a step: the matrix unit takes "
             f"{LEAST_FP8_DEPTH} at least"
         )
-    if config.fp8_terms == 2 and not is_scaled:
-        raise LeanMoeError("experts config has fp8_terms 2 for weights that are not fp8")
-    if config.float16_act and not is_scaled:
-        raise LeanMoeError("experts config has float16_act true for weights that are not fp8")
+    if not is_scaled and (config.fp8_terms == 2 or config.float16_act):
+        name = "fp8_terms 2" if config.fp8_terms == 2 else "float16_act true"
+        raise LeanMoeError(f"experts config has {name} for weights that are not fp8")
     if config.subblocks > 1 and is_scaled:
         raise LeanMoeError(
             f"experts config for fp8 has subblocks {config.subblocks}: it must be 1, "
@@ -146,8 +145,7 @@ def _check_config(
 
 def _numbers(config: ExpertsConfig) -> list[int]:
     """The config as the op takes it; `_config` reads it."""
-    tiles = (tuple(vars(tile).values()) for tile in (config.gate_up, config.down))
-    first, second = tiles
+    first, second = (tuple(vars(tile).values()) for tile in (config.gate_up, config.down))
     own = (value for value in vars(config).values() if not isinstance(value, Tile))
     return [int(number) for number in (*first, *second, *own)]
 
@@ -155,17 +153,9 @@ def _numbers(config: ExpertsConfig) -> list[int]:
 def _config(numbers: list[int]) -> ExpertsConfig:
     block_m, tail_m, is_direct, use_pdl, fused_sum, fp8_terms, subblocks, float16_act = numbers[14:]
     return ExpertsConfig(
-        block_m,
-        tail_m,
-        bool(is_direct),
-        _tile(numbers[:7]),
-        _tile(numbers[7:14]),
-        bool(use_pdl),
-        bool(fused_sum),
-        fp8_terms,
-        subblocks,
-        bool(float16_act),
-    )
+        block_m, tail_m, bool(is_direct), _tile(numbers[:7]), _tile(numbers[7:14]),
+        bool(use_pdl), bool(fused_sum), fp8_terms, subblocks, bool(float16_act),
+    )  # fmt: skip
 
 
 def _tile(numbers: list[int]) -> Tile:
@@ -175,40 +165,16 @@ def _tile(numbers: list[int]) -> Tile:
 
 @torch.library.custom_op("leanmoe::experts_gpu", mutates_args=())
 def _experts_op(
-    hidden: Tensor,
-    ids: Tensor,
-    gates: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    is_transposed: bool,
-    is_concatenated: bool,
-    is_gated: bool,
-    activation: int,
-    limit: float,
-    alpha: float,
-    up_offset: float,
-    blocks: list[Tensor],
-    config: list[int],
-) -> Tensor:
+    hidden: Tensor, ids: Tensor, gates: Tensor,
+    gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None,
+    gate_up_scale: Tensor | None, down_scale: Tensor | None, is_transposed: bool,
+    is_concatenated: bool, is_gated: bool, activation: int, limit: float, alpha: float,
+    up_offset: float, blocks: list[Tensor], config: list[int],
+) -> Tensor:  # fmt: skip
     layer = Operands(
-        gate_up,
-        down,
-        gate_up_bias,
-        down_bias,
-        gate_up_scale,
-        down_scale,
-        is_transposed,
-        is_concatenated,
-        is_gated,
-        activation,
-        limit,
-        alpha,
-        up_offset,
-    )
+        gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale, is_transposed,
+        is_concatenated, is_gated, activation, limit, alpha, up_offset,
+    )  # fmt: skip
     return _run(ExpertsCall(hidden, ids, gates, layer, _config(config)), blocks)
 
 

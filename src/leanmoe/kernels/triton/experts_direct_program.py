@@ -104,8 +104,7 @@ def down_direct(
             act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
             expert, slots_T, weight_T, is_row, slots_T, weight_T, is_row, tile,
             D, M, STRIDE_N, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, BLOCK_M, 0, BLOCK_N, BLOCK_K,
-            SWAP_AB,
-            USE_TMA, FP8_TERMS, WIDEN,
+            SWAP_AB, USE_TMA, FP8_TERMS, WIDEN,
         )  # fmt: skip
     tl.debug_barrier()  # every thread's part is written before this program counts as arrived
     before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel")

@@ -177,8 +177,7 @@ def _down_rows(
         act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
         expert, slots_X, weight_X, is_row, slots_tail, weight_tail, is_tail, tile,
         D, M, STRIDE_N, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_K,
-        SWAP_AB,
-        USE_TMA, FP8_TERMS, WIDEN,
+        SWAP_AB, USE_TMA, FP8_TERMS, WIDEN,
     )  # fmt: skip
 
 
@@ -216,8 +215,7 @@ def down_grouped(
             act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
             expert, first, count, tile,
             D, M, STRIDE_N, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_K,
-            SWAP_AB,
-            USE_TMA, FP8_TERMS, WIDEN,
+            SWAP_AB, USE_TMA, FP8_TERMS, WIDEN,
         )  # fmt: skip
         return
     if HALF_TAIL > 0 and count > BLOCK_M:
@@ -225,8 +223,7 @@ def down_grouped(
             act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
             expert, first, count, tile,
             D, M, STRIDE_N, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, BLOCK_M, HALF_TAIL, BLOCK_N,
-            BLOCK_K, SWAP_AB,
-            USE_TMA, FP8_TERMS, WIDEN,
+            BLOCK_K, SWAP_AB, USE_TMA, FP8_TERMS, WIDEN,
         )  # fmt: skip
         return
     _down_rows(

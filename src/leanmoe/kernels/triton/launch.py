@@ -39,16 +39,14 @@ def settle_keys() -> None:
 
     if interprets():
         return
-    for program in (
-        experts_direct_program.gate_up_direct,
-        experts_direct_program.down_direct,
-        experts_direct_program.down_fused,
-        experts_program.gate_up_grouped,
-        experts_program.down_grouped,
-        experts_program.add_slots,
-        fp8_program.quantise_rows,
-    ):
-        program.cache_key  # noqa: B018, named here
+    names = {
+        experts_direct_program: ("gate_up_direct", "down_direct", "down_fused"),
+        experts_program: ("gate_up_grouped", "down_grouped", "add_slots"),
+        fp8_program: ("quantise_rows",),
+    }
+    for module, programs in names.items():
+        for program in programs:
+            getattr(module, program).cache_key  # noqa: B018, named here
 
 
 class Operands(NamedTuple):
@@ -75,21 +73,13 @@ def operands(weights: ExpertWeights) -> Operands:
     """The operands of weights whose gate is a `Gate`."""
     gate = weights.gate
     assert isinstance(gate, Gate)
+    limit = float("inf") if gate.limit is None else gate.limit
     return Operands(
-        weights.gate_up,
-        weights.down,
-        weights.gate_up_bias,
-        weights.down_bias,
-        weights.gate_up_scale,
-        weights.down_scale,
-        weights.is_transposed,
-        weights.is_concatenated,
-        weights.is_gated,
-        list(ACTIVATIONS).index(gate.activation),
-        float("inf") if gate.limit is None else gate.limit,
-        gate.alpha,
+        weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
+        weights.gate_up_scale, weights.down_scale, weights.is_transposed, weights.is_concatenated,
+        weights.is_gated, list(ACTIVATIONS).index(gate.activation), limit, gate.alpha,
         gate.up_offset,
-    )
+    )  # fmt: skip
 
 
 class ExpertsCall:
@@ -114,9 +104,10 @@ class ExpertsCall:
         self._has_pdl = config.use_pdl and not interprets()
         self._limits = (min(weights.limit, 3e38), weights.alpha, weights.up_offset)
         # A program wants some pointer even where it never reads it.
-        unread_up, unread_down = (weights.gate_up,) * 2, (weights.down,) * 2
-        self._up_extras = _present((weights.gate_up_bias, weights.gate_up_scale), unread_up)
-        self._down_extras = _present((weights.down_bias, weights.down_scale), unread_down)
+        extras = (weights.gate_up_bias, weights.gate_up_scale)
+        self._up_extras = [self.gate_up if extra is None else extra for extra in extras]
+        extras = (weights.down_bias, weights.down_scale)
+        self._down_extras = [self.down if extra is None else extra for extra in extras]
         self._make_room(out_TD)
         self._set_options(weights)
 
@@ -133,53 +124,44 @@ class ExpertsCall:
         if self._is_scaled:
             blocks = -(-self.width // SCALE_BLOCK)
             tiles = -(-self.inner // config.gate_up.BLOCK_N)
-            self._read = hidden_TD.new_empty(
-                self.tokens * config.fp8_terms, self.width, dtype=coded
-            )
+            read = (self.tokens * config.fp8_terms, self.width)
+            self._read = hidden_TD.new_empty(read, dtype=coded)
             self._read_scale = hidden_TD.new_empty(self.tokens, blocks, dtype=torch.float32)
             self._act_scale = hidden_TD.new_empty(rows, tiles, dtype=torch.float32)
 
     def _set_options(self, weights: Operands) -> None:
         """What is fixed when the programs compile."""
         config = self.config
-        common = {"M": self.inner, "D": self.width, "BLOCK_M": config.BLOCK_M}
-        common |= {"FP8_TERMS": config.fp8_terms, "WIDEN": interprets()}
+        # fmt: off
+        common = {
+            "M": self.inner, "D": self.width, "BLOCK_M": config.BLOCK_M,
+            "FP8_TERMS": config.fp8_terms, "WIDEN": interprets(), "SCALED": self._is_scaled,
+            "USE_PDL": self._has_pdl, **self._after_another(),
+        }
         if config.is_direct:
-            shape = {"E": self.experts, "K": self.slots, "SLOTS": power_of_two(self.slots)}
+            common |= {"E": self.experts, "K": self.slots, "SLOTS": power_of_two(self.slots)}
         else:
-            shape = {"TAIL_M": config.TAIL_M, "SUBBLOCKS": config.subblocks}
+            common |= {"TAIL_M": config.TAIL_M, "SUBBLOCKS": config.subblocks}
         both = self.inner * (2 if weights.is_gated else 1)
         is_split = weights.is_concatenated or not weights.is_gated
-        lies_in_rows = not weights.is_transposed and is_split
+        is_flipped = weights.is_transposed
         self._up_options = {
-            **common,
-            **shape,
-            **_tile(config.gate_up, config.is_direct, lies_in_rows and self.gate_up),
-            "K": self.slots,
-            "STRIDE_N": 1 if weights.is_transposed else self.width,
-            "STRIDE_K": both if weights.is_transposed else 1,
-            "GATED": weights.is_gated,
-            "INTERLEAVED": not weights.is_concatenated,
-            "HAS_BIAS": weights.gate_up_bias is not None,
+            **common, "K": self.slots,
+            **_tile(config.gate_up, config.is_direct, not is_flipped and is_split and self.gate_up),
+            "STRIDE_N": 1 if is_flipped else self.width, "STRIDE_K": both if is_flipped else 1,
+            "GATED": weights.is_gated, "INTERLEAVED": not weights.is_concatenated,
+            "HAS_BIAS": weights.gate_up_bias is not None, "ACTIVATION": weights.activation,
             "HAS_LIMIT": weights.limit != float("inf"),
-            "ACTIVATION": weights.activation,
-            "SCALED": self._is_scaled,
-            "USE_PDL": self._has_pdl,
-            **self._after_another(),
         }
         self._down_options = {
-            **common,
-            **shape,
-            **_tile(config.down, config.is_direct, not weights.is_transposed and self.down),
-            "STRIDE_N": 1 if weights.is_transposed else self.inner,
-            "STRIDE_K": self.width if weights.is_transposed else 1,
+            **common, **_tile(config.down, config.is_direct, not is_flipped and self.down),
+            "STRIDE_N": 1 if is_flipped else self.inner,
+            "STRIDE_K": self.width if is_flipped else 1,
             "HAS_BIAS": weights.down_bias is not None,
-            "SCALED": self._is_scaled,
             # Without scales it changes nothing, and must not make a program anew.
             "X_BLOCK": config.gate_up.BLOCK_N if self._is_scaled else SCALE_BLOCK,
-            "USE_PDL": self._has_pdl,
-            **self._after_another(),
         }
+        # fmt: on
 
     def run(self, program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         """Launches a program; the tuner compiles here instead."""
@@ -266,30 +248,16 @@ class ExpertsCall:
         return {"launch_pdl": True} if self._has_pdl else {}
 
 
-def _present(
-    tensors: tuple[Tensor | None, Tensor | None], unread: tuple[Tensor, Tensor]
-) -> tuple[Tensor, ...]:
-    return tuple(
-        other if tensor is None else tensor for tensor, other in zip(tensors, unread, strict=True)
-    )
-
-
 def _tile(tile: Tile, is_direct: bool, rows: Tensor | bool) -> dict[str, Any]:
     """`rows` are the weights where they lie in rows that a descriptor can name, else False."""
+    # The copy engine wants rows of whole 16 bytes.
+    is_describable = isinstance(rows, Tensor) and rows.shape[-1] * rows.itemsize % 16 == 0
     return {
-        "BLOCK_N": tile.BLOCK_N,
-        "BLOCK_K": tile.BLOCK_K,
-        "SWAP_AB": tile.swap_ab,
-        "USE_TMA": tile.use_tma and rows is not False and _is_describable(rows),
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "SWAP_AB": tile.swap_ab,
+        "USE_TMA": tile.use_tma and is_describable,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
         **({} if is_direct else {"GROUP_M": tile.GROUP_M}),
-    }
-
-
-def _is_describable(weights: Tensor | bool) -> bool:
-    """The copy engine wants rows of whole 16 bytes."""
-    return isinstance(weights, Tensor) and weights.shape[-1] * weights.itemsize % 16 == 0
+    }  # fmt: skip
 
 
 def _described(weights: Tensor, tile: Tile, options: dict[str, Any]) -> Any:

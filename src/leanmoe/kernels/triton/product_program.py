@@ -90,12 +90,9 @@ def _term_rows(rows, is_row, FP8_TERMS: tl.constexpr):
 
 @triton.jit
 def _whole_rows(
-    acc,
-    BLOCK_M: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SWAP_AB: tl.constexpr,
+    acc, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, SWAP_AB: tl.constexpr,
     FP8_TERMS: tl.constexpr,
-):
+):  # fmt: skip
     """The product of whole activations, (X,J), from that of their terms."""
     if FP8_TERMS == 2:
         if not SWAP_AB:

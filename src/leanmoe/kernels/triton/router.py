@@ -25,14 +25,14 @@ from leanmoe.plan.placement import Placement
 MOST_EXPERTS = 512
 MOST_TOKENS = 16_384
 MOST_TOKENS_OF_ALL = 1 << 18
-"""Of all ranks together, where they exchange their ballots; whoever makes an exchange checks it.
-Votes and the id of an expert have 60 bits then, as many as are searched."""
+"""Of all ranks, where they exchange their demand; whoever makes an exchange checks it. Votes and
+the id of an expert have 60 bits then, as many as are searched."""
 BLOCK_ROWS = 16
 NO_BLOCKS = 0
 BEST, GUARANTEED, VOTES = range(3)
-"""Rows of a ballot (3,E), int64, as `leanmoe.routing.batch_rules` has them."""
+"""Rows of the demand (3,E), int64, as in `leanmoe.routing.batch_rules`."""
 Exchange = Callable[[Tensor], Tensor]
-"""Makes of a step's ballot (3,E) that of all ranks, as `leanmoe.routing.BatchScope` has it."""
+"""Adds up the demand (3,E) of all ranks, as `leanmoe.routing.BatchScope.exchange`."""
 SCORINGS = ("softmax", "sigmoid", "softmax_after_top_k")
 
 
@@ -88,10 +88,9 @@ def route_gpu(
     `exchange` is called between the two launches, and without tokens too. Raises LeanMoeError for
     what it cannot route.
     """
-    spelling = (False, logits_TE.shape[-1], block_rows)
-    scope = (placement, exchange)
-    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, scope, spelling, ids_dtype)
-    ids, weights, over, rows, table, used_1 = found
+    inputs = (logits_TE, router, top_k, rule, bias_E, padding_T, (placement, exchange))
+    skipped = (False, logits_TE.shape[-1])
+    ids, weights, over, rows, table, used_1 = _call(*inputs, (*skipped, block_rows), ids_dtype)
     over_budget = over.view(torch.bool) if rule.has_budget else None
     return RoutedGpu(ids, weights, over_budget, ExpertBlocks(rows, table, used_1, block_rows))
 
@@ -114,12 +113,12 @@ def route_gpu_ids(
     For kernels that pass over some id, `skipped_id` is the id of every skipped slot and of all of a
     padding token's. For those that want an expert in every slot it is None: a skipped slot repeats
     the token's best expert with weight 0, and a padding token's slots that of the first token, so
-    that neither wakes an expert.
+    that neither activates an expert.
     """
-    spelling = (skipped_id is None, skipped_id or 0, NO_BLOCKS)
-    scope = (placement, exchange)
-    found = _call(logits_TE, router, top_k, rule, bias_E, padding_T, scope, spelling, ids_dtype)
-    return found[0], found[1]
+    inputs = (logits_TE, router, top_k, rule, bias_E, padding_T, (placement, exchange))
+    skipped = (skipped_id is None, skipped_id or 0)
+    ids, weights, *_ = _call(*inputs, (*skipped, NO_BLOCKS), ids_dtype)
+    return ids, weights
 
 
 def _call(
@@ -130,10 +129,10 @@ def _call(
     bias_E: Tensor | None,
     padding_T: Tensor | None,
     scope: tuple[Placement | None, Exchange | None],
-    spelling: tuple[bool, int, int],
+    output: tuple[bool, int, int],
     ids_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """`spelling`: whether a skipped slot repeats, its id if not, rows of the expert blocks."""
+    """`output`: whether a skipped slot repeats, its id if not, rows of the expert blocks."""
     placement, exchange = scope
     ranks = 1 if placement is None else placement.ranks
     rule = rule.on(ranks)
@@ -150,23 +149,47 @@ def _call(
         None if rule.experts is None else _allowed(rule.experts, experts, device),
         None if padding_T is None else padding_T.contiguous().view(torch.int8),
         rank_E,
-        [*_whole_numbers(router, rule, top_k), ranks, *spelling],
-        [_or(rule.threshold), _or(rule.top_p), router.normalise_epsilon, router.scaling],
+        list(_integers(router, rule, top_k, ranks, output)),
+        [rule.threshold or 0.0, rule.top_p or 0.0, router.normalise_epsilon, router.scaling],
         ids_dtype,
     )
     if exchange is not None and rule.is_batch_aware:
         return _route(*arguments, exchange)
-    found: tuple[Tensor, ...] = _route_op(*arguments)
-    return found
+    outputs: tuple[Tensor, ...] = _route_op(*arguments)
+    return outputs
 
 
-def _or(share: float | None) -> float:
-    return 0.0 if share is None else share
+class RouteIntegers(NamedTuple):
+    """The whole numbers of a router, a rule and the output; the op takes them as a list."""
+
+    scoring: int
+    """Its place in `SCORINGS`."""
+    normalise: bool
+    groups: int
+    """1 where no groups are limited."""
+    groups_used: int
+    by_best: bool
+    """Whether a group is as good as its best expert, not as its best two."""
+    slots: int
+    full: int
+    """Slots whose sum divides the weights, with `keep_weights`; else 0."""
+    has_threshold: bool
+    has_top_p: bool
+    guaranteed: int
+    """This and the budgets are 0 where the rule has none."""
+    budget: int
+    per_rank: int
+    ranks: int
+    repeat: bool
+    """Whether a skipped slot repeats the token's best expert."""
+    skipped_id: int
+    block_rows: int
 
 
-def _whole_numbers(router: Router, rule: Rule, top_k: int) -> list[int]:
-    """What a router and a rule come to in whole numbers, as the op takes them."""
-    return [
+def _integers(
+    router: Router, rule: Rule, top_k: int, ranks: int, output: tuple[bool, int, int]
+) -> RouteIntegers:
+    return RouteIntegers(
         SCORINGS.index(router.scoring),
         router.normalise,
         router.groups if router.limits_groups else 1,
@@ -179,7 +202,9 @@ def _whole_numbers(router: Router, rule: Rule, top_k: int) -> list[int]:
         rule.guaranteed or 0,
         rule.budget or 0,
         rule.budget_per_rank or 0,
-    ]
+        ranks,
+        *output,
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -208,43 +233,30 @@ class RouteCall:
         allowed_E: Tensor | None,
         padding_T: Tensor | None,
         rank_E: Tensor | None,
-        wholes: list[int],
-        reals: list[float],
+        integers: RouteIntegers,
+        floats: list[float],
         outputs: tuple[Tensor, ...],
         exchange: Exchange | None = None,
     ) -> None:
-        scoring, normalise, groups, used, by_best, slots, full, *rest = wholes
-        has_threshold, has_top_p, self.guaranteed, self.budget, self.per_rank, *rest = rest
-        self._ranks, repeat, skipped_id, self._block_rows = rest
+        """`floats` are threshold, top_p, the epsilon of the normalisation, and the scaling."""
         self._rank_E, self._exchange = rank_E, exchange
         self.tokens, self.experts = logits_TE.shape
         self._inputs = (logits_TE, bias_E, allowed_E, padding_T)
-        self._spelling = {
-            "REPEAT": bool(repeat),
-            "SKIPPED": skipped_id,
-            "HAS_BLOCKS": self._block_rows > 0,
-        }
-        self._wanted, self._reals, self._outputs = (slots, full), reals, outputs
-        size = self.experts // groups
+        self._integers, self._floats, self._outputs = integers, floats, outputs
+        size, full = self.experts // integers.groups, integers.full
+        # fmt: off
         self._options = {
-            "E": self.experts,
-            "SIZE": size,
-            "PADDED_SIZE": power_of_two(size),
-            "GROUPS": groups,
-            "PADDED_E": power_of_two(groups) * power_of_two(size),
-            "USED": used,
-            "BY_BEST": bool(by_best),
-            "SLOTS": power_of_two(max(slots, full)),
-            "SCORING": scoring,
-            "NORMALISE": bool(normalise),
-            "HAS_BIAS": bias_E is not None,
-            "HAS_ALLOWED": allowed_E is not None,
-            "HAS_PADDING": padding_T is not None,
-            "HAS_THRESHOLD": bool(has_threshold),
-            "HAS_TOP_P": bool(has_top_p),
-            "KEEP_WEIGHTS": full > 0,
+            "E": self.experts, "SIZE": size, "PADDED_SIZE": power_of_two(size),
+            "GROUPS": integers.groups, "USED": integers.groups_used,
+            "PADDED_E": power_of_two(integers.groups) * power_of_two(size),
+            "BY_BEST": bool(integers.by_best), "SLOTS": power_of_two(max(integers.slots, full)),
+            "SCORING": integers.scoring, "NORMALISE": bool(integers.normalise),
+            "HAS_BIAS": bias_E is not None, "HAS_ALLOWED": allowed_E is not None,
+            "HAS_PADDING": padding_T is not None, "KEEP_WEIGHTS": full > 0,
+            "HAS_THRESHOLD": bool(integers.has_threshold), "HAS_TOP_P": bool(integers.has_top_p),
             "num_warps": 1,
         }
+        # fmt: on
 
     def run(self, program: Any, *arguments: Any, **options: Any) -> None:
         """Launches a program over the tokens."""
@@ -267,22 +279,25 @@ class RouteCall:
         inputs = [self._inputs[0] if tensor is None else tensor for tensor in self._inputs]
         counts = zeros_for("route", (experts + 1) * COUNTER_STRIDE.value, device)
         outputs = (ids, weights, counts, rows, table, used_1)
+        numbers, floats = self._integers, self._floats
         blocks = {
-            "BLOCK_ROWS": self._block_rows,
+            "BLOCK_ROWS": numbers.block_rows,
             "POWER_E": power_of_two(experts),
-            **self._spelling,
+            "REPEAT": bool(numbers.repeat),
+            "SKIPPED": numbers.skipped_id,
+            "HAS_BLOCKS": numbers.block_rows > 0,
         }
-        sizes = (self.tokens, table.shape[1], *self._wanted)
-        has_budget = bool(self.budget or self.per_rank)
-        if not (self.guaranteed or has_budget):
-            self.run(route_alone, *inputs, *outputs, *sizes, *self._reals, **blocks)
+        wanted, budgets = (numbers.slots, numbers.full), (numbers.budget, numbers.per_rank)
+        sizes = (self.tokens, table.shape[1], *wanted)
+        has_guaranteed, has_budget = numbers.guaranteed > 0, any(budgets)
+        if not (has_guaranteed or has_budget):
+            self.run(route_alone, *inputs, *outputs, *sizes, *floats, **blocks)
             return
         name, dtype = ("votes", torch.int64) if has_budget else ("marks", torch.int32)
         marks = zeros_for(name, experts, device, dtype)
         has_overlap = not interprets() and self._exchange is None
-        has_guaranteed = self.guaranteed > 0
         self.run(
-            route_activate, *inputs, marks, *self._wanted, self.guaranteed, *self._reals[:3],
+            route_activate, *inputs, marks, *wanted, numbers.guaranteed, *floats[:3],
             HAS_GUARANTEED=has_guaranteed, HAS_BUDGET=has_budget, USE_PDL=has_overlap,
         )  # fmt: skip
         tokens, best_bit = self.tokens, BEST_BIT.value
@@ -293,10 +308,10 @@ class RouteCall:
         after = {"launch_pdl": True} if has_overlap else {}
         self.run(
             route_fill, *inputs, *outputs, marks, over,
-            marks if self._rank_E is None else self._rank_E, *sizes, *self._reals,
-            self.guaranteed, self.budget, self.per_rank, self._ranks, low_bits, **blocks,
-            BEST=best_bit, HAS_GUARANTEED=has_guaranteed, HAS_TOTAL=self.budget > 0,
-            HAS_PER_RANK=self.per_rank > 0, USE_PDL=has_overlap, **after,
+            marks if self._rank_E is None else self._rank_E, *sizes, *floats,
+            numbers.guaranteed, *budgets, numbers.ranks, low_bits, **blocks,
+            BEST=best_bit, HAS_GUARANTEED=has_guaranteed, HAS_TOTAL=numbers.budget > 0,
+            HAS_PER_RANK=numbers.per_rank > 0, USE_PDL=has_overlap, **after,
         )  # fmt: skip
 
 
@@ -323,37 +338,28 @@ def tell_others(marks_E: Tensor, exchange: Exchange) -> None:
     marks_E += is_marked_3E[GUARANTEED] << guaranteed
 
 
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 @torch.library.custom_op("leanmoe::route_gpu", mutates_args=())
 def _route_op(
-    logits: Tensor,
-    bias: Tensor | None,
-    allowed: Tensor | None,
-    padding: Tensor | None,
-    ranks: Tensor | None,
-    wholes: list[int],
-    reals: list[float],
-    ids_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _route(logits, bias, allowed, padding, ranks, wholes, reals, ids_dtype, None)
+    logits: Tensor, bias: Tensor | None, allowed: Tensor | None, padding: Tensor | None,
+    ranks: Tensor | None, integers: list[int], floats: list[float], ids_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _route(logits, bias, allowed, padding, ranks, integers, floats, ids_dtype, None)
 
 
 def _route(
-    logits: Tensor,
-    bias: Tensor | None,
-    allowed: Tensor | None,
-    padding: Tensor | None,
-    ranks: Tensor | None,
-    wholes: list[int],
-    reals: list[float],
-    ids_dtype: torch.dtype,
+    logits: Tensor, bias: Tensor | None, allowed: Tensor | None, padding: Tensor | None,
+    ranks: Tensor | None, integers: list[int], floats: list[float], ids_dtype: torch.dtype,
     exchange: Exchange | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _empty(logits, wholes, ids_dtype)
+) -> _Outputs:  # fmt: skip
+    outputs = _empty(logits, integers, ids_dtype)
     if logits.shape[0]:
         inputs = (logits, bias, allowed, padding, ranks)
-        RouteCall(*inputs, wholes, reals, outputs, exchange).route()
+        RouteCall(*inputs, RouteIntegers(*integers), floats, outputs, exchange).route()
         return outputs
-    if exchange is not None:  # the others wait for this rank's ballot, empty as it is
+    if exchange is not None:  # the others wait for this rank's demand, empty as it is
         exchange(torch.zeros(3, logits.shape[1], dtype=torch.int64, device=logits.device))
     outputs[2].zero_()
     outputs[5].zero_()
@@ -361,18 +367,14 @@ def _route(
 
 
 @_route_op.register_fake
-def _route_fake(
-    logits: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_inputs, wholes, _reals, ids_dtype = others
-    return _empty(logits, wholes, ids_dtype)
+def _route_fake(logits: Tensor, *others: Any) -> _Outputs:
+    *_inputs, integers, _floats, ids_dtype = others
+    return _empty(logits, integers, ids_dtype)
 
 
-def _empty(
-    logits: Tensor, wholes: list[int], ids_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens, experts = logits.shape
-    slots, block_rows = wholes[5], wholes[-1]
+def _empty(logits: Tensor, integers: list[int], ids_dtype: torch.dtype) -> _Outputs:
+    (tokens, experts), numbers = logits.shape, RouteIntegers(*integers)
+    slots, block_rows = numbers.slots, numbers.block_rows
     rows, blocks = 0, 0
     if block_rows != NO_BLOCKS:
         rows, blocks = experts * tokens, most_blocks(tokens * slots, experts, block_rows)

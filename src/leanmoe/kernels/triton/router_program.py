@@ -3,7 +3,7 @@
 Letters: T tokens, K slots of a token that are looked at, E experts.
 
 Where tokens share experts, the first launch marks whom they want and the second chooses among
-those that are awake by these marks. Whatever is counted is zero again at the end.
+those that are active by these marks. Whatever is counted is zero again at the end.
 """
 
 # mypy: ignore-errors
@@ -17,8 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from leanmoe.kernels.triton.expert_blocks_program import is_last_answered, write_blocks
 from leanmoe.kernels.triton.router_token_program import (
-    ASLEEP,
     FIRST,
+    INACTIVE,
     best_slots,
     gates_of,
     more_slots,
@@ -98,7 +98,7 @@ def _filler(
     REPEAT: tl.constexpr, SKIPPED: tl.constexpr,
 ):  # fmt: skip
     """The id of a token's skipped slots: `SKIPPED`, or with `REPEAT` that of an expert that is
-    awake anyway: the token's best; for padding, that of the first token.
+    active anyway: the token's best; for padding, that of the first token.
     """
     filler = SKIPPED
     if REPEAT:
@@ -222,7 +222,7 @@ def _afford(
     E: tl.constexpr, POWER_E: tl.constexpr, BEST: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
     HAS_TOTAL: tl.constexpr, HAS_PER_RANK: tl.constexpr,
 ):  # fmt: skip
-    """Every token's best stay awake, and the most voted-for while the budgets last.
+    """Every token's best stay active, and the most voted-for while the budgets last.
 
     Whole numbers in order: votes, then the lower id. A rank's budget comes first, one after the
     other, and that of all ranks among those that are left. Returns also whether the best alone
@@ -327,11 +327,11 @@ def route_fill(
     HAS_GUARANTEED: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_PER_RANK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, POWER_E: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Second of two launches: each token's slots from its own awake experts, then from the others.
+    """Second of two launches: each token's slots from its own active experts, then from the others.
 
-    Each program finds out for itself who is awake, and its own experts again: both take less than
-    to wait for one that writes them down, and the latter is done while the first launch runs. The
-    last makes the marks zero again. `BEST` is the bit of a mark where tokens' best begin.
+    Each program finds out for itself which are active, and its own experts again: both take less
+    than to wait for one that writes them down, and the latter is done while the first launch runs.
+    The last makes the marks zero again. `BEST` is the bit of a mark where tokens' best begin.
     """
     LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P
     HAS_BUDGET: tl.constexpr = HAS_TOTAL or HAS_PER_RANK
@@ -343,7 +343,7 @@ def route_fill(
     )  # fmt: skip
     k = tl.arange(0, SLOTS)
     whole = 1.0
-    # A budget may want any of its own asleep; without one those it is guaranteed are all awake.
+    # A budget may drop any of its own; without one those it is guaranteed are all active.
     if LOOKS_AT_ALL or KEEP_WEIGHTS:
         most = tl.maximum(slots, full)
         ids_K, _gates_K, wanted, whole = own_slots(
@@ -355,13 +355,13 @@ def route_fill(
         last = wanted if HAS_THRESHOLD and HAS_BIAS else own
         while slot < last:
             own_id = tl.sum(tl.where(k == slot, ids_K, 0), axis=0)
-            keys = tl.where(e == own_id, tl.where(slot < own, ASLEEP, FIRST - slot), keys)
+            keys = tl.where(e == own_id, tl.where(slot < own, INACTIVE, FIRST - slot), keys)
             slot += 1
     elif HAS_BUDGET:
         ids_K, wanted, keys = best_slots(keys, e, slots, SLOTS)
         own = wanted
     else:
-        wanted = tl.minimum(tl.sum((keys > ASLEEP).to(tl.int32), axis=0), slots)
+        wanted = tl.minimum(tl.sum((keys > INACTIVE).to(tl.int32), axis=0), slots)
         ids_K, own, keys = best_slots(keys, e, tl.minimum(guaranteed, wanted), SLOTS)
     if USE_PDL:
         gdc_wait()
@@ -380,16 +380,16 @@ def route_fill(
         place_K = tl.where(is_own_K, before_K, own + k - before_K)
     else:
         is_active = marks > 0
-    others = tl.where(is_active, keys, ASLEEP)
-    ids_K, found, _others = more_slots(others, e, ids_K, place_K, own, wanted)
-    gates_K = gates_of(logits_ptr, token, ids_K, place_K < found, top, total, E, SCORING)
+    others = tl.where(is_active, keys, INACTIVE)
+    ids_K, filled, _others = more_slots(others, e, ids_K, place_K, own, wanted)
+    gates_K = gates_of(logits_ptr, token, ids_K, place_K < filled, top, total, E, SCORING)
     filler = _filler(
         ids_K, place_K, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
         HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT, SKIPPED,
     )  # fmt: skip
     answers = _write(
-        ids_K, gates_K, place_K, found, whole, is_number, filler, token, tokens, scaling, epsilon,
+        ids_K, gates_K, place_K, filled, whole, is_number, filler, token, tokens, scaling, epsilon,
         slots, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
         E, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_BLOCKS,
     )  # fmt: skip

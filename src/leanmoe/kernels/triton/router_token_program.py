@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 SOFTMAX, SIGMOID, SOFTMAX_AFTER = (tl.constexpr(i) for i in range(3))
-ASLEEP = tl.constexpr(-(1 << 31))
+INACTIVE = tl.constexpr(-(1 << 31))
 """A key below that of any expert that can be used."""
 FIRST = tl.constexpr((1 << 31) - 1)
 """A key above that of any expert."""
@@ -76,14 +76,14 @@ def _limit_groups(
 def _keys(ranking):
     """Whole numbers that order experts as the ranking does: a warp finds their maximum fast."""
     bits = (ranking + 0.0).to(tl.int32, bitcast=True)  # + 0.0: minus zero equals zero
-    return tl.where(ranking > NEVER, bits ^ ((bits >> 31) & 0x7FFFFFFF), ASLEEP)
+    return tl.where(ranking > NEVER, bits ^ ((bits >> 31) & 0x7FFFFFFF), INACTIVE)
 
 
 @triton.jit
 def best_slots(keys, e, most, SLOTS: tl.constexpr):
     """The `most` experts of highest key, equal ones by lower id.
 
-    Returns ids, how many there are, and the keys with these experts asleep.
+    Returns ids, how many there are, and the keys with these experts `INACTIVE`.
     """
     ids_K, filled = tl.zeros((SLOTS,), dtype=tl.int32), tl.full((), 0, dtype=tl.int32)
     return more_slots(keys, e, ids_K, tl.arange(0, SLOTS), filled, most)
@@ -93,10 +93,10 @@ def best_slots(keys, e, most, SLOTS: tl.constexpr):
 def more_slots(keys, e, ids_K, place_K, filled, most):
     """As `best_slots`, for slots that have some places `filled`: 0 and up, in any order."""
     best = tl.max(keys, axis=0)
-    while (filled < most) & (best > ASLEEP):
+    while (filled < most) & (best > INACTIVE):
         expert = tl.min(tl.where(keys == best, e, NOBODY), axis=0)
         ids_K = tl.where(place_K == filled, expert, ids_K)
-        keys = tl.where(e == expert, ASLEEP, keys)
+        keys = tl.where(e == expert, INACTIVE, keys)
         best = tl.max(keys, axis=0)
         filled += 1
     return ids_K, filled, keys
@@ -116,7 +116,7 @@ def _kept(
     gates_K, is_kept, threshold, top_p,
     SCORING: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_TOP_P: tl.constexpr,
 ):  # fmt: skip
-    """Which of a token's found slots threshold and top_p keep."""
+    """Which of a token's slots threshold and top_p keep."""
     best = tl.max(tl.where(is_kept, gates_K, NEVER), axis=0)
     mass_K = tl.where(is_kept, gates_K, 0.0)
     if SCORING == SOFTMAX_AFTER:
@@ -180,7 +180,7 @@ def own_keys(
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SCORING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr,
 ):  # fmt: skip
-    """Keys of all of a token's experts, `ASLEEP` for those it may not use.
+    """Keys of all of a token's experts, `INACTIVE` for those it may not use.
 
     Returns also top and total, which give any expert's gate, and whether the gates are numbers.
     """
@@ -208,7 +208,7 @@ def own_keys(
     is_real = is_number
     if HAS_PADDING:
         is_real = is_real & (tl.load(padding_ptr + token) == 0)
-    return tl.where(is_real, _keys(ranking), ASLEEP), e, is_expert, top, total, is_number
+    return tl.where(is_real, _keys(ranking), INACTIVE), e, is_expert, top, total, is_number
 
 
 @triton.jit

@@ -27,62 +27,31 @@ MOST_TWO_TERM_ROWS = 24
 """Up to so many rows an expert has on average, fp8 activations are of two terms: memory decides
 there, and twice the products cost nothing."""
 FEW: tuple[tuple[int, int, int, int], ...] = (
-    (16, 128, 4, 4),
-    (32, 64, 4, 4),
-    (32, 128, 4, 4),
-    (32, 256, 4, 3),
-    (64, 64, 4, 3),
-    (64, 128, 4, 2),
-    (64, 128, 4, 3),
-    (64, 128, 8, 4),
-    (64, 256, 4, 3),
-    (128, 128, 8, 3),
-)
+    (16, 128, 4, 4), (32, 64, 4, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 64, 4, 3),
+    (64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 8, 4), (64, 256, 4, 3), (128, 128, 8, 3),
+)  # fmt: skip
 """BLOCK_N, BLOCK_K (half of it for float32), num_warps and num_stages where rows are few: memory
 decides."""
 MANY: tuple[tuple[int, int, int, int], ...] = (
-    (64, 64, 8, 4),
-    (128, 64, 4, 3),
-    (128, 64, 8, 3),
-    (128, 64, 8, 4),
-    (128, 128, 8, 2),
-    (256, 64, 8, 3),
-    (256, 64, 8, 4),
-)
+    (64, 64, 8, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2),
+    (256, 64, 8, 3), (256, 64, 8, 4),
+)  # fmt: skip
 """The same where rows are many: the matrix unit decides."""
-
-
 FP8_FIRST = tuple((128, 128, warps, stages) for warps in (4, 8) for stages in (3, 4, 5))
 """The first product of fp8 weights: its columns are the second's columns of one scale."""
 FP8_SECOND = (
-    (64, 128, 4, 3),
-    (64, 128, 4, 5),
-    (128, 128, 4, 3),
-    (128, 128, 8, 4),
-    (256, 128, 8, 3),
-)
+    (64, 128, 4, 3), (64, 128, 4, 5), (128, 128, 4, 3), (128, 128, 8, 4), (256, 128, 8, 3),
+)  # fmt: skip
 FLOAT16_SECOND = (
-    (64, 64, 4, 4),
-    (128, 64, 4, 3),
-    (128, 64, 8, 4),
-    (128, 128, 8, 3),
-    (256, 64, 8, 3),
-)
+    (64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3), (256, 64, 8, 3),
+)  # fmt: skip
 """The second product of fp8 weights in float16: they take registers, so tiles are less deep."""
 MOST_FUSED_TOKENS = 4
 """Above, tokens have experts in common, whose weights the fused sum would read for each."""
 FUSED_SUM = (
-    (4, 256, 4),
-    (4, 512, 4),
-    (4, 512, 8),
-    (8, 128, 4),
-    (8, 256, 4),
-    (8, 256, 8),
-    (8, 512, 8),
-    (16, 128, 4),
-    (16, 128, 8),
-    (32, 64, 8),
-)
+    (4, 256, 4), (4, 512, 4), (4, 512, 8), (8, 128, 4), (8, 256, 4), (8, 256, 8), (8, 512, 8),
+    (16, 128, 4), (16, 128, 8), (32, 64, 8),
+)  # fmt: skip
 """BLOCK_N, BLOCK_K and num_warps of the second product where it adds up the slots: eight experts'
 tiles are held in registers, twice."""
 
@@ -163,9 +132,8 @@ def _fits(tile: Tile, way: ExpertsConfig, shape: Shape, is_first: bool) -> bool:
         return False
     rows = (way.BLOCK_M + way.TAIL_M) * way.fp8_terms
     wide = tile.BLOCK_N * 2 if is_first else tile.BLOCK_N
-    if (
-        wide < (16 if tile.swap_ab else 8) * tile.num_warps
-    ):  # 16 rows of the left operand, 8 columns
+    each_warp = 16 if tile.swap_ab else 8  # rows of the left operand, columns of the right
+    if wide < each_warp * tile.num_warps:
         return False
     each = _itemsize(shape)
     shared = (wide * each + rows * max(each, 2)) * tile.BLOCK_K * tile.num_stages
@@ -173,8 +141,7 @@ def _fits(tile: Tile, way: ExpertsConfig, shape: Shape, is_first: bool) -> bool:
 
 
 def _itemsize(shape: Shape) -> int:
-    size: int = getattr(torch, shape.dtype).itemsize
-    return size
+    return int(getattr(torch, shape.dtype).itemsize)
 
 
 def is_fp8(shape: Shape) -> bool:

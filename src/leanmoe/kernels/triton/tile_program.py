@@ -190,8 +190,7 @@ def down_block(
             act_ptr, act_scale_ptr, rows, is_row, tail_rows, is_tail,
             w_ptr, expert.to(tl.int32) * D, first, first, is_column, own_scale_ptr,
             M, SCALED, SCALE_STRIDE, X_BLOCK, False, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_K, SWAP_AB,
-            FP8_TERMS,
-            WIDEN,
+            FP8_TERMS, WIDEN,
         )  # fmt: skip
     else:
         product, tail = product_of(

@@ -51,33 +51,18 @@ def random_weights(shape: Shape, device: str = "cuda", seed: int = 0) -> ExpertW
         torch.empty(shape.experts, *(size[::-1] if shape.is_transposed else size), **made)
         for size in sizes
     ]
-    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
-    for weight in drawn if device != "meta" else []:
-        for matrix in weight:
+    if device != "meta":
+        generator = torch.Generator(device).manual_seed(seed)
+        for matrix in (matrix for weight in drawn for matrix in weight):
             values = torch.randn(matrix.shape, generator=generator, device=device)
-            matrix.copy_(
-                values
-                if dtype == FP8
-                else values / matrix.shape[0 if shape.is_transposed else 1] ** 0.5
-            )
-    scales: list[Tensor | None] = [None, None]
+            inputs = matrix.shape[0 if shape.is_transposed else 1]
+            matrix.copy_(values if dtype == FP8 else values / inputs**0.5)
+    scales: dict[str, Tensor] = {}
     if dtype == FP8:
-        scales = [
-            torch.full(
-                (shape.experts, -(-rows // 128), -(-columns // 128)),
-                columns**-0.5,
-                device=device,
-            )
-            for rows, columns in sizes
-        ]
-    gate_up, down = drawn
-    return ExpertWeights(
-        gate_up,
-        down,
-        is_transposed=shape.is_transposed,
-        gate_up_scale=scales[0],
-        down_scale=scales[1],
-    )
+        for name, (rows, columns) in zip(("gate_up_scale", "down_scale"), sizes, strict=True):
+            blocks = (shape.experts, -(-rows // 128), -(-columns // 128))
+            scales[name] = torch.full(blocks, columns**-0.5, device=device)
+    return ExpertWeights(*drawn, is_transposed=shape.is_transposed, **scales)
 
 
 def random_call(shape: Shape, tokens: int, seed: int, device: str = "cuda") -> Inputs:
@@ -114,7 +99,7 @@ class _Compiled(ExpertsCall):
 def _compile(shape: Shape, tokens: int, config: ExpertsConfig, product: Product) -> None:
     """In a process of its own: the programs of one product."""
     torch.cuda.current_device()  # Triton asks the driver for what to compile
-    call = _call(_Compiled, shape, tokens, config, random_weights(shape, "meta"), None, "meta")
+    call = _compiled_call(shape, tokens, config)
     blocks = _empty_blocks() if not config.is_direct else ()
     (call.first_product if product == FIRST else call.second_product)(*blocks)
 
@@ -124,23 +109,14 @@ def _empty_blocks() -> tuple[Tensor, Tensor, Tensor]:
     return integers, torch.empty(3, 8, dtype=torch.int32, device="meta"), integers
 
 
-def _call(
-    kind: type[ExpertsCall],
-    shape: Shape,
-    tokens: int,
-    config: ExpertsConfig,
-    weights: ExpertWeights,
-    inputs: Inputs | None,
-    device: str = "cuda",
-) -> ExpertsCall:
-    if inputs is None:
-        dtype = torch.bfloat16 if weights.gate_up.dtype == FP8 else weights.gate_up.dtype
-        inputs = (
-            torch.empty(tokens, shape.hidden, dtype=dtype, device=device),
-            torch.empty(tokens, shape.slots, dtype=torch.int64, device=device),
-            torch.empty(tokens, shape.slots, device=device),
-        )
-    return kind(*inputs, operands(weights), config)
+def _compiled_call(shape: Shape, tokens: int, config: ExpertsConfig) -> ExpertsCall:
+    """A call without data, whose programs are compiled where another's are launched."""
+    weights = random_weights(shape, "meta")
+    dtype = torch.bfloat16 if weights.gate_up.dtype == FP8 else weights.gate_up.dtype
+    hidden_TD = torch.empty(tokens, shape.hidden, dtype=dtype, device="meta")
+    ids_TK = torch.empty(tokens, shape.slots, dtype=torch.int64, device="meta")
+    gates_TK = torch.empty(tokens, shape.slots, device="meta")
+    return _Compiled(hidden_TD, ids_TK, gates_TK, operands(weights), config)
 
 
 class Tuner:
@@ -242,9 +218,8 @@ class _Timed:
         error = error_of(config, self.weights, call)
         if error <= self.most_error:
             return True
-        trial = {"shape": self.shape.__dict__, "tokens": len(call[0]), "product": "whole"}
         reason = f"{error:.1%} off float64, {self.most_error:.1%} is the most"
-        self.trials.append({**trial, "config": config.to_json(), "failed": reason})
+        self._note(len(call[0]), "whole", config, failed=reason)
         return False
 
     def _best_tile(
@@ -259,19 +234,14 @@ class _Timed:
                 config = _with(way, product, tile)
 
                 def calls(config: ExpertsConfig = config) -> list[Callable[[], object]]:
-                    return [
-                        _product(self._call(config, i), product, blocks)
-                        for i, blocks in zip(inputs, lists, strict=True)
-                    ]
+                    layer, pairs = operands(self.weights), zip(inputs, lists, strict=True)
+                    return [_product(ExpertsCall(*i, layer, config), product, b) for i, b in pairs]
 
                 took = self._try(calls, len(inputs[0][0]), product, config, is_rough)
                 if took is not None:
                     times.append((took, number))
             tiles_left = [tiles_left[number] for _, number in sorted(times)[:FINALISTS]]
         return tiles_left[0] if tiles_left else None
-
-    def _call(self, config: ExpertsConfig, inputs: Inputs) -> ExpertsCall:
-        return _call(ExpertsCall, self.shape, len(inputs[0]), config, self.weights, inputs)
 
     def _time(self, config: ExpertsConfig, inputs: Sequence[Inputs]) -> float | None:
         """The whole op, grouping of the ids and all."""
@@ -290,19 +260,18 @@ class _Timed:
         is_rough: bool = False,
     ) -> float | None:
         """Microseconds; None for what does not run: one tile that does not fit must not end it."""
-        trial = {
-            "shape": self.shape.__dict__,
-            "tokens": tokens,
-            "product": product,
-            "config": config.to_json(),
-        }
         try:
             took = time_calls(calls(), is_rough=is_rough)
         except Exception as error:
-            self.trials.append({**trial, "failed": repr(error)[:300]})
+            self._note(tokens, product, config, failed=repr(error)[:300])
             return None
-        self.trials.append({**trial, "us": took, "is_rough": is_rough})
+        self._note(tokens, product, config, us=took, is_rough=is_rough)
         return took
+
+    def _note(self, tokens: int, product: Product, config: ExpertsConfig, **result: Any) -> None:
+        """Adds one trial to what the tuner tells of its search."""
+        trial = {"shape": self.shape.__dict__, "tokens": tokens, "product": product}
+        self.trials.append({**trial, "config": config.to_json(), **result})
 
 
 def _with(config: ExpertsConfig, product: Product, tile: Tile) -> ExpertsConfig:

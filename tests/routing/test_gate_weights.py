@@ -1,0 +1,46 @@
+"""How a token's slots are weighed, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from leanmoe.models.routers import Router
+from leanmoe.routing.gate_weights import votes, weigh
+
+GATES_TK = torch.tensor([[0.4, 0.2, 0.1]])
+TWO_TK = torch.tensor([[True, True, False]])
+AFTER = Router("softmax_after_top_k", score_dtype="logits")
+
+
+@pytest.mark.parametrize(
+    ("router", "weights"),
+    [
+        (Router(), [0.4, 0.2, 0.0]),
+        (Router(scaling=2.5), [1.0, 0.5, 0.0]),
+        (Router(normalise=True), [2 / 3, 1 / 3, 0.0]),
+        (Router(normalise=True, normalise_epsilon=0.2, scaling=2.0), [1.0, 0.5, 0.0]),
+    ],
+)
+def test_kept_slots_are_normalised_and_scaled_as_the_router_says(
+    router: Router, weights: list[float]
+) -> None:
+    torch.testing.assert_close(weigh(GATES_TK, router, TWO_TK), torch.tensor([weights]))
+
+
+def test_the_whole_top_k_may_divide_the_kept_slots() -> None:
+    kept = weigh(GATES_TK, Router(normalise=True), TWO_TK, full_BTK=GATES_TK)
+    torch.testing.assert_close(kept, torch.tensor([[4 / 7, 2 / 7, 0.0]]))
+    after = weigh(GATES_TK, AFTER, TWO_TK, full_BTK=GATES_TK)
+    torch.testing.assert_close(after, GATES_TK.softmax(-1).masked_fill(~TWO_TK, 0.0))
+
+
+@pytest.mark.parametrize("router", [Router(normalise=True), AFTER], ids=["before", "after"])
+def test_a_token_without_slots_weighs_nothing(router: Router) -> None:
+    weights = weigh(GATES_TK, router, torch.zeros(1, 3, dtype=torch.bool))
+    assert weights.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_votes_are_weights_before_scaling() -> None:
+    router = Router(normalise=True, scaling=2.5)
+    torch.testing.assert_close(votes(GATES_TK, router) * 2.5, weigh(GATES_TK, router))

@@ -1,0 +1,42 @@
+"""A loaded model: its MoE layers, what enters them, and a forward from the middle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from leanmoe.kernels.cpu.threads import openmp_functions
+from leanmoe.runtime import find_layers, hidden_before, release_threads, resume_from
+from tests.runtime.families import build
+from tests.runtime.test_apply import ids, logits
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "gpt_oss"])
+def test_resuming_gives_the_logits_of_the_whole_model(family: str) -> None:
+    model = build(family)
+    kept = hidden_before(model, ids(), [1, 2])
+    stock = logits(model)
+    for index, hidden in kept.items():
+        with resume_from(model, index, hidden):
+            assert torch.equal(logits(model), stock)
+    assert torch.equal(logits(model), stock)
+
+
+def test_one_experts_rows_are_those_of_all_outputs() -> None:
+    layer = find_layers(build("qwen3_moe"))[0]
+    hidden_TD = torch.randn(3, layer.experts.down_proj.shape[1])
+    ids_TK = torch.tensor([[0, 2], [2, 1], [layer.experts.num_experts, 0]])
+    seen = 0
+    with torch.inference_mode():
+        whole_TED = layer.all_outputs(hidden_TD)
+        for expert, rows_X, slots_X, outputs_XD in layer.outputs_by_expert(hidden_TD, ids_TK):
+            assert ids_TK[rows_X, slots_X].eq(expert).all()
+            torch.testing.assert_close(outputs_XD, whole_TED[rows_X, expert])
+            seen += len(rows_X)
+    assert seen == 5, "a skipped slot has no row"
+
+
+def test_released_threads_come_back_with_the_next_operation() -> None:
+    matrix = torch.ones(300, 300)
+    assert release_threads() == bool(openmp_functions("omp_pause_resource_all"))
+    assert float((matrix @ matrix).sum()) == 300.0**3
