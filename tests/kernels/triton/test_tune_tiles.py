@@ -36,7 +36,9 @@ def pretending(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(tune_tiles, "time_calls", time_calls)
     monkeypatch.setattr(tune_tiles, "_compile", lambda *_: None)
     monkeypatch.setattr(tune_tiles, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
-    monkeypatch.setattr(tune_tiles, "random_weights", lambda shape: random_weights(shape, DEVICE))
+    monkeypatch.setattr(
+        tune_tiles, "random_weights", lambda shape, device=DEVICE: random_weights(shape, device)
+    )
     monkeypatch.setattr(
         tune_tiles, "random_call", lambda shape, size, seed: random_call(shape, size, seed, DEVICE)
     )
