@@ -24,10 +24,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common.results import collect, command, file_of, parser_of, write
+from benchmarks.common.results import collect, file_of, parser_of, write
 from leanmoe.bench.measurement import Request
 from leanmoe.bench.over_http import OverHTTP
-from leanmoe.bench.run import Job, load_tokenizer, make_supply
+from leanmoe.bench.run import load_tokenizer, make_supply
 from leanmoe.bench.servers import Server, ask, read_address
 from leanmoe.bench.settings import BenchSettings, Lengths, ServiceLoad
 from leanmoe.bench.sweep import few_requests, measured
@@ -65,13 +65,17 @@ class Clients:
         lengths = Lengths(asked.input_len, asked.input_len)
         replies = Lengths(asked.output_len, asked.output_len)
         self.settings = BenchSettings(
-            input_len=lengths, output_len=replies, num_prompts=asked.requests, max_seconds=120
+            targets=(asked.url,),
+            tokenizer=asked.tokenizer,
+            input_len=lengths,
+            output_len=replies,
+            num_prompts=asked.requests,
+            max_seconds=120,
         )
         self.server: Server = ask(read_address(asked.url))
-        job = Job((asked.url,), (), self.settings, Path(), command(), tokenizer=asked.tokenizer)
-        self.tokenizer = load_tokenizer(job, [self.server])
+        self.tokenizer = load_tokenizer(self.settings, [self.server])
         _, self.supply = make_supply(self.settings, self.tokenizer)
-        self.ours = OverHTTP([self.server], self.tokenizer, self.settings, self.supply, None)
+        self.ours = OverHTTP([self.server], self.tokenizer, self.settings, self.supply)
 
     def requests(self, load: ServiceLoad, name: str) -> list[Request]:
         """Prompts that no other run has."""

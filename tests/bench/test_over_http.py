@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from leanmoe.bench.one_block import block
-from leanmoe.bench.run import Job, run_job
+from leanmoe.bench.run import bench as run_bench
 from leanmoe.bench.settings import BenchSettings, Lengths
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.serve.metrics import exposition
@@ -30,8 +30,10 @@ def servers() -> Iterator[tuple[MockServer, MockServer]]:
         yield full, plan
 
 
-def job(output: Path, *targets: str, **changes: object) -> Job:
+def asked(*targets: str, **changes: Any) -> BenchSettings:
     settings: dict[str, Any] = {
+        "targets": targets,
+        "tokenizer": "reference",
         "text": str(Path(__file__).parents[2] / "docs"),
         "concurrency": (3,),
         "input_len": Lengths(10, 20),
@@ -42,13 +44,11 @@ def job(output: Path, *targets: str, **changes: object) -> Job:
         "goodput": (("ttft", 1e3 * TTFT * 0.9),),
         **changes,
     }
-    return Job(
-        targets, (), BenchSettings(**settings), output, "leanmoe bench", tokenizer="reference"
-    )
+    return BenchSettings(**settings)
 
 
-def bench(wanted: Job) -> dict[str, Any]:
-    return run_job(wanted, lambda *_: None, lambda _: None).to_json()
+def bench(output: Path, *targets: str, **changes: Any) -> dict[str, Any]:
+    return run_bench(asked(*targets, **changes), output, "leanmoe bench").to_json()
 
 
 @pytest.mark.slow
@@ -56,7 +56,7 @@ def test_figures_are_what_the_servers_did(
     servers: tuple[MockServer, MockServer], tmp_path: Path
 ) -> None:
     full, plan = servers
-    found = bench(job(tmp_path, f"full={full.url}", f"plan={plan.url}"))
+    found = bench(tmp_path, f"full={full.url}", f"plan={plan.url}")
     assert found["complete"]
     (entry,) = found["loads"]
     for name, server in (("full", full), ("plan", plan)):
@@ -93,8 +93,8 @@ def test_distinct_experts_stand_beside_the_times_where_a_server_shows_them(tmp_p
     step = {"rows": 2, "band": None, "up_to": None, "layers": layers}
     shown = exposition("plan.json", "vllm", step, None).encode()
     with serving(ttft=0.01) as full, serving(ttft=0.01, metrics=lambda _: shown) as plan:
-        wanted = job(tmp_path, f"full={full.url}", f"plan={plan.url}", concurrency=(2,), repeats=1)
-        (entry,) = bench(wanted)["loads"]
+        targets = (f"full={full.url}", f"plan={plan.url}")
+        (entry,) = bench(tmp_path, *targets, concurrency=(2,), repeats=1)["loads"]
         assert len(full.timed()) == 9
         assert len(plan.timed()) > 9
     assert entry["routing"]["plan"]["distinct_experts_a_step"] == 8.5
@@ -119,10 +119,8 @@ def test_an_open_loop_arrives_at_its_rate(tmp_path: Path) -> None:
     for attempt in range(4):  # a busy machine may start the client too late: it then says so
         with serving(ttft=0.01, itl=0.001) as server:
             folder = tmp_path / str(attempt)
-            wanted = job(
-                folder, server.url, concurrency=(), request_rate=(20.0,), num_prompts=60, repeats=1
-            )
-            (entry,) = bench(wanted)["loads"]
+            rate = {"concurrency": (), "request_rate": (20.0,)}
+            (entry,) = bench(folder, server.url, **rate, num_prompts=60, repeats=1)["loads"]
             received = sorted(seen.received for seen in server.timed())
         (run,) = entry["runs"][next(iter(entry["runs"]))]
         if run["median_delay_ms"] < LATE_MS:
@@ -139,12 +137,13 @@ def test_an_open_loop_arrives_at_its_rate(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_server_that_dies_leaves_what_was_measured(tmp_path: Path) -> None:
     with serving(ttft=0.01, itl=0.001, dies_after=30) as server:
-        wanted = job(tmp_path, server.url, concurrency=(1, 2, 4), num_prompts=8, repeats=2)
-        written: list[Path] = []
+        wanted = asked(server.url, concurrency=(1, 2, 4), num_prompts=8, repeats=2)
+        written: list[bool] = []
+        path = tmp_path / "results.json"
         with pytest.raises(LeanMoeError, match=r"stopped answering at .* marked incomplete"):
-            run_job(wanted, lambda *_: None, written.append)
+            run_bench(wanted, tmp_path, "", closed=lambda: written.append(path.exists()))
     stored = json.loads((tmp_path / "results.json").read_text())
-    assert written == [tmp_path / "results.json"]
+    assert written == [True]
     assert stored["complete"] is False
     assert "stopped answering" in stored["stopped"]
     assert stored["loads"][0]["max_concurrency"] == 1
@@ -155,7 +154,6 @@ def test_a_server_that_dies_leaves_what_was_measured(tmp_path: Path) -> None:
 def test_a_server_without_room_for_the_lengths_is_refused(
     servers: tuple[MockServer, MockServer], tmp_path: Path
 ) -> None:
-    wanted = job(tmp_path, servers[0].url, input_len=Lengths(4096, 4096))
     with pytest.raises(LeanMoeError, match="takes at most 4,096"):
-        bench(wanted)
+        bench(tmp_path, servers[0].url, input_len=Lengths(4096, 4096))
     assert not (tmp_path / "results.json").exists()

@@ -37,9 +37,8 @@ class InProcess:
         plans: Mapping[str, Plan],
         settings: BenchSettings,
         supply: Supply,
-        with_stock: bool = False,
     ) -> None:
-        """`plans` by variant name; the full model stands before them, `with_stock` after them.
+        """`plans` by variant name; the full model stands before them, stock experts after them.
 
         Raises LeanMoeError when a plan is for another model or a request does not fit it.
         """
@@ -54,7 +53,7 @@ class InProcess:
         self._plans = {FULL: Plan(fingerprint), **plans}
         experts = served_experts(model)
         self._experts = dict.fromkeys(self._plans, experts)
-        if with_stock and experts != "stock":
+        if settings.stock and experts != "stock":
             stock = f"transformers {model.config._experts_implementation}"
             self._plans[stock], self._experts[stock] = Plan(fingerprint), "stock"
         self._check_lengths()

@@ -46,11 +46,10 @@ class OverHTTP:
         tokenizer: Any,
         settings: BenchSettings,
         supply: Supply,
-        gpus: int | None,
     ) -> None:
-        """`tokenizer` turns prompts into text; `gpus` is how many one server uses, if known."""
+        """`tokenizer` turns prompts into text."""
         self._servers = {server.name: server for server in servers}
-        self._tokenizer, self._settings, self._gpus = tokenizer, settings, gpus
+        self._tokenizer, self._settings, self._gpus = tokenizer, settings, settings.gpus
         self._supply = supply
         self._version = prepare_guidellm()
         hosts = {urlsplit(server.url).hostname or "" for server in servers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from leanmoe.bench.servers import is_server
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.options import (
     DTYPE_HELP,
@@ -203,6 +205,61 @@ class BenchSettings:
             largest = max(self.concurrency)
             allowed = f"at least the largest concurrency, {largest}"
             require(self.num_prompts >= largest, "--num-prompts", self.num_prompts, allowed)
+
+    @property
+    def over_http(self) -> bool:
+        """Whether the targets are servers."""
+        return any(is_server(target) for target in self.targets)
+
+    def check_targets(self) -> None:
+        """Raises LeanMoeError for settings that do not go with the model or servers given."""
+        if self.over_http:
+            self._check_servers()
+        else:
+            self._check_model()
+        if self.gpus is not None:
+            require(1 <= self.gpus <= 10_000, "--gpus", self.gpus, "1 to 10,000")
+
+    def _check_servers(self) -> None:
+        for target in self.targets:
+            if not is_server(target):
+                raise LeanMoeError(f"{target} stands among addresses: give servers or one model")
+        if self.plan:
+            raise LeanMoeError(
+                "--plan is for a model in this process: a server has its plan already; start one "
+                "with the plan and one without, and give both addresses"
+            )
+        if self.engine != ENGINES[0]:
+            raise LeanMoeError(f"--engine {self.engine} runs a model here: a server has its own")
+
+    def _check_model(self) -> None:
+        if len(self.targets) != 1:
+            raise LeanMoeError(
+                f"{len(self.targets)} models were given ({', '.join(self.targets)}): one at a "
+                "time, or several addresses of servers"
+            )
+        if self.served_model or self.allow_remote:
+            raise LeanMoeError("--served-model and --allow-remote are for the address of a server")
+        if self.engine_arguments() and self.engine != "vllm":
+            raise LeanMoeError("--engine-args are for --engine vllm")
+        if self.engine == "vllm" and self.request_rate:
+            raise LeanMoeError(
+                "--request-rate with --engine vllm: the offline engine is measured as a closed "
+                "loop; start a server and give its address"
+            )
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """The arguments in --engine-args. Raises LeanMoeError unless they are a JSON object."""
+        try:
+            arguments = json.loads(self.engine_args or "{}")
+        except json.JSONDecodeError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise LeanMoeError(
+                f"--engine-args is {self.engine_args!r}: it must be a JSON object like "
+                '{"enforce_eager": true}'
+            )
+        return arguments
 
     def loads(self) -> tuple[ServiceLoad, ...]:
         """The loads in the order they run."""

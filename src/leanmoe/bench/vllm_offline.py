@@ -49,12 +49,8 @@ class VLLMOffline:
         plans: Mapping[str, Path],
         settings: BenchSettings,
         supply: Supply,
-        gpus: int = 1,
-        dtype: str | None = None,
-        trust_remote_code: bool = False,
-        engine_args: Mapping[str, Any] | None = None,
     ) -> None:
-        """`engine_args` are passed to `vllm.LLM` over ours, and stored with the results.
+        """The settings' `engine_args` go before ours, and are stored with the results.
 
         Raises LeanMoeError where vLLM, or leanmoe's plugin in it, is not installed."""
         self._model, self._supply, self._settings = model, supply, settings
@@ -62,14 +58,14 @@ class VLLMOffline:
         self._version = require_vllm(bool(plans)).version
         self._engine = {
             "model": folder_of(model),
-            "tensor_parallel_size": gpus,
-            "dtype": dtype or "auto",
-            "trust_remote_code": trust_remote_code,
+            "tensor_parallel_size": settings.gpus or 1,
+            "dtype": settings.dtype or "auto",
+            "trust_remote_code": settings.trust_remote_code,
             "max_model_len": supply.longest,
             "max_num_seqs": max((load.concurrency or 1) for load in settings.loads()),
-            **(engine_args or {}),
+            **settings.engine_arguments(),
         }
-        self._gpus = gpus
+        self._gpus = settings.gpus or 1
         self._running: _Engine | None = None
 
     def describe(self) -> dict[str, Any]:

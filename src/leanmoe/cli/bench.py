@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from leanmoe.bench.settings import BenchSettings, ServiceLoad, parse_goodput
+from leanmoe.bench.settings import BenchSettings, parse_goodput
 from leanmoe.cli.options import AsJson, Output, Overwrite, print_json
 from leanmoe.cli.verb import command_line
+from leanmoe.core.files import read_json
 
 _LIMIT = re.compile(r"^(ttft|tpot|e2el|itl):", re.IGNORECASE)
 
@@ -25,41 +26,31 @@ def bench(
     Example:
     leanmoe bench reference --plan plan.json --input-len 256 --output-len 32
     """
-    settings = _with_limits(settings)
-    from leanmoe.bench.run import Job, run_job
-
-    job = Job(
-        targets=settings.targets,
-        plans=settings.plan,
-        settings=settings,
-        output=output,
-        command=command_line(),
-        engine=settings.engine,
-        tokenizer=settings.tokenizer,
-        served_model=settings.served_model,
-        allow_remote=settings.allow_remote,
-        gpus=settings.gpus,
-        with_stock=settings.stock,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        overwrite=overwrite,
-        engine_args=settings.engine_args,
-    )
+    from leanmoe.bench.one_block import block
+    from leanmoe.bench.run import RESULTS
+    from leanmoe.bench.run import bench as run
     from leanmoe.report.write import write_page
 
     page = output / "report.html"
 
-    def shown(record: Any, load: ServiceLoad) -> None:
+    def shown(load: dict[str, Any]) -> None:
         if not as_json:
-            _show(record.entry(load), settings.confidence)
+            print(block(load, settings.confidence), end="\n\n")
 
-    record = run_job(job, shown, lambda results: write_page(results.parent, page))
+    results = run(
+        _with_limits(settings),
+        output,
+        command_line(),
+        overwrite,
+        shown,
+        lambda: write_page(output, page),
+    )
     if as_json:
-        print_json(record.to_json())
+        print_json(read_json(output / RESULTS, results.WHAT))
         return
-    for note in record.notes:
+    for note in results.notes:
         print(note)
-    print(f"Results: {record.path}   Page: {page}")
+    print(f"Results: {output / RESULTS}   Page: {page}")
 
 
 def _with_limits(settings: BenchSettings) -> BenchSettings:
@@ -68,10 +59,3 @@ def _with_limits(settings: BenchSettings) -> BenchSettings:
     targets = tuple(word for word in settings.targets if word not in limits)
     more = [limit for word in limits for limit in parse_goodput("--goodput", word)]
     return replace(settings, targets=targets, goodput=(*settings.goodput, *more))
-
-
-def _show(entry: dict[str, Any], confidence: float) -> None:
-    from leanmoe.bench.one_block import block
-
-    print(block(entry, confidence))
-    print()

@@ -40,8 +40,9 @@ class BenchedVariant:
 class BandSamples:
     """How many of the steps seen were in a band of the plan."""
 
-    band: str | int | None
-    up_to: int | None
+    band: str
+    up_to: str
+    """As the server's /metrics says them: "none" where the band has no end."""
     samples: int
 
 
