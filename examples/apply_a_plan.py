@@ -1,21 +1,22 @@
-"""Run the reference model under a plan written by hand, and see what the plan did.
+"""Leave out a quarter of the experts, and skip more of the rest under a plan, in Transformers.
 
 python examples/apply_a_plan.py
 """
 
+from tempfile import TemporaryDirectory
+
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import leanmoe
 from leanmoe import Plan, Rule
-from leanmoe.runtime import load_model, shape_of
 
-model, tokenizer = load_model("reference")
-fingerprint = shape_of(model).fingerprint()
-
-# Tokens that decode use six of eight experts, which weigh what they weigh beside all eight.
-# Prompt tokens, whose own prediction nobody reads, use three.
-fewer = Plan.uniform(fingerprint, Rule(top_k=6, keep_weights=True))
-plan = Plan(fingerprint, fewer.bands, (Rule(top_k=3, keep_weights=True),) * fingerprint.moe_layers)
+with TemporaryDirectory() as name:
+    pruned = leanmoe.prune("reference", output=f"{name}/pruned", keep="75%", tokens=2048)
+    model = AutoModelForCausalLM.from_pretrained(pruned.output, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(pruned.output)
+    # Tokens that decode use six of eight experts, which weigh what they weigh beside all eight.
+    plan = Plan.uniform(str(pruned.output), Rule(top_k=6, keep_weights=True))
 
 inputs = tokenizer("A dictionary maps keys to", return_tensors="pt")
 inputs.pop("token_type_ids", None)
@@ -24,5 +25,4 @@ with leanmoe.apply(model, plan, experts="leanmoe", count=True) as applied, torch
 
 print(tokenizer.decode(output[0]))
 print(f"experts run by: {applied.implementation}")
-print("experts a prompt token used:", [counts.slots_per_token for counts in applied.prompt])
-print("experts a new token used:   ", [counts.slots_per_token for counts in applied.generated])
+print("experts a new token used:", [counts.slots_per_token for counts in applied.generated])

@@ -6,26 +6,29 @@ python examples/measure_a_load.py
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import leanmoe
 from leanmoe import Plan, Rule
-from leanmoe.bench.one_block import block
-from leanmoe.bench.run import Job, run_job
-from leanmoe.bench.settings import BenchSettings, Lengths
-from leanmoe.models.shape import read_shape
-
-settings = BenchSettings(
-    text=str(Path(__file__).parents[1] / "docs"),  # prompts are cut from these files
-    concurrency=(4,),
-    input_len=Lengths(32, 96),  # any length between, each as likely
-    output_len=Lengths(8, 8),
-    repeats=3,
-    num_prompts=8,
-    goodput=(("ttft", 500.0), ("tpot", 50.0)),  # milliseconds
-)
 
 with TemporaryDirectory() as name:
-    # Each token keeps its best three experts, and takes the rest from those others have woken.
-    rule = Rule(top_k=8, guaranteed=3, keep_weights=True)
+    # Each token keeps its best three experts, and takes the rest from those that others keep.
     plan = Path(name) / "shared.json"
-    Plan.uniform(read_shape("reference").fingerprint(), rule).save(plan)
-    job = Job(("reference",), (plan,), settings, Path(name) / "bench", "examples")
-    run_job(job, lambda record, load: print(block(record.entry(load))), closed=lambda _: None)
+    Plan.uniform("reference", Rule(top_k=8, guaranteed=3, keep_weights=True)).save(plan)
+    results = leanmoe.bench(
+        "reference",
+        plan=plan,
+        output=f"{name}/bench",
+        text=str(Path(__file__).parents[1] / "docs"),  # prompts are cut from these files
+        concurrency=4,
+        input_len="32:96",  # any length between, each as likely
+        output_len=8,
+        num_prompts=8,
+        repeats=3,
+        goodput="ttft:500 tpot:50",  # milliseconds
+    )
+
+for load in results.loads:
+    for variant in results.names:
+        figures = load.median[variant]
+        print(f"{load}, {variant}: {figures['output_throughput']:.0f} output tokens/s")
+    gain = load.gain["shared"]["output_throughput"]
+    print(f"{load}: throughput x {gain.median:.2f} [{gain.low:.2f}, {gain.high:.2f}]")

@@ -1,27 +1,24 @@
-"""Prove what a plan costs: next-token loss, paired by document, with an interval.
+"""What does a plan cost? Next-token loss, paired by passage, with an interval.
 
 python examples/what_does_a_plan_cost.py
 """
 
-from leanmoe import Plan, Rule, apply
-from leanmoe.core.text import read_corpus
-from leanmoe.runtime import load_model, shape_of
-from leanmoe.scoring.divergence import losses
-from leanmoe.scoring.windows import cut
-from leanmoe.stats.paired import non_inferior
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-model, tokenizer = load_model("reference")
-documents = read_corpus().documents  # what every Python brings along; or read_corpus("my.txt")
-windows = cut(documents, tokenizer, tokens=20_000)
+import leanmoe
 
-fingerprint = shape_of(model).fingerprint()
-full = losses(model, windows, "Full model")
-for keep in (False, True):
-    plan = Plan.uniform(fingerprint, Rule(top_k=6, keep_weights=keep))
-    with apply(model, plan, experts="leanmoe"):
-        fewer = losses(model, windows, "k = 6")
-    verdict = non_inferior(full, fewer, margin=0.01)
-    loss = verdict.loss
-    print(f"k = 6 of 8, {'weights kept' if keep else 'weights normalised anew'}:")
-    print(f"  loss {100 * loss.ratio:+.2f}%, at most {100 * loss.upper_bound:+.2f}% (95%)")
-    print(f"  within 1%: {verdict.accepted} ({verdict.reason})")
+with TemporaryDirectory() as folder:
+    results = leanmoe.evaluate(
+        "reference",
+        rule=["top_k=6,keep_weights", "top_k=6"],
+        tasks=(),
+        domain_tokens=24_000,
+        domain=[("docs", str(Path(__file__).parents[1] / "docs"))],  # or your own text
+        output=folder,
+    )
+
+assert results.domains is not None
+for row in results.domains.rows:
+    loss = row.loss["docs"]
+    print(f"{row.plan}: loss {100 * loss.ratio:+.2f}%, at most {100 * loss.upper_bound:+.2f}%")

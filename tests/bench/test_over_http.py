@@ -119,8 +119,8 @@ def test_an_open_loop_arrives_at_its_rate(tmp_path: Path) -> None:
     for attempt in range(4):  # a busy machine may start the client too late: it then says so
         with serving(ttft=0.01, itl=0.001) as server:
             folder = tmp_path / str(attempt)
-            rate = {"concurrency": (), "request_rate": (20.0,)}
-            (entry,) = bench(folder, server.url, **rate, num_prompts=60, repeats=1)["loads"]
+            open_loop = {"concurrency": (), "request_rate": (20.0,)}
+            (entry,) = bench(folder, server.url, **open_loop, num_prompts=60, repeats=1)["loads"]
             received = sorted(seen.received for seen in server.timed())
         (run,) = entry["runs"][next(iter(entry["runs"]))]
         if run["median_delay_ms"] < LATE_MS:

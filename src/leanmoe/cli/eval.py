@@ -33,16 +33,15 @@ def eval(
     Example:
     leanmoe eval reference --rule top_k=6,keep_weights --tasks piqa --data FOLDER
     """
-    from leanmoe.eval.run import RESULTS, evaluate
+    from leanmoe.eval.run import evaluate
     from leanmoe.report.write import write_page
 
-    folder = evaluate(settings, plan or [], rule or [], output, command_line(), overwrite)
-    results = EvalResults.read(folder / RESULTS)
-    write_page(folder)
+    results = evaluate(settings, plan or [], rule or [], output, command_line(), overwrite)
+    write_page(output)
     if as_json:
-        print_json({"run": str(folder), **results.to_json()})
+        print_json({"run": str(output), **results.to_json()})
         return
-    _show(results, folder)
+    _show(results, output)
 
 
 def _show(results: EvalResults, folder: Path) -> None:

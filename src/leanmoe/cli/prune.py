@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from leanmoe.cli.options import AsJson, print_json
+from leanmoe.cli.verb import command_line
 from leanmoe.prune.settings import PruneSettings
 
 
@@ -24,7 +25,7 @@ def prune(
     """
     from leanmoe.prune.run import prune as run
 
-    pruned = run(settings, output)
+    pruned = run(settings, output, command_line())
     counts = sorted({len(experts) for experts in pruned.kept})
     count = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     if as_json:
@@ -41,7 +42,7 @@ def prune(
         )
         return
     saved = 1 - pruned.bytes_after / pruned.bytes_before
-    print(f"{count} of {pruned.shape.experts} experts remain in each of {len(pruned.kept)} layers")
+    print(f"{count} of {pruned.experts} experts remain in each of {len(pruned.kept)} layers")
     if pruned.protected:
         names = ", ".join(f"layer {layer} expert {e}" for layer, e in pruned.protected)
         print(f"Kept for their extreme outputs: {names}")

@@ -12,9 +12,12 @@ line; a file or a call may set it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from leanmoe.core.errors import LeanMoeError, unknown_name
@@ -58,6 +61,23 @@ def argument(help: str, default: Any = MISSING, **more: Any) -> Any:
     """A field of a settings class that the command line has by its place."""
     about = {"option": Option(help, is_argument=True, **more)}
     return field(metadata=about) if default is MISSING else field(default=default, metadata=about)
+
+
+class _VerbPackage(ModuleType):
+    """A verb's package, which runs the verb where it is called: `leanmoe.tune("reference")`."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        verb = getattr(import_module("leanmoe.api"), self.__name__.rpartition(".")[2])
+        return verb(*arguments, **settings)
+
+
+def make_callable(package: str) -> None:
+    """Makes a package of leanmoe callable, as the function of `leanmoe.api` that has its name.
+
+    `import leanmoe.tune.settings` puts the package where `leanmoe.tune` is looked up, so that the
+    function cannot stand there itself.
+    """
+    sys.modules[package].__class__ = _VerbPackage
 
 
 def numbers_text(values: Iterable[float]) -> str:
@@ -108,8 +128,13 @@ def _read(settings_field: Any, value: Any, about: Option) -> Any:
 
 def _parsed(settings_field: Any, value: Any, about: Option) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if about.parse and is_number and not isinstance(settings_field.default, int | float):
-        value = str(value)  # 8 where several numbers may stand is "8"
+    is_word = settings_field.type in ("str", "str | None")
+    if is_number and (
+        is_word or (about.parse and not isinstance(settings_field.default, int | float))
+    ):
+        value = str(value)  # 8 where several numbers or 75% may stand is "8"
+    if about.parse is None and isinstance(value, str) and "Path" in settings_field.type:
+        return Path(value)
     if about.parse is None or not isinstance(value, str):
         return value
     return about.parse(flag(settings_field.name), value)

@@ -44,7 +44,7 @@ def evaluate(
     output: Path,
     command: str,
     overwrite: bool = False,
-) -> Path:
+) -> EvalResults:
     """Runs everything asked for into folder `output`, taking up what an earlier run left.
 
     Raises LeanMoeError before any expensive work where it can.
@@ -91,8 +91,9 @@ def evaluate(
         results["domains"] = domain_matrix(model, tokenizer, texts, plans, settings, folder)
     results["made_with"] = folder.made_with()
     results["seconds"] = folder.seconds()
-    EvalResults.from_json(to_json(results)).write(folder.path / RESULTS)
-    return folder.path
+    evaluated = EvalResults.from_json(to_json(results))
+    evaluated.write(folder.path / RESULTS)
+    return evaluated
 
 
 def compared(

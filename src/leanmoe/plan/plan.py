@@ -3,8 +3,6 @@
 Needs no torch. A plan is a list of bands, each for a range of tokens in a forward step, each
 holding one rule per MoE layer, and rules of their own for prompt tokens. Nothing set means the
 model as it was trained.
-
-What one MoE layer may activate, and the checks of its fields.
 """
 
 from __future__ import annotations
@@ -17,9 +15,7 @@ from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, write_json
-from leanmoe.models.shape import (
-    Fingerprint,
-)
+from leanmoe.models.shape import Fingerprint, read_shape
 
 SCHEMA_VERSION = 1
 
@@ -55,8 +51,13 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
-    def uniform(cls, model: Fingerprint, rule: Rule) -> Plan:
-        """The same rule in every MoE layer at every load."""
+    def uniform(cls, model: Fingerprint | str, rule: Rule) -> Plan:
+        """The same rule in every MoE layer at every load.
+
+        `model` is a fingerprint, or what `read_shape` takes: a folder, a hub name or "reference".
+        """
+        if isinstance(model, str):
+            model = read_shape(model).fingerprint()
         return cls(model, (Band(None, (rule,) * model.moe_layers),))
 
     @classmethod

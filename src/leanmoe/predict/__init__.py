@@ -5,3 +5,7 @@
 `traffic`: throughput and latency of a service, and deployments compared. `prediction` joins them
 for one deployment.
 """
+
+from leanmoe.core.options import make_callable
+
+make_callable(__name__)

@@ -23,7 +23,6 @@ from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
 from leanmoe.prune.criteria import (
     CRITERIA,
     Criterion,
-    Kept,
     Scores,
     as_plan,
     best_experts,
@@ -32,26 +31,14 @@ from leanmoe.prune.criteria import (
     rank_experts,
 )
 from leanmoe.prune.settings import EVEN, PruneSettings
-from leanmoe.results.prune import PruneReport, RankedBy
+from leanmoe.results.prune import PruneReport, PruneResults, RankedBy
 from leanmoe.runtime import load_model
 from leanmoe.scoring.windows import Windows, cut
 
 PLAN_FILE = "plan.json"
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """What was done."""
-
-    output: Path
-    shape: MoEShape
-    kept: Kept
-    protected: tuple[tuple[int, int], ...]
-    bytes_before: int
-    bytes_after: int
-
-
-def prune(settings: PruneSettings, output: Path) -> Pruned:
+def prune(settings: PruneSettings, output: Path, command: str) -> PruneResults:
     """Ranks, chooses and writes. Raises LeanMoeError before any expensive work where it can."""
     settings.check()
     criterion = CRITERIA.get(settings.criterion)
@@ -74,17 +61,17 @@ def prune(settings: PruneSettings, output: Path) -> Pruned:
         calibration_tokens=ranked.tokens,
         allocation=None if found is None else asdict(found),
         protected=protected,
-        provenance=collect(" ".join(["leanmoe", *sys.argv[1:]]), settings.seed),
+        provenance=collect(command, settings.seed),
     ).to_json()
     if source is None:
         before = int(shape.total_parameters() * shape.weight_bytes)
         write_json(output / PLAN_FILE, as_plan(kept, shape, record_of).to_json())
-        return Pruned(output / PLAN_FILE, shape, kept, protected, before, before)
+        return PruneResults(output / PLAN_FILE, shape.experts, kept, protected, before, before)
     with bar("Writing shards", len(source.shards), "shards") as advance:
         write_pruned(source, kept, output, record_of, advance)
     before = sum(source.bytes.values())
     after = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    return Pruned(output, shape, kept, protected, before, after)
+    return PruneResults(output, shape.experts, kept, protected, before, after)
 
 
 def checkpoint_folder(name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from leanmoe.core.provenance import Provenance
@@ -34,3 +35,17 @@ class PruneReport(ResultsFile):
     provenance: Provenance
     kept: tuple[tuple[int, ...], ...] = ()
     """The experts that remain, layer by layer; a plan holds them in its rules instead."""
+
+
+@dataclass(frozen=True)
+class PruneResults:
+    """What a pruning wrote: a checkpoint's folder, or the file of a plan."""
+
+    output: Path
+    experts: int
+    """The experts of a layer before."""
+    kept: tuple[tuple[int, ...], ...]
+    """The experts that remain, layer by layer."""
+    protected: tuple[tuple[int, int], ...]
+    bytes_before: int
+    bytes_after: int

@@ -2,3 +2,7 @@
 
 Letters: L MoE layers, B requests that decode together, E experts, k experts a token.
 """
+
+from leanmoe.core.options import make_callable
+
+make_callable(__name__)
