@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from leanmoe.predict.experts.spread import ranks_touched
 from leanmoe.predict.hardware.collectives import EXCHANGED_BYTES
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.hardware.rates import Rates
-from leanmoe.predict.kernels.fit import accuracy
+from leanmoe.predict.kernels.fit import accuracy, fit_positive
 from leanmoe.predict.kernels.kernel_constants import Accuracy
 from leanmoe.predict.kernels.tables import PACKAGE, VERSION, read_columns
 
@@ -33,11 +32,7 @@ def least(
 ) -> tuple[NDArray[np.float64], Accuracy]:
     """Positive constants with the least mean absolute log error on even rows; odd ones test."""
 
-    def loss(logs: NDArray[np.float64]) -> float:
-        return float(np.abs(np.log(predict(np.exp(logs)) / took))[::2].mean())
-
-    found = minimize(loss, np.log(start), method="Nelder-Mead", options={"maxiter": 4000})
-    constants = np.exp(found.x)
+    constants = fit_positive(lambda c: predict(c)[::2], took[::2], start)
     return constants, accuracy("rows not fitted", (predict(constants) / took - 1)[1::2])
 
 

@@ -81,7 +81,7 @@ def fit_table(gpu: Gpu, table: Table, seed: int) -> tuple[KernelConstants, dict[
     named = (table.kernel, gpu, table.dtype, readings)
     form = choose(*named, stages, tuned)
     words = f"half of the shapes of {table.source}, {PACKAGE} {VERSION}, {gpu.name}"
-    constants = fit(*named, words, stages, form, tuned)
+    constants = fit(*named, words, stages, form)
     steady = {id(r) for r, beaten in zip(rows, times_beaten(rows), strict=True) if beaten <= BEATEN}
     sets: dict[str, Callable[[Measured], bool]] = {
         "fitted": lambda r: r.key in fitted,

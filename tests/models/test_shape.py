@@ -145,7 +145,7 @@ def test_distinct_experts_when_tokens_agree_on_groups() -> None:
 
 
 def test_distinct_experts_near_what_was_measured() -> None:
-    """A DeepSeek-V3 layer at 32 tokens woke 162 of its 256 experts."""
+    """A DeepSeek-V3 layer at 32 tokens activated 162 of its 256 experts."""
     assert distinct_uniform(256, 8, 32) == pytest.approx(162, rel=0.01)
 
 
@@ -162,7 +162,7 @@ def test_distinct_experts_stay_in_range(experts: int, share: float, tokens: int)
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 64))
-def test_agreement_wakes_no_more_than_independence(size: int, used: int, tokens: int) -> None:
+def test_agreement_activates_no_more_than_independence(size: int, used: int, tokens: int) -> None:
     experts, top_k = 8 * size, size
     agreed = distinct_grouped(experts, top_k, tokens, 8, used)
     assert agreed <= distinct_uniform(experts, top_k, tokens) + 1e-9

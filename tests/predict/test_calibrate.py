@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.predict.calibrate import Layer, calibrate
+from leanmoe.predict.calibrate import Layer, Sizes, calibrate
 from leanmoe.predict.constants import read_constants
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
@@ -46,9 +46,8 @@ def made_up_clock(calls: Sequence[Callable[[], object]]) -> float:
 
 def test_constants_come_back_and_say_how_far_off_they_are(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    found = calibrate(
-        H200, LAYERS, path, "test", made_up_clock, "cpu", (1, 2, 4, 8, 32, 64, 128), PRODUCTS
-    )
+    sizes = Sizes((1, 2, 4, 8, 32, 64, 128), PRODUCTS)
+    found = calibrate(H200, LAYERS, path, "test", made_up_clock, "cpu", sizes)
     (kernel,) = found.kernels
     assert kernel.accuracy[0].mean < 0.02
     assert read_constants(path).kernels == found.kernels
@@ -77,7 +76,8 @@ def test_the_calls_that_are_timed_compute_the_layer(tmp_path: Path) -> None:
         return made_up_clock(calls)
 
     layers = (Layer(4, 64, 32, 2), Layer(6, 64, 32, 2))
-    calibrate(H200, layers, tmp_path / "c.json", "test", clock, "cpu", (1, 2, 3), PRODUCTS[:3])
+    sizes = Sizes((1, 2, 3), PRODUCTS[:3])
+    calibrate(H200, layers, tmp_path / "c.json", "test", clock, "cpu", sizes)
 
 
 def test_too_large_layers_and_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ def calibrate(
     leanmoe calibrate h200 --model Qwen/Qwen3-30B-A3B -o h200.json
     """
     from leanmoe.models.catalog import find_shape
-    from leanmoe.predict.calibrate import LAYERS, Layer, gpu_at_hand, require_gpu
+    from leanmoe.predict.calibrate import LAYERS, Layer, Sizes, gpu_at_hand, require_gpu
     from leanmoe.predict.calibrate import calibrate as run
     from leanmoe.predict.hardware.gpus import read_gpu
 
@@ -42,8 +42,8 @@ def calibrate(
     if output.exists() and not overwrite:
         raise LeanMoeError(f"{output} exists: choose another --output, or add --overwrite")
     require_gpu("cuda")
-    sizes = sorted(set(settings.tokens))
-    constants = run(gpu_at_hand(described), layers, output, command_line(), tokens=sizes)
+    sizes = Sizes(sorted(set(settings.tokens)))
+    constants = run(gpu_at_hand(described), layers, output, command_line(), sizes=sizes)
     kernel = constants.kernels[0]
     if as_json:
         print_json({"output": str(output), "label": "measured", **asdict(kernel)})

@@ -15,13 +15,13 @@ from leanmoe.models.hf_config import HfConfig
 Mixer = Callable[[HfConfig, int], int]
 """Parameters of the mixer of a decoder layer, by the layer's index."""
 HeadNorm = Literal["none", "head", "full"]
-"""Norms of queries and keys: none, over each head's width, or over all heads at once."""
+"""Norms of queries and keys: none, over each head's width, or over the width of all heads."""
 Gate = Literal["none", "element", "head"]
 """A gate on the attention's output: none, one for each value, or one for each head."""
 
 
 CACHE_BYTES = 2.0
-"""Of a value in the KV cache: bf16, what engines do unless told otherwise."""
+"""Bytes of a value in the KV cache: bf16, what engines do unless told otherwise."""
 ALTERNATING = ("gpt_oss",)
 """Model types whose layers have a window in turn where the config lists no layer types."""
 
@@ -34,12 +34,12 @@ class Attention:
     pairs: int
     """Key-value heads."""
     width: int
-    """Of queries and keys."""
+    """Width of a head of queries and keys."""
     value_width: int
     latent: int = 0
     """Width of what multi-head latent attention caches, without rotary part; 0 for none."""
     rotary: int = 0
-    """Of latent attention: width of the shared rotary key."""
+    """Width of the rotary key that heads share in latent attention."""
     window: int | None = None
     """Tokens that a layer looks back; None for all."""
     copied: int = 0

@@ -65,18 +65,18 @@ def routing(
     """`base`, with what the config decides: keys of the flag and the factor, and groups."""
 
     def router(settings: HfConfig) -> Router:
-        found = base
+        router = base
         if normalise is not None:
-            found = replace(found, normalise=settings.flag(normalise))
+            router = replace(router, normalise=settings.flag(normalise))
         if scaling is not None:
-            found = replace(found, scaling=settings.number(scaling, 1.0))
+            router = replace(router, scaling=settings.number(scaling, 1.0))
         if groups:
-            found = replace(
-                found,
+            router = replace(
+                router,
                 groups=settings.whole("n_group", 1, least=1),
                 groups_used=settings.whole("topk_group", 1, least=1),
             )
-        return found if found.normalise else replace(found, normalise_epsilon=0.0)
+        return router if router.normalise else replace(router, normalise_epsilon=0.0)
 
     return router
 

@@ -13,7 +13,7 @@ PLAIN = {"float32": 4.0, "float": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 
 """Bytes of a weight that is not quantised, by the dtype's name."""
 DEFAULT_DTYPE = "bfloat16"
 SCALE_BYTES = 2
-"""Of a group's scale in the integer formats; fp8 has 4, mxfp4 and nvfp4 have 1."""
+"""Bits of a group's scale in the integer formats; fp8 has 4, mxfp4 and nvfp4 have 1."""
 ATTENTION_MARKS = ("attn", "attention")
 """In a list of modules left alone, these say that only the experts are quantised."""
 
@@ -41,10 +41,10 @@ def storage(settings: HfConfig) -> Storage:
     method = quantised.raw("quant_method")
     if method is None:
         return Storage(dtype, plain, plain, plain)
-    found = _format(str(method), quantised)
-    if found is None:
+    known = _format(str(method), quantised)
+    if known is None:
         return Storage(f"{dtype} (as if: {method} is not known)", plain, plain, plain)
-    name, stored = found
+    name, stored = known
     return Storage(name, stored, plain if _experts_only(quantised) else stored, plain)
 
 

@@ -26,7 +26,15 @@ from leanmoe.predict.constants import Constants, shipped, write_constants
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.hardware.rates import Rates
 from leanmoe.predict.kernels.features import ExpertsShape, Rows
-from leanmoe.predict.kernels.fit import Form, Reading, accuracy, errors_of, fit
+from leanmoe.predict.kernels.fit import (
+    Form,
+    Reading,
+    accuracy,
+    errors_of,
+    fit,
+    fit_positive,
+    log_error,
+)
 from leanmoe.predict.kernels.kernel_constants import KernelConstants
 from leanmoe.predict.kernels.tile_heuristics import ANY, stages
 from leanmoe.predict.settings import CALIBRATE_TOKENS
@@ -51,7 +59,7 @@ PRODUCTS = tuple(
 NEEDED = ("torch", "triton", "scipy")
 """Packages of leanmoe[gpu] that are missed too late otherwise: after everything was measured."""
 MEMORY_SHARE = 0.5
-"""Of the GPU's memory that a layer's weights may take."""
+"""Share of the GPU's memory that a layer's weights may take."""
 
 
 class Clock(Protocol):
@@ -79,12 +87,20 @@ class Layer:
 
     @property
     def bytes(self) -> int:
-        """Of its weights, bf16."""
+        """Bytes of its weights in bf16."""
         return 3 * 2 * self.experts * self.hidden * self.width
 
     def shape(self) -> ExpertsShape:
-        """As the cost model takes it."""
+        """The layer's sizes for the cost model."""
         return ExpertsShape(self.hidden, self.width, self.experts)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: layers at these numbers of tokens, and products of these shapes."""
+
+    tokens: Sequence[int] = CALIBRATE_TOKENS
+    products: Sequence[tuple[int, int, int]] = PRODUCTS
 
 
 def calibrate(
@@ -94,8 +110,7 @@ def calibrate(
     command: str,
     clock: Clock = gpu_clock,
     device: str = "cuda",
-    tokens: Sequence[int] = CALIBRATE_TOKENS,
-    products: Sequence[tuple[int, int, int]] = PRODUCTS,
+    sizes: Sizes = Sizes(),
 ) -> Constants:
     """Measures, fits every second layer, tests on the others, writes the constants.
 
@@ -110,10 +125,10 @@ def calibrate(
             "2 are needed, one to fit and one to test"
         )
     readings = {
-        layer: measure_layer(layer, tokens, clock, device) for layer in dict.fromkeys(fitting)
+        layer: measure_layer(layer, sizes.tokens, clock, device) for layer in dict.fromkeys(fitting)
     }
     kernel = fit_readings(gpu, readings)
-    rates = fit_rates(gpu, measure_products(products, clock, device))
+    rates = fit_rates(gpu, measure_products(sizes.products, clock, device))
     made = {**collect(command).to_json(), "label": "measured", "gpu": gpu.name}
     constants = Constants((kernel,), {gpu.name: rates}, made)
     write_constants(output, constants)
@@ -140,11 +155,11 @@ def gpu_at_hand(described: Gpu) -> Gpu:
     """The description, with what torch says of memory and multiprocessors of the GPU in use."""
     import torch
 
-    found = torch.cuda.get_device_properties(0)
+    device = torch.cuda.get_device_properties(0)
     return replace(
         described,
-        memory=float(found.total_memory),
-        multiprocessors=int(found.multi_processor_count),
+        memory=float(device.total_memory),
+        multiprocessors=int(device.multi_processor_count),
     )
 
 
@@ -158,19 +173,19 @@ def measure_layer(layer: Layer, tokens: Sequence[int], clock: Clock, device: str
 
     shape = Shape(layer.experts, layer.hidden, layer.width, layer.slots, DTYPE)
     weights = random_weights(shape, device)
-    found = []
+    readings = []
     name = f"{layer.experts} x {layer.hidden} x {layer.width}"
     with bar(f"Experts {name}", len(tokens), "sizes") as advance:
         for count in tokens:
             inputs = [_draw(layer, count, seed, device) for seed in range(INPUTS)]
             calls = [partial(experts_gpu, *each, weights) for each in inputs]
             seconds = clock(calls)
-            found.append(Reading(layer.shape(), _rows(layer, count, inputs), seconds))
+            readings.append(Reading(layer.shape(), _rows(layer, count, inputs), seconds))
             advance(1)
     del weights
     if device == "cuda":
         torch.cuda.empty_cache()
-    return found
+    return readings
 
 
 def _draw(layer: Layer, tokens: int, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +209,7 @@ def fit_readings(gpu: Gpu, readings: dict[Layer, list[Reading]]) -> KernelConsta
     layers = list(readings)
     fitted = [r for layer in layers[::2] for r in readings[layer]]
     unseen = [r for layer in layers[1::2] for r in readings[layer]]
-    found = fit(
+    constants = fit(
         KERNEL,
         gpu,
         DTYPE,
@@ -203,8 +218,8 @@ def fit_readings(gpu: Gpu, readings: dict[Layer, list[Reading]]) -> KernelConsta
         stages(EDGES),
         Form(FEATURES),
     )
-    off = accuracy("layers not fitted", errors_of(found, unseen, gpu))
-    return replace(found, accuracy=(off,))
+    off = accuracy("layers not fitted", errors_of(constants, unseen, gpu))
+    return replace(constants, accuracy=(off,))
 
 
 def measure_products(
@@ -213,40 +228,36 @@ def measure_products(
     """Seconds of dense bf16 products, (rows, columns, depth, seconds)."""
     import torch
 
-    found = []
+    times = []
     with bar("Dense products", len(products), "shapes") as advance:
         for m, n, k in products:
             left = torch.randn(m, k, device=device).to(torch.bfloat16)
             rights = [torch.randn(k, n, device=device).to(torch.bfloat16) for _ in range(INPUTS)]
-            found.append((m, n, k, clock([partial(torch.matmul, left, right) for right in rights])))
+            times.append((m, n, k, clock([partial(torch.matmul, left, right) for right in rights])))
             advance(1)
-    return found
+    return times
 
 
 def fit_rates(gpu: Gpu, products: Sequence[tuple[int, int, int, float]]) -> Rates:
     """Rates of dense products as measured; attention and communication as shipped."""
-    from scipy.optimize import minimize
-
     m, n, k, took = (np.array(column, dtype=float) for column in zip(*products, strict=True))
     moved = 2.0 * (n * k + m * (n + k))
     work = 2 * m * n * k
 
-    def predict(logs: NDArray[np.float64]) -> NDArray[np.float64]:
-        bandwidth, flops, call = np.exp(logs)
+    def predict(constants: NDArray[np.float64]) -> NDArray[np.float64]:
+        bandwidth, flops, call = constants
         longer = np.maximum(moved / gpu.bandwidth / bandwidth, work / gpu.flops / flops)
         return np.asarray(call * 1e-6 + longer)
 
-    def off(logs: NDArray[np.float64]) -> float:
-        return float(np.abs(np.log(predict(logs) / took)).mean())
-
-    found = minimize(off, np.log([0.7, 0.6, 3.0]), method="Nelder-Mead", options={"maxiter": 4000})
-    bandwidth, flops, call = (float(f"{value:.4g}") for value in np.exp(found.x))
+    constants = fit_positive(predict, took, (0.7, 0.6, 3.0))
+    off = log_error(predict(constants), took)
+    bandwidth, flops, call = (float(f"{value:.4g}") for value in constants)
     rest, origin = shipped().rates_for(gpu.name)
     return replace(
         rest,
         product_bandwidth=bandwidth,
         product_flops=flops,
         product_seconds=call * 1e-6,
-        fitted_to=f"dense products measured on {gpu.name} (off by {off(found.x):.0%} on average); "
+        fitted_to=f"dense products measured on {gpu.name} (off by {off:.0%} on average); "
         f"attention and communication: {origin}",
     )

@@ -124,7 +124,7 @@ def _certainty(tasks: Sequence[TaskRow]) -> Sheet:
 
 
 def _decoding(concurrency: int) -> str:
-    return "each decodes alone" if concurrency == 1 else f"{concurrency} requests decode at once"
+    return "each decodes alone" if concurrency == 1 else f"concurrency {concurrency}"
 
 
 def _batch_draws(row: TaskRow) -> str:

@@ -22,9 +22,9 @@ def render(template: str, **content: Any) -> str:
 
     A template that calls `plot` gets plotly's script inlined, once.
     """
-    found = _environment().get_template(template)
+    loaded = _environment().get_template(template)
     source = _environment().loader.get_source(_environment(), template)[0]  # type: ignore[union-attr]
-    return found.render(plotly=_plotly() if "plot(" in source else None, **content)
+    return loaded.render(plotly=_plotly() if "plot(" in source else None, **content)
 
 
 def interval(value: LossChange | LossGap | RatioOfRuns | MeanChange, digits: int = 2) -> Markup:

@@ -197,5 +197,5 @@ class EvalResults(ResultsFile):
 
     @property
     def concurrency(self) -> int:
-        """Requests that decode at once."""
+        """Requests that decode in the same steps."""
         return int(self.settings.get("concurrency") or self.settings["decode_batch"])

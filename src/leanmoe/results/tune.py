@@ -120,7 +120,7 @@ class ValidatedPlan:
     strategy: str
     predicted_loss: float
     modelled_time: float
-    """Of the MoE layers, as a share of the full model's."""
+    """Time of the MoE layers, as a share of the full model's."""
     slots: float
     slots_per_layer: tuple[float, ...]
     distinct: float

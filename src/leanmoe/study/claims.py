@@ -164,11 +164,11 @@ def _u_on_v2_lite(lite: V2Lite) -> Claim:
     lowest = gains.index(min(gains))
     is_u = 0 < lowest < len(gains) - 1 and gains[-1] - gains[lowest] >= LEAST_RISE
     ours = {row.concurrency: row.gain["k=4"] for row in lite.rows}
-    cited, found = (
+    cited, ours_shown = (
         ", ".join(f"{gain:+.1f}% at {load}" for load, gain in each.items())
         for each in (paper.V2_LITE_GAINS, ours)
     )
-    return _claim(_U_ON_V2_LITE, CONFIRMED if is_u else PARTLY, cited=cited, ours=found)
+    return _claim(_U_ON_V2_LITE, CONFIRMED if is_u else PARTLY, cited=cited, ours=ours_shown)
 
 
 def _uniform_k(nine: Table9, banded: Banded) -> Claim:

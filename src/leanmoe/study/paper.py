@@ -23,14 +23,6 @@ BROKEN = frozenset({(16, 3), (32, 3), (32, 6)})
 """Concurrency and k of the points that break Table 9's own trend."""
 V2_LITE_GAINS: Mapping[int, float] = {2: 13.6, 8: 18.5, 32: 7.8, 128: 4.0, 256: 2.3, 512: 6.1}
 """Percent that k = 4 for 6 gains on DeepSeek-V2-Lite on 2 A800, by concurrency."""
-QUALITY: Mapping[str, float] = {
-    "full, k = 8": 73.0,
-    "k = 6": 72.9,
-    "k = 4": 70.6,
-    "k = 2": 60.8,
-    "(6, 8, 8, 61)": 73.3,
-}
-"""Mean over six tasks of DeepSeek-V3."""
 WRONG_WIDTH, RIGHT_WIDTH = 18432, 2048
 """The dense layers' width that the paper's analysis takes for an expert's, and an expert's."""
 EXPERTS_KEPT = (64, 48, 32, 16)
@@ -44,7 +36,7 @@ def trend_breaks(points: float) -> list[tuple[int, int, float]]:
     so of a run of breaks with alternating signs only the largest is named.
     """
     loads = list(TABLE_9)
-    found = []
+    broken = []
     for k in (6, 4, 3):
         logs = [math.log(TABLE_9[load][k] / TABLE_9[load][8]) for load in loads]
         off = [
@@ -56,5 +48,5 @@ def trend_breaks(points: float) -> list[tuple[int, int, float]]:
         for (one, first), (other, second) in pairwise(breaks):
             if other == one + 1 and first * second < 0:
                 kept.pop(one if abs(first) < abs(second) else other, None)
-        found += [(loads[n + 1], k, value) for n, value in kept.items()]
-    return found
+        broken += [(loads[n + 1], k, value) for n, value in kept.items()]
+    return broken

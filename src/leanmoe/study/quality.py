@@ -99,7 +99,7 @@ class Case:
     slots: float
     """Mean experts a token."""
     share: float
-    """Of the experts that remain."""
+    """The share of experts that remain."""
     plan: Plan
 
 

@@ -1,4 +1,4 @@
-"""How many experts wake: formulas against drawing every token."""
+"""How many experts are active: formulas against drawing every token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import distinct_grouped, distinct_uniform
 from leanmoe.plan import Rule
-from leanmoe.predict.experts.assumed import Assumed, assumed_curve, grouped_distinct, inclusion
+from leanmoe.predict.experts.assumed import (
+    Assumed,
+    Pool,
+    assumed_curve,
+    grouped_distinct,
+    inclusion,
+)
 
 
 def routed(
@@ -31,7 +37,7 @@ def routed(
 
 
 @pytest.mark.parametrize(("groups", "used"), [(1, 1), (8, 4), (8, 2)])
-def test_independent_tokens_wake_what_the_plain_formula_says_whatever_the_groups(
+def test_independent_tokens_activate_what_the_plain_formula_says_whatever_the_groups(
     groups: int, used: int
 ) -> None:
     draw = np.random.default_rng(1)
@@ -40,8 +46,10 @@ def test_independent_tokens_wake_what_the_plain_formula_says_whatever_the_groups
     assert mean == pytest.approx(distinct_uniform(64, 6, 12), abs=4 * error)
 
 
-def test_tokens_that_agree_on_groups_wake_fewer_down_to_full_agreement() -> None:
-    values = [grouped_distinct(256, 8, 64, 8, 4, a) for a in (0.0, 0.5, 0.9, 1.0)]
+def test_tokens_that_agree_on_groups_activate_fewer_down_to_full_agreement() -> None:
+    values = [
+        grouped_distinct(Pool(256, 8, 4), 8, 64, Assumed(agreement=a)) for a in (0.0, 0.5, 0.9, 1.0)
+    ]
     assert values == sorted(values, reverse=True)
     assert values[0] == pytest.approx(distinct_uniform(256, 8, 64), rel=0.02)
     assert values[-1] == pytest.approx(distinct_grouped(256, 8, 64, 8, 4), rel=0.02)
@@ -59,7 +67,7 @@ def test_inclusion_sums_to_k_and_no_chance_is_above_one(
     assert (np.diff(chance_E) <= 1e-12).all()
 
 
-def test_a_skewed_router_wakes_fewer() -> None:
+def test_a_skewed_router_activates_fewer() -> None:
     even = assumed_curve(128, 8, Rule(), Assumed())
     skewed = assumed_curve(128, 8, Rule(), Assumed(skew=1.0))
     assert skewed.at(32)[0] < 0.8 * even.at(32)[0]
@@ -70,7 +78,7 @@ def test_a_skewed_router_wakes_fewer() -> None:
 def test_guaranteed_fills_up_from_the_experts_that_are_active(
     tokens: int, groups_used: int
 ) -> None:
-    """Beside steps drawn: a token takes awake experts of its groups, however far down it ranks."""
+    """Beside steps drawn: a token takes active experts of its groups, however far down it ranks."""
     draw = np.random.default_rng(2)
     experts, k, first, groups = 128, 8, 3, 8
     distinct, slots = [], []
@@ -108,7 +116,7 @@ def test_a_budget_is_filled_up_to_k_and_every_tokens_best_stays() -> None:
     assert slots == distinct
 
 
-def test_rules_bound_what_wakes() -> None:
+def test_rules_bound_what_is_active() -> None:
     assert assumed_curve(64, 8, Rule(budget=20), Assumed()).at(16)[0] == 20
     assert assumed_curve(64, 8, Rule(top_k=0), Assumed()).at(512) == (0.0, 0.0)
     pruned = assumed_curve(64, 8, Rule(experts=tuple(range(16))), Assumed())

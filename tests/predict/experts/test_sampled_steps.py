@@ -22,8 +22,9 @@ from leanmoe.predict.experts.sampled_steps import (
     ActiveMeans,
     Choices,
     SampledDemand,
+    SampledSteps,
     ask,
-    sample_steps,
+    sample_demand,
     sampled_sizes,
 )
 from leanmoe.predict.experts.spread import ALONE, RankLayout, busiest
@@ -86,6 +87,13 @@ def test_experts_that_were_pruned_and_a_lower_top_k_are_not_asked_for_twice() ->
     curve = assumed_curve(128, 8, pruned, Assumed())
     assert curve.experts == 32
     assert curve.at(64) == assumed_curve(32, 4, Rule(budget=12), Assumed()).at(64)
+
+
+def sample_steps(
+    choices: Choices, slots: int, rule: Rule, tokens: int, layout: RankLayout = ALONE, seed: int = 0
+) -> SampledSteps:
+    demand = sample_demand(choices, slots, rule.guaranteed, tokens, layout.scopes, seed)
+    return demand.decide(rule, layout.ranks)
 
 
 def drawn(

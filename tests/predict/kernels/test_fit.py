@@ -82,7 +82,7 @@ def test_tuned_layers_are_fitted_apart_and_the_form_is_chosen() -> None:
     steps = (Stage(ANY, (PredictedTile(64, 64),)),)
     form = choose("x", H200, "bfloat16", made, steps, truth.tuned)
     assert form.least_waves == 3
-    found = fit("x", H200, "bfloat16", made, "", steps, form, truth.tuned)
+    found = fit("x", H200, "bfloat16", made, "", steps, form)
     assert np.abs(errors_of(found, made, H200)).max() < 0.01
     plain = fit("x", H200, "bfloat16", made, "", steps)
     assert np.abs(errors_of(plain, made, H200)).max() > 0.1

@@ -1,4 +1,4 @@
-"""Small steps of vLLM's kernel: which slots run together, and what is read twice."""
+"""Small steps of vLLM's kernel: which slots run side by side, and what is read twice."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_neighbours_have_fewer_distinct_experts(pool: int, slots: int) -> None:
 
 
 def test_slots_that_run_apart_read_a_shared_expert_anew() -> None:
-    """Four of DeepSeek-V3's slots run together, of 64: nearly each of them reads."""
+    """Four of DeepSeek-V3's slots run side by side, of 64: nearly each of them reads."""
     apart = slot_by_slot(V3, Rows(8, 8, 64, 23), 64, H100)
     assert 58 < apart.distinct < 64
     assert apart.rows == 64

@@ -55,7 +55,7 @@ class Activation:
             (n for n, (up_to, _) in enumerate(self._bands) if up_to is None or decoding <= up_to),
             len(self._bands),
         )
-        found = []
+        mixed = []
         for (one, other), count in self._prompt[number]:
             mine = _active(one, count, decoding)
             theirs = _active(other, count, prompt)
@@ -67,10 +67,10 @@ class Activation:
                 _most_decoding(mine, theirs, active),
                 one.exchanges_demand or other.exchanges_demand,
             )
-            found.append(
+            mixed.append(
                 Active(count, active, rows, total, columns, is_shared, most, exchanges_demand)
             )
-        return found
+        return mixed
 
     def _band(self, tokens: float) -> list[tuple[Curve, int]]:
         for up_to, groups in self._bands:
@@ -90,7 +90,7 @@ def _active(curve: Curve, layers: int, tokens: float) -> Active:
 
 
 def _most_decoding(one: Active, other: Active, distinct: float) -> float | None:
-    """Of the most loaded GPU where both activate so many: as uneven as the more uneven of them."""
+    """Distinct experts of the most loaded GPU: as uneven as the more uneven of the two."""
     shares = [
         each.most_loaded / each.distinct
         for each in (one, other)
@@ -112,11 +112,11 @@ def _paired(
 ) -> list[list[tuple[tuple[Curve, Curve], int]]]:
     """For each band, and for none, curves of decoding and of prompt tokens, layer by layer."""
     every = [band.rules for band in bands] + [(Rule(),) * layers]
-    found = []
+    pairs = []
     for rules in every:
         counts: dict[tuple[Curve, Curve], int] = {}
         for layer in range(layers):
             pair = (curve_of(layer, rules[layer]), curve_of(layer, prompt[layer]))
             counts[pair] = counts.get(pair, 0) + 1
-        found.append(list(counts.items()))
-    return found
+        pairs.append(list(counts.items()))
+    return pairs

@@ -100,10 +100,10 @@ def assumed_curve(
         )
     kept = experts if rule.experts is None else len(rule.experts)
     slots = min(rule.top_k if rule.top_k is not None else top_k, kept)
-    pool = _Pool(kept, groups, groups_used)
+    pool = Pool(kept, groups, groups_used)
     most: list[float] = []
     if rule.has_budget and slots:
-        sampled_pool = pool if pool.is_limited else _Pool(kept)
+        sampled_pool = pool if pool.is_limited else Pool(kept)
         found = [
             _sampled(sampled_pool, slots, rule, count, assumed, scope)
             for count in sampled_sizes(scope)
@@ -125,7 +125,7 @@ def assumed_curve(
 
 
 @dataclass(frozen=True)
-class _Pool:
+class Pool:
     """The experts that tokens choose among, and the groups that each token is limited to."""
 
     experts: int
@@ -139,7 +139,7 @@ class _Pool:
 
 
 def _unlimited(
-    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: RankLayout
+    pool: Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: RankLayout
 ) -> tuple[float, float, float]:
     """A curve's point without a budget, for so many tokens of a batch scope."""
     first = min(rule.guaranteed, slots) if rule.guaranteed is not None else slots
@@ -155,7 +155,7 @@ def _unlimited(
 
 
 def _sampled(
-    pool: _Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: RankLayout
+    pool: Pool, slots: int, rule: Rule, count: int, assumed: Assumed, scope: RankLayout
 ) -> tuple[float, ActiveMeans]:
     """A curve's point under a budget, for so many tokens of a batch scope."""
     tokens = count * scope.scopes
@@ -166,7 +166,7 @@ def _sampled(
 
 @cache
 def _decided(
-    pool: _Pool, slots: int, rule: Rule, tokens: int, assumed: Assumed, scopes: int, ranks: int
+    pool: Pool, slots: int, rule: Rule, tokens: int, assumed: Assumed, scopes: int, ranks: int
 ) -> SampledSteps:
     """Steps are decided once for all numbers of ranks that decide alike."""
     return _demand(pool, slots, rule.guaranteed, tokens, assumed, scopes).decide(rule, ranks)
@@ -174,7 +174,7 @@ def _decided(
 
 @lru_cache(maxsize=len(SIZES))
 def _demand(
-    pool: _Pool, slots: int, guaranteed: int | None, tokens: int, assumed: Assumed, scopes: int
+    pool: Pool, slots: int, guaranteed: int | None, tokens: int, assumed: Assumed, scopes: int
 ) -> SampledDemand:
     """What tokens ask for, for as many sizes as one curve has: it is large."""
     popularity_E = inclusion(pool.experts, slots, assumed.skew)
@@ -182,19 +182,11 @@ def _demand(
     return sample_demand(choices, slots, guaranteed, tokens, scopes)
 
 
-def _active(pool: _Pool, top_k: int, tokens: int, assumed: Assumed) -> float:
+def _active(pool: Pool, top_k: int, tokens: int, assumed: Assumed) -> float:
     if top_k == 0:
         return 0.0
     if pool.is_limited and assumed.agreement > 0:
-        return grouped_distinct(
-            pool.experts,
-            top_k,
-            tokens,
-            pool.groups,
-            pool.groups_used,
-            assumed.agreement,
-            assumed.skew,
-        )
+        return grouped_distinct(pool, top_k, tokens, assumed)
     if assumed.skew == 0:
         return distinct_uniform(pool.experts, top_k, tokens)
     chance_E = inclusion(pool.experts, top_k, assumed.skew)
@@ -202,22 +194,15 @@ def _active(pool: _Pool, top_k: int, tokens: int, assumed: Assumed) -> float:
 
 
 @cache
-def grouped_distinct(
-    experts: int,
-    top_k: int,
-    tokens: int,
-    groups: int,
-    groups_used: int,
-    agreement: float,
-    skew: float = 0.0,
-    seed: int = 0,
-) -> float:
+def grouped_distinct(pool: Pool, top_k: int, tokens: int, assumed: Assumed, seed: int = 0) -> float:
     """Mean distinct experts of steps through a group-limited router, by drawing steps.
 
     A token's best groups are ranked by sqrt(agreement) x the step's own draw + sqrt(1 - agreement)
     x the token's own, both standard normal; it then takes `top_k` experts of them at random, by
     popularity. Raises LeanMoeError where the groups do not hold so many.
     """
+    experts, groups, groups_used = pool.experts, pool.groups, pool.groups_used
+    agreement, skew = assumed.agreement, assumed.skew
     size = experts // groups
     if experts % groups or not 1 <= groups_used <= groups or top_k > size * groups_used:
         raise LeanMoeError(

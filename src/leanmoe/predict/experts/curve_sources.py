@@ -55,10 +55,10 @@ def saved_curves(saved: Mapping[str, object], model: MoEShape) -> CurveOf:
     replayed (`leanmoe predict --profile` does that where torch is installed). Raises LeanMoeError
     for a profile of another model.
     """
-    found = saved.get("model")
+    theirs = saved.get("model")
     mine = model.fingerprint()
-    if not isinstance(found, dict) or Fingerprint(**found) != mine:
-        raise LeanMoeError(f"the profile is of another model: {found}, this one is {mine}")
+    if not isinstance(theirs, dict) or Fingerprint(**theirs) != mine:
+        raise LeanMoeError(f"the profile is of another model: {theirs}, this one is {mine}")
     shown = saved["profile"]
     assert isinstance(shown, dict)
     layers = shown["layers"]
@@ -123,8 +123,8 @@ def find_curves(
         replayed = alike | _replayed(loaded, plan, shared, scope)
 
         def curve_of(layer: int, rule: Rule) -> Curve:
-            found = replayed.get((layer, rule))
-            return simple(layer, rule) if found is None else found
+            curve = replayed.get((layer, rule))
+            return simple(layer, rule) if curve is None else curve
 
         return curve_of
 
@@ -159,13 +159,13 @@ def _replayed(
             f"each of {scope.scopes} data-parallel ranks"
         )
     placed = BatchScope(Placement.linear(profile.model.experts, scope.ranks))
-    found = {}
+    curves = {}
     with bar("Replaying traces", len(wanted), "layers and rules") as advance:
         for layer, rule in sorted(wanted, key=lambda pair: (pair[0], str(pair[1]))):
             runs = [
                 replay(profile, layer, rule, size, None, 0, placed, scope.scopes) for size in sizes
             ]
-            found[layer, rule] = from_points(
+            curves[layer, rule] = from_points(
                 [(float(run.tokens), run.distinct, run.slots) for run in runs],
                 profile.model.experts,
                 "measured: the profile's traces, replayed under the plan",
@@ -175,4 +175,4 @@ def _replayed(
                 rule.is_batch_aware and scope.exchanges_demand,
             )
             advance(1)
-    return found
+    return curves

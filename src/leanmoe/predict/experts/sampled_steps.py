@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.predict.experts.spread import ALONE, RankLayout
+from leanmoe.predict.experts.spread import RankLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ SAMPLED_TOKENS = 4096
 """Tokens sampled for each number of tokens in a step, at least."""
 FEWEST_STEPS = 8
 MOST_VALUES = 1 << 21
-"""Logits that are sampled at once: tokens x experts."""
+"""Logits of a portion of steps: tokens x experts."""
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Tokens of a batch scope at which curves are sampled."""
 MOST_TOKENS = 4096
@@ -104,7 +104,7 @@ class SampledDemand:
     """What the tokens of sampled steps ask for, which is the same wherever the experts are."""
 
     demand_B3E: Tensor
-    """As `routing.count_demand` has it, of each batch."""
+    """Each batch's demand, in the rows of `routing.count_demand`."""
     usable_BTG: Tensor | None
     """The groups that a token may use; None for all."""
     steps: int
@@ -131,23 +131,6 @@ class SampledDemand:
         used_ZX = filled_BT.clamp(max=self.slots).numpy().reshape(self.steps, -1)
         active_ZXE = active_BE.numpy().reshape(self.steps, -1, active_BE.shape[-1])
         return SampledSteps(np.asarray(active_ZXE.any(axis=1)), float(used_ZX.mean(axis=1).mean()))
-
-
-def sample_steps(
-    choices: Choices,
-    slots: int,
-    rule: Rule,
-    tokens: int,
-    layout: RankLayout = ALONE,
-    seed: int = 0,
-) -> SampledSteps:
-    """Samples and decides steps of `tokens`, a multiple of the layout's batch scopes.
-
-    `slots` are the most that a token uses. Where the experts are matters to `budget_per_rank`
-    alone: under other rules the steps are the same for any number of ranks.
-    """
-    demand = sample_demand(choices, slots, rule.guaranteed, tokens, layout.scopes, seed)
-    return demand.decide(rule, layout.ranks)
 
 
 def sample_demand(

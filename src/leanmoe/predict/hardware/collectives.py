@@ -19,7 +19,7 @@ from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.hardware.rates import Rates
 
 EXCHANGED_BYTES = 1.5
-"""Of an activation on its way to an expert (fp8) and back (bf16), mean of both."""
+"""Bytes of an activation on its way to an expert (fp8) and back (bf16), mean of both."""
 PCIE = 64e9
 """Bytes/s of a link that is no NVLink. Over it vLLM has no all-reduce of its own for more than two
 GPUs ("not supported on more than two PCIe-only GPUs", its log says)."""
@@ -48,10 +48,10 @@ def library_reduce_seconds(rates: Rates, gpu: Gpu, size: float, gpus: int) -> fl
 
 
 def gather_seconds(rates: Rates, gpu: Gpu, size: float, gpus: int) -> float:
-    """An all-gather or a reduce-scatter, of `size` bytes on all GPUs together: a ring sends
+    """An all-gather or a reduce-scatter, of `size` bytes summed over all GPUs: a ring sends
     (N-1)/N of them. As an all-to-all where neither was measured.
 
-    Between nodes rings enter and leave a node through all of its GPUs' networks at once, and go on
+    Between nodes rings enter and leave a node through all of its GPUs' networks, and go on
     within it: the slower of both counts.
     """
     if not rates.gather_bandwidth:
@@ -105,7 +105,7 @@ class Collectives:
     gpus: int
     seconds: Mapping[str, Mapping[int, float]]
     """By operation and bytes of one GPU's message: what it adds up, or what it sends to all
-    GPUs together, itself included."""
+    GPUs, itself included."""
 
 
 def read_collectives(path: Path) -> Collectives:

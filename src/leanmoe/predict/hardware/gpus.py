@@ -19,7 +19,7 @@ class Gpu:
     memory: float
     """Bytes."""
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Bytes a second of its memory."""
     flops: float
     """bf16, FLOP/s."""
     flops_fp8: float
@@ -41,41 +41,19 @@ class Gpu:
         return -(-gpus // self.per_node)
 
 
-def _gpu(
-    name: str,
-    gigabytes: float,
-    terabytes_a_second: float,
-    teraflops: float,
-    fp8: float,
-    multiprocessors: int,
-    link: float,
-    network: float = 50,
-    per_node: int = 8,
-) -> Gpu:
-    return Gpu(
-        name,
-        gigabytes * 1e9,
-        terabytes_a_second * 1e12,
-        teraflops * 1e12,
-        fp8 * 1e12,
-        multiprocessors,
-        per_node,
-        link * 1e9,
-        network * 1e9,
-    )
-
-
+# GB, TB/s, bf16 and fp8 TFLOP/s, multiprocessors, GB/s of the link and of the network.
+_SHEETS: Mapping[str, tuple[float, float, float, float, int, float, float]] = {
+    "h200": (141, 4.8, 989, 1979, 132, 450, 50),
+    "h100": (80, 3.35, 989, 1979, 132, 450, 50),
+    "h20": (96, 4.0, 148, 296, 78, 450, 50),
+    "b200": (180, 8.0, 2250, 4500, 148, 900, 50),
+    "a100": (80, 2.039, 312, 312, 108, 300, 25),
+    "a800": (80, 2.039, 312, 312, 108, 200, 25),
+    "l40s": (48, 0.864, 362, 733, 142, 32, 25),
+}
 GPUS: Mapping[str, Gpu] = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("h200", 141, 4.8, 989, 1979, 132, 450),
-        _gpu("h100", 80, 3.35, 989, 1979, 132, 450),
-        _gpu("h20", 96, 4.0, 148, 296, 78, 450),
-        _gpu("b200", 180, 8.0, 2250, 4500, 148, 900),
-        _gpu("a100", 80, 2.039, 312, 312, 108, 300, 25),
-        _gpu("a800", 80, 2.039, 312, 312, 108, 200, 25),
-        _gpu("l40s", 48, 0.864, 362, 733, 142, 32, 25),
-    )
+    name: Gpu(name, gb * 1e9, tb * 1e12, bf16 * 1e12, fp8 * 1e12, sms, 8, link * 1e9, net * 1e9)
+    for name, (gb, tb, bf16, fp8, sms, link, net) in _SHEETS.items()
 }
 """From NVIDIA's data sheets: dense rates, SXM where there is a choice."""
 

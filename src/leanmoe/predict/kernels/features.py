@@ -47,7 +47,7 @@ class ExpertsShape:
 
     hidden: int
     width: float
-    """Of one expert, after tensor parallelism."""
+    """Width of one expert, after tensor parallelism."""
     experts: int
     """On this GPU."""
     matrices: int = 3
@@ -85,7 +85,7 @@ class Rows:
     """What routing gives one GPU in a step."""
 
     tokens: float
-    """Of the step: all that the layer sees, wherever their experts are."""
+    """All tokens of the step that the layer sees, wherever their experts are."""
     slots: float
     """Experts a token uses, mean."""
     rows: float

@@ -8,9 +8,8 @@ among the fitted rows alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,14 +40,13 @@ CLIPPED = 0.3
 """Error at which a row counts no further when tiles are compared."""
 FEWEST_ROWS = 3
 FOLDS = 4
-"""Of the layers, when sets of features are compared."""
+"""Folds of the layers, when sets of features are compared."""
 PLAIN = tuple(name for name in FEATURES if name != "strides")
 FEW = ("call", "longer", "activations", "waves", "waves_hidden", "waves_width", "spread")
 CANDIDATES = (PLAIN, FEATURES, FEW)
 """Sets of features to choose from."""
 LEAST_WAVES = (1, 2, 3, 4)
 """Tiles a multiprocessor that may keep the memory busy, to choose from."""
-NOTHING_TUNED: Tuned = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,10 @@ class Form:
 
     names: Sequence[str] = FEATURES
     tuned_names: Sequence[str] = PLAIN
-    """Of layers that have a tuned configuration."""
+    """Features of layers that have a tuned configuration."""
     least_waves: int = 1
+    tuned: Tuned = field(default_factory=dict)
+    """Layers that have a tuned configuration, which are fitted apart."""
 
 
 def fit(
@@ -83,22 +83,21 @@ def fit(
     fitted_to: str,
     stages: Sequence[Stage] = CUTLASS,
     form: Form = Form(),
-    tuned: Tuned = NOTHING_TUNED,
 ) -> KernelConstants:
     """Constants of a kernel from `readings`, stage by stage; needs scipy.
 
-    Layers with a configuration in `tuned` are fitted apart. Of several tiles of a stage the best is
+    Of several tiles of a stage the best is
     taken. A stage with fewer than three readings is left to the next one. Raises LeanMoeError when
     none has as many.
     """
     left = list(readings)
     regimes = []
-    for stage in (*(TUNED if tuned else ()), *stages):
-        within = [r for r in left if _takes(stage, r, tuned)]
+    for stage in (*(TUNED if form.tuned else ()), *stages):
+        within = [r for r in left if _takes(stage, r, form.tuned)]
         if len(within) < FEWEST_ROWS:
             continue
-        left = [r for r in left if not _takes(stage, r, tuned)]
-        regimes.append(_regime(stage, within, gpu, form, tuned))
+        left = [r for r in left if not _takes(stage, r, form.tuned)]
+        regimes.append(_regime(stage, within, gpu, form))
     if not any(regime.tile for regime in regimes):
         raise LeanMoeError(
             f"{len(readings)} readings of {kernel} are too few to fit: {FEWEST_ROWS} are needed"
@@ -109,7 +108,7 @@ def fit(
         dtype,
         tuple(regimes),
         fitted_to,
-        tuned=tuned,
+        tuned=form.tuned,
         least_waves=form.least_waves,
     )
 
@@ -120,7 +119,7 @@ def choose(
     dtype: str,
     readings: Sequence[Reading],
     stages: Sequence[Stage],
-    tuned: Tuned = NOTHING_TUNED,
+    tuned: Tuned | None = None,
 ) -> Form:
     """The form that predicts left-out layers best, one choice after another."""
     layers = list(dict.fromkeys(r.layer for r in readings))
@@ -132,11 +131,11 @@ def choose(
         for number in range(min(FOLDS, len(layers))):
             kept = [r for r in readings if fold[r.layer] != number]
             out = [r for r in readings if fold[r.layer] == number]
-            found = fit(kernel, gpu, dtype, kept, "", stages, form, tuned)
-            errors.append(np.minimum(np.abs(errors_of(found, out, gpu)), CLIPPED))
+            constants = fit(kernel, gpu, dtype, kept, "", stages, form)
+            errors.append(np.minimum(np.abs(errors_of(constants, out, gpu)), CLIPPED))
         return float(np.concatenate(errors).mean())
 
-    form = min((Form(names) for names in CANDIDATES), key=off)
+    form = min((Form(names, tuned=tuned or {}) for names in CANDIDATES), key=off)
     form = min((replace(form, least_waves=least) for least in LEAST_WAVES), key=off)
     if tuned:
         form = min((replace(form, tuned_names=names) for names in CANDIDATES), key=off)
@@ -150,17 +149,15 @@ def _takes(stage: Stage, reading: Reading, tuned: Tuned) -> bool:
     return Regime(stage.up_to, None, {}, *limits).takes(reading.shape, reading.rows)
 
 
-def _regime(
-    stage: Stage, readings: Sequence[Reading], gpu: Gpu, form: Form, tuned: Tuned
-) -> Regime:
+def _regime(stage: Stage, readings: Sequence[Reading], gpu: Gpu, form: Form) -> Regime:
     names = form.tuned_names if stage.tiles is None else form.names
     used = [FEATURES.index(name) for name in names]
     took = np.array([r.seconds for r in readings]) / MICROSECOND
     best: tuple[float, PredictedTile | None, NDArray[np.float64]] | None = None
     for tile in stage.tiles or (None,):
-        found = np.array([_values(r, gpu, tile, form.least_waves, tuned)[used] for r in readings])
-        constants = _robust(found / took[:, None])
-        errors = np.abs(found @ constants / took - 1)
+        matrix = np.array([_values(r, gpu, tile, form)[used] for r in readings])
+        constants = _robust(matrix / took[:, None])
+        errors = np.abs(matrix @ constants / took - 1)
         error = float(np.minimum(errors, CLIPPED).mean())
         if best is None or error < best[0]:
             best = (error, tile, constants)
@@ -172,11 +169,11 @@ def _regime(
 
 
 def _values(
-    reading: Reading, gpu: Gpu, tile: PredictedTile | None, least_waves: int, tuned: Tuned
+    reading: Reading, gpu: Gpu, tile: PredictedTile | None, form: Form
 ) -> NDArray[np.float64]:
-    taken = tile or tuned_tile(tuned, reading.shape, reading.rows.tokens)
+    taken = tile or tuned_tile(form.tuned, reading.shape, reading.rows.tokens)
     assert taken is not None
-    return features(reading.shape, reading.rows, gpu, taken, least_waves)
+    return features(reading.shape, reading.rows, gpu, taken, form.least_waves)
 
 
 def _robust(relative: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -190,6 +187,26 @@ def _robust(relative: NDArray[np.float64]) -> NDArray[np.float64]:
         off = np.abs(relative @ constants - 1)
         weights = 1 / np.sqrt(np.maximum(off, NEAR))
     return np.asarray(constants)
+
+
+def fit_positive(
+    predict: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    took: NDArray[np.float64],
+    start: Sequence[float],
+) -> NDArray[np.float64]:
+    """Positive constants of `predict` with the least `log_error`; needs scipy."""
+    from scipy.optimize import minimize
+
+    def off(logs: NDArray[np.float64]) -> float:
+        return log_error(predict(np.exp(logs)), took)
+
+    fitted = minimize(off, np.log(start), method="Nelder-Mead", options={"maxiter": 4000})
+    return np.asarray(np.exp(fitted.x))
+
+
+def log_error(predicted: NDArray[np.float64], took: NDArray[np.float64]) -> float:
+    """The mean absolute difference of logarithms."""
+    return float(np.abs(np.log(predicted / took)).mean())
 
 
 def errors_of(

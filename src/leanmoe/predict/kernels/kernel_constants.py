@@ -31,7 +31,7 @@ class Accuracy:
     p99: float
     worst: float
     is_interpolated: bool = False
-    """Of predictions held to measured rows of the same layer, not of the constants alone."""
+    """Whether predictions were held to measured rows of the same layer."""
 
     def __str__(self) -> str:
         return (
@@ -102,8 +102,8 @@ class KernelConstants:
         tile = regime.tile or named
         assert tile is not None
         constants = np.array([regime.values.get(name, 0.0) for name in FEATURES])
-        found = features(shape, rows, gpu, tile, self.least_waves)
-        return float(constants @ found) * MICROSECOND
+        values = features(shape, rows, gpu, tile, self.least_waves)
+        return float(constants @ values) * MICROSECOND
 
     def borrowed(self) -> KernelConstants:
         """For another GPU, whose tuned configurations are not known."""
@@ -149,12 +149,12 @@ def _kernel(entry: Mapping[str, Any]) -> KernelConstants:
 
 def read_tiles(words: str) -> tuple[tuple[float, PredictedTile], ...]:
     """Tiles by tokens, from words such as `24:16x64 96:32x128`: up to, rows, columns."""
-    found = []
+    tiles = []
     for word in words.split():
         up_to, tile = word.split(":")
         rows, columns = tile.split("x")
-        found.append((float(up_to), PredictedTile(int(rows), int(columns))))
-    return tuple(found)
+        tiles.append((float(up_to), PredictedTile(int(rows), int(columns))))
+    return tuple(tiles)
 
 
 def _regime(entry: Mapping[str, Any]) -> Regime:

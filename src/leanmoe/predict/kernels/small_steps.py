@@ -29,12 +29,12 @@ SHARED_MEMORY = 227 * 1024
 """Bytes that the blocks on a multiprocessor of compute capability 9.0 may have (CUDA C++
 Programming Guide, technical specifications)."""
 MOST_BLOCKS = 16
-"""Of 4 warps on a multiprocessor: it holds 64 warps (the same table)."""
+"""Blocks of 4 warps on a multiprocessor: it holds 64 warps (the same table)."""
 ROWS = 16
-"""Of a block in a small step."""
+"""Rows of a block in a small step."""
 CACHED_SHARE = 0.6
-"""Of a read's time that the same read takes from the second-level cache: 3.35 TB/s of memory to
-about 5.5 of an H100's cache, a figure without a source at hand. The steps of Qwen3-30B had been
+"""Share of a read's time that the same read takes from the second-level cache: 3.35 TB/s of memory
+to about 5.5 of an H100's cache, a figure without a source at hand. The steps of Qwen3-30B had been
 looked at before and imply 0.6 to 0.7: they do not test it."""
 
 

@@ -154,7 +154,7 @@ class Measured:
 
     hidden: int
     width: int
-    """Of an expert, before tensor parallelism."""
+    """Width of an expert, before tensor parallelism."""
     experts: int
     """On all GPUs."""
     top_k: int

@@ -38,7 +38,7 @@ def stages(
 
 
 TUNED = stages((4, 32, 96, 512, 2048, ANY), None)
-"""Of layers with a tuned configuration."""
+"""Stages of layers with a tuned configuration."""
 CUTLASS = stages((4, 32, 64, 96, 512, 2048, ANY), (PredictedTile(64, 128), PredictedTile(128, 128)))
 SCHEDULES: Mapping[tuple[str, str], tuple[Stage, ...]] = {
     ("vllm-triton", "bfloat16"): (

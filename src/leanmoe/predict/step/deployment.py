@@ -105,8 +105,7 @@ class Deployment:
                 f"{model.name} does not fit {self}: {weights / 1e9:.1f} GB of weights on each GPU, "
                 f"{usable / 1e9:.1f} GB usable; {short / 1e9:.0f} GB short in all"
             )
-        cached = model.cached_bytes(1, self.tensor) / self.pipeline
-        return Memory(weights, usable - weights, cached, self.data)
+        return Memory(weights, usable - weights, self.data)
 
 
 @dataclass(frozen=True)
@@ -116,13 +115,11 @@ class Memory:
     weights: float
     cache: float
     """Left for the KV cache."""
-    cached_token: float
-    """Of one token with nothing beyond a window."""
     copies: int
-    """Of attention, each with a cache of its own."""
+    """Copies of attention, each with a cache of its own."""
 
     def sequences(self, model: MoEShape, context: float, deployment: Deployment) -> int:
-        """Sequences with `context` tokens that fit at once, over all copies."""
+        """Sequences with `context` tokens that fit in the cache, over all copies."""
         each = model.cached_bytes(context, deployment.tensor) / deployment.pipeline
         return int(self.cache // each) * self.copies if each else 1 << 30
 

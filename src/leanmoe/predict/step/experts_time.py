@@ -98,12 +98,12 @@ class ExpertsTime:
         return row.seconds / modelled if modelled > 0 else 1.0
 
     def on(self, gpu: Gpu) -> ExpertsTime:
-        """The same with another GPU's rates."""
+        """Returns a copy with another GPU's rates."""
         other = copy(self)
         other._gpu = gpu
         return other
 
     def seconds(self, rows: Rows) -> float:
-        """Of one layer on one GPU."""
-        found = self._kernel.seconds(self.shape, rows, self._gpu)
-        return found * self._held.at(max(rows.tokens, 1.0))
+        """Seconds of one layer on one GPU."""
+        modelled = self._kernel.seconds(self.shape, rows, self._gpu)
+        return modelled * self._held.at(max(rows.tokens, 1.0))

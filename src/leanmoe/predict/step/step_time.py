@@ -30,9 +30,9 @@ from leanmoe.predict.step.deployment import Deployment
 from leanmoe.predict.step.experts_time import ExpertsTime
 
 REPLICATED_BYTES = 2.0
-"""Of an activation that is passed on: bf16."""
+"""Bytes of an activation that is passed on: bf16."""
 DEMAND_BYTES = 3 * 8
-"""Of an expert: what ranks add up where their tokens share experts, three int64."""
+"""Bytes of an expert: what ranks add up where their tokens share experts, three int64."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class StepTime:
         )
 
     def on(self, gpu: Gpu) -> StepTime:
-        """The same with another GPU's rates, measured rows of this one's still holding."""
+        """Returns a copy with another GPU's rates, measured rows of this one's still holding."""
         other = copy(self)
         other.deployment = replace(self.deployment, gpu=gpu)
         other._experts = self._experts.on(gpu)
@@ -165,28 +165,28 @@ class StepTime:
         return calls * rates.product_seconds + max(reading, computing)
 
     def _projections(self, tokens: float) -> float:
-        found, storage = self.model.parameters, self.model.storage
+        parameters, storage = self.model.parameters, self.model.storage
         latent = any(kind.latent for kind, _ in self.model.attention)
         calls = self.model.layers * (5 if latent else 2)
         whole = self.model.copied_weights
-        weights = (found.mixers - whole) / self.deployment.tensor + whole
+        weights = (parameters.mixers - whole) / self.deployment.tensor + whole
         return self._products(weights, storage.other_bytes, tokens, calls)
 
     def _shared(self, tokens: float) -> float:
         shape = self.model
-        found = shape.parameters
+        parameters = shape.parameters
         dense = shape.layers - len(self.model.moe_layers)
-        calls = 2 * (len(self.model.moe_layers) if found.shared else 0) + 2 * (
-            dense if found.dense else 0
+        calls = 2 * (len(self.model.moe_layers) if parameters.shared else 0) + 2 * (
+            dense if parameters.dense else 0
         )
-        split = (found.shared + found.dense) / self.deployment.tensor
+        split = (parameters.shared + parameters.dense) / self.deployment.tensor
         return self._products(split, shape.storage.other_bytes, tokens, calls) + self._products(
-            found.routers, shape.storage.plain_bytes, tokens, len(self.model.moe_layers)
+            parameters.routers, shape.storage.plain_bytes, tokens, len(self.model.moe_layers)
         )
 
     def _head(self, tokens: float) -> float:
-        found = self.model.parameters
-        weights = (found.head or found.embedding) / self.deployment.tensor
+        parameters = self.model.parameters
+        weights = (parameters.head or parameters.embedding) / self.deployment.tensor
         return self._products(weights, self.model.storage.plain_bytes, tokens, 1)
 
     def _attention(self, batch: StepBatch, copies: float) -> float:

@@ -24,23 +24,17 @@ class Served:
     ttft: float
     tpot: float
     running: float
-    """Requests in the engine at once; the others wait for room in the KV cache."""
+    """Requests that run in the engine; the others wait for room in the KV cache."""
     step: Parts
     """A step in which all decode."""
     mixed: Parts | None
     """A step with a part of a prompt, too."""
-    how: str = "steady state"
-
-    @property
-    def tokens_a_user(self) -> float:
-        """Output tokens a second that one user sees."""
-        return 1 / self.tpot
 
 
 def closed_loop(
     step: StepTime, activation: Activation, load: ServiceLoadModel, experts: float | None = None
 ) -> Served:
-    """Mean throughput, TTFT and TPOT of `load.concurrency` requests at once.
+    """Mean throughput, TTFT and TPOT at `load.concurrency`.
 
     Raises LeanMoeError where the weights or one single request do not fit.
     """

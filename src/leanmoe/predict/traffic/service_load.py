@@ -1,4 +1,4 @@
-"""The load a service is under: requests at once or arriving at random, and how long they are."""
+"""The load a service is under: a concurrency or arrivals at random, and lengths."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def _from_file(path: Path, flag: str) -> LengthDistribution:
 
 def _checked(text: str, values: tuple[int, ...], flag: str) -> LengthDistribution:
     if not values or min(values) < 1 or max(values) > LONGEST:
-        found = "empty" if not values else f"{min(values)} to {max(values)}"
-        raise LeanMoeError(f"{flag} is {text!r} ({found}): lengths must be 1 to {LONGEST}")
+        shown = "empty" if not values else f"{min(values)} to {max(values)}"
+        raise LeanMoeError(f"{flag} is {text!r} ({shown}): lengths must be 1 to {LONGEST}")
     return LengthDistribution(text, values)
 
 
@@ -114,7 +114,7 @@ class ServiceLoadModel:
 
     def __str__(self) -> str:
         many = (
-            f"{self.concurrency} at once"
+            f"concurrency {self.concurrency}"
             if self.concurrency is not None
             else f"{self.rate:g} requests/s"
         )

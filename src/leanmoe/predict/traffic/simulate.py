@@ -21,8 +21,7 @@ from leanmoe.predict.traffic.service_load import ServiceLoadModel
 GRAIN = 64
 """Contexts and parts of prompts are rounded to so many tokens, so that step times can be reused."""
 ROUNDS = 4
-"""Requests of a run, in multiples of those at once, a first round left out of the metrics."""
-
+"""Requests of a run, in multiples of the concurrency; metrics leave out a first round."""
 
 FEWEST, MOST = 64, 4096
 MOST_STEPS = 400_000
@@ -246,10 +245,10 @@ def _tokens_between(request: SimulatedRequest, low: float, high: float) -> float
 
 
 def _summary(values: list[float]) -> dict[str, float]:
-    found = np.array(values)
+    seconds = np.array(values)
     return {
-        "mean": float(found.mean()),
-        "median": float(np.median(found)),
-        "p90": float(np.quantile(found, 0.9)),
-        "p99": float(np.quantile(found, 0.99)),
+        "mean": float(seconds.mean()),
+        "median": float(np.median(seconds)),
+        "p90": float(np.quantile(seconds, 0.9)),
+        "p99": float(np.quantile(seconds, 0.99)),
     }
