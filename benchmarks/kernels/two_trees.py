@@ -5,9 +5,9 @@
 
 Each checkout has a process of its own, which holds the same random weights and inputs. The two time
 the same calls one after the other, round after round, so that what the machine does meanwhile meets
-both. Shown
-is the median over rounds of after / before, with the middle half of the rounds. The least and the
-most that two equal checkouts come to are seen with the same folder twice.
+both. Shown is the median over rounds of after / before, with the middle half of the rounds. The
+least and the most that two equal checkouts come to are seen with the same folder twice. A copy
+without its history says its commit in a file COMMIT.
 """
 
 from __future__ import annotations
@@ -161,6 +161,8 @@ def compare(before: Checkout, after: Checkout) -> list[dict[str, Any]]:
 
 def commit_of(tree: Path) -> str:
     """The commit of a checkout, with "+dirty" where it was changed."""
+    if (named := tree / "COMMIT").is_file():
+        return named.read_text(encoding="utf-8").strip()
     words = ["git", "-C", str(tree), "describe", "--always", "--dirty=+dirty", "--abbrev=12"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return done.stdout.strip() or os.environ.get("LEANMOE_COMMIT", "unknown")
