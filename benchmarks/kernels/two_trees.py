@@ -133,11 +133,11 @@ class Checkout:
         return line
 
 
-def compare(before: Checkout, after: Checkout) -> list[dict[str, Any]]:
+def compare(before: Checkout, after: Checkout, rounds: int) -> list[dict[str, Any]]:
     """Each call's times in both checkouts, and the ratio over rounds."""
     times: dict[str, list[tuple[float, float]]] = {call: [] for call in after.calls}
     order = random.Random(0)
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for call in order.sample(after.calls, len(after.calls)):
             pair = [(side, side.time(call)) for side in order.sample([before, after], 2)]
             if number:  # the first round warms up
@@ -174,16 +174,17 @@ def main() -> None:
     parser.add_argument("--before", type=Path, required=True, help="the other checkout's folder")
     parser.add_argument("--after", type=Path, default=Path(), help="this checkout, if left out")
     parser.add_argument("--device", choices=sorted(SHAPES), default="cpu")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     given = parser.parse_args()
     if given.device == "cuda":
         import torch  # noqa: F401, names the GPU in the provenance
     made = collect(seed=0)
     trees = {"before": given.before.resolve(), "after": given.after.resolve()}
     before, after = (Checkout(tree, given.device) for tree in trees.values())
-    rows = compare(before, after)
+    rows = compare(before, after, given.rounds)
     commits = {name: commit_of(tree) for name, tree in trees.items()}
     path = file_of(given.output, f"two-trees-{given.device}", made)
-    content = {"device": given.device, "rounds": ROUNDS, "commits": commits, "calls": rows}
+    content = {"device": given.device, "rounds": given.rounds, "commits": commits, "calls": rows}
     print(write(path, made, "measured", content))
     for row in rows:
         low, high = row["middle_half"]

@@ -5,11 +5,12 @@ Every criterion is there: the best at each share and the paper's counts by their
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-INK, SOFT, LINE = "#1d2b3a", "#5c6b7a", "#dfe5ea"
+from leanmoe.report.svg import LINE, SOFT, circle, document, line, text, ticks
+
 GROUPS = {
     "skipping, weights kept": "#0b7a75",
     "skipping, as the paper": "#e08e0b",
@@ -21,8 +22,13 @@ MEMORY = "memory"
 """The panel beside those of the loads."""
 WIDTH, HEIGHT, TOP, LEFT, GAP = 250, 260, 70, 60, 50
 TITLE = "Increase of next-token loss (%) against the speed of a step, and against memory"
+LABEL = "Loss against speed and memory: skipping beside pruning"
 MOST_LOSS = 32.0
 """Percent; what loses more stands at the upper edge, hollow."""
+
+
+Scale = Callable[[float], float]
+"""Where a value lies, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +45,14 @@ def picture(result: dict[str, Any]) -> str:
     loads = [*next(row for row in result["rows"] if "speed" in row)["speed"], MEMORY]
     width = LEFT + len(loads) * (WIDTH + GAP)
     height = TOP + HEIGHT + 56
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        'font-family="system-ui, sans-serif" font-size="12" '
-        'aria-label="Loss against speed and memory: skipping beside pruning">',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        _text(LEFT, 20, TITLE, INK, weight="600"),
-    ]
+    parts = [text(LEFT, 20, TITLE, weight="600")]
     for number, (name, colour) in enumerate(GROUPS.items()):
         at = LEFT + 200 * number
-        parts.append(f'<circle cx="{at + 5}" cy="38" r="4" fill="{colour}"/>')
-        parts.append(_text(at + 14, 42, name, SOFT))
+        parts += [circle(at + 5, 38, colour, colour), text(at + 14, 42, name, SOFT)]
     for number, load in enumerate(loads):
         groups = {name: _points(result, name, load) for name in GROUPS}
         parts += _panel(LEFT + number * (WIDTH + GAP), load, groups)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return document(width, height, LABEL, parts)
 
 
 def _points(result: dict[str, Any], group: str, load: str) -> list[Point]:
@@ -108,57 +107,36 @@ def _panel(left: float, load: str, groups: dict[str, list[Point]]) -> list[str]:
     high = max(1.05, *(point.across[2] for point in everyone))
     low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
 
-    def x(speed: float) -> float:
-        return left + WIDTH * (speed - low) / (high - low)
+    def x(share: float) -> float:
+        return left + WIDTH * (share - low) / (high - low)
 
     def y(loss: float) -> float:
         return TOP + HEIGHT * (1 - (min(loss, MOST_LOSS) + 2) / (MOST_LOSS + 2))
 
-    shown = {"1": "1 request decodes", "prompts": "prompts", MEMORY: "memory of all weights"}
-    title = shown.get(load, f"{load} requests decode")
-    parts = [_text(left, TOP - 8, title, INK, weight="600")]
-    for loss in (0, 10, 20, 30):
-        parts.append(_line(left, y(loss), left + WIDTH, y(loss), SOFT if loss == 0 else LINE))
-        parts.append(_text(left - 6, y(loss) + 4, f"{loss}", SOFT, at="end"))
-    step = 0.05 if high - low < 0.4 else 0.1 if high - low < 0.8 else 0.2
-    number = round(low / step + 0.5)
-    while number * step <= high:
-        at = x(number * step)
-        parts.append(_line(at, TOP, at, TOP + HEIGHT, SOFT if number * step == 1 else LINE))
-        parts.append(_text(at, TOP + HEIGHT + 16, f"{number * step:.2f}", SOFT, at="middle"))
-        number += 1
-    parts.append(
-        _text(
-            left + WIDTH / 2,
-            TOP + HEIGHT + 36,
-            "over the full model's" if load == MEMORY else "speed of a step over the full model's",
-            SOFT,
-            at="middle",
-        )
-    )
+    parts = _axes(left, load, [share for share in ticks(low, high, 7) if share >= low], x, y)
     for name, points in groups.items():
         colour = GROUPS[name]
         for point in points:
             fill = colour if point.loss[0] <= MOST_LOSS else "#ffffff"
             across, up = x(point.across[0]), y(point.loss[0])
-            parts.append(_line(x(point.across[1]), up, x(point.across[2]), up, colour))
-            parts.append(_line(across, y(point.loss[1]), across, y(point.loss[2]), colour))
-            title = escape(f"{point.name}: {point.loss[0]:+.1f}%, x{point.across[0]:.2f}")
-            parts.append(
-                f'<circle cx="{across:.1f}" cy="{up:.1f}" r="4" fill="{fill}" stroke="{colour}">'
-                f"<title>{title}</title></circle>"
-            )
+            parts.append(line(x(point.across[1]), up, x(point.across[2]), up, colour, 1.2))
+            parts.append(line(across, y(point.loss[1]), across, y(point.loss[2]), colour, 1.2))
+            title = f"{point.name}: {point.loss[0]:+.1f}%, x{point.across[0]:.2f}"
+            parts.append(circle(across, up, fill, colour, title))
     return parts
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="{colour}" stroke-width="1.2"/>'
-
-
-def _text(
-    x: float, y: float, words: str, colour: str, at: str = "start", weight: str = "400"
-) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{at}" '
-        f'font-weight="{weight}">{escape(words)}</text>'
-    )
+def _axes(left: float, load: str, shares: list[float], x: Scale, y: Scale) -> list[str]:
+    """Title, grid and the numbers beside it."""
+    shown = {"1": "1 request decodes", "prompts": "prompts", MEMORY: "memory of all weights"}
+    parts = [text(left, TOP - 8, shown.get(load, f"{load} requests decode"), weight="600")]
+    for loss in (0, 10, 20, 30):
+        parts.append(line(left, y(loss), left + WIDTH, y(loss), LINE if loss else SOFT))
+        parts.append(text(left - 6, y(loss) + 4, f"{loss}", SOFT, anchor="end"))
+    for share in shares:
+        at = x(share)
+        parts.append(line(at, TOP, at, TOP + HEIGHT, SOFT if abs(share - 1) < 1e-9 else LINE))
+        parts.append(text(at, TOP + HEIGHT + 16, f"{share:.2f}", SOFT, anchor="middle"))
+    name = "over the full model's" if load == MEMORY else "speed of a step over the full model's"
+    parts.append(text(left + WIDTH / 2, TOP + HEIGHT + 36, name, SOFT, anchor="middle"))
+    return parts

@@ -53,7 +53,7 @@ class Results:
         found = []
         for routing in routings:
             values = self._samples[routing, load, variant]
-            rounds = values.get("step_ms", values["tpot_ms"])
+            rounds = values.get("step_ms") or values["tpot_ms"]
             found.append(median(sample for samples in rounds.values() for sample in samples))
         return sum(found) / len(found)
 

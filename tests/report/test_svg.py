@@ -6,11 +6,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from leanmoe.report.svg import INK, bar, document, line, path, text, ticks
+from leanmoe.report.svg import INK, bar, circle, document, line, path, text, ticks
 
 
 def test_a_picture_is_well_formed_and_escapes_words() -> None:
     parts = [line(0, 0, 1, 1, INK), path([(0, 0), (1, 2), (3, 4)], INK), text(1, 2, "a < b")]
+    parts.insert(0, circle(1, 2, INK, INK, "c & d"))
     root = ElementTree.fromstring(document(10, 20, 'said "so"', parts))
     assert root.attrib["viewBox"] == "0 0 10 20"
     assert root.attrib["aria-label"] == 'said "so"'

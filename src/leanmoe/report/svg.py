@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 INK, SOFT, LINE, OURS, LIMIT = "#1d2b3a", "#5c6b7a", "#dfe5ea", "#0b7a75", "#b3261e"
-STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+STEPS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 
 
 def document(width: float, height: float, label: str, parts: Sequence[str]) -> str:
@@ -32,6 +32,14 @@ def path(points: Sequence[tuple[float, float]], colour: str, width: float = 1) -
     """A line through points."""
     ends = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     return f'<path d="M{ends}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
+
+
+def circle(x: float, y: float, fill: str, edge: str, title: str = "") -> str:
+    """A point; `title` is shown where the pointer rests on it."""
+    return (
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{edge}">'
+        f"<title>{escape(title)}</title></circle>"
+    )
 
 
 def bar(x1: float, x2: float, middle: float, colour: str, height: float = 18) -> str:

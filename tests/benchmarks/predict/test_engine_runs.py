@@ -47,7 +47,7 @@ def test_runs_of_steps_are_told_from_other_benchmarks_of_vllm(tmp_path: Path) ->
     steps = written(tmp_path, "a", lines=[{}])
     (tmp_path / "a-vllm-check.json").write_text(json.dumps({"leanmoe_benchmark": "vllm_check"}))
     assert runs_in(tmp_path) == [steps]
-    committed = runs_in(Path(__file__).parents[2] / "benchmarks" / "results")
+    committed = runs_in(Path(__file__).parents[3] / "benchmarks" / "results")
     assert committed
     assert all(read_run(path, shipped()).lines for path in committed)
 
@@ -183,7 +183,7 @@ def test_steps_and_gains_of_each_layout_stand_beside_each_other(tmp_path: Path) 
 
 def test_committed_runs_of_several_gpus_are_within_what_the_docs_say() -> None:
     """Nothing was fitted to them: the full model's captured step with whole experts on each GPU."""
-    results = Path(__file__).parents[2] / "benchmarks/results"
+    results = Path(__file__).parents[3] / "benchmarks/results"
     paths = sorted(results.glob("2026-11-27-2x-*-parallel-qwen3-30b-a3b*.json"))
     rows = [row for path in paths for row in parallel_steps(path, shipped())]
     full = [abs(row["error"]) for row in rows if row["plan"] in FULL and row["layout"] != "1"]
