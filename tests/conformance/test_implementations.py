@@ -145,7 +145,7 @@ def test_random_cases_are_routed_as_by_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["loops", "vllm"])
 def test_random_ranks_are_routed_as_by_the_reference(name: str) -> None:
-    """Triton's ranks have tests of their own: tests/kernels/triton/test_router_ranks.py."""
+    """Triton's ranks have tests of their own: tests/kernels/triton/test_router.py."""
     check_random(name, check_same, hostile=False, placed=True)
 
 

@@ -1,8 +1,4 @@
-"""Which implementation computes a layer's experts, and which routes: by name, with the reason.
-
-Letters: B steps routed apart (may be absent), T tokens of a step, E experts, K slots, D hidden
-width.
-"""
+"""Which implementation computes a layer's experts, and which routes: by name, with the reason."""
 
 from __future__ import annotations
 
@@ -112,14 +108,9 @@ def choose_router(
 
 
 def fast_route(
-    logits_BTE: Tensor,
-    router: Router,
-    top_k: int,
-    rule: Rule,
-    bias_E: Tensor | None = None,
-    padding_BT: Tensor | None = None,
-    scope: BatchScope = ALONE,
-) -> Routing:
+    logits_BTE: Tensor, router: Router, top_k: int, rule: Rule, bias_E: Tensor | None = None,
+    padding_BT: Tensor | None = None, scope: BatchScope = ALONE,
+) -> Routing:  # fmt: skip
     """What `leanmoe.routing.route` gives, by the function that `choose_router` chooses."""
     if scope.placement is not None:
         scope.placement.check(logits_BTE.shape[-1])
@@ -138,27 +129,17 @@ def _one_step(logits_BTE: Tensor) -> Tensor:
 
 
 def route_on_cpu(
-    logits_BTE: Tensor,
-    router: Router,
-    top_k: int,
-    rule: Rule,
-    bias_E: Tensor | None,
-    padding_BT: Tensor | None,
-    scope: BatchScope,
-) -> Routing:
+    logits_BTE: Tensor, router: Router, top_k: int, rule: Rule, bias_E: Tensor | None,
+    padding_BT: Tensor | None, scope: BatchScope,
+) -> Routing:  # fmt: skip
     """`route_cpu` in the place of `leanmoe.routing.route`; all experts are on one rank."""
     return route_cpu(logits_BTE, router, top_k, rule.on(scope.ranks), bias_E, padding_BT)
 
 
 def route_on_gpu(
-    logits_BTE: Tensor,
-    router: Router,
-    top_k: int,
-    rule: Rule,
-    bias_E: Tensor | None,
-    padding_BT: Tensor | None,
-    scope: BatchScope,
-) -> Routing:
+    logits_BTE: Tensor, router: Router, top_k: int, rule: Rule, bias_E: Tensor | None,
+    padding_BT: Tensor | None, scope: BatchScope,
+) -> Routing:  # fmt: skip
     """`route_gpu` in the place of `leanmoe.routing.route`, for one step: (T,E) or (1,T,E)."""
     logits_TE = _one_step(logits_BTE)
     has_steps = logits_TE.dim() < logits_BTE.dim()

@@ -1,8 +1,4 @@
-"""The experts in plain torch: what every faster implementation is checked against.
-
-Letters: T tokens, K slots a token, E experts, M expert width, D hidden width, X slots, all or of
-one expert, J columns of the first product.
-"""
+"""The experts in plain torch: what every faster implementation is checked against."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""What the routed experts of one MoE layer are: their weights, how they lie, and their gate.
-
-Letters: E experts, M expert width, D hidden width, X rows (a row is one token at one expert), J
-columns of the first product.
-"""
+"""What the routed experts of one MoE layer are: their weights, how they lie, and their gate."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import pytest
+from numba import cfunc
 
 from leanmoe.kernels.cpu import numba_compile
 from leanmoe.kernels.cpu.numba_compile import compile_program, stamp_of
@@ -23,12 +24,11 @@ def test_a_program_is_a_c_function_of_its_fields() -> None:
 def test_a_program_that_cannot_be_cached_is_compiled_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compile_c = numba_compile.cfunc
 
     def cannot_cache(*types: object, cache: bool = False, **options: object) -> object:
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
-        return compile_c(*types, **options)
+        return cfunc(*types, **options)
 
     monkeypatch.setattr(numba_compile, "cfunc", cannot_cache)
     assert compile_program(first_two)

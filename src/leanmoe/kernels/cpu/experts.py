@@ -1,7 +1,4 @@
-"""CPU experts: rows sorted by expert, one fused pass over the active experts.
-
-Letters: T tokens, K slots a token, E experts, D hidden width.
-"""
+"""CPU experts: rows sorted by expert, one fused pass over the active experts."""
 
 from __future__ import annotations
 

@@ -60,15 +60,15 @@ def _own(field, part, parts):
         is_number = score(field, token, gates, ranking)
         if field[at.GROUPS] > 1:
             limit_groups(field, ranking)
-        found = 0
+        count = 0
         for e in range(experts):
             if ranking[e] > NEVER:
-                found = insert(ids, ranks, found, listed, e, ranking[e])
-        for k in range(found):
+                count = insert(ids, ranks, count, listed, e, ranking[e])
+        for k in range(count):
             picked[k] = gates[ids[k]]
         if field[at.FULL] > 0:
-            wholes[token] = whole_of(field, picked, min(found, field[at.FULL]))
-        kept = keep(field, ids, picked, min(found, slots))
+            wholes[token] = whole_of(field, picked, min(count, field[at.FULL]))
+        kept = keep(field, ids, picked, min(count, slots))
         counts[token] = kept if is_number else -1
         if not shares:
             write(field, token, ids, picked, kept, wholes[token], is_number)
@@ -133,14 +133,14 @@ def _fill(field, step):
         if kept < 0:
             write(field, token, ids, picked, 0, wholes[token], False)
             continue
-        found = 0
+        count = 0
         for k in range(kept):
             expert = own[token * listed + k]
             if active[expert] != 0:
-                ids[found] = expert
-                picked[found] = own_gates[token * listed + k]
-                found += 1
-        if found < kept:
+                ids[count] = expert
+                picked[count] = own_gates[token * listed + k]
+                count += 1
+        if count < kept:
             gates, ranking = scores_at(field, token)
             more = 0
             for e in range(experts):
@@ -149,11 +149,11 @@ def _fill(field, step):
                     for k in range(kept):
                         is_own |= own[token * listed + k] == e
                     if not is_own:
-                        more = insert(ids[found:], ranks, more, kept - found, e, ranking[e])
-            for k in range(found, found + more):
+                        more = insert(ids[count:], ranks, more, kept - count, e, ranking[e])
+            for k in range(count, count + more):
                 picked[k] = gates[ids[k]]
-            found += more
-        write(field, token, ids, picked, found, wholes[token], True)
+            count += more
+        write(field, token, ids, picked, count, wholes[token], True)
 
 
 @njit(**COMPILE)

@@ -107,39 +107,39 @@ def limit_groups(field, ranking):
 
 
 @njit(**COMPILE)
-def insert(ids, ranks, found, most, expert, rank):
+def insert(ids, ranks, count, most, expert, rank):
     """Keeps the best `most` experts in order, the lower id first among equals; how many."""
-    if found == most:
-        if rank <= ranks[found - 1]:
-            return found
+    if count == most:
+        if rank <= ranks[count - 1]:
+            return count
     else:
-        found += 1
-    place = found - 1
+        count += 1
+    place = count - 1
     while place > 0 and ranks[place - 1] < rank:
         ranks[place], ids[place] = ranks[place - 1], ids[place - 1]
         place -= 1
     ranks[place], ids[place] = rank, expert
-    return found
+    return count
 
 
 @njit(**COMPILE)
-def keep(field, ids, gates, found):
+def keep(field, ids, gates, count):
     """Drops what threshold and top_p drop, in place; how many are left."""
     numbers = carray(floats_at(field[at.NUMBERS]), 4)
     threshold, top_p = numbers[at.THRESHOLD], numbers[at.TOP_P]
-    if found == 0 or (threshold < 0 and top_p < 0):
-        return found
-    mass = np.empty(found, np.float32)
+    if count == 0 or (threshold < 0 and top_p < 0):
+        return count
+    mass = np.empty(count, np.float32)
     best = gates[0]
-    for k in range(found):
+    for k in range(count):
         best = gates[k] if gates[k] > best else best
     total = np.float32(0.0)
-    for k in range(found):
+    for k in range(count):
         mass[k] = np.exp(gates[k] - best) if field[at.SCORING] == at.SOFTMAX_AFTER else gates[k]
         total += mass[k]
     best = np.float32(1.0) if field[at.SCORING] == at.SOFTMAX_AFTER else best
     kept, before = 0, np.float32(0.0)
-    for k in range(found):
+    for k in range(count):
         if threshold >= 0 and mass[k] < threshold * best:
             continue
         if top_p >= 0 and before > 0 and before >= top_p * total:

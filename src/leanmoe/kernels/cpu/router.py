@@ -1,7 +1,4 @@
-"""CPU routing: what `leanmoe.routing.route` computes, in one compiled pass over the tokens.
-
-Letters: B independent steps (may be absent), T tokens, E experts, K slots a token.
-"""
+"""CPU routing: what `leanmoe.routing.route` computes, in one compiled pass over the tokens."""
 
 from __future__ import annotations
 
@@ -38,13 +35,9 @@ def route_cpu_unsupported(logits_BTE: Tensor, router: Router, rule: Rule) -> str
 
 
 def route_cpu(
-    logits_BTE: Tensor,
-    router: Router,
-    top_k: int,
-    rule: Rule,
-    bias_E: Tensor | None = None,
+    logits_BTE: Tensor, router: Router, top_k: int, rule: Rule, bias_E: Tensor | None = None,
     padding_BT: Tensor | None = None,
-) -> Routing:
+) -> Routing:  # fmt: skip
     """As `leanmoe.routing.route`, for what `route_cpu_unsupported` has nothing against.
 
     Scores may differ from torch's in the last bits, and with them the order of experts that are as

@@ -1,7 +1,4 @@
-"""GPU experts: checked arguments in, two products and a sum out, as one op of torch.
-
-Letters: T tokens, K slots a token, E experts, D hidden width, M expert width.
-"""
+"""GPU experts: checked arguments in, two products and a sum out, as one op of torch."""
 
 from __future__ import annotations
 

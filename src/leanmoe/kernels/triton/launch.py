@@ -1,7 +1,4 @@
-"""How the experts' programs are launched: grids, arguments and what is fixed when they compile.
-
-Letters: T tokens, K slots a token, E experts, D hidden width, M expert width.
-"""
+"""How the experts' programs are launched: grids, arguments and what is fixed when they compile."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ def _tile_dot(w_JI, x_XI, SWAP_AB: tl.constexpr, WIDEN: tl.constexpr):
     elif w_JI.dtype != x_XI.dtype:
         w_JI = w_JI.to(x_XI.dtype)
     if SWAP_AB:
-        found = tl.dot(w_JI, tl.trans(x_XI), input_precision="ieee")
+        product = tl.dot(w_JI, tl.trans(x_XI), input_precision="ieee")
     else:
-        found = tl.dot(x_XI, tl.trans(w_JI), input_precision="ieee")
-    return found
+        product = tl.dot(x_XI, tl.trans(w_JI), input_precision="ieee")
+    return product
 
 
 @triton.jit
@@ -62,10 +62,10 @@ def _load_weights(
 def _scaled(product, scale_J, scale_X, SWAP_AB: tl.constexpr):
     """The product of two fp8 tiles, in what they stand for."""
     if SWAP_AB:
-        found = product * (scale_J[:, None] * scale_X[None, :])
+        product = product * (scale_J[:, None] * scale_X[None, :])
     else:
-        found = product * (scale_X[:, None] * scale_J[None, :])
-    return found
+        product = product * (scale_X[:, None] * scale_J[None, :])
+    return product
 
 
 @triton.jit
@@ -98,12 +98,12 @@ def _whole_rows(
         if not SWAP_AB:
             acc = tl.trans(acc)
         large, rest = tl.split(tl.reshape(acc, (COLUMNS, BLOCK_M, 2)))
-        found = tl.trans(large + rest * (1.0 / REST))
+        product = tl.trans(large + rest * (1.0 / REST))
     elif SWAP_AB:
-        found = tl.trans(acc)
+        product = tl.trans(acc)
     else:
-        found = acc
-    return found
+        product = acc
+    return product
 
 
 @triton.jit
@@ -207,8 +207,8 @@ def products_by_tma(
                 tail_X = _row_scales(x_scale_ptr, tail_rows, is_tail, start, WIDTH, X_BLOCK, 1)
                 one_tail += _scaled(_tile_dot(one_JI, tail_XI, True, WIDEN), one_J, tail_X, True)
                 if PAIR:
-                    found = _tile_dot(two_JI, tail_XI, True, WIDEN)
-                    two_tail += _scaled(found, two_J, tail_X, True)
+                    product = _tile_dot(two_JI, tail_XI, True, WIDEN)
+                    two_tail += _scaled(product, two_J, tail_X, True)
         else:
             one += _tile_dot(one_JI, x_XI, SWAP_AB, WIDEN)
             if PAIR:

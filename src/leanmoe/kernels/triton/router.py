@@ -67,18 +67,11 @@ def route_gpu_unsupported(logits_TE: Tensor, router: Router, rule: Rule) -> str 
 
 
 def route_gpu(
-    logits_TE: Tensor,
-    router: Router,
-    top_k: int,
-    rule: Rule,
-    bias_E: Tensor | None = None,
-    padding_T: Tensor | None = None,
-    placement: Placement | None = None,
-    exchange: Exchange | None = None,
-    *,
-    block_rows: int = BLOCK_ROWS,
-    ids_dtype: torch.dtype = torch.int64,
-) -> RoutedGpu:
+    logits_TE: Tensor, router: Router, top_k: int, rule: Rule, bias_E: Tensor | None = None,
+    padding_T: Tensor | None = None, placement: Placement | None = None,
+    exchange: Exchange | None = None, *,
+    block_rows: int = BLOCK_ROWS, ids_dtype: torch.dtype = torch.int64,
+) -> RoutedGpu:  # fmt: skip
     """As `leanmoe.routing.route`, for what `route_gpu_unsupported` has nothing against.
 
     Scores may differ from torch's in the last bits, and with them the order of experts that are as
@@ -96,18 +89,11 @@ def route_gpu(
 
 
 def route_gpu_ids(
-    logits_TE: Tensor,
-    router: Router,
-    top_k: int,
-    rule: Rule,
-    bias_E: Tensor | None = None,
-    padding_T: Tensor | None = None,
-    placement: Placement | None = None,
-    exchange: Exchange | None = None,
-    *,
-    skipped_id: int | None = None,
-    ids_dtype: torch.dtype = torch.int32,
-) -> tuple[Tensor, Tensor]:
+    logits_TE: Tensor, router: Router, top_k: int, rule: Rule, bias_E: Tensor | None = None,
+    padding_T: Tensor | None = None, placement: Placement | None = None,
+    exchange: Exchange | None = None, *,
+    skipped_id: int | None = None, ids_dtype: torch.dtype = torch.int32,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Ids and weights (T,K) of `route_gpu`, for another's kernels; there are no expert blocks.
 
     For kernels that pass over some id, `skipped_id` is the id of every skipped slot and of all of a
@@ -122,16 +108,10 @@ def route_gpu_ids(
 
 
 def _call(
-    logits_TE: Tensor,
-    router: Router,
-    top_k: int,
-    rule: Rule,
-    bias_E: Tensor | None,
-    padding_T: Tensor | None,
-    scope: tuple[Placement | None, Exchange | None],
-    output: tuple[bool, int, int],
-    ids_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
+    logits_TE: Tensor, router: Router, top_k: int, rule: Rule, bias_E: Tensor | None,
+    padding_T: Tensor | None, scope: tuple[Placement | None, Exchange | None],
+    output: tuple[bool, int, int], ids_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """`output`: whether a skipped slot repeats, its id if not, rows of the expert blocks."""
     placement, exchange = scope
     ranks = 1 if placement is None else placement.ranks
@@ -160,27 +140,27 @@ def _call(
 
 
 class RouteIntegers(NamedTuple):
-    """The whole numbers of a router, a rule and the output; the op takes them as a list."""
+    """The whole numbers of a router, a rule and the output; the op takes them as a list, flags as 0 and 1."""
 
     scoring: int
     """Its place in `SCORINGS`."""
-    normalise: bool
+    normalise: int
     groups: int
     """1 where no groups are limited."""
     groups_used: int
-    by_best: bool
+    by_best: int
     """Whether a group is as good as its best expert, not as its best two."""
     slots: int
     full: int
     """Slots whose sum divides the weights, with `keep_weights`; else 0."""
-    has_threshold: bool
-    has_top_p: bool
+    has_threshold: int
+    has_top_p: int
     guaranteed: int
     """This and the budgets are 0 where the rule has none."""
     budget: int
     per_rank: int
     ranks: int
-    repeat: bool
+    repeat: int
     """Whether a skipped slot repeats the token's best expert."""
     skipped_id: int
     block_rows: int
@@ -227,17 +207,10 @@ class RouteCall:
     """One call of the route programs; arguments are checked by `route_gpu`."""
 
     def __init__(
-        self,
-        logits_TE: Tensor,
-        bias_E: Tensor | None,
-        allowed_E: Tensor | None,
-        padding_T: Tensor | None,
-        rank_E: Tensor | None,
-        integers: RouteIntegers,
-        floats: list[float],
-        outputs: tuple[Tensor, ...],
-        exchange: Exchange | None = None,
-    ) -> None:
+        self, logits_TE: Tensor, bias_E: Tensor | None, allowed_E: Tensor | None,
+        padding_T: Tensor | None, rank_E: Tensor | None, integers: RouteIntegers,
+        floats: list[float], outputs: tuple[Tensor, ...], exchange: Exchange | None = None,
+    ) -> None:  # fmt: skip
         """`floats` are threshold, top_p, the epsilon of the normalisation, and the scaling."""
         self._rank_E, self._exchange = rank_E, exchange
         self.tokens, self.experts = logits_TE.shape

@@ -104,11 +104,11 @@ def more_slots(keys, e, ids_K, place_K, filled, most):
 
 @triton.jit
 def gates_of(
-    logits_ptr, token, ids_K, is_found, top, total, E: tl.constexpr, SCORING: tl.constexpr
+    logits_ptr, token, ids_K, is_filled, top, total, E: tl.constexpr, SCORING: tl.constexpr
 ):
     """Gates of some of a token's experts, as `own_slots` computed them to rank."""
-    logits_K = tl.load(logits_ptr + token * E + ids_K, mask=is_found, other=0.0).to(tl.float32)
-    return tl.where(is_found, _gates(logits_K, top, total, SCORING), 0.0)
+    logits_K = tl.load(logits_ptr + token * E + ids_K, mask=is_filled, other=0.0).to(tl.float32)
+    return tl.where(is_filled, _gates(logits_K, top, total, SCORING), 0.0)
 
 
 @triton.jit
@@ -230,12 +230,12 @@ def own_slots(
     shares are taken of where that is the model's own top-k, `full` of them.
     """
     k = tl.arange(0, SLOTS)
-    ids_K, found, _others = best_slots(keys, e, most, SLOTS)
-    gates_K = gates_of(logits_ptr, token, ids_K, k < found, top, total, E, SCORING)
+    ids_K, filled, _others = best_slots(keys, e, most, SLOTS)
+    gates_K = gates_of(logits_ptr, token, ids_K, k < filled, top, total, E, SCORING)
     whole = 1.0
     if KEEP_WEIGHTS:
-        whole = whole_of(gates_K, k < tl.minimum(found, full), epsilon, SCORING, NORMALISE)
-    is_kept = k < tl.minimum(found, slots)
+        whole = whole_of(gates_K, k < tl.minimum(filled, full), epsilon, SCORING, NORMALISE)
+    is_kept = k < tl.minimum(filled, slots)
     if HAS_THRESHOLD or HAS_TOP_P:
         is_kept = _kept(gates_K, is_kept, threshold, top_p, SCORING, HAS_THRESHOLD, HAS_TOP_P)
         if HAS_THRESHOLD and HAS_BIAS:  # a slot in the middle may go

@@ -1,4 +1,4 @@
-"""What `leanmoe kernels tune` tries: ways to cut a layer into tiles, by shape and tokens.
+"""What `leanmoe kernels tune` tries: how to cut a layer into tiles, by shape and tokens.
 
 Chosen from wide searches on an H200 (docs/results/kernels-gpu.md): what was within a few percent of
 the best for some shape, and no more, since each is compiled and timed.
@@ -56,81 +56,81 @@ FUSED_SUM = (
 tiles are held in registers, twice."""
 
 
-def ways(shape: Shape, tokens: int) -> list[ExpertsConfig]:
+def base_configs(shape: Shape, tokens: int) -> list[ExpertsConfig]:
     """Rows of a block, and whether ids are grouped first; tiles come from `tiles`."""
     mean = tokens * shape.slots / shape.experts
-    found = _ways_for_few(tokens, mean)
+    configs = _configs_for_few(tokens, mean)
     if is_fp8(shape):
-        return _ways_of_fp8(found, mean)
+        return _fp8_configs(configs, mean)
     if 8 <= mean <= 96:
-        found.append(ExpertsConfig(64, 16, False))
+        configs.append(ExpertsConfig(64, 16, False))
     if mean >= 48:
         counts = {1, max(1, round(mean / SUBBLOCK_ROWS))}
-        found += [ExpertsConfig(SUBBLOCK_ROWS, 32, False, subblocks=n) for n in sorted(counts)]
-    return found
+        configs += [ExpertsConfig(SUBBLOCK_ROWS, 32, False, subblocks=n) for n in sorted(counts)]
+    return configs
 
 
-def _ways_of_fp8(for_few: list[ExpertsConfig], mean: float) -> list[ExpertsConfig]:
+def _fp8_configs(for_few: list[ExpertsConfig], mean: float) -> list[ExpertsConfig]:
     """Activations of two terms while memory decides; then of one, float16 between the products.
 
     fp8 there, too, is faster, and 4.1 to 4.4% off in a layer of DeepSeek-V3's width, for 3.5 to
     3.7% (docs/results/kernels-gpu.md): how far off is too far is the tuner's to say.
     """
     if mean <= MOST_TWO_TERM_ROWS:
-        return [replace(way, fp8_terms=2) for way in for_few]
+        return [replace(base, fp8_terms=2) for base in for_few]
     blocks = [(64, 16)] if mean <= 96 else [(64, 0)]
     if mean >= 48:
         blocks.append((SUBBLOCK_ROWS, 32))
-    found = [ExpertsConfig(rows, tail, False, float16_act=True) for rows, tail in blocks]
-    return [ExpertsConfig(*blocks[0], False), *found]
+    configs = [ExpertsConfig(rows, tail, False, float16_act=True) for rows, tail in blocks]
+    return [ExpertsConfig(*blocks[0], False), *configs]
 
 
-def _ways_for_few(tokens: int, mean: float) -> list[ExpertsConfig]:
+def _configs_for_few(tokens: int, mean: float) -> list[ExpertsConfig]:
     """Those for few rows an expert, `mean` of them on average."""
-    found = []
+    configs = []
     if tokens <= MOST_DIRECT_TOKENS:
         direct = ExpertsConfig(max(16, power_of_two(tokens)), 0, True)
-        found.append(direct)
+        configs.append(direct)
         if tokens <= MOST_FUSED_TOKENS:
-            found.append(replace(direct, fused_sum=True))
+            configs.append(replace(direct, fused_sum=True))
     if tokens > 4 and mean <= 24:
-        found += [ExpertsConfig(rows, 0, False) for rows in (16, 32) if rows <= max(16, 8 * mean)]
-    return found
+        configs += [ExpertsConfig(rows, 0, False) for rows in (16, 32) if rows <= max(16, 8 * mean)]
+    return configs
 
 
-def tiles(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
-    """Tiles worth a try for one product under a way of cutting rows."""
-    if way.fused_sum and not is_first:
+def tiles(base: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[Tile]:
+    """Tiles worth a try for one product of a config."""
+    if base.fused_sum and not is_first:
         yield from (Tile(block_n, block_k, warps, 1) for block_n, block_k, warps in FUSED_SUM)
         return
-    is_for_few = way.block_rows <= FEW_ROWS
+    is_for_few = base.block_rows <= FEW_ROWS
     copies = (False, True) if is_fp8(shape) else (False,)
-    for cut, swap_ab, use_tma in product(_cuts(way, shape, is_first), (True, False), copies):
+    for cut, swap_ab, use_tma in product(_cuts(base, shape, is_first), (True, False), copies):
         tile = Tile(*cut, swap_ab=swap_ab, use_tma=use_tma)
-        if not _fits(tile, way, shape, is_first):
+        if not _fits(tile, base, shape, is_first):
             continue
         yield tile
         if not is_for_few and not use_tma and not is_first:
             yield replace(tile, GROUP_M=4)
 
 
-def _cuts(way: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[tuple[int, int, int, int]]:
+def _cuts(base: ExpertsConfig, shape: Shape, is_first: bool) -> Iterator[tuple[int, int, int, int]]:
     """BLOCK_N, BLOCK_K, num_warps and num_stages to try."""
-    cuts = FEW if way.block_rows <= FEW_ROWS else MANY
+    cuts = FEW if base.block_rows <= FEW_ROWS else MANY
     if is_fp8(shape) and is_first:
         cuts = FP8_FIRST
     elif is_fp8(shape):
-        cuts = FLOAT16_SECOND if way.float16_act else FP8_SECOND
+        cuts = FLOAT16_SECOND if base.float16_act else FP8_SECOND
     halves = 2 if _itemsize(shape) == 4 else 1
     for block_n, block_k, warps, stages in cuts:
         yield block_n, block_k // halves, warps, stages
 
 
-def _fits(tile: Tile, way: ExpertsConfig, shape: Shape, is_first: bool) -> bool:
+def _fits(tile: Tile, base: ExpertsConfig, shape: Shape, is_first: bool) -> bool:
     """Whether shared memory and registers hold the tile, and each warp has enough of it."""
-    if way.fp8_terms == 2 and not tile.swap_ab:
+    if base.fp8_terms == 2 and not tile.swap_ab:
         return False
-    rows = (way.BLOCK_M + way.TAIL_M) * way.fp8_terms
+    rows = (base.BLOCK_M + base.TAIL_M) * base.fp8_terms
     wide = tile.BLOCK_N * 2 if is_first else tile.BLOCK_N
     each_warp = 16 if tile.swap_ab else 8  # rows of the left operand, columns of the right
     if wide < each_warp * tile.num_warps:

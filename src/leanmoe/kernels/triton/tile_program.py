@@ -55,20 +55,20 @@ def _store_gated(
         if HAS_LIMIT:
             gate = tl.minimum(gate, limit)
             up = tl.minimum(tl.maximum(up, -limit), limit)
-        found = _activate(gate, ACTIVATION, alpha) * (up + up_offset)
+        gated = _activate(gate, ACTIVATION, alpha) * (up + up_offset)
     else:
-        found = _activate(gate, ACTIVATION, alpha)
+        gated = _activate(gate, ACTIVATION, alpha)
     m = first + tl.arange(0, BLOCK_N)
     at = act_ptr + rows.to(tl.int64)[:, None] * (FP8_TERMS * M) + m[None, :]
     inside = is_row[:, None] & (m < M)[None, :]
     if SCALED:
-        whole = tl.where(inside, found, 0.0)
-        found, scale_X = to_coded(whole, act_ptr.dtype.element_ty, WIDEN)
+        whole = tl.where(inside, gated, 0.0)
+        gated, scale_X = to_coded(whole, act_ptr.dtype.element_ty, WIDEN)
         if FP8_TERMS == 2:
             tl.store(at + M, rest_fp8(whole, scale_X, WIDEN), mask=inside)
         TILES: tl.constexpr = (M + BLOCK_N - 1) // BLOCK_N
         tl.store(act_scale_ptr + rows * TILES + first // BLOCK_N, scale_X, mask=is_row)
-    tl.store(at, found.to(act_ptr.dtype.element_ty), mask=inside)
+    tl.store(at, gated.to(act_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -161,8 +161,8 @@ def _store_weighted(
         product += bias_J[None, :]
     d = first + tl.arange(0, BLOCK_N)
     at = part_ptr + rows.to(tl.int64)[:, None] * D + d[None, :]
-    found = (product * weight_X[:, None]).to(part_ptr.dtype.element_ty)
-    tl.store(at, found, mask=is_row[:, None] & (d < D)[None, :])
+    weighed = (product * weight_X[:, None]).to(part_ptr.dtype.element_ty)
+    tl.store(at, weighed, mask=is_row[:, None] & (d < D)[None, :])
 
 
 @triton.jit

@@ -1,7 +1,4 @@
-"""Finds the fastest tiles for a shape on the GPU at hand: compiles in parallel, times in graphs.
-
-Letters: T tokens, K slots a token, E experts, D hidden width, M expert width.
-"""
+"""Finds the fastest tiles for a shape on the GPU at hand: compiles in parallel, times in graphs."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from leanmoe.kernels.triton.config import ExpertsConfig, Tile
 from leanmoe.kernels.triton.expert_blocks import ExpertBlocks, expert_blocks_reference
 from leanmoe.kernels.triton.experts import FP8, experts_gpu
 from leanmoe.kernels.triton.launch import MOST_FLOAT32_TOKENS, ExpertsCall, operands, settle_keys
-from leanmoe.kernels.triton.search_tiles import is_fp8, tiles, ways
+from leanmoe.kernels.triton.search_tiles import base_configs, is_fp8, tiles
 from leanmoe.kernels.triton.timing import time_calls
 from leanmoe.kernels.triton.tuned_tiles import Shape
 from leanmoe.kernels.weights import ExpertWeights
@@ -31,7 +28,7 @@ Product = str
 FIRST, SECOND = "gate_up", "down"
 FINALISTS = 6
 """So many of a product's tiles are timed with care."""
-Found = tuple[Shape, list[tuple[int, ExpertsConfig, float]]]
+TunedShape = tuple[Shape, list[tuple[int, ExpertsConfig, float]]]
 Inputs = tuple[Tensor, Tensor, Tensor]
 """Hidden states (T,D), ids and weights (T,K)."""
 MOST_ERROR = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-2, "float8_e4m3fn": 4e-2}
@@ -62,7 +59,10 @@ def random_weights(shape: Shape, device: str = "cuda", seed: int = 0) -> ExpertW
         for name, (rows, columns) in zip(("gate_up_scale", "down_scale"), sizes, strict=True):
             blocks = (shape.experts, -(-rows // 128), -(-columns // 128))
             scales[name] = torch.full(blocks, columns**-0.5, device=device)
-    return ExpertWeights(*drawn, is_transposed=shape.is_transposed, **scales)
+    return ExpertWeights(
+        drawn[0], drawn[1], is_transposed=shape.is_transposed,
+        gate_up_scale=scales.get("gate_up_scale"), down_scale=scales.get("down_scale"),
+    )  # fmt: skip
 
 
 def random_call(shape: Shape, tokens: int, seed: int, device: str = "cuda") -> Inputs:
@@ -83,9 +83,9 @@ def error_of(config: ExpertsConfig, weights: ExpertWeights, call: Inputs) -> flo
     tokens = len(call[0])
     some = torch.arange(0, tokens, -(-tokens // EXACT_TOKENS), device=call[0].device)
     hidden, ids, gates = (tensor[some] for tensor in call)
-    found = experts_gpu(*call, weights, config=config)[some].double()
+    computed = experts_gpu(*call, weights, config=config)[some].double()
     wanted = experts_reference(hidden.double(), ids, gates, weights)
-    return float((found - wanted).norm() / wanted.norm())
+    return float((computed - wanted).norm() / wanted.norm())
 
 
 class _Compiled(ExpertsCall):
@@ -140,7 +140,7 @@ class Tuner:
         self._most_error = most_error
         self._processes = processes or max(1, (os.cpu_count() or 2) - 1)
 
-    def tune(self) -> Iterator[Found]:
+    def tune(self) -> Iterator[TunedShape]:
         """Each shape, and for each number of tokens the best config and its microseconds."""
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self._processes, mp_context=context) as pool:
@@ -149,20 +149,20 @@ class Tuner:
                 self._wait(shape, jobs)
                 most_error = self._most_error or MOST_ERROR[shape.dtype]
                 timed = _Timed(shape, self.trials, most_error)
-                found = []
+                configs = []
                 for number, size in enumerate(self.tokens):
                     self.progress(f"timing {shape}", number, len(self.tokens))
-                    found.append((size, *timed.best(size)))
+                    configs.append((size, *timed.best(size)))
                 self.progress(f"timing {shape}", len(self.tokens), len(self.tokens))
-                yield shape, found
+                yield shape, configs
 
     def _compile(self, pool: ProcessPoolExecutor, shape: Shape) -> list[Future[None]]:
         """What is compiled depends on the tokens only in how exactly each slot's result is kept."""
         once = {
             (config, product, size > MOST_FLOAT32_TOKENS): (size, config, product)
             for size in self.tokens
-            for way in ways(shape, size)
-            for product, config in _candidates(way, shape)
+            for base in base_configs(shape, size)
+            for product, config in _candidates(base, shape)
         }
         return [pool.submit(_compile, shape, *job) for job in once.values()]
 
@@ -174,12 +174,12 @@ class Tuner:
         self.progress(f"compiling {shape}", len(jobs), len(jobs))
 
 
-def _candidates(way: ExpertsConfig, shape: Shape) -> list[tuple[Product, ExpertsConfig]]:
+def _candidates(base: ExpertsConfig, shape: Shape) -> list[tuple[Product, ExpertsConfig]]:
     """What is compiled ahead. The second product knows of the first its columns, if anything."""
-    first = [_with(way, FIRST, tile) for tile in tiles(way, shape, True)]
+    first = [_with(base, FIRST, tile) for tile in tiles(base, shape, True)]
     columns = {config.gate_up.BLOCK_N: config for config in first}
-    before = columns.values() if is_fp8(shape) else [way]
-    second = [_with(c, SECOND, tile) for c in before for tile in tiles(way, shape, False)]
+    before = columns.values() if is_fp8(shape) else [base]
+    second = [_with(c, SECOND, tile) for c in before for tile in tiles(base, shape, False)]
     return [(FIRST, config) for config in first] + [(SECOND, config) for config in second]
 
 
@@ -196,8 +196,8 @@ class _Timed:
         sets = 16 if tokens <= 8 else 4 if tokens <= 64 else 1
         inputs = [random_call(self.shape, tokens, seed) for seed in range(sets)]
         best: tuple[float, ExpertsConfig] | None = None
-        for way in ways(self.shape, tokens):
-            config = way
+        for base in base_configs(self.shape, tokens):
+            config = base
             for product in (FIRST, SECOND):
                 tile = self._best_tile(config, product, inputs)
                 if tile is None:
@@ -223,15 +223,15 @@ class _Timed:
         return False
 
     def _best_tile(
-        self, way: ExpertsConfig, product: Product, inputs: Sequence[Inputs]
+        self, base: ExpertsConfig, product: Product, inputs: Sequence[Inputs]
     ) -> Tile | None:
         """A rough time for every tile, a careful one for the few that did best."""
-        lists = [_grouped(way, ids, self.shape) for _, ids, _ in inputs]
-        tiles_left = list(tiles(way, self.shape, product == FIRST))
+        lists = [_grouped(base, ids, self.shape) for _, ids, _ in inputs]
+        tiles_left = list(tiles(base, self.shape, product == FIRST))
         for is_rough in (True, False):
             times: list[tuple[float, int]] = []
             for number, tile in enumerate(tiles_left):
-                config = _with(way, product, tile)
+                config = _with(base, product, tile)
 
                 def calls(config: ExpertsConfig = config) -> list[Callable[[], object]]:
                     layer, pairs = operands(self.weights), zip(inputs, lists, strict=True)
@@ -278,8 +278,10 @@ def _with(config: ExpertsConfig, product: Product, tile: Tile) -> ExpertsConfig:
     return replace(config, gate_up=tile) if product == FIRST else replace(config, down=tile)
 
 
-def _grouped(way: ExpertsConfig, ids_TK: Tensor, shape: Shape) -> ExpertBlocks | None:
-    return None if way.is_direct else expert_blocks_reference(ids_TK, shape.experts, way.block_rows)
+def _grouped(base: ExpertsConfig, ids_TK: Tensor, shape: Shape) -> ExpertBlocks | None:
+    return (
+        None if base.is_direct else expert_blocks_reference(ids_TK, shape.experts, base.block_rows)
+    )
 
 
 def _product(

@@ -94,13 +94,13 @@ class Tuned:
             )
             shape = Shape(**value["shape"])
             gpu, capability = str(value["gpu"]), str(value["capability"])
-            found = cls(gpu, capability, shape, buckets, dict(value["provenance"]))
+            tuned = cls(gpu, capability, shape, buckets, dict(value["provenance"]))
         except (KeyError, TypeError, ValueError) as error:
             raise LeanMoeError(f"{path} is no tuned-kernels file: {error!r}") from error
         sizes = [size for size, _ in buckets]
         if not sizes or sizes != sorted(set(sizes)):
             raise LeanMoeError(f"{path}: buckets must have ascending tokens, they are {sizes}")
-        return found
+        return tuned
 
 
 def file_name(gpu: str, shape: Shape) -> str:
@@ -116,18 +116,16 @@ def config_for(weights: ExpertWeights, tokens: int, slots: int) -> ExpertsConfig
 
     A tuned shape with another number of slots stands in: fewer of them are fewer rows.
     """
-    tuned = _find(*_gpu(weights), Shape.of(weights, slots))
+    tuned = _find(*_gpu(weights.gate_up.device), Shape.of(weights, slots))
     if tuned is None:
         return guess(tokens, weights)
     config = tuned.nearest(tokens)
-    if config.is_direct and tokens > config.BLOCK_M:
-        config = guess(tokens, weights)
-    return config
+    return guess(tokens, weights) if config.is_direct and tokens > config.BLOCK_M else config
 
 
 def describe(weights: ExpertWeights) -> str:
     """Where the configs for these weights come from, whatever the number of slots."""
-    tuned = _find(*_gpu(weights), Shape.of(weights, 0))
+    tuned = _find(*_gpu(weights.gate_up.device), Shape.of(weights, 0))
     source = "a guess" if tuned is None else f"tuned on {tuned.gpu}"
     return f"{Shape.of(weights, 0).dtype} weights, tiles {source}"
 
@@ -137,13 +135,9 @@ def capability_of(device: torch.device | None = None) -> str:
     return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 
-def _gpu(weights: ExpertWeights) -> tuple[str, str]:
-    """Name and compute capability of the GPU that has the weights."""
-    return _named(weights.gate_up.device)
-
-
 @lru_cache(maxsize=64)
-def _named(device: torch.device) -> tuple[str, str]:
+def _gpu(device: torch.device) -> tuple[str, str]:
+    """Name and compute capability of a GPU."""
     if device.type != "cuda":
         return "interpreter", ""
     return torch.cuda.get_device_name(device), capability_of(device)
