@@ -1,7 +1,7 @@
 """The one alphabet of shape letters: `scores_TE` is a tensor of tokens by experts.
 
 A name's suffix spells its tensor's dimensions in order; a digit is a dimension of that size. A
-letter has one meaning in the whole project. A file lists its letters where it means something narrower.
+letter has one meaning in the whole project. A file lists those it means something narrower by.
 """
 
 from __future__ import annotations

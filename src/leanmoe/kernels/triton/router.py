@@ -140,7 +140,7 @@ def _call(
 
 
 class RouteIntegers(NamedTuple):
-    """The whole numbers of a router, a rule and the output; the op takes them as a list, flags as 0 and 1."""
+    """The whole numbers of a router, a rule and the output; flags are 0 or 1."""
 
     scoring: int
     """Its place in `SCORINGS`."""
