@@ -13,7 +13,7 @@ from leanmoe.models.catalog import CONFIGS
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan, Rule
 from tests.cli.test_main import run
-from tests.profile.example import profile
+from tests.profile.example import made_up_profile
 
 SMALL = ["--concurrency", "8", "--input-len", "256", "--output-len", "32"]
 
@@ -160,7 +160,7 @@ def test_a_budget_per_rank_and_whose_tokens_spend_it(
 def test_a_profile_is_replayed_under_the_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved = profile(alike=1.0)
+    saved = made_up_profile(alike=1.0)
     saved.save(tmp_path / "profile")
     config: dict[str, Any] = {
         **CONFIGS["Qwen/Qwen3-30B-A3B"],

@@ -14,7 +14,6 @@ from leanmoe.eval import answers
 from leanmoe.eval import run as run_module
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
-from leanmoe.plan.named_plans import parse_rule
 
 NOUNS = (
     *("cat", "dog", "king", "queen", "ship", "tree"),
@@ -248,8 +247,3 @@ def test_without_the_harness_its_tasks_are_named(
     assert "arc_challenge" in said
     assert "leanmoe[eval]" in said
     assert "--data" in said
-
-
-def test_rules_in_words() -> None:
-    assert parse_rule("top_k=6, keep_weights") == Rule(top_k=6, keep_weights=True)
-    assert parse_rule("threshold=0.2") == Rule(threshold=0.2)

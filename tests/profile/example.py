@@ -18,7 +18,7 @@ from leanmoe.profile.saved import Profile, Trace
 EXPERTS, TOP_K, LAYERS, DOCUMENTS, EACH = 16, 4, 2, 12, 40
 
 
-def profile(alike: float = 0.0, bias: bool = True) -> Profile:
+def made_up_profile(alike: float = 0.0, bias: bool = True) -> Profile:
     """`alike` is how far tokens of a document prefer the same experts."""
     draw = np.random.default_rng(0)
     document_T = np.repeat(np.arange(DOCUMENTS, dtype=np.int32), EACH)

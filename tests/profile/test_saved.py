@@ -15,12 +15,12 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.profile.record import replay
 from leanmoe.profile.saved import ARRAYS_NAME, JSON_NAME, LayerCounts, Profile
-from tests.profile.example import EXPERTS, LAYERS, TOP_K, profile
+from tests.profile.example import EXPERTS, LAYERS, TOP_K, made_up_profile
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_what_was_saved_is_read(bias: bool, tmp_path: Path) -> None:
-    made = profile(bias=bias)
+    made = made_up_profile(bias=bias)
     made.save(tmp_path)
     found = Profile.load(tmp_path)
     assert found.to_json() == made.to_json()
@@ -38,7 +38,7 @@ def test_what_was_saved_is_read(bias: bool, tmp_path: Path) -> None:
 
 
 def test_the_json_is_what_a_report_needs() -> None:
-    shown = json.loads(json.dumps(profile().to_json(), allow_nan=False))
+    shown = json.loads(json.dumps(made_up_profile().to_json(), allow_nan=False))
     assert shown["label"] == "measured"
     assert len(shown["layers"]) == LAYERS
     layer = shown["layers"][1]
@@ -82,7 +82,7 @@ def damage(folder: Path, change: Any) -> None:
     ],
 )
 def test_damage_is_named(change: Any, message: str, tmp_path: Path) -> None:
-    profile().save(tmp_path)
+    made_up_profile().save(tmp_path)
     damage(tmp_path, change)
     with pytest.raises(LeanMoeError, match=message):
         Profile.load(tmp_path)
@@ -94,7 +94,7 @@ def test_files_that_are_missing_or_no_profile_are_named(tmp_path: Path) -> None:
     (tmp_path / JSON_NAME).write_text("[1]")
     with pytest.raises(LeanMoeError, match="schema version None"):
         Profile.load(tmp_path)
-    profile().save(tmp_path)
+    made_up_profile().save(tmp_path)
     (tmp_path / ARRAYS_NAME).unlink()
     with pytest.raises(LeanMoeError, match=r"cannot read profile .*profile\.safetensors"):
         Profile.load(tmp_path)
@@ -108,12 +108,12 @@ def test_nothing_is_left_of_a_save_that_failed(
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(LeanMoeError, match="No space left on device"):
-        profile().save(tmp_path)
+        made_up_profile().save(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_reading_a_profile_needs_no_torch(tmp_path: Path) -> None:
-    profile().save(tmp_path)
+    made_up_profile().save(tmp_path)
     program = (
         "import sys, pathlib; from leanmoe.profile.saved import Profile; "
         "import leanmoe.stats.paired, leanmoe.stats.paired; "

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from leanmoe.core.run_folder import RunFolder
+from leanmoe.models.shape import read_shape
 from leanmoe.plan import Fingerprint, Rule
+from leanmoe.tune.context import TuneContext, TuneWindows
 from leanmoe.tune.layers import Candidate, Sensitivity, candidates
+from leanmoe.tune.settings import TuneSettings
 from leanmoe.tune.strategies import Budget, Setting
+from tests.profile.example import made_up_profile
 
 MODEL = Fingerprint("Model", 7, 6, 64, 8)
 
@@ -29,3 +38,19 @@ def setting(budget: float, decode_batch: int = 1) -> Setting:
     tried = [sensitivity(c) for c in candidates(MODEL, (1, decode_batch))]
     moved = {(n, k): (8 - k) * (6 - n) / 10 for n in range(6) for k in range(1, 9)}
     return Setting(MODEL, decode_batch, Budget("slots", budget), cost, tried, moved)
+
+
+def context(folder: Path, concurrency: tuple[int, ...] = (1, 8)) -> TuneContext:
+    """What the stages of a run on the reference model share, its model and its text left out."""
+    settings = TuneSettings("reference", concurrency=concurrency)
+    shape, measured = read_shape("reference"), made_up_profile()
+    layers = (measured.layers[0],) * len(shape.moe_layers)
+    return TuneContext(
+        settings,
+        RunFolder.open(folder, settings, overwrite=False),
+        "test",
+        None,
+        shape,
+        cast(TuneWindows, None),
+        replace(measured, layers=layers),
+    )

@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
-from leanmoe.tune.allocate import Option, Workload, cheapest, front, pareto
+from leanmoe.tune.allocate import Offer, Workload, cheapest, front, pareto
 from leanmoe.tune.layers import LayerTime, Phase
 from tests.tune.example import setting
 
 NUMBERS = st.floats(0, 10, allow_nan=False).map(lambda x: round(x, 2))
 ITEMS = st.lists(
-    st.lists(st.builds(Option, NUMBERS, NUMBERS), min_size=1, max_size=4), min_size=1, max_size=5
+    st.lists(st.builds(Offer, NUMBERS, NUMBERS), min_size=1, max_size=4),
+    min_size=1,
+    max_size=5,
 )
 
 
-def totals(items: list[list[Option]]) -> list[tuple[float, float]]:
+def totals(items: list[list[Offer]]) -> list[tuple[float, float]]:
     return [
         (sum(option.loss for option in chosen), sum(option.time for option in chosen))
         for chosen in itertools.product(*items)
@@ -28,7 +30,7 @@ def totals(items: list[list[Option]]) -> list[tuple[float, float]]:
 
 
 @given(ITEMS, NUMBERS)
-def test_cheapest_is_the_best_of_all_combinations(items: list[list[Option]], budget: float) -> None:
+def test_cheapest_is_the_best_of_all_combinations(items: list[list[Offer]], budget: float) -> None:
     within = [time for loss, time in totals(items) if loss <= budget * (1 + 1e-9)]
     if not within:
         with pytest.raises(LeanMoeError, match="no plan loses at most"):
@@ -40,7 +42,7 @@ def test_cheapest_is_the_best_of_all_combinations(items: list[list[Option]], bud
 
 
 @given(ITEMS)
-def test_no_combination_is_better_than_the_front(items: list[list[Option]]) -> None:
+def test_no_combination_is_better_than_the_front(items: list[list[Offer]]) -> None:
     found = pareto(items)
     for loss, time in totals(items):
         assert any(a.loss <= loss + 1e-9 and a.time <= time + 1e-9 for a in found)
@@ -48,7 +50,7 @@ def test_no_combination_is_better_than_the_front(items: list[list[Option]]) -> N
 
 
 @given(ITEMS)
-def test_a_thinned_front_keeps_its_ends(items: list[list[Option]]) -> None:
+def test_a_thinned_front_keeps_its_ends(items: list[list[Offer]]) -> None:
     """What is dropped costs at most the stated share of the range of losses."""
     whole, thinned = pareto(items), pareto(items, points=8)
     assert thinned[-1].time == pytest.approx(whole[-1].time)
@@ -59,18 +61,21 @@ def test_a_thinned_front_keeps_its_ends(items: list[list[Option]]) -> None:
 
 
 def test_what_one_layer_seems_to_win_pays_for_nothing() -> None:
-    items = [[Option(0.0, 5.0), Option(-3.0, 4.0)], [Option(0.0, 5.0), Option(2.0, 1.0)]]
+    items = [
+        [Offer(0.0, 5.0), Offer(-3.0, 4.0)],
+        [Offer(0.0, 5.0), Offer(2.0, 1.0)],
+    ]
     assert cheapest(items, 1.0) == (1, 0)
 
 
-@pytest.mark.parametrize("option", [Option(float("nan"), 1.0), Option(1.0, float("inf"))])
-def test_numbers_that_are_none_are_refused(option: Option) -> None:
+@pytest.mark.parametrize("option", [Offer(float("nan"), 1.0), Offer(1.0, float("inf"))])
+def test_numbers_that_are_none_are_refused(option: Offer) -> None:
     with pytest.raises(LeanMoeError, match="not a finite number"):
         cheapest([[option]], 1.0)
     with pytest.raises(LeanMoeError, match="no option"):
         cheapest([[]], 1.0)
     with pytest.raises(LeanMoeError, match="must not be negative"):
-        cheapest([[Option(0, 1)]], -1.0)
+        cheapest([[Offer(0, 1)]], -1.0)
 
 
 def workload() -> Workload:

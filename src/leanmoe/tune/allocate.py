@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Option:
+class Offer:
     """One way to set an item: what it costs in quality and in time."""
 
     loss: float
@@ -50,7 +50,7 @@ class Allocation:
 
 
 def pareto(
-    items: Sequence[Sequence[Option]], most_loss: float = float("inf"), points: int = POINTS
+    items: Sequence[Sequence[Offer]], most_loss: float = float("inf"), points: int = POINTS
 ) -> tuple[Allocation, ...]:
     """All best allocations whose loss is at most `most_loss`, by rising loss and falling time.
 
@@ -78,7 +78,7 @@ def pareto(
     )
 
 
-def cheapest(items: Sequence[Sequence[Option]], budget: float) -> tuple[int, ...]:
+def cheapest(items: Sequence[Sequence[Offer]], budget: float) -> tuple[int, ...]:
     """The option of each item with the least total time whose losses add to at most `budget`.
 
     Raises LeanMoeError when even the smallest losses are above the budget.
@@ -88,7 +88,7 @@ def cheapest(items: Sequence[Sequence[Option]], budget: float) -> tuple[int, ...
     return pareto(items, budget)[-1].chosen
 
 
-def _arrays(item: Sequence[Option]) -> tuple[Floats, Floats]:
+def _arrays(item: Sequence[Offer]) -> tuple[Floats, Floats]:
     if not item:
         raise LeanMoeError("an item to allocate has no option")
     loss = np.array([option.loss for option in item], dtype=np.float64)
@@ -177,7 +177,7 @@ class _Item:
     phase: Phase
     layer: int
     rules: list[Rule]
-    options: list[Option]
+    options: list[Offer]
 
 
 def points_for(
@@ -263,7 +263,7 @@ def _items(
 
 def _offer(item: _Item, rule: Rule, loss: float, seconds: float) -> None:
     item.rules.append(rule)
-    item.options.append(Option(loss, seconds))
+    item.options.append(Offer(loss, seconds))
 
 
 def _only(item: _Item, rule: Rule) -> _Item:

@@ -22,7 +22,7 @@ from leanmoe.prune.criteria import (
     restricted,
 )
 from leanmoe.stats.paired import Estimate, Losses, loss_difference, loss_increase
-from leanmoe.tune.allocate import FrontPoint, Option, pareto
+from leanmoe.tune.allocate import FrontPoint, Offer, pareto
 from leanmoe.tune.context import EXPERTS_KEPT, STRATEGY, TOTAL_OR_ACTIVATED, TuneContext, digest
 from leanmoe.tune.layers import LayerTime, PhaseTimes, Sensitivity
 from leanmoe.tune.strategies import (
@@ -327,7 +327,7 @@ def _fastest_within(
         for rule, loss in rules:
             activity = context.activity(layer, rule, decode_batch)
             rows = activity.slots * decode_batch
-            item.append(Option(loss, time.seconds(rows, activity.distinct, not rule.is_empty)))
+            item.append(Offer(loss, time.seconds(rows, activity.distinct, not rule.is_empty)))
         items.append(item)
     allocations = pareto(items)
     best = next((a for a in allocations if a.time <= seconds), allocations[-1])

@@ -22,7 +22,7 @@ from leanmoe.core.registry import Registry
 from leanmoe.plan import Fingerprint, Rule
 from leanmoe.routing import route
 from leanmoe.runtime import find_layers, shape_of
-from leanmoe.tune.allocate import Option, cheapest
+from leanmoe.tune.allocate import Offer, cheapest
 from leanmoe.tune.layers import Sensitivity, loss_rates
 
 Kind = Literal["slots", "distinct"]
@@ -140,7 +140,7 @@ def lexi(setting: Setting) -> tuple[Rule, ...]:
     model = setting.model
     counts = range(1, model.top_k + 1)
     items = [
-        [Option(setting.cost(n, Rule(top_k=k)), setting.perturbation[n, k]) for k in counts]
+        [Offer(setting.cost(n, Rule(top_k=k)), setting.perturbation[n, k]) for k in counts]
         for n in range(model.moe_layers)
     ]
     chosen = cheapest(items, setting.budget.value * model.moe_layers)
@@ -263,7 +263,7 @@ def knapsack(setting: Setting) -> tuple[Rule, ...]:
     """The rule of each layer for the least sum of single-layer losses within the budget."""
     options = layer_rules(setting.model.moe_layers, setting.sensitivities, setting.decode_batch)
     items = [
-        [Option(setting.cost(n, rule), loss) for rule, loss in rules]
+        [Offer(setting.cost(n, rule), loss) for rule, loss in rules]
         for n, rules in enumerate(options)
     ]
     chosen = cheapest(items, setting.budget.value * setting.model.moe_layers)

@@ -11,13 +11,13 @@ from leanmoe.models.catalog import CONFIGS, published_shape
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Rule
 from leanmoe.predict.experts.curve_sources import saved_curves
-from tests.profile.example import profile
+from tests.profile.example import made_up_profile
 
 V3 = published_shape("deepseek-ai/DeepSeek-V3")
 
 
 def test_a_saved_profiles_curve_needs_no_torch_and_its_own_model() -> None:
-    saved = profile(alike=1.0)
+    saved = made_up_profile(alike=1.0)
     with pytest.raises(LeanMoeError, match="the profile is of another model"):
         saved_curves({"model": asdict(saved.model), "profile": saved.to_json()}, V3)
     config = {

@@ -1,0 +1,59 @@
+"""Files are whole or absent, and what cannot be read or written is said."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json, replacing, require_space, write_json, write_text
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    write_json(tmp_path / "new" / "results.json", {"loss": [0.5, None]})
+    assert read_json(tmp_path / "new" / "results.json", "results") == {"loss": [0.5, None]}
+
+
+def test_a_file_that_is_not_finished_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_text(path, "old")
+
+    def interrupted() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_nan_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(LeanMoeError, match="not a finite number"):
+        write_json(tmp_path / "results.json", {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    write_text(tmp_path / "run", "")
+    with pytest.raises(LeanMoeError, match=r"cannot write .*run/results\.json"):
+        write_text(tmp_path / "run" / "results.json", "")
+
+
+def test_files_that_are_no_json_are_named_with_the_place(tmp_path: Path) -> None:
+    with pytest.raises(LeanMoeError, match=r"cannot read plan .*No such file"):
+        read_json(tmp_path / "plan.json", "plan")
+    write_text(tmp_path / "plan.json", '{"bands": [}')
+    with pytest.raises(LeanMoeError, match=r"is not JSON: .* at line 1, column 12"):
+        read_json(tmp_path / "plan.json", "plan")
+
+
+def test_a_full_disk_is_said_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=3_000_000))
+    require_space(tmp_path / "not" / "there" / "yet", 2_000_000, "results")
+    with pytest.raises(LeanMoeError, match="3 MB free, 4 MB needed"):
+        require_space(tmp_path, 4_000_000, "results")

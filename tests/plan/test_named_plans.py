@@ -1,0 +1,57 @@
+"""Plans that are compared: from files and from rules in words, each under a name of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.plan.named_plans import Named, parse_rule, read_plans, require_at_work
+
+MODEL = Fingerprint("Model", 3, 2, 8, 4)
+
+
+def saved(path: Path, plan: Plan | None = None) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    (plan or Plan.uniform(MODEL, Rule(top_k=2))).save(path)
+    return path
+
+
+def test_rules_in_words() -> None:
+    assert parse_rule("top_k=6, keep_weights") == Rule(top_k=6, keep_weights=True)
+    assert parse_rule("threshold=0.2") == Rule(threshold=0.2)
+    with pytest.raises(LeanMoeError, match="did you mean top_k"):
+        parse_rule("topk=6")
+    with pytest.raises(LeanMoeError, match="sets top_k to 'six': give a number"):
+        parse_rule("top_k=six")
+
+
+def test_a_plan_is_called_by_its_file_or_by_the_folder_of_its_run(tmp_path: Path) -> None:
+    files = [saved(tmp_path / "careful.json"), saved(tmp_path / "run" / "plan.json")]
+    plans = read_plans(files, ["top_k=3"], MODEL)
+    assert [each.name for each in plans] == ["careful", "run", "top_k=3"]
+    assert plans[0].digest == plans[1].digest != plans[2].digest
+
+
+def test_two_plans_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = saved(tmp_path / "careful.json")
+    with pytest.raises(LeanMoeError, match="careful"):
+        read_plans([file, file], (), MODEL)
+
+
+def test_a_plan_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    file = saved(tmp_path / "careful.json")
+    with pytest.raises(LeanMoeError, match="its experts is 8, this model's is 16"):
+        read_plans([file], (), replace(MODEL, experts=16))
+
+
+def test_a_plan_must_change_the_steps_it_is_measured_in() -> None:
+    rules = (Rule(guaranteed=1),) * 2
+    named = Named("small steps", Plan(MODEL, (Band(4, rules),)))
+    require_at_work([named], 4)
+    assert named.is_batch_aware(4)
+    with pytest.raises(LeanMoeError, match="runs the full model in steps of 8 tokens"):
+        require_at_work([named], 8)
