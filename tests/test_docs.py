@@ -11,7 +11,6 @@ from pathlib import Path
 from unicodedata import normalize
 
 import pytest
-from scripts import docs_reference
 from typer.testing import CliRunner
 
 import leanmoe
@@ -19,6 +18,7 @@ from leanmoe import Plan, Rule
 from leanmoe.cli import VERBS, app
 from leanmoe.models.reference import path as reference_path
 from leanmoe.models.shape import read_shape
+from scripts import docs_reference
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

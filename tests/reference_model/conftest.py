@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from reference_model.architecture import ModelSettings
 from reference_model.optimiser import OptimiserSettings
 from reference_model.train import TrainSettings

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
+
+from leanmoe.core.errors import LeanMoeError
 from reference_model.prepare import (
     SEPARATOR,
     PrepareSettings,
@@ -16,9 +19,6 @@ from reference_model.prepare import (
     train_tokenizer,
     unpack,
 )
-from transformers import AutoTokenizer
-
-from leanmoe.core.errors import LeanMoeError
 
 DOCUMENTS = [
     f"Document {i}: the café's 1234567 bytes\n\n    if x:  # naïve\n\treturn {i}" for i in range(40)

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.common.results import RESULTS, collect, command, file_of, parser_of, write
 
+from benchmarks.common.results import RESULTS, collect, command, file_of, parser_of, write
 from leanmoe.core.provenance import Provenance
 
 MADE = Provenance("2026-11-30T12:00:00+00:00", "NVIDIA H200 (SXM)", 4, {}, "abc", 0, "python -m x")

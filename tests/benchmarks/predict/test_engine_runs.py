@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks.predict.engine_runs import FULL, own_times, read_layouts, read_run, runs_in
 from benchmarks.predict.several_gpus import parallel_steps, summary
-
 from leanmoe.models.catalog import CONFIGS
 from leanmoe.predict.constants import shipped
 

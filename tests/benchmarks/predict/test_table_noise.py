@@ -6,11 +6,11 @@ from itertools import product
 
 import numpy as np
 import pytest
-from benchmarks.predict.published_tiles import steps
-from benchmarks.predict.table_noise import least_rising, noise, times_beaten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.predict.published_tiles import steps
+from benchmarks.predict.table_noise import least_rising, noise, times_beaten
 from leanmoe.predict.kernels.tables import Measured
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from benchmarks.pruning.table import one_table, show, shown
 
 RESULTS = Path(__file__).parents[3] / "benchmarks/results"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmarks.serving.http_clients import TURNAROUND, between_tokens, turnaround_ms
 
 

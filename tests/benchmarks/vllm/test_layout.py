@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmarks.vllm.layout import SINGLE, Layout, Ranks
 
 

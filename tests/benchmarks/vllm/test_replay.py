@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import torch
+
 from benchmarks.vllm.replay import USE, Replay, reference_use
 
 EXPERTS, ROWS = 16, 4000

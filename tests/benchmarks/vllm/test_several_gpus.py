@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks.vllm.several_gpus import joined
 
 SETTINGS = dict.fromkeys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmarks.vllm.step_results import Results, Seen, interval, show
 from benchmarks.vllm.variants import STOCK, Variant
 

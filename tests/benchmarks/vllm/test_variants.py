@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmarks.vllm.layout import SINGLE, Layout
 from benchmarks.vllm.shapes import config_of
 from benchmarks.vllm.variants import rule_of, variants_of
-
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Rule
 
