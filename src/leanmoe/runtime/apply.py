@@ -90,15 +90,7 @@ def apply(
     Raises LeanMoeError when the plan is for another model, a rule or the placement is out of
     range, the model cannot be run, or another plan is applied to it already.
     """
-    shape = shape_of(model)
-    plan.check(shape.fingerprint(), more_experts)
-    scope = BatchScope(placement)
-    if placement is not None:
-        placement.check(plan.model.experts)
-    if experts not in ("stock", IMPLEMENTATION):
-        raise LeanMoeError(f"experts is {experts!r}: it must be 'stock' or '{IMPLEMENTATION}'")
-    if getattr(model, _MARK, False):
-        raise LeanMoeError("a plan is applied to this model already: leave its `with` first")
+    router = _check(model, plan, experts, more_experts, placement)
     layers = find_layers(model)
     scores = decode_batch is not None or prompt_tokens is not None
     scoring = (decode_batch, prompt_tokens or 0) if scores else None
@@ -115,7 +107,11 @@ def apply(
             applied.generated = tuple(RoutingCounts() for _ in layers)
             applied.prompt = tuple(RoutingCounts() for _ in layers)
         if count or observe or not plan.is_empty or experts == IMPLEMENTATION:
-            _hook(model, plan, layers, shape.router, applied, scoring, scope, observe, undo)
+            call, scope = _Call(), BatchScope(placement)
+            _hook_model(model, plan, scoring, call, undo)
+            for layer in layers:
+                how = _layer_routing(model, applied, layer, router, scope, observe)
+                undo.append(_hook_layer(layer, how, call))
         logger.info(
             "plan applied to %s, experts run by %s", type(model).__name__, applied.implementation
         )
@@ -145,18 +141,33 @@ def _implementation(model: Any, layers: tuple[MoELayer, ...]) -> str:
     return name
 
 
-def _hook(
+def _check(
+    model: Any, plan: Plan, experts: str, more_experts: bool, placement: Placement | None
+) -> Router:
+    """The model's router; raises LeanMoeError for what `apply` cannot do."""
+    shape = shape_of(model)
+    plan.check(shape.fingerprint(), more_experts)
+    if placement is not None:
+        placement.check(plan.model.experts)
+    if experts not in ("stock", IMPLEMENTATION):
+        raise LeanMoeError(f"experts is {experts!r}: it must be 'stock' or '{IMPLEMENTATION}'")
+    if getattr(model, _MARK, False):
+        raise LeanMoeError("a plan is applied to this model already: leave its `with` first")
+    is_placed = placement is not None and placement.ranks > 1 and plan.has_budget_per_rank
+    is_fast = IMPLEMENTATION in (experts, model.config._experts_implementation)
+    if is_placed and is_fast and model.device.type != "cuda":
+        logger.warning("rules with budget_per_rank are routed by the reference, in plain torch")
+    return shape.router
+
+
+def _hook_model(
     model: Any,
     plan: Plan,
-    layers: tuple[MoELayer, ...],
-    router: Router,
-    applied: Applied,
     scoring: tuple[int | None, int] | None,
-    scope: BatchScope,
-    observe: Observe | None,
+    call: _Call,
     undo: list[Callable[[], object]],
 ) -> None:
-    call = _Call()
+    """Fills in `call` before each forward of the model's layers, and empties it after."""
 
     def note_read(_module: nn.Module, _inputs: Any, keywords: dict[str, Any]) -> None:
         call.read = keywords.get("logits_to_keep")
@@ -180,25 +191,30 @@ def _hook(
     undo.append(model.register_forward_pre_hook(note_read, with_kwargs=True).remove)
     undo.append(model.register_forward_hook(forget, always_call=True).remove)
     undo.append(model.base_model.register_forward_pre_hook(note_step, with_kwargs=True).remove)
-    is_fast = model.config._experts_implementation == IMPLEMENTATION
-    is_on_gpu = model.device.type == "cuda"
-    if is_fast and scope.ranks > 1 and plan.has_budget_per_rank and not is_on_gpu:
-        logger.warning("rules with budget_per_rank are routed by the reference, in plain torch")
-    for layer in layers:
-        how = LayerRouting(
-            layer.number,
-            router,
-            plan.model.top_k,
-            int(layer.experts.num_experts),
-            layer.ranking_bias(router),
-            is_fast,
-            (applied.generated[layer.number], applied.prompt[layer.number])
-            if applied.generated
-            else None,
-            scope,
-            observe,
-        )
-        undo.append(_hook_layer(layer, how, call))
+
+
+def _layer_routing(
+    model: Any,
+    applied: Applied,
+    layer: MoELayer,
+    router: Router,
+    scope: BatchScope,
+    observe: Observe | None,
+) -> LayerRouting:
+    number, counts = layer.number, None
+    if applied.generated:
+        counts = (applied.generated[number], applied.prompt[number])
+    return LayerRouting(
+        number,
+        router,
+        applied.plan.model.top_k,
+        int(layer.experts.num_experts),
+        layer.ranking_bias(router),
+        model.config._experts_implementation == IMPLEMENTATION,
+        counts,
+        scope,
+        observe,
+    )
 
 
 def _hook_layer(layer: MoELayer, how: LayerRouting, call: _Call) -> Callable[[], None]:
