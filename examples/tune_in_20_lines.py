@@ -11,8 +11,8 @@ from typing import Any
 
 import leanmoe
 
-tiny: dict[str, Any] = {"concurrency": 4, "input_len": 16, "output_len": 4, "repeats": 3}
-tiny |= {"profile_tokens": 2048, "sensitivity_tokens": 256, "heldout_tokens": 4096}
+tiny: dict[str, Any] = {"concurrency": 2, "input_len": 16, "output_len": 4, "repeats": 3}
+tiny |= {"profile_tokens": 1024, "sensitivity_tokens": 64, "heldout_tokens": 1024}
 
 with TemporaryDirectory() as folder:
     results = leanmoe.tune("reference", output=folder, margin="5%", strategy="guaranteed", **tiny)

@@ -1,24 +1,29 @@
-"""What does a plan cost? Next-token loss, paired by passage, with an interval.
+"""What does a plan cost? Next-token loss, paired by document, with an interval.
 
 python examples/what_does_a_plan_cost.py
 """
 
+import json
 from pathlib import Path
+from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
 
 import leanmoe
 
 with TemporaryDirectory() as folder:
+    # A document a line; here Python's own help, which every Python brings along.
+    text = Path(folder) / "python.jsonl"
+    text.write_text("\n".join(json.dumps({"text": topic}) for topic in topics.values()))
     results = leanmoe.evaluate(
         "reference",
         rule=["top_k=6,keep_weights", "top_k=6"],
-        tasks=(),
-        domain_tokens=24_000,
-        domain=[("docs", str(Path(__file__).parents[1] / "docs"))],  # or your own text
-        output=folder,
+        tasks="none",
+        domain=f"python={text}",
+        output=f"{folder}/eval",
     )
 
 assert results.domains is not None
 for row in results.domains.rows:
-    loss = row.loss["docs"]
-    print(f"{row.plan}: loss {100 * loss.ratio:+.2f}%, at most {100 * loss.upper_bound:+.2f}%")
+    loss = row.loss["python"]
+    bound = f"at most {100 * loss.upper_bound:+.2f}% ({results.confidence:.0%} confidence)"
+    print(f"{row.plan}: loss {100 * loss.ratio:+.2f}%, {bound}")
