@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from leanmoe.eval import domains
 from leanmoe.eval.domains import read_domain
 from tests.eval.test_run import leanmoe
 
@@ -23,7 +22,6 @@ def test_few_documents_are_cut_into_passages_of_which_none_is_in_both_halves(
     first = {document.text for document in found.calibration}
     assert len(first) >= 3
     assert not first & {document.text for document in found.heldout}
-    assert domains.calibration("easy-ep:75%") == ("easy-ep", "75%")
 
 
 def test_sections_of_a_plain_file_are_dealt_to_both_halves(tmp_path: Path) -> None:

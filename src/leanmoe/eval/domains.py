@@ -161,20 +161,11 @@ def _passages(document: Document) -> list[Document]:
     return found
 
 
-def calibration(text: str) -> tuple[str, str]:
-    """ "easy-ep:75%" as criterion and share. Raises LeanMoeError where it is not."""
-    name, _, keep = text.rpartition(":")
-    if not name or not keep:
-        raise LeanMoeError(f"--calibrate is {text!r}: it must be like easy-ep:75%")
-    CRITERIA.get(name)
-    return name, keep
-
-
 def _calibrated(
     model: Any, tokenizer: Any, domain: Domain, settings: EvalSettings, folder: RunFolder
 ) -> Named:
     """Experts ranked on the domain's calibration half."""
-    name, keep = calibration(str(settings.calibrate))
+    name, keep = settings.calibration()
     criterion, shape = CRITERIA.get(name), shape_of(model)
     count = kept_count(keep, shape)
 

@@ -50,21 +50,24 @@ def evaluate(
     Raises LeanMoeError before any expensive work where it can.
     """
     settings.check()
-    shape = read_shape(settings.model)
-    plans = read_plans(plan_files, rules, shape.fingerprint())
+    plans = read_plans(plan_files, rules, read_shape(settings.model).fingerprint())
     require_at_work(plans, settings.concurrency)
     if not plans and settings.calibrate is None:
         raise LeanMoeError("nothing to compare with the full model: give --plan or --rule")
     local, harness = _sorted_out(settings)
-    if harness:
-        from leanmoe.eval.harness import require_harness
-
-        require_harness(harness, settings)
     folder = RunFolder.open(output, settings, overwrite, "eval")
     quiet_transformers()
     model, tokenizer = _load(settings)
     tasks = _read_local(local, model, tokenizer, settings)
     texts = read_domains(tokenizer, settings)
+    answers: dict[str, dict[str, list[Answers]]] = {}
+    if plans and tasks:
+        answers = answer_tasks(model, tasks, plans, settings, folder)
+    if plans and harness:
+        from leanmoe.eval.harness import answer_harness
+
+        more = answer_harness(model, tokenizer, harness, plans, settings, folder)
+        answers = {name: answers.get(name, {}) | by_task for name, by_task in more.items()}
     results: dict[str, Any] = {
         EvalResults.KIND: EvalResults.VERSION,
         "provenance": collect(command, settings.seed).to_json(),
@@ -73,24 +76,13 @@ def evaluate(
         "experts_implementation": _implementation(model, settings),
         "plans": [{"name": p.name, "plan": p.plan.to_json()} for p in plans],
     }
-    answers: dict[str, dict[str, list[Answers]]] = {}
-    if plans and tasks:
-        answers = answer_tasks(model, tasks, plans, settings, folder)
-    if plans and harness:
-        from leanmoe.eval.harness import answer_harness
-
-        found = answer_harness(model, tokenizer, harness, plans, settings, folder)
-        for name, by_task in found.items():
-            answers.setdefault(name, {}).update(by_task)
     if answers:
-        metrics = {task.name: task.metric for task in tasks}
-        results["tasks"] = compared(answers, settings, metrics)
+        results["tasks"] = compared(answers, settings, {each.name: each.metric for each in tasks})
     if plans and settings.prompts is not None:
         results["generation"] = generation(model, tokenizer, plans, settings, folder)
     if settings.domain:
         results["domains"] = domain_matrix(model, tokenizer, texts, plans, settings, folder)
-    results["made_with"] = folder.made_with()
-    results["seconds"] = folder.seconds()
+    results |= {"made_with": folder.made_with(), "seconds": folder.seconds()}
     evaluated = EvalResults.from_json(to_json(results))
     evaluated.write(folder.path / RESULTS)
     return evaluated
@@ -107,40 +99,55 @@ def compared(
     for name, by_task in answers.items():
         if name == FULL:
             continue
-        found: list[Difference] = []
+        differences: list[Difference] = []
         for task, batch_draws in by_task.items():
             draws_ZU = np.stack([each.right_U for each in batch_draws])
-            found.append(difference(full[task][0].right_U, draws_ZU, settings.confidence))
+            each = difference(full[task][0].right_U, draws_ZU, settings.confidence)
+            differences.append(each)
             loss = loss_changes(full[task][0], batch_draws, settings)
             metric = (metrics or {}).get(task, "")
-            rows.append(_row(name, task, found[-1], settings, loss=loss, metric=metric))
-        if len(found) > 1:
-            right_U = np.concatenate([full[task][0].right_U for task in by_task])
-            pooled_ZU = np.stack(
-                [
-                    np.concatenate([batch_draws[draw].right_U for batch_draws in by_task.values()])
-                    for draw in range(min(map(len, by_task.values())))
-                ]
-            )
-            pooled = difference(right_U, pooled_ZU, settings.confidence)
-            rows.append(_row(name, POOLED, pooled, settings))
-            rows.append(_row(name, MEAN, mean_of_tasks(found), settings))
+            rows.append(_row(name, task, each, settings, loss=loss, metric=metric))
+        if len(differences) > 1:
+            rows.append(_row(name, POOLED, _pooled(full, by_task, settings), settings))
+            rows.append(_row(name, MEAN, mean_of_tasks(differences), settings))
     return rows
 
 
+def _pooled(
+    full: Mapping[str, Sequence[Answers]],
+    by_task: Mapping[str, Sequence[Answers]],
+    settings: EvalSettings,
+) -> Difference:
+    """The difference over the questions of all tasks, in as many draws as every task has."""
+    right_U = np.concatenate([full[task][0].right_U for task in by_task])
+    draws = range(min(map(len, by_task.values())))
+    draws_ZU = np.stack(
+        [np.concatenate([each[draw].right_U for each in by_task.values()]) for draw in draws]
+    )
+    return difference(right_U, draws_ZU, settings.confidence)
+
+
 def _row(
-    plan: str, task: str, found: Difference, settings: EvalSettings, **more: Any
+    plan: str, task: str, change: Difference, settings: EvalSettings, **more: Any
 ) -> dict[str, Any]:
-    verdict = non_inferior_accuracy(found, settings.margin, settings.confidence)
-    values = found.to_json()
+    verdict = non_inferior_accuracy(change, settings.margin, settings.confidence)
+    values = change.to_json()
     values["accuracy"] = values.pop("plan")
     return {"plan": plan, "task": task, **values, "verdict": asdict(verdict), **more}
 
 
 def _sorted_out(settings: EvalSettings) -> tuple[list[str], list[str]]:
-    """The tasks read from files in `data`, and those of lm-evaluation-harness."""
+    """The tasks read from files in `data`, and those of lm-evaluation-harness.
+
+    Raises LeanMoeError for a task that neither has.
+    """
     local = [name for name in settings.tasks if settings.data is not None and name in LOCAL]
-    return local, [name for name in settings.tasks if name not in local]
+    harness = [name for name in settings.tasks if name not in local]
+    if harness:
+        from leanmoe.eval.harness import require_harness
+
+        require_harness(harness, settings)
+    return local, harness
 
 
 def _read_local(

@@ -114,9 +114,9 @@ class EvalSettings:
             if folder is not None and not Path(folder).is_dir():
                 raise LeanMoeError(f"{folder} is no folder")
         if self.calibrate is not None:
-            from leanmoe.eval.domains import calibration  # needs torch, and --help must not
+            from leanmoe.prune.criteria import CRITERIA  # needs torch, and --help must not
 
-            calibration(self.calibrate)
+            CRITERIA.get(self.calibration()[0])
         if self.prompts is not None and not Path(self.prompts).is_file():
             raise LeanMoeError(f"prompts {self.prompts} is no file")
         for name, file in self.domain:
@@ -124,6 +124,13 @@ class EvalSettings:
                 raise LeanMoeError(f"domain {name}: {file} does not exist")
         _require_once("task", self.tasks)
         _require_once("domain", [name for name, _ in self.domain])
+
+    def calibration(self) -> tuple[str, str]:
+        """Criterion and share of --calibrate: "easy-ep:75%". Raises LeanMoeError for other words."""
+        name, _, keep = str(self.calibrate).rpartition(":")
+        if not name or not keep:
+            raise LeanMoeError(f"--calibrate is {self.calibrate!r}: it must be like easy-ep:75%")
+        return name, keep
 
     def _check_vllm(self) -> None:
         """vLLM runs the harness's tasks; what else is asked for would not be run in it."""
