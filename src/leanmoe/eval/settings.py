@@ -126,7 +126,7 @@ class EvalSettings:
         _require_once("domain", [name for name, _ in self.domain])
 
     def calibration(self) -> tuple[str, str]:
-        """Criterion and share of --calibrate: "easy-ep:75%". Raises LeanMoeError for other words."""
+        """Criterion and share of --calibrate; raises LeanMoeError for words unlike easy-ep:75%."""
         name, _, keep = str(self.calibrate).rpartition(":")
         if not name or not keep:
             raise LeanMoeError(f"--calibrate is {self.calibrate!r}: it must be like easy-ep:75%")
