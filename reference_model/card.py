@@ -254,7 +254,6 @@ def card(training: dict[str, Any], data: dict[str, Any], found: dict[str, Any]) 
     m = training["settings"]["model"]
     files = sorted(file for file in path().iterdir() if file.is_file())
     size = sum(file.stat().st_size for file in files)
-    made = found["provenance"]
     return f"""\
 # The leanmoe reference model
 
@@ -294,16 +293,30 @@ with a correction bias, {m["heads"]} heads of latent attention, vocabulary {m["v
 
 ## Limits
 
+{limits_section(training, data)}
+
+## How these numbers were made
+
+{made_section(training, found)}
+"""
+
+
+def limits_section(training: dict[str, Any], data: dict[str, Any]) -> str:
+    """What the model is not good for."""
+    return f"""\
 - The text was passed {training["tokens"] / data["train"]["tokens"]:.0f} times, so some of it is
   learnt by heart and the training loss flatters. The dev slice of the loss curve holds no novels;
   the held-out novels above are the test of those.
 - PIQA and QASC are near chance: the model has next to no knowledge of the world. WikiText-2 is of
   a kind it never saw.
 - The model knows English alone, of old novels and technical documentation. It had no instruction
-  tuning and no safety tuning: do not put its output before people.
+  tuning and no safety tuning: do not put its output before people."""
 
-## How these numbers were made
 
+def made_section(training: dict[str, Any], found: dict[str, Any]) -> str:
+    """Machines, versions and commands."""
+    made = found["provenance"]
+    return f"""\
 | | |
 | :-- | :-- |
 | evaluated on | {made["hardware"]}, {made["date"]} |
@@ -317,8 +330,7 @@ python -m reference_model.prepare TEXT --out DATA
 python -m reference_model.train --data DATA --out RUN --compile
 python -m reference_model.evaluate --data EVAL
 python -m reference_model.card --log RUN/log.jsonl --prepared DATA/prepared.json
-```
-"""
+```"""
 
 
 def write_card(results: Path, out: Path) -> None:

@@ -14,6 +14,7 @@ Shapes: T tokens, K slots a token, E experts, D hidden width, M expert width.
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -285,8 +286,20 @@ def plan_table(rules: Sequence[Line]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    """Measures everything, writes JSON, prints tables."""
+def show_machine(result: dict[str, Any]) -> None:
+    """What the GPU reaches at best, and the times of routing."""
+    read, dense = result["read_rate"], result["dense_flops"]
+    share = read / result["bandwidth"]
+    print(f"\nreading alone {read / 1e12:.3f} TB/s, {share:.1%} of the datasheet's")
+    print(f"dense {dense / 1e12:.0f} TFLOP/s\n\nroutes, microseconds at {ROUTE_TOKENS} tokens")
+    for entry in result["routes"]:
+        least = min(entry["as_reference"].values())
+        times = " ".join(map(str, entry["microseconds"].values()))
+        print(f"{entry['router']:12s} {entry['rule']:24s} {times}  as the reference {least:.1%}")
+
+
+def arguments_of() -> argparse.Namespace:
+    """The command line."""
     parser = parser_of(__doc__)
     parser.add_argument("--bandwidth", type=float, help="of the GPU, bytes/s; known for H100, H200")
     parser.add_argument("--vllm", help="'installed', or a folder with vLLM in it; left out without")
@@ -295,6 +308,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.shapes.split(",")) - set(NAMES):
         parser.error(f"--shapes has {unknown.pop()}: it must be of {', '.join(NAMES)}")
+    return arguments
+
+
+def main() -> None:
+    """Measures everything, writes JSON, prints tables."""
+    arguments = arguments_of()
     chosen = [NAMES[name] for name in arguments.shapes.split(",")]
     points = [(shape, sizes) for shape, sizes in POINTS if shape in chosen]
     started, vllm = time.monotonic(), None
@@ -338,13 +357,7 @@ def main() -> None:
         "vllm": None if vllm is None else {"version": vllm.version, "tiles": vllm.chosen},
     }
     print(write(file_of(arguments.output, "experts-gpu", where), where, "measured", result))
-    share = read / bandwidth
-    print(f"\nreading alone {read / 1e12:.3f} TB/s, {share:.1%} of the datasheet's")
-    print(f"dense {dense / 1e12:.0f} TFLOP/s\n\nroutes, microseconds at {ROUTE_TOKENS} tokens")
-    for entry in result["routes"]:
-        least = min(entry["as_reference"].values())
-        times = " ".join(map(str, entry["microseconds"].values()))
-        print(f"{entry['router']:12s} {entry['rule']:24s} {times}  as the reference {least:.1%}")
+    show_machine(result)
     print("\nunder plans")
     print(plan_table(rules))
     print("\nagainst peers: how much longer they take")

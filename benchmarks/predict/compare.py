@@ -180,6 +180,26 @@ def main() -> None:
     found_engine = [row for path in runs for row in engine_steps(path)]
     layouts = sorted(results.glob("*-parallel-*.json"))
     found_parallel = [row for path in layouts for row in parallel_steps(path, shipped())]
+    made = collect()
+    path = file_of(arguments.output, "cost-compare", made)
+    content = {
+        "layers": found_layers,
+        "steps": found_steps,
+        "engine steps": found_engine,
+        "steps by layout": found_parallel,
+    }
+    write(path, made, "modelled, against measured", content)
+    show(found_layers, found_steps, found_engine, runs)
+    print(*summary(found_parallel), path, sep="\n")
+
+
+def show(
+    found_layers: list[dict[str, Any]],
+    found_steps: list[dict[str, Any]],
+    found_engine: list[dict[str, Any]],
+    runs: list[Path],
+) -> None:
+    """Every row, then mean and worst error by kind of rows."""
     for row in found_layers:
         end = " (fitted)" if row["fitted"] else ""
         print(f"{row['gpu']} {row['what']:60s} T={row['tokens']:<5d} {row['error']:+7.1%}{end}")
@@ -210,16 +230,6 @@ def main() -> None:
             )
         else:
             print(f"{name}: nothing measured is there to compare with")
-    print(*summary(found_parallel), sep="\n")
-    made = collect()
-    path = file_of(arguments.output, "cost-compare", made)
-    content = {
-        "layers": found_layers,
-        "steps": found_steps,
-        "engine steps": found_engine,
-        "steps by layout": found_parallel,
-    }
-    print(write(path, made, "modelled, against measured", content))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ from leanmoe.predict.kernels.features import FEATURES
 from leanmoe.predict.kernels.kernel_constants import Accuracy, KernelConstants
 from leanmoe.predict.kernels.tables import PACKAGE, TABLES, VERSION
 
+OTHERS = ("carried over", "our layer", "our benchmark")
+"""What of the results is shown between the kernels and the rates."""
+
 
 def main() -> None:
     """Fits, tests, writes JSON, prints the table."""
@@ -72,17 +75,23 @@ def main() -> None:
         "own times": own,
     }
     path = file_of(arguments.output, "cost-fit", where)
-    print(write(path, where, "modelled, against measured tables", result))
-    for line in lines:
+    write(path, where, "modelled, against measured tables", result)
+    show(result)
+    print(path)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Errors by kernel, then by everything else."""
+    for line in result["kernels"]:
         print(f"{line['gpu']} {line['kernel']} {line['dtype']}")
         for each in line["accuracy"]:
             print(f"    {Accuracy(**each)}")
         if line["grouped"]:
             for name, each in line["grouped"].items():
                 print(f"    DeepSeek-V3 {name}: {Accuracy(**each)}")
-    for other_line in [*moved, *our_lines, *benchmark_lines]:
+    for other_line in (part for name in OTHERS for part in result[name]):
         print(other_line)
-    for name, errors in rate_errors.items():
+    for name, errors in result["rates"].items():
         for part, each in errors.items():
             print(f"{name} {part}: {Accuracy(**each)}")
 

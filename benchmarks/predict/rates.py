@@ -164,6 +164,15 @@ def exchange(gpu: Gpu) -> tuple[NDArray[np.float64], Accuracy]:
     return least(predict, took, (0.4, 10.0))
 
 
+def shortened(**fields: Any) -> Rates:
+    """Rates with every number at four digits."""
+    short: dict[str, Any] = {
+        name: value if isinstance(value, str) else float(f"{value:.4g}")
+        for name, value in vars(Rates(**fields)).items()
+    }
+    return Rates(**short)
+
+
 def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
     """Rates of everything but the experts, with their errors on rows not fitted."""
     dense, dense_error = products(gpu, "bfloat16", "torch.nn.functional.linear")
@@ -175,7 +184,7 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
     added, added_error = library(gpu, ["all_reduce"], 2)
     gathered, gathered_error = library(gpu, ["all_gather", "reduce_scatter"], 1)
     exchanged, exchanged_error = exchange(gpu)
-    found = Rates(
+    found = shortened(
         product_bandwidth=dense[0],
         product_flops=dense[1],
         product_seconds=dense[2] * 1e-6,
@@ -203,10 +212,6 @@ def rates(gpu: Gpu) -> tuple[Rates, dict[str, Any]]:
         "between nodes as DeepEP states; a layer's and an engine's own time from vLLM 0.24 on one "
         "H100",
     )
-    short: dict[str, Any] = {
-        n: v if isinstance(v, str) else float(f"{v:.4g}") for n, v in vars(found).items()
-    }
-    found = Rates(**short)
     errors = {
         "dense products, bf16": dense_error,
         "dense products, fp8 blocks (with their own constants)": fp8_error,
