@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from leanmoe.core.run_folder import RunFolder
+from leanmoe.core.schema import to_json
 from leanmoe.eval.local_tasks import Encoder
 from leanmoe.eval.prompts import Prompt, read_prompts
 from leanmoe.eval.settings import EvalSettings
@@ -65,7 +66,7 @@ def generation(
             found = difference(
                 right_U, np.stack([writer.right(t) for t in theirs]), settings.confidence
             )
-            row["exact_match"] = found.to_json()
+            row["exact_match"] = to_json(found)
         if drawn is not None:
             plan_drawn = [writer.drawn(each, draw) for draw in range(batch_draws)]
             row["pass_at"] = _pass_at(writer, drawn, plan_drawn, settings)

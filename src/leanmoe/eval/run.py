@@ -23,10 +23,9 @@ from leanmoe.eval.settings import EvalSettings
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, read_plans, require_at_work
-from leanmoe.results.eval import EvalResults
+from leanmoe.results.eval import AccuracyChange, EvalResults
 from leanmoe.runtime import apply, load_model, served_experts, shape_of
 from leanmoe.stats.outcomes import (
-    Difference,
     difference,
     forecast,
     mean_of_tasks,
@@ -99,7 +98,7 @@ def compared(
     for name, by_task in answers.items():
         if name == FULL:
             continue
-        differences: list[Difference] = []
+        differences: list[AccuracyChange] = []
         for task, batch_draws in by_task.items():
             draws_ZU = np.stack([each.right_U for each in batch_draws])
             each = difference(full[task][0].right_U, draws_ZU, settings.confidence)
@@ -117,7 +116,7 @@ def _pooled(
     full: Mapping[str, Sequence[Answers]],
     by_task: Mapping[str, Sequence[Answers]],
     settings: EvalSettings,
-) -> Difference:
+) -> AccuracyChange:
     """The difference over the questions of all tasks, in as many draws as every task has."""
     right_U = np.concatenate([full[task][0].right_U for task in by_task])
     draws = range(min(map(len, by_task.values())))
@@ -128,10 +127,10 @@ def _pooled(
 
 
 def _row(
-    plan: str, task: str, change: Difference, settings: EvalSettings, **more: Any
+    plan: str, task: str, change: AccuracyChange, settings: EvalSettings, **more: Any
 ) -> dict[str, Any]:
     verdict = non_inferior_accuracy(change, settings.margin, settings.confidence)
-    values = change.to_json()
+    values = to_json(change)
     values["accuracy"] = values.pop("plan")
     return {"plan": plan, "task": task, **values, "verdict": asdict(verdict), **more}
 

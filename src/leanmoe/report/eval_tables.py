@@ -130,7 +130,7 @@ def _decoding(concurrency: int) -> str:
 def _batch_draws(row: TaskRow) -> str:
     if row.batch_draws == 1:
         return "1"
-    return f"{row.batch_draws}: {100 * row.lowest:+.2f} to {100 * row.highest:+.2f}"
+    return f"{row.batch_draws}: {100 * row.lowest_draw:+.2f} to {100 * row.highest_draw:+.2f}"
 
 
 def _replies(replies: Replies, confidence: str) -> Sheet:

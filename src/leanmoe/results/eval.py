@@ -42,13 +42,14 @@ class AnswerChange:
     """The one-sided bound that verdicts are by."""
     lost: int
     gained: int
+    """Questions that only the full model, and only the plan, has right; of the first batch draw."""
     mcnemar: float
-    """McNemar's exact two-sided p."""
+    """McNemar's exact two-sided p of the first batch draw."""
     smallest_seen: float
     """The smallest loss that so many questions show with power 0.8."""
     batch_draws: int = field(metadata=stored_as("mixes"))
-    lowest: float = field(metadata=stored_as("lowest_mix"))
-    highest: float = field(metadata=stored_as("highest_mix"))
+    lowest_draw: float = field(metadata=stored_as("lowest_mix"))
+    highest_draw: float = field(metadata=stored_as("highest_mix"))
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class TaskRow(AnswerChange):
 
 
 @dataclass(frozen=True)
-class MatchChange(AnswerChange):
-    """Exact matches of greedy replies under a plan."""
+class AccuracyChange(AnswerChange):
+    """The change in accuracy with the plan's own accuracy."""
 
     plan: float
 
@@ -123,7 +124,7 @@ class ReplyRow:
     repetition: PairedChange
     length: PairedChange
     divergence: ReplyDivergence
-    exact_match: MatchChange | None = None
+    exact_match: AccuracyChange | None = None
     pass_at: tuple[PassAt, ...] = ()
 
 

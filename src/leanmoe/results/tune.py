@@ -172,14 +172,9 @@ class StrategyTable:
 
 
 @dataclass(frozen=True)
-class PruneOrSkipVerdict:
+class PruneOrSkipVerdict(LossChange):
     """Which of pruning and skipping loses less: (skipping − pruning) / full."""
 
-    ratio: float
-    low: float
-    high: float
-    upper_bound: float
-    documents: int
     verdict: str
 
 

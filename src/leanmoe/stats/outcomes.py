@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.results.eval import AccuracyChange, TaskVerdict
 from leanmoe.stats.paired import CONFIDENCE, POWER
 
 Floats = NDArray[np.float64]
@@ -25,57 +24,8 @@ Bools = NDArray[np.bool_]
 ASSUMED_CHANGES = 0.05
 """Share of questions that change sides, assumed before a run; what is seen replaces it after."""
 
-_NAMES_IN_FILES = {
-    "batch_draws": "mixes",
-    "lowest_draw": "lowest_mix",
-    "highest_draw": "highest_mix",
-}
 
-
-@dataclass(frozen=True)
-class Difference:
-    """Accuracy under a plan less the full model's, in shares (0.01 is one percentage point)."""
-
-    items: int
-    full: float
-    plan: float
-    """Accuracies."""
-    difference: float
-    low: float
-    high: float
-    """Two-sided interval at the confidence asked for."""
-    lower_bound: float
-    """One-sided: with the confidence asked for, the truth is not below it."""
-    lost: int
-    gained: int
-    """Questions that only the full model, and only the plan, has right; of the first batch draw."""
-    mcnemar: float
-    """Exact two-sided p, of the first batch draw, that losses and gains are equally likely."""
-    smallest_seen: float
-    """The smallest loss that so many questions show with power 0.8, by the changes seen."""
-    batch_draws: int = 1
-    lowest_draw: float = 0.0
-    highest_draw: float = 0.0
-    """The difference of the worst and of the best batch draw."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The numbers as results of schema 1 name them: a batch draw is a "mix" there."""
-        value = asdict(self)
-        for field, name in _NAMES_IN_FILES.items():
-            value[name] = value.pop(field)
-        return value
-
-
-@dataclass(frozen=True)
-class AccuracyVerdict:
-    """Whether a plan's accuracy is within the margin of the full model's, and why."""
-
-    accepted: bool
-    margin: float
-    reason: str
-
-
-def difference(full_U: Bools, plan_ZU: Bools, confidence: float = CONFIDENCE) -> Difference:
+def difference(full_U: Bools, plan_ZU: Bools, confidence: float = CONFIDENCE) -> AccuracyChange:
     """Accuracy of `plan_ZU` less that of `full_U`, question by question.
 
     One batch draw: Tango's score interval for paired proportions (Statistics in Medicine 17,
@@ -106,7 +56,7 @@ def difference(full_U: Bools, plan_ZU: Bools, confidence: float = CONFIDENCE) ->
 
     miss = 1 - confidence
     changes = (gained + lost) / len(full_U)
-    return Difference(
+    return AccuracyChange(
         items=len(full_U),
         full=float(full_U.mean()),
         plan=float(plan_ZU.mean()),
@@ -124,7 +74,7 @@ def difference(full_U: Bools, plan_ZU: Bools, confidence: float = CONFIDENCE) ->
     )
 
 
-def mean_of_tasks(found: Sequence[Difference]) -> Difference:
+def mean_of_tasks(found: Sequence[AccuracyChange]) -> AccuracyChange:
     """The mean over tasks, each counting the same whatever its number of questions.
 
     Its interval adds the tasks' own as independent ones, each side on its own (Newcombe's square
@@ -135,11 +85,11 @@ def mean_of_tasks(found: Sequence[Difference]) -> Difference:
     count = len(found)
     mean = sum(d.difference for d in found) / count
 
-    def reach(bound: Callable[[Difference], float]) -> float:
+    def reach(bound: Callable[[AccuracyChange], float]) -> float:
         return math.sqrt(sum((d.difference - bound(d)) ** 2 for d in found)) / count
 
     lost, gained = sum(d.lost for d in found), sum(d.gained for d in found)
-    return Difference(
+    return AccuracyChange(
         items=sum(d.items for d in found),
         full=sum(d.full for d in found) / count,
         plan=sum(d.plan for d in found) / count,
@@ -158,19 +108,19 @@ def mean_of_tasks(found: Sequence[Difference]) -> Difference:
 
 
 def non_inferior_accuracy(
-    found: Difference, margin: float, confidence: float = CONFIDENCE
-) -> AccuracyVerdict:
+    found: AccuracyChange, margin: float, confidence: float = CONFIDENCE
+) -> TaskVerdict:
     """Accepts only if, with `confidence`, accuracy is at most `margin` below the full model's."""
     shown = (
         f"accuracy {100 * found.difference:+.2f} points, at least "
         f"{100 * found.lower_bound:+.2f} with {100 * confidence:g}%"
     )
     if found.lower_bound >= -margin:
-        return AccuracyVerdict(True, margin, f"{shown}: within {100 * margin:g} points")
+        return TaskVerdict(True, margin, f"{shown}: within {100 * margin:g} points")
     reason = f"{shown}: not shown to be within {100 * margin:g} points"
     if found.difference > -margin:
         reason += f"; {found.items:,} questions like these show {100 * found.smallest_seen:.2f}"
-    return AccuracyVerdict(False, margin, reason)
+    return TaskVerdict(False, margin, reason)
 
 
 def mcnemar(lost: int, gained: int) -> float:

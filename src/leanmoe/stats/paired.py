@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.results.intervals import LossChange, RatioOfRuns
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -126,29 +127,16 @@ def _require_same(first: tuple[str, ...], second: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A ratio of sums over documents, with its uncertainty."""
+class Estimate(LossChange):
+    """A ratio of sums over documents, and what a bound on it is judged by."""
 
-    ratio: float
-    low: float
-    high: float
-    """Two-sided interval at the confidence asked for."""
-    upper_bound: float
-    """One-sided: with the confidence asked for, the truth is not above it."""
-    documents: int
     spread: float
     """Standard error times √documents: what one more document adds is judged by it."""
     confidence: float
 
     def to_json(self) -> dict[str, Any]:
-        """As result files hold it."""
-        return {
-            "ratio": self.ratio,
-            "low": self.low,
-            "high": self.high,
-            "upper_bound": self.upper_bound,
-            "documents": self.documents,
-        }
+        """The fields of `LossChange`, which results files hold."""
+        return {each.name: getattr(self, each.name) for each in fields(LossChange)}
 
 
 @dataclass(frozen=True)
@@ -344,13 +332,8 @@ def fixed_sequence(
 
 
 @dataclass(frozen=True)
-class Ratio:
+class Ratio(RatioOfRuns):
     """A variant's figure over the first variant's, paired by repeat."""
-
-    median: float
-    low: float
-    high: float
-    repeats: int
 
     @classmethod
     def of(cls, first: Sequence[float], other: Sequence[float], confidence: float = 0.95) -> Ratio:
