@@ -8,29 +8,25 @@ from leanmoe.kernels.cpu.experts import experts_cpu
 from leanmoe.kernels.cpu.router import route_cpu, route_cpu_unsupported
 from leanmoe.kernels.dispatch import Choice, Experts, choose_experts, choose_router
 from leanmoe.kernels.reference import expert_rows, experts_reference
-from leanmoe.kernels.triton.experts import experts_gpu, experts_gpu_unsupported
-from leanmoe.kernels.triton.router import RoutedGpu, route_gpu, route_gpu_ids, route_gpu_unsupported
+from leanmoe.kernels.triton.experts import experts_gpu
+from leanmoe.kernels.triton.router import route_gpu, route_gpu_unsupported
 from leanmoe.kernels.weights import ExpertWeights, Gate
-from leanmoe.kernels.work import Work, count_work
+from leanmoe.kernels.work import count_work
 
 __all__ = [
     "Choice",
     "ExpertWeights",
     "Experts",
     "Gate",
-    "RoutedGpu",
-    "Work",
     "choose_experts",
     "choose_router",
     "count_work",
     "expert_rows",
     "experts_cpu",
     "experts_gpu",
-    "experts_gpu_unsupported",
     "experts_reference",
     "route_cpu",
     "route_cpu_unsupported",
     "route_gpu",
-    "route_gpu_ids",
     "route_gpu_unsupported",
 ]

@@ -21,24 +21,15 @@ from leanmoe.serve.vllm.launch import capture_sizes
 ENGINES = ("vllm", "sglang", "llama.cpp", "transformers")
 SGLANG_NOTE = "written for SGLang 0.5.23: run in its select_experts on a CPU, in no SGLang server"
 GGUF = {
-    "BailingMoeV2ForCausalLM": "bailingmoe2",
-    "DeepseekV2ForCausalLM": "deepseek2",
-    "DeepseekV3ForCausalLM": "deepseek2",
-    "Dots1ForCausalLM": "dots1",
-    "Ernie4_5_MoeForCausalLM": "ernie4_5-moe",
-    "Glm4MoeForCausalLM": "glm4moe",
-    "GptOssForCausalLM": "gpt-oss",
-    "GraniteMoeForCausalLM": "granitemoe",
-    "HunYuanMoEV1ForCausalLM": "hunyuan-moe",
-    "Lfm2MoeForCausalLM": "lfm2moe",
-    "MiniMaxM2ForCausalLM": "minimax-m2",
-    "MixtralForCausalLM": "llama",
-    "OlmoeForCausalLM": "olmoe",
-    "PhimoeForCausalLM": "phimoe",
-    "Qwen2MoeForCausalLM": "qwen2moe",
-    "Qwen3MoeForCausalLM": "qwen3moe",
-    "Qwen3NextForCausalLM": "qwen3next",
-}
+    "BailingMoeV2ForCausalLM": "bailingmoe2", "DeepseekV2ForCausalLM": "deepseek2",
+    "DeepseekV3ForCausalLM": "deepseek2", "Dots1ForCausalLM": "dots1",
+    "Ernie4_5_MoeForCausalLM": "ernie4_5-moe", "Glm4MoeForCausalLM": "glm4moe",
+    "GptOssForCausalLM": "gpt-oss", "GraniteMoeForCausalLM": "granitemoe",
+    "HunYuanMoEV1ForCausalLM": "hunyuan-moe", "Lfm2MoeForCausalLM": "lfm2moe",
+    "MiniMaxM2ForCausalLM": "minimax-m2", "MixtralForCausalLM": "llama",
+    "OlmoeForCausalLM": "olmoe", "PhimoeForCausalLM": "phimoe", "Qwen2MoeForCausalLM": "qwen2moe",
+    "Qwen3MoeForCausalLM": "qwen3moe", "Qwen3NextForCausalLM": "qwen3next",
+}  # fmt: skip
 """llama.cpp's name (`general.architecture`) for some of Transformers' classes."""
 
 
