@@ -32,13 +32,11 @@ def tune(
 
     Writes plan.json and results.json into `output`, and takes up what a run left there.
     """
-    from leanmoe.results.tune import TuneResults
     from leanmoe.tune.run import tune as run
     from leanmoe.tune.settings import TuneSettings
 
     made = make_settings(TuneSettings, {"model": model, **settings})
-    run(made, Path(output), _call("tune", model, settings), overwrite)
-    return TuneResults.read(Path(output) / "results.json")
+    return run(made, Path(output), _call("tune", model, settings), overwrite)
 
 
 def evaluate(

@@ -52,13 +52,13 @@ class Room:
 
     @property
     def step_tokens(self) -> int:
-        """Of a step at most; chunks of prompts where whole ones would do cost attention."""
+        """The most tokens of a step; chunks of prompts where whole ones would do cost attention."""
         whole = PREFILL_TOKENS_A_STEP // self.longest_prompt * self.longest_prompt
         return (whole or PREFILL_TOKENS_A_STEP) + self.decode_batch
 
     @property
     def page(self) -> int:
-        """As long as the longest request, so that each has a page of its own."""
+        """The length of the longest request, so that each has a page of its own."""
         return max(64, 1 << (self.longest - 1).bit_length())
 
 

@@ -70,7 +70,7 @@ class Timeline:
     """When each token came; over HTTP each piece of the stream, which may hold several."""
     input_tokens: int
     output_tokens: int
-    """As the engine counts them."""
+    """Counted by the engine."""
     delay: float = 0.0
     """Seconds from when an open loop meant to send it to when it was sent."""
 

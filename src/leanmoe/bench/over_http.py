@@ -153,7 +153,7 @@ def bypass_proxies(hosts: set[str]) -> None:
 
 
 def set_processes(decode_batch: int) -> None:
-    """As many of GuideLLM's processes as the streams need, on the cores there are."""
+    """Lets GuideLLM have as many processes as the streams need, on the cores there are."""
     from guidellm.settings import settings
 
     cores = os.cpu_count() or 1

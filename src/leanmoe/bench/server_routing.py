@@ -192,7 +192,7 @@ class ScrapedStep:
 
     rows: int
     band: str
-    """As the server names it: a number, or "full model"."""
+    """The server's name for it: a number, or "full model"."""
     up_to: str
     distinct: float
     """Experts that the step activated."""

@@ -24,11 +24,11 @@ class Server:
     url: str
     """Without a path: requests go to its /v1/completions."""
     model: str = ""
-    """As it calls what it serves."""
+    """Its name for what it serves."""
     root: str | None = None
     """Where the model came from, if the server says so."""
     max_tokens: int | None = None
-    """Of prompt and reply, if the server says so."""
+    """Most tokens of prompt and reply, if the server says so."""
 
 
 def is_server(target: str) -> bool:

@@ -66,7 +66,7 @@ class ServiceLoad:
 
     @property
     def name(self) -> str:
-        """As a reader would say it."""
+        """The load in words."""
         if self.concurrency is not None:
             return f"{self.concurrency} at once"
         return f"{self.rate:g} a second"

@@ -21,7 +21,7 @@ TOKENS_AT_THE_RIDGE = 200
 NOTE = (
     "Modelled: tokens choose experts independently and evenly, each weight is read once a step, "
     "and reading it is all that takes time; KV cache and activations are left out. It stops "
-    "holding where an awake expert has hundreds of tokens (about {ridge} on an H200; shown as "
+    "holding where an active expert has hundreds of tokens (about {ridge} on an H200; shown as "
     "–): there time falls with k itself. Real tokens agree on experts and wake fewer of them, "
     "which leanmoe tune measures."
 )

@@ -195,7 +195,7 @@ def right_or_wrong(task: str, samples: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def _log_likelihoods(sample: dict[str, Any]) -> list[float] | None:
-    """Of a question's answers; None where it is answered with a text."""
+    """Log-likelihoods of a question's answers; None where it is answered with a text."""
     replies = sample["filtered_resps"]
     if any(isinstance(reply, str) for reply in replies):
         return None

@@ -146,7 +146,7 @@ class EvalSettings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """As a run's settings.json holds them."""
+        """The settings as settings.json holds them."""
         value = asdict(self)
         value["tasks"] = list(self.tasks)
         value["domain"] = [list(pair) for pair in self.domain]

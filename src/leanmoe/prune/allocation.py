@@ -38,7 +38,7 @@ class Evolution:
     moves: int = 3
     """Moves between layers that a child may make at most."""
     step_share: float = 1 / 16
-    """Of a layer's experts: what one move takes."""
+    """The share of a layer's experts that one move takes."""
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def _check_kept(kept: Kept, shape: MoEShape) -> None:
 
 
 def _fingerprint(source: Source) -> str:
-    """Of the source's files by name, size and time: another source is not gone on with."""
+    """The digest of the source's files by name, size and time: a run ends at another source."""
     text = [
         f"{file} {(info := (source.folder / file).stat()).st_size} {info.st_mtime_ns}"
         for file in sorted(source.shards)

@@ -31,7 +31,7 @@ class TensorPart:
     kind: Kind
     """A tensor of one expert, or one whose first or last axis is the experts."""
     expert: int | None = None
-    """Of a numbered one."""
+    """The number of a numbered one."""
 
 
 def expert_parts(shapes: Mapping[str, Sequence[int]], experts: int) -> dict[str, TensorPart]:

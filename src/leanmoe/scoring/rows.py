@@ -177,7 +177,7 @@ class Laid:
     """PADDING, TRUNK, or the answer of the bundle that a column is of."""
     prompt_tokens: int
     place_T: Tensor
-    """Of each prediction, its bundle and column as one number."""
+    """The bundle and column of each prediction as one number."""
     following_T: Tensor
     """The token that is predicted."""
     row_T: Tensor
