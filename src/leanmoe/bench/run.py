@@ -18,6 +18,7 @@ from leanmoe.core.quiet import quiet_transformers
 from leanmoe.models.reference import folder_of
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
+from leanmoe.plan.named_plans import read_plans
 from leanmoe.results.bench import BenchResults
 
 RESULTS = "results.json"
@@ -88,7 +89,7 @@ def busy_machine() -> list[str]:
 
 def _in_process(settings: BenchSettings) -> tuple[Runner, Supply, str]:
     (name,) = settings.targets
-    plans = read_plans(settings.plan, name)
+    plans = _plans(settings)
     from leanmoe.bench.in_process import InProcess
     from leanmoe.runtime import load_model
 
@@ -122,7 +123,7 @@ def _http(settings: BenchSettings) -> tuple[Runner, Supply, str]:
 
 
 def _vllm(settings: BenchSettings) -> tuple[Runner, Supply, str]:
-    plans = read_plans(settings.plan, settings.targets[0])
+    plans = _plans(settings)
     from leanmoe.bench.vllm_offline import VLLMOffline
     from leanmoe.core.installed_vllm import require_vllm
 
@@ -132,23 +133,11 @@ def _vllm(settings: BenchSettings) -> tuple[Runner, Supply, str]:
     return VLLMOffline(settings.targets[0], files, settings, supply), supply, source
 
 
-def read_plans(paths: Sequence[Path], model: str) -> dict[str, Plan]:
-    """The plans by their files' names, checked from the model's config.json alone.
-
-    Raises LeanMoeError for a name that stands twice and for a plan of another model.
-    """
-    fingerprint = read_shape(model).fingerprint()
-    plans: dict[str, Plan] = {}
-    for path in paths:
-        name = path.stem
-        if name in plans or name == "full":
-            raise LeanMoeError(f"plan {path}: another variant is called {name}; rename the file")
-        plans[name] = Plan.load(path)
-        try:
-            plans[name].check(fingerprint)
-        except LeanMoeError as error:
-            raise LeanMoeError(f"plan {name}: {error}") from error
-    return plans
+def _plans(settings: BenchSettings) -> dict[str, Plan]:
+    """The plans by their files' names, checked from the model's config.json alone."""
+    model = read_shape(settings.targets[0]).fingerprint()
+    plans = read_plans(settings.plan, (), model, by_folder=False)
+    return {each.name: each.plan for each in plans}
 
 
 def make_supply(settings: BenchSettings, tokenizer: Any) -> tuple[str, Supply]:

@@ -35,21 +35,27 @@ class Named:
 
 
 def read_plans(
-    files: Sequence[Path], rules: Sequence[str], model: Fingerprint
+    files: Sequence[Path], rules: Sequence[str], model: Fingerprint, by_folder: bool = True
 ) -> tuple[Named, ...]:
     """The plans of `files`, then a plan for each of `rules`, checked against the model.
 
-    A file is called by its own name, or by its folder's where that says nothing (plan.json).
-    Raises LeanMoeError for a plan of another model and for two of one name.
+    A file is called by its own name, or `by_folder` by its folder's where that says nothing
+    (plan.json). Raises LeanMoeError for a plan of another model and for two variants of one name.
     """
-    found = [Named(_file_name(path), Plan.load(path)) for path in files]
-    found += [Named(text, Plan.uniform(model, parse_rule(text))) for text in rules]
-    names = [each.name for each in found]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise LeanMoeError(f"two plans are called {twice[0]!r}: give files of other names")
-    for each in found:
-        each.plan.check(model)
-    return tuple(found)
+    plans = [Named(_file_name(path, by_folder), Plan.load(path)) for path in files]
+    plans += [Named(text, Plan.uniform(model, parse_rule(text))) for text in rules]
+    taken = {"full", FULL}
+    for each in plans:
+        if each.name in taken:
+            raise LeanMoeError(
+                f"another variant is called {each.name}: give a plan's file another name"
+            )
+        taken.add(each.name)
+        try:
+            each.plan.check(model)
+        except LeanMoeError as error:
+            raise LeanMoeError(f"plan {each.name}: {error}") from error
+    return tuple(plans)
 
 
 def require_at_work(plans: Sequence[Named], decode_batch: int) -> None:
@@ -79,5 +85,5 @@ def parse_rule(text: str) -> Rule:
     return Rule.from_json(value, f"rule {text!r}")
 
 
-def _file_name(path: Path) -> str:
-    return path.resolve().parent.name if path.stem == "plan" else path.stem
+def _file_name(path: Path, by_folder: bool) -> str:
+    return path.resolve().parent.name if by_folder and path.stem == "plan" else path.stem

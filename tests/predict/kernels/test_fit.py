@@ -11,7 +11,7 @@ from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
 from leanmoe.predict.kernels.fit import Form, Reading, accuracy, choose, errors_of, fit
 from leanmoe.predict.kernels.kernel_constants import KernelConstants, Regime
-from leanmoe.predict.kernels.tile_heuristics import ANY, CUTLASS, Stage, stages
+from leanmoe.predict.kernels.tile_heuristics import ANY, CUTLASS, StepRange, stages
 
 H200 = GPUS["h200"]
 
@@ -79,7 +79,7 @@ def test_tuned_layers_are_fitted_apart_and_the_form_is_chosen() -> None:
         for tokens in (1, 2, 4, 8, 16, 64, 256):
             rows = Rows(tokens, 8, 8 * tokens, distinct_uniform(shape.experts, 8, tokens))
             made.append(Reading(shape, rows, truth.seconds(shape, rows, H200)))
-    steps = (Stage(ANY, (PredictedTile(64, 64),)),)
+    steps = (StepRange(ANY, (PredictedTile(64, 64),)),)
     form = choose("x", H200, "bfloat16", made, steps, truth.tuned)
     assert form.least_waves == 3
     found = fit("x", H200, "bfloat16", made, "", steps, form)

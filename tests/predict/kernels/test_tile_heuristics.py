@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from leanmoe.predict.kernels.tile_heuristics import ANY, CUTLASS, SCHEDULES, TUNED, Stage, stages
+from leanmoe.predict.kernels.tile_heuristics import (
+    ANY,
+    CUTLASS,
+    SCHEDULES,
+    TUNED,
+    StepRange,
+    stages,
+)
 
 
 @pytest.mark.parametrize("schedule", [*SCHEDULES.values(), TUNED, CUTLASS])
-def test_stages_rise_and_the_last_takes_any_step(schedule: tuple[Stage, ...]) -> None:
+def test_stages_rise_and_the_last_takes_any_step(schedule: tuple[StepRange, ...]) -> None:
     limits = {(stage.tokens_an_expert, stage.slots_an_expert) for stage in schedule}
     for limit in limits:
         mine = [s.up_to for s in schedule if (s.tokens_an_expert, s.slots_an_expert) == limit]

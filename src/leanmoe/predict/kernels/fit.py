@@ -31,7 +31,7 @@ from leanmoe.predict.kernels.kernel_constants import (
     Tuned,
     tuned_tile,
 )
-from leanmoe.predict.kernels.tile_heuristics import CUTLASS, TUNED, Stage
+from leanmoe.predict.kernels.tile_heuristics import CUTLASS, TUNED, StepRange
 
 REWEIGHTED = 6
 NEAR = 0.02
@@ -81,7 +81,7 @@ def fit(
     dtype: str,
     readings: Sequence[Reading],
     fitted_to: str,
-    stages: Sequence[Stage] = CUTLASS,
+    stages: Sequence[StepRange] = CUTLASS,
     form: Form = Form(),
 ) -> KernelConstants:
     """Constants of a kernel from `readings`, stage by stage; needs scipy.
@@ -118,7 +118,7 @@ def choose(
     gpu: Gpu,
     dtype: str,
     readings: Sequence[Reading],
-    stages: Sequence[Stage],
+    stages: Sequence[StepRange],
     tuned: Tuned | None = None,
 ) -> Form:
     """The form that predicts left-out layers best, one choice after another."""
@@ -142,14 +142,14 @@ def choose(
     return form
 
 
-def _takes(stage: Stage, reading: Reading, tuned: Tuned) -> bool:
+def _takes(stage: StepRange, reading: Reading, tuned: Tuned) -> bool:
     if stage.tiles is None and tuned_tile(tuned, reading.shape, reading.rows.tokens) is None:
         return False
     limits = stage.tokens_an_expert, stage.slots_an_expert
     return Regime(stage.up_to, None, {}, *limits).takes(reading.shape, reading.rows)
 
 
-def _regime(stage: Stage, readings: Sequence[Reading], gpu: Gpu, form: Form) -> Regime:
+def _regime(stage: StepRange, readings: Sequence[Reading], gpu: Gpu, form: Form) -> Regime:
     names = form.tuned_names if stage.tiles is None else form.names
     used = [FEATURES.index(name) for name in names]
     took = np.array([r.seconds for r in readings]) / MICROSECOND

@@ -19,7 +19,7 @@ ANY = 1e9
 
 
 @dataclass(frozen=True)
-class Stage:
+class StepRange:
     """A range of steps that constants are fitted to, and the tiles that a kernel may take there."""
 
     up_to: float
@@ -32,20 +32,20 @@ class Stage:
 
 def stages(
     edges: Sequence[float], tiles: tuple[PredictedTile, ...] | None = TILES
-) -> tuple[Stage, ...]:
+) -> tuple[StepRange, ...]:
     """Ranges of tokens that end at `edges`, all with the same tiles."""
-    return tuple(Stage(edge, tiles) for edge in edges)
+    return tuple(StepRange(edge, tiles) for edge in edges)
 
 
 TUNED = stages((4, 32, 96, 512, 2048, ANY), None)
 """Stages of layers with a tuned configuration."""
 CUTLASS = stages((4, 32, 64, 96, 512, 2048, ANY), (PredictedTile(64, 128), PredictedTile(128, 128)))
-SCHEDULES: Mapping[tuple[str, str], tuple[Stage, ...]] = {
+SCHEDULES: Mapping[tuple[str, str], tuple[StepRange, ...]] = {
     ("vllm-triton", "bfloat16"): (
         *stages((4, 32), (PredictedTile(16, 64),)),
-        Stage(64, (PredictedTile(32, 64),)),
-        Stage(96, (PredictedTile(32, 128),)),
-        Stage(512, (PredictedTile(64, 128),)),
+        StepRange(64, (PredictedTile(32, 64),)),
+        StepRange(96, (PredictedTile(32, 128),)),
+        StepRange(512, (PredictedTile(64, 128),)),
         *stages((2048, ANY), (PredictedTile(128, 128),)),
     ),
     ("vllm-triton", "fp8_block"): (
@@ -53,12 +53,12 @@ SCHEDULES: Mapping[tuple[str, str], tuple[Stage, ...]] = {
         *stages((512, 2048, ANY), (PredictedTile(64, 128),)),
     ),
     ("sglang-triton", "bfloat16"): (
-        *(Stage(edge, (PredictedTile(16, 32),), tokens_an_expert=1) for edge in (4, 32, ANY)),
+        *(StepRange(edge, (PredictedTile(16, 32),), tokens_an_expert=1) for edge in (4, 32, ANY)),
         *stages((96, 512, 2048, ANY), (PredictedTile(64, 64),)),
     ),
     ("sglang-triton", "fp8_block"): stages((4, 32, 96, 512, 2048, ANY), (PredictedTile(64, 128),)),
     ("vllm-triton", "w4a16_mxfp4"): tuple(
-        Stage(ANY, (PredictedTile(rows, 128), PredictedTile(rows, 256)), slots_an_expert=limit)
+        StepRange(ANY, (PredictedTile(rows, 128), PredictedTile(rows, 256)), slots_an_expert=limit)
         for rows, limit in ((16, 16), (32, 32), (64, 64), (128, None))
     ),
 }
