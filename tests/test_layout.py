@@ -8,10 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from scripts.files_touched import files_touched
 
 import leanmoe
 from leanmoe.core.shapes import LETTERS
+from scripts.files_touched import files_touched
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(leanmoe.__file__).parent
