@@ -163,9 +163,10 @@ def commit_of(tree: Path) -> str:
     """The commit of a checkout, with "+dirty" where it was changed."""
     if (named := tree / "COMMIT").is_file():
         return named.read_text(encoding="utf-8").strip()
+    if said := os.environ.get("LEANMOE_COMMIT"):
+        return said
     words = ["git", "-C", str(tree), "describe", "--always", "--dirty=+dirty", "--abbrev=12"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("LEANMOE_COMMIT", "unknown")
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
