@@ -9,7 +9,6 @@ import pytest
 
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
-from leanmoe.prune.allocation import Evolution
 from tests.cli.test_main import run
 
 
@@ -37,22 +36,6 @@ def test_a_plan_touches_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture
     plan = Plan.from_json(json.loads((tmp_path / "plan.json").read_text()))
     plan.check(read_shape("reference").fingerprint())
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
-
-
-def test_layers_of_a_plan_may_keep_different_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = Evolution(generations=2, children=3)
-    monkeypatch.setattr("leanmoe.prune.allocation.Evolution", lambda: small)
-    monkeypatch.setattr("leanmoe.prune.run.ALLOCATION_TOKENS", 300)
-    command = ["prune", "reference", "--keep", "50%", "--tokens", "1024", "--as-plan", "--json"]
-    code, out, _ = run(capsys, *command, "--allocation", "evoesap", "-o", str(tmp_path))
-    assert code == 0
-    counts = [len(experts) for experts in json.loads(out)["kept"]]
-    assert sum(counts) == 6 * 32
-    plan = Plan.load(tmp_path / "plan.json")
-    assert plan.provenance["allocation"]["counts"] == counts
-    assert plan.provenance["allocation"]["fitness"] >= plan.provenance["allocation"]["even_fitness"]
 
 
 @pytest.mark.parametrize(
