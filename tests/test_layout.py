@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path(leanmoe.__file__).parent
 MODULES = [path for path in sorted(SOURCE.rglob("*.py")) if path.name != "__init__.py"]
 NAMES = [path.relative_to(SOURCE).as_posix() for path in MODULES]
-MOST_LINES, MOST_LINES_OF_ALL, MOST_LINES_OF_HALF = 400, 33_700, 150
+MOST_LINES, MOST_LINES_OF_ALL, MOST_LINES_OF_HALF = 400, 33_500, 150
 ONE_EACH_VERB = {"run.py", "settings.py"}
 """File names that every verb's folder has."""
 PROGRAM = "the text of a kernel, which the test of its launcher runs"
@@ -32,8 +32,6 @@ EXCEPTIONS = {
     "cli/options.py": "declarations that every command's test goes through",
     "cli/study.py": COMMAND,
     "cli/tune.py": COMMAND,
-    "cli/verb.py": "how a command is made, which every command's test goes through",
-    "eval/settings.py": "defaults, which tests/eval/test_run.py reads",
     "kernels/cpu/experts_program.py": PROGRAM,
     "kernels/cpu/gemm.py": PROGRAM,
     "kernels/cpu/llvm_microkernel.py": PROGRAM,
@@ -49,7 +47,6 @@ EXCEPTIONS = {
     "kernels/triton/router_token_program.py": PROGRAM,
     "kernels/triton/tile_program.py": PROGRAM,
     "prune/run.py": "the verb, which tests/prune/test_checkpoint.py and tests/cli run",
-    "prune/settings.py": "defaults, which the tests of the verb read",
 }
 """Modules without a test file of their own, each with the reason."""
 

@@ -7,11 +7,11 @@ import re
 
 import pytest
 
+from leanmoe.core.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
 from leanmoe.plan import Plan
 from leanmoe.report import plots
 from leanmoe.report.page import BUTTONS, interval, number, plot, render, sure
 from leanmoe.report.tune_page import tune_page
-from leanmoe.results.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
 from tests.report import example
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from leanmoe.results.intervals import LossChange
+from leanmoe.core.intervals import LossChange
 from leanmoe.results.study import QualityRow, StudiedQuality, StudyResults
 from leanmoe.study.claims import BEST_SHAPE, quality_claims, speed_claims
 

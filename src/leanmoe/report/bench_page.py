@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from leanmoe.core.intervals import RatioOfRuns
 from leanmoe.plan import Plan
 from leanmoe.report.page import render, sure
 from leanmoe.results.bench import THROUGHPUT, BenchedLoad, BenchResults
-from leanmoe.results.intervals import RatioOfRuns
 from leanmoe.results.tune import describe_rule
 
 FIGURES = {

@@ -10,8 +10,8 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
+from leanmoe.core.intervals import LossChange, MeanChange
 from leanmoe.results.eval import DomainMatrix, EvalResults, PassAt, Replies, ReplyRow, TaskRow
-from leanmoe.results.intervals import LossChange, MeanChange
 
 
 @dataclass(frozen=True)

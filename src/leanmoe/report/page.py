@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from leanmoe.core.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
 from leanmoe.report import plots
-from leanmoe.results.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
 from leanmoe.results.tune import percent
 
 BUTTONS = [["toImage", "resetScale2d"]]

@@ -7,9 +7,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from leanmoe.core.intervals import LossChange, RatioOfRuns
 from leanmoe.plan import Plan
 from leanmoe.results.bench import THROUGHPUT, TPOT, BenchResults
-from leanmoe.results.intervals import LossChange, RatioOfRuns
 from leanmoe.results.predict import SweepResults
 from leanmoe.results.study import Analysis, Banded, Table9, UShape, V2Lite
 from leanmoe.results.tune import (

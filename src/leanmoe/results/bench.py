@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from leanmoe.core.intervals import RatioOfRuns
 from leanmoe.core.provenance import Provenance
 from leanmoe.core.schema import ResultsFile
 from leanmoe.plan import Plan
-from leanmoe.results.intervals import RatioOfRuns
 
 THROUGHPUT, TPOT = "output_throughput", "median_tpot_ms"
 Figures = dict[str, float]

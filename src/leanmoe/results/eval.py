@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from leanmoe.core.intervals import LossChange, MeanChange
 from leanmoe.core.provenance import Provenance
 from leanmoe.core.schema import ResultsFile, stored_as
 from leanmoe.plan import Plan
-from leanmoe.results.intervals import LossChange, MeanChange
 from leanmoe.results.tune import StepsMadeWith
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from leanmoe.core.intervals import LossChange, RatioOfRuns
 from leanmoe.core.provenance import Provenance
 from leanmoe.core.schema import ResultsFile, stored_as
-from leanmoe.results.intervals import LossChange, RatioOfRuns
 from leanmoe.results.tune import TextPart
 
 BY_K = dict[str, float]

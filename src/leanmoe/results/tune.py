@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from leanmoe.core.intervals import LossChange, LossGap, RatioOfRuns
 from leanmoe.core.provenance import MadeWith, Provenance
 from leanmoe.core.schema import ResultsFile, stored_as
 from leanmoe.models.shape import Fingerprint
 from leanmoe.plan import Rule
-from leanmoe.results.intervals import LossChange, LossGap, RatioOfRuns
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.results.intervals import LossChange, RatioOfRuns
+from leanmoe.core.intervals import LossChange, RatioOfRuns
 
 CONFIDENCE = 0.95
 POWER = 0.8

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
+from leanmoe.core.intervals import LossChange
 from leanmoe.predict.experts.spread import ranks_touched
-from leanmoe.results.intervals import LossChange
 from leanmoe.results.study import Analysis, Banded, Claim, StudiedQuality, Table9, V2Lite
 from leanmoe.study import paper
 from leanmoe.study.table_9 import WITHIN

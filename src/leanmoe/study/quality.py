@@ -15,6 +15,7 @@ import numpy as np
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, write_json
+from leanmoe.core.intervals import LossChange
 from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.schema import from_json, to_json
@@ -30,7 +31,6 @@ from leanmoe.prune.criteria import (
     observe,
     rank_experts,
 )
-from leanmoe.results.intervals import LossChange
 from leanmoe.results.study import QualityRow, StudiedQuality
 from leanmoe.results.tune import TextPart
 from leanmoe.runtime import apply, load_model, shape_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from leanmoe.core.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
 from leanmoe.core.schema import from_json, to_json
-from leanmoe.results.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
 from leanmoe.stats.paired import ratio_of_sums
 
 

@@ -1,4 +1,4 @@
-"""The intervals that results files hold; their confidence stands in the files' settings."""
+"""Intervals as statistics give them and results files hold them, beside their confidence."""
 
 from __future__ import annotations
 
