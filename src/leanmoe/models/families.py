@@ -12,13 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError, unknown_name
-from leanmoe.models.attention import (
-    Mixer,
-    attention,
-    hybrid,
-    latent_attention,
-    window_and_full,
-)
+from leanmoe.models.attention import Mixer, attention, hybrid, latent_attention, window_and_full
 from leanmoe.models.hf_config import HfConfig
 from leanmoe.models.linear_attention import (
     gated_delta_net,

@@ -57,10 +57,7 @@ class Router:
 
 
 def routing(
-    base: Router,
-    normalise: str | None = None,
-    scaling: str | None = None,
-    groups: bool = False,
+    base: Router, normalise: str | None = None, scaling: str | None = None, groups: bool = False
 ) -> Callable[[HfConfig], Router]:
     """`base`, with what the config decides: keys of the flag and the factor, and groups."""
 

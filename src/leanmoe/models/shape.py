@@ -19,13 +19,7 @@ from leanmoe.models.families import FAMILIES, Family, Router, family_of
 from leanmoe.models.hf_config import FILE, HfConfig, language_part, read_config
 from leanmoe.models.weight_format import Storage, storage
 
-__all__ = [
-    "MoEShape",
-    "Parameters",
-    "distinct_grouped",
-    "distinct_uniform",
-    "read_shape",
-]
+__all__ = ["MoEShape", "Parameters", "distinct_grouped", "distinct_uniform", "read_shape"]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,7 @@ from leanmoe.predict.experts.curve_sources import find_curves
 from leanmoe.predict.hardware.gpus import Gpu, read_gpu
 from leanmoe.predict.prediction import Basis, Prediction, default_kernel
 from leanmoe.predict.prediction import predict as predict_load
-from leanmoe.predict.settings import (
-    CONCURRENCY,
-    SWEPT_CONCURRENCY,
-    SWEPT_GPUS,
-    PredictSettings,
-)
+from leanmoe.predict.settings import CONCURRENCY, SWEPT_CONCURRENCY, SWEPT_GPUS, PredictSettings
 from leanmoe.predict.step.deployment import DeploymentRequest, find_deployment
 from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
 from leanmoe.predict.traffic.sweep import sweep

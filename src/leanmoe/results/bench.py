@@ -42,7 +42,7 @@ class BandSamples:
 
     band: str
     up_to: str
-    """As the server's /metrics says them: "none" where the band has no end."""
+    """The words of the server's /metrics: "none" where the band has no end."""
     samples: int
 
 

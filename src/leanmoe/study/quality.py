@@ -36,11 +36,7 @@ from leanmoe.results.tune import TextPart
 from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
-from leanmoe.stats.paired import (
-    CONFIDENCE,
-    Losses,
-    loss_increase,
-)
+from leanmoe.stats.paired import CONFIDENCE, Losses, loss_increase
 
 FILE = "quality.json"
 KEEP = ("75%", "50%", "25%")

@@ -179,10 +179,7 @@ def _kept_experts(
         rule = Rule(experts=tuple(range(int(model.experts * share))))
         column = throughputs(step, plan_of(model, rule), curves, lengths, loads)
         kept_rows.append(
-            {
-                "share": share,
-                "gain": [100 * (a / b - 1) for a, b in zip(column, full, strict=True)],
-            }
+            {"share": share, "gain": [100 * (a / b - 1) for a, b in zip(column, full, strict=True)]}
         )
     return kept_rows
 

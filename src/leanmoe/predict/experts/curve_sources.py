@@ -35,13 +35,7 @@ def assumed_curves(model: MoEShape, assumed: Assumed, scope: RankLayout = ALONE)
     def curve_of(_layer: int, rule: Rule) -> Curve:
         if rule not in cached:
             cached[rule] = assumed_curve(
-                model.experts,
-                model.top_k,
-                rule,
-                assumed,
-                router.groups,
-                router.groups_used,
-                scope,
+                model.experts, model.top_k, rule, assumed, router.groups, router.groups_used, scope
             )
         return cached[rule]
 

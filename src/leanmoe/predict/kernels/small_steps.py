@@ -78,7 +78,7 @@ TUNED: Mapping[tuple[str, int, int], tuple[tuple[float, Launch], ...]] = {
         (3, Launch(32, 64, 3)),
         (12, Launch(64, 128, 4, 64)),
         (ANY, Launch(32, 256, 5, 16)),
-    ),
+    )
 }
 """By GPU, experts and expert width: vLLM's own configuration in bf16, up to so many tokens. Here is
 gpt-oss-120b's alone (`E=128,N=2880,device_name=NVIDIA_H100_80GB_HBM3.json`, as 0.32.0 has it; the

@@ -249,11 +249,7 @@ class StepTime:
     def _touched(self, slots: float) -> float:
         router = self.model.router
         return ranks_touched(
-            self.model.experts,
-            slots,
-            self.deployment.expert,
-            router.groups,
-            router.groups_used,
+            self.model.experts, slots, self.deployment.expert, router.groups, router.groups_used
         )
 
     def _communication(self, mine: float, tokens: float, active: list[Active]) -> float:

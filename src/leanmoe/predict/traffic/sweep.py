@@ -149,11 +149,7 @@ def points_of(
 
 
 def _point(
-    plan: str,
-    step: StepTime,
-    activation: Activation,
-    load: ServiceLoadModel,
-    experts: float | None,
+    plan: str, step: StepTime, activation: Activation, load: ServiceLoadModel, experts: float | None
 ) -> SweptPoint | None:
     """One configuration; None where not all of its requests fit beside the weights."""
     here, concurrency = step.deployment, load.concurrency or 0
