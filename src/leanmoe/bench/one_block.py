@@ -24,7 +24,6 @@ SECTIONS = (
     ("Inter-token Latency", "itl"),
     ("End-to-end Latency", "e2el"),
 )
-_COMPARED = (("output_throughput", "output tokens/s"), ("median_tpot_ms", "median TPOT"))
 STATISTICS = (("Mean", "mean"), ("Median", "median"), ("P90", "p90"), ("P99", "p99"))
 
 

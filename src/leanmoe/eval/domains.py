@@ -78,11 +78,10 @@ def domain_matrix(
     folder: RunFolder,
 ) -> dict[str, Any]:
     """Rows: plans as given, and one calibrated on each domain; columns: the domains tested."""
-    domains = [domain for domain, _ in texts]
-    windows = {domain.name: found for domain, found in texts}
+    windows = {domain.name: heldout for domain, heldout in texts}
     rows = [*plans]
-    if settings.calibrate is not None:
-        rows += [_calibrated(model, tokenizer, d, settings, folder) for d in domains]
+    if settings.calibrate:
+        rows += [_calibrated(model, tokenizer, d, settings, folder) for d, _ in texts]
     empty = Plan(shape_of(model).fingerprint())
 
     def measured(plan: Plan, key: str, what: str, where: Windows) -> Losses:
@@ -101,7 +100,7 @@ def domain_matrix(
                 "tokens": windows[d.name].tokens,
                 "full_loss": full[d.name].mean,
             }
-            for d in domains
+            for d, _ in texts
         ],
         "calibrate": settings.calibrate,
         "rows": [

@@ -102,12 +102,6 @@ class Windows:
         """The first tokens of a row in the model's call that are a prompt: what `apply` takes."""
         return self.ids_SN.shape[1] if self.reply_tokens else self.prompt_tokens
 
-    @property
-    def tokens_run(self) -> int:
-        """Tokens that one pass computes, padding not counted."""
-        twice = self.ids_SN.shape[1] - self.prompt_tokens if self.reply_tokens else 0
-        return self.tokens + twice * len(self.lengths_S)
-
     def after_prompt(self, tokens: int, reply: int = 0) -> Windows:
         """The same windows with their first `tokens` tokens as a prompt, which is not scored.
 
@@ -201,16 +195,15 @@ def cut(
     draw = random.Random(seed)
     shuffled = list(documents)
     draw.shuffle(shuffled)
-    pieces = {}
-    available = 0
+    pieces, available = {}, 0
     for number, document in enumerate(shuffled):
         if tokens is not None and available >= tokens:
             break
-        found = list(_pieces(_token_ids(document, tokenizer), length))
-        draw.shuffle(found)
-        if found:
-            pieces[number] = found
-            available += len(found[0])
+        windows = list(_pieces(_token_ids(document, tokenizer), length))
+        draw.shuffle(windows)
+        if windows:
+            pieces[number] = windows
+            available += len(windows[0])
     if not pieces:
         raise LeanMoeError(
             f"the text is too short: none of its {len(documents)} documents has "
