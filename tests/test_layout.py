@@ -28,8 +28,6 @@ EXCEPTIONS = {
     "cli/calibrate.py": COMMAND,
     "cli/eval.py": COMMAND,
     "cli/export.py": COMMAND,
-    "cli/kernels_settings.py": "defaults, which tests/cli/test_kernels.py reads",
-    "cli/options.py": "declarations that every command's test goes through",
     "cli/study.py": COMMAND,
     "cli/tune.py": COMMAND,
     "kernels/cpu/experts_program.py": PROGRAM,
@@ -46,7 +44,6 @@ EXCEPTIONS = {
     "kernels/triton/router_program.py": PROGRAM,
     "kernels/triton/router_token_program.py": PROGRAM,
     "kernels/triton/tile_program.py": PROGRAM,
-    "prune/run.py": "the verb, which tests/prune/test_checkpoint.py and tests/cli run",
 }
 """Modules without a test file of their own, each with the reason."""
 
