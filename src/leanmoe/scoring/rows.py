@@ -130,8 +130,8 @@ def calls(
     """
     if len(bundles) < decode_batch:
         raise LeanMoeError(
-            f"decode_batch is {decode_batch}: it needs as many questions, and there are "
-            f"{len(bundles)}"
+            f"decode_batch is {decode_batch}: there are "
+            f"{len(bundles)} questions, and it needs as many"
         )
     draw = random.Random(seed)
     ranks = [draw.random() for _ in bundles]
