@@ -1,0 +1,38 @@
+"""Which tests `make check` leaves out: those that take more than a few seconds each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SLOW = (
+    "tests/bench/test_continuous.py",
+    "tests/bench/test_in_process.py",
+    "tests/bench/test_over_http.py",
+    "tests/benchmarks",
+    "tests/cli/test_bench.py",
+    "tests/cli/test_predict.py",
+    "tests/cli/test_prune.py",
+    "tests/conformance",
+    "tests/eval/test_harness.py",
+    "tests/eval/test_run.py",
+    "tests/kernels/triton",
+    "tests/prune",
+    "tests/reference_model",
+    "tests/runtime/test_apply.py",
+    "tests/serve/test_batch_scope.py",
+    "tests/study",
+    "tests/test_examples.py",
+    "tests/tune/test_run.py",
+)
+"""Files and folders: they run whole models, servers, processes, or Triton's interpreter."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every test of `SLOW` as slow."""
+    for item in items:
+        place = item.path.relative_to(ROOT).as_posix()
+        if any(place == slow or place.startswith(f"{slow}/") for slow in SLOW):
+            item.add_marker(pytest.mark.slow)
