@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,19 @@ FILES = sorted(SOURCE.rglob("*.py"))
 def test_packages_import_downward_only(path: Path) -> None:
     allowed = ORDER[: ORDER.index(part(path))]
     assert parts_imported(path) <= set(allowed)
+
+
+def test_no_files_import_each_other_in_a_loop() -> None:
+    modules = {
+        ".".join(["leanmoe", *path.relative_to(SOURCE).with_suffix("").parts]): path
+        for path in FILES
+    }
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        package = name.rpartition(".")[0]
+        names = imported(ast.parse(path.read_text(encoding="utf-8")), package)
+        graph[name] = (names & set(modules)) - {name}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the loop
 
 
 def test_the_rules_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,9 @@
-"""Figures against a calculation by hand, vLLM's names for them, and the interleaved comparer."""
+"""Figures against a calculation by hand, vLLM's names for them, and interleaved runs' order."""
 
 from __future__ import annotations
 
 import random
 import statistics
-from typing import Any
 
 import pytest
 
@@ -12,14 +11,11 @@ from leanmoe.bench.measurement import (
     ClosedLoop,
     Measurement,
     Timeline,
-    Variant,
-    compare,
     interleaved,
     same_prompts,
     warm_up,
 )
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.runtime import load_model
 
 FAST = Timeline(10.0, (10.1, 10.2, 10.4), 5, 3)
 SLOW = Timeline(10.5, (11.5, 11.6, 12.5), 7, 3)
@@ -90,28 +86,6 @@ def test_names_are_those_of_vllm_bench_serve() -> None:
 def test_nothing_completed_is_no_measurement() -> None:
     with pytest.raises(LeanMoeError, match="no request was completed, 3 failed"):
         Measurement.of([], failed=3)
-
-
-@pytest.fixture(scope="module")
-def reference_model() -> Any:
-    return load_model("reference")
-
-
-def test_compare_interleaves_and_orders_times(reference_model: Any) -> None:
-    from contextlib import nullcontext
-
-    model, tokenizer = reference_model
-    ids = tokenizer("import this " * 30)["input_ids"][:32]
-    load = ClosedLoop(2, 16, 4, 4)
-    variants = [Variant("one", nullcontext), Variant("other", nullcontext)]
-    found = compare(model, same_prompts([ids[:16], ids[16:32]], load), load, variants, repeats=3)
-    for runs in found.runs.values():
-        assert len(runs) == 3
-        assert all(run.output_throughput > 0 for run in runs)
-    ratio = found.ratio("other")
-    assert ratio.low <= ratio.median <= ratio.high
-    stored = found.to_json()
-    assert stored["variants"]["one"]["runs"] == [r.output_throughput for r in found.runs["one"]]
 
 
 def test_a_short_prompt_is_refused_by_length() -> None:

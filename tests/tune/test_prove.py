@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from leanmoe.bench.measurement import ClosedLoop, Variant, same_prompts
 from leanmoe.plan import Rule
+from leanmoe.runtime import load_model
 from leanmoe.stats.paired import Estimate, Verdict
 from leanmoe.tune import prove
 from leanmoe.tune.allocate import FrontPoint
 from leanmoe.tune.context import TuneContext
-from leanmoe.tune.prove import Gain, Proof, Proved, assemble, last_accepted, verdict_on
+from leanmoe.tune.prove import Gain, Proof, Proved, assemble, compare, last_accepted, verdict_on
 from tests.tune.example import context
 
 
@@ -97,3 +100,18 @@ def test_the_largest_load_chooses_the_prompt_rules_of_all_from_those_that_hold_a
     assert fixed[1] is not None
     assert {rule.top_k for rule in fixed[1]} == {5}
     assert len(outcome[8]) == 1, "the point whose prompt rules do not hold alone is gone"
+
+
+def test_variants_are_compared_in_turn_and_their_times_are_in_order() -> None:
+    model, tokenizer = load_model("reference")
+    ids = tokenizer("import this " * 30)["input_ids"][:32]
+    load = ClosedLoop(2, 16, 4, 4)
+    variants = [Variant("one", nullcontext), Variant("other", nullcontext)]
+    found = compare(model, same_prompts([ids[:16], ids[16:32]], load), load, variants, repeats=3)
+    for runs in found.runs.values():
+        assert len(runs) == 3
+        assert all(run.output_throughput > 0 for run in runs)
+    ratio = found.ratio("other")
+    assert ratio.low <= ratio.median <= ratio.high
+    stored = found.to_json()
+    assert stored["variants"]["one"]["runs"] == [r.output_throughput for r in found.runs["one"]]

@@ -2,9 +2,9 @@
 
 Names are those of `vllm bench serve`. A machine grows warm and slow over minutes: runs of one
 variant after the other would call that a gain. So each repeat runs every variant once, in a new
-order, and ratios are of runs of the same repeat. `tune` compares plans in this process with
-`compare`; `leanmoe bench` sweeps loads over any engine (`sweep`). Both take `interleaved`'s order,
-and warm every variant up by `warm_up`'s requests.
+order, and ratios are of runs of the same repeat. `tune` compares plans in this process
+(`tune.prove`); `leanmoe bench` sweeps loads over any engine (`sweep`). Both take `interleaved`'s
+order, and warm every variant up by `warm_up`'s requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.progress import bar
 from leanmoe.stats.paired import Ratio
 
 WARM_UP_OUTPUT = 4
@@ -244,42 +243,6 @@ class Comparison:
             },
             "label": "measured",
         }
-
-
-def compare(
-    model: Any,
-    supply: PromptSupply,
-    load: ClosedLoop,
-    variants: Sequence[Variant],
-    repeats: int = 5,
-    seed: int = 0,
-) -> Comparison:
-    """Runs `load` on every variant `repeats` times through continuous batching in this process.
-
-    Decoding is greedy and never stops early, so that every variant makes the same number of
-    tokens. Raises LeanMoeError when the model cannot be served this way, or a request fails.
-    """
-    from leanmoe.bench.continuous import Arrivals, Room, run, served  # torch, which HTTP needs not
-
-    load.check()
-    wanted = {v.name: repeats if v.repeats is None else min(v.repeats, repeats) for v in variants}
-    contexts = {variant.name: variant.context for variant in variants}
-    runs: dict[str, list[Measurement]] = {name: [] for name in wanted}
-    room = Room(load.concurrency, load.input_tokens, load.input_tokens + load.output_tokens)
-    title, total = f"Load, concurrency {load.concurrency}", len(wanted) + sum(wanted.values())
-    with served(model, room, load.output_tokens) as manager, bar(title, total, "runs") as advance:
-
-        def run_one(name: str, requests: Sequence[Request]) -> Measurement:
-            with contexts[name]():
-                timelines = run(manager, requests, Arrivals(load.concurrency))
-            advance(1)
-            return Measurement.of(timelines)
-
-        for name in wanted:  # memory, kernels and caches of every variant are warm
-            run_one(name, warm_up(supply, load.concurrency))
-        for repeat, name in interleaved(wanted, random.Random(seed)):
-            runs[name].append(run_one(name, supply(repeat, load.requests)))
-    return Comparison(load, {name: tuple(measured) for name, measured in runs.items()})
 
 
 def interleaved(repeats: Mapping[str, int], rng: random.Random) -> Iterator[tuple[int, str]]:

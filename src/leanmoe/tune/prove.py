@@ -6,13 +6,26 @@ Plans are validated on text that the search never saw, safest first, up to the f
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
-from leanmoe.bench.measurement import ClosedLoop, Variant, compare, same_prompts
+from leanmoe.bench.continuous import Arrivals, Room, run, served
+from leanmoe.bench.measurement import (
+    ClosedLoop,
+    Comparison,
+    Measurement,
+    PromptSupply,
+    Request,
+    Variant,
+    interleaved,
+    same_prompts,
+    warm_up,
+)
+from leanmoe.core.progress import bar
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.prune.criteria import Kept, restricted
 from leanmoe.runtime import apply, served_experts
@@ -199,6 +212,40 @@ def measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> Gain:
     return context.take(
         GAIN, Gain, partial(_measure_gain, context, plan, concurrency), concurrency, key
     )
+
+
+def compare(
+    model: Any,
+    supply: PromptSupply,
+    load: ClosedLoop,
+    variants: Sequence[Variant],
+    repeats: int = 5,
+    seed: int = 0,
+) -> Comparison:
+    """Runs `load` on every variant `repeats` times through continuous batching in this process.
+
+    Decoding is greedy and never stops early, so that every variant makes the same number of
+    tokens. Raises LeanMoeError when the model cannot be served this way, or a request fails.
+    """
+    load.check()
+    wanted = {v.name: repeats if v.repeats is None else min(v.repeats, repeats) for v in variants}
+    contexts = {variant.name: variant.context for variant in variants}
+    runs: dict[str, list[Measurement]] = {name: [] for name in wanted}
+    room = Room(load.concurrency, load.input_tokens, load.input_tokens + load.output_tokens)
+    title, total = f"Load, concurrency {load.concurrency}", len(wanted) + sum(wanted.values())
+    with served(model, room, load.output_tokens) as manager, bar(title, total, "runs") as advance:
+
+        def run_one(name: str, requests: Sequence[Request]) -> Measurement:
+            with contexts[name]():
+                timelines = run(manager, requests, Arrivals(load.concurrency))
+            advance(1)
+            return Measurement.of(timelines)
+
+        for name in wanted:  # memory, kernels and caches of every variant are warm
+            run_one(name, warm_up(supply, load.concurrency))
+        for repeat, name in interleaved(wanted, random.Random(seed)):
+            runs[name].append(run_one(name, supply(repeat, load.requests)))
+    return Comparison(load, {name: tuple(measured) for name, measured in runs.items()})
 
 
 def _measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> Gain:

@@ -26,6 +26,7 @@ from leanmoe.tune.prove import (
     verdict_on,
 )
 from leanmoe.tune.settings import TuneSettings
+from leanmoe.tune.strategies import STRATEGIES
 
 
 def tune(
@@ -37,6 +38,8 @@ def tune(
     short, and a folder that holds something else.
     """
     settings.check()
+    if settings.strategy != "auto":
+        STRATEGIES.get(settings.strategy)
     loads = settings.concurrency
 
     # Measure the model: what its router does, what each rule loses, how long its layers take.

@@ -89,10 +89,6 @@ class TuneSettings:
         ):
             value = getattr(self, name)
             require(value >= 16, flag(name), value, "at least 16")
-        if self.strategy != "auto":
-            from leanmoe.tune.strategies import STRATEGIES  # needs torch, and --help must not
-
-            STRATEGIES.get(self.strategy)
         if self.keep is not None:
             from leanmoe.models.shape import read_shape
             from leanmoe.prune.criteria import CRITERIA, kept_count
