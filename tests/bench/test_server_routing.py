@@ -61,7 +61,7 @@ def watched(mock: MockServer, load: ServiceLoad, most_rows: int = 6) -> dict[str
 
 
 def decoding(under_way: int) -> bytes:
-    """A server that wakes ten experts for each request; without any it shows an old step."""
+    """A server that activates ten experts for each request; without any it shows an old step."""
     distinct = 10 * under_way or 999
     return text(2 * under_way or 5, layers=[{"distinct": distinct, "activated": 2.5}] * 2)
 

@@ -1,4 +1,4 @@
-"""Plans: what is written is read back, and whatever a model cannot honour is named."""
+"""Plans: what is written is read back, and whatever a model cannot run is named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARES = st.floats(0, 1, exclude_min=True)
 
 
 def rules(fewest: int = 1) -> st.SearchStrategy[Rule]:
-    """Any rule that the model can honour."""
+    """Any rule that the model can run."""
     return st.builds(
         Rule,
         top_k=st.none() | st.integers(fewest, MODEL.top_k),

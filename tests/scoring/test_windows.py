@@ -109,7 +109,7 @@ def test_every_window_is_scored_once(
         assert len(batch.rows_S) % (decode_batch or 1) == 0
         for start in range(0, len(batch.rows_S), decode_batch or 1):
             group = batch.rows_S[start : start + (decode_batch or 1)].tolist()
-            assert len(set(group)) == len(group), "a window kept itself company"
+            assert len(set(group)) == len(group), "a window shared a step with itself"
         rows = batch.rows_S
         assert torch.equal(batch.mask_SN.sum(1), windows.lengths_S[rows])
         assert torch.equal(batch.ids_SN[batch.mask_SN], windows.ids_SN[rows][windows.mask[rows]])

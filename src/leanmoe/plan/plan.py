@@ -257,7 +257,7 @@ class Rule:
         more_experts: bool = False,
         fewest: int = 1,
     ) -> None:
-        """Raises LeanMoeError, naming field, value and range, if the model cannot honour it.
+        """Raises LeanMoeError, naming field, value and range, if the model cannot run it.
 
         `more_experts` allows a `top_k` above the one the model was trained with; `fewest` is the
         least `top_k` allowed.
