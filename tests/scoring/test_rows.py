@@ -1,4 +1,4 @@
-"""Rows in bundles: scores are those of the model run on each row alone, and whoever shares a step is real."""
+"""Rows in bundles: scores are those of each row run alone, and whoever shares a step is real."""
 
 from __future__ import annotations
 
