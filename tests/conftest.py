@@ -1,10 +1,20 @@
-"""Which tests `make check` leaves out: those that take more than a few seconds each."""
+"""What all tests share: Triton's interpreter, and which tests are slow.
+
+Where there is no GPU, Triton interprets its programs. It wants to know before anything imports it.
+An environment with vLLM tests engines alone, which have programs of their own.
+"""
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available() and find_spec("vllm") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parents[1]
 SLOW = (
@@ -27,7 +37,8 @@ SLOW = (
     "tests/test_examples.py",
     "tests/tune/test_run.py",
 )
-"""Files and folders: they run whole models, servers, processes, or Triton's interpreter."""
+"""Files and folders that `make check` leaves out: they run whole models, servers, processes, or
+Triton's interpreter."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -34,7 +34,7 @@ def test_the_command_line_goes_before_the_config(
     code, out, _ = run(capsys, "predict", "--config", str(config), "--concurrency", "2")
     assert code == 0
     (prediction,) = json.loads(out)
-    assert prediction["load"].startswith("2 ")
+    assert prediction["load"].startswith("concurrency 2,")
 
 
 def test_words_and_values_make_the_same_settings() -> None:
