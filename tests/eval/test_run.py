@@ -202,7 +202,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     "a plan that does nothing": (_idle_plan, "runs the full model in steps of 32 tokens"),
     "a rule": (lambda _: ("--rule", "topk=4"), "did you mean top_k"),
     "a rule's value": (lambda _: ("--rule", "top_k=99"), "must be 1 to 8"),
-    "a plan twice": (lambda _: ("--rule", "top_k=4", "--rule", "top_k=4"), "two plans"),
+    "a plan twice": (
+        lambda _: ("--rule", "top_k=4", "--rule", "top_k=4"), "another variant is called top_k=4"),
     "margin": (lambda _: ("--rule", "top_k=4", "--margin", "much"), "percentage points"),
     "engine": (lambda _: ("--rule", "top_k=4", "--engine", "sglang"), "transformers or vllm"),
     "nothing for vllm": (lambda _: ("--rule", "top_k=4", "--engine", "vllm"), "none is asked for"),

@@ -24,7 +24,7 @@ class Named:
 
     @property
     def digest(self) -> str:
-        """Of its rules: results under equal rules are the same."""
+        """The digest of its rules: results under equal rules are the same."""
         value = self.plan.to_json()
         text = json.dumps([value["bands"], value["prompt"]])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
