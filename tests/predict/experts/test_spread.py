@@ -7,21 +7,7 @@ import pytest
 
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.predict.experts.spread import busiest, ranks_touched
-
-
-def routed(
-    draw: np.random.Generator, tokens: int, experts: int, k: int, groups: int, used: int
-) -> list[set[int]]:
-    """DeepSeek-V3's router, one token at a time: groups by the sum of their best two scores."""
-    found = []
-    size = experts // groups
-    for _ in range(tokens):
-        score_E = draw.random(experts)
-        best_G = [sum(sorted(score_E[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
-        allowed = sorted(range(groups), key=lambda g: -best_G[g])[:used]
-        reachable = [e for g in allowed for e in range(g * size, (g + 1) * size)]
-        found.append(set(sorted(reachable, key=lambda e: -score_E[e])[:k]))
-    return found
+from tests.predict.experts.test_assumed import routed
 
 
 @pytest.mark.parametrize("ranks", [2, 8, 32])
