@@ -194,6 +194,39 @@ def test_every_field_and_every_pair_of_fields(name: str, fields: tuple[str, ...]
         pytest.skip(str(reasons[0]))
 
 
+MANY_EXPERTS = 896
+"""As many as Kimi-K3 has, no power of two."""
+MANY_RULES = [
+    Rule(top_k=5),
+    Rule(threshold=0.613),
+    Rule(guaranteed=3),
+    Rule(top_p=0.613, budget=24),
+    Rule(experts=tuple(range(0, MANY_EXPERTS, 3)), guaranteed=2, budget=30),
+]
+
+
+@EVERY
+@pytest.mark.parametrize("rule", MANY_RULES, ids=str)
+def test_many_experts(name: str, rule: Rule) -> None:
+    routers = ["softmax, normalised", "sigmoid with a bias", "V3 groups"]
+    if name == "triton" and IS_INTERPRETED:
+        routers = [routers[MANY_RULES.index(rule) % len(routers)]]
+    generator = torch.Generator().manual_seed(1)
+    reasons = []
+    for router in routers:
+        logits_TE = torch.randn(6, MANY_EXPERTS, generator=generator)
+        bias_E = torch.randn(MANY_EXPERTS, generator=generator) * 0.1
+        has_bias = ROUTERS[router].ranking_bias is not None
+        case = Case(router, logits_TE, bias_E if has_bias else None, None, 16, rule)
+        if IMPLEMENTATIONS[name].takes_steps:
+            case = replace(case, logits_BTE=logits_TE[None])
+        reasons.append(IMPLEMENTATIONS[name].unsupported(case))
+        if reasons[-1] is None:
+            check_same(name, case)
+    if None not in reasons:
+        pytest.skip(str(reasons[0]))
+
+
 @pytest.mark.parametrize("name", ["cpu", "triton", "vllm", "sglang"])
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("rule", [Rule(top_k=2), Rule(guaranteed=2), Rule(budget=5)], ids=str)

@@ -10,6 +10,7 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.dispatch import repeat_best, write_skipped
 from leanmoe.kernels.triton.router import (
+    MOST_EXPERTS,
     MOST_TOKENS_OF_ALL,
     RoutedGpu,
     route_gpu,
@@ -89,10 +90,10 @@ def test_the_blocks_are_those_of_the_ids(rule: Rule) -> None:
     [
         (Router("sigmoid", "bias", True, 1e-20, 2.5, 8, 4, "top2_sum", False), 160),
         (Router(groups=6, groups_used=2, group_score="max"), 60),
-        (Router(normalise=True), 512),
+        (Router(normalise=True), MOST_EXPERTS),
         (Router(normalise=True), 1),
     ],
-    ids=["8 groups of 20", "6 groups of 10", "512", "1"],
+    ids=["8 groups of 20", "6 groups of 10", "most", "1"],
 )
 @pytest.mark.parametrize("rule", [Rule(), Rule(guaranteed=1), Rule(budget=1)], ids=str)
 def test_any_number_of_experts(router: Router, experts: int, rule: Rule) -> None:
@@ -183,7 +184,7 @@ def test_says_what_it_cannot_do() -> None:
     after = ROUTERS["softmax after top-k"]
     for shape, dtype, router, reason in (
         ((2, 8), torch.bfloat16, after, "bfloat16"),
-        ((2, 513), torch.float32, Router(), "513 experts"),
+        ((2, 1025), torch.float32, Router(), "1025 experts"),
         ((1, 2, 8), torch.float32, Router(), "dimensions"),
     ):
         logits = torch.randn(shape, dtype=dtype, device=DEVICE)
@@ -308,6 +309,30 @@ def test_as_many_tokens_of_other_ranks_as_there_may_be(rule: Rule, seed: int) ->
     for _ in range(2):
         found = route_here(logits, router, 4, rule, None, None, placement, add)
         check_same(found, wanted, 32)
+
+
+@pytest.mark.parametrize("budget", [8, 11, 17])
+def test_votes_that_differ_in_their_last_bits_where_experts_are_most(budget: int) -> None:
+    """What is searched among experts equal in their first 30 bits has 31: a vote's 21, an id's 10.
+
+    Every search that begins one bit lower takes the lower ids instead.
+    """
+    experts, voted = MOST_EXPERTS, 20
+    logits, _ = draw(6, experts)
+    router = ROUTERS["softmax, normalised"]
+    demand_3E = torch.zeros(3, experts, dtype=torch.int64)
+    last_X = torch.arange(voted) * 7919 % 1013  # falls and rises with the id
+    demand_3E[2, 40 : 40 + voted] = (1 << 49) + (1 << 20) + last_X
+    demand_3E[1, 40 : 40 + voted] = 1
+
+    def add(own: Tensor) -> Tensor:
+        return own + demand_3E.to(own.device)
+
+    scope = BatchScope(Placement.linear(experts, 2), add)
+    rule = Rule(budget=budget)
+    wanted = route(logits, router, 16, rule, scope=scope)
+    found = route_here(logits, router, 16, rule, None, None, scope.placement, scope.exchange)
+    check_same(found, wanted, experts)
 
 
 @pytest.mark.parametrize(

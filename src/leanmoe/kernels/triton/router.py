@@ -22,11 +22,11 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 
-MOST_EXPERTS = 512
+MOST_EXPERTS = 1024
 MOST_TOKENS = 16_384
 MOST_TOKENS_OF_ALL = 1 << 18
-"""Of all ranks, where they exchange their demand; whoever makes an exchange checks it. Votes and
-the id of an expert have 60 bits then, as many as are searched."""
+"""Of all ranks, where they exchange their demand; whoever makes an exchange checks it. Votes then
+have 51 bits and the id of one of `MOST_EXPERTS` has 10: together the 61 that are searched."""
 BLOCK_ROWS = 16
 NO_BLOCKS = 0
 BEST, GUARANTEED, VOTES = range(3)

@@ -176,11 +176,11 @@ def _least_of_best(keys, number):
     """A whole number that `number` of the keys reach, and how many do: more where keys are equal.
 
     Found bit by bit, the highest first, until it is so many: two bits a step took as long. Keys
-    have 30 bits; negative ones are none.
+    have 31 bits; negative ones are none.
     """
     least, reached = 0, tl.sum((keys >= 0).to(tl.int32), axis=0)
     highest = tl.maximum(tl.max(keys, axis=0), 1).to(tl.float32)  # its exponent: where to begin
-    bit = 1 << tl.minimum((highest.to(tl.int32, bitcast=True) >> 23) - 127, 29)
+    bit = 1 << tl.minimum((highest.to(tl.int32, bitcast=True) >> 23) - 127, 30)
     bit = tl.where(number > 0, bit, 0)
     while (bit > 0) & (reached > number):
         count = tl.sum((keys >= least + bit).to(tl.int32), axis=0)
