@@ -21,101 +21,82 @@ DIGITS = 12
 """Hexadecimal digits of a signature's sha256 that are kept."""
 _MOE = "model_executor.layers.fused_moe"
 
-ROUTING = (
-    f"{_MOE}.router.base_router:BaseRouter._compute_routing",
-    f"{_MOE}.router.base_router:BaseRouter.top_k",
-    f"{_MOE}.router.base_router:BaseRouter.global_num_experts",
-    f"{_MOE}.router.base_router:BaseRouter._select_experts",
-    f"{_MOE}.router.base_router:BaseRouter._apply_eplb_mapping",
-    f"{_MOE}.router.fused_moe_router:FusedMoERouter.eplb_state",
-    f"{_MOE}.router.fused_topk_router:FusedTopKRouter._compute_routing",
-    f"{_MOE}.router.fused_topk_router:FusedTopKRouter.scoring_func",
-    f"{_MOE}.router.fused_topk_router:FusedTopKRouter.renormalize",
-    f"{_MOE}.router.fused_topk_bias_router:FusedTopKBiasRouter._compute_routing",
-    f"{_MOE}.router.fused_topk_bias_router:FusedTopKBiasRouter.e_score_correction_bias",
-    f"{_MOE}.router.fused_topk_bias_router:FusedTopKBiasRouter.scoring_func",
-    f"{_MOE}.router.fused_topk_bias_router:FusedTopKBiasRouter.renormalize",
-    f"{_MOE}.router.fused_topk_bias_router:FusedTopKBiasRouter.routed_scaling_factor",
-    f"{_MOE}.router.grouped_topk_router:GroupedTopKRouter._compute_routing",
-    f"{_MOE}.router.grouped_topk_router:GroupedTopKRouter.e_score_correction_bias",
-    f"{_MOE}.router.grouped_topk_router:GroupedTopKRouter.num_expert_group",
-    f"{_MOE}.router.grouped_topk_router:GroupedTopKRouter.topk_group",
-    f"{_MOE}.router.grouped_topk_router:GroupedTopKRouter.scoring_func",
-    f"{_MOE}.router.grouped_topk_router:GroupedTopKRouter.renormalize",
-    f"{_MOE}.router.grouped_topk_router:GroupedTopKRouter.routed_scaling_factor",
-    f"{_MOE}.router.grouped_topk_router:GroupedTopKRouter.num_fused_shared_experts",
-)
+ROUTING = {
+    f"{_MOE}.router.base_router:BaseRouter": (
+        "_compute_routing _select_experts _apply_eplb_mapping top_k global_num_experts"
+    ),
+    f"{_MOE}.router.fused_moe_router:FusedMoERouter": "eplb_state",
+    f"{_MOE}.router.fused_topk_router:FusedTopKRouter": "_compute_routing scoring_func renormalize",
+    f"{_MOE}.router.fused_topk_bias_router:FusedTopKBiasRouter": (
+        "_compute_routing e_score_correction_bias scoring_func renormalize routed_scaling_factor"
+    ),
+    f"{_MOE}.router.grouped_topk_router:GroupedTopKRouter": (
+        "_compute_routing e_score_correction_bias num_expert_group topk_group scoring_func "
+        "renormalize routed_scaling_factor num_fused_shared_experts"
+    ),
+}
 """How a layer's experts are chosen: `layer_routing` stands here, `layer_facts` reads the fields."""
-LAYERS = (
-    f"{_MOE}.runner.moe_runner:MoERunner.__init__",
-    f"{_MOE}.runner.moe_runner:MoERunner.router",
-    f"{_MOE}.runner.moe_runner:MoERunner.moe_config",
-    f"{_MOE}.runner.moe_runner:MoERunner.routed_experts",
-    f"{_MOE}.runner.moe_runner:MoERunner.layer_name",
-    f"{_MOE}.runner.moe_runner:MoERunner.do_naive_dispatch_combine",
-    f"{_MOE}.runner.moe_runner:MoERunner.expert_map_manager",
-    f"{_MOE}.expert_map_manager:ExpertMapManager.placement_strategy",
-    f"{_MOE}.expert_map_manager:ExpertMapManager.expert_map",
-    f"{_MOE}.routed_experts:RoutedExperts.expert_map",
-    f"{_MOE}.routed_experts:RoutedExperts.activation",
-    f"{_MOE}.routed_experts:RoutedExperts.apply_router_weight_on_input",
-    f"{_MOE}.routed_experts:RoutedExperts.quant_method",
-    f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.is_monolithic",
-    f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.moe_kernel",
-    f"{_MOE}.config:FusedMoEConfig.moe_parallel_config",
-    f"{_MOE}.config:FusedMoEConfig.is_lora_enabled",
-    f"{_MOE}.config:FusedMoEConfig.is_sequence_parallel",
-    f"{_MOE}.config:FusedMoEConfig.tp_size",
-    f"{_MOE}.config:FusedMoEConfig.tp_rank",
-    f"{_MOE}.config:FusedMoEConfig.dp_size",
-    f"{_MOE}.config:FusedMoEConfig.ep_size",
-    f"{_MOE}.config:FusedMoEConfig.ep_rank",
-    f"{_MOE}.config:FusedMoEConfig.pcp_size",
-    f"{_MOE}.config:FusedMoEConfig.use_ep",
-    f"{_MOE}.config:FusedMoEParallelConfig.all2all_backend",
-    f"{_MOE}.config:FusedMoEParallelConfig.enable_eplb",
-    "model_executor.model_loader.base_loader:BaseModelLoader.load_model",
-    "config.vllm:get_current_vllm_config",
-    "config.vllm:VllmConfig.use_v2_model_runner",
-    "config.vllm:VllmConfig.additional_config",
-    "config.parallel:ParallelConfig.use_ubatching",
-    "config.parallel:ParallelConfig.worker_extension_cls",
-    "distributed.utils:get_pp_indices",
-)
+LAYERS = {
+    f"{_MOE}.runner.moe_runner:MoERunner": (
+        "__init__ router moe_config routed_experts layer_name do_naive_dispatch_combine "
+        "expert_map_manager"
+    ),
+    f"{_MOE}.expert_map_manager:ExpertMapManager": "placement_strategy expert_map",
+    f"{_MOE}.routed_experts:RoutedExperts": (
+        "expert_map activation apply_router_weight_on_input quant_method"
+    ),
+    f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase": "is_monolithic moe_kernel",
+    f"{_MOE}.config:FusedMoEConfig": (
+        "moe_parallel_config is_lora_enabled is_sequence_parallel tp_size tp_rank dp_size ep_size "
+        "ep_rank pcp_size use_ep"
+    ),
+    f"{_MOE}.config:FusedMoEParallelConfig": "all2all_backend enable_eplb",
+    "model_executor.model_loader.base_loader:BaseModelLoader": "load_model",
+    "config.vllm": "get_current_vllm_config",
+    "config.vllm:VllmConfig": "use_v2_model_runner additional_config",
+    "config.parallel:ParallelConfig": "use_ubatching worker_extension_cls",
+    "distributed.utils": "get_pp_indices",
+}
 """What a layer, and the model it is a part of, say of themselves."""
-STEPS = (
-    "forward_context:get_forward_context",
-    "forward_context:is_forward_context_available",
-    "forward_context:ForwardContext.dp_metadata",
-    "forward_context:ForwardContext.slot_mapping",
-    "forward_context:ForwardContext.additional_kwargs",
-    "forward_context:ForwardContext.is_padding",
-    "forward_context:DPMetadata.num_tokens_across_dp_cpu",
-)
+STEPS = {
+    "forward_context": "get_forward_context is_forward_context_available",
+    "forward_context:ForwardContext": "dp_metadata slot_mapping additional_kwargs is_padding",
+    "forward_context:DPMetadata": "num_tokens_across_dp_cpu",
+}
 """What is known of the running step."""
-EXPERTS = (
-    f"{_MOE}.modular_kernel:FusedMoEKernel.impl",
-    f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl.fused_experts",
-    f"{_MOE}.modular_kernel:FusedMoEExperts.quant_config",
-    f"{_MOE}.experts.triton_moe:TritonExperts.apply",
-    f"{_MOE}.experts.triton_moe:TritonExperts.moe_sum",
-    f"{_MOE}.fused_moe:_prepare_expert_assignment",
-    f"{_MOE}.fused_moe:fused_moe_kernel",
-    f"{_MOE}.moe_align_block_size:moe_align_block_size",
-    "_custom_ops:moe_sum",
-)
+EXPERTS = {
+    f"{_MOE}.modular_kernel:FusedMoEKernel": "impl",
+    f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl": "fused_experts",
+    f"{_MOE}.modular_kernel:FusedMoEExperts": "quant_config",
+    f"{_MOE}.experts.triton_moe:TritonExperts": "apply moe_sum",
+    f"{_MOE}.fused_moe": "_prepare_expert_assignment fused_moe_kernel",
+    f"{_MOE}.moe_align_block_size": "moe_align_block_size",
+    "_custom_ops": "moe_sum",
+}
 """How skipped slots are passed over. A vLLM where these differ still runs a plan: each is tried
 when a model is loaded, and a slot that cannot be passed over repeats the token's best expert."""
-OPTIONAL = (
-    f"{_MOE}.expert_substitution:SubstitutedRoutedExperts.expert_substitution",
-    f"{_MOE}.router.fused_moe_router:FusedMoERouter.supports_monolithic_kernels",
-    f"{_MOE}.router.cpu_router:CPURouter._compute_routing",
-    "config.model:ModelConfig.enable_return_routed_experts",
-    "config.aux_output:AuxOutputConfig.enable_return_routed_experts",
-)
+OPTIONAL = {
+    f"{_MOE}.expert_substitution:SubstitutedRoutedExperts": "expert_substitution",
+    f"{_MOE}.router.fused_moe_router:FusedMoERouter": "supports_monolithic_kernels",
+    f"{_MOE}.router.cpu_router:CPURouter": "_compute_routing",
+    "config.model:ModelConfig": "enable_return_routed_experts",
+    "config.aux_output:AuxOutputConfig": "enable_return_routed_experts",
+}
 """What some versions have and others lack, and leanmoe uses or refuses where it is there."""
-SYMBOLS = (*ROUTING, *LAYERS, *STEPS, *EXPERTS, *OPTIONAL)
-"""All of them: the module below `vllm`, then the name in it."""
+
+
+def symbols_of(*groups: dict[str, str]) -> tuple[str, ...]:
+    """The symbols of groups: the module below `vllm`, a colon, the class if any, the name."""
+    return tuple(
+        f"{owner}.{name}" if ":" in owner else f"{owner}:{name}"
+        for group in groups
+        for owner, names in group.items()
+        for name in names.split()
+    )
+
+
+SYMBOLS = symbols_of(ROUTING, LAYERS, STEPS, EXPERTS, OPTIONAL)
+"""All of them."""
 
 Read = Callable[[str], str | None]
 """Gives the text of a file by its path below the package `vllm`; None where there is none."""
