@@ -13,10 +13,9 @@ from leanmoe.core.files import read_json
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import ExpertsShape, Rows
-from leanmoe.predict.kernels.fit import Form, Reading, accuracy, errors_of, fit
-from leanmoe.predict.kernels.kernel_constants import KernelConstants
+from leanmoe.predict.kernels.fit import Form, Reading, accuracy, errors_of, fit, stages
+from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants
 from leanmoe.predict.kernels.tables import ACTIVATION_BYTES, WEIGHT_BYTES
-from leanmoe.predict.kernels.tile_heuristics import ANY, stages
 
 OUR_LAYER = {1: 165.5, 8: 1075, 16: 1910, 32: 3036, 64: 4280, 128: 4795, 256: 4946}
 """Microseconds of leanmoe's kernel on one DeepSeek-V3 layer (7168, 2048, 256 experts, k = 8, bf16,

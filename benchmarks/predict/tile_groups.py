@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.predict.kernel_forms import TUNED, choose, schedule_of
 from benchmarks.predict.table_noise import BEATEN, noise, times_beaten
 from leanmoe.core.files import read_json
 from leanmoe.predict.hardware.gpus import Gpu
-from leanmoe.predict.kernels.fit import Reading, accuracy, choose, errors_of, fit
+from leanmoe.predict.kernels.fit import Reading, accuracy, errors_of, fit
 from leanmoe.predict.kernels.kernel_constants import Accuracy, KernelConstants, Tuned, read_tiles
 from leanmoe.predict.kernels.tables import PACKAGE, UNGATED, VERSION, Measured, Table, read_table
-from leanmoe.predict.kernels.tile_heuristics import CUTLASS, SCHEDULES
 from leanmoe.predict.step.experts_time import Ratios
 
 LEAST_EXPERTS, LEAST_SLOTS, MOST_SLOTS, MOST_GPUS = 64, 4, 10, 16
@@ -91,8 +91,8 @@ def fit_table(gpu: Gpu, table: Table, seed: int) -> tuple[KernelConstants, dict[
     mine = [row for row in rows if row.key in fitted]
     mine = [row for row, beaten in zip(mine, times_beaten(mine), strict=True) if beaten <= BEATEN]
     readings = [reading(row, table) for row in mine]
-    stages = SCHEDULES.get((table.kernel, table.dtype), CUTLASS)
     tuned = tuned_layers(table, gpu)
+    stages = (*(TUNED if tuned else ()), *schedule_of(table.kernel, table.dtype))
     named = (table.kernel, gpu, table.dtype, readings)
     form = choose(*named, stages, tuned)
     words = f"half of the shapes of {table.source}, {PACKAGE} {VERSION}, {gpu.name}"

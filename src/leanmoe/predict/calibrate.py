@@ -34,9 +34,9 @@ from leanmoe.predict.kernels.fit import (
     fit,
     fit_positive,
     log_error,
+    stages,
 )
-from leanmoe.predict.kernels.kernel_constants import KernelConstants
-from leanmoe.predict.kernels.tile_heuristics import ANY, stages
+from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants
 from leanmoe.predict.settings import CALIBRATE_TOKENS
 
 if TYPE_CHECKING:

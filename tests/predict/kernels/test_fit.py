@@ -9,9 +9,8 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
-from leanmoe.predict.kernels.fit import Form, Reading, accuracy, choose, errors_of, fit
-from leanmoe.predict.kernels.kernel_constants import KernelConstants, Regime
-from leanmoe.predict.kernels.tile_heuristics import ANY, CUTLASS, StepRange, stages
+from leanmoe.predict.kernels.fit import Form, Reading, accuracy, errors_of, fit, stages
+from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants, Regime
 
 H200 = GPUS["h200"]
 
@@ -38,7 +37,7 @@ def readings(noise: float = 0.0) -> list[Reading]:
 
 
 def test_the_fit_finds_what_made_the_readings() -> None:
-    found = fit("made-up", H200, "bfloat16", readings(), "made-up readings")
+    found = fit("made-up", H200, "bfloat16", readings(), "made-up readings", stages((32, ANY)))
     errors = errors_of(found, readings(), H200)
     assert np.abs(errors).max() < 1e-3
 
@@ -55,35 +54,6 @@ def test_one_broken_reading_does_not_bend_the_rest() -> None:
 
 def test_too_few_readings() -> None:
     with pytest.raises(LeanMoeError, match="2 readings of made-up are too few"):
-        fit("made-up", H200, "bfloat16", readings()[:2], "")
+        fit("made-up", H200, "bfloat16", readings()[:2], "", stages((ANY,)))
     with pytest.raises(LeanMoeError, match="no row"):
         accuracy("nothing", np.array([]))
-
-
-def test_tuned_layers_are_fitted_apart_and_the_form_is_chosen() -> None:
-    truth = KernelConstants(
-        "x",
-        "h200",
-        "bfloat16",
-        (
-            Regime(ANY, None, {"weights": 1.0, "call": 3.0}),
-            Regime(ANY, PredictedTile(64, 64), {"weights": 2.0, "waves_hidden": 4.0}),
-        ),
-        "",
-        tuned={(128, 768): ((ANY, PredictedTile(16, 64)),)},
-        least_waves=3,
-    )
-    shapes = [ExpertsShape(h, w, e) for h in (2048, 4096) for w in (256, 768) for e in (32, 128)]
-    made = []
-    for shape in shapes:
-        for tokens in (1, 2, 4, 8, 16, 64, 256):
-            rows = Rows(tokens, 8, 8 * tokens, distinct_uniform(shape.experts, 8, tokens))
-            made.append(Reading(shape, rows, truth.seconds(shape, rows, H200)))
-    steps = (StepRange(ANY, (PredictedTile(64, 64),)),)
-    form = choose("x", H200, "bfloat16", made, steps, truth.tuned)
-    assert form.least_waves == 3
-    found = fit("x", H200, "bfloat16", made, "", steps, form)
-    assert np.abs(errors_of(found, made, H200)).max() < 0.01
-    plain = fit("x", H200, "bfloat16", made, "", steps)
-    assert np.abs(errors_of(plain, made, H200)).max() > 0.1
-    assert len(CUTLASS) == len({stage.up_to for stage in CUTLASS})

@@ -9,8 +9,7 @@ import pytest
 from leanmoe.predict.constants import Constants, read_constants, write_constants
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
-from leanmoe.predict.kernels.kernel_constants import KernelConstants, Regime
-from leanmoe.predict.kernels.tile_heuristics import ANY
+from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants, Regime
 
 H200 = GPUS["h200"]
 

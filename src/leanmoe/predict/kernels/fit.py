@@ -1,15 +1,14 @@
 """Fitting a kernel's constants to measurements, and how far off they are on others.
 
 Constants are non-negative least squares on the relative error, per range of steps, since kernels
-change their tiles there (`schedules`). A row far off weighs less (iteratively reweighted), so that
-one broken measurement does not bend the rest. Which features count is chosen by leaving layers out,
-among the fitted rows alone.
+change their tiles there. A row far off weighs less (iteratively reweighted), so that one broken
+measurement does not bend the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import (
     FEATURES,
     MICROSECOND,
+    TILES,
     ExpertsShape,
     PredictedTile,
     Rows,
@@ -31,7 +31,6 @@ from leanmoe.predict.kernels.kernel_constants import (
     Tuned,
     tuned_tile,
 )
-from leanmoe.predict.kernels.tile_heuristics import CUTLASS, TUNED, StepRange
 
 REWEIGHTED = 6
 NEAR = 0.02
@@ -39,14 +38,7 @@ NEAR = 0.02
 CLIPPED = 0.3
 """Error at which a row counts no further when tiles are compared."""
 FEWEST_ROWS = 3
-FOLDS = 4
-"""Folds of the layers, when sets of features are compared."""
 PLAIN = tuple(name for name in FEATURES if name != "strides")
-FEW = ("call", "longer", "activations", "waves", "waves_hidden", "waves_width", "spread")
-CANDIDATES = (PLAIN, FEATURES, FEW)
-"""Sets of features to choose from."""
-LEAST_WAVES = (1, 2, 3, 4)
-"""Tiles a multiprocessor that may keep the memory busy, to choose from."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +49,24 @@ class Reading:
     rows: Rows
     seconds: float
 
-    @property
-    def layer(self) -> tuple[ExpertsShape, float]:
-        """What is left out as a whole when sets of features are compared."""
-        return self.shape, self.rows.slots
+
+@dataclass(frozen=True)
+class StepRange:
+    """A range of steps that constants are fitted to, and the tiles that a kernel may take there."""
+
+    up_to: float
+    """Tokens of the step."""
+    tiles: tuple[PredictedTile, ...] | None
+    """The best of these; None: the one that a tuned configuration names."""
+    tokens_an_expert: float | None = None
+    slots_an_expert: float | None = None
+
+
+def stages(
+    edges: Sequence[float], tiles: tuple[PredictedTile, ...] | None = TILES
+) -> tuple[StepRange, ...]:
+    """Ranges of tokens that end at `edges`, all with the same tiles."""
+    return tuple(StepRange(edge, tiles) for edge in edges)
 
 
 @dataclass(frozen=True)
@@ -81,18 +87,17 @@ def fit(
     dtype: str,
     readings: Sequence[Reading],
     fitted_to: str,
-    stages: Sequence[StepRange] = CUTLASS,
+    stages: Sequence[StepRange],
     form: Form = Form(),
 ) -> KernelConstants:
     """Constants of a kernel from `readings`, stage by stage; needs scipy.
 
-    Of several tiles of a stage the best is
-    taken. A stage with fewer than three readings is left to the next one. Raises LeanMoeError when
-    none has as many.
+    Of several tiles of a stage the best is taken. A stage with fewer than three readings is left to
+    the next one. Raises LeanMoeError when none has as many.
     """
     left = list(readings)
     regimes = []
-    for stage in (*(TUNED if form.tuned else ()), *stages):
+    for stage in stages:
         within = [r for r in left if _takes(stage, r, form.tuned)]
         if len(within) < FEWEST_ROWS:
             continue
@@ -111,35 +116,6 @@ def fit(
         tuned=form.tuned,
         least_waves=form.least_waves,
     )
-
-
-def choose(
-    kernel: str,
-    gpu: Gpu,
-    dtype: str,
-    readings: Sequence[Reading],
-    stages: Sequence[StepRange],
-    tuned: Tuned | None = None,
-) -> Form:
-    """The form that predicts left-out layers best, one choice after another."""
-    layers = list(dict.fromkeys(r.layer for r in readings))
-    order = np.random.default_rng(0).permutation(len(layers))
-    fold = {layers[place]: number % FOLDS for number, place in enumerate(order)}
-
-    def off(form: Form) -> float:
-        errors = []
-        for number in range(min(FOLDS, len(layers))):
-            kept = [r for r in readings if fold[r.layer] != number]
-            out = [r for r in readings if fold[r.layer] == number]
-            constants = fit(kernel, gpu, dtype, kept, "", stages, form)
-            errors.append(np.minimum(np.abs(errors_of(constants, out, gpu)), CLIPPED))
-        return float(np.concatenate(errors).mean())
-
-    form = min((Form(names, tuned=tuned or {}) for names in CANDIDATES), key=off)
-    form = min((replace(form, least_waves=least) for least in LEAST_WAVES), key=off)
-    if tuned:
-        form = min((replace(form, tuned_names=names) for names in CANDIDATES), key=off)
-    return form
 
 
 def _takes(stage: StepRange, reading: Reading, tuned: Tuned) -> bool:

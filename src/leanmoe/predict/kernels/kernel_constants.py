@@ -19,6 +19,9 @@ from leanmoe.predict.kernels.features import (
     features,
 )
 
+ANY = 1e9
+"""More tokens than any step has."""
+
 
 @dataclass(frozen=True)
 class Accuracy:

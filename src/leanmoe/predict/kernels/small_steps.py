@@ -17,7 +17,7 @@ from enum import Enum
 
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import ExpertsShape, Rows
-from leanmoe.predict.kernels.tile_heuristics import ANY
+from leanmoe.predict.kernels.kernel_constants import ANY
 
 SLOT_BY_SLOT: Mapping[tuple[str, str], float] = {
     ("vllm-triton", "bfloat16"): 1 / 4,

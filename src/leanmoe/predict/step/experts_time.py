@@ -20,8 +20,12 @@ from leanmoe.predict.kernels.tables import (
     is_as_if,
     measured_curve,
 )
-from leanmoe.predict.kernels.tile_heuristics import GATHERED
 from leanmoe.predict.step.deployment import Deployment
+
+GATHERED = ("vllm-triton", "vllm-flashinfer")
+"""Kernels of an engine whose data-parallel ranks gather each other's tokens: each GPU sees all
+tokens of a step and computes its own experts' rows (vLLM's `allgather_reducescatter`, its
+default). Other engines are taken to send a token only to the GPUs that hold its experts."""
 
 
 @dataclass(frozen=True)

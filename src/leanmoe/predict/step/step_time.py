@@ -25,9 +25,8 @@ from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import Rows
 from leanmoe.predict.kernels.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot
 from leanmoe.predict.kernels.tables import kernel_format
-from leanmoe.predict.kernels.tile_heuristics import GATHERED
 from leanmoe.predict.step.deployment import Deployment
-from leanmoe.predict.step.experts_time import ExpertsTime
+from leanmoe.predict.step.experts_time import GATHERED, ExpertsTime
 
 REPLICATED_BYTES = 2.0
 """Bytes of an activation that is passed on: bf16."""
