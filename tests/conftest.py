@@ -32,7 +32,7 @@ SLOW = (
     "tests/prune",
     "tests/reference_model",
     "tests/runtime/test_apply.py",
-    "tests/serve/test_batch_scope.py",
+    "tests/routing/test_ranks.py",
     "tests/study",
     "tests/test_examples.py",
     "tests/tune/test_run.py",

@@ -19,17 +19,11 @@ AS_FAST = 0.97
 """Skipping counts as as fast as pruning from here on: surely no more than 3% slower."""
 
 
-def against(
-    full: Losses, lost: dict[Pair, Losses], uneven: str, shares: Sequence[str]
-) -> list[dict[str, Any]]:
-    """The criteria that look at outputs against those that do not; uneven against even.
-
-    `uneven` is the criterion that chose numbers of experts by layer, at those `shares`.
-    """
+def against(full: Losses, lost: dict[Pair, Losses]) -> list[dict[str, Any]]:
+    """The criteria that look at outputs against those that do not."""
     pairs = [
         (name, rival, keep) for name in BY_OUTPUT for rival in RIVALS for keep in ("75%", "50%")
     ]
-    pairs += [(f"{uneven}, uneven", uneven, keep) for keep in shares]
     return [
         {
             "criterion": name,
@@ -55,7 +49,7 @@ def ordering(
     for load in STEPS:
         for keep in shares:
             pruned = min(
-                (pair for pair in timed.seconds if pair[1] == keep and "uneven" not in pair[0]),
+                (pair for pair in timed.seconds if pair[1] == keep),
                 key=lambda pair: lost[pair].mean,
             )
             for weights, marked in (("normalised anew", False), ("weights kept", True)):

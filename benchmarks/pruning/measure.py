@@ -47,7 +47,6 @@ from leanmoe.core.text import read_corpus, split
 from leanmoe.models.hf_config import FILE
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
-from leanmoe.prune.allocation import ALLOCATION_TOKENS, Allocated, allocate, first_windows
 from leanmoe.prune.checkpoint import read_source, write_pruned
 from leanmoe.prune.criteria import (
     CRITERIA,
@@ -70,8 +69,6 @@ from leanmoe.stats.paired import (
 
 KEEP = ("87.5%", "75%", "50%", "25%")
 SLOTS = (7, 6, 5, 4, 3)
-UNEVEN = ("75%", "50%")
-UNEVEN_CRITERION = "easy-ep"
 FULL = ("full", "100%")
 
 
@@ -84,7 +81,6 @@ class Asked:
     calibration_tokens: int
     heldout_tokens: int
     criteria: tuple[str, ...]
-    uneven: bool
 
     def to_json(self) -> dict[str, Any]:
         """As the folder holds it."""
@@ -102,7 +98,6 @@ def main() -> None:
         arguments.calibration_tokens,
         arguments.heldout_tokens,
         tuple(arguments.criteria.split(",")),
-        arguments.uneven,
     )
     folder = RunFolder.open(arguments.work, asked, arguments.overwrite, "pruning")
     corpus = read_corpus(asked.text)
@@ -111,7 +106,7 @@ def main() -> None:
     shape = shape_of(model)
     ranked_on = cut(calibration, tokenizer, tokens=asked.calibration_tokens)
     windows = cut(heldout, tokenizer, tokens=asked.heldout_tokens)
-    kept, uneven = experts_kept(model, ranked_on, shape, asked, folder)
+    kept = experts_kept(model, ranked_on, shape, asked, folder)
     plans = {pair: as_plan(chosen, shape) for pair, chosen in kept.items()}
     plans |= {(name, "100%"): plan for name, plan in skipping(shape).items()}
     full, lost = measure(model, windows, plans, shape, folder)
@@ -122,8 +117,7 @@ def main() -> None:
         "text": corpus.source,
         "heldout": {"documents": windows.documents, "tokens": windows.tokens},
         "rows": rows_of(full, lost, kept, timed, peaks),
-        "against": against(full, lost, UNEVEN_CRITERION, UNEVEN),
-        "uneven": {keep: asdict(found) for keep, found in uneven.items()},
+        "against": against(full, lost),
         "ordering": [] if timed is None else ordering(full, lost, timed, KEEP),
     }
     every = set(asked.criteria) == set(CRITERIA)
@@ -144,7 +138,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=15, help="to time at most, this time")
     parser.add_argument("--rounds", type=int, default=24, help="of timing, in all")
     parser.add_argument("--criteria", default=",".join(CRITERIA), help="to time and to measure")
-    parser.add_argument("--uneven", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/pruning"))
     parser.add_argument("--overwrite", action="store_true", help="what --work holds")
@@ -153,39 +146,22 @@ def _arguments() -> argparse.Namespace:
 
 def experts_kept(
     model: Any, ranked_on: Windows, shape: MoEShape, asked: Asked, folder: RunFolder
-) -> tuple[dict[Pair, Kept], dict[str, Allocated]]:
-    """The experts that remain by criterion and share; and numbers of experts that differ by layer.
-
-    Those are of plans alone: no stock engine loads such a checkpoint.
-    """
+) -> dict[Pair, Kept]:
+    """The experts that remain by criterion and share."""
 
     def compute() -> Any:
         scores = rank(model, ranked_on, shape, asked.criteria)
-        kept = [
+        return [
             [name, keep, best_experts(scores_LE, kept_count(keep, shape), shape)]
             for name, scores_LE in scores.items()
             for keep in KEEP
         ]
-        uneven = {}
-        for keep in UNEVEN if asked.uneven and UNEVEN_CRITERION in scores else ():
-            found = allocate(
-                model,
-                scores[UNEVEN_CRITERION],
-                first_windows(ranked_on, ALLOCATION_TOKENS),
-                shape,
-                kept_count(keep, shape),
-            )
-            uneven[keep] = asdict(found)
-            chosen = best_experts(scores[UNEVEN_CRITERION], found.counts, shape)
-            kept.append([f"{UNEVEN_CRITERION}, uneven", keep, chosen])
-        return {"kept": kept, "uneven": uneven}
 
     stored = folder.step("kept", compute)
-    kept = {
+    return {
         (name, keep): tuple(tuple(map(int, experts)) for experts in layers)
-        for name, keep, layers in stored["kept"]
+        for name, keep, layers in stored
     }
-    return kept, {keep: Allocated(**found) for keep, found in stored["uneven"].items()}
 
 
 def rank(model: Any, windows: Windows, shape: MoEShape, names: Sequence[str]) -> dict[str, Scores]:
@@ -231,17 +207,12 @@ def file_name(pair: Pair) -> str:
 
 def checkpoint_of(source: str, pair: Pair, kept: dict[Pair, Kept], folder: RunFolder) -> Path:
     """The folder of a setting's weights: a pruned checkpoint, written once, or the model itself."""
-    if not is_checkpoint(pair, kept):
+    if pair not in kept:
         return checkpoint_folder(source)
     target = folder.path / "checkpoints" / file_name(pair)
     if not (target / FILE).is_file():
         write_pruned(read_source(checkpoint_folder(source)), kept[pair], target, {}, lambda _: None)
     return target
-
-
-def is_checkpoint(pair: Pair, kept: dict[Pair, Kept]) -> bool:
-    """Whether a setting is a checkpoint of its own, and so runs without a plan."""
-    return pair in kept and "uneven" not in pair[0]
 
 
 def measure_peaks(
@@ -257,7 +228,7 @@ def measure_peaks(
 
     def peak(pair: Pair) -> Any:
         plan_file = None
-        if pair in plans and not is_checkpoint(pair, kept):
+        if pair in plans and pair not in kept:
             plan_file = inputs / f"{file_name(pair)}.json"
             write_json(plan_file, plans[pair].to_json())
         weights = checkpoint_of(source, pair, kept, folder)
@@ -287,7 +258,7 @@ def time_all(
     empty = Plan(shape_of(model).fingerprint())
     variants = [Variant(FULL, model, empty)]
     for pair, plan in plans.items():
-        if is_checkpoint(pair, kept):
+        if pair in kept:
             pruned, _ = load_model(str(checkpoint_of(arguments.model, pair, kept, folder)))
             variants.append(Variant(pair, pruned, Plan(shape_of(pruned).fingerprint())))
         else:

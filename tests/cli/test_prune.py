@@ -45,9 +45,6 @@ def test_a_plan_touches_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--keep", "half"], "a share like 75%"),
         (["--criterion", "reep"], "did you mean reap"),
         (["--tokens", "3"], "at least 16"),
-        (["--allocation", "evoesap"], "no stock engine loads"),
-        (["--allocation", "evoesap", "--as-plan", "--criterion", "odd"], "reads none"),
-        (["--allocation", "odd"], "even or evoesap"),
         (["--text", "/no/such.txt"], "does not exist"),
     ],
 )

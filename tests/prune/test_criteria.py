@@ -117,8 +117,8 @@ def test_an_unknown_criterion_names_near_ones() -> None:
 def test_every_criterion_has_a_formula_a_title_and_a_source(name: str) -> None:
     criterion = CRITERIA.get(name)
     functions = (criterion.by_number, criterion.by_statistics, criterion.by_model)
-    (function,) = [each for each in functions if each is not None]
-    assert "S_j" in (function.__doc__ or "")
+    assert [each is None for each in functions].count(False) == 1
+    assert criterion.formula.startswith("S_j")
     assert criterion.title
     assert criterion.source.startswith("arXiv") or criterion.source == "ours"
 
@@ -217,11 +217,3 @@ def test_a_plan_restricted_to_experts_uses_no_others_at_any_load(plain: MoEShape
     )
     assert found.rules_for(999) == tuple(Rule(experts=experts) for experts in kept)
     assert found.prompt[:2] == (Rule(top_k=0, experts=kept[0]), Rule(experts=kept[1]))
-
-
-def test_layers_may_keep_different_numbers(grouped: MoEShape) -> None:
-    layers = len(grouped.moe_layers)
-    scores = np.random.default_rng(0).random((layers, 16))
-    counts = [8, 16, 12, 8][:layers]
-    kept = best_experts(scores, counts, grouped)
-    assert [len(experts) for experts in kept] == counts

@@ -12,5 +12,3 @@ def test_what_is_out_of_range_is_named() -> None:
     PruneSettings("reference").check()
     with pytest.raises(LeanMoeError, match="--tokens is 3: it must be at least 16"):
         PruneSettings("reference", tokens=3).check()
-    with pytest.raises(LeanMoeError, match="--allocation is 'odd': it must be even or evoesap"):
-        PruneSettings("reference", allocation="odd").check()

@@ -14,7 +14,6 @@ REPORT = PruneReport(
     settings={"keep": "75%"},
     criterion=RankedBy("mean gate", "arXiv 2510.13999"),
     calibration_tokens=1000,
-    allocation=None,
     protected=((0, 3),),
     provenance=Provenance("2026-01-01", "a CPU", 2, {"torch": "2"}, "abc", 0, "leanmoe prune"),
     kept=((0, 1), (1, 3)),

@@ -58,6 +58,7 @@ class Criterion:
     name: str
     title: str
     source: str
+    formula: str
     by_number: Callable[[int, int], Scores] | None = None
     """Scores [E] of a layer from the number of experts and a seed: no text is read."""
     by_statistics: Callable[[ExpertStatistics], Scores] | None = None
@@ -69,16 +70,6 @@ class Criterion:
     def needs_text(self) -> bool:
         """Whether the model has to be run."""
         return self.by_number is None
-
-
-def _criterion(
-    name: str, function: Callable[..., Scores], *, kind: str, title: str, source: str
-) -> Criterion:
-    functions: dict[str, Any] = {kind: function}
-    return Criterion(name, title, source, **functions)
-
-
-CRITERIA: Registry[Criterion] = Registry("criterion", _criterion)
 
 
 def rank_experts(
@@ -106,91 +97,6 @@ def rank_experts(
     return criterion.by_statistics(observe(model, windows) if seen is None else seen)
 
 
-@CRITERIA.register("random", title="drawn at random", source=PAPER, kind="by_number")
-def _random(experts: int, seed: int) -> Scores:
-    """S_j is uniform between 0 and 1, drawn for each layer."""
-    return np.random.default_rng(seed).random(experts)
-
-
-@CRITERIA.register("odd", title="odd numbers first", source=PAPER, kind="by_number")
-def _odd(experts: int, _seed: int) -> Scores:
-    """S_j = E · (j mod 2) − j."""
-    numbers = np.arange(experts)
-    return (numbers % 2 * experts - numbers).astype(np.float64)
-
-
-@CRITERIA.register("even", title="even numbers first", source=PAPER, kind="by_number")
-def _even(experts: int, _seed: int) -> Scores:
-    """S_j = E · (1 − j mod 2) − j."""
-    numbers = np.arange(experts)
-    return ((1 - numbers % 2) * experts - numbers).astype(np.float64)
-
-
-@CRITERIA.register("first-half", title="the first numbers", source=PAPER, kind="by_number")
-def _first_half(experts: int, _seed: int) -> Scores:
-    """S_j = −j."""
-    return -np.arange(experts, dtype=np.float64)
-
-
-@CRITERIA.register("last-half", title="the last numbers", source=PAPER, kind="by_number")
-def _last_half(experts: int, _seed: int) -> Scores:
-    """S_j = j."""
-    return np.arange(experts, dtype=np.float64)
-
-
-@CRITERIA.register("activate-count", title="how often used", source=PAPER, kind="by_statistics")
-def _activate_count(seen: ExpertStatistics) -> Scores:
-    """S_j = |T_j|, the paper's activate count."""
-    return seen.slots_LE
-
-
-@CRITERIA.register("soft-count", title="sum of routing weights", source=PAPER, kind="by_statistics")
-def _soft_count(seen: ExpertStatistics) -> Scores:
-    """S_j = Σ_{t ∈ T_j} g_j(t), the paper's soft count."""
-    return seen.gates_LE
-
-
-@CRITERIA.register(
-    "reap",
-    title="mean of routing weight x output length over the tokens routed to it",
-    source="arXiv 2510.13999",
-    kind="by_statistics",
-)
-def _reap(seen: ExpertStatistics) -> Scores:
-    """S_j = (1 / |T_j|) Σ_{t ∈ T_j} g_j(t) ‖f_j(t)‖; 0 for an expert that no token uses."""
-    return seen.outputs_LE / np.maximum(seen.slots_LE, 1)
-
-
-@CRITERIA.register(
-    "easy-ep",
-    title="sum of routing weight x output length x how far the token turns",
-    source="arXiv 2504.06792",
-    kind="by_statistics",
-)
-def _easy_ep(seen: ExpertStatistics) -> Scores:
-    """S_j = Σ_{t ∈ T_j} c(t) g_j(t) ‖f_j(t)‖, where c(t) = 1 − cos(h(t) − y(t), h(t))."""
-    return seen.changes_LE
-
-
-@CRITERIA.register(
-    "output-sum",
-    title="sum of routing weight x output length: REAP without the mean",
-    source="ours",
-    kind="by_statistics",
-)
-def _output_sum(seen: ExpertStatistics) -> Scores:
-    """S_j = Σ_{t ∈ T_j} g_j(t) ‖f_j(t)‖."""
-    return seen.outputs_LE
-
-
-CRITERIA.register(
-    "output-error",
-    title="greedily by the error of the layer's output",
-    source="arXiv 2402.14800",
-    kind="by_model",
-)(output_errors)
-
-
 @dataclass(frozen=True)
 class ExpertStatistics:
     """What each expert did on text: sums over the slots that used it, each [L,E]."""
@@ -214,6 +120,69 @@ class ExpertStatistics:
         usual_L1 = np.median(self.largest_LE, axis=1, keepdims=True)
         is_super_LE = (self.largest_LE > bound) & (self.largest_LE > SUPER_TIMES * usual_L1)
         return [(int(layer), int(expert)) for layer, expert in np.argwhere(is_super_LE)]
+
+
+def _parity_first(experts: int, parity: int) -> Scores:
+    """Numbers of this parity above the others, in each half the lower numbers first."""
+    numbers = np.arange(experts)
+    scores_E: Scores = ((numbers % 2 == parity) * experts - numbers).astype(np.float64)
+    return scores_E
+
+
+CRITERIA: Registry[Criterion] = Registry("criterion")
+for _each in (
+    Criterion(
+        "random", "drawn at random", PAPER, "S_j uniform between 0 and 1, drawn for each layer",
+        by_number=lambda experts, seed: np.random.default_rng(seed).random(experts),
+    ),
+    Criterion(
+        "odd", "odd numbers first", PAPER, "S_j = E · (j mod 2) − j",
+        by_number=lambda experts, _: _parity_first(experts, 1),
+    ),
+    Criterion(
+        "even", "even numbers first", PAPER, "S_j = E · (1 − j mod 2) − j",
+        by_number=lambda experts, _: _parity_first(experts, 0),
+    ),
+    Criterion(
+        "first-half", "the first numbers", PAPER, "S_j = −j",
+        by_number=lambda experts, _: -np.arange(experts, dtype=np.float64),
+    ),
+    Criterion(
+        "last-half", "the last numbers", PAPER, "S_j = j",
+        by_number=lambda experts, _: np.arange(experts, dtype=np.float64),
+    ),
+    Criterion(
+        "activate-count", "how often used", PAPER, "S_j = |T_j|",
+        by_statistics=lambda seen: seen.slots_LE,
+    ),
+    Criterion(
+        "soft-count", "sum of routing weights", PAPER, "S_j = Σ_{t ∈ T_j} g_j(t)",
+        by_statistics=lambda seen: seen.gates_LE,
+    ),
+    Criterion(
+        "reap", "mean of routing weight x output length over the tokens routed to it",
+        "arXiv 2510.13999",
+        "S_j = (1 / |T_j|) Σ_{t ∈ T_j} g_j(t) ‖f_j(t)‖; 0 for an expert that no token uses",
+        by_statistics=lambda seen: seen.outputs_LE / np.maximum(seen.slots_LE, 1),
+    ),
+    Criterion(
+        "easy-ep", "sum of routing weight x output length x how far the token turns",
+        "arXiv 2504.06792",
+        "S_j = Σ_{t ∈ T_j} c(t) g_j(t) ‖f_j(t)‖, where c(t) = 1 − cos(h(t) − y(t), h(t))",
+        by_statistics=lambda seen: seen.changes_LE,
+    ),
+    Criterion(
+        "output-sum", "sum of routing weight x output length: REAP without the mean", "ours",
+        "S_j = Σ_{t ∈ T_j} g_j(t) ‖f_j(t)‖",
+        by_statistics=lambda seen: seen.outputs_LE,
+    ),
+    Criterion(
+        "output-error", "greedily by the error of the layer's output", "arXiv 2402.14800",
+        "S_j = the step in which expert j goes: see output_error.py",
+        by_model=output_errors,
+    ),
+):  # fmt: skip
+    CRITERIA.register(_each.name)(_each)
 
 
 class Watch:
@@ -333,25 +302,23 @@ def check_count(kept: int, shape: MoEShape) -> None:
 
 def best_experts(
     scores_LE: Scores,
-    kept: int | Sequence[int],
+    kept: int,
     shape: MoEShape,
     protected: Sequence[tuple[int, int]] = (),
 ) -> Kept:
     """The experts of highest score, `kept` in each layer and equally many in each group.
 
-    `kept` is a number for every layer, or one for each: engines need equal ones, a plan does not.
     `protected` are pairs of layer and expert that stay whatever their score. Equal scores: the
     lower id. Raises LeanMoeError where more are protected than may remain.
     """
     groups = shape.router.limiting_groups
     size = shape.experts // groups
-    counts = [kept] * len(scores_LE) if isinstance(kept, int) else list(kept)
+    each = kept // groups
     scores_LE = scores_LE.astype(np.float64, copy=True)
     for layer, expert in protected:
         scores_LE[layer, expert] = np.inf
     found = []
-    for layer, (scores_E, count) in enumerate(zip(scores_LE, counts, strict=True)):
-        each = count // groups
+    for layer, scores_E in enumerate(scores_LE):
         chosen: list[int] = []
         for first in range(0, shape.experts, size):
             group_E = scores_E[first : first + size]

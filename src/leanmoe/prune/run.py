@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import write_json
@@ -18,7 +17,6 @@ from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.text import read_corpus, split
 from leanmoe.models.reference import folder_of
 from leanmoe.models.shape import MoEShape, read_shape
-from leanmoe.prune.allocation import ALLOCATION_TOKENS, Allocated, allocate, fewest, first_windows
 from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
 from leanmoe.prune.criteria import (
     CRITERIA,
@@ -30,10 +28,10 @@ from leanmoe.prune.criteria import (
     observe,
     rank_experts,
 )
-from leanmoe.prune.settings import EVEN, PruneSettings
+from leanmoe.prune.settings import PruneSettings
 from leanmoe.results.prune import PruneReport, PruneResults, RankedBy
 from leanmoe.runtime import load_model
-from leanmoe.scoring.windows import Windows, cut
+from leanmoe.scoring.windows import cut
 
 PLAN_FILE = "plan.json"
 
@@ -44,7 +42,6 @@ def prune(settings: PruneSettings, output: Path, command: str) -> PruneResults:
     criterion = CRITERIA.get(settings.criterion)
     shape = read_shape(settings.model)
     count = kept_count(settings.keep, shape)
-    _check_allocation(settings, criterion)
     source = None if settings.as_plan else read_source(checkpoint_folder(settings.model))
     if source is not None:
         check_output(output, source)
@@ -52,14 +49,11 @@ def prune(settings: PruneSettings, output: Path, command: str) -> PruneResults:
         raise LeanMoeError(f"output {output} holds a {PLAN_FILE}: give another folder")
     ranked = _rank(settings, criterion, shape, count)
     protected = ranked.protected if settings.protect else ()
-    found = _allocate(settings, ranked, shape, count, protected)
-    counts = count if found is None else found.counts
-    kept = best_experts(ranked.scores_LE, counts, shape, protected)
+    kept = best_experts(ranked.scores_LE, count, shape, protected)
     record_of = PruneReport(
         settings=asdict(settings),
         criterion=RankedBy(criterion.title, criterion.source),
         calibration_tokens=ranked.tokens,
-        allocation=None if found is None else asdict(found),
         protected=protected,
         provenance=collect(command, settings.seed),
     ).to_json()
@@ -104,9 +98,6 @@ class _Ranked:
     protected: tuple[tuple[int, int], ...] = ()
     """Layers and experts with extreme outputs, which a model cannot lose."""
     tokens: int = 0
-    model: Any = None
-    """None where no text was needed, and so no model."""
-    windows: Windows | None = None
 
 
 def _rank(settings: PruneSettings, criterion: Criterion, shape: MoEShape, count: int) -> _Ranked:
@@ -118,37 +109,5 @@ def _rank(settings: PruneSettings, criterion: Criterion, shape: MoEShape, count:
     model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
     windows = cut(calibration, tokenizer, tokens=settings.tokens, seed=settings.seed)
     seen = observe(model, windows)
-    least = count if settings.allocation == EVEN else fewest(shape)
-    scores_LE = rank_experts(criterion, shape, settings.seed, model, windows, least, seen)
-    return _Ranked(scores_LE, tuple(seen.super_experts()), seen.tokens, model, windows)
-
-
-def _check_allocation(settings: PruneSettings, criterion: Criterion) -> None:
-    if settings.allocation == EVEN:
-        return
-    if not settings.as_plan:
-        raise LeanMoeError(
-            f"--allocation {settings.allocation} gives layers different numbers of experts, which "
-            "no stock engine loads: add --as-plan, which touches no weights"
-        )
-    if not criterion.needs_text:
-        raise LeanMoeError(
-            f"--allocation {settings.allocation} compares models on text: criterion "
-            f"{criterion.name} reads none"
-        )
-
-
-def _allocate(
-    settings: PruneSettings,
-    ranked: _Ranked,
-    shape: MoEShape,
-    count: int,
-    protected: tuple[tuple[int, int], ...],
-) -> Allocated | None:
-    """Each layer's number of experts; None where all keep as many."""
-    if settings.allocation == EVEN or ranked.windows is None:
-        return None
-    searched = first_windows(ranked.windows, ALLOCATION_TOKENS)
-    return allocate(
-        ranked.model, ranked.scores_LE, searched, shape, count, protected, settings.seed
-    )
+    scores_LE = rank_experts(criterion, shape, settings.seed, model, windows, count, seen)
+    return _Ranked(scores_LE, tuple(seen.super_experts()), seen.tokens)

@@ -15,9 +15,6 @@ from leanmoe.core.options import (
 )
 from leanmoe.core.parsing import require
 
-EVEN = "even"
-ALLOCATIONS = (EVEN, "evoesap")
-
 
 @dataclass(frozen=True)
 class PruneSettings:
@@ -35,16 +32,9 @@ class PruneSettings:
     seed: int = option(0, SEED_HELP)
     protect: bool = option(True, "Keep experts with extreme outputs whatever their score.")
     as_plan: bool = option(False, "Write plan.json and touch no weights.")
-    allocation: str = option(
-        EVEN,
-        "How layers share the experts: even, or evoesap, where layers of a plan keep different "
-        "numbers.",
-    )
     dtype: str | None = option(None, DTYPE_HELP)
     trust_remote_code: bool = option(False, TRUST_HELP)
 
     def check(self) -> None:
         """Raises LeanMoeError for the first setting out of range."""
         require(self.tokens >= 16, "--tokens", self.tokens, "at least 16")
-        known = self.allocation in ALLOCATIONS
-        require(known, "--allocation", repr(self.allocation), " or ".join(ALLOCATIONS))

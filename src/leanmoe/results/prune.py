@@ -28,8 +28,6 @@ class PruneReport(ResultsFile):
     settings: dict[str, Any]
     criterion: RankedBy
     calibration_tokens: int
-    allocation: dict[str, Any] | None
-    """How layers share the experts, where they do not keep as many each."""
     protected: tuple[tuple[int, ...], ...]
     """Layer and expert of those with extreme outputs, which remain whatever their score."""
     provenance: Provenance

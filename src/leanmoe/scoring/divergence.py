@@ -190,11 +190,6 @@ class Head:
             means.append(logits_TV @ self.weight_VD / sums_T[:, None])
         return torch.cat(normalisers), torch.cat(means)
 
-    def shared_mass(self, first_TD: Tensor, second_TD: Tensor) -> Tensor:
-        """Σ_v min(p_v, q_v) [T] of two next-token distributions: 1 where they are the same."""
-        parts = zip(self._slices(first_TD), self._slices(second_TD), strict=True)
-        return torch.cat([torch.minimum(a.softmax(-1), b.softmax(-1)).sum(-1) for a, b in parts])
-
     def crossed(self, expected_TD: Tensor, hidden_TD: Tensor) -> Tensor:
         """The mean logit [T], float64, short of the bias: under the distribution whose mean output
         vector is `expected`, of the logits that `hidden` gives."""

@@ -21,10 +21,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from leanmoe.kernels.dispatch import fast_route
-from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import BatchScope, Routing, count_distinct_by_rank, route
-from leanmoe.serve.batch_scope import scope_of_all_ranks, tokens_of_all
 from tests.conformance.cases import ROUTERS
 
 WORLDS = (2, 4)
@@ -53,6 +52,19 @@ def draw(tokens: int, seed: int) -> Tensor:
 
 def bias_of(name: str) -> Tensor | None:
     return draw(1, 99)[0] * 0.1 if ROUTERS[name].ranking_bias else None
+
+
+def scope_of_all_ranks(
+    group: dist.ProcessGroup | None = None, placement: Placement | None = None
+) -> BatchScope:
+    """The batch scope of all ranks of `group`: they add up what their tokens ask for."""
+
+    def exchange(demand_B3E: Tensor) -> Tensor:
+        total_B3E = demand_B3E.clone()
+        dist.all_reduce(total_B3E, group=group)
+        return total_B3E
+
+    return BatchScope(placement, exchange)
 
 
 def gathered(value: Tensor) -> list[Tensor]:
@@ -140,18 +152,6 @@ def many_steps(rank: int, ranks: int) -> None:
         assert_equal(routing, route(all_TE, *arguments), mine)
 
 
-def one_band_for_all(rank: int, ranks: int) -> None:
-    """The band is that of all ranks' tokens, so a full and an empty rank are under one rule."""
-    model = Fingerprint("Model", 1, 1, EXPERTS, TOP_K)
-    plan = Plan(model, (Band(8, (Rule(guaranteed=1),)), Band(None, (Rule(),))))
-    for counts in UNEVEN:
-        tokens = tokens_of_all(counts[rank])
-        assert tokens == sum(counts[:ranks])
-        (rule,) = plan.rules_for(max(tokens, 1))
-        route(draw(counts[rank], rank), ROUTERS["softmax"], TOP_K, rule, scope=scope_of_all_ranks())
-    assert tokens_of_all(0) == 0
-
-
 def expert_parallel(rank: int, ranks: int) -> None:
     """Each rank activates what the counts say; the ranks' parts add up to one process's output."""
     router, rule = ROUTERS["softmax, normalised"], Rule(budget_per_rank=4)
@@ -227,7 +227,6 @@ SCENARIOS: tuple[Callable[[int, int], None], ...] = (
     a_rank_of_padding,
     own_ranks_tokens,
     many_steps,
-    one_band_for_all,
     expert_parallel,
     logical_ids,
     a_rank_that_stays_away,
