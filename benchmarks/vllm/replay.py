@@ -29,9 +29,9 @@ from leanmoe.serve.vllm.layer_facts import scope_of
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.leanmoe_experts import LeanmoeExperts, kernels_unsupported_reason
 from leanmoe.serve.vllm.small_steps import (
-    GroupedSteps,
+    LayerSteps,
     grouping_unsupported_reason,
-    skipping_unsupported_reason,
+    small_steps_unsupported_reason,
 )
 
 ROUTINGS = ("skewed", "uniform")
@@ -200,7 +200,7 @@ class Engine:
             return self._why_not_ours
         if variant.is_plain or variant.plan is None or variant.small_steps == REPEAT:
             return None
-        reason = skipping_unsupported_reason(
+        reason = small_steps_unsupported_reason(
             self._layers[0], variant.slots, variant.plan.model.experts
         )
         return reason or (grouping_unsupported_reason() if variant.small_steps == GROUP else None)
@@ -214,7 +214,7 @@ class Engine:
             self.replay.own.add(variant.name)
         if variant.small_steps == GROUP and not variant.is_plain:
             for layer, switch in zip(self._layers, self._switches, strict=True):
-                GroupedSteps(layer, switch.groups_step).put()
+                LayerSteps(layer, switch.groups_step).put()
         for switch in self._switches:
             switch.add(variant)
         self.capture(variant.name)

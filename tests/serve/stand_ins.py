@@ -21,6 +21,7 @@ class BaseRouter:
     global_num_experts = 16
     scoring_func = "softmax"
     renormalize = True
+    eplb_state: Any = None
 
     def _compute_routing(
         self,
@@ -83,11 +84,15 @@ def loaded_runner(
     """A MoE layer that vLLM has loaded on one GPU, unquantised where `settings` say no other."""
     module = "vllm.model_executor.layers.fused_moe.experts.triton_moe"
     loaded = type(experts, (), {"__module__": module, "apply": None})()
-    names = ("quant_dtype", "w1_scale", "gemm1_clamp_limit", "w1_bias", "w2_bias")
+    names = (
+        "quant_dtype", "w1_scale", "gemm1_clamp_limit", "w1_bias", "w2_bias", "a2_scale",
+        "block_shape",
+    )  # fmt: skip
     loaded.quant_config = SimpleNamespace(
         **{name: settings.get(name) for name in names},
         use_int8_w8a16=settings.get("use_int8_w8a16", False),
         use_int4_w4a16=settings.get("use_int4_w4a16", False),
+        per_act_token_quant=settings.get("per_act_token_quant", False),
     )
     impl = SimpleNamespace(fused_experts=loaded)
     kernel = SimpleNamespace(impl=impl, fused_experts=loaded)
@@ -98,12 +103,16 @@ def loaded_runner(
             expert_map=settings.get("expert_map"),
             activation=SimpleNamespace(value=activation),
             apply_router_weight_on_input=settings.get("apply_router_weight_on_input", False),
+            w13_weight=torch.zeros(1),
         ),
         moe_config=SimpleNamespace(
             is_lora_enabled=settings.get("is_lora_enabled", False),
             dp_size=settings.get("dp_size", 1),
             pcp_size=settings.get("pcp_size", 1),
             is_sequence_parallel=settings.get("is_sequence_parallel", False),
+            moe_parallel_config=SimpleNamespace(
+                all2all_backend=settings.get("all2all_backend", "allgather_reducescatter")
+            ),
         ),
     )
 

@@ -8,7 +8,7 @@ import pytest
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Fingerprint, Plan, Rule
-from leanmoe.serve.plugin_options import VARIABLES, PluginOptions
+from leanmoe.serve.plugin_options import LEANMOE, VARIABLES, VLLM, PluginOptions
 
 MODEL = Fingerprint("Model", 1, 1, 8, 2)
 
@@ -28,12 +28,13 @@ def test_without_a_plan_nothing_is_asked_for_or_refused() -> None:
 def test_what_is_not_set_or_empty_is_the_default() -> None:
     assert read() == PluginOptions("plan.json")
     assert read(DROP="", BATCH_SCOPE="", EXPERTS="", STATISTICS="") == PluginOptions("plan.json")
-    assert read(BATCH_SCOPE="rank", EXPERTS="vllm", STATISTICS="0") == PluginOptions("plan.json")
+    assert read(BATCH_SCOPE="rank", STATISTICS="0") == PluginOptions("plan.json")
 
 
 def test_every_variable_of_the_plugin_is_read() -> None:
     options = read(DROP="prompt, other", BATCH_SCOPE="all", EXPERTS="leanmoe", STATISTICS="1")
-    assert options == PluginOptions("plan.json", ("prompt", "other"), True, True, True)
+    assert options == PluginOptions("plan.json", ("prompt", "other"), True, True, LEANMOE)
+    assert read(EXPERTS="vllm") == PluginOptions("plan.json", experts=VLLM)
     assert len(VARIABLES) == 7, "the two others are not the plugin's"
 
 

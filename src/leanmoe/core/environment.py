@@ -51,10 +51,11 @@ VARIABLES = (
     ),
     Variable(
         EXPERTS,
-        "vllm",
+        "",
         "vllm, leanmoe",
         "Says whose kernels compute the experts in vLLM. A layer that leanmoe's kernels cannot "
-        "compute is refused, and so is leanmoe in SGLang.",
+        "compute is refused, and so is leanmoe in SGLang. Not set: vLLM's, and leanmoe's in layers "
+        "where a plan skips slots, vLLM's kernels would compute them and leanmoe's can run.",
     ),
     Variable(
         STATISTICS,

@@ -26,7 +26,8 @@ from leanmoe.serve.plan_support import ALL, PROMPT, RANK, check_batch_scope, che
 
 __all__ = ["VARIABLES", "PluginOptions", "Variable"]
 
-VLLM_KERNELS, OUR_KERNELS = "vllm", "leanmoe"
+VLLM, LEANMOE = "vllm", "leanmoe"
+"""Whose kernels compute the experts."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class PluginOptions:
     """Keeps each step's expert ids, so that one can ask what ran."""
     cross_rank: bool = False
     """A batch-aware rule sees the tokens of all data-parallel ranks, not its own rank's alone."""
-    leanmoe_kernels: bool = False
-    """leanmoe's kernels compute the experts, not vLLM's."""
+    experts: str | None = None
+    """Whose kernels compute the experts, VLLM or LEANMOE; None: leanmoe's in layers that skip slots
+    and whose own kernels cannot, where leanmoe's can compute them."""
 
     @classmethod
     def from_environ(
@@ -57,17 +59,17 @@ class PluginOptions:
             return None
         scope = environ.get(BATCH_SCOPE) or RANK
         check_batch_scope(scope, engine)
-        kernels = _one_of(environ, EXPERTS, (VLLM_KERNELS, OUR_KERNELS))
-        if kernels == OUR_KERNELS and engine != "vLLM":
+        experts = _one_of(environ, EXPERTS, (VLLM, LEANMOE)) if environ.get(EXPERTS) else None
+        if experts == LEANMOE and engine != "vLLM":
             raise LeanMoeError(
-                f"{EXPERTS} is {kernels!r}: leanmoe's kernels cannot run in {engine}; unset it"
+                f"{EXPERTS} is {experts!r}: leanmoe's kernels cannot run in {engine}; unset it"
             )
         return cls(
             path,
             tuple(part.strip() for part in environ.get(DROP, "").split(",") if part.strip()),
             collect_stats=_one_of(environ, STATISTICS, ("0", "1")) == "1",
             cross_rank=scope == ALL,
-            leanmoe_kernels=kernels == OUR_KERNELS,
+            experts=experts,
         )
 
     def load_plan(self, engine: str) -> Plan:

@@ -44,7 +44,7 @@ def load() -> Iterator[Any]:
     from leanmoe.serve.plugin_options import PluginOptions
     from leanmoe.serve.vllm.patch import process_plugin
 
-    def start(plan: Any = None, leanmoe_kernels: bool = False, **settings: Any) -> Any:
+    def start(plan: Any = None, experts: str | None = None, **settings: Any) -> Any:
         from vllm import LLM
 
         _register_kernels_once()
@@ -52,9 +52,7 @@ def load() -> Iterator[Any]:
         if plan is None:
             process_plugin().stop()
         else:
-            options = PluginOptions(
-                "of the test", collect_stats=True, leanmoe_kernels=leanmoe_kernels
-            )
+            options = PluginOptions("of the test", collect_stats=True, experts=experts)
             process_plugin().start(plan, options)
         llm = LLM(
             **{

@@ -281,4 +281,4 @@ def test_leanmoes_experts_are_refused_on_a_cpu(load: Callable[..., Any]) -> None
     with pytest.raises(
         LeanMoeError, match="LEANMOE_EXPERTS=leanmoe cannot compute it: its experts"
     ):
-        load(UNIFORM, leanmoe_kernels=True)
+        load(UNIFORM, experts="leanmoe")

@@ -20,6 +20,7 @@ from leanmoe.serve.vllm.layer_routing import (
     rank_share,
     step_rows,
 )
+from leanmoe.serve.vllm.small_steps import Skipped, Skipping
 from tests.serve.stand_ins import (
     BaseRouter,
     Context,
@@ -152,3 +153,21 @@ def test_the_layers_statistics_say_what_its_steps_ran() -> None:
     used = wanted.ids_BTK[wanted.ids_BTK < 16]
     assert report["layers"][0]["distinct"] == len(set(used.tolist()))
     assert report["layers"][0]["activated"] == pytest.approx(len(used) / 6)
+
+
+def test_ids_of_no_expert_never_go_to_experts_they_were_not_settled_for() -> None:
+    plan = Plan.uniform(MODEL, Rule(threshold=0.9))
+    routing = VllmLayerRouting(FusedTopKRouter(), plan, 0)
+    routing.skipping = Skipping.at_all_sizes(Skipped.MINUS_ONE)
+    _weights, ids = routing(torch.empty(6, 1), logits(6), None)
+    assert int(ids.min()) == -1
+    assert routing.skips_step(6)
+    routing.experts_in_place = lambda: False
+    with pytest.raises(LeanMoeError, match=r"loaded its weights anew.*start the engine again"):
+        routing(torch.empty(6, 1), logits(6), None)
+
+
+def test_a_step_that_vllm_routes_skips_nothing() -> None:
+    routing = VllmLayerRouting(FusedTopKRouter(), BANDED, 1)
+    routing.skipping = Skipping.at_all_sizes(Skipped.MINUS_ONE)
+    assert [routing.skips_step(rows) for rows in (4, 8, 16, 17)] == [False, True, True, False]

@@ -10,11 +10,18 @@ import pytest
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
-from leanmoe.serve.plugin_options import PluginOptions
+from leanmoe.serve.plugin_options import LEANMOE, VLLM, PluginOptions
+from leanmoe.serve.vllm import planned_model
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.planned_model import PlannedModel, decoder_index
-from leanmoe.serve.vllm.small_steps import Skipping
+from leanmoe.serve.vllm.small_steps import Skipped, Skipping
 from tests.serve.stand_ins import MODEL_CONFIG, VllmConfig, built_layer, install_stages
+from tests.serve.vllm_operators import (
+    align_of_0_24,
+    install_operators,
+    sum_of_0_24,
+    triton_runner,
+)
 
 MODEL = read_shape(MODEL_CONFIG).fingerprint()
 SHARED = Plan.uniform(MODEL, Rule(guaranteed=2))
@@ -101,11 +108,78 @@ def test_leanmoes_kernels_are_refused_where_they_cannot_compute(
 ) -> None:
     install_stages(monkeypatch)
     config = VllmConfig()
-    model = planned(SHARED, config, leanmoe_kernels=True)
+    model = planned(SHARED, config, experts=LEANMOE)
     for layer in range(2):
         model.adopt(built_layer(layer))
     with pytest.raises(LeanMoeError, match="LEANMOE_EXPERTS=leanmoe cannot compute it"):
         model.check()
+
+
+def settled(monkeypatch: pytest.MonkeyPatch, plan: Plan = SHARED, **options: Any) -> PlannedModel:
+    """A model of Triton experts under a plan, loaded."""
+    monkeypatch.setattr(planned_model, "kernels_for", lambda _: SimpleNamespace(reason="tuned"))
+    config, loaded = VllmConfig(), triton_runner(experts=16)
+    model = planned(plan, config, **options)
+    for layer in range(2):
+        runner = built_layer(layer)
+        parallel, runner.moe_config = runner.moe_config, loaded.moe_config
+        vars(runner.moe_config).update(vars(parallel), moe_parallel_config=parallel)
+        model.adopt(runner)
+        runner.routed_experts = triton_runner(experts=16).routed_experts
+    model.settle()
+    return model
+
+
+def experts_of(model: PlannedModel) -> set[str]:
+    """What stands in the place of the layers' experts."""
+    kernels = [r.routed_experts.quant_method.moe_kernel for r in model.runners.values()]
+    return {type(kernel.fused_experts.apply).__name__ for kernel in kernels}
+
+
+def test_operators_that_pass_over_skipped_slots_do_so_at_all_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_operators(monkeypatch)
+    model = settled(monkeypatch)
+    wanted = Skipping.at_all_sizes(Skipped.MINUS_ONE, groups=True)
+    assert all(routing.skipping == wanted for routing in model.layers.values())
+    assert experts_of(model) == {"LayerSteps"}
+    assert all(routing.experts_in_place() for routing in model.layers.values())
+    assert "a skipped slot is id -1" in model.describe()
+
+
+def test_a_plan_that_skips_nothing_leaves_the_experts_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_operators(monkeypatch)
+    assert experts_of(settled(monkeypatch, Plan.uniform(MODEL, Rule(top_k=2)))) == {"method"}
+
+
+@pytest.mark.parametrize(
+    ("experts", "reason", "how", "stands"),
+    [
+        (None, None, Skipping.at_all_sizes(Skipped.BEYOND), "LeanmoeExperts"),
+        (None, "no", Skipping(small=Skipped.MINUS_ONE, groups=True), "LayerSteps"),
+        (VLLM, None, Skipping(small=Skipped.MINUS_ONE, groups=True), "LayerSteps"),
+    ],
+)
+def test_where_vllm_would_compute_the_rows_leanmoes_kernels_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    experts: str | None,
+    reason: str | None,
+    how: Skipping,
+    stands: str,
+) -> None:
+    install_operators(monkeypatch, align_of_0_24, sum_of_0_24)
+    monkeypatch.setattr(planned_model, "kernels_unsupported_reason", lambda _: reason)
+    caplog.set_level("INFO", "vllm.leanmoe")
+    model = settled(monkeypatch, experts=experts)
+    assert all(routing.skipping == how for routing in model.layers.values())
+    assert experts_of(model) == {stands}
+    assert all(routing.experts_in_place() for routing in model.layers.values())
+    assert "moe_sum adds up all slots" in caplog.text
+    assert ("experts by leanmoe, tuned" in model.describe()) == (stands == "LeanmoeExperts")
 
 
 def test_bands_that_end_between_captured_sizes_are_named() -> None:

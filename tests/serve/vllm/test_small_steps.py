@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,16 +16,19 @@ from leanmoe.plan import Fingerprint, Plan, Rule
 from leanmoe.routing import route
 from leanmoe.serve.vllm import small_steps
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
+from leanmoe.serve.vllm.skipped_slots import MODULE
 from leanmoe.serve.vllm.small_steps import (
-    GroupedSteps,
+    FUNCTIONS,
+    LayerSteps,
     Skipped,
     Skipping,
     SlotAssignment,
     grouping_unsupported_reason,
     is_small,
-    skipping_unsupported_reason,
+    small_steps_unsupported_reason,
 )
 from tests.serve.stand_ins import Context, FusedTopKRouter, install_context, loaded_runner
+from tests.serve.vllm_operators import install_operators, triton_runner
 
 MODEL = Fingerprint("Model", 3, 1, 64, 4)
 RULE = Rule(guaranteed=1)
@@ -114,9 +117,10 @@ def test_ids_that_leave_the_layer_name_experts(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("vllm_functions")
 def test_plain_triton_experts_pass_over_skipped_slots() -> None:
-    assert skipping_unsupported_reason(loaded_runner(), [4, 2, 0], 64) is None
+    assert small_steps_unsupported_reason(loaded_runner(), [4, 2, 0], 64) is None
     assert (
-        skipping_unsupported_reason(loaded_runner(quant_dtype=torch.float8_e4m3fn), [4], 64) is None
+        small_steps_unsupported_reason(loaded_runner(quant_dtype=torch.float8_e4m3fn), [4], 64)
+        is None
     )
 
 
@@ -136,13 +140,13 @@ def test_plain_triton_experts_pass_over_skipped_slots() -> None:
     ],
 )
 def test_whatever_else_is_not_trusted(settings: dict[str, Any], reason: str) -> None:
-    assert reason in str(skipping_unsupported_reason(loaded_runner(**settings), [4], 64))
+    assert reason in str(small_steps_unsupported_reason(loaded_runner(**settings), [4], 64))
 
 
 def test_a_vllm_that_has_changed_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(module: Any) -> str:
         monkeypatch.setattr(small_steps, "import_module", lambda _: module)
-        return str(skipping_unsupported_reason(loaded_runner(), [4], 64))
+        return str(small_steps_unsupported_reason(loaded_runner(), [4], 64))
 
     assert "does not pass over -1" in reason(functions(kernel_that_reads))
     assert "groups the slots" in reason(functions(kernel_that_skips, share=8))
@@ -163,8 +167,7 @@ GROUPED = Skipping(small=Skipped.MINUS_ONE, groups=True)
 
 @pytest.fixture
 def triton_moe(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """vLLM's two modules, as far as a step's slots are assigned in them."""
-    functions, module = ModuleType("functions"), ModuleType("triton_moe")
+    """vLLM's module of Triton experts, as far as a step's slots are assigned in it."""
 
     def moe_align_block_size(*arguments: Any) -> str:
         return f"grouped in {arguments[1]}"
@@ -173,19 +176,18 @@ def triton_moe(monkeypatch: pytest.MonkeyPatch) -> Any:
         del arguments, block_shape
         return "as vLLM has it"
 
-    assign.__module__ = "functions"
-    functions.moe_align_block_size = moe_align_block_size  # type: ignore[attr-defined]
+    install_operators(monkeypatch, moe_align_block_size)
+    module = sys.modules[MODULE]
+    assign.__module__ = FUNCTIONS
     module._prepare_expert_assignment = assign  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "functions", functions)
-    monkeypatch.setitem(sys.modules, small_steps.MODULE, module)
     return module
 
 
 def triton_layer(module: Any, places: Tensor | None = None) -> Any:
     """A loaded layer whose experts answer how their slots were assigned."""
 
-    def apply(*, hidden_states: Tensor, topk_ids: Tensor) -> str:
-        del hidden_states
+    def apply(*, hidden_states: Tensor, topk_ids: Tensor, expert_map: Tensor | None) -> str:
+        del hidden_states, expert_map
         assigned: str = module._prepare_expert_assignment(
             topk_ids, {"BLOCK_SIZE_M": 16}, *topk_ids.shape, 64, places, block_shape=None
         )
@@ -236,9 +238,9 @@ def test_small_steps_of_batch_aware_rules_are_grouped(
     routing = VllmLayerRouting(FusedTopKRouter(), Plan.uniform(MODEL, rule), 0)
     routing.skipping = how
     runner, other = triton_layer(triton_moe), triton_layer(triton_moe)
-    GroupedSteps(runner, routing.groups_step).put()
-    GroupedSteps(other, lambda _: False).put()
-    GroupedSteps(other, lambda _: True).put()  # a layer keeps the first
+    LayerSteps(runner, routing.groups_step).put()
+    LayerSteps(other, lambda _: False).put()
+    LayerSteps(other, lambda _: True).put()  # a layer keeps the first
     assert grouping_unsupported_reason() is None
     ids = routed(monkeypatch, rows, rule, routing)
     step = {"hidden_states": torch.empty(rows, 1), "topk_ids": ids}
@@ -248,7 +250,7 @@ def test_small_steps_of_batch_aware_rules_are_grouped(
 
 def test_slots_whose_experts_are_elsewhere_are_not_grouped(triton_moe: Any) -> None:
     runner = triton_layer(triton_moe, torch.arange(64))
-    GroupedSteps(runner, lambda _: True).put()
+    LayerSteps(runner, lambda _: True).put()
     ids = torch.zeros(4, 4, dtype=torch.int32)
     assigned = apply_of(runner)(hidden_states=torch.empty(4, 1), topk_ids=ids)
     assert assigned == "as vLLM has it"
@@ -256,7 +258,7 @@ def test_slots_whose_experts_are_elsewhere_are_not_grouped(triton_moe: Any) -> N
 
 def test_experts_that_fail_leave_later_steps_as_vllm_has_them(triton_moe: Any) -> None:
     runner = triton_layer(triton_moe)
-    GroupedSteps(runner, lambda _: True).put()
+    LayerSteps(runner, lambda _: True).put()
     with pytest.raises(TypeError):
         apply_of(runner)(topk_ids=torch.zeros(4, 4, dtype=torch.int32))
     assert not SlotAssignment.put().is_grouping
@@ -271,3 +273,25 @@ def test_the_assignment_is_put_once(triton_moe: Any) -> None:
 def test_a_vllm_without_the_functions_says_so(triton_moe: Any) -> None:
     del triton_moe._prepare_expert_assignment
     assert "have no _prepare_expert_assignment" in str(grouping_unsupported_reason())
+
+
+@pytest.mark.parametrize("is_in_host_memory", [False, True])
+def test_small_steps_that_0_33_groups_have_no_id_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, is_in_host_memory: bool
+) -> None:
+    """With --offload-backend uva it groups them, and rows that nobody wrote would be added up."""
+    install_operators(monkeypatch, version="0.33")
+    runner = triton_runner("0.33", quant_dtype=torch.float8_e4m3fn)
+    runner.routed_experts.w2_weight._vllm_is_uva_offloaded = is_in_host_memory
+    reason = small_steps_unsupported_reason(runner, [4], 64)
+    assert ("where weights are in host memory" in str(reason)) == is_in_host_memory
+
+
+def test_experts_that_vllm_put_in_their_place_are_noticed(triton_moe: Any) -> None:
+    runner = triton_layer(triton_moe)
+    steps = LayerSteps(runner, lambda _: True)
+    steps.put()
+    assert steps.is_in_place()
+    other = triton_layer(triton_moe).routed_experts.quant_method.moe_kernel
+    runner.routed_experts.quant_method.moe_kernel = other
+    assert not steps.is_in_place()

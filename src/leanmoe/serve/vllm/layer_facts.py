@@ -141,15 +141,21 @@ def experts_class(method: Any) -> type:
     return type(getattr(kernel, "fused_experts", method))
 
 
-def triton_unsupported_reason(runner: Any) -> str | None:
-    """Why a loaded layer is not vLLM's Triton experts alone, all of them on this GPU."""
-    layer = runner.routed_experts
-    experts = experts_class(layer.quant_method)
+def not_triton_reason(runner: Any) -> str | None:
+    """Why a loaded layer is not vLLM's Triton experts alone, wherever they are."""
+    experts = experts_class(runner.routed_experts.quant_method)
     if (experts.__module__, experts.__name__) != TRITON:
         return f"its experts are {experts.__name__}"
     if runner.moe_config.is_lora_enabled:
         return "it has LoRA"
-    if layer.expert_map is not None:
+    return None
+
+
+def triton_unsupported_reason(runner: Any) -> str | None:
+    """Why a loaded layer is not vLLM's Triton experts alone, all of them on this GPU."""
+    if reason := not_triton_reason(runner):
+        return reason
+    if runner.routed_experts.expert_map is not None:
         return "its experts are on several GPUs"
     if runner.router.eplb_state is not None:
         return "its experts are balanced over GPUs"

@@ -28,7 +28,7 @@ from leanmoe.routing import ALONE, BatchScope
 from leanmoe.serve.plan_support import is_plain
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm.layer_facts import ranking_bias, read_router
-from leanmoe.serve.vllm.small_steps import Skipping
+from leanmoe.serve.vllm.small_steps import Skipped, Skipping
 
 _layers: WeakValueDictionary[int, VllmLayerRouting] = WeakValueDictionary()
 """The layers of this process by number. A compiled step holds no Python object: its operator gets
@@ -67,6 +67,8 @@ class VllmLayerRouting:
         self.scope = scope
         self.skipping = Skipping()
         """Set when the layer is loaded, and it is known what its experts do."""
+        self.experts_in_place: Callable[[], bool] = lambda: True
+        """Whether what `skipping` was settled for still stands in the layer's experts' place."""
         self._most_slots = max(self._slots(rule) for rule in self.rules)
         self._number = next(_numbers)
         _layers[self._number] = self
@@ -116,11 +118,10 @@ class VllmLayerRouting:
             weights, ids = compute(hidden_states, router_logits, indices_type, input_ids=input_ids)
         else:
             padding_T = padding_rows(rows, self._sequence_parallel)
-            skipped = self.skipping.in_step(rule, rows, self._slots(rule), self._experts)
             bias_E = ranking_bias(self._vllm)
             ids, weights = route_ids(
                 router_logits, self.router, self.plan.model.top_k, rule, bias_E, padding_T,
-                self.scope, skipped_id=skipped.id(self._experts), ids_dtype=ids_dtype,
+                self.scope, skipped_id=self._skipped_id(rule, rows), ids_dtype=ids_dtype,
             )  # fmt: skip
         if self._is_full_width:
             ids, weights = add_slots(ids, weights, self.plan.model.top_k)
@@ -128,10 +129,29 @@ class VllmLayerRouting:
             self._statistics.note(self.layer, ids, weights, padding_T)
         return weights, ids
 
+    def _skipped_id(self, rule: Rule, rows: int) -> int | None:
+        """The id of a skipped slot; None where the token's best repeats.
+
+        Raises LeanMoeError where vLLM gave the layer new experts, which would read such an id as
+        they please.
+        """
+        skipped = self.skipping.in_step(rule, rows, self._slots(rule), self._experts)
+        if skipped is not Skipped.REPEATED and not self.experts_in_place():
+            raise LeanMoeError(
+                f"MoE layer {self.layer}: vLLM loaded its weights anew and gave it other experts "
+                "than the plan was put to work in: start the engine again with those weights"
+            )
+        return skipped.id(self._experts)
+
     def groups_step(self, rows: int) -> bool:
         """Whether the slots of a step of `rows` rows are to be grouped by expert."""
         rule = self._rule(rows)
         return self.skipping.is_grouped(rule, rows, self._slots(rule), self._experts)
+
+    def skips_step(self, rows: int) -> bool:
+        """Whether slots of a step of `rows` rows may have an id that is no expert's, and no row."""
+        rule = self._rule(rows)
+        return not is_plain(rule) and self.skipping.usual is Skipped.MINUS_ONE
 
     def _vllms_own(self, rule: Rule) -> Callable[..., tuple[Tensor, Tensor]]:
         """vLLM's routing of this layer, with the rule's top-k."""

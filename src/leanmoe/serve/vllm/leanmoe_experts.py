@@ -94,3 +94,7 @@ class LeanmoeExperts:
     def put(self) -> None:
         """Lets vLLM call it from now on."""
         self._layer.quant_method.moe_kernel.fused_experts.apply = self
+
+    def is_in_place(self) -> bool:
+        """Whether vLLM still calls it: weights that are loaded anew may come with new experts."""
+        return self._layer.quant_method.moe_kernel.fused_experts.apply is self

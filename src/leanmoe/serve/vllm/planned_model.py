@@ -14,18 +14,24 @@ from leanmoe.kernels.dispatch import choose_router
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.serve.plan_support import is_plain
-from leanmoe.serve.plugin_options import PluginOptions
+from leanmoe.serve.plugin_options import LEANMOE, PluginOptions
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm import checks
 from leanmoe.serve.vllm.layer_facts import GATHERING, experts_class, scope_of
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
-from leanmoe.serve.vllm.leanmoe_experts import LeanmoeExperts, check_experts, kernels_for
+from leanmoe.serve.vllm.leanmoe_experts import (
+    LeanmoeExperts,
+    check_experts,
+    kernels_for,
+    kernels_unsupported_reason,
+)
+from leanmoe.serve.vllm.skipped_slots import all_sizes_unsupported_reason
 from leanmoe.serve.vllm.small_steps import (
-    GroupedSteps,
+    LayerSteps,
     Skipped,
     Skipping,
     grouping_unsupported_reason,
-    skipping_unsupported_reason,
+    small_steps_unsupported_reason,
 )
 
 logger = logging.getLogger("vllm.leanmoe")
@@ -48,6 +54,8 @@ class PlannedModel:
             self.statistics = RoutingStatistics(plan.model.moe_layers, plan.model.experts)
         self.layers: dict[int, VllmLayerRouting] = {}
         self.runners: dict[int, Any] = {}
+        self._computed: list[Any] = []
+        """The layers whose experts leanmoe's kernels compute."""
 
     def adopt(self, runner: Any) -> None:
         """Puts the plan in the place of a layer's routing, unless it is no layer of the plan's."""
@@ -97,7 +105,7 @@ class PlannedModel:
         for layer, routing in self.layers.items():
             runner = self.runners[layer]
             checks.check_runner(runner, routing.rules, runner.layer_name)
-        if self._options.leanmoe_kernels:
+        if self._options.experts == LEANMOE:
             for runner in self.runners.values():
                 check_experts(runner, runner.layer_name)
 
@@ -107,33 +115,55 @@ class PlannedModel:
         It is called for a model that `check` has nothing against.
         """
         for layer, runner in self.runners.items():
-            if self._options.leanmoe_kernels:
-                LeanmoeExperts(runner).put()
-            if layer in self.layers:
-                self.layers[layer].skipping = self._skipping(runner, self.layers[layer])
+            routing = self.layers.get(layer)
+            if self._options.experts == LEANMOE:
+                self._compute(runner, routing)
+            elif routing is not None and routing.may_skip and not all(map(is_plain, routing.rules)):
+                self._settle_skipping(runner, routing)
 
-    def _skipping(self, runner: Any, routing: VllmLayerRouting) -> Skipping:
-        if all(map(is_plain, routing.rules)) or not routing.may_skip:
-            return Skipping()
-        if self._options.leanmoe_kernels:
-            return Skipping(Skipped.BEYOND, Skipped.BEYOND)
-        name = runner.layer_name
-        if reason := skipping_unsupported_reason(runner, routing.slots, self.plan.model.experts):
-            logger.info("leanmoe: %s: a skipped slot repeats in small steps: %s", name, reason)
-            return Skipping()
+    def _compute(self, runner: Any, routing: VllmLayerRouting | None) -> None:
+        """Has leanmoe's kernels compute a layer's experts."""
+        experts = LeanmoeExperts(runner)
+        experts.put()
+        self._computed.append(runner)
+        if routing is not None and routing.may_skip:
+            routing.skipping = Skipping.at_all_sizes(Skipped.BEYOND)
+            routing.experts_in_place = experts.is_in_place
+
+    def _settle_skipping(self, runner: Any, routing: VllmLayerRouting) -> None:
+        """Has a layer skip slots as well as its experts can; the log says what they cannot."""
+        name, experts = runner.layer_name, self.plan.model.experts
+        repeats = all_sizes_unsupported_reason(runner, routing.slots, experts)
+        if repeats is None:
+            steps = LayerSteps(runner, routing.groups_step, routing.skips_step)
+            self._put(steps, routing, Skipping.at_all_sizes(Skipped.MINUS_ONE, groups=True))
+            return
+        if self._options.experts is None and kernels_unsupported_reason(runner) is None:
+            logger.info("leanmoe: %s: leanmoe's kernels compute it: %s", name, repeats)
+            self._compute(runner, routing)
+            return
+        if reason := small_steps_unsupported_reason(runner, routing.slots, experts):
+            logger.info("leanmoe: %s: a skipped slot repeats: %s; %s", name, repeats, reason)
+            return
+        logger.info("leanmoe: %s: a skipped slot repeats in larger steps: %s", name, repeats)
         if reason := grouping_unsupported_reason():
             logger.info("leanmoe: %s: small steps stay apart: %s", name, reason)
-            return Skipping(small=Skipped.MINUS_ONE)
-        GroupedSteps(runner, routing.groups_step).put()
-        return Skipping(small=Skipped.MINUS_ONE, groups=True)
+            routing.skipping = Skipping(small=Skipped.MINUS_ONE)
+            return
+        steps = LayerSteps(runner, routing.groups_step)
+        self._put(steps, routing, Skipping(small=Skipped.MINUS_ONE, groups=True))
+
+    def _put(self, steps: LayerSteps, routing: VllmLayerRouting, skipping: Skipping) -> None:
+        steps.put()
+        routing.skipping, routing.experts_in_place = skipping, steps.is_in_place
 
     def describe(self) -> str:
         """What runs, in one line."""
         runner = next(iter(self.runners.values()), None)
         method = None if runner is None else runner.routed_experts.quant_method
         experts = "none here" if method is None else experts_class(method).__name__
-        if runner is not None and self._options.leanmoe_kernels:
-            experts = f"leanmoe, {kernels_for(runner.routed_experts).reason}"
+        if self._computed:
+            experts = f"leanmoe, {kernels_for(self._computed[0].routed_experts).reason}"
         skippings = {routing.skipping.describe() for routing in self.layers.values()}
         parts = [
             f"{len(self.layers)} of {len(self.runners)} MoE layers under it",

@@ -1,11 +1,11 @@
 """How skipped slots are written, and small steps grouped, for the experts that vLLM loaded.
 
-vLLM's Triton experts group a step's slots by expert: a skipped slot that repeats the token's best
-expert joins a group that is there anyway. But where a step's slots are few (`is_small`) they are
-not grouped: each is computed by itself and reads its expert's weights, a repeated one too. There
-the kernel takes a slot's id as it stands, writes zeros for -1 and reads nothing (vLLM's
-`_prepare_expert_assignment` and `fused_moe_kernel`, read in 0.24.0 and 0.32.0). Grouping has no
-such promise for -1, so larger steps never have it.
+vLLM's Triton experts group a step's slots by expert. Where vLLM's operators pass over id -1 there
+(`skipped_slots`), every skipped slot has it. Else a skipped slot repeats the token's best expert
+and joins a group that is there anyway. But where a step's slots are few (`is_small`) they are not
+grouped: each is computed by itself and reads its expert's weights, a repeated one too. There the
+kernel takes a slot's id as it stands, writes zeros for -1 and reads nothing (vLLM's
+`_prepare_expert_assignment` and `fused_moe_kernel`, read in 0.24.0 and 0.32.0).
 
 Slot by slot, an expert that three tokens use is read three times. That costs the full model little,
 whose few tokens hardly meet, and costs batch-aware rules all that they gain. So small steps of such
@@ -28,16 +28,16 @@ import torch
 from torch import Tensor
 
 from leanmoe.plan import Rule
-from leanmoe.serve.vllm.layer_facts import TRITON, triton_unsupported_reason
+from leanmoe.serve.vllm.layer_facts import triton_unsupported_reason
+from leanmoe.serve.vllm.skipped_slots import ALIGN, ASSIGN, MODULE, SkippingSum, alignment
 
 SHARE = 4
 """A step is small if its slots are at most one in so many of the experts."""
 FUNCTIONS = "vllm.model_executor.layers.fused_moe.fused_moe"
+HOST_RESIDENT = "weights_host_resident"
+"""The word by which vLLM 0.33 and newer are told of weights in host memory."""
 BRANCH = "if off_experts == -1:"
 """In vLLM's kernel, where a slot is passed over."""
-MODULE, _ = TRITON
-"""The module in which vLLM's Triton experts look up the first of the two functions below."""
-ASSIGN, GROUP = "_prepare_expert_assignment", "moe_align_block_size"
 
 
 class Skipped(Enum):
@@ -83,13 +83,18 @@ class Skipping:
         grouped = ", or grouped under batch-aware rules" if self.groups else ""
         return f"{self.usual.value}; in small steps {self.small.value}{grouped}"
 
+    @classmethod
+    def at_all_sizes(cls, how: Skipped, *, groups: bool = False) -> Skipping:
+        """The same in steps of any size."""
+        return cls(how, how, groups)
+
 
 def is_small(rows: int, slots: int, experts: int) -> bool:
     """Whether vLLM's Triton experts compute each slot of a step by itself."""
     return rows * slots * SHARE <= experts
 
 
-def skipping_unsupported_reason(runner: Any, slots: Iterable[int], experts: int) -> str | None:
+def small_steps_unsupported_reason(runner: Any, slots: Iterable[int], experts: int) -> str | None:
     """Why small steps of a loaded layer cannot have -1 in skipped slots; None if they can.
 
     `slots` holds the K of each of the layer's rules. vLLM's own code is asked, since it may change,
@@ -97,26 +102,45 @@ def skipping_unsupported_reason(runner: Any, slots: Iterable[int], experts: int)
     """
     if reason := triton_unsupported_reason(runner):
         return reason
-    config = runner.routed_experts.quant_method.moe_kernel.fused_experts.quant_config
+    layer = runner.routed_experts
+    config = layer.quant_method.moe_kernel.fused_experts.quant_config
     if config.use_int8_w8a16 or config.use_int4_w4a16:
         return "its weights are integers"
     functions = import_module(FUNCTIONS)
+    in_host_memory = is_in_host_memory(layer)
     for number in sorted(set(slots)):
         rows = experts // (SHARE * number) if number else 0
-        if rows and not takes_slots_alone(functions, rows, number, experts):
-            return "this vLLM groups the slots of small steps"
+        if rows and not takes_slots_alone(functions, rows, number, experts, in_host_memory):
+            return "this vLLM groups the slots of small steps" + (
+                " where weights are in host memory" if in_host_memory else ""
+            )
     if not passes_over(functions):
         return "this vLLM's kernel does not pass over -1"
     return None
 
 
-def takes_slots_alone(functions: Any, rows: int, slots: int, experts: int) -> bool:
-    """Whether vLLM gives its kernel the ids of such a step as they stand."""
+def is_in_host_memory(layer: Any) -> bool:
+    """Whether vLLM left a layer's weights in host memory (--offload-backend uva)."""
+    weights = (getattr(layer, name, None) for name in ("w13_weight", "w2_weight"))
+    return any(getattr(weight, "_vllm_is_uva_offloaded", False) for weight in weights)
+
+
+def takes_slots_alone(
+    functions: Any, rows: int, slots: int, experts: int, in_host_memory: bool = False
+) -> bool:
+    """Whether vLLM gives its kernel the ids of such a step as they stand.
+
+    vLLM 0.33 does not where the weights are in host memory, and is told that they are.
+    """
     ids_TK = torch.full((rows, slots), -1, dtype=torch.int32)
+    assign = getattr(functions, ASSIGN, None)
+    if assign is None:
+        return False
+    told: dict[str, bool] = {}
+    if HOST_RESIDENT in inspect.signature(assign).parameters:
+        told[HOST_RESIDENT] = in_host_memory
     try:
-        order, ids, _rows = functions._prepare_expert_assignment(
-            ids_TK, {"BLOCK_SIZE_M": 16}, rows, slots, experts, None
-        )
+        order, ids, _rows = assign(ids_TK, {"BLOCK_SIZE_M": 16}, rows, slots, experts, None, **told)
     except Exception:  # it groups them, for which it wants a GPU, or is called in another way
         return False
     return order is None and bool(torch.equal(ids, ids_TK.view(-1)))
@@ -137,9 +161,10 @@ class SlotAssignment:
     """
 
     def __init__(self, stock: Callable[..., Any], group: Callable[..., Any]) -> None:
-        self._stock, self._group = stock, group
+        self._stock = self.__wrapped__ = stock
+        self._group = group
         self.is_grouping = False
-        """Set by `GroupedSteps` for as long as one layer's experts run."""
+        """Set by `LayerSteps` for as long as one layer's experts run."""
 
     @classmethod
     def put(cls) -> SlotAssignment:
@@ -148,7 +173,9 @@ class SlotAssignment:
         stock = getattr(module, ASSIGN)
         if isinstance(stock, cls):
             return stock
-        assignment = cls(stock, import_module(stock.__module__).__dict__[GROUP])
+        group = alignment()
+        assert group is not None  # `grouping_unsupported_reason` asked
+        assignment = cls(stock, group)
         setattr(module, ASSIGN, assignment)
         return assignment
 
@@ -169,34 +196,65 @@ class SlotAssignment:
         return self._stock(*step, **others)
 
 
-class GroupedSteps:
-    """Stands in the place of one layer's `TritonExperts.apply`, and has some steps grouped."""
+class LayerSteps:
+    """Stands in the place of one layer's `TritonExperts.apply`.
 
-    def __init__(self, runner: Any, groups_step: Callable[[int], bool]) -> None:
-        """`groups_step` says of a step with so many rows whether it is grouped."""
-        self._experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
+    It has some steps grouped, and tells the layer's sum the ids of the step that runs.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        groups_step: Callable[[int], bool] | None = None,
+        skips_step: Callable[[int], bool] | None = None,
+    ) -> None:
+        """Both functions are asked of a step with so many rows; None: of no step.
+
+        `groups_step` says whether its slots are grouped by expert, `skips_step` whether some of
+        its slots may have id -1 and no row.
+        """
+        self._layer = runner.routed_experts
+        self._experts = self._layer.quant_method.moe_kernel.fused_experts
         self._stock = self._experts.apply
-        self._groups_step = groups_step
-        self._assignment = SlotAssignment.put()
+        self._groups_step, self._skips_step = groups_step, skips_step
+        self._assignment = None if groups_step is None else SlotAssignment.put()
+        self._sum = None if skips_step is None else SkippingSum(self._experts.moe_sum)
 
     def put(self) -> None:
         """Lets vLLM call it from now on; a layer that has one already keeps it."""
-        if not isinstance(self._stock, GroupedSteps):
-            self._experts.apply = self
+        if isinstance(self._stock, LayerSteps):
+            return
+        self._experts.apply = self
+        if self._sum is not None:
+            self._experts.moe_sum = self._sum
 
-    def __call__(self, *arguments: Any, topk_ids: Tensor, **others: Any) -> Any:
-        self._assignment.is_grouping = self._groups_step(topk_ids.shape[0])
+    def is_in_place(self) -> bool:
+        """Whether vLLM still calls it: weights that are loaded anew may come with new experts."""
+        return self._layer.quant_method.moe_kernel.fused_experts.apply is self
+
+    def __call__(
+        self,
+        *arguments: Any,
+        topk_ids: Tensor,
+        expert_map: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        rows = topk_ids.shape[0]
+        if self._assignment is not None and self._groups_step is not None:
+            self._assignment.is_grouping = self._groups_step(rows)
+        if self._sum is not None and self._skips_step is not None and self._skips_step(rows):
+            self._sum.step = (topk_ids, expert_map)
         try:
-            return self._stock(*arguments, topk_ids=topk_ids, **others)
+            return self._stock(*arguments, topk_ids=topk_ids, expert_map=expert_map, **others)
         finally:
-            self._assignment.is_grouping = False
+            if self._assignment is not None:
+                self._assignment.is_grouping = False
+            if self._sum is not None:
+                self._sum.step = None
 
 
 def grouping_unsupported_reason() -> str | None:
     """Why small steps cannot be grouped in this vLLM; None if they can."""
-    stock = getattr(import_module(MODULE), ASSIGN, None)
-    if isinstance(stock, SlotAssignment):
-        return None
-    if stock is None or not hasattr(import_module(stock.__module__), GROUP):
-        return f"this vLLM's Triton experts have no {ASSIGN} or {GROUP}"
+    if alignment() is None:
+        return f"this vLLM's Triton experts have no {ASSIGN} or {ALIGN}"
     return None

@@ -1,0 +1,175 @@
+"""Id -1 in skipped slots of steps of any size: whether vLLM's operators leave such slots out.
+
+vLLM's Triton experts lay the slots of a step out in blocks of one expert each
+(`moe_align_block_size`), multiply the blocks, and add up the K rows of each token (`moe_sum`).
+Since vLLM 0.26 the first leaves out ids below 0, and the second can be told the ids and leaves the
+same slots out; without expert parallelism vLLM does not tell it (`TritonExperts.moe_sum`, read in
+0.26.0 and 0.33.0). A skipped slot then has no row: nothing writes one, and `SkippingSum` sees that
+nothing adds one up. Between the two each row is computed from itself alone, but for one case that
+is left out: fp8 activations with one scale for all rows.
+
+None of this is promised. So both operators run once when a layer is loaded, on its device, with NaN
+where a skipped row would be. In vLLM 0.24 the alignment counted an id of -1 outside of its memory:
+it is asked only where `moe_sum` takes ids, which is newer than the alignment's change.
+
+Letters: T tokens (rows of a step), E experts, K slots of a token, D hidden width, X all slots.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanmoe.serve.vllm.layer_facts import GATHERING, TRITON, not_triton_reason
+
+OPERATORS = "vllm._custom_ops"
+ASSIGN, ALIGN = "_prepare_expert_assignment", "moe_align_block_size"
+"""Functions of vLLM: the second is in the module that defines the first."""
+MODULE, _ = TRITON
+"""The module in which vLLM's Triton experts look up the first of the two."""
+ROWS = (1, 5, 40, 700)
+"""Rows of the steps that are tried: alignment has kernels of its own for few slots."""
+BLOCKS = (16, 64)
+"""Rows of a block (BLOCK_SIZE_M) that are tried."""
+WIDTH = 256
+"""Hidden width of the rows that are summed."""
+
+
+def all_sizes_unsupported_reason(runner: Any, slots: Iterable[int], experts: int) -> str | None:
+    """Why a loaded layer's skipped slots cannot be -1 in steps of any size; None if they can.
+
+    `slots` holds the K of each of the layer's rules, `experts` is the model's E.
+    """
+    if reason := not_triton_reason(runner) or _layer_reason(runner):
+        return reason
+    moe_sum = import_module(OPERATORS).moe_sum
+    if "topk_ids" not in inspect.signature(moe_sum).parameters:
+        return "this vLLM's moe_sum adds up all slots (0.26 and newer can leave some out)"
+    align = alignment()
+    if align is None:
+        return f"this vLLM's Triton experts have no {ASSIGN} or {ALIGN}"
+    layer = runner.routed_experts
+    where, local_of_E = layer.w13_weight.device, layer.expert_map
+    total = experts if local_of_E is None else local_of_E.shape[0]
+    for number in sorted({number for number in slots if number}):
+        for rows in ROWS:
+            ids_TK = drawn_ids(rows, number, total).to(where)
+            try:
+                dropped = drops(align, ids_TK, total, local_of_E)
+                left_out = leaves_out(moe_sum, ids_TK, local_of_E)
+            except Exception as error:  # an operator that is called in another way
+                return f"this vLLM's operators fail on id -1 ({type(error).__name__})"
+            if not dropped:
+                return f"this vLLM's alignment does not drop -1 from {rows} rows"
+            if not left_out:
+                return f"this vLLM's moe_sum does not leave -1 out of {rows} rows"
+    return None
+
+
+def _layer_reason(runner: Any) -> str | None:
+    config = runner.routed_experts.quant_method.moe_kernel.fused_experts.quant_config
+    if config.use_int8_w8a16 or config.use_int4_w4a16:
+        return "its weights are integers"
+    has_scale = config.a2_scale is not None or config.block_shape is not None
+    if config.quant_dtype is not None and not has_scale and not config.per_act_token_quant:
+        return "its activations share one scale, which rows that nobody wrote would change"
+    parallel = runner.moe_config
+    if parallel.pcp_size > 1:
+        return "its tokens are divided by prefill context parallelism"
+    backend = parallel.moe_parallel_config.all2all_backend
+    if (parallel.dp_size > 1 or parallel.is_sequence_parallel) and backend not in GATHERING:
+        return f"its tokens are exchanged by {backend}"
+    return None
+
+
+def alignment() -> Callable[..., Any] | None:
+    """vLLM's `moe_align_block_size`, as its Triton experts find it; None where they do not."""
+    assign = getattr(import_module(MODULE), ASSIGN, None)
+    if assign is None:
+        return None
+    stock = inspect.unwrap(assign)
+    found: Callable[..., Any] | None = getattr(import_module(stock.__module__), ALIGN, None)
+    return found
+
+
+def drawn_ids(rows: int, slots: int, experts: int) -> Tensor:
+    """Ids (T,K), int32, of distinct experts, two in five of them -1; the first of several rows has
+    none but -1."""
+    generator = torch.Generator().manual_seed(rows * 1000 + slots)
+    scores_TE = torch.rand(rows, experts, generator=generator)
+    ids_TK = scores_TE.topk(min(slots, experts)).indices.int()
+    ids_TK[torch.rand(ids_TK.shape, generator=generator) < 0.4] = -1
+    if rows > 1:
+        ids_TK[0] = -1
+    return ids_TK
+
+
+def drops(
+    align: Callable[..., Any], ids_TK: Tensor, experts: int, local_of_E: Tensor | None
+) -> bool:
+    """Whether alignment puts each slot into a block of its own expert, and -1 into none.
+
+    With expert parallelism `local_of_E` says where on this GPU an expert is, -1 for elsewhere; a
+    slot of an expert elsewhere may be left out, too, or stand in a block that is passed over.
+    """
+    wanted_X = _local_ids(ids_TK, local_of_E).view(-1)
+    ways: list[dict[str, bool]] = [{}]
+    if local_of_E is not None and "ignore_invalid_experts" in inspect.signature(align).parameters:
+        ways.append({"ignore_invalid_experts": True})
+    for block in BLOCKS:
+        for way in ways:
+            order, experts_of_blocks, rows = align(ids_TK, block, experts, local_of_E, **way)
+            listed = order[: int(rows)].long()
+            of_listed = experts_of_blocks.repeat_interleave(block)[: int(rows)].to(wanted_X.dtype)
+            is_slot = (listed >= 0) & (listed < ids_TK.numel())
+            placed_X = torch.full_like(wanted_X, -1)
+            placed_X[listed[is_slot]] = of_listed[is_slot]
+            if not torch.equal(placed_X, wanted_X):
+                return False
+    return True
+
+
+def leaves_out(moe_sum: Callable[..., None], ids_TK: Tensor, local_of_E: Tensor | None) -> bool:
+    """Whether the sum has nothing of slots whose id is -1, or whose expert is elsewhere.
+
+    Their rows are NaN. The others are whole numbers that bfloat16 adds up exactly.
+    """
+    generator = torch.Generator().manual_seed(ids_TK.shape[0])
+    rows_TKD = torch.randint(-2, 3, (*ids_TK.shape, WIDTH), generator=generator)
+    rows_TKD = rows_TKD.to(ids_TK.device, torch.bfloat16)
+    is_left_out_TK = _local_ids(ids_TK, local_of_E) < 0
+    wanted_TD = rows_TKD.masked_fill(is_left_out_TK[..., None], 0).sum(1)
+    output_TD = torch.full_like(wanted_TD, float("nan"))
+    moe_sum(rows_TKD.masked_fill(is_left_out_TK[..., None], float("nan")), output_TD, ids_TK,
+            local_of_E)  # fmt: skip
+    return bool(torch.equal(output_TD, wanted_TD))
+
+
+def _local_ids(ids_TK: Tensor, local_of_E: Tensor | None) -> Tensor:
+    """Each slot's expert as this GPU numbers them; -1 for none, and for one that is elsewhere."""
+    if local_of_E is None:
+        return ids_TK
+    local_TK = local_of_E.to(ids_TK.dtype)[ids_TK.clamp_min(0).long()]
+    return torch.where(ids_TK < 0, -1, local_TK)
+
+
+class SkippingSum:
+    """Stands in the place of one layer's `TritonExperts.moe_sum`; its operator is told the ids."""
+
+    def __init__(self, stock: Callable[..., None]) -> None:
+        self._stock = stock
+        self.step: tuple[Tensor, Tensor | None] | None = None
+        """The ids (T,K) of the step that runs and where experts are (E), if slots of it may have no
+        row. vLLM 0.26 to 0.30 hand neither to `moe_sum`."""
+
+    def __call__(self, input: Tensor, output: Tensor, *ids: Any, **named: Any) -> None:
+        """Adds up the rows (T,K,D) of each token's own slots to `output` (T,D)."""
+        if self.step is None:
+            self._stock(input, output, *ids, **named)
+        else:
+            import_module(OPERATORS).moe_sum(input, output, *self.step)
