@@ -88,13 +88,8 @@ def test_a_busy_machine_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"targets": ("http://127.0.0.1:1", "reference")}, "stands among addresses"),
         ({"allow_remote": True}, "--allow-remote are for the address"),
         ({"gpus": 0}, "--gpus is 0"),
-        ({"engine_args": "[1]"}, "--engine-args is '.1.'"),
-        ({"engine_args": '{"a": 1}'}, "--engine-args are for --engine vllm"),
+        ({"engine_args": ("--enforce-eager",)}, "--engine-args are for --engine vllm"),
         ({"repeats": 0}, "--repeats is 0"),
-        (
-            {"engine": "vllm", "request_rate": (1.0,), "concurrency": ()},
-            "--request-rate with --engine vllm",
-        ),
     ],
 )
 def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

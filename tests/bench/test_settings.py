@@ -10,6 +10,7 @@ import pytest
 from leanmoe.bench.settings import (
     BenchSettings,
     Lengths,
+    parse_arguments,
     parse_goodput,
     requests_for,
 )
@@ -33,6 +34,13 @@ def test_bad_lengths_are_refused(text: str) -> None:
 def test_goodput_as_vllm_writes_it() -> None:
     assert parse_goodput("--goodput", "ttft:500 tpot:50") == [("ttft", 500.0), ("tpot", 50.0)]
     assert parse_goodput("--goodput", "ttft:500,e2el:2e3") == [("ttft", 500.0), ("e2el", 2000.0)]
+
+
+def test_an_engines_arguments_are_quoted_as_in_a_shell() -> None:
+    words = ("--hf-overrides", '{"a": 1}')
+    assert parse_arguments("--engine-args", "--hf-overrides '{\"a\": 1}'") == words
+    with pytest.raises(LeanMoeError, match=r"--engine-args is .*No closing quotation"):
+        parse_arguments("--engine-args", "--hf-overrides '{")
 
 
 @pytest.mark.parametrize("word", ["itl:5", "ttft", "ttft:x", "ttft:-1", "ttft:nan", "tpot:inf"])

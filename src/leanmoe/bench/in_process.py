@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -14,6 +12,7 @@ import torch
 from leanmoe.bench.continuous import Arrivals, Room, run, served
 from leanmoe.bench.measurement import Request
 from leanmoe.bench.prompts import Supply
+from leanmoe.bench.record import plan_sha256
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, RunOne
 from leanmoe.core.errors import LeanMoeError
@@ -88,13 +87,11 @@ class InProcess:
         for name, plan in self._plans.items():
             with self._applied(name) as applied:
                 implementation = applied.implementation
-            text = json.dumps(plan.to_json(), sort_keys=True)
-            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
             found.append(
                 {
                     "name": name,
                     "plan": None if plan.is_empty else plan.to_json(),
-                    "plan_sha256": digest,
+                    "plan_sha256": plan_sha256(plan),
                     "experts_implementation": implementation,
                 }
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from leanmoe.bench.measurement import Measurement
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.core.files import write_json
+from leanmoe.plan import Plan
 from leanmoe.results.bench import BenchResults
 from leanmoe.stats.paired import Ratio
 
@@ -129,3 +132,8 @@ def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not runs:
         return {}
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def plan_sha256(plan: Plan) -> str:
+    """The first digits of a plan's digest, by which results tell plans apart."""
+    return hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]

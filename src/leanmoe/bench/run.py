@@ -124,13 +124,14 @@ def _http(settings: BenchSettings) -> tuple[Runner, Supply, str]:
 
 def _vllm(settings: BenchSettings) -> tuple[Runner, Supply, str]:
     plans = _plans(settings)
-    from leanmoe.bench.vllm_offline import VLLMOffline
+    from leanmoe.bench.vllm_server import VLLMServer
     from leanmoe.core.installed_vllm import require_vllm
 
     require_vllm(bool(plans))
-    source, supply = make_supply(settings, load_tokenizer(settings, []))
+    tokenizer = load_tokenizer(settings, [])
+    source, supply = make_supply(settings, tokenizer)
     files = dict(zip(plans, settings.plan, strict=True))
-    return VLLMOffline(settings.targets[0], files, settings, supply), supply, source
+    return VLLMServer(settings.targets[0], files, tokenizer, settings, supply), supply, source
 
 
 def _plans(settings: BenchSettings) -> dict[str, Plan]:

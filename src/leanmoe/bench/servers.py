@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
 import ipaddress
-import json
-import urllib.error
-import urllib.parse
-import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from leanmoe.core.errors import LeanMoeError
 
@@ -47,7 +43,7 @@ def read_address(target: str, allow_remote: bool = False) -> Server:
     if not mark or name.startswith("http"):
         name, url = "", target
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
         raise LeanMoeError(f"{url} is no address: {error}") from error
@@ -83,13 +79,12 @@ def ask(server: Server, model: str | None = None) -> Server:
     if model is not None and model not in known:
         raise LeanMoeError(f"{server.url} does not serve {model}: it serves {', '.join(known)}")
     chosen = known[model] if model is not None else next(iter(known.values()))
-    most = chosen.get("max_model_len")
-    return Server(
-        server.name,
-        server.url,
-        str(chosen["id"]),
-        str(chosen["root"]) if chosen.get("root") else None,
-        most if isinstance(most, int) else None,
+    root, most = chosen.get("root"), chosen.get("max_model_len")
+    return replace(
+        server,
+        model=str(chosen["id"]),
+        root=str(root) if root else None,
+        max_tokens=most if isinstance(most, int) else None,
     )
 
 
@@ -103,33 +98,25 @@ def answers(server: Server) -> bool:
 
 
 def _models(server: Server) -> list[dict[str, Any]]:
-    # A proxy of the environment is not asked: it would be measured with the server.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    import httpx  # comes with GuideLLM and with Transformers, which --help does without
+
+    none = f"{server.url} is no OpenAI-compatible server:"
     try:
-        with opener.open(f"{server.url}/v1/models", timeout=ANSWER_SECONDS) as answer:
-            value = json.loads(answer.read())
-    except urllib.error.HTTPError as error:
+        # A proxy of the environment is not asked: it would be measured with the server.
+        answer = httpx.get(f"{server.url}/v1/models", timeout=ANSWER_SECONDS, trust_env=False)
+        value = answer.raise_for_status().json()
+    except httpx.HTTPStatusError as error:
+        code = error.response.status_code
+        raise LeanMoeError(f"{none} /v1/models gives HTTP {code}") from error
+    except httpx.ProtocolError as error:
+        raise LeanMoeError(f"{none} it does not speak HTTP") from error
+    except httpx.HTTPError as error:
         raise LeanMoeError(
-            f"{server.url} is no OpenAI-compatible server: /v1/models gives HTTP {error.code}"
-        ) from error
-    except http.client.HTTPException as error:
-        raise LeanMoeError(
-            f"{server.url} is no OpenAI-compatible server: it does not speak HTTP"
-        ) from error
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise LeanMoeError(
-            f"{server.url} does not answer: {reason}; start the server first"
+            f"{server.url} does not answer: {error}; start the server first"
         ) from error
     except ValueError as error:
-        raise LeanMoeError(
-            f"{server.url} is no OpenAI-compatible server: /v1/models is not JSON"
-        ) from error
+        raise LeanMoeError(f"{none} /v1/models is not JSON") from error
     models = value.get("data") if isinstance(value, dict) else None
-    if not isinstance(models, list) or not models or not all(_is_model(each) for each in models):
+    if not models or not all(isinstance(each, dict) and "id" in each for each in models):
         raise LeanMoeError(f"{server.url} lists no model at /v1/models: it has none to measure")
-    return models
-
-
-def _is_model(value: Any) -> bool:
-    return isinstance(value, dict) and "id" in value
+    return list(models)

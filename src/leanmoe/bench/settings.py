@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
+import shlex
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -98,6 +98,14 @@ def parse_goodput(name: str, text: str) -> list[tuple[str, float]]:
     return limits
 
 
+def parse_arguments(name: str, text: str) -> tuple[str, ...]:
+    """Reads a command line's words, quoted as in a shell."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise LeanMoeError(f"{name} is {text!r}: {error}") from error
+
+
 @dataclass(frozen=True)
 class BenchSettings:
     """The settings of one bench."""
@@ -154,9 +162,11 @@ class BenchSettings:
         repeats=True,
     )
     confidence: float = option(0.95, "Confidence of every interval.")
-    engine: str = option(ENGINES[0], "transformers (continuous batching here) or vllm (offline).")
-    engine_args: str | None = option(
-        None, "Arguments of vLLM's engine as JSON, like '{\"enforce_eager\": true}'."
+    engine: str = option(ENGINES[0], "transformers (in this process) or vllm (its server).")
+    engine_args: tuple[str, ...] = option(
+        (),
+        "Arguments of vLLM's server, like '--load-format dummy --enforce-eager'.",
+        parse=parse_arguments,
     )
     stock: bool = option(False, "Also run Transformers' own experts beside leanmoe's.")
     tokenizer: str | None = option(
@@ -240,26 +250,8 @@ class BenchSettings:
             )
         if self.served_model or self.allow_remote:
             raise LeanMoeError("--served-model and --allow-remote are for the address of a server")
-        if self.engine_arguments() and self.engine != "vllm":
+        if self.engine_args and self.engine != "vllm":
             raise LeanMoeError("--engine-args are for --engine vllm")
-        if self.engine == "vllm" and self.request_rate:
-            raise LeanMoeError(
-                "--request-rate with --engine vllm: the offline engine is measured as a closed "
-                "loop; start a server and give its address"
-            )
-
-    def engine_arguments(self) -> dict[str, Any]:
-        """The arguments in --engine-args. Raises LeanMoeError unless they are a JSON object."""
-        try:
-            arguments = json.loads(self.engine_args or "{}")
-        except json.JSONDecodeError:
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise LeanMoeError(
-                f"--engine-args is {self.engine_args!r}: it must be a JSON object like "
-                '{"enforce_eager": true}'
-            )
-        return arguments
 
     def loads(self) -> tuple[ServiceLoad, ...]:
         """The loads in the order they run."""

@@ -1,0 +1,163 @@
+"""The load on vLLM: one server of `leanmoe serve` at a time, restarted for each variant.
+
+Two engines rarely fit on a GPU, so variants alternate by repeat: each repeat starts every variant's
+server once and runs all loads on it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from leanmoe.bench.measurement import Request
+from leanmoe.bench.over_http import OverHTTP
+from leanmoe.bench.prompts import Supply
+from leanmoe.bench.record import plan_sha256
+from leanmoe.bench.servers import Server, answers
+from leanmoe.bench.settings import BenchSettings, ServiceLoad
+from leanmoe.bench.sweep import Outcome
+from leanmoe.core.environment import PLAN
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.installed_vllm import require_vllm
+from leanmoe.models.reference import folder_of
+from leanmoe.plan import Plan
+
+FULL = "full"
+SERVE = (sys.executable, "-m", "leanmoe", "serve")
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_TO_LEAVE = 60.0
+
+
+class VLLMServer(OverHTTP):
+    """Runs loads on a server of vLLM, which is started by a variant's first run."""
+
+    restarts = True
+
+    def __init__(
+        self,
+        model: str,
+        plans: Mapping[str, Path],
+        tokenizer: Any,
+        settings: BenchSettings,
+        supply: Supply,
+    ) -> None:
+        """The settings' `engine_args` come after ours, and so prevail.
+
+        Raises LeanMoeError where vLLM, leanmoe's plugin in it, or GuideLLM is not installed.
+        """
+        self._model, self._plans = model, {FULL: None, **plans}
+        self._vllm = require_vllm(bool(plans)).version
+        self._port = free_port()
+        url = f"http://127.0.0.1:{self._port}"
+        super().__init__(
+            [Server(name, url, model) for name in self._plans], tokenizer, settings, supply
+        )
+        self._running: _Process | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The engine, how it is started, and the client."""
+        return {
+            **super().describe(),
+            "engine": f"vllm {self._vllm}, restarted for each repeat, over HTTP through GuideLLM "
+            f"{self._version}",
+            "devices": {"kind": "GPU", "count": self._gpus or 1},
+            "model": {"name": self._model, "settings": {"arguments": self._arguments()}},
+        }
+
+    def variants(self) -> list[dict[str, Any]]:
+        """Each variant with its plan's digest."""
+        return [
+            {"name": name, "plan_sha256": None if path is None else plan_sha256(Plan.load(path))}
+            for name, path in self._plans.items()
+        ]
+
+    def close(self) -> None:
+        """Ends the server that runs."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _run_one(
+        self, name: str, load: ServiceLoad, requests: Sequence[Request], seed: str
+    ) -> Outcome:
+        if self._running is None or self._running.name != name:
+            self.close()
+            self._running = _Process(name, self._command(self._plans[name]))
+            self._running.wait_for(self._servers[name])
+        try:
+            return super()._run_one(name, load, requests, seed)
+        except LeanMoeError:
+            self._running.check()  # what ended the server tells more than that it stopped answering
+            raise
+
+    def _command(self, plan: Path | None) -> list[str]:
+        served = [self._model, "--engine", "vllm", "--port", str(self._port)]
+        served += [] if plan is None else ["--plan", str(plan)]
+        return [*SERVE, *served, "--", *self._arguments()]
+
+    def _arguments(self) -> list[str]:
+        """What vLLM's server is told, besides the plan."""
+        settings = self._settings
+        most = max(load.concurrency or settings.max_concurrency for load in settings.loads())
+        words = ["--no-enable-prefix-caching", "--max-model-len", str(self._supply.longest)]
+        words += ["--max-num-seqs", str(most), "--dtype", settings.dtype or "auto"]
+        words += ["--tensor-parallel-size", str(self._gpus or 1)]
+        words += ["--tokenizer", folder_of(settings.tokenizer)] if settings.tokenizer else []
+        words += ["--trust-remote-code"] if settings.trust_remote_code else []
+        return [*words, *settings.engine_args]
+
+
+class _Process:
+    """A server's process, and what it printed."""
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        environment = {key: value for key, value in os.environ.items() if key != PLAN}
+        self._process = subprocess.Popen(
+            command, stdout=self._log, stderr=subprocess.STDOUT, env=environment
+        )
+
+    def wait_for(self, server: Server) -> None:
+        """Waits until the server answers. Raises LeanMoeError where it ends before."""
+        while not answers(server):
+            self.check()
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def check(self) -> None:
+        """Raises LeanMoeError with the server's last words where it has ended."""
+        code = self._process.poll()
+        if code is not None:
+            raise LeanMoeError(
+                f"the vLLM server of {self.name} ended with exit code {code}: {self._last_words()}"
+            )
+
+    def close(self) -> None:
+        """Ends the process and waits until its memory is free."""
+        self._process.terminate()
+        try:
+            self._process.wait(SECONDS_TO_LEAVE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()]
+        errors = [line for line in lines if "rror" in line]
+        return (errors or lines or ["it said nothing"])[-1][-300:]
+
+
+def free_port() -> int:
+    """A port of this machine's loopback that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
