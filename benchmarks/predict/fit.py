@@ -21,7 +21,7 @@ from benchmarks.predict.own_layers import beyond, our_benchmark, our_kernel
 from benchmarks.predict.rates import rates
 from benchmarks.predict.tile_groups import fit_table, transfer
 from leanmoe.core.progress import bar
-from leanmoe.predict.constants import FITTED, Constants, write_constants
+from leanmoe.predict.constants import FITTED, Constants
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import FEATURES
 from leanmoe.predict.kernels.kernel_constants import Accuracy, KernelConstants
@@ -63,7 +63,7 @@ def main() -> None:
     for name, each in found_rates.items():
         constants_of = Constants(tuple(kernels[name]), {name: replace(each, **own)}, made)
         if arguments.write_constants:
-            write_constants(FITTED / f"{name}.json", constants_of)
+            constants_of.write(FITTED / f"{name}.json")
     result = {
         "tables": f"{PACKAGE} {VERSION}",
         "features": list(FEATURES),

@@ -29,7 +29,7 @@ from leanmoe.predict.kernels.fit import (
     fit,
     stages,
 )
-from leanmoe.predict.kernels.kernel_constants import ANY, Tuned
+from leanmoe.predict.kernels.kernel_constants import ANY, TunedLayer
 
 FOLDS = 4
 """Folds of the layers, when sets of features are compared."""
@@ -77,7 +77,7 @@ def choose(
     dtype: str,
     readings: Sequence[Reading],
     stages: Sequence[StepRange],
-    tuned: Tuned | None = None,
+    tuned: tuple[TunedLayer, ...] = (),
 ) -> Form:
     """The form that predicts left-out layers best, one choice after another."""
     layers = list(dict.fromkeys(_layer(r) for r in readings))
@@ -93,7 +93,7 @@ def choose(
             errors.append(np.minimum(np.abs(errors_of(constants, out, gpu)), CLIPPED))
         return float(np.concatenate(errors).mean())
 
-    form = min((Form(names, tuned=tuned or {}) for names in CANDIDATES), key=off)
+    form = min((Form(names, tuned=tuned) for names in CANDIDATES), key=off)
     form = min((replace(form, least_waves=least) for least in LEAST_WAVES), key=off)
     if tuned:
         form = min((replace(form, tuned_names=names) for names in CANDIDATES), key=off)

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from leanmoe.predict.experts.spread import ranks_touched
 from leanmoe.predict.hardware.collectives import EXCHANGED_BYTES
-from leanmoe.predict.hardware.gpus import Gpu
-from leanmoe.predict.hardware.rates import Rates
+from leanmoe.predict.hardware.gpus import Gpu, Rates
 from leanmoe.predict.kernels.fit import accuracy, fit_positive
 from leanmoe.predict.kernels.kernel_constants import Accuracy
 from leanmoe.predict.kernels.tables import PACKAGE, VERSION, read_columns

@@ -16,7 +16,7 @@ from benchmarks.predict.table_noise import BEATEN, noise, times_beaten
 from leanmoe.core.files import read_json
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.fit import Reading, accuracy, errors_of, fit
-from leanmoe.predict.kernels.kernel_constants import Accuracy, KernelConstants, Tuned, read_tiles
+from leanmoe.predict.kernels.kernel_constants import Accuracy, KernelConstants, TunedLayer
 from leanmoe.predict.kernels.tables import PACKAGE, UNGATED, VERSION, Measured, Table, read_table
 from leanmoe.predict.step.experts_time import Ratios
 
@@ -53,7 +53,7 @@ def halves(rows: Sequence[Measured], seed: int) -> tuple[set[Any], set[Any]]:
     return half, set(keys) - half
 
 
-def tuned_layers(table: Table, gpu: Gpu) -> Tuned:
+def tuned_layers(table: Table, gpu: Gpu) -> tuple[TunedLayer, ...]:
     """Tiles of the layers that the kernel's engine has tuned on that GPU."""
     every = [
         layer
@@ -61,7 +61,7 @@ def tuned_layers(table: Table, gpu: Gpu) -> Tuned:
         for layer in read_json(path, "tiles")["layers"]
         if (layer["kernel"], layer["dtype"], layer["gpu"]) == (table.kernel, table.dtype, gpu.name)
     ]
-    return {(each["experts"], each["width"]): read_tiles(each["tiles"]) for each in every}
+    return tuple(TunedLayer(each["experts"], each["width"], each["tiles"]) for each in every)
 
 
 def scored_groups(

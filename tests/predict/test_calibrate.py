@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.predict.calibrate import Layer, Sizes, calibrate
-from leanmoe.predict.constants import read_constants
+from leanmoe.predict.constants import Constants
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
 from leanmoe.predict.kernels.kernel_constants import KernelConstants, Regime
@@ -50,7 +50,7 @@ def test_constants_come_back_and_say_how_far_off_they_are(tmp_path: Path) -> Non
     found = calibrate(H200, LAYERS, path, "test", made_up_clock, "cpu", sizes)
     (kernel,) = found.kernels
     assert kernel.accuracy[0].mean < 0.02
-    assert read_constants(path).kernels == found.kernels
+    assert Constants.read(path).kernels == found.kernels
     rates = found.rates["h200"]
     assert "dense products measured" in rates.fitted_to
     assert "attention and communication" in rates.fitted_to

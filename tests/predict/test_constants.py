@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.predict.constants import Constants, read_constants, shipped, write_constants
-from leanmoe.predict.hardware.rates import Rates
+from leanmoe.predict.constants import Constants, shipped
+from leanmoe.predict.hardware.gpus import Rates
 from leanmoe.predict.kernels.features import PredictedTile
 from leanmoe.predict.kernels.kernel_constants import KernelConstants, Regime
 
@@ -37,8 +37,8 @@ HELD_TO = {
 def test_saved_and_read_again(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     rates, _ = shipped().rates_for("h200")
-    write_constants(path, Constants((TRUTH,), {"h200": rates}, {"date": "today"}))
-    found = read_constants(path)
+    Constants((TRUTH,), {"h200": rates}, {"date": "today"}).write(path)
+    found = Constants.read(path)
     assert found.kernels == (TRUTH,)
     assert found.rates["h200"] == rates
     merged = shipped().merged(found)
@@ -49,16 +49,16 @@ def test_saved_and_read_again(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"leanmoe_constants": 99}, "schema version 99"),
-        ({"kernels": [{"kernel": "x"}]}, "damaged"),
-        ({"rates": {"h200": {"nonsense": 1}}}, "damaged"),
+        ({"kernels": [{"kernel": "x"}]}, r"kernels\[0\] is incomplete: gpu is missing"),
+        ({"rates": {"h200": {"nonsense": 1}}}, r"rates.h200: 'nonsense' is no field"),
     ],
 )
 def test_a_malformed_file(tmp_path: Path, change: dict[str, object], says: str) -> None:
     path = tmp_path / "bad.json"
-    write_constants(path, Constants((TRUTH,), {}))
+    Constants((TRUTH,), {}).write(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(LeanMoeError, match=says):
-        read_constants(path)
+        Constants.read(path)
 
 
 def test_an_unknown_kernel_lists_those_there_are() -> None:
@@ -80,3 +80,11 @@ def test_shipped_constants_say_how_far_off_they_have_been() -> None:
         if kernel.gpu == "h200" and (kernel.kernel, kernel.dtype) in HELD_TO:
             assert all(each.mean <= 0.04 for each in kernel.accuracy), kernel.kernel
     assert isinstance(shipped().rates["h200"], Rates)
+
+
+def test_the_calibrations_in_the_results_are_read() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks/results"
+    paths = sorted(folder.glob("*-calibrate.json"))
+    assert paths
+    for path in paths:
+        assert Constants.read(path).kernels[0].kernel == "leanmoe"

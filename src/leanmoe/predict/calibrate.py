@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.core.provenance import collect
-from leanmoe.predict.constants import Constants, shipped, write_constants
-from leanmoe.predict.hardware.gpus import Gpu
-from leanmoe.predict.hardware.rates import Rates
+from leanmoe.predict.constants import Constants, shipped
+from leanmoe.predict.hardware.gpus import Gpu, Rates
 from leanmoe.predict.kernels.features import ExpertsShape, Rows
 from leanmoe.predict.kernels.fit import (
     Form,
@@ -131,7 +130,7 @@ def calibrate(
     rates = fit_rates(gpu, measure_products(sizes.products, clock, device))
     made = {**collect(command).to_json(), "label": "measured", "gpu": gpu.name}
     constants = Constants((kernel,), {gpu.name: rates}, made)
-    write_constants(output, constants)
+    constants.write(output)
     return constants
 
 

@@ -10,7 +10,7 @@ from leanmoe.models.shape import distinct_uniform
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
 from leanmoe.predict.kernels.fit import Reading, StepRange, errors_of, fit, stages
-from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants, Regime
+from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants, Regime, TunedLayer
 
 H200 = GPUS["h200"]
 
@@ -41,7 +41,7 @@ def test_tuned_layers_are_fitted_apart_and_the_form_is_chosen() -> None:
             Regime(ANY, PredictedTile(64, 64), {"weights": 2.0, "waves_hidden": 4.0}),
         ),
         "",
-        tuned={(128, 768): ((ANY, PredictedTile(16, 64)),)},
+        tuned=(TunedLayer(128, 768, f"{ANY:.0f}:16x64"),),
         least_waves=3,
     )
     shapes = [ExpertsShape(h, w, e) for h in (2048, 4096) for w in (256, 768) for e in (32, 128)]

@@ -123,3 +123,11 @@ def test_times_that_do_not_rise_are_refused() -> None:
     rates, _ = shipped().rates_for("h100")
     with pytest.raises(LeanMoeError, match="do not rise"):
         fitted(rates, measured, read_gpu("h100"))
+
+
+def test_rates_from_before_the_librarys_calls_go_on_as_they_were() -> None:
+    gpu = read_gpu("h100")
+    found, _ = shipped().rates_for("h100")
+    rates = replace(found, library_bandwidth=0, gather_bandwidth=0)
+    assert library_reduce_seconds(rates, gpu, 1e5, 2) == reduce_seconds(rates, gpu, 1e5, 2)
+    assert gather_seconds(rates, gpu, 0, 2) == rates.exchange_seconds

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from leanmoe.predict.constants import Constants, read_constants, write_constants
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.predict.constants import Constants
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
-from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants, Regime
+from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants, Regime, TunedLayer
 
 H200 = GPUS["h200"]
 
@@ -31,7 +32,7 @@ def test_a_step_is_in_the_first_regime_that_takes_it() -> None:
 
 
 def test_a_tuned_layer_has_its_own_tiles_here_and_none_on_another_gpu(tmp_path: Path) -> None:
-    tuned = {(128, 768): ((8.0, PredictedTile(16, 64)), (ANY, PredictedTile(128, 128)))}
+    tuned = (TunedLayer(128, 768, f"8:16x64 {ANY:.0f}:128x128"),)
     regimes = (Regime(ANY, None, {"waves": 1.0}), Regime(ANY, PredictedTile(16, 64), {"call": 5.0}))
     kernel = KernelConstants("x", "h200", "bfloat16", regimes, "", tuned=tuned, least_waves=2)
     rows = Rows(8, 8, 64, 52)
@@ -41,5 +42,12 @@ def test_a_tuned_layer_has_its_own_tiles_here_and_none_on_another_gpu(tmp_path: 
     assert kernel.seconds(other, rows, H200) == pytest.approx(5e-6)
     assert kernel.borrowed().seconds(layer, rows, H200) == pytest.approx(5e-6)
     path = tmp_path / "mine.json"
-    write_constants(path, Constants((kernel,), {}))
-    assert read_constants(path).kernels == (kernel,)
+    Constants((kernel,), {}).write(path)
+    assert Constants.read(path).kernels == (kernel,)
+
+
+def test_constants_of_an_unknown_feature_are_refused() -> None:
+    with pytest.raises(LeanMoeError, match="constants are of phlogiston: known are call, weights"):
+        Regime(ANY, None, {"call": 1.0, "phlogiston": 2.0})
+    with pytest.raises(LeanMoeError, match="constants of x have no range of steps"):
+        KernelConstants("x", "h200", "bfloat16", (Regime(ANY, None, {}),), "")

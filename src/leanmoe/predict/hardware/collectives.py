@@ -15,8 +15,7 @@ import numpy as np
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
-from leanmoe.predict.hardware.gpus import Gpu
-from leanmoe.predict.hardware.rates import Rates
+from leanmoe.predict.hardware.gpus import Gpu, Rates
 
 EXCHANGED_BYTES = 1.5
 """Bytes of an activation on its way to an expert (fp8) and back (bf16), mean of both."""

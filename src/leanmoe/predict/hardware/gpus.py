@@ -1,14 +1,18 @@
-"""GPUs and how they are joined: what their makers state, and how to add one. Needs no torch."""
+"""GPUs and how they are joined: what their makers state, how to add one, and what is reached of it.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from leanmoe.core.errors import LeanMoeError, unknown_name
+from leanmoe.core.errors import unknown_name
 from leanmoe.core.files import read_json
+from leanmoe.core.parsing import require
+from leanmoe.core.schema import from_json
 
 
 @dataclass(frozen=True)
@@ -74,25 +78,54 @@ def read_gpu(name: str) -> Gpu:
 
 
 def _from_file(path: Path) -> Gpu:
-    value = read_json(path, "hardware")
-    names = [f.name for f in fields(Gpu)]
-    if not isinstance(value, dict):
-        raise LeanMoeError(f"hardware {path} is not a JSON object")
-    if unknown := sorted(set(value) - set(names)):
-        raise LeanMoeError(
-            f"hardware {path} has an unknown field {unknown[0]!r}: allowed are {', '.join(names)}"
-        )
-    for name in names:
-        found: Any = value.get(name)
-        if name == "name":
-            if not isinstance(found, str) or not found:
-                raise LeanMoeError(f"hardware {path}: name is {found!r}: it must be a word")
-        elif isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:
-            raise LeanMoeError(f"hardware {path}: {name} is {found!r}: it must be above 0")
-    whole = {n: int(value[n]) for n in ("multiprocessors", "per_node")}
-    return Gpu(**{**value, **whole})
+    gpu = from_json(Gpu, read_json(path, "hardware"), f"hardware {path}")
+    for name, value in vars(gpu).items():
+        if name != "name":
+            require(value > 0, f"hardware {path}: {name}", value, "above 0")
+    return gpu
 
 
-def to_json(gpu: Gpu) -> dict[str, Any]:
-    """The fields, for a results file or to start a description from."""
-    return asdict(gpu)
+@dataclass(frozen=True)
+class Rates:
+    """What the rest of a layer reaches of a GPU's stated rates, and what each call costs."""
+
+    product_bandwidth: float
+    product_flops: float
+    product_seconds: float
+    attention_bandwidth: float
+    attention_flops: float
+    attention_seconds: float
+    attention_sequence_seconds: float
+    """Seconds of each decoding sequence and each of its key-value heads on the GPU."""
+    latent_bandwidth: float
+    latent_flops: float
+    latent_seconds: float
+    """Seconds of a decoding layer of latent attention, beside its products."""
+    latent_sequence_seconds: float
+    """Seconds of each decoding sequence."""
+    reduce_bandwidth: float
+    reduce_seconds: float
+    """Seconds of an engine's own all-reduce over 2 GPUs; each doubling adds `reduce_hop`."""
+    reduce_hop: float
+    exchange_bandwidth: float
+    exchange_seconds: float
+    """Seconds of an all-to-all, dispatch or combine."""
+    network_bandwidth: float
+    """Share of the link between nodes that an all-to-all reaches."""
+    step_seconds: float = 0.0
+    """Seconds of an engine's step beside the layers: scheduling, sampling, detokenising."""
+    sampled_seconds: float = 0.0
+    """Seconds of each sequence in a step."""
+    layer_seconds: float = 0.0
+    """Seconds of a layer beside products and attention: norms, rotations, cache writes, routing."""
+    library_seconds: float = 0.0
+    """Seconds of an all-reduce by the library (NCCL) over 2 GPUs."""
+    library_hop: float = 0.0
+    library_bandwidth: float = 0.0
+    """0 where the library's all-reduce is not known."""
+    gather_seconds: float = 0.0
+    """Seconds of its all-gather or reduce-scatter over 2 GPUs."""
+    gather_hop: float = 0.0
+    gather_bandwidth: float = 0.0
+    """0 where these are not known."""
+    fitted_to: str = ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,15 @@ class PredictedTile:
 
     rows: int
     columns: int
+
+    def to_json(self) -> list[int]:
+        """Rows and columns."""
+        return [self.rows, self.columns]
+
+    @classmethod
+    def from_json(cls, value: Any) -> PredictedTile:
+        """Reads what `to_json` wrote; raises TypeError for anything but two numbers."""
+        return cls(*value)
 
 
 TILES = (

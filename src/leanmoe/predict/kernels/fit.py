@@ -8,7 +8,7 @@ measurement does not bend the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from leanmoe.predict.kernels.kernel_constants import (
     Accuracy,
     KernelConstants,
     Regime,
-    Tuned,
+    TunedLayer,
     tuned_tile,
 )
 
@@ -77,7 +77,7 @@ class Form:
     tuned_names: Sequence[str] = PLAIN
     """Features of layers that have a tuned configuration."""
     least_waves: int = 1
-    tuned: Tuned = field(default_factory=dict)
+    tuned: tuple[TunedLayer, ...] = ()
     """Layers that have a tuned configuration, which are fitted apart."""
 
 
@@ -118,7 +118,7 @@ def fit(
     )
 
 
-def _takes(stage: StepRange, reading: Reading, tuned: Tuned) -> bool:
+def _takes(stage: StepRange, reading: Reading, tuned: Sequence[TunedLayer]) -> bool:
     if stage.tiles is None and tuned_tile(tuned, reading.shape, reading.rows.tokens) is None:
         return False
     limits = stage.tokens_an_expert, stage.slots_an_expert

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from types import MappingProxyType
-from typing import Any
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import (
     FEATURES,
@@ -51,12 +52,16 @@ class Regime:
     """Tokens of the step."""
     tile: PredictedTile | None
     """None: the one that the engine's tuned configuration of this very layer names."""
-    values: Mapping[str, float]
+    values: dict[str, float]
     """Constants of the features that count, in `FEATURES`."""
     tokens_an_expert: float | None = None
     """At most so many tokens for each expert on the GPU."""
     slots_an_expert: float | None = None
     """At most so many slots, of all tokens, for each expert on the GPU."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.values) - set(FEATURES):
+            raise LeanMoeError(f"constants are of {min(unknown)}: known are {', '.join(FEATURES)}")
 
     def takes(self, shape: ExpertsShape, rows: Rows) -> bool:
         """Whether such a step is in its range."""
@@ -68,17 +73,36 @@ class Regime:
         )
 
 
-Tuned = Mapping[tuple[int, int], tuple[tuple[float, PredictedTile], ...]]
-"""By experts and expert width on a GPU: the tiles that an engine's configuration names, each up to
-so many tokens."""
+@dataclass(frozen=True)
+class TunedLayer:
+    """A layer that an engine has a configuration of, and the tiles that this names."""
+
+    experts: int
+    width: int
+    """Width of an expert on a GPU."""
+    tiles: str
+    """Each up to so many tokens: `24:16x64 96:32x128`."""
+
+    def tile(self, tokens: float) -> PredictedTile | None:
+        """The tile of a step."""
+        return next((tile for up_to, tile in _tiles(self.tiles) if tokens <= up_to), None)
 
 
-def tuned_tile(tuned: Tuned, shape: ExpertsShape, tokens: float) -> PredictedTile | None:
+def tuned_tile(
+    tuned: Iterable[TunedLayer], shape: ExpertsShape, tokens: float
+) -> PredictedTile | None:
     """The tile of a layer that the engine has a configuration of; None for any other layer."""
-    if shape.width != int(shape.width):
-        return None
-    steps = tuned.get((shape.experts, int(shape.width)), ())
-    return next((tile for up_to, tile in steps if tokens <= up_to), None)
+    key = shape.experts, shape.width
+    return next((each.tile(tokens) for each in tuned if (each.experts, each.width) == key), None)
+
+
+@cache
+def _tiles(words: str) -> tuple[tuple[float, PredictedTile], ...]:
+    tiles = []
+    for word in words.split():
+        up_to, rows, columns = re.split("[:x]", word)
+        tiles.append((float(up_to), PredictedTile(int(rows), int(columns))))
+    return tuple(tiles)
 
 
 @dataclass(frozen=True)
@@ -91,9 +115,13 @@ class KernelConstants:
     regimes: tuple[Regime, ...]
     fitted_to: str
     accuracy: tuple[Accuracy, ...] = ()
-    tuned: Tuned = field(default_factory=lambda: MappingProxyType({}))
+    tuned: tuple[TunedLayer, ...] = ()
     least_waves: int = 1
     """Tiles a multiprocessor that keep the memory busy."""
+
+    def __post_init__(self) -> None:
+        if not any(regime.tile for regime in self.regimes):
+            raise LeanMoeError(f"constants of {self.kernel} have no range of steps")
 
     def seconds(self, shape: ExpertsShape, rows: Rows, gpu: Gpu) -> float:
         """Time of one layer's experts; 0 where the GPU has no row to compute."""
@@ -111,59 +139,4 @@ class KernelConstants:
     def borrowed(self) -> KernelConstants:
         """For another GPU, whose tuned configurations are not known."""
         regimes = tuple(regime for regime in self.regimes if regime.tile is not None)
-        return replace(self, regimes=regimes, tuned=MappingProxyType({}))
-
-
-def _to_json(kernel: KernelConstants) -> dict[str, Any]:
-    regimes = [
-        {**asdict(r), "values": dict(r.values), "tile": r.tile and [r.tile.rows, r.tile.columns]}
-        for r in kernel.regimes
-    ]
-    tuned = [
-        {
-            "experts": experts,
-            "width": width,
-            "tiles": " ".join(f"{up_to:.0f}:{t.rows}x{t.columns}" for up_to, t in steps),
-        }
-        for (experts, width), steps in kernel.tuned.items()
-    ]
-    plain = ("kernel", "gpu", "dtype", "fitted_to", "least_waves")
-    whole = {name: getattr(kernel, name) for name in plain}
-    accuracy = [asdict(each) for each in kernel.accuracy]
-    return {**whole, "regimes": regimes, "accuracy": accuracy, "tuned": tuned}
-
-
-def _kernel(entry: Mapping[str, Any]) -> KernelConstants:
-    regimes = tuple(_regime(each) for each in entry["regimes"])
-    if not any(regime.tile for regime in regimes):
-        raise ValueError("no regime")
-    accuracy: Sequence[Mapping[str, Any]] = entry["accuracy"]
-    return KernelConstants(
-        entry["kernel"],
-        entry["gpu"],
-        entry["dtype"],
-        regimes,
-        entry["fitted_to"],
-        tuple(Accuracy(**each) for each in accuracy),
-        {(each["experts"], each["width"]): read_tiles(each["tiles"]) for each in entry["tuned"]},
-        entry["least_waves"],
-    )
-
-
-def read_tiles(words: str) -> tuple[tuple[float, PredictedTile], ...]:
-    """Tiles by tokens, from words such as `24:16x64 96:32x128`: up to, rows, columns."""
-    tiles = []
-    for word in words.split():
-        up_to, tile = word.split(":")
-        rows, columns = tile.split("x")
-        tiles.append((float(up_to), PredictedTile(int(rows), int(columns))))
-    return tuple(tiles)
-
-
-def _regime(entry: Mapping[str, Any]) -> Regime:
-    if set(entry["values"]) - set(FEATURES):
-        raise ValueError(f"regime {entry['up_to']} has a feature that is not known")
-    tile = None if entry["tile"] is None else PredictedTile(*entry["tile"])
-    values = {name: float(value) for name, value in entry["values"].items()}
-    limits = entry["tokens_an_expert"], entry["slots_an_expert"]
-    return Regime(entry["up_to"], tile, values, *limits)
+        return replace(self, regimes=regimes, tuned=())
