@@ -20,6 +20,7 @@ from leanmoe.routing import BatchScope, Routing, route, score
 from leanmoe.serve.plan_support import is_plain
 from leanmoe.serve.sglang.patch import planned_config
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
+from leanmoe.serve.vllm.padding import PaddingSource, StepPadding
 from tests.conformance import loops
 from tests.conformance.cases import Case
 from tests.serve.sglang.test_patch import TopKConfig
@@ -113,7 +114,8 @@ def by_vllm(case: Case) -> Routing:
     stock.e_score_correction_bias = case.bias_E  # type: ignore[attr-defined]
     fingerprint = Fingerprint("Model", 1, 1, case.experts, case.top_k)
     plan = Plan.uniform(fingerprint, case.rule)
-    hook = VllmLayerRouting(stock, plan, 0, scope=scope_of(case))
+    marked = StepPadding(PaddingSource.MARKED)
+    hook = VllmLayerRouting(stock, plan, 0, scope=scope_of(case), padding=marked)
     hook.__dict__["router"] = case.router
     step = SimpleNamespace(is_padding=case.padding_BT, dp_metadata=None)
     with pytest.MonkeyPatch.context() as patch:

@@ -62,6 +62,7 @@ class Context:
     slot_mapping: Any = field(default_factory=dict)
     dp_metadata: Any = None
     additional_kwargs: dict[str, Any] = field(default_factory=dict)
+    no_compile_layers: dict[str, Any] = field(default_factory=dict)
 
 
 def install_context(monkeypatch: pytest.MonkeyPatch, context: Any) -> None:
@@ -69,8 +70,31 @@ def install_context(monkeypatch: pytest.MonkeyPatch, context: Any) -> None:
     module = ModuleType("vllm.forward_context")
     module.get_forward_context = lambda: context  # type: ignore[attr-defined]
     module.is_forward_context_available = lambda: context is not None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    vllm = ModuleType("vllm")
+    vllm.__version__ = "0.32.0"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.forward_context", module)
+
+
+def install_runner(
+    monkeypatch: pytest.MonkeyPatch,
+    has_field: bool = True,
+    v1_fills: bool = True,
+    v2_fills: bool = True,
+) -> None:
+    """Makes what vLLM's runners do about padding importable: the newest do all of it."""
+    context = sys.modules["vllm.forward_context"]
+    fields = {"is_padding": None} if has_field else {}
+    context.ForwardContext = type("ForwardContext", (), fields)  # type: ignore[attr-defined]
+    methods = dict.fromkeys(("execute_model", "capture_model"), lambda *_, **__: None)
+    filling = {"_prepare_padding_mask": None} if v1_fills else {}
+    for name, members in (("gpu_model_runner", filling), ("gpu.model_runner", {})):
+        module = ModuleType(f"vllm.v1.worker.{name}")
+        module.GPUModelRunner = type("GPUModelRunner", (), {**methods, **members})  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    environment = ModuleType("vllm.envs")
+    environment.VLLM_MOE_SKIP_PADDING = v2_fills  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.envs", environment)
 
 
 def ranks(*tokens: int) -> SimpleNamespace:
@@ -152,6 +176,7 @@ class VllmConfig:
             hf_config=SimpleNamespace(to_dict=lambda: model),
             hf_text_config=SimpleNamespace(num_hidden_layers=2),
         )
+        self.use_v2_model_runner = False
         self.parallel_config = SimpleNamespace(pipeline_parallel_size=1, use_ubatching=False)
         self.scheduler_config = SimpleNamespace(max_num_batched_tokens=8192)
         self.device_config = SimpleNamespace(device="cpu")
@@ -172,10 +197,9 @@ def built_layer(index: int) -> Any:
 
 
 def install_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes vLLM's modules of pipeline stages and of the forward context importable."""
+    """Makes vLLM's modules of pipeline stages, forward context and runners importable."""
     install_context(monkeypatch, None)
-    context = sys.modules["vllm.forward_context"]
-    context.ForwardContext = type("ForwardContext", (), {"is_padding": None})  # type: ignore[attr-defined]
+    install_runner(monkeypatch)
     distributed, utils = ModuleType("vllm.distributed"), ModuleType("vllm.distributed.utils")
     distributed.get_pp_group = lambda: None  # type: ignore[attr-defined]
     utils.get_pp_indices = lambda *_: (0, 2)  # type: ignore[attr-defined]

@@ -282,3 +282,31 @@ def test_leanmoes_experts_are_refused_on_a_cpu(load: Callable[..., Any]) -> None
         LeanMoeError, match="LEANMOE_EXPERTS=leanmoe cannot compute it: its experts"
     ):
         load(UNIFORM, experts="leanmoe")
+
+
+def test_padding_is_compared_with_the_rows_of_real_steps(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanmoe.serve.vllm.padding import StepPadding
+    from leanmoe.serve.vllm.padding_watch import PaddingWatch, run_step
+
+    compared: list[int] = []
+    end = PaddingWatch.end
+
+    def noting(watch: PaddingWatch, rows: int) -> None:
+        compared.append(rows)
+        end(watch, rows)
+
+    monkeypatch.setattr(PaddingWatch, "end", noting)
+    llm = load(Plan.uniform(MODEL, Rule(guaranteed=3)))
+    # What is run once vLLM has captured its graphs, which it does on no CPU.
+    for prompts in ([1] * 3, [3]):
+        llm.collective_rpc(lambda worker, prompts=prompts: run_step(worker.model_runner, prompts))
+    assert compared == [3, 3]
+    assert len(replies(llm)) == len(PROMPTS)
+    assert compared[2:4] == [4 * TOKENS, 4]
+    monkeypatch.setattr(StepPadding, "rows", lambda padding, *_: padding.watch.note(None))
+    with pytest.raises(LeanMoeError, match="says nothing of padding in a step of 4"):
+        load(Plan.uniform(MODEL, Rule(guaranteed=3))).collective_rpc(
+            lambda worker: run_step(worker.model_runner, [1] * 4)
+        )

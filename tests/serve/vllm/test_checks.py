@@ -15,7 +15,6 @@ from tests.serve.stand_ins import (
     BaseRouter,
     CustomRoutingRouter,
     FusedTopKRouter,
-    install_context,
     spread,
 )
 
@@ -80,27 +79,6 @@ def test_layers_that_were_not_found_are_named() -> None:
     checks.check_layers([1, 2], [1, 2])
     with pytest.raises(LeanMoeError, match=r"MoE layers \[1, 2\], vLLM built \[1\]"):
         checks.check_layers([1], [1, 2])
-
-
-def test_older_versions_say_nothing_of_padding_in_some_settings(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    install_context(monkeypatch, None)
-    import vllm.forward_context as module
-
-    parallel = SimpleNamespace(decode_context_parallel_size=1)
-    plain = SimpleNamespace(use_v2_model_runner=False, parallel_config=parallel)
-    newer = SimpleNamespace(use_v2_model_runner=True, parallel_config=parallel)
-    module.ForwardContext = type("ForwardContext", (), {})
-    checks.check_padding(plain, SHARED)
-    checks.check_padding(newer, FEWER)
-    with pytest.raises(LeanMoeError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        checks.check_padding(newer, SHARED)
-    parallel.decode_context_parallel_size = 2
-    with pytest.raises(LeanMoeError, match="--decode-context-parallel-size 1"):
-        checks.check_padding(plain, SHARED)
-    module.ForwardContext = type("ForwardContext", (), {"is_padding": None})
-    checks.check_padding(newer, SHARED)
 
 
 PLACED = [Rule(budget_per_rank=2)]

@@ -16,8 +16,6 @@ from leanmoe.serve.vllm.layer_facts import read_router
 from leanmoe.serve.vllm.layer_routing import (
     VllmLayerRouting,
     add_slots,
-    padding_rows,
-    rank_share,
     step_rows,
 )
 from leanmoe.serve.vllm.small_steps import Skipped, Skipping
@@ -85,45 +83,13 @@ def test_every_step_has_the_models_width_where_ranks_exchange_ids() -> None:
         assert ids.shape == weights.shape == (rows, 4)
 
 
-def test_rows_without_a_place_in_the_cache_are_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = Context({"attention": torch.tensor([5, 6, 7, -1, -1])})
-    install_context(monkeypatch, context)
-    padding = padding_rows(5)
-    assert padding is not None
-    assert padding.tolist() == [False, False, False, True, True]
-    assert padding_rows(5) is not None
-    assert len(context.additional_kwargs) == 1  # computed once a step
+def test_padding_has_no_part_in_a_steps_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_context(monkeypatch, Context({"attention": torch.tensor([5, 6, 7, -1, -1])}))
     weights, ids = routed(FusedTopKRouter(), Plan.uniform(MODEL, Rule(guaranteed=1)), 0, 5)
     alone, _, _ = route(logits(5)[:3], Router(normalise=True), 4, Rule(guaranteed=1))
     assert ids[:3].tolist() == repeat_best(alone, 16).tolist()
     assert not bool(weights[3:].any())
     assert set(ids[3:].flatten().tolist()) == {int(ids[0, 0])}
-
-
-def test_what_vllm_says_of_padding_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = Context({"attention": torch.tensor([5, 6])})
-    context.is_padding = torch.tensor([False, True, True])  # type: ignore[attr-defined]
-    install_context(monkeypatch, context)
-    mask = padding_rows(2)
-    assert mask is not None
-    assert mask.tolist() == [False, True]
-
-
-def test_a_step_with_no_cache_has_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_context(monkeypatch, Context())
-    assert padding_rows(3) is None
-
-
-def test_each_sequence_parallel_rank_has_its_share_of_padding() -> None:
-    mask = torch.tensor([False, False, False, True, True])
-    assert rank_share(mask, 0, 2).tolist() == [False, False, False]
-    assert rank_share(mask, 1, 2).tolist() == [True, True, True]
-
-
-def test_gathered_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_context(monkeypatch, Context({"attention": torch.tensor([5, 6])}))
-    with pytest.raises(LeanMoeError, match="data_parallel_size"):
-        padding_rows(4)
 
 
 def test_the_rows_of_all_ranks_decide_the_band(monkeypatch: pytest.MonkeyPatch) -> None:

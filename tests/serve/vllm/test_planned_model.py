@@ -27,6 +27,11 @@ MODEL = read_shape(MODEL_CONFIG).fingerprint()
 SHARED = Plan.uniform(MODEL, Rule(guaranteed=2))
 
 
+@pytest.fixture(autouse=True)
+def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_stages(monkeypatch)
+
+
 def planned(plan: Plan, config: VllmConfig, **options: Any) -> PlannedModel:
     return PlannedModel(plan, config, PluginOptions("plan.json", **options))
 
@@ -86,8 +91,7 @@ def test_what_cannot_be_adopted_is_refused() -> None:
         model.adopt(shared)
 
 
-def test_a_model_is_whole_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_stages(monkeypatch)
+def test_a_model_is_whole_before_it_runs() -> None:
     config = VllmConfig()
     model = planned(SHARED, config)
     model.adopt(built_layer(0))
@@ -103,10 +107,7 @@ def test_a_model_is_whole_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "a skipped slot is the token's best expert again" in said
 
 
-def test_leanmoes_kernels_are_refused_where_they_cannot_compute(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    install_stages(monkeypatch)
+def test_leanmoes_kernels_are_refused_where_they_cannot_compute() -> None:
     config = VllmConfig()
     model = planned(SHARED, config, experts=LEANMOE)
     for layer in range(2):

@@ -16,6 +16,7 @@ from leanmoe.plan import Fingerprint, Plan, Rule
 from leanmoe.routing import route
 from leanmoe.serve.vllm import small_steps
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
+from leanmoe.serve.vllm.padding import PaddingSource, StepPadding
 from leanmoe.serve.vllm.skipped_slots import MODULE
 from leanmoe.serve.vllm.small_steps import (
     FUNCTIONS,
@@ -90,7 +91,9 @@ def test_only_the_ids_of_skipped_slots_differ(
     context.is_padding = padding  # type: ignore[attr-defined]
     install_context(monkeypatch, context)
     logits = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows))
-    routing = VllmLayerRouting(FusedTopKRouter(), Plan.uniform(MODEL, rule), 0)
+    marked = StepPadding(PaddingSource.MARKED)
+    plan = Plan.uniform(MODEL, rule)
+    routing = VllmLayerRouting(FusedTopKRouter(), plan, 0, padding=marked)
     routing.skipping = how
     weights, ids = routing(torch.empty(rows, 1), logits, None)
     wanted = route(logits, Router(normalise=True), 4, rule, None, padding)
@@ -235,7 +238,9 @@ def test_small_steps_of_batch_aware_rules_are_grouped(
     is_grouped: bool,
 ) -> None:
     assert grouping_unsupported_reason() is None
-    routing = VllmLayerRouting(FusedTopKRouter(), Plan.uniform(MODEL, rule), 0)
+    marked = StepPadding(PaddingSource.MARKED)
+    plan = Plan.uniform(MODEL, rule)
+    routing = VllmLayerRouting(FusedTopKRouter(), plan, 0, padding=marked)
     routing.skipping = how
     runner, other = triton_layer(triton_moe), triton_layer(triton_moe)
     LayerSteps(runner, routing.groups_step).put()

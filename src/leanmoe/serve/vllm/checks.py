@@ -114,24 +114,6 @@ def check_placement(runner: Any, name: str) -> None:
         )
 
 
-def check_padding(config: Any, rules: list[Rule]) -> None:
-    """Refuses settings under which an older vLLM does not say which rows are padding."""
-    from vllm.forward_context import ForwardContext
-
-    if hasattr(ForwardContext, "is_padding") or not any(r.is_batch_aware for r in rules):
-        return
-    if getattr(config, "use_v2_model_runner", False):
-        raise LeanMoeError(
-            "this vLLM's newer model runner does not say which rows are padding, so batch-aware "
-            "rules cannot run: set VLLM_USE_V2_MODEL_RUNNER=0"
-        )
-    if getattr(config.parallel_config, "decode_context_parallel_size", 1) > 1:
-        raise LeanMoeError(
-            "this vLLM does not say which rows are padding under decode context parallelism, so "
-            "batch-aware rules cannot run: set --decode-context-parallel-size 1"
-        )
-
-
 def check_layers(built: list[int], planned: list[int]) -> None:
     """Refuses a model of which vLLM built other MoE layers than the plan has rules for."""
     if built != planned:

@@ -28,14 +28,13 @@ from leanmoe.routing import ALONE, BatchScope
 from leanmoe.serve.plan_support import is_plain
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm.layer_facts import ranking_bias, read_router
+from leanmoe.serve.vllm.padding import StepPadding
 from leanmoe.serve.vllm.small_steps import Skipped, Skipping
 
 _layers: WeakValueDictionary[int, VllmLayerRouting] = WeakValueDictionary()
 """The layers of this process by number. A compiled step holds no Python object: its operator gets
 the number, and looks the layer up here."""
 _numbers = itertools.count()
-_KEY = "leanmoe_padding"
-"""Where an older vLLM's context of a step keeps the mask of its padding rows."""
 
 
 class VllmLayerRouting:
@@ -51,12 +50,14 @@ class VllmLayerRouting:
         is_full_width: bool = False,
         statistics: RoutingStatistics | None = None,
         scope: BatchScope = ALONE,
+        padding: StepPadding | None = None,
     ) -> None:
         """Reads the layer's rules from the plan; `layer` counts MoE layers.
 
         `sequence_parallel` is (rank, ranks) where each rank has a share of a step's rows.
         `is_full_width` gives every step the model's own K slots. `scope` says where the layer's
-        experts are, and how to hear of other ranks' tokens.
+        experts are, and how to hear of other ranks' tokens. `padding` reads the steps' padding, the
+        slots of the KV cache where none is given.
         """
         self.plan, self.layer = plan, layer
         self._vllm, self._experts = router, plan.model.experts
@@ -65,6 +66,7 @@ class VllmLayerRouting:
         self._is_full_width = is_full_width
         self._statistics = statistics
         self.scope = scope
+        self._padding = StepPadding() if padding is None else padding
         self.skipping = Skipping()
         """Set when the layer is loaded, and it is known what its experts do."""
         self.experts_in_place: Callable[[], bool] = lambda: True
@@ -117,7 +119,7 @@ class VllmLayerRouting:
             compute = self._vllms_own(rule)
             weights, ids = compute(hidden_states, router_logits, indices_type, input_ids=input_ids)
         else:
-            padding_T = padding_rows(rows, self._sequence_parallel)
+            padding_T = self._padding.rows(rows, self._sequence_parallel)
             bias_E = ranking_bias(self._vllm)
             ids, weights = route_ids(
                 router_logits, self.router, self.plan.model.top_k, rule, bias_E, padding_T,
@@ -167,7 +169,7 @@ class VllmLayerRouting:
     ) -> tuple[Tensor, Tensor]:
         """Ids and weights of a compiled step, with `slots` slots whatever its band."""
         rule = self._rule(logits_TE.shape[0])
-        padding_T = padding_rows(logits_TE.shape[0], self._sequence_parallel)
+        padding_T = self._padding.rows(logits_TE.shape[0], self._sequence_parallel)
         ids, weights = route_ids(
             logits_TE, self.router, self.plan.model.top_k, rule, bias_E, padding_T,
             self.scope, ids_dtype=ids_dtype,
@@ -206,52 +208,6 @@ def step_rows(rows: int) -> int:
         return rows
     parallel = get_forward_context().dp_metadata
     return rows if parallel is None else int(parallel.num_tokens_across_dp_cpu.sum())
-
-
-def padding_rows(rows: int, sequence_parallel: tuple[int, int] | None = None) -> Tensor | None:
-    """True [T] for the running step's padding rows; None where vLLM says nothing of padding.
-
-    Newer versions mark them. In older ones a row without a place in the KV cache is padding: the
-    mask is computed once a step, and kept as long as the step's context, so that what a graph
-    captured reads what the same graph wrote.
-
-    `sequence_parallel` is (rank, ranks) where each rank has a share of the step's rows. Raises
-    LeanMoeError for a layer with more rows than vLLM marks.
-    """
-    from vllm.forward_context import get_forward_context, is_forward_context_available
-
-    if not is_forward_context_available():
-        return None
-    context = get_forward_context()
-    mask_T = context.is_padding if hasattr(context, "is_padding") else _without_a_slot(context)
-    if mask_T is None:
-        return None
-    if sequence_parallel is not None:
-        mask_T = rank_share(mask_T, *sequence_parallel)
-    if mask_T.shape[0] < rows:
-        raise LeanMoeError(
-            f"a MoE layer computes {rows} rows, but vLLM marks padding among {mask_T.shape[0]}: "
-            "batch-aware rules cannot run with tokens gathered before routing; set "
-            "data_parallel_size to 1 or another all2all_backend"
-        )
-    return mask_T[:rows]
-
-
-def rank_share(mask_T: Tensor, rank: int, ranks: int) -> Tensor:
-    """This rank's part of a mask whose rows are divided evenly; rows added for that are padding."""
-    padded_T = functional.pad(mask_T, (0, -mask_T.shape[0] % ranks), value=True)
-    size = padded_T.shape[0] // ranks
-    return padded_T[rank * size : (rank + 1) * size]
-
-
-def _without_a_slot(context: Any) -> Tensor | None:
-    """The rows that have no place in the KV cache; None where the context says nothing of it."""
-    if _KEY not in context.additional_kwargs:
-        slots = context.slot_mapping
-        first = next(iter(slots.values()), None) if isinstance(slots, dict) else None
-        context.additional_kwargs[_KEY] = None if first is None else first < 0
-    mask_T: Tensor | None = context.additional_kwargs[_KEY]
-    return mask_T
 
 
 @torch.library.custom_op("leanmoe::route_vllm", mutates_args=())

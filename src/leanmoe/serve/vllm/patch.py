@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
@@ -18,6 +19,8 @@ from leanmoe.core.installed_vllm import TESTED, check_version
 from leanmoe.plan import Plan
 from leanmoe.serve.plugin_options import PluginOptions
 from leanmoe.serve.vllm.checks import check_hook
+from leanmoe.serve.vllm.padding import RUNNERS, is_v2
+from leanmoe.serve.vllm.padding_watch import watch_runner
 from leanmoe.serve.vllm.planned_model import PlannedModel
 
 logger = logging.getLogger("vllm.leanmoe")
@@ -31,6 +34,7 @@ class VllmPlugin:
         self._plan: Plan | None = None
         self._options = PluginOptions()
         self._is_patched = False
+        self._watched: set[Any] = set()
         self.model: PlannedModel | None = None
         """The model that was built last under the plan; None before one is."""
 
@@ -95,9 +99,19 @@ class VllmPlugin:
             )
         self.model.check()
         self.model.settle()
+        self._watch()
         logger.info("leanmoe: plan %s at work, %s", self._options.path, self.model.describe())
         if warning := self.model.uncaptured_bands():
             logger.warning("leanmoe: %s", warning)
+
+    def _watch(self) -> None:
+        """Has the model runner that is at work compare its padding with what the layers read."""
+        if self.model is None or self.model.watch is None:
+            return
+        runner = import_module(RUNNERS[is_v2(self.model.config())]).GPUModelRunner
+        if runner not in self._watched:
+            self._watched.add(runner)
+            watch_runner(runner, lambda: None if self.model is None else self.model.watch)
 
 
 @functools.cache

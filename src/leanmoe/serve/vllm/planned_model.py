@@ -25,6 +25,8 @@ from leanmoe.serve.vllm.leanmoe_experts import (
     kernels_for,
     kernels_unsupported_reason,
 )
+from leanmoe.serve.vllm.padding import PaddingSource, StepPadding, padding_source
+from leanmoe.serve.vllm.padding_watch import PaddingWatch
 from leanmoe.serve.vllm.skipped_slots import all_sizes_unsupported_reason
 from leanmoe.serve.vllm.small_steps import (
     LayerSteps,
@@ -52,6 +54,9 @@ class PlannedModel:
         """What the layers' last steps ran; None unless the options ask for it."""
         if options.collect_stats:
             self.statistics = RoutingStatistics(plan.model.moe_layers, plan.model.experts)
+        rules = [rule for band in plan.bands for rule in band.rules]
+        version = _version()
+        self.padding = StepPadding(padding_source(config, rules, version), version)
         self.layers: dict[int, VllmLayerRouting] = {}
         self.runners: dict[int, Any] = {}
         self._computed: list[Any] = []
@@ -92,6 +97,7 @@ class PlannedModel:
             is_full_width=self._is_full_width(parallel),
             statistics=self.statistics,
             scope=scope_of(runner, self.plan.model.experts, self._options.cross_rank),
+            padding=self.padding,
         )
 
     def check(self) -> None:
@@ -101,7 +107,6 @@ class PlannedModel:
             sorted(self.shape.moe_layers[layer] for layer in self.runners),
             [index for index in self.shape.moe_layers if index in _own_layers(config)],
         )
-        checks.check_padding(config, [r for routing in self.layers.values() for r in routing.rules])
         for layer, routing in self.layers.items():
             runner = self.runners[layer]
             checks.check_runner(runner, routing.rules, runner.layer_name)
@@ -157,6 +162,13 @@ class PlannedModel:
         steps.put()
         routing.skipping, routing.experts_in_place = skipping, steps.is_in_place
 
+    @property
+    def watch(self) -> PaddingWatch | None:
+        """What compares the masks that the layers read; None where no rule reads one."""
+        rules = [rule for routing in self.layers.values() for rule in routing.rules]
+        reads_none = self.padding.source is PaddingSource.NONE or all(map(is_plain, rules))
+        return None if reads_none else self.padding.watch
+
     def describe(self) -> str:
         """What runs, in one line."""
         runner = next(iter(self.runners.values()), None)
@@ -169,6 +181,7 @@ class PlannedModel:
             f"{len(self.layers)} of {len(self.runners)} MoE layers under it",
             f"routing by {self._implementations()}",
             f"experts by {experts}",
+            f"padding by {self.padding.source.value}",
             *(f"a skipped slot is {skipping}" for skipping in sorted(skippings)),
         ]
         return ", ".join(parts)
@@ -209,6 +222,12 @@ class PlannedModel:
         returned = getattr(model, "enable_return_routed_experts", False)
         gathers = parallel.moe_parallel_config.all2all_backend in GATHERING
         return bool((parallel.dp_size > 1 and not gathers) or returned)
+
+
+def _version() -> str:
+    import vllm
+
+    return str(vllm.__version__)
 
 
 def decoder_index(name: str) -> int:
