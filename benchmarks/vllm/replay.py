@@ -21,13 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.vllm.captured_steps import CapturedSteps
 from benchmarks.vllm.layout import SINGLE, Layout, Ranks
+from benchmarks.vllm.settings import has_gpu
 from benchmarks.vllm.step_results import Seen
-from benchmarks.vllm.variants import AUTO, GROUP, LEANMOE, REPEAT, SKIP, STOCK, Variant
+from benchmarks.vllm.variants import AUTO, DROP, GROUP, LEANMOE, REPEAT, SKIP, STOCK, Variant
 from leanmoe.plan.placement import Placement
 from leanmoe.serve.vllm.layer_facts import scope_of
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.leanmoe_experts import LeanmoeExperts, kernels_unsupported_reason
+from leanmoe.serve.vllm.skipped_slots import all_sizes_unsupported_reason
 from leanmoe.serve.vllm.small_steps import (
     LayerSteps,
     grouping_unsupported_reason,
@@ -53,7 +56,7 @@ class Replay:
     def __init__(self, experts: int, rows: int, use_LE: Sequence[Sequence[float]]) -> None:
         """`use_LE`: how often each expert of each layer of some model is chosen, any E."""
         self.variant = STOCK
-        self._experts, self._rows = experts, rows
+        self.experts, self._rows = experts, rows
         self._use_LE = use_LE
         self._logits: dict[int, Tensor] = {}
         self.data_rank = 0
@@ -80,10 +83,10 @@ class Replay:
         generator = np.random.default_rng(seed)
         others = np.random.default_rng((seed, self.data_rank))
         for layer, buffer in self._logits.items():
-            shares_E = np.full(self._experts, 1 / self._experts)
+            shares_E = np.full(self.experts, 1 / self.experts)
             if routing == "skewed":
                 use_E = np.sort(np.asarray(self._use_LE[layer % len(self._use_LE)]))
-                places = (np.arange(self._experts) + 0.5) / self._experts * len(use_E) - 0.5
+                places = (np.arange(self.experts) + 0.5) / self.experts * len(use_E) - 0.5
                 shares_E = np.interp(places, np.arange(len(use_E)), use_E)
                 shares_E = generator.permutation(shares_E / shares_E.sum())
             noise_TE = generator.gumbel(size=tuple(buffer.shape))
@@ -101,7 +104,7 @@ class Replay:
     def used(self, variant: str, rows: int, tokens: int) -> tuple[Tensor, float]:
         """The active experts (L,E) of the last step of so many rows, and experts a token."""
         layers = self.kept[variant, rows]
-        active_LE = torch.zeros(len(layers), self._experts, dtype=torch.int32)
+        active_LE = torch.zeros(len(layers), self.experts, dtype=torch.int32)
         used = []
         for active_E, (_, (ids_TK, weights_TK)) in zip(
             active_LE, sorted(layers.items()), strict=True
@@ -138,6 +141,11 @@ class Switch:
         variant = self._variants[self._replay.variant]
         return isinstance(variant, VllmLayerRouting) and variant.groups_step(rows)
 
+    def skips_step(self, rows: int) -> bool:
+        """Whether slots of a step of so many rows may have no row under the variant in use."""
+        variant = self._variants[self._replay.variant]
+        return isinstance(variant, VllmLayerRouting) and variant.skips_step(rows)
+
     def __call__(
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any, **others: Any
     ) -> tuple[Tensor, Tensor]:
@@ -172,26 +180,32 @@ class Engine:
         replay.data_rank = self.ranks.data_rank
         core = self._engine.engine_core.engine_core
         self._runner = core.model_executor.driver_worker.worker.model_runner
-        self.is_captured = hasattr(self._runner.model, "concrete_cudagraph_entries")
-        self._entries: dict[str, Any] = {}
+        self._steps = CapturedSteps(self._runner)
+        self.is_captured = has_gpu() and self._steps.can_be_exchanged
+        self._graphs: dict[str, Any] = {}
         self._requests = 0
         forward = self._engine.vllm_config.compilation_config.static_forward_context
-        self._layers = [layer for layer in forward.values() if hasattr(layer, "routed_experts")]
-        self._switches = [
-            Switch(layer, number, replay) for number, layer in enumerate(self._layers)
+        self.moe_layers: list[Any] = [
+            layer for layer in forward.values() if hasattr(layer, "routed_experts")
         ]
-        for layer, switch in zip(self._layers, self._switches, strict=True):
+        self._switches = [
+            Switch(layer, number, replay) for number, layer in enumerate(self.moe_layers)
+        ]
+        for layer, switch in zip(self.moe_layers, self._switches, strict=True):
             layer.router._compute_routing = switch
-        self._why_not_ours = kernels_unsupported_reason(self._layers[0])
-        self.layers = len(self._layers)
-        self._runner._dummy_run(1)  # the buffers of drawn logits
+        slots = [self.moe_layers[0].router.top_k]
+        reason = all_sizes_unsupported_reason(self.moe_layers[0], slots, replay.experts)
+        self._can_drop = reason is None
+        self._why_not_ours = kernels_unsupported_reason(self.moe_layers[0])
+        self.layers = len(self.moe_layers)
+        self._steps.run_eagerly()  # the buffers of drawn logits
         replay.draw("uniform", 0)
 
     def settled(self, variant: Variant) -> Variant:
         """A variant with its small steps as this engine can run them, where that is left to it."""
         if variant.small_steps != AUTO or variant.experts == LEANMOE:
             return variant
-        variants = [replace(variant, small_steps=how) for how in (GROUP, SKIP, REPEAT)]
+        variants = [replace(variant, small_steps=how) for how in (DROP, GROUP, SKIP, REPEAT)]
         return next(found for found in variants if self.why_not(found) is None)
 
     def why_not(self, variant: Variant) -> str | None:
@@ -200,38 +214,42 @@ class Engine:
             return self._why_not_ours
         if variant.is_plain or variant.plan is None or variant.small_steps == REPEAT:
             return None
-        reason = small_steps_unsupported_reason(
-            self._layers[0], variant.slots, variant.plan.model.experts
-        )
+        step = (self.moe_layers[0], variant.slots, variant.plan.model.experts)
+        if variant.small_steps == DROP:
+            return all_sizes_unsupported_reason(*step)
+        reason = small_steps_unsupported_reason(*step)
         return reason or (grouping_unsupported_reason() if variant.small_steps == GROUP else None)
 
     def add(self, variant: Variant) -> None:
         """One variant more, captured."""
+        self.put(variant)
+        self.capture(variant.name)
+
+    def put(self, variant: Variant) -> None:
+        """One variant more, whose decode steps are not captured."""
         if variant.experts == LEANMOE:
             if not self.replay.own:
-                for layer in self._layers:
+                for layer in self.moe_layers:
                     ExpertsSwitch(layer, self.replay)
             self.replay.own.add(variant.name)
-        if variant.small_steps == GROUP and not variant.is_plain:
-            for layer, switch in zip(self._layers, self._switches, strict=True):
-                LayerSteps(layer, switch.groups_step).put()
+        if variant.small_steps in (DROP, GROUP) and not variant.is_plain:
+            for layer, switch in zip(self.moe_layers, self._switches, strict=True):
+                skips_step = switch.skips_step if self._can_drop else None
+                LayerSteps(layer, switch.groups_step, skips_step).put()
         for switch in self._switches:
             switch.add(variant)
-        self.capture(variant.name)
 
     def capture(self, variant: str) -> None:
         """Captures the decode steps of all sizes under a variant."""
         self.replay.variant = variant
         if self.is_captured:
-            self._runner.model.concrete_cudagraph_entries = {}
-            self._runner.capture_model()
-            self._entries[variant] = self._runner.model.concrete_cudagraph_entries
+            self._graphs[variant] = self._steps.capture()
 
     def select(self, variant: str) -> None:
         """Lets the next steps run under a variant."""
         self.replay.variant = variant
         if self.is_captured:
-            self._runner.model.concrete_cudagraph_entries = self._entries[variant]
+            self._steps.put(self._graphs[variant])
 
     def decode(self, requests: int, prompt: int, steps: int) -> tuple[float, int]:
         """Seconds and tokens of decode steps of so many requests, the engine's work included.
@@ -259,16 +277,15 @@ class Engine:
             waiting -= {self._base(found.request_id, names) for found in self._engine.step()}
         for _ in range(2):
             self._engine.step()
-        self._wait()
+        self.wait()
         self.ranks.slowest(0.0)  # all begin at the same time
         started, tokens = time.perf_counter(), 0
         for _ in range(steps):
             tokens += sum(len(found.outputs[0].token_ids) for found in self._engine.step())
-        self._wait()
+        self.wait()
         took = self.ranks.slowest(time.perf_counter() - started)
         tokens *= self._layout.data
-        while self._engine.has_unfinished_requests():
-            self._engine.step()
+        self.finish()
         return took, tokens
 
     def is_same(self, variant: str, other: str) -> bool:
@@ -316,23 +333,48 @@ class Engine:
 
         `rows` are those of one data-parallel rank.
         """
-        entries = self._entries[variant]
-        graph = next(e.cudagraph for key, e in entries.items() if key.num_tokens == rows)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()
+        graph = self._steps.graph(self._graphs[variant], rows)
+        return self.replayed(graph.replay, replays)
+
+    def replayed(self, replay: Callable[[], None], replays: int) -> float:
+        """Seconds of one of so many replays, on the slowest GPU; without one, of one on the CPU."""
+        replay()
+        self.wait()
         self.ranks.slowest(0.0)
+        if not torch.cuda.is_available():
+            started = time.perf_counter()
+            replay()
+            return time.perf_counter() - started
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(replays):
-            graph.replay()
+            replay()
         end.record()
         end.synchronize()
         return self.ranks.slowest(float(start.elapsed_time(end)) / 1e3 / replays)
+
+    def add_prompt(self, tokens: int) -> None:
+        """One request with so many tokens, of which one token is wanted."""
+        from vllm import SamplingParams
+
+        self._requests += 1
+        ids = np.random.default_rng(tokens).integers(1, 500, tokens).tolist()
+        parameters = SamplingParams(
+            max_tokens=1, ignore_eos=True, detokenize=False, temperature=0.0
+        )
+        self._engine.add_request(str(self._requests), {"prompt_token_ids": ids}, parameters)
+
+    def finish(self) -> None:
+        """Runs steps until no request is left."""
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
 
     @staticmethod
     def _base(name: str, names: set[str]) -> str:
         """The name a request was given; vLLM may add to it."""
         return name if name in names else name.split("-")[0]
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the GPU has done what it was given."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -26,6 +26,11 @@ SEVERAL_GPUS = {
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
 }
 """NVLink multicast stays off: not every machine that lends its GPUs allows it."""
+RUNNERS = {"v1": "0", "v2": "1"}
+"""vLLM's model runners, and what VLLM_USE_V2_MODEL_RUNNER is for each."""
+PREFILL_PLANS = "top_p=0.7: top_p=0.7; threshold=0.3: threshold=0.3"
+CACHE_GIB = 0.75
+"""Keys and values of an engine that shares its GPU: it cannot tell what the others will take."""
 LOADS = "1,2,4,8,16,32,64,128,256,512"
 
 
@@ -39,7 +44,7 @@ def vllm_parser(
     parser.add_argument("--fp8", action="store_true", help="weights in blocks of fp8")
     parser.add_argument("--loads", default=LOADS, help="concurrency, comma separated")
     parser.add_argument("--plans", default=plans, help="name: field=value field=value; ...")
-    parser.add_argument("--small-steps", default="group", help="of group, skip, repeat, auto")
+    parser.add_argument("--small-steps", default="auto", help="of drop, group, skip, repeat, auto")
     parser.add_argument("--experts", default="vllm", help="of vllm and leanmoe")
     parser.add_argument("--no-banded", dest="banded", action="store_false", help="no plan of bands")
     parser.add_argument("--routings", default=routings)
@@ -57,6 +62,13 @@ def vllm_parser(
         type=Path,
         help="results of kernels.experts_gpu: the tiles found there for vLLM",
     )
+    parser.add_argument("--runner", choices=RUNNERS, help="of vLLM's; its own choice if not given")
+    parser.add_argument("--prefill", default="", help="tokens of prompts to time, after decoding")
+    parser.add_argument("--prefill-plans", default=PREFILL_PLANS, help="as --plans")
+    parser.add_argument("--prefill-rounds", type=int, default=5)
+    parser.add_argument(
+        "--cache-gib", type=float, default=CACHE_GIB, help="keys and values with --lock, GiB"
+    )
     parser.add_argument("--memory", type=float, default=0.86, help="share of the GPU's for vLLM")
     parser.add_argument(
         "--lock",
@@ -67,8 +79,10 @@ def vllm_parser(
     return parser
 
 
-def prepare(vllm: str, more: dict[str, str] | None = None) -> None:
+def prepare(vllm: str, more: dict[str, str] | None = None, runner: str | None = None) -> None:
     """Sets the environment, for this process and those it starts, before vLLM is imported."""
+    if runner is not None:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = RUNNERS[runner]
     wanted = {**ENVIRONMENT, **(more or {})}
     os.environ |= {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.pop("LEANMOE_PLAN", None)
@@ -77,3 +91,10 @@ def prepare(vllm: str, more: dict[str, str] | None = None) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [vllm, *filter(None, [os.environ.get("PYTHONPATH")])]
         )
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a GPU; without one the benchmarks run to be tried out."""
+    import torch
+
+    return bool(torch.cuda.is_available())

@@ -16,10 +16,10 @@ from leanmoe.serve.vllm.small_steps import Skipped, Skipping, is_small
 
 STOCK = "stock"
 EMPTY = "empty plan"
-REPEAT, SKIP, GROUP, AUTO = "repeat", "skip", "group", "auto"
+REPEAT, SKIP, GROUP, DROP, AUTO = "repeat", "skip", "group", "drop", "auto"
 """What small steps do: a skipped slot is the token's best expert again, or is passed over, or slots
-are grouped by expert where tokens share experts and else passed over; or the last of these that the
-engine can, as the plugin has it."""
+are grouped by expert where tokens share experts and else passed over; or a skipped slot has no row
+in steps of any size; or the last of these that the engine can, as the plugin has it."""
 OF_ALL = "batch_scope=all"
 """Word of a plan's description: its batch scope is all data-parallel ranks."""
 VLLM, LEANMOE = "vllm", "leanmoe"
@@ -68,6 +68,8 @@ class Variant:
             return Skipping(Skipped.BEYOND, Skipped.BEYOND)
         if self.small_steps == REPEAT:
             return Skipping()
+        if self.small_steps == DROP:
+            return Skipping.at_all_sizes(Skipped.MINUS_ONE, groups=True)
         return Skipping(small=Skipped.MINUS_ONE, groups=self.small_steps == GROUP)
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def variants_of(
     has the plan's plain name. A plan that is the same as another in this layout is left out: a
     budget a rank where experts are on one, the batch scope of all where there is one rank.
     """
-    _check("--small-steps", small_steps, (REPEAT, SKIP, GROUP, AUTO))
+    _check("--small-steps", small_steps, (REPEAT, SKIP, GROUP, DROP, AUTO))
     _check("--experts", experts, (VLLM, LEANMOE))
     model = shape.fingerprint()
     found = [Variant(STOCK), Variant(EMPTY, Plan.uniform(model, Rule()))]

@@ -110,7 +110,7 @@ def loaded_runner(
     loaded = type(experts, (), {"__module__": module, "apply": None})()
     names = (
         "quant_dtype", "w1_scale", "gemm1_clamp_limit", "w1_bias", "w2_bias", "a2_scale",
-        "block_shape",
+        "block_shape", "w2_scale",
     )  # fmt: skip
     loaded.quant_config = SimpleNamespace(
         **{name: settings.get(name) for name in names},
