@@ -25,13 +25,14 @@ def _rows_of(rows_ptr, first, count, skip, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _place(used, TILES, GROUP_M: tl.constexpr, SUBBLOCKS: tl.constexpr):
+def _place(used, TILES, fixed: tl.constexpr):
     """Block, tile and subblock of this program.
 
     The subblocks of a block run side by side at each tile of columns, and so do `GROUP_M` blocks:
     they find its weights in L2.
     """
-    pid, part = tl.program_id(0) // SUBBLOCKS, tl.program_id(0) % SUBBLOCKS
+    GROUP_M: tl.constexpr = fixed.GROUP_M
+    pid, part = tl.program_id(0) // fixed.SUBBLOCKS, tl.program_id(0) % fixed.SUBBLOCKS
     if GROUP_M == 1:
         block, tile = pid // TILES, pid % TILES
     else:
@@ -54,17 +55,18 @@ def _block_of(blocks_ptr, most_blocks, block):
 
 
 @triton.jit
-def _subblock_of(blocks_ptr, most_blocks, block, part, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr):
+def _subblock_of(blocks_ptr, most_blocks, block, part, fixed: tl.constexpr):
     """Expert, first place in `rows` and number of rows of a block's subblock.
 
     All but the last have `BLOCK_M`; it may have a tail, and those after it have no row. Read before
     it is known whether there is such a block, so that one need not wait for the other.
     """
+    BLOCK_M: tl.constexpr = fixed.BLOCK_M
     is_inside = block < most_blocks
     expert = tl.load(blocks_ptr + block, mask=is_inside, other=0)
     first = tl.load(blocks_ptr + most_blocks + block, mask=is_inside, other=0)
     count = tl.load(blocks_ptr + 2 * most_blocks + block, mask=is_inside, other=0)
-    last = tl.maximum((count - TAIL_M + BLOCK_M - 1) // BLOCK_M, 1) - 1
+    last = tl.maximum((count - fixed.TAIL_M + BLOCK_M - 1) // BLOCK_M, 1) - 1
     count = tl.where(part < last, BLOCK_M, tl.where(part == last, count - last * BLOCK_M, 0))
     return expert, first + part * BLOCK_M, count
 
@@ -78,25 +80,18 @@ def _gate_up_rows(
     # sizes and numbers
     limit, alpha, up_offset,
     # compile-time
-    K: tl.constexpr, D: tl.constexpr, M: tl.constexpr, STRIDE_N: tl.constexpr,
-    STRIDE_K: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, ACTIVATION: tl.constexpr,
-    SCALED: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr, USE_TMA: tl.constexpr, FP8_TERMS: tl.constexpr,
-    WIDEN: tl.constexpr,
+    fixed: tl.constexpr, TAIL_M: tl.constexpr,
 ):  # fmt: skip
     """The first product of one block and one tile, with so long a tail."""
-    slots_X, is_row = _rows_of(rows_ptr, first, count, 0, BLOCK_M)
+    slots_X, is_row = _rows_of(rows_ptr, first, count, 0, fixed.BLOCK_M)
     slots_tail, is_tail = slots_X, is_row
     if TAIL_M > 0:
-        slots_tail, is_tail = _rows_of(rows_ptr, first, count, BLOCK_M, TAIL_M)
+        slots_tail, is_tail = _rows_of(rows_ptr, first, count, fixed.BLOCK_M, TAIL_M)
     gate_up_block(
         x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr,
-        expert, (slots_X // K).to(tl.int64), slots_X, is_row,
-        (slots_tail // K).to(tl.int64), slots_tail, is_tail,
-        tile, limit, alpha, up_offset,
-        D, M, STRIDE_N, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-        SCALED, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_K, SWAP_AB, USE_TMA, FP8_TERMS, WIDEN,
+        expert, (slots_X // fixed.K).to(tl.int64), slots_X, is_row,
+        (slots_tail // fixed.K).to(tl.int64), slots_tail, is_tail,
+        tile, limit, alpha, up_offset, fixed, TAIL_M,
     )  # fmt: skip
 
 
@@ -108,49 +103,39 @@ def gate_up_grouped(
     # sizes and numbers
     most_blocks, limit, alpha, up_offset,
     # compile-time
-    K: tl.constexpr, D: tl.constexpr, M: tl.constexpr, STRIDE_N: tl.constexpr,
-    STRIDE_K: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, ACTIVATION: tl.constexpr,
-    SCALED: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, SUBBLOCKS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP_AB: tl.constexpr,
-    USE_TMA: tl.constexpr, FP8_TERMS: tl.constexpr, WIDEN: tl.constexpr, USE_PDL: tl.constexpr,
+    fixed: tl.constexpr,
 ):  # fmt: skip
     """The first product of one block and one tile of columns."""
-    if USE_PDL:
+    if fixed.USE_PDL:
         gdc_wait()
         gdc_launch_dependents()  # not before: whoever comes next relies on what was waited for
     used = tl.load(used_ptr)
-    block, tile, part = _place(used, (M + BLOCK_N - 1) // BLOCK_N, GROUP_M, SUBBLOCKS)
-    if SUBBLOCKS > 1:
-        expert, first, count = _subblock_of(blocks_ptr, most_blocks, block, part, BLOCK_M, TAIL_M)
+    block, tile, part = _place(used, (fixed.M + fixed.BLOCK_N - 1) // fixed.BLOCK_N, fixed)
+    if fixed.SUBBLOCKS > 1:
+        expert, first, count = _subblock_of(blocks_ptr, most_blocks, block, part, fixed)
     if block >= used:
         return
-    if SUBBLOCKS == 1:
+    if fixed.SUBBLOCKS == 1:
         expert, first, count = _block_of(blocks_ptr, most_blocks, block)
     elif count <= 0:
         return
+    TAIL_M: tl.constexpr = fixed.TAIL_M
     HALF_TAIL: tl.constexpr = TAIL_M // 2 if TAIL_M > 16 else 0
-    if TAIL_M > 0 and count > BLOCK_M + HALF_TAIL:
+    if TAIL_M > 0 and count > fixed.BLOCK_M + HALF_TAIL:
         _gate_up_rows(
             x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
-            expert, first, count, tile, limit, alpha, up_offset,
-            K, D, M, STRIDE_N, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_K, SWAP_AB, USE_TMA, FP8_TERMS, WIDEN,
+            expert, first, count, tile, limit, alpha, up_offset, fixed, TAIL_M,
         )  # fmt: skip
         return
-    if HALF_TAIL > 0 and count > BLOCK_M:
+    if HALF_TAIL > 0 and count > fixed.BLOCK_M:
         _gate_up_rows(
             x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
-            expert, first, count, tile, limit, alpha, up_offset,
-            K, D, M, STRIDE_N, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-            SCALED, BLOCK_M, HALF_TAIL, BLOCK_N, BLOCK_K, SWAP_AB, USE_TMA, FP8_TERMS, WIDEN,
+            expert, first, count, tile, limit, alpha, up_offset, fixed, HALF_TAIL,
         )  # fmt: skip
         return
     _gate_up_rows(
         x_ptr, x_scale_ptr, w_ptr, bias_ptr, scale_ptr, act_ptr, act_scale_ptr, rows_ptr,
-        expert, first, count, tile, limit, alpha, up_offset,
-        K, D, M, STRIDE_N, STRIDE_K, GATED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, ACTIVATION,
-        SCALED, BLOCK_M, 0, BLOCK_N, BLOCK_K, SWAP_AB, USE_TMA, FP8_TERMS, WIDEN,
+        expert, first, count, tile, limit, alpha, up_offset, fixed, 0,
     )  # fmt: skip
 
 
@@ -161,23 +146,19 @@ def _down_rows(
     # rows and places
     expert, first, count, tile,
     # compile-time
-    D: tl.constexpr, M: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, X_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
-    USE_TMA: tl.constexpr, FP8_TERMS: tl.constexpr, WIDEN: tl.constexpr,
+    fixed: tl.constexpr, TAIL_M: tl.constexpr,
 ):  # fmt: skip
     """The second product of one block and one tile, with so long a tail."""
-    slots_X, is_row = _rows_of(rows_ptr, first, count, 0, BLOCK_M)
+    slots_X, is_row = _rows_of(rows_ptr, first, count, 0, fixed.BLOCK_M)
     weight_X = tl.load(gates_ptr + slots_X, mask=is_row, other=0.0).to(tl.float32)
     slots_tail, is_tail, weight_tail = slots_X, is_row, weight_X
     if TAIL_M > 0:
-        slots_tail, is_tail = _rows_of(rows_ptr, first, count, BLOCK_M, TAIL_M)
+        slots_tail, is_tail = _rows_of(rows_ptr, first, count, fixed.BLOCK_M, TAIL_M)
         weight_tail = tl.load(gates_ptr + slots_tail, mask=is_tail, other=0.0).to(tl.float32)
     down_block(
         act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr,
-        expert, slots_X, weight_X, is_row, slots_tail, weight_tail, is_tail, tile,
-        D, M, STRIDE_N, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_K,
-        SWAP_AB, USE_TMA, FP8_TERMS, WIDEN,
+        expert, slots_X, weight_X, is_row, slots_tail, weight_tail, is_tail, tile, fixed,
+        TAIL_M,
     )  # fmt: skip
 
 
@@ -189,48 +170,39 @@ def down_grouped(
     # sizes and numbers
     most_blocks,
     # compile-time
-    D: tl.constexpr, M: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, X_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr, SUBBLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, SWAP_AB: tl.constexpr, USE_TMA: tl.constexpr, FP8_TERMS: tl.constexpr,
-    WIDEN: tl.constexpr, USE_PDL: tl.constexpr,
+    fixed: tl.constexpr,
 ):  # fmt: skip
     """The second product of one block and one tile of columns."""
     used = tl.load(used_ptr)
-    block, tile, part = _place(used, (D + BLOCK_N - 1) // BLOCK_N, GROUP_M, SUBBLOCKS)
-    if SUBBLOCKS > 1:
-        expert, first, count = _subblock_of(blocks_ptr, most_blocks, block, part, BLOCK_M, TAIL_M)
+    block, tile, part = _place(used, (fixed.D + fixed.BLOCK_N - 1) // fixed.BLOCK_N, fixed)
+    if fixed.SUBBLOCKS > 1:
+        expert, first, count = _subblock_of(blocks_ptr, most_blocks, block, part, fixed)
     if block >= used:
         return
-    if SUBBLOCKS == 1:
+    if fixed.SUBBLOCKS == 1:
         expert, first, count = _block_of(blocks_ptr, most_blocks, block)
     elif count <= 0:
         return
-    if USE_PDL:
+    if fixed.USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
+    TAIL_M: tl.constexpr = fixed.TAIL_M
     HALF_TAIL: tl.constexpr = TAIL_M // 2 if TAIL_M > 16 else 0
-    if TAIL_M > 0 and count > BLOCK_M + HALF_TAIL:
+    if TAIL_M > 0 and count > fixed.BLOCK_M + HALF_TAIL:
         _down_rows(
             act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
-            expert, first, count, tile,
-            D, M, STRIDE_N, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_K,
-            SWAP_AB, USE_TMA, FP8_TERMS, WIDEN,
+            expert, first, count, tile, fixed, TAIL_M,
         )  # fmt: skip
         return
-    if HALF_TAIL > 0 and count > BLOCK_M:
+    if HALF_TAIL > 0 and count > fixed.BLOCK_M:
         _down_rows(
             act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
-            expert, first, count, tile,
-            D, M, STRIDE_N, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, BLOCK_M, HALF_TAIL, BLOCK_N,
-            BLOCK_K, SWAP_AB, USE_TMA, FP8_TERMS, WIDEN,
+            expert, first, count, tile, fixed, HALF_TAIL,
         )  # fmt: skip
         return
     _down_rows(
         act_ptr, act_scale_ptr, w_ptr, bias_ptr, scale_ptr, part_ptr, gates_ptr, rows_ptr,
-        expert, first, count, tile,
-        D, M, STRIDE_N, STRIDE_K, HAS_BIAS, SCALED, X_BLOCK, BLOCK_M, 0, BLOCK_N, BLOCK_K, SWAP_AB,
-        USE_TMA, FP8_TERMS, WIDEN,
+        expert, first, count, tile, fixed, 0,
     )  # fmt: skip
 
 

@@ -127,37 +127,36 @@ class ExpertsCall:
             self._act_scale = hidden_TD.new_empty(rows, tiles, dtype=torch.float32)
 
     def _set_options(self, weights: Operands) -> None:
-        """What is fixed when the programs compile."""
-        config = self.config
+        """What is fixed when the programs compile, and how they are launched."""
+        from leanmoe.kernels.triton.product_program import Fixed
+
+        config, is_flipped = self.config, weights.is_transposed
         # fmt: off
         common = {
-            "M": self.inner, "D": self.width, "BLOCK_M": config.BLOCK_M,
+            "M": self.inner, "D": self.width, "BLOCK_M": config.BLOCK_M, "TAIL_M": config.TAIL_M,
             "FP8_TERMS": config.fp8_terms, "WIDEN": interprets(), "SCALED": self._is_scaled,
-            "USE_PDL": self._has_pdl, **self._after_another(),
+            "USE_PDL": self._has_pdl, "SUBBLOCKS": config.subblocks,
         }
         if config.is_direct:
             common |= {"E": self.experts, "K": self.slots, "SLOTS": power_of_two(self.slots)}
-        else:
-            common |= {"TAIL_M": config.TAIL_M, "SUBBLOCKS": config.subblocks}
         both = self.inner * (2 if weights.is_gated else 1)
         is_split = weights.is_concatenated or not weights.is_gated
-        is_flipped = weights.is_transposed
-        self._up_options = {
+        self._up = Fixed({
             **common, "K": self.slots,
-            **_tile(config.gate_up, config.is_direct, not is_flipped and is_split and self.gate_up),
+            **_tile(config.gate_up, not is_flipped and is_split and self.gate_up),
             "STRIDE_N": 1 if is_flipped else self.width, "STRIDE_K": both if is_flipped else 1,
             "GATED": weights.is_gated, "INTERLEAVED": not weights.is_concatenated,
             "HAS_BIAS": weights.gate_up_bias is not None, "ACTIVATION": weights.activation,
-            "HAS_LIMIT": weights.limit != float("inf"),
-        }
-        self._down_options = {
-            **common, **_tile(config.down, config.is_direct, not is_flipped and self.down),
+            "HAS_LIMIT": weights.limit != float("inf"), "X_BLOCK": SCALE_BLOCK,
+        })
+        self._down = Fixed({
+            **common, **_tile(config.down, not is_flipped and self.down), "GATED": False,
             "STRIDE_N": 1 if is_flipped else self.inner,
             "STRIDE_K": self.width if is_flipped else 1,
             "HAS_BIAS": weights.down_bias is not None,
             # Without scales it changes nothing, and must not make a program anew.
             "X_BLOCK": config.gate_up.BLOCK_N if self._is_scaled else SCALE_BLOCK,
-        }
+        })
         # fmt: on
 
     def run(self, program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -181,53 +180,51 @@ class ExpertsCall:
     def first_product(self, *blocks: Tensor) -> None:
         """Fills in `act`; `blocks` are the tensors of `ExpertBlocks`, none where it is direct."""
         tiles = -(-self.inner // self.config.gate_up.BLOCK_N)
-        weights = _described(self.gate_up, self.config.gate_up, self._up_options)
+        weights = _described(self.gate_up, self._up)
         inputs = (self._read, self._read_scale, weights, *self._up_extras)
         pointers = (*inputs, self.act, self._act_scale)
+        options = self._launch_options(self.config.gate_up)
         if self.config.is_direct:
             from leanmoe.kernels.triton.experts_direct_program import gate_up_direct
 
             grid = (self.tokens * self.slots * tiles,)
-            last = (self.ids, self.tokens, *self._limits)
-            self.run(gate_up_direct, grid, *pointers, *last, **self._up_options)
+            last = (self.ids, self.tokens, *self._limits, self._up)
+            self.run(gate_up_direct, grid, *pointers, *last, **options)
         else:
             from leanmoe.kernels.triton.experts_program import gate_up_grouped
 
             most = blocks[1].shape[1]
-            ends = (most, *self._limits)
+            ends = (most, *self._limits, self._up)
             grid = (most * tiles * self.config.subblocks,)
-            self.run(gate_up_grouped, grid, *pointers, *blocks, *ends, **self._up_options)
+            self.run(gate_up_grouped, grid, *pointers, *blocks, *ends, **options)
 
     def second_product(self, *blocks: Tensor) -> None:
         """Fills in `part`, and where it runs direct also `out`; with a fused sum, `out` alone."""
         tiles = -(-self.width // self.config.down.BLOCK_N)
-        weights = _described(self.down, self.config.down, self._down_options)
+        weights = _described(self.down, self._down)
         inputs = (self.act, self._act_scale, weights, *self._down_extras)
         pointers = (*inputs, self.part, self.gates)
+        options = self._launch_options(self.config.down)
         if self.config.fused_sum:
             from leanmoe.kernels.triton.experts_direct_program import down_fused
 
             grid = (self.tokens * tiles,)
-            last = (self.gates, self.ids, self.out, self.tokens)
-            self.run(down_fused, grid, *inputs, *last, **self._fused_options())
+            last = (self.gates, self.ids, self.out, self.tokens, self._down)
+            options.pop("num_stages")  # the program asks ahead by itself
+            self.run(down_fused, grid, *inputs, *last, **options)
         elif self.config.is_direct:
             from leanmoe.kernels.triton.experts_direct_program import down_direct
 
             arrived = zeros_for("experts", tiles, self.hidden.device)
             grid = (self.tokens * self.slots * tiles,)
-            last = (self.ids, arrived, self.out, self.tokens)
-            self.run(down_direct, grid, *pointers, *last, **self._down_options)
+            last = (self.ids, arrived, self.out, self.tokens, self._down)
+            self.run(down_direct, grid, *pointers, *last, **options)
         else:
             from leanmoe.kernels.triton.experts_program import down_grouped
 
             most = blocks[1].shape[1]
             grid = (most * tiles * self.config.subblocks,)
-            self.run(down_grouped, grid, *pointers, *blocks, most, **self._down_options)
-
-    def _fused_options(self) -> dict[str, Any]:
-        """Those of the second product that the program with a fused sum has."""
-        others = ("BLOCK_M", "WIDEN", "SWAP_AB", "USE_TMA", "num_stages")
-        return {name: o for name, o in self._down_options.items() if name not in others}
+            self.run(down_grouped, grid, *pointers, *blocks, most, self._down, **options)
 
     def sum_slots(self) -> None:
         """Fills in `out` from `part`."""
@@ -240,28 +237,30 @@ class ExpertsCall:
         sizes |= {"USE_PDL": self._has_pdl, **self._after_another()}
         self.run(add_slots, grid, self.part, self.ids, self.out, **sizes)
 
+    def _launch_options(self, tile: Tile) -> dict[str, Any]:
+        warps, stages = tile.num_warps, tile.num_stages
+        return {"num_warps": warps, "num_stages": stages, **self._after_another()}
+
     def _after_another(self) -> dict[str, bool]:
         """Lets a program be started while the one before is ending; it waits where it must."""
         return {"launch_pdl": True} if self._has_pdl else {}
 
 
-def _tile(tile: Tile, is_direct: bool, rows: Tensor | bool) -> dict[str, Any]:
+def _tile(tile: Tile, rows: Tensor | bool) -> dict[str, Any]:
     """`rows` are the weights where they lie in rows that a descriptor can name, else False."""
     # The copy engine wants rows of whole 16 bytes.
     is_describable = isinstance(rows, Tensor) and rows.shape[-1] * rows.itemsize % 16 == 0
     return {
-        "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "SWAP_AB": tile.swap_ab,
-        "USE_TMA": tile.use_tma and is_describable,
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-        **({} if is_direct else {"GROUP_M": tile.GROUP_M}),
+        "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "GROUP_M": tile.GROUP_M,
+        "SWAP_AB": tile.swap_ab, "USE_TMA": tile.use_tma and is_describable,
     }  # fmt: skip
 
 
-def _described(weights: Tensor, tile: Tile, options: dict[str, Any]) -> Any:
+def _described(weights: Tensor, fixed: dict[str, Any]) -> Any:
     """A descriptor of all experts' rows, one below the other, where the program wants one."""
-    if not options["USE_TMA"]:
+    if not fixed["USE_TMA"]:
         return weights
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     rows = weights.view(-1, weights.shape[-1])
-    return TensorDescriptor.from_tensor(rows, [tile.BLOCK_N, tile.BLOCK_K])
+    return TensorDescriptor.from_tensor(rows, [fixed["BLOCK_N"], fixed["BLOCK_K"]])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leanmoe.kernels.triton.fp8_program import SCALE_BLOCK, rest_fp8, to_coded
+from leanmoe.kernels.triton.fp8_program import rest_fp8, to_coded
 from leanmoe.kernels.triton.product_program import product_of, products_by_tma
 
 SILU, GELU, GELU_TANH, RELU, RELU2 = (tl.constexpr(i) for i in range(5))
@@ -47,27 +47,26 @@ def _store_gated(
     # sizes and numbers
     limit, alpha, up_offset,
     # compile-time
-    M: tl.constexpr, GATED: tl.constexpr, HAS_LIMIT: tl.constexpr, ACTIVATION: tl.constexpr,
-    SCALED: tl.constexpr, BLOCK_N: tl.constexpr, FP8_TERMS: tl.constexpr, WIDEN: tl.constexpr,
+    fixed: tl.constexpr,
 ):  # fmt: skip
     """The gate function on a tile of the first product; coded, each row of it has a scale."""
-    if GATED:
-        if HAS_LIMIT:
+    if fixed.GATED:
+        if fixed.HAS_LIMIT:
             gate = tl.minimum(gate, limit)
             up = tl.minimum(tl.maximum(up, -limit), limit)
-        gated = _activate(gate, ACTIVATION, alpha) * (up + up_offset)
+        gated = _activate(gate, fixed.ACTIVATION, alpha) * (up + up_offset)
     else:
-        gated = _activate(gate, ACTIVATION, alpha)
-    m = first + tl.arange(0, BLOCK_N)
-    at = act_ptr + rows.to(tl.int64)[:, None] * (FP8_TERMS * M) + m[None, :]
-    inside = is_row[:, None] & (m < M)[None, :]
-    if SCALED:
+        gated = _activate(gate, fixed.ACTIVATION, alpha)
+    m = first + tl.arange(0, fixed.BLOCK_N)
+    at = act_ptr + rows.to(tl.int64)[:, None] * (fixed.FP8_TERMS * fixed.M) + m[None, :]
+    inside = is_row[:, None] & (m < fixed.M)[None, :]
+    if fixed.SCALED:
         whole = tl.where(inside, gated, 0.0)
-        gated, scale_X = to_coded(whole, act_ptr.dtype.element_ty, WIDEN)
-        if FP8_TERMS == 2:
-            tl.store(at + M, rest_fp8(whole, scale_X, WIDEN), mask=inside)
-        TILES: tl.constexpr = (M + BLOCK_N - 1) // BLOCK_N
-        tl.store(act_scale_ptr + rows * TILES + first // BLOCK_N, scale_X, mask=is_row)
+        gated, scale_X = to_coded(whole, act_ptr.dtype.element_ty, fixed.WIDEN)
+        if fixed.FP8_TERMS == 2:
+            tl.store(at + fixed.M, rest_fp8(whole, scale_X, fixed.WIDEN), mask=inside)
+        TILES: tl.constexpr = (fixed.M + fixed.BLOCK_N - 1) // fixed.BLOCK_N
+        tl.store(act_scale_ptr + rows * TILES + first // fixed.BLOCK_N, scale_X, mask=is_row)
     tl.store(at, gated.to(act_ptr.dtype.element_ty), mask=inside)
 
 
@@ -80,69 +79,62 @@ def gate_up_block(
     # sizes and numbers
     limit, alpha, up_offset,
     # compile-time
-    D: tl.constexpr, M: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr,
-    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_LIMIT: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP_AB: tl.constexpr, USE_TMA: tl.constexpr, FP8_TERMS: tl.constexpr, WIDEN: tl.constexpr,
+    fixed: tl.constexpr, TAIL_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of the first product: `BLOCK_N` columns of the result, twice that of weights.
 
     `w_ptr` is a descriptor of all experts' rows, one below the other, where it is `USE_TMA`.
     """
-    WIDTH: tl.constexpr = 2 * M if GATED else M
-    SCALE_STRIDE: tl.constexpr = (D + 127) // 128
+    WIDTH: tl.constexpr = 2 * fixed.M if fixed.GATED else fixed.M
+    SCALE_STRIDE: tl.constexpr = (fixed.D + 127) // 128
     TAIL_SIZE: tl.constexpr = TAIL_M if TAIL_M > 0 else 16
-    first = tile * BLOCK_N
+    first = tile * fixed.BLOCK_N
     e = expert.to(tl.int64)
     own_scale_ptr = scale_ptr + e * (((WIDTH + 127) // 128) * SCALE_STRIDE)
-    if USE_TMA:
-        m = first + tl.arange(0, BLOCK_N)
+    if fixed.USE_TMA:
+        m = first + tl.arange(0, fixed.BLOCK_N)
         gate, up, gate_tail, up_tail = products_by_tma(
             x_ptr, x_scale_ptr, tokens_X, is_row, tokens_tail, is_tail,
-            w_ptr, expert.to(tl.int32) * WIDTH, first, first + M, m < M, own_scale_ptr,
-            D, SCALED, SCALE_STRIDE, SCALE_BLOCK, GATED, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_K, SWAP_AB,
-            FP8_TERMS, WIDEN,
+            w_ptr, expert.to(tl.int32) * WIDTH, first, first + fixed.M, m < fixed.M, own_scale_ptr,
+            fixed, fixed.D, TAIL_M,
         )  # fmt: skip
-        if HAS_BIAS:
+        if fixed.HAS_BIAS:
             bias_at = bias_ptr + e * WIDTH + m
-            gate_bias_J = tl.load(bias_at, mask=m < M, other=0.0).to(tl.float32)
+            gate_bias_J = tl.load(bias_at, mask=m < fixed.M, other=0.0).to(tl.float32)
             gate, gate_tail = gate + gate_bias_J[None, :], gate_tail + gate_bias_J[None, :]
-            if GATED:
-                up_bias_J = tl.load(bias_at + M, mask=m < M, other=0.0).to(tl.float32)
+            if fixed.GATED:
+                up_bias_J = tl.load(bias_at + fixed.M, mask=m < fixed.M, other=0.0).to(tl.float32)
                 up, up_tail = up + up_bias_J[None, :], up_tail + up_bias_J[None, :]
     else:
-        COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+        COLUMNS: tl.constexpr = 2 * fixed.BLOCK_N if fixed.GATED else fixed.BLOCK_N
         j = tl.arange(0, COLUMNS)
-        if GATED:  # gate, up, gate, up, ...: both of a column land in one thread
+        if fixed.GATED:  # gate, up, gate, up, ...: both of a column land in one thread
             m = first + j // 2
-            columns = 2 * first + j if INTERLEAVED else m + (j % 2) * M
+            columns = 2 * first + j if fixed.INTERLEAVED else m + (j % 2) * fixed.M
         else:
             m = first + j
             columns = m
         product, tail = product_of(
             x_ptr, x_scale_ptr, tokens_X, is_row, tokens_tail, is_tail,
-            w_ptr + e * (WIDTH * D), columns, m < M, own_scale_ptr,
-            D, STRIDE_N, STRIDE_K, SCALED, SCALE_STRIDE, SCALE_BLOCK, M % BLOCK_N == 0,
-            BLOCK_M, TAIL_M, COLUMNS, BLOCK_K, SWAP_AB, FP8_TERMS, WIDEN,
+            w_ptr + e * (WIDTH * fixed.D), columns, m < fixed.M, own_scale_ptr,
+            fixed, fixed.D, COLUMNS, fixed.M % fixed.BLOCK_N == 0, TAIL_M,
         )  # fmt: skip
-        if HAS_BIAS:
-            bias_J = tl.load(bias_ptr + e * WIDTH + columns, mask=m < M, other=0.0).to(tl.float32)
+        if fixed.HAS_BIAS:
+            bias_at = bias_ptr + e * WIDTH + columns
+            bias_J = tl.load(bias_at, mask=m < fixed.M, other=0.0).to(tl.float32)
             product, tail = product + bias_J[None, :], tail + bias_J[None, :]
-        if GATED:
-            gate, up = tl.split(tl.reshape(product, (BLOCK_M, BLOCK_N, 2)))
-            gate_tail, up_tail = tl.split(tl.reshape(tail, (TAIL_SIZE, BLOCK_N, 2)))
+        if fixed.GATED:
+            gate, up = tl.split(tl.reshape(product, (fixed.BLOCK_M, fixed.BLOCK_N, 2)))
+            gate_tail, up_tail = tl.split(tl.reshape(tail, (TAIL_SIZE, fixed.BLOCK_N, 2)))
         else:
             gate, up, gate_tail, up_tail = product, product, tail, tail
     _store_gated(
-        gate, up, slots_X, is_row, first, act_ptr, act_scale_ptr, limit, alpha, up_offset,
-        M, GATED, HAS_LIMIT, ACTIVATION, SCALED, BLOCK_N, FP8_TERMS, WIDEN,
-    )  # fmt: skip
+        gate, up, slots_X, is_row, first, act_ptr, act_scale_ptr, limit, alpha, up_offset, fixed
+    )
     if TAIL_M > 0:
         _store_gated(
             gate_tail, up_tail, slots_tail, is_tail, first, act_ptr, act_scale_ptr,
-            limit, alpha, up_offset, M, GATED, HAS_LIMIT, ACTIVATION, SCALED, BLOCK_N, FP8_TERMS,
-            WIDEN,
+            limit, alpha, up_offset, fixed,
         )  # fmt: skip
 
 
@@ -150,19 +142,18 @@ def gate_up_block(
 def _store_weighted(
     # rows and places
     product, weight_X, rows, is_row, first,
-    # pointers
-    part_ptr,
-    # rows and places
-    bias_J,
+    # pointers, and a tile's biases
+    part_ptr, bias_J,
     # compile-time
-    D: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
+    fixed: tl.constexpr,
 ):  # fmt: skip
-    if HAS_BIAS:
+    """Weighs a tile of the second product and writes it to each slot's row."""
+    if fixed.HAS_BIAS:
         product += bias_J[None, :]
-    d = first + tl.arange(0, BLOCK_N)
-    at = part_ptr + rows.to(tl.int64)[:, None] * D + d[None, :]
+    d = first + tl.arange(0, fixed.BLOCK_N)
+    at = part_ptr + rows.to(tl.int64)[:, None] * fixed.D + d[None, :]
     weighed = (product * weight_X[:, None]).to(part_ptr.dtype.element_ty)
-    tl.store(at, weighed, mask=is_row[:, None] & (d < D)[None, :])
+    tl.store(at, weighed, mask=is_row[:, None] & (d < fixed.D)[None, :])
 
 
 @triton.jit
@@ -172,40 +163,31 @@ def down_block(
     # rows and places
     expert, slots_X, weight_X, is_row, slots_tail, weight_tail, is_tail, tile,
     # compile-time
-    D: tl.constexpr, M: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, X_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
-    USE_TMA: tl.constexpr, FP8_TERMS: tl.constexpr, WIDEN: tl.constexpr,
+    fixed: tl.constexpr, TAIL_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of the second product, weighed; `w_ptr` as in `gate_up_block`."""
-    first = tile * BLOCK_N
-    columns = first + tl.arange(0, BLOCK_N)
-    is_column = columns < D
+    first = tile * fixed.BLOCK_N
+    columns = first + tl.arange(0, fixed.BLOCK_N)
+    is_column = columns < fixed.D
     e = expert.to(tl.int64)
-    SCALE_STRIDE: tl.constexpr = (M + 127) // 128
-    own_scale_ptr = scale_ptr + e * (((D + 127) // 128) * SCALE_STRIDE)
+    SCALE_STRIDE: tl.constexpr = (fixed.M + 127) // 128
+    own_scale_ptr = scale_ptr + e * (((fixed.D + 127) // 128) * SCALE_STRIDE)
     rows, tail_rows = slots_X.to(tl.int64), slots_tail.to(tl.int64)
-    if USE_TMA:
+    if fixed.USE_TMA:
         product, _second, tail, _second_tail = products_by_tma(
             act_ptr, act_scale_ptr, rows, is_row, tail_rows, is_tail,
-            w_ptr, expert.to(tl.int32) * D, first, first, is_column, own_scale_ptr,
-            M, SCALED, SCALE_STRIDE, X_BLOCK, False, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_K, SWAP_AB,
-            FP8_TERMS, WIDEN,
+            w_ptr, expert.to(tl.int32) * fixed.D, first, first, is_column, own_scale_ptr,
+            fixed, fixed.M, TAIL_M,
         )  # fmt: skip
     else:
         product, tail = product_of(
             act_ptr, act_scale_ptr, rows, is_row, tail_rows, is_tail,
-            w_ptr + e * (D * M), columns, is_column, own_scale_ptr,
-            M, STRIDE_N, STRIDE_K, SCALED, SCALE_STRIDE, X_BLOCK, D % BLOCK_N == 0,
-            BLOCK_M, TAIL_M, BLOCK_N, BLOCK_K, SWAP_AB, FP8_TERMS, WIDEN,
+            w_ptr + e * (fixed.D * fixed.M), columns, is_column, own_scale_ptr,
+            fixed, fixed.M, fixed.BLOCK_N, fixed.D % fixed.BLOCK_N == 0, TAIL_M,
         )  # fmt: skip
-    bias_J = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    if HAS_BIAS:
-        bias_J = tl.load(bias_ptr + e * D + columns, mask=is_column, other=0.0).to(tl.float32)
-    _store_weighted(
-        product, weight_X, slots_X, is_row, first, part_ptr, bias_J, D, HAS_BIAS, BLOCK_N
-    )
+    bias_J = tl.zeros((fixed.BLOCK_N,), dtype=tl.float32)
+    if fixed.HAS_BIAS:
+        bias_J = tl.load(bias_ptr + e * fixed.D + columns, mask=is_column, other=0.0).to(tl.float32)
+    _store_weighted(product, weight_X, slots_X, is_row, first, part_ptr, bias_J, fixed)
     if TAIL_M > 0:
-        _store_weighted(
-            tail, weight_tail, slots_tail, is_tail, first, part_ptr, bias_J, D, HAS_BIAS, BLOCK_N
-        )
+        _store_weighted(tail, weight_tail, slots_tail, is_tail, first, part_ptr, bias_J, fixed)
