@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from benchmarks.common.results import collect, file_of, parser_of, write
 from benchmarks.vllm import check_engine
 from benchmarks.vllm.draw_model import draw
 from benchmarks.vllm.gpu_lock import GpuLock
-from benchmarks.vllm.settings import SEVERAL_GPUS, has_gpu, prepare
+from benchmarks.vllm.settings import SEVERAL_GPUS, has_gpu, let_plugin_be_found, prepare
 from benchmarks.vllm.shapes import FP8, QWEN
 
 MODEL = QWEN | {
@@ -215,7 +216,7 @@ def start(
         environment["LEANMOE_PLAN"] = str(folder / "plan.json")
     told = told_of(setting, run, model, options)
     (folder / "told.json").write_text(json.dumps(told))
-    log = folder / "log.txt"
+    log, started = folder / "log.txt", time.monotonic()
     with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.vllm.check", "--engine", str(folder)],
@@ -233,8 +234,11 @@ def start(
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     path = folder / "found.json"
+    took = f"{time.monotonic() - started:.0f} s"
     if code or not path.exists():
-        return {"trouble": what_went_wrong(log.read_text())}
+        print(f"{name}, {run}: failed after {took}", flush=True)
+        return {"trouble": what_went_wrong(log.read_text()), "log": log.read_text()[-6000:]}
+    print(f"{name}, {run}: done after {took}", flush=True)
     said = [line for line in log.read_text().splitlines() if "leanmoe: plan" in line]
     how = said[-1].partition(" at work, ")[2] if said else ""
     return {**json.loads(path.read_text()), "said": how}
@@ -305,21 +309,6 @@ def wrongs(rows: list[dict[str, Any]], found: dict[tuple[str, str], dict[str, An
     return said
 
 
-def entry_point(folder: Path) -> None:
-    """Lets vLLM find the plugin where leanmoe is on the path and not installed."""
-    from importlib.metadata import entry_points
-
-    if any(point.name == "leanmoe" for point in entry_points(group="vllm.general_plugins")):
-        return
-    info = folder / "leanmoe-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leanmoe\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nleanmoe = leanmoe.serve.vllm.plugin:activate\n"
-    )
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-
-
 def main() -> None:
     """Runs it."""
     options = parse()
@@ -339,7 +328,7 @@ def main() -> None:
         folder = Path(temporary)
         model = folder / "model"
         draw(model, MODEL)
-        entry_point(folder)
+        let_plugin_be_found(folder)
         keys = [(name, run) for name in names for run in asked_runs or SETTINGS[name].runs]
         with ThreadPoolExecutor(options.engines) as pool:
             runs = {
@@ -362,7 +351,11 @@ def report(
     """All as JSON and on screen; exits with 1 where something is not as it must be."""
     engines = [
         {"setting": name, "run": run}
-        | {word: one[word] for word in ("said", "workers", "trouble", "nan") if one.get(word)}
+        | {
+            word: one[word]
+            for word in ("said", "workers", "trouble", "log", "nan")
+            if one.get(word)
+        }
         for (name, run), one in found.items()
     ]
     found_all = {"model": MODEL, "eplb": EPLB, "replies": options.replies}

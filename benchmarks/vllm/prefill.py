@@ -59,8 +59,8 @@ def measure(run: Any, engine: Any) -> None:
                     times["prompt_ms"].setdefault(variant.name, []).append(whole * 1e3)
         run.prefill += entries(tokens, times, seen, run.shape.fingerprint().top_k)
         run.say(f"prompts of {tokens} tokens measured")
-    if sizes:
         run.write(is_complete=run.has_time)
+        layers.forget()
 
 
 class MoeLayers:
@@ -99,6 +99,10 @@ class MoeLayers:
                 with torch.cuda.graph(self._graphs[key]):
                     run()
             return float(self._engine.replayed(self._graphs[key].replay, replays))
+
+    def forget(self) -> None:
+        """Frees what was captured."""
+        self._graphs.clear()
 
     def _run(self, hidden_TD: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The ids and weights (T,K) of each layer, whose experts are computed."""

@@ -98,3 +98,18 @@ def has_gpu() -> bool:
     import torch
 
     return bool(torch.cuda.is_available())
+
+
+def let_plugin_be_found(folder: Path) -> None:
+    """Lets vLLM find the plugin where leanmoe is on the path and not installed."""
+    from importlib.metadata import entry_points
+
+    if any(point.name == "leanmoe" for point in entry_points(group="vllm.general_plugins")):
+        return
+    info = folder / "leanmoe-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leanmoe\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nleanmoe = leanmoe.serve.vllm.plugin:activate\n"
+    )
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
