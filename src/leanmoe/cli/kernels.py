@@ -15,7 +15,6 @@ from rich.table import Table
 from leanmoe.cli.kernels_settings import KernelsSettings
 from leanmoe.cli.options import AsJson, make_console, print_json
 from leanmoe.cli.verb import command_line
-from leanmoe.core.files import write_json
 from leanmoe.core.progress import bar
 from leanmoe.core.provenance import collect
 
@@ -32,9 +31,6 @@ def kernels(
         Path,
         typer.Option("--output", "-o", help="A folder; LEANMOE_TUNED tells leanmoe of it."),
     ] = Path("tuned"),
-    trials: Annotated[
-        Path | None, typer.Option(help="A file to write every config tried and its time to.")
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the fastest tiles of the GPU kernels for a model's experts, or list what is known.
@@ -45,7 +41,7 @@ def kernels(
     if settings.action == "list":
         _list(output, as_json)
     else:
-        _tune(settings, output, trials, as_json)
+        _tune(settings, output, as_json)
 
 
 def _shapes(settings: KernelsSettings) -> list[Shape]:
@@ -67,29 +63,27 @@ def _of_model(name: str, dtype: str) -> Shape:
     return Shape(*sizes, dtype, transposed)
 
 
-def _tune(settings: KernelsSettings, output: Path, trials: Path | None, as_json: bool) -> None:
+def _tune(settings: KernelsSettings, output: Path, as_json: bool) -> None:
     shapes = _shapes(settings)
     from leanmoe.kernels.triton.tune_tiles import Tuner
-    from leanmoe.kernels.triton.tuned_tiles import Tuned, capability_of, file_name
+    from leanmoe.kernels.triton.tuned_tiles import Bucket, Tuned, capability_of, file_name
 
     progress = _Progress()
     written: list[dict[str, Any]] = []
     tuner = Tuner(shapes, list(settings.tokens), progress, most_error=settings.most_error)
     for shape, tiles in tuner.tune():
         provenance = collect(command_line()).to_json()
-        buckets = tuple((size, config) for size, config, _ in tiles)
+        buckets = tuple(Bucket(size, config) for size, config, _ in tiles)
         times = {str(size): round(took, 2) for size, _, took in tiles}
         gpu = provenance["hardware"]
         measured = {**provenance, "microseconds": times}
         tuned = Tuned(gpu, capability_of(), shape, buckets, measured)
         path = output / file_name(gpu, shape)
-        write_json(path, tuned.to_json())
+        tuned.write(path)
         written.append({"file": str(path), "shape": shape.__dict__, "microseconds": times})
-        if trials is not None:
-            write_json(trials, {"label": "measured", "trials": tuner.trials})
     progress.close()
     if as_json:
-        failed = sum("failed" in trial for trial in tuner.trials)
+        failed = len(tuner.failures)
         print_json({"written": written, "label": "measured", "failed_trials": failed})
         return
     for entry in written:
@@ -124,7 +118,7 @@ def _list(output: Path, as_json: bool) -> None:
 
     folders = {"shipped": SHIPPED, str(output): output}
     known = [
-        (name, path, Tuned.load(path))
+        (name, path, Tuned.read(path))
         for name, folder in folders.items()
         for path in sorted(folder.glob("*.json"))
     ]
@@ -148,4 +142,4 @@ def _row(tuned: Tuned) -> list[str]:
     shape = tuned.shape
     dtype = f"{shape.dtype}, transposed" if shape.is_transposed else shape.dtype
     sizes = [shape.experts, shape.hidden, shape.width, shape.slots]
-    return [*map(str, sizes), dtype, f"{tuned.buckets[0][0]} to {tuned.buckets[-1][0]}"]
+    return [*map(str, sizes), dtype, f"{tuned.buckets[0].tokens} to {tuned.buckets[-1].tokens}"]

@@ -121,7 +121,10 @@ def _dataclass_from_json(kind: type[T], value: Any, where: str) -> T:
             given[each.name] = _read(hints[each.name], value[key], f"{where}: {key}")
         elif _is_required(each):
             raise LeanMoeError(f"{where} is incomplete: {key} is missing")
-    return kind(**given)
+    try:
+        return kind(**given)
+    except LeanMoeError as error:
+        raise LeanMoeError(f"{where}: {error}") from error
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:

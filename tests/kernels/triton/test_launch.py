@@ -12,7 +12,7 @@ from tests.kernels.layers import random_call, random_layer
 
 def options(weights: ExpertWeights, config: ExpertsConfig) -> tuple[dict[str, object], ...]:
     call = ExpertsCall(*random_call(weights, tokens=3, slots=2), operands(weights), config)
-    return call._up_options, call._down_options
+    return call._up, call._down
 
 
 def test_operands_say_what_the_gate_is() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from leanmoe.core.errors import LeanMoeError
 
 MOST_DIRECT_TOKENS = 32
 """Above, looking through all ids in every program costs more than grouping them once."""
+
+
+def _check_power(name: str, number: int, least: int) -> None:
+    if number < least or number & (number - 1):
+        raise LeanMoeError(
+            f"experts config has {name} {number}: it must be a power of two, {least} at least"
+        )
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,15 @@ class Tile:
     use_tma: bool = False
     """Whether the copy engine reads the weights, told by a descriptor, and not the threads. Needs
     compute capability 9 and weights that lie in rows; others are read by the threads."""
+
+    def __post_init__(self) -> None:
+        for name in ("BLOCK_N", "BLOCK_K", "num_warps"):
+            _check_power(name, getattr(self, name), 1)
+        for name in ("num_stages", "GROUP_M"):
+            if getattr(self, name) < 1:
+                raise LeanMoeError(
+                    f"experts config has {name} {getattr(self, name)}: it must be 1 or more"
+                )
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,10 @@ class ExpertsConfig:
     which changes none of them. For many rows, of which two terms would make twice as many."""
 
     def __post_init__(self) -> None:
+        _check_power("BLOCK_M", self.BLOCK_M, 16)
+        _check_power("TAIL_M", self.TAIL_M, 0)
+        if self.fused_sum and not self.is_direct:
+            raise LeanMoeError("experts config has fused_sum true: is_direct must be true, too")
         swaps = self.gate_up.swap_ab and (self.fused_sum or self.down.swap_ab)
         if self.fp8_terms not in (1, 2) or (self.fp8_terms == 2 and (self.TAIL_M or not swaps)):
             raise LeanMoeError(
@@ -86,50 +105,3 @@ class ExpertsConfig:
     def block_rows(self) -> int:
         """Rows in a full block."""
         return self.BLOCK_M * self.subblocks + self.TAIL_M
-
-    def to_json(self) -> dict[str, Any]:
-        """Every field."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Any, where: str) -> ExpertsConfig:
-        """Reads what `to_json` wrote; anything else is a LeanMoeError naming the place."""
-        record = _record(cls, value, where)
-        for name in ("gate_up", "down"):
-            record[name] = Tile(**_record(Tile, record[name], f"{where}.{name}"))
-        try:
-            config = cls(**record)
-        except LeanMoeError as error:
-            raise LeanMoeError(f"{where}: {error}") from error
-        _check_power(config.BLOCK_M, 16, f"{where}.BLOCK_M")
-        _check_power(config.TAIL_M, 0, f"{where}.TAIL_M")
-        if config.fused_sum and not config.is_direct:
-            raise LeanMoeError(f"{where}.fused_sum is true: is_direct must then be true, too")
-        for name, tile in (("gate_up", config.gate_up), ("down", config.down)):
-            _check_tile(tile, f"{where}.{name}")
-        return config
-
-
-def _check_power(number: int, least: int, where: str) -> None:
-    if number < least or number & (number - 1):
-        raise LeanMoeError(f"{where} is {number}: it must be a power of two, {least} at least")
-
-
-def _check_tile(tile: Tile, where: str) -> None:
-    for size in ("BLOCK_N", "BLOCK_K", "num_warps"):
-        _check_power(getattr(tile, size), 1, f"{where}.{size}")
-    for count in ("num_stages", "GROUP_M"):
-        if getattr(tile, count) < 1:
-            raise LeanMoeError(f"{where}.{count} is {getattr(tile, count)}: it must be 1 or more")
-
-
-def _record(kind: type, value: Any, where: str) -> dict[str, Any]:
-    """The fields of a dataclass, all of them and no other, each of its own type."""
-    names = {f.name: f.type for f in fields(kind)}
-    if not isinstance(value, dict) or set(value) != set(names):
-        raise LeanMoeError(f"{where} is {value!r}: it must have the fields {', '.join(names)}")
-    for name, type_name in names.items():
-        wanted = {"int": int, "bool": bool}.get(str(type_name), dict)
-        if type(value[name]) is not wanted:
-            raise LeanMoeError(f"{where}.{name} is {value[name]!r}: it must be {type_name}")
-    return dict(value)

@@ -133,25 +133,27 @@ class ExpertsCall:
         config, is_flipped = self.config, weights.is_transposed
         # fmt: off
         common = {
-            "M": self.inner, "D": self.width, "BLOCK_M": config.BLOCK_M, "TAIL_M": config.TAIL_M,
+            "M": self.inner, "D": self.width, "BLOCK_M": config.BLOCK_M,
             "FP8_TERMS": config.fp8_terms, "WIDEN": interprets(), "SCALED": self._is_scaled,
-            "USE_PDL": self._has_pdl, "SUBBLOCKS": config.subblocks,
+            "USE_PDL": self._has_pdl,
         }
         if config.is_direct:
             common |= {"E": self.experts, "K": self.slots, "SLOTS": power_of_two(self.slots)}
+        else:
+            common |= {"TAIL_M": config.TAIL_M, "SUBBLOCKS": config.subblocks}
         both = self.inner * (2 if weights.is_gated else 1)
         is_split = weights.is_concatenated or not weights.is_gated
         self._up = Fixed({
             **common, "K": self.slots,
-            **_tile(config.gate_up, not is_flipped and is_split and self.gate_up),
+            **_tile(config.gate_up, config.is_direct, not is_flipped and is_split and self.gate_up),
             "STRIDE_N": 1 if is_flipped else self.width, "STRIDE_K": both if is_flipped else 1,
             "GATED": weights.is_gated, "INTERLEAVED": not weights.is_concatenated,
             "HAS_BIAS": weights.gate_up_bias is not None, "ACTIVATION": weights.activation,
             "HAS_LIMIT": weights.limit != float("inf"), "X_BLOCK": SCALE_BLOCK,
         })
         self._down = Fixed({
-            **common, **_tile(config.down, not is_flipped and self.down), "GATED": False,
-            "STRIDE_N": 1 if is_flipped else self.inner,
+            **common, **_tile(config.down, config.is_direct, not is_flipped and self.down),
+            "GATED": False, "STRIDE_N": 1 if is_flipped else self.inner,
             "STRIDE_K": self.width if is_flipped else 1,
             "HAS_BIAS": weights.down_bias is not None,
             # Without scales it changes nothing, and must not make a program anew.
@@ -246,13 +248,14 @@ class ExpertsCall:
         return {"launch_pdl": True} if self._has_pdl else {}
 
 
-def _tile(tile: Tile, rows: Tensor | bool) -> dict[str, Any]:
+def _tile(tile: Tile, is_direct: bool, rows: Tensor | bool) -> dict[str, Any]:
     """`rows` are the weights where they lie in rows that a descriptor can name, else False."""
     # The copy engine wants rows of whole 16 bytes.
     is_describable = isinstance(rows, Tensor) and rows.shape[-1] * rows.itemsize % 16 == 0
     return {
-        "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "GROUP_M": tile.GROUP_M,
-        "SWAP_AB": tile.swap_ab, "USE_TMA": tile.use_tma and is_describable,
+        "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K, "SWAP_AB": tile.swap_ab,
+        "USE_TMA": tile.use_tma and is_describable,
+        **({} if is_direct else {"GROUP_M": tile.GROUP_M}),
     }  # fmt: skip
 
 

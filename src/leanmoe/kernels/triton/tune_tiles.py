@@ -136,7 +136,8 @@ class Tuner:
         if not torch.cuda.is_available():
             raise LeanMoeError("kernels are tuned on a GPU, and torch finds none on this machine")
         self.shapes, self.tokens, self.progress = list(shapes), sorted(set(tokens)), progress
-        self.trials: list[dict[str, Any]] = []
+        self.failures: list[str] = []
+        """What did not run or was too far off, each with the reason."""
         self._most_error = most_error
         self._processes = processes or max(1, (os.cpu_count() or 2) - 1)
 
@@ -148,7 +149,7 @@ class Tuner:
             for shape, jobs in zip(self.shapes, compiled, strict=True):
                 self._wait(shape, jobs)
                 most_error = self._most_error or MOST_ERROR[shape.dtype]
-                timed = _Timed(shape, self.trials, most_error)
+                timed = _Timed(shape, self.failures, most_error)
                 configs = []
                 for number, size in enumerate(self.tokens):
                     self.progress(f"timing {shape}", number, len(self.tokens))
@@ -170,7 +171,7 @@ class Tuner:
         for number, job in enumerate(jobs):
             self.progress(f"compiling {shape}", number, len(jobs))
             if error := job.exception():
-                self.trials.append({"shape": shape.__dict__, "failed": repr(error)[:300]})
+                self.failures.append(repr(error)[:300])
         self.progress(f"compiling {shape}", len(jobs), len(jobs))
 
 
@@ -186,8 +187,8 @@ def _candidates(base: ExpertsConfig, shape: Shape) -> list[tuple[Product, Expert
 class _Timed:
     """Times configs of one shape."""
 
-    def __init__(self, shape: Shape, trials: list[dict[str, Any]], most_error: float) -> None:
-        self.shape, self.trials, self.most_error = shape, trials, most_error
+    def __init__(self, shape: Shape, failures: list[str], most_error: float) -> None:
+        self.shape, self.failures, self.most_error = shape, failures, most_error
         self.weights = random_weights(shape)
 
     def best(self, tokens: int) -> tuple[ExpertsConfig, float]:
@@ -210,7 +211,7 @@ class _Timed:
                 if self._is_exact(config, inputs[0]):
                     best = (took, config)
         if best is None:
-            reason = next((t["failed"] for t in reversed(self.trials) if "failed" in t), "")
+            reason = self.failures[-1] if self.failures else ""
             raise LeanMoeError(f"no config ran for {self.shape} at {tokens} tokens: {reason}")
         return best[1], best[0]
 
@@ -218,8 +219,7 @@ class _Timed:
         error = error_of(config, self.weights, call)
         if error <= self.most_error:
             return True
-        reason = f"{error:.1%} off float64, {self.most_error:.1%} is the most"
-        self._note(len(call[0]), "whole", config, failed=reason)
+        self.failures.append(f"{error:.1%} off float64, {self.most_error:.1%} is the most")
         return False
 
     def _best_tile(
@@ -237,7 +237,7 @@ class _Timed:
                     layer, pairs = operands(self.weights), zip(inputs, lists, strict=True)
                     return [_product(ExpertsCall(*i, layer, config), product, b) for i, b in pairs]
 
-                took = self._try(calls, len(inputs[0][0]), product, config, is_rough)
+                took = self._try(calls, is_rough)
                 if took is not None:
                     times.append((took, number))
             tiles_left = [tiles_left[number] for _, number in sorted(times)[:FINALISTS]]
@@ -249,29 +249,17 @@ class _Timed:
         def calls() -> list[Callable[[], object]]:
             return [partial(experts_gpu, *i, self.weights, config=config) for i in inputs]
 
-        return self._try(calls, len(inputs[0][0]), "whole", config)
+        return self._try(calls)
 
     def _try(
-        self,
-        calls: Callable[[], list[Callable[[], object]]],
-        tokens: int,
-        product: Product,
-        config: ExpertsConfig,
-        is_rough: bool = False,
+        self, calls: Callable[[], list[Callable[[], object]]], is_rough: bool = False
     ) -> float | None:
         """Microseconds; None for what does not run: one tile that does not fit must not end it."""
         try:
-            took = time_calls(calls(), is_rough=is_rough)
+            return time_calls(calls(), is_rough=is_rough)
         except Exception as error:
-            self._note(tokens, product, config, failed=repr(error)[:300])
+            self.failures.append(repr(error)[:300])
             return None
-        self._note(tokens, product, config, us=took, is_rough=is_rough)
-        return took
-
-    def _note(self, tokens: int, product: Product, config: ExpertsConfig, **result: Any) -> None:
-        """Adds one trial to what the tuner tells of its search."""
-        trial = {"shape": self.shape.__dict__, "tokens": tokens, "product": product}
-        self.trials.append({**trial, "config": config.to_json(), **result})
 
 
 def _with(config: ExpertsConfig, product: Product, tile: Tile) -> ExpertsConfig:

@@ -13,18 +13,17 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.files import read_json
+from leanmoe.core.schema import ResultsFile
 from leanmoe.kernels.triton.config import ExpertsConfig, Tile
 from leanmoe.kernels.weights import ExpertWeights
 
 SHIPPED = Path(__file__).parent / "tuned"
 OWN = "LEANMOE_TUNED"
-SCHEMA_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -51,56 +50,38 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Bucket:
+    """The best config found for steps of so many tokens."""
+
+    tokens: int
+    config: ExpertsConfig
+
+
+@dataclass(frozen=True)
+class Tuned(ResultsFile):
     """The best configs found for one shape on one GPU, by number of tokens."""
+
+    KIND: ClassVar[str] = "leanmoe_kernels"
+    VERSION: ClassVar[int] = 2
+    WHAT: ClassVar[str] = "tuned-kernels file"
 
     gpu: str
     capability: str
     """The GPU's compute capability, like "9.0"."""
     shape: Shape
-    buckets: tuple[tuple[int, ExpertsConfig], ...]
-    """Tokens and the config found for them, tokens ascending."""
+    buckets: tuple[Bucket, ...]
+    """By tokens, ascending."""
     provenance: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        sizes = [bucket.tokens for bucket in self.buckets]
+        if not sizes or sizes != sorted(set(sizes)):
+            raise LeanMoeError(f"tuned kernels have buckets of {sizes} tokens: they must ascend")
 
     def nearest(self, tokens: int) -> ExpertsConfig:
         """The config of the first bucket that is no smaller, else of the last."""
-        fitting = (config for size, config in self.buckets if tokens <= size)
-        return next(fitting, self.buckets[-1][1])
-
-    def to_json(self) -> dict[str, Any]:
-        """The file's content."""
-        return {
-            "leanmoe_kernels": SCHEMA_VERSION,
-            "gpu": self.gpu,
-            "capability": self.capability,
-            "shape": self.shape.__dict__,
-            "buckets": [{"tokens": n, "config": c.to_json()} for n, c in self.buckets],
-            "provenance": self.provenance,
-        }
-
-    @classmethod
-    def load(cls, path: Path) -> Tuned:
-        """Reads and checks a file."""
-        value = read_json(path, "tuned kernels")
-        if not isinstance(value, dict) or value.get("leanmoe_kernels") != SCHEMA_VERSION:
-            raise LeanMoeError(
-                f"{path} is no tuned-kernels file of version {SCHEMA_VERSION}: "
-                "write it anew with `leanmoe kernels tune`"
-            )
-        try:
-            buckets = tuple(
-                (int(b["tokens"]), ExpertsConfig.from_json(b["config"], f"{path.name}: config"))
-                for b in value["buckets"]
-            )
-            shape = Shape(**value["shape"])
-            gpu, capability = str(value["gpu"]), str(value["capability"])
-            tuned = cls(gpu, capability, shape, buckets, dict(value["provenance"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise LeanMoeError(f"{path} is no tuned-kernels file: {error!r}") from error
-        sizes = [size for size, _ in buckets]
-        if not sizes or sizes != sorted(set(sizes)):
-            raise LeanMoeError(f"{path}: buckets must have ascending tokens, they are {sizes}")
-        return tuned
+        fitting = (bucket.config for bucket in self.buckets if tokens <= bucket.tokens)
+        return next(fitting, self.buckets[-1].config)
 
 
 def file_name(gpu: str, shape: Shape) -> str:
@@ -167,7 +148,7 @@ def _find(gpu: str, capability: str, shape: Shape) -> Tuned | None:
     if own := os.environ.get(OWN):
         folders.insert(0, Path(own))
     any_slots = file_name("*", shape).replace(f"-k{shape.slots}-", "-k*-").removeprefix("-")
-    known = [Tuned.load(path) for f in folders for path in sorted(f.glob(f"*{any_slots}"))]
+    known = [Tuned.read(path) for f in folders for path in sorted(f.glob(f"*{any_slots}"))]
     near = [tuned for tuned in known if tuned.gpu == gpu or tuned.capability == capability]
     if not near:
         logger.warning(
