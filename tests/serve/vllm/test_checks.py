@@ -12,7 +12,6 @@ from leanmoe.plan import Rule
 from leanmoe.serve.vllm import checks
 from leanmoe.serve.vllm.layer_facts import scope_of
 from tests.serve.stand_ins import (
-    BaseRouter,
     CustomRoutingRouter,
     FusedTopKRouter,
     spread,
@@ -34,20 +33,11 @@ def runner(experts: type = object, is_monolithic: bool = False, **more: Any) -> 
     method = SimpleNamespace(is_monolithic=is_monolithic, moe_kernel=kernel)
     settings = {"do_naive_dispatch_combine": False, "pcp": 1, **more}
     return SimpleNamespace(
+        router=SimpleNamespace(),
         routed_experts=SimpleNamespace(quant_method=method),
         do_naive_dispatch_combine=settings["do_naive_dispatch_combine"],
         moe_config=SimpleNamespace(pcp_size=settings["pcp"]),
     )
-
-
-def test_a_hook_that_has_moved_is_refused() -> None:
-    checks.check_hook(BaseRouter, "0.24.0")
-    for moved in (
-        type("Router", (), {}),
-        type("Router", (), {"_compute_routing": lambda _self: 0}),
-    ):
-        with pytest.raises(LeanMoeError, match="another way"):
-            checks.check_hook(moved, "0.99.0")
 
 
 def test_routers_that_cannot_be_computed_run_top_k_alone() -> None:
@@ -73,6 +63,23 @@ def test_layers_that_cannot_share_experts_are_refused(loaded: Any, message: str)
         checks.check_runner(loaded, SHARED, "layer 1")
     if message != "--moe-backend triton":
         checks.check_runner(loaded, FEWER, "layer 1")
+
+
+def test_a_vllm_that_was_asked_for_other_kernels_is_not_asked_again() -> None:
+    loaded = runner(is_monolithic=True)
+    loaded.router.supports_monolithic_kernels = False
+    with pytest.raises(LeanMoeError, match="inside its kernel: unset LEANMOE_PLAN"):
+        checks.check_runner(loaded, SHARED, "layer 1")
+
+
+def test_constants_in_the_place_of_experts_are_refused() -> None:
+    loaded = runner()
+    checks.check_substitution(loaded, "layer 1")
+    loaded.routed_experts.expert_substitution = None
+    checks.check_substitution(loaded, "layer 1")
+    loaded.routed_experts.expert_substitution = object()
+    with pytest.raises(LeanMoeError, match=r"layer 1: .* \(MoNE, expert_substitution\)"):
+        checks.check_substitution(loaded, "layer 1")
 
 
 def test_layers_that_were_not_found_are_named() -> None:

@@ -8,6 +8,7 @@ from leanmoe.serve.vllm.hook_signatures import (
     ABSENT,
     EXPERTS,
     OPTIONAL,
+    RUNNERS,
     SYMBOLS,
     known_signatures,
     read_signatures,
@@ -95,5 +96,5 @@ def test_only_what_is_tried_at_load_changed_since_0_24() -> None:
         for symbol in SYMBOLS
         if len({signatures[symbol] for signatures in known.values()} - {ABSENT}) > 1
     }
-    assert changed <= set(symbols_of(EXPERTS))
+    assert changed <= set(symbols_of(EXPERTS, RUNNERS))
     assert known["0.24.0"][COMPUTE] == known["0.33.0"][COMPUTE] != ABSENT

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,11 +15,11 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.serve.plugin_options import PluginOptions
+from leanmoe.serve.vllm import patch
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
-from leanmoe.serve.vllm.patch import VllmPlugin, process_plugin
+from leanmoe.serve.vllm.patch import VllmPlugin, is_draft, process_plugin
 from tests.serve.stand_ins import (
     MODEL_CONFIG,
-    BaseRouter,
     VllmConfig,
     built_layer,
     install_stages,
@@ -33,27 +35,40 @@ FUSED = "vllm.model_executor.layers.fused_moe"
 def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """vLLM's classes and functions that the plugin is put behind; `build` loads a model."""
     install_stages(monkeypatch)
+    state = SimpleNamespace(asked=[], layers=0)
+
+    class FusedMoERouter:
+        @property
+        def supports_monolithic_kernels(self) -> bool:
+            return True
 
     class MoERunner:
         def __init__(self, index: int) -> None:
+            state.asked.append(FusedMoERouter().supports_monolithic_kernels)
             vars(self).update(vars(built_layer(index)))
 
     class BaseModelLoader:
-        def load_model(self, layers: int) -> list[Any]:
-            return [MoERunner(layer) for layer in range(layers)]
+        def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> list[Any]:
+            del vllm_config, model_config, prefix
+            return [MoERunner(layer) for layer in range(state.layers)]
 
     class OtherLoader(BaseModelLoader):
-        def load_model(self, layers: int) -> list[Any]:
-            return super().load_model(layers)
+        def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> list[Any]:
+            return super().load_model(vllm_config, model_config, prefix)
 
-    engine = SimpleNamespace(config=VllmConfig(), router=type("Router", (BaseRouter,), {}))
-    engine.build = lambda layers=2: OtherLoader().load_model(layers)
+    engine = SimpleNamespace(config=VllmConfig(), asked=state.asked, runner=MoERunner)
+
+    def build(layers: int = 2, config: Any = None, model: Any = None) -> list[Any]:
+        state.layers, config = layers, config or engine.config
+        model = model or config.model_config
+        return OtherLoader().load_model(vllm_config=config, model_config=model)
+
+    engine.build = build
     modules: dict[str, dict[str, Any]] = {
         "vllm": {"__version__": "0.32.0"},
-        f"{FUSED}.router.base_router": {"BaseRouter": engine.router},
+        f"{FUSED}.router.fused_moe_router": {"FusedMoERouter": FusedMoERouter},
         f"{FUSED}.runner.moe_runner": {"MoERunner": MoERunner},
         "vllm.model_executor.model_loader.base_loader": {"BaseModelLoader": BaseModelLoader},
-        "vllm.config": {"get_current_vllm_config": lambda: engine.config},
     }
     for name, values in modules.items():
         module = ModuleType(name)
@@ -95,34 +110,83 @@ def test_a_plan_holds_until_another_or_none_is_given(engine: Any) -> None:
     assert "_compute_routing" not in vars(engine.build()[0].router)
 
 
-def test_a_drafts_layers_run_as_trained(engine: Any) -> None:
+def drafting(target: VllmConfig) -> tuple[Any, Any]:
+    """The config under which V1 builds a draft, a copy of the target's, and the draft's model."""
+    own = VllmConfig().model_config
+    target.speculative_config = SimpleNamespace(
+        draft_model_config=own, target_model_config=target.model_config
+    )
+    return copy.copy(target), own
+
+
+def test_a_drafts_layers_run_as_trained(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """V1 gives a copy of the target's config, V2 the target's own; numbers of layers overlap."""
+    config, own = drafting(engine.config)
     plugin = VllmPlugin()
     plugin.start(PLAN, OPTIONS)
     engine.build()
-    main, draft = engine.config, VllmConfig()
-    draft.speculative_config = SimpleNamespace(draft_model_config=draft.model_config)
-    engine.config = draft
-    assert "_compute_routing" not in vars(engine.build()[0].router)
-    assert plugin.model is not None
-    assert plugin.model.config() is main
+    target = plugin.model
+    with caplog.at_level(logging.INFO, logger="vllm.leanmoe"):
+        for given in (config, engine.config):
+            (layer,) = engine.build(1, given, own)
+            assert "_compute_routing" not in vars(layer.router)
+    assert caplog.text.count("a draft of 1 MoE layers runs as trained") == 2
+    assert plugin.model is target
+    engine.build(0, config, own)
+
+
+def test_a_draft_without_a_model_is_no_draft(engine: Any) -> None:
+    """N-grams: vLLM names the target's model config as the draft's."""
+    own = engine.config.model_config
+    engine.config.speculative_config = SimpleNamespace(
+        draft_model_config=own, target_model_config=own
+    )
+    assert not is_draft(engine.config, own)
+    VllmPlugin().start(PLAN, OPTIONS)
+    assert "_compute_routing" in vars(engine.build()[0].router)
+
+
+def test_vllm_is_asked_for_kernels_that_do_not_choose(engine: Any) -> None:
+    config, own = drafting(engine.config)
+    plugin = VllmPlugin()
+    plugin.start(PLAN, OPTIONS)
+    engine.build()
+    engine.build(2, config, own)
+    plugin.start(Plan(MODEL), OPTIONS)
+    engine.build()
+    plugin.stop()
+    engine.build()
+    assert engine.asked == [False, False, *[True] * 6]
+
+
+def test_layers_outside_of_a_known_loader_are_refused(engine: Any) -> None:
+    plugin = VllmPlugin()
+    plugin.start(PLAN, OPTIONS)
+    with pytest.raises(LeanMoeError, match=r"0\.32\.0 builds model.layers.0.* --load-format"):
+        engine.runner(0)
+    plugin.stop()
+    engine.runner(0)
 
 
 def test_a_model_with_other_layers_or_none_is_refused(engine: Any) -> None:
     VllmPlugin().start(PLAN, OPTIONS)
-    with pytest.raises(LeanMoeError, match="without MoE layers of its MoERunner"):
-        engine.build(0)
-    with pytest.raises(LeanMoeError, match=r"vLLM built \[0\]"):
-        engine.build(1)
+    for layers in (0, 1):
+        wanted = re.escape(f"vLLM built {list(range(layers))}")
+        with pytest.raises(LeanMoeError, match=rf"^vLLM 0\.32\.0: .*{wanted}"):
+            engine.build(layers)
+    engine.build()
 
 
 def test_a_vllm_of_another_form_is_refused(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    del engine
     monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.19.1")
     with pytest.raises(LeanMoeError, match=r"vLLM is 0\.19\.1"):
         VllmPlugin().start(PLAN, OPTIONS)
     monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.99.0")
-    monkeypatch.setattr(engine.router, "_compute_routing", lambda _self: None)
-    with pytest.raises(LeanMoeError, match=r"vLLM 0\.99\.0 calls its routers in another way"):
+    monkeypatch.setattr(patch, "files_of_vllm", lambda: lambda _: None)
+    with pytest.raises(LeanMoeError, match=r"vLLM 0\.99\.0 was never run with leanmoe"):
         VllmPlugin().start(PLAN, OPTIONS)
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.32.0+cpu")
     monkeypatch.setitem(sys.modules, f"{FUSED}.runner.moe_runner", None)
     with pytest.raises(LeanMoeError, match=r"has no .*moe_runner, where a plan is put"):
         VllmPlugin().start(PLAN, OPTIONS)

@@ -91,6 +91,19 @@ def test_what_cannot_be_adopted_is_refused() -> None:
         model.adopt(shared)
 
 
+def test_every_step_has_the_models_slots_where_experts_are_returned() -> None:
+    """Its place in vLLM's config changed with 0.31."""
+    for place in ("model_config", "aux_output_config"):
+        config = VllmConfig()
+        runner = built_layer(0)
+        setting = getattr(config, place, None) or SimpleNamespace()
+        setting.enable_return_routed_experts = True
+        setattr(config, place, setting)
+        model = planned(SHARED, config)
+        model.adopt(runner)
+        assert not model.layers[0].may_skip, place
+
+
 def test_a_model_is_whole_before_it_runs() -> None:
     config = VllmConfig()
     model = planned(SHARED, config)

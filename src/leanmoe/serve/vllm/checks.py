@@ -5,30 +5,27 @@ A plan never runs in part, nor a model in full under the name of a plan.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.installed_vllm import TESTED
 from leanmoe.kernels.triton.router import MOST_TOKENS_OF_ALL
 from leanmoe.plan import Rule
 from leanmoe.serve.plan_support import is_plain
 from leanmoe.serve.vllm.layer_facts import experts_class, placement_of, router_unsupported_reason
 
-HOOK = ["self", "hidden_states", "router_logits", "indices_type", "input_ids"]
-"""Parameters of `_compute_routing`, in whose place the plan is put."""
 SETS_OF_EXPERTS = "BaseOAITritonExperts"
 """The class of experts of vLLM that take a token's experts as a set: none may be named twice."""
 
 
-def check_hook(base_router: Any, version: str) -> None:
-    """Refuses a vLLM whose routers are called in another way."""
-    method = getattr(base_router, "_compute_routing", None)
-    names = [] if method is None else list(inspect.signature(method).parameters)
-    if names != HOOK:
+def check_substitution(runner: Any, name: str) -> None:
+    """Refuses a layer in which vLLM puts constants in the place of some experts (MoNE).
+
+    Its ids are rewritten behind the router, in place, and its router counts those that remain.
+    """
+    if getattr(runner.routed_experts, "expert_substitution", None) is not None:
         raise LeanMoeError(
-            f"vLLM {version} calls its routers in another way than {' to '.join(TESTED)}, which "
-            "leanmoe was tested with: install one of those, or unset LEANMOE_PLAN"
+            f"{name}: vLLM puts constants in the place of some of its experts (MoNE, "
+            "expert_substitution): no plan can run there; unset LEANMOE_PLAN"
         )
 
 
@@ -48,9 +45,11 @@ def check_runner(runner: Any, rules: list[Rule], name: str) -> None:
     """Refuses a loaded layer that chooses experts inside its kernel, or cannot skip a slot."""
     method = runner.routed_experts.quant_method
     if method.is_monolithic:
+        was_asked = hasattr(runner.router, "supports_monolithic_kernels")
+        backend = "" if was_asked else "set --moe-backend triton (or marlin for MXFP4), or "
         raise LeanMoeError(
-            f"{name}: {type(method).__name__} chooses experts inside its kernel: set "
-            "--moe-backend triton (or marlin for MXFP4), or unset LEANMOE_PLAN"
+            f"{name}: {type(method).__name__} chooses experts inside its kernel: {backend}unset "
+            "LEANMOE_PLAN"
         )
     experts = experts_class(method)
     takes_sets = SETS_OF_EXPERTS in [parent.__name__ for parent in experts.__mro__]

@@ -64,6 +64,14 @@ STEPS = {
     "forward_context:DPMetadata": "num_tokens_across_dp_cpu",
 }
 """What is known of the running step."""
+RUNNERS = {
+    "v1.worker.gpu_model_runner:GPUModelRunner": "execute_model capture_model sample_tokens",
+    "v1.worker.gpu.model_runner:GPUModelRunner": "execute_model capture_model sample_tokens",
+    "v1.core.sched.output:SchedulerOutput": "make_empty",
+    "v1.core.sched.output": "NewRequestData",
+}
+"""What runs a step: parameters come and go, those that leanmoe uses must be there. Real steps try
+them when a model is loaded."""
 EXPERTS = {
     f"{_MOE}.modular_kernel:FusedMoEKernel": "impl",
     f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl": "fused_experts",
@@ -79,6 +87,7 @@ OPTIONAL = {
     f"{_MOE}.expert_substitution:SubstitutedRoutedExperts": "expert_substitution",
     f"{_MOE}.router.fused_moe_router:FusedMoERouter": "supports_monolithic_kernels",
     f"{_MOE}.router.cpu_router:CPURouter": "_compute_routing",
+    "v1.worker.gpu_model_runner:GPUModelRunner": "_prepare_padding_mask",
     "config.model:ModelConfig": "enable_return_routed_experts",
     "config.aux_output:AuxOutputConfig": "enable_return_routed_experts",
 }
@@ -95,7 +104,7 @@ def symbols_of(*groups: dict[str, str]) -> tuple[str, ...]:
     )
 
 
-SYMBOLS = symbols_of(ROUTING, LAYERS, STEPS, EXPERTS, OPTIONAL)
+SYMBOLS = symbols_of(ROUTING, LAYERS, STEPS, RUNNERS, EXPERTS, OPTIONAL)
 """All of them."""
 
 Read = Callable[[str], str | None]

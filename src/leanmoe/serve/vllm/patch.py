@@ -10,21 +10,24 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.installed_vllm import TESTED, check_version
+from leanmoe.core.installed_vllm import RAN, check_version
 from leanmoe.plan import Plan
 from leanmoe.serve.plugin_options import PluginOptions
-from leanmoe.serve.vllm.checks import check_hook
+from leanmoe.serve.vllm.installation import check_hooks, files_of_vllm, naming, version
 from leanmoe.serve.vllm.padding import RUNNERS, is_v2
 from leanmoe.serve.vllm.padding_watch import watch_runner
 from leanmoe.serve.vllm.planned_model import PlannedModel
 
 logger = logging.getLogger("vllm.leanmoe")
 """Its name is below vLLM's own, so that vLLM shows what it says."""
+MONOLITHIC = "supports_monolithic_kernels"
+"""What vLLM 0.33 asks of a router before it picks kernels that choose experts themselves."""
 
 
 class VllmPlugin:
@@ -35,6 +38,10 @@ class VllmPlugin:
         self._options = PluginOptions()
         self._is_patched = False
         self._watched: set[Any] = set()
+        self._is_building = False
+        self._target: PlannedModel | None = None
+        """The model that is being built under the plan; None in between, and for a draft."""
+        self._drafted = 0
         self.model: PlannedModel | None = None
         """The model that was built last under the plan; None before one is."""
 
@@ -44,11 +51,10 @@ class VllmPlugin:
         Called again, it changes the plan for models that are not built yet. Raises LeanMoeError
         for a vLLM in which a plan cannot run.
         """
-        import vllm
-
-        check_version(vllm.__version__)
+        check_version(version())
         if not self._is_patched:
-            self._patch(vllm.__version__)
+            logger.info("leanmoe: %s", check_hooks(version(), files_of_vllm()))
+            self._patch()
         self._plan, self._options, self.model = plan, options, None
         logger.info("leanmoe: plan %s read in process %d", options.path, os.getpid())
 
@@ -56,52 +62,77 @@ class VllmPlugin:
         """Lets models that are built from now on run as they were trained."""
         self._plan = self.model = None
 
-    def _patch(self, version: str) -> None:
+    def _patch(self) -> None:
         try:
-            from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+            from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
             from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
             from vllm.model_executor.model_loader.base_loader import BaseModelLoader
         except ImportError as error:
             raise LeanMoeError(
-                f"vLLM {version} has no {error.name}, where a plan is put: install one of "
-                f"{' to '.join(TESTED)}, or unset LEANMOE_PLAN"
+                f"vLLM {version()} has no {error.name}, where a plan is put: install one of "
+                f"{', '.join(RAN)}, or unset LEANMOE_PLAN"
             ) from error
-        check_hook(BaseRouter, version)
         _call_after(MoERunner, "__init__", self._adopt)
+        if MONOLITHIC in vars(FusedMoERouter):
+            stock = vars(FusedMoERouter)[MONOLITHIC]
+            asked = property(lambda router: stock.__get__(router) and not self._chooses_experts())
+            setattr(FusedMoERouter, MONOLITHIC, asked)
         for loader in [BaseModelLoader, *_subclasses(BaseModelLoader)]:
             if "load_model" in vars(loader):
-                _call_after(loader, "load_model", lambda _loader: self._check())
+                _call_within(loader, "load_model", self._building)
         self._is_patched = True
+
+    @contextmanager
+    def _building(
+        self, vllm_config: Any, model_config: Any, *_others: Any, **_more: Any
+    ) -> Iterator[None]:
+        """While vLLM builds and loads a model: its layers are adopted, and checked at the end.
+
+        A draft's layers are not: what it proposes is verified under the plan. A loader that calls
+        another's method is within its own.
+        """
+        if self._plan is None or self._is_building:
+            yield
+            return
+        self._is_building, self._drafted = True, 0
+        try:
+            if not is_draft(vllm_config, model_config):
+                self.model = self._target = PlannedModel(self._plan, vllm_config, self._options)
+                _tell_compile_cache(vllm_config, self._plan)
+            yield
+            if self._target is None:
+                logger.info("leanmoe: a draft of %d MoE layers runs as trained", self._drafted)
+            else:
+                self._check(self._target)
+        except LeanMoeError as error:
+            raise naming(error, version()) from error
+        finally:
+            self._is_building, self._target = False, None
 
     def _adopt(self, runner: Any) -> None:
         """Takes a MoE layer that vLLM has built, into the model that it is building."""
-        from vllm.config import get_current_vllm_config
-
-        config = get_current_vllm_config()
         if self._plan is None:
             return
-        if _is_draft(config):
-            logger.info("leanmoe: %s is a draft's, it runs as trained", runner.layer_name)
-            return
-        if self.model is None or self.model.config() is not config:
-            self.model = PlannedModel(self._plan, config, self._options)
-            _tell_compile_cache(config, self._plan)
-        self.model.adopt(runner)
-
-    def _check(self) -> None:
-        """Refuses a loaded model that cannot run under the plan, and says what runs otherwise."""
-        if self._plan is None:
-            return
-        if self.model is None:
+        if not self._is_building:
             raise LeanMoeError(
-                "vLLM built a model without MoE layers of its MoERunner: the plan does nothing "
-                "there; unset LEANMOE_PLAN"
+                f"vLLM {version()} builds {runner.layer_name} by a model loader that leanmoe does "
+                "not know: set another --load-format, or unset LEANMOE_PLAN"
             )
-        self.model.check()
-        self.model.settle()
+        if self._target is not None:
+            self._target.adopt(runner)
+        self._drafted += 1
+
+    def _chooses_experts(self) -> bool:
+        """Whether the plan chooses the experts of the model that is being built."""
+        return self._target is not None and self._target.chooses_experts
+
+    def _check(self, model: PlannedModel) -> None:
+        """Refuses a loaded model that cannot run under the plan, and says what runs otherwise."""
+        model.check()
+        model.settle()
         self._watch()
-        logger.info("leanmoe: plan %s at work, %s", self._options.path, self.model.describe())
-        if warning := self.model.uncaptured_bands():
+        logger.info("leanmoe: plan %s at work, %s", self._options.path, model.describe())
+        if warning := model.uncaptured_bands():
             logger.warning("leanmoe: %s", warning)
 
     def _watch(self) -> None:
@@ -137,16 +168,34 @@ def _call_after(owner: Any, name: str, then: Callable[[Any], None]) -> None:
     setattr(owner, name, method)
 
 
+def _call_within(owner: Any, name: str, context: Callable[..., Any]) -> None:
+    """Makes each call of a method within a context that is given its arguments."""
+    stock = vars(owner)[name]
+
+    @functools.wraps(stock)
+    def method(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        with context(*arguments, **keywords):
+            return stock(self, *arguments, **keywords)
+
+    setattr(owner, name, method)
+
+
 def _subclasses(parent: Any) -> list[Any]:
     """All classes below a class, at any depth."""
     children = parent.__subclasses__()
     return [each for child in children for each in (child, *_subclasses(child))]
 
 
-def _is_draft(config: Any) -> bool:
-    speculative = config.speculative_config
+def is_draft(vllm_config: Any, model_config: Any) -> bool:
+    """Whether the model that vLLM loads speculates for another.
+
+    Not its config says so, which may be a copy of the target's, but the model config that the
+    loader is given. A draft without a model, like n-grams, has the target's own.
+    """
+    speculative = vllm_config.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
-    return draft is not None and config.model_config is draft
+    is_target = model_config is getattr(speculative, "target_model_config", None)
+    return draft is not None and model_config is draft and not is_target
 
 
 def _tell_compile_cache(config: Any, plan: Plan) -> None:

@@ -17,6 +17,7 @@ from leanmoe.serve.plan_support import is_plain
 from leanmoe.serve.plugin_options import LEANMOE, PluginOptions
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm import checks
+from leanmoe.serve.vllm.installation import version
 from leanmoe.serve.vllm.layer_facts import GATHERING, experts_class, scope_of
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.leanmoe_experts import (
@@ -55,12 +56,17 @@ class PlannedModel:
         if options.collect_stats:
             self.statistics = RoutingStatistics(plan.model.moe_layers, plan.model.experts)
         rules = [rule for band in plan.bands for rule in band.rules]
-        version = _version()
-        self.padding = StepPadding(padding_source(config, rules, version), version)
+        self.padding = StepPadding(padding_source(config, rules, version()), version())
         self.layers: dict[int, VllmLayerRouting] = {}
         self.runners: dict[int, Any] = {}
         self._computed: list[Any] = []
         """The layers whose experts leanmoe's kernels compute."""
+
+    @property
+    def chooses_experts(self) -> bool:
+        """Whether the plan stands in the place of any layer's routing."""
+        rules = [rule for band in self.plan.bands for rule in band.rules]
+        return self.statistics is not None or not all(rule.is_empty for rule in rules)
 
     def adopt(self, runner: Any) -> None:
         """Puts the plan in the place of a layer's routing, unless it is no layer of the plan's."""
@@ -71,9 +77,10 @@ class PlannedModel:
         layer = self.shape.moe_layers.index(index)
         if layer in self.runners:
             raise LeanMoeError(
-                f"vLLM built two MoE layers {index}: a model with a draft of its own kind cannot "
-                "run under a plan; unset the speculative config"
+                f"vLLM built two MoE layers {index} in one model: a plan cannot tell them apart; "
+                "unset LEANMOE_PLAN"
             )
+        checks.check_substitution(runner, name)
         self.runners[layer] = runner
         routing = self._routing(runner, layer)
         rules, cross_rank = routing.rules, self._options.cross_rank
@@ -218,16 +225,12 @@ class PlannedModel:
         Data-parallel ranks exchange their ids in kernels that may be made for one width; whoever
         asks for the experts of a reply gets them from a table of that width.
         """
-        model = getattr(self.config(), "model_config", None)
-        returned = getattr(model, "enable_return_routed_experts", False)
+        config = self.config()
+        # Since 0.31 the setting stands in the second of these.
+        places = [getattr(config, name, None) for name in ("model_config", "aux_output_config")]
+        returned = any(getattr(at, "enable_return_routed_experts", False) for at in places)
         gathers = parallel.moe_parallel_config.all2all_backend in GATHERING
         return bool((parallel.dp_size > 1 and not gathers) or returned)
-
-
-def _version() -> str:
-    import vllm
-
-    return str(vllm.__version__)
 
 
 def decoder_index(name: str) -> int:
