@@ -44,7 +44,7 @@ def context(folder: Path, concurrency: tuple[int, ...] = (1, 8)) -> TuneContext:
     """What the stages of a run on the reference model share, its model and its text left out."""
     settings = TuneSettings("reference", concurrency=concurrency)
     shape, measured = read_shape("reference"), made_up_profile()
-    layers = (measured.layers[0],) * len(shape.moe_layers)
+    model = replace(measured.model, moe_layers=len(shape.moe_layers))
     return TuneContext(
         settings,
         RunFolder.open(folder, settings, overwrite=False),
@@ -52,5 +52,5 @@ def context(folder: Path, concurrency: tuple[int, ...] = (1, 8)) -> TuneContext:
         None,
         shape,
         cast(TuneWindows, None),
-        replace(measured, layers=layers),
+        replace(measured, model=model),
     )

@@ -53,15 +53,6 @@ class DistinctExperts:
 
 
 @dataclass(frozen=True)
-class ExpertPair:
-    """Two experts that are chosen by the same token `lift` times as often as by chance."""
-
-    experts: tuple[int, ...]
-    lift: float
-    tokens: int
-
-
-@dataclass(frozen=True)
 class LayerProfile:
     """What the router of one MoE layer does on the calibration text."""
 
@@ -69,13 +60,12 @@ class LayerProfile:
     decoder_layer: int
     use: tuple[float, ...]
     """Each expert's share of all slots."""
-    gate: tuple[float, ...]
-    """Each expert's summed gates."""
-    mass: tuple[float, ...]
-    """The share of a token's gate mass that its best 1, 2, ... experts carry."""
-    mass_quantiles: tuple[tuple[float, ...], ...]
     distinct: tuple[DistinctExperts, ...]
-    pairs: tuple[ExpertPair, ...]
+    gate: tuple[float, ...] = ()
+    """This and what follows stands in files of 0.1.0 alone."""
+    mass: tuple[float, ...] = ()
+    mass_quantiles: tuple[tuple[float, ...], ...] = ()
+    pairs: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,8 +75,9 @@ class ProfileSummary:
     label: str
     tokens: int
     documents: int
-    quantiles: tuple[float, ...]
     layers: tuple[LayerProfile, ...]
+    quantiles: tuple[float, ...] = ()
+    """In files of 0.1.0 alone."""
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def _full_activity(
 ) -> dict[tuple[Phase, int], tuple[float, float]]:
     """Slots a token and distinct experts a step of the full model, by phase and layer."""
     activity: dict[tuple[Phase, int], tuple[float, float]] = {}
-    for layer in range(len(context.profile.layers)):
+    for layer in range(context.profile.model.moe_layers):
         decode = context.activity(layer, Rule(), decode_batch)
         prompt = context.activity(layer, Rule(), prefill, PREFILL_STEPS)
         activity["decode", layer] = (decode.slots, decode.distinct)

@@ -134,7 +134,7 @@ class TuneContext:
     @property
     def no_rules(self) -> tuple[Rule, ...]:
         """The full model's: an empty rule for each layer."""
-        return (Rule(),) * len(self.profile.layers)
+        return (Rule(),) * self.profile.model.moe_layers
 
     def take(
         self, stage: Stage, kind: type[Result], compute: Callable[[], Result], *about: object

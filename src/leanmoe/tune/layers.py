@@ -319,7 +319,7 @@ def fit(
     model: Any, profile: Profile, tokens: int, rules: Sequence[Rule], seed: int = 0
 ) -> LayerTime:
     """Times steps of `tokens` tokens under `rules` in interleaved order and fits the line."""
-    layer = find_layers(model)[len(profile.layers) // 2]
+    layer = find_layers(model)[profile.model.moe_layers // 2]
     number = layer.number
     logits_TE = torch.from_numpy(profile.trace.logits_LTE[number])
     bias_E = None if profile.bias_LE is None else torch.from_numpy(profile.bias_LE[number])
