@@ -6,7 +6,6 @@ Letters: U prompts, Z replies drawn of each, or batch draws, N positions of a re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from scipy import stats
 
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.core.schema import to_json
-from leanmoe.eval.local_tasks import Encoder
-from leanmoe.eval.prompts import Prompt, read_prompts
+from leanmoe.eval.prompts import Encoder, Prompt, read_prompts
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
@@ -101,16 +99,10 @@ class _Writer:
         self.draws = settings.samples if prompts[0].answer is not None else 0
 
     def _applying(self, plan: Plan) -> Applying:
-        def applying(prompt_tokens: int) -> AbstractContextManager[Any]:
-            return apply(
-                self._model,
-                plan,
-                experts=self._experts,
-                decode_batch=self._settings.concurrency,
-                prompt_tokens=prompt_tokens,
-            )
-
-        return applying
+        experts, batch = self._experts, self._settings.concurrency
+        return lambda prompt_tokens: apply(
+            self._model, plan, experts=experts, decode_batch=batch, prompt_tokens=prompt_tokens
+        )
 
     def _write(
         self, each: Named, draw: int, prompts: Sequence[Prompt], kind: str, **how: Any
