@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.schema import ResultsFile
+from leanmoe.core.schema import StoredFile
 from leanmoe.report.write import page_of, read_any, write_page
 from leanmoe.results.bench import BenchResults
 from leanmoe.results.eval import EvalResults
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Path:
         (StudyResults, "study.json"),
     ],
 )
-def test_each_verbs_results_are_found(tmp_path: Path, kind: type[ResultsFile], name: str) -> None:
+def test_each_verbs_results_are_found(tmp_path: Path, kind: type[StoredFile], name: str) -> None:
     shutil.copy(committed(kind.KIND)[0], tmp_path / name)
     assert type(read_any(tmp_path)) is kind
 
@@ -85,7 +85,7 @@ def test_results_of_another_form_are_refused(
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.name)
 def test_a_committed_evaluation_has_a_page_without_script(path: Path) -> None:
-    results = EvalResults.read(path)
+    results = EvalResults.load(path)
     html = page_of(results, HERE)
     assert "<h1>What plans cost: reference</h1>" in html
     assert "<script" not in html
@@ -94,7 +94,7 @@ def test_a_committed_evaluation_has_a_page_without_script(path: Path) -> None:
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.name)
 def test_the_confidence_shown_is_the_one_asked_for(path: Path) -> None:
-    results = EvalResults.read(path)
+    results = EvalResults.load(path)
     html = page_of(replace(results, settings={**results.settings, "confidence": 0.8}), HERE)
     assert "[80%]" in html
     assert "[95%]" not in html

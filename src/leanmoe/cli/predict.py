@@ -57,7 +57,7 @@ def _write(results: SweepResults, output: Path) -> Path:
 
     page = output
     if output.suffix != ".html":
-        results.write(output / "results.json")
+        results.save(output / "results.json")
         page = output / PAGE
     write_text(page, page_of(results, output))
     return page

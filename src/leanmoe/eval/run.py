@@ -13,7 +13,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.run_folder import RunFolder
-from leanmoe.core.schema import to_json
+from leanmoe.core.schema import all_fields, to_json
 from leanmoe.eval.domains import domain_matrix, read_domains
 from leanmoe.eval.generate import generation
 from leanmoe.eval.harness import Answers, answer_harness, loss_changes, require_harness
@@ -60,7 +60,7 @@ def evaluate(
         EvalResults.KIND: EvalResults.VERSION,
         "provenance": collect(command, settings.seed).to_json(),
         "label": "measured",
-        "settings": settings.to_json(),
+        "settings": all_fields(settings),
         "experts_implementation": _implementation(model, settings),
         "plans": [{"name": p.name, "plan": p.plan.to_json()} for p in plans],
     }
@@ -73,7 +73,7 @@ def evaluate(
         results["domains"] = domain_matrix(model, tokenizer, texts, plans, settings, folder)
     results |= {"made_with": folder.made_with(), "seconds": folder.seconds()}
     evaluated = EvalResults.from_json(to_json(results))
-    evaluated.write(folder.path / RESULTS)
+    evaluated.save(folder.path / RESULTS)
     return evaluated
 
 

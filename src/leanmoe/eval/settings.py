@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.options import (
@@ -141,13 +140,6 @@ class EvalSettings:
             raise LeanMoeError(
                 "--engine vllm runs lm-evaluation-harness's tasks: none is asked for"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings as settings.json holds them."""
-        value = asdict(self)
-        value["tasks"] = list(self.tasks)
-        value["domain"] = [list(pair) for pair in self.domain]
-        return value
 
 
 def _require_once(what: str, names: Sequence[str]) -> None:

@@ -49,7 +49,7 @@ def study(settings: StudySettings, output: Path, command: str) -> StudyResults:
     claims = speed_claims(results.table_9, results.v2_lite, results.banded, results.analysis)
     claims += [] if quality is None else quality_claims(quality)
     results = replace(results, claims=tuple(claims))
-    results.write(output / RESULTS)
+    results.save(output / RESULTS)
     return results
 
 
@@ -119,7 +119,7 @@ def searched_plan(path: Path) -> SearchedPlan:
     Raises LeanMoeError for a file that is not a tune run's results.
     """
     try:
-        results = TuneResults.read(path)
+        results = TuneResults.load(path)
     except LeanMoeError as error:
         raise LeanMoeError(f"{path} is not the results.json of leanmoe tune: {error}") from error
     return SearchedPlan(

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.common.svg import INK, circle, document, line, path, text, ticks
+from benchmarks.common.svg import circle, document, line, path, text, ticks
 
 
 def test_a_picture_is_well_formed_and_escapes_words() -> None:
