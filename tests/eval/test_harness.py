@@ -151,7 +151,7 @@ def test_the_change_is_that_of_the_mean_over_batch_draws() -> None:
     draws = [answers(full * 1.02), answers(full * 1.04)]
     found = loss_changes(answers(full), draws, EvalSettings("reference"))
     assert found is not None
-    assert found["ratio"] == pytest.approx(0.03)
+    assert found.ratio == pytest.approx(0.03)
 
 
 def test_too_few_questions_and_unknown_losses_give_no_change() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from leanmoe.core.errors import LeanMoeError, unknown_name
+from leanmoe.core.intervals import LossChange
 from leanmoe.core.quiet import quiet_loggers
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.eval.settings import EvalSettings
@@ -41,7 +42,7 @@ class Answers:
 
 def loss_changes(
     full: Answers, plan: Sequence[Answers], settings: EvalSettings
-) -> dict[str, Any] | None:
+) -> LossChange | None:
     """Relative increase of the right answers' loss: far more sensitive than who is right.
 
     None where there are too few questions.
@@ -52,7 +53,7 @@ def loss_changes(
     ones_U = np.ones(len(names), dtype=np.int64)
     mean_U = np.mean([answers.loss_U for answers in plan], axis=0)
     before, after = Losses(names, full.loss_U, ones_U), Losses(names, mean_U, ones_U)
-    return loss_increase(before, after, settings.confidence, settings.seed).to_json()
+    return loss_increase(before, after, settings.confidence, settings.seed)
 
 
 def require_harness(settings: EvalSettings) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.intervals import LossChange
 from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.run_folder import RunFolder
-from leanmoe.core.schema import all_fields, to_json
+from leanmoe.core.schema import all_fields
 from leanmoe.eval.domains import domain_matrix, read_domains
 from leanmoe.eval.generate import generation
 from leanmoe.eval.harness import Answers, answer_harness, loss_changes, require_harness
@@ -21,7 +21,7 @@ from leanmoe.eval.settings import EvalSettings
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, read_plans, require_at_work
-from leanmoe.results.eval import AccuracyChange, EvalResults
+from leanmoe.results.eval import AccuracyChange, EvalResults, EvaluatedPlan, TaskRow
 from leanmoe.runtime import apply, load_model, served_experts, shape_of
 from leanmoe.stats.outcomes import (
     difference,
@@ -56,33 +56,36 @@ def evaluate(
     quiet_transformers()
     model, tokenizer = _load(settings)
     texts = read_domains(tokenizer, settings)
-    results: dict[str, Any] = {
-        EvalResults.KIND: EvalResults.VERSION,
-        "provenance": collect(command, settings.seed).to_json(),
-        "label": "measured",
-        "settings": all_fields(settings),
-        "experts_implementation": _implementation(model, settings),
-        "plans": [{"name": p.name, "plan": p.plan.to_json()} for p in plans],
-    }
+    tasks: tuple[TaskRow, ...] = ()
     if plans and settings.tasks:
-        answers = answer_harness(model, tokenizer, plans, settings, folder)
-        results["tasks"] = compared(answers, settings)
+        tasks = compared(answer_harness(model, tokenizer, plans, settings, folder), settings)
+    replies = domains = None
     if plans and settings.prompts is not None:
-        results["generation"] = generation(model, tokenizer, plans, settings, folder)
+        replies = generation(model, tokenizer, plans, settings, folder)
     if settings.domain:
-        results["domains"] = domain_matrix(model, tokenizer, texts, plans, settings, folder)
-    results |= {"made_with": folder.made_with(), "seconds": folder.seconds()}
-    evaluated = EvalResults.from_json(to_json(results))
-    evaluated.save(folder.path / RESULTS)
-    return evaluated
+        domains = domain_matrix(model, tokenizer, texts, plans, settings, folder)
+    results = EvalResults(
+        provenance=collect(command, settings.seed),
+        label="measured",
+        settings=all_fields(settings),
+        experts_implementation=_implementation(model, settings),
+        plans=tuple(EvaluatedPlan(each.name, each.plan) for each in plans),
+        tasks=tasks,
+        generation=replies,
+        domains=domains,
+        made_with=folder.made_with(),
+        seconds=folder.seconds(),
+    )
+    results.save(folder.path / RESULTS)
+    return results
 
 
 def compared(
     answers: Mapping[str, Mapping[str, Sequence[Answers]]], settings: EvalSettings
-) -> list[dict[str, Any]]:
+) -> tuple[TaskRow, ...]:
     """Each plan on each task, on all questions pooled, and on the mean of tasks, with verdicts."""
     full = answers[FULL]
-    rows: list[dict[str, Any]] = []
+    rows: list[TaskRow] = []
     for name, by_task in answers.items():
         if name == FULL:
             continue
@@ -96,7 +99,7 @@ def compared(
         if len(differences) > 1:
             rows.append(_row(name, POOLED, _pooled(full, by_task, settings), settings))
             rows.append(_row(name, MEAN, mean_of_tasks(differences), settings))
-    return rows
+    return tuple(rows)
 
 
 def _pooled(
@@ -118,12 +121,11 @@ def _row(
     task: str,
     change: AccuracyChange,
     settings: EvalSettings,
-    loss: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    loss: LossChange | None = None,
+) -> TaskRow:
     verdict = non_inferior_accuracy(change, settings.margin, settings.confidence)
-    values = to_json(change)
-    values["accuracy"] = values.pop("plan")
-    return {"plan": plan, "task": task, **values, "verdict": asdict(verdict), "loss": loss}
+    values = {**vars(change), "plan": plan, "accuracy": change.plan}
+    return TaskRow(**values, task=task, verdict=verdict, loss=loss)
 
 
 def _load(settings: EvalSettings) -> tuple[Any, Any]:
