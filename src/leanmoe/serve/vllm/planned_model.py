@@ -18,6 +18,7 @@ from leanmoe.serve.plugin_options import LEANMOE, PluginOptions
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm import checks
 from leanmoe.serve.vllm.installation import version
+from leanmoe.serve.vllm.expert_copies import OneCopy
 from leanmoe.serve.vllm.layer_facts import GATHERING, experts_class, scope_of
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.leanmoe_experts import (
@@ -91,6 +92,7 @@ class PlannedModel:
         if "_compute_routing" in vars(runner.router):
             raise LeanMoeError(f"{name}: its router is another layer's too")
         runner.router._compute_routing = routing
+        OneCopy(runner.router).put()
         self.layers[layer] = routing
 
     def _routing(self, runner: Any, layer: int) -> VllmLayerRouting:
