@@ -30,10 +30,11 @@ class OneCopy:
     def __init__(self, router: Any) -> None:
         self._router, self._stock = router, router._apply_eplb_mapping
 
-    def put(self) -> None:
+    @classmethod
+    def put(cls, router: Any) -> None:
         """Lets vLLM call it from now on; a router without a load balancer keeps its own."""
-        if self._router.eplb_state is not None:
-            self._router._apply_eplb_mapping = self
+        if getattr(router, "eplb_state", None) is not None:
+            router._apply_eplb_mapping = cls(router)
 
     def __call__(self, topk_ids: Tensor) -> Tensor:
         """Physical ids (T,K) for logical ones; vLLM's mapping, which records the load as well."""
@@ -48,8 +49,7 @@ class OneCopy:
         router.eplb_state.logical_to_physical_map = one_copy(
             state.logical_to_physical_map, state.logical_replica_count
         )
-        mapped = type(router)._apply_eplb_mapping(router, topk_ids)
-        return mapped
+        return type(router)._apply_eplb_mapping(router, topk_ids)  # type: ignore[no-any-return]
 
 
 def reads_one_copy(rows: int, slots: int, experts: int) -> bool:

@@ -92,7 +92,7 @@ class PlannedModel:
         if "_compute_routing" in vars(runner.router):
             raise LeanMoeError(f"{name}: its router is another layer's too")
         runner.router._compute_routing = routing
-        OneCopy(runner.router).put()
+        OneCopy.put(runner.router)
         self.layers[layer] = routing
 
     def _routing(self, runner: Any, layer: int) -> VllmLayerRouting:
