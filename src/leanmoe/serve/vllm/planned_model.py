@@ -17,8 +17,8 @@ from leanmoe.serve.plan_support import is_plain
 from leanmoe.serve.plugin_options import LEANMOE, PluginOptions
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm import checks
-from leanmoe.serve.vllm.installation import version
 from leanmoe.serve.vllm.expert_copies import OneCopy
+from leanmoe.serve.vllm.installation import version
 from leanmoe.serve.vllm.layer_facts import GATHERING, experts_class, scope_of
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.leanmoe_experts import (
