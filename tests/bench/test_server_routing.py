@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
-from leanmoe.bench.server_routing import SAMPLES, ScrapedStep, read_step, watch
+from leanmoe.bench.measurement import Timeline
+from leanmoe.bench.server_routing import ScrapedStep, read_step, watch
 from leanmoe.bench.servers import Server
-from leanmoe.bench.settings import ServiceLoad
+from leanmoe.bench.sweep import Outcome
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.serve.metrics import exposition
 from tests.bench.mock_server import MockServer, serving
-
-pytest.importorskip("httpx", reason="the extra leanmoe[bench] is not installed")
 
 LAYERS = [{"distinct": 30, "activated": 4.5}, None, {"distinct": 8, "activated": 3.5}]
 
@@ -52,9 +54,22 @@ def test_what_cannot_be_true_is_refused(body: str, said: str) -> None:
         read_step(body)
 
 
-def watched(mock: MockServer, load: ServiceLoad, most_rows: int = 6) -> dict[str, Any]:
-    rows = [{"prompt": f"words {n}", "output_tokens_count": 8} for n in range(40)]
-    return watch(Server("one", mock.url, "mock"), load, rows, 3, most_rows, 10.0)
+def watched(mock: MockServer, most_rows: int = 6, requests: int = 12) -> dict[str, Any]:
+    """Three requests under way at once, each with eight tokens."""
+
+    def one(number: int) -> Timeline:
+        asked = {"prompt": f"words {number}", "max_tokens": 8}
+        httpx.post(f"{mock.url}/v1/completions", json=asked).raise_for_status()
+        (seen,) = (seen for seen in mock.seen if seen.prompt == asked["prompt"])
+        return Timeline(seen.received, tuple(seen.tokens), 2, 8)
+
+    def run() -> Outcome:
+        with ThreadPoolExecutor(3) as pool:
+            timelines = list(pool.map(one, range(requests)))
+        time.sleep(0.3)  # the client takes its time to end: what is shown then is stale
+        return Outcome(timelines)
+
+    return watch(Server("one", mock.url, "mock"), run, most_rows)
 
 
 def decoding(under_way: int) -> bytes:
@@ -64,48 +79,37 @@ def decoding(under_way: int) -> bytes:
 
 
 def test_steps_are_sampled_while_requests_are_under_way() -> None:
-    with serving(ttft=0.02, itl=0.02, metrics=decoding) as mock:
-        found = watched(mock, ServiceLoad(40, concurrency=3))
-    assert found["samples"] == SAMPLES
+    with serving(ttft=0.05, itl=0.1, metrics=decoding) as mock:
+        found = watched(mock, requests=3)
+    assert found["samples"] >= 3
     assert 10 <= found["distinct_experts_a_step"] <= 30, "an earlier run's step was taken"
     assert found["distinct_experts_a_step"] == pytest.approx(5 * found["rows_a_step"])
     assert found["experts_a_token"] == 2.5
-    assert found["bands"] == [{"band": "0", "up_to": "16", "samples": SAMPLES}]
+    assert found["bands"] == [{"band": "0", "up_to": "16", "samples": found["samples"]}]
     assert found["label"] == "measured"
-    assert len(mock.seen) < 40, "requests go on although there are enough samples"
-    assert mock.under_way == 0, "a request is left to disturb the next run"
 
 
-def test_an_open_loop_is_watched_at_its_rate() -> None:
-    with serving(ttft=0.01, itl=0.02, metrics=decoding) as mock:
-        found = watched(mock, ServiceLoad(40, rate=10.0))
-    assert 10 <= found["distinct_experts_a_step"] <= 30
-    assert found["samples"] <= SAMPLES
-
-
-def test_a_single_request_at_once_is_seen_though_every_step_is_alike() -> None:
-    def alike(_under_way: int) -> bytes:
-        return text(1).encode()
-
-    with serving(ttft=0.01, itl=0.01, metrics=alike) as mock:
-        assert watched(mock, ServiceLoad(40, concurrency=1))["rows_a_step"] == 1
+def test_a_step_that_is_always_alike_is_seen() -> None:
+    with serving(ttft=0.02, itl=0.02, metrics=lambda _: text(1).encode()) as mock:
+        assert watched(mock, requests=2)["rows_a_step"] == 1
 
 
 def test_steps_with_prompts_are_left_out() -> None:
     with serving(ttft=0.01, itl=0.01, metrics=lambda _: text(2048).encode()) as mock:
-        found = watched(mock, ServiceLoad(40, concurrency=3))
+        found = watched(mock)
     assert found == {"missing": "no step of at most 6 rows was seen at /metrics"}
 
 
 def test_a_server_without_the_metrics_is_told_of_and_gets_no_request() -> None:
     with serving() as mock:
-        found = watched(mock, ServiceLoad(40, concurrency=3))
-        assert found == {"missing": "its /metrics gives HTTP 404"}
+        assert watched(mock) == {"missing": "its /metrics gives HTTP 404"}
         assert not mock.seen
-    assert "does not answer at /metrics" in watched(mock, ServiceLoad(9, concurrency=3))["missing"]
+    assert "does not answer at /metrics" in watched(mock)["missing"]
 
 
-def test_a_server_that_dies_meanwhile_is_told_of() -> None:
-    with serving(metrics=decoding, dies_after=1) as mock:
-        found = watched(mock, ServiceLoad(40, concurrency=3))
-    assert list(found) == ["missing"]
+def test_metrics_that_end_meanwhile_are_told_of() -> None:
+    def broken(under_way: int) -> bytes:
+        return b"" if under_way else text().encode()
+
+    with serving(ttft=0.02, itl=0.02, metrics=broken) as mock:
+        assert watched(mock) == {"missing": "it does not show leanmoe's metrics at /metrics"}

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module, metadata
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,8 +32,8 @@ STREAMS_A_PROCESS = 64
 """Streams that one of GuideLLM's processes reads without falling behind."""
 WATCHED_OUTPUT = 32
 """At most so many tokens of each reply while /metrics is read."""
-WATCHED_ROUNDS = 8
-"""Requests are then at most so many times those that are under way at once."""
+WATCHED_ROUNDS = 3
+"""Requests are then so many times those that are under way at once."""
 
 
 class OverHTTP:
@@ -81,17 +82,18 @@ class OverHTTP:
 
         Where it shows nothing of that, "missing" says why.
         """
-        del run_one
         from leanmoe.bench.server_routing import watch
 
         decode_batch = min(load.concurrency or self._settings.max_concurrency, load.requests)
-        requests = self._supply.draw(load, "watched", WATCHED_ROUNDS * decode_batch)
+        requests = [
+            replace(each, output_tokens=min(each.output_tokens, WATCHED_OUTPUT))
+            for each in self._supply.draw(load, "watched", WATCHED_ROUNDS * decode_batch)
+        ]
         # A step of fewer rows than any prompt has decodes only, and so does one of a closed loop
         # whose rows are no more than its requests.
         most_rows = max(load.concurrency or 1, min(len(r.prompt) for r in requests) - 1)
-        rows = self._rows([replace(r, output_tokens=_watched(r)) for r in requests])
         return {
-            name: watch(server, load, rows, decode_batch, most_rows, self._settings.max_seconds)
+            name: watch(server, partial(run_one, name, load, requests, "watched"), most_rows)
             for name, server in self._servers.items()
         }
 
@@ -102,7 +104,13 @@ class OverHTTP:
         self, name: str, load: ServiceLoad, requests: Sequence[Request], seed: str
     ) -> Outcome:
         server = self._servers[name]
-        rows = self._rows(requests)
+        rows = [
+            {
+                "prompt": self._tokenizer.decode(list(request.prompt)),
+                "output_tokens_count": request.output_tokens,
+            }
+            for request in requests
+        ]
         wanted = scenario(server, load, rows, self._settings, zlib.crc32(seed.encode()))
         outcome = run_scenario(wanted, server, self._settings.max_seconds + SECONDS_TO_END)
         if not outcome.timelines or (outcome.failed and not answers(server)):
@@ -111,19 +119,6 @@ class OverHTTP:
                 f"{len(outcome.timelines)} requests were completed and {outcome.failed} failed"
             )
         return outcome
-
-    def _rows(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
-        return [
-            {
-                "prompt": self._tokenizer.decode(list(request.prompt)),
-                "output_tokens_count": request.output_tokens,
-            }
-            for request in requests
-        ]
-
-
-def _watched(request: Request) -> int:
-    return min(request.output_tokens, WATCHED_OUTPUT)
 
 
 def prepare_guidellm() -> str:
