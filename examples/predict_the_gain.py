@@ -22,8 +22,8 @@ for name, rule in RULES.items():
     print(name)
     for each in results.predictions:
         assert each.gain is not None
-        tokens, gain = each.full.throughput, 100 * (each.gain - 1)
-        print(f"{each.load.concurrency:6d} requests: {tokens:6.0f} tokens/s, {gain:+.1f}%")
+        tokens, gain = each.full.output_throughput, 100 * (each.gain - 1)
+        print(f"{each.concurrency:6d} requests: {tokens:6.0f} tokens/s, {gain:+.1f}%")
 print("\nIt stands on:")
 for part, words in results.predictions[0].stands_on.items():
     print(f"  {part}: {words}")

@@ -20,7 +20,7 @@ def test_a_prediction_for_each_concurrency() -> None:
     settings = PredictSettings(NAME, top_k=4, concurrency=(1, 8), input_len="64", output_len="8")
     results = predict(settings)
     assert results.sweep is None
-    assert [each.load.concurrency for each in results.predictions] == [1, 8]
+    assert [each.concurrency for each in results.predictions] == [1, 8]
     assert all(each.gain is not None and each.gain > 1 for each in results.predictions)
 
 

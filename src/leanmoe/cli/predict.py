@@ -68,11 +68,11 @@ def _show(predictions: Sequence[Prediction]) -> None:
     first = predictions[0]
     memory = first.full.memory
     console.print(
-        f"{first.model.name} on {first.deployment}: {_gigabytes(memory.weights)} of weights "
+        f"{first.model} on {first.deployment}: {_gigabytes(memory.weights)} of weights "
         f"on each GPU, {_gigabytes(memory.cache)} left for the cache"
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    arrives = first.load.concurrency is None
+    arrives = first.concurrency is None
     headings = [
         "load" if arrives else "con-\ncurrency",
         "tok/s",
@@ -85,9 +85,9 @@ def _show(predictions: Sequence[Prediction]) -> None:
     for heading in [*headings, "longest part"]:
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for each in predictions:
-        load = f"{each.load.rate:g}/s" if arrives else str(each.load.concurrency)
+        load = f"{each.rate:g}/s" if arrives else str(each.concurrency)
         tokens, tpot, active = _cells(each.full)
-        row = [load, tokens, f"{1e3 * each.full.ttft:.0f}", tpot, active]
+        row = [load, tokens, f"{each.full.ttft_ms:.0f}", tpot, active]
         if each.plan is not None:
             tokens, tpot, active = _cells(each.plan)
             gain = (each.tpot_gain if arrives else each.gain) or 1.0
@@ -104,12 +104,12 @@ def _gigabytes(number: float) -> str:
 
 
 def _cells(side: PredictedVariant) -> list[str]:
-    return [f"{side.throughput:.0f}", f"{1e3 * side.tpot:.3g}", f"{side.distinct:.0f}"]
+    return [f"{side.output_throughput:.0f}", f"{side.tpot_ms:.3g}", f"{side.distinct:.0f}"]
 
 
 def _longest(side: PredictedVariant) -> str:
     """The longest part of a decode step, and what bounds it."""
-    step = side.served.step.to_json()
+    step = side.step_ms
     name = max(step, key=lambda part: step[part])
     share = step[name] / sum(step.values())
     return f"{name} {share:.0%}, {side.bounds.get(name, 'latency')}"

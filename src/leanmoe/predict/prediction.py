@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan
@@ -17,7 +16,7 @@ from leanmoe.predict.kernels.kernel_constants import KernelConstants
 from leanmoe.predict.kernels.tables import kernel_format
 from leanmoe.predict.step.deployment import Deployment, Memory
 from leanmoe.predict.step.step_time import StepBatch, StepTime
-from leanmoe.predict.traffic.closed_loop import Served, closed_loop
+from leanmoe.predict.traffic.closed_loop import closed_loop
 from leanmoe.predict.traffic.service_load import ServiceLoadModel
 from leanmoe.predict.traffic.simulate import Simulated, simulate
 
@@ -44,82 +43,43 @@ class Basis:
 
 @dataclass(frozen=True)
 class PredictedVariant:
-    """One side of a comparison: the full model or a plan."""
+    """One side of a comparison: the full model or a plan. Tokens a second, and milliseconds."""
 
-    served: Served
-    simulated: Simulated
+    output_throughput: float
+    ttft_ms: float
+    """Mean time to the first token."""
+    tpot_ms: float
+    """Mean time of a further token."""
+    running: float
+    """Requests that run; the others wait for room in the KV cache."""
     distinct: float
     """Mean distinct experts of a MoE layer in a decode step."""
     slots: float
     memory: Memory
-    bounds: Mapping[str, str]
+    step_ms: dict[str, float]
+    """A decode step, by what takes the time."""
+    bounds: dict[str, str]
     """What bounds each part of a decode step."""
-
-    @property
-    def throughput(self) -> float:
-        """Output tokens a second."""
-        return self.simulated.output_throughput
-
-    @property
-    def ttft(self) -> float:
-        """Mean time to the first token, seconds."""
-        return self.simulated.ttft["mean"]
-
-    @property
-    def tpot(self) -> float:
-        """Mean time of a further token, seconds."""
-        return self.simulated.tpot["mean"]
+    simulated: Simulated
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What is predicted, and what it stands on."""
 
-    model: MoEShape
-    deployment: Deployment
-    load: ServiceLoadModel
+    label: str
+    model: str
+    deployment: str
+    load: str
+    concurrency: int | None
+    rate: float | None
     full: PredictedVariant
     plan: PredictedVariant | None
-    stands_on: Mapping[str, str]
-
-    @property
-    def gain(self) -> float | None:
-        """Output throughput of the plan over the full model's."""
-        return None if self.plan is None else self.plan.throughput / self.full.throughput
-
-    @property
-    def tpot_gain(self) -> float | None:
-        """TPOT of the full model over the plan's: what counts where arrivals bound throughput."""
-        return None if self.plan is None else self.full.tpot / self.plan.tpot
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, for a results file."""
-        return {
-            "label": "modelled",
-            "model": self.model.name,
-            "deployment": str(self.deployment),
-            "load": str(self.load),
-            "full": _to_json(self.full),
-            "plan": None if self.plan is None else _to_json(self.plan),
-            "gain": self.gain,
-            "tpot_gain": self.tpot_gain,
-            "stands_on": dict(self.stands_on),
-        }
-
-
-def _to_json(variant: PredictedVariant) -> dict[str, Any]:
-    return {
-        "output_throughput": variant.throughput,
-        "ttft_ms": 1e3 * variant.ttft,
-        "tpot_ms": 1e3 * variant.tpot,
-        "running": variant.served.running,
-        "distinct": variant.distinct,
-        "slots": variant.slots,
-        "memory": asdict(variant.memory),
-        "step_ms": variant.served.step.to_json(),
-        "bounds": dict(variant.bounds),
-        "simulated": asdict(variant.simulated),
-    }
+    gain: float | None
+    """Output throughput of the plan over the full model's."""
+    tpot_gain: float | None
+    """TPOT of the full model over the plan's: what counts where arrivals bound throughput."""
+    stands_on: dict[str, str]
 
 
 def default_kernel(model: MoEShape) -> str:
@@ -142,16 +102,27 @@ def predict(
     load.check()
     step = StepTime(model, deployment, basis.constants, basis.kernel)
     curve_of = basis.curves_of(deployment.scope(basis.cross_rank))
-    variants: dict[str, PredictedVariant] = {}
+    variants: list[PredictedVariant] = []
     origins: set[str] = set()
-    for name, side in {"full": None, **({} if plan is None else {"plan": plan})}.items():
+    for side in (None,) if plan is None else (None, plan):
         activation = Activation(model, side, curve_of)
         origins |= set(activation.origins)
         experts = remaining(side)
         run = simulate(step, activation, load, experts, seed=seed)
-        variants[name] = _variant(step, activation, load, experts, run)
+        variants.append(_variant(step, activation, load, experts, run))
+    full, other = variants[0], None if plan is None else variants[1]
     return Prediction(
-        model, deployment, load, variants["full"], variants.get("plan"), _stands_on(step, origins)
+        label="modelled",
+        model=model.name,
+        deployment=str(deployment),
+        load=str(load),
+        concurrency=load.concurrency,
+        rate=load.rate,
+        full=full,
+        plan=other,
+        gain=None if other is None else other.output_throughput / full.output_throughput,
+        tpot_gain=None if other is None else full.tpot_ms / other.tpot_ms,
+        stands_on=_stands_on(step, origins),
     )
 
 
@@ -180,7 +151,6 @@ def _variant(
     experts: float | None,
     run: Simulated,
 ) -> PredictedVariant:
-    memory = step.deployment.memory(step.model, experts)
     concurrency = load.concurrency or max(1, round(run.running))
     closed = replace(load, concurrency=concurrency, rate=None)
     served = closed_loop(step, activation, closed, experts)
@@ -189,12 +159,16 @@ def _variant(
     active = activation.layers(served.running, 0)
     layers = sum(each.layers for each in active)
     return PredictedVariant(
-        served,
-        run,
-        sum(each.layers * each.distinct for each in active) / layers,
-        sum(each.layers * each.rows for each in active) / layers / served.running,
-        memory,
-        bounds(step, batch, activation),
+        output_throughput=run.output_throughput,
+        ttft_ms=1e3 * run.ttft["mean"],
+        tpot_ms=1e3 * run.tpot["mean"],
+        running=served.running,
+        distinct=sum(each.layers * each.distinct for each in active) / layers,
+        slots=sum(each.layers * each.rows for each in active) / layers / served.running,
+        memory=step.deployment.memory(step.model, experts),
+        step_ms=served.step.to_json(),
+        bounds=bounds(step, batch, activation),
+        simulated=run,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.schema import to_json
 from leanmoe.models.catalog import find_shape
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
@@ -19,7 +20,7 @@ from leanmoe.predict.hardware.gpus import Gpu, read_gpu
 from leanmoe.predict.prediction import Basis, Prediction, default_kernel
 from leanmoe.predict.prediction import predict as predict_load
 from leanmoe.predict.settings import CONCURRENCY, SWEPT_CONCURRENCY, SWEPT_GPUS, PredictSettings
-from leanmoe.predict.step.deployment import DeploymentRequest, find_deployment
+from leanmoe.predict.step.deployment import find_deployment
 from leanmoe.predict.traffic.service_load import ServiceLoadModel, read_lengths
 from leanmoe.predict.traffic.sweep import sweep
 from leanmoe.results.predict import SweepLimits, SweepResults
@@ -36,7 +37,7 @@ class PredictResults:
         """The sweep, or a list of predictions, as JSON values."""
         if self.sweep is not None:
             return self.sweep.to_json()
-        return [each.to_json() for each in self.predictions]
+        return [to_json(each) for each in self.predictions]
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,7 @@ def _loads(settings: PredictSettings) -> list[ServiceLoadModel]:
 
 
 def _predictions(settings: PredictSettings, inputs: _Inputs) -> tuple[Prediction, ...]:
-    asked = DeploymentRequest(
-        settings.gpus[0] if settings.gpus else None,
-        settings.tensor_parallel_size,
-        settings.expert_parallel_size,
-        settings.data_parallel_size,
-        settings.pipeline_parallel_size,
-    )
-    place = find_deployment(inputs.model, inputs.gpu, asked)
+    place = find_deployment(inputs.model, inputs.gpu, settings)
     return tuple(
         predict_load(inputs.model, inputs.plan, place, load, inputs.basis, settings.seed)
         for load in inputs.loads

@@ -11,7 +11,6 @@ the same groups.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -23,13 +22,13 @@ from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Rule
 from leanmoe.predict.experts.curves import Curve, from_points
 from leanmoe.predict.experts.sampled_steps import (
-    SAMPLED_TOKENS,
     SIZES,
     ActiveMeans,
     Choices,
     SampledDemand,
     SampledSteps,
     sample_demand,
+    sample_logits,
     sampled_sizes,
 )
 from leanmoe.predict.experts.spread import ALONE, RankLayout
@@ -197,31 +196,17 @@ def _active(pool: Pool, top_k: int, tokens: int, assumed: Assumed) -> float:
 def grouped_distinct(pool: Pool, top_k: int, tokens: int, assumed: Assumed, seed: int = 0) -> float:
     """Mean distinct experts of steps through a group-limited router, by drawing steps.
 
-    A token's best groups are ranked by sqrt(agreement) x the step's own draw + sqrt(1 - agreement)
-    x the token's own, both standard normal; it then takes `top_k` experts of them at random, by
-    popularity. Raises LeanMoeError where the groups do not hold so many.
+    Raises LeanMoeError where the groups do not hold so many.
     """
-    experts, groups, groups_used = pool.experts, pool.groups, pool.groups_used
-    agreement, skew = assumed.agreement, assumed.skew
-    size = experts // groups
-    if experts % groups or not 1 <= groups_used <= groups or top_k > size * groups_used:
+    if not pool.is_limited or top_k > pool.experts // pool.groups * pool.groups_used:
         raise LeanMoeError(
-            f"{top_k} experts from {groups_used} of {groups} groups of {experts} is not possible"
+            f"{top_k} experts from {pool.groups_used} of {pool.groups} groups of {pool.experts} is "
+            "not possible"
         )
-    draw = np.random.default_rng(seed)
-    steps = max(8, SAMPLED_TOKENS // tokens)
-    chance_E = inclusion(experts, top_k, skew) if skew else np.ones(experts)
-    popularity_E = np.log(draw.permutation(chance_E))
-    total = 0
-    for _ in range(steps):
-        shared_G, own_BG = draw.standard_normal(groups), draw.standard_normal((tokens, groups))
-        score_BG = math.sqrt(agreement) * shared_G + math.sqrt(1 - agreement) * own_BG
-        used_BU = np.argpartition(-score_BG, groups_used - 1, axis=1)[:, :groups_used]
-        allowed_BG = np.zeros((tokens, groups), dtype=bool)
-        np.put_along_axis(allowed_BG, used_BU, True, axis=1)
-        # Gumbel noise on log-popularity draws without replacement, in proportion to popularity.
-        score_BE = popularity_E + draw.gumbel(size=(tokens, experts))
-        score_BE = np.where(np.repeat(allowed_BG, size, axis=1), score_BE, -np.inf)
-        chosen_BK = np.argpartition(-score_BE, top_k - 1, axis=1)[:, :top_k]
-        total += len(np.unique(chosen_BK))
-    return total / steps
+    popularity_E = inclusion(pool.experts, top_k, assumed.skew)
+    choices = Choices(popularity_E, pool.groups, pool.groups_used, assumed.agreement)
+    active = []
+    for logits_BTE, _ in sample_logits(choices, tokens, scopes=1, seed=seed):
+        ids_BTK = np.argpartition(-logits_BTE, top_k - 1, axis=-1)[..., :top_k]
+        active += [len(np.unique(ids_TK)) for ids_TK in ids_BTK]
+    return float(np.mean(active))

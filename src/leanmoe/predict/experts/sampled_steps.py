@@ -139,14 +139,13 @@ def sample_demand(
     """Samples steps of `tokens` in so many batch scopes, and what they ask for."""
     import torch
 
-    draw = np.random.default_rng(seed)
-    steps = max(FEWEST_STEPS, SAMPLED_TOKENS // tokens)
     demands, usable = [], []
-    for count in _portions(steps, tokens * len(choices.popularity_E)):
-        logits_BTE, usable_BTG = _logits(draw, choices, (count, scopes, tokens // scopes))
+    for logits_BTE, may_use_BTG in sample_logits(choices, tokens, scopes, seed):
         demands.append(ask(logits_BTE, choices.router, slots, guaranteed))
-        usable += [] if usable_BTG is None else [torch.from_numpy(usable_BTG)]
-    return SampledDemand(torch.cat(demands), torch.cat(usable) if usable else None, steps, slots)
+        usable += [] if may_use_BTG is None else [torch.from_numpy(may_use_BTG)]
+    demand_B3E = torch.cat(demands)
+    usable_BTG = torch.cat(usable) if usable else None
+    return SampledDemand(demand_B3E, usable_BTG, len(demand_B3E) // scopes, slots)
 
 
 def ask(logits_BTE: Logits, router: Router, slots: int, guaranteed: int | None = None) -> Tensor:
@@ -168,6 +167,19 @@ def ask(logits_BTE: Logits, router: Router, slots: int, guaranteed: int | None =
     any_budget = Rule(guaranteed=guaranteed, budget=logits_BTE.shape[-1])
     route(torch.from_numpy(logits_BTE), router, slots, any_budget, scope=BatchScope(None, listen))
     return told[0]
+
+
+def sample_logits(
+    choices: Choices, tokens: int, scopes: int, seed: int
+) -> Iterator[tuple[Logits, Bools | None]]:
+    """Logits (B,T,E) of steps of `tokens` in so many batch scopes, and the groups (B,T,G) that a
+    token may use; in portions that fit in memory."""
+    draw = np.random.default_rng(seed)
+    left = max(FEWEST_STEPS, SAMPLED_TOKENS // tokens)
+    most = max(1, MOST_VALUES // (tokens * len(choices.popularity_E)))
+    while left > 0:
+        yield _logits(draw, choices, (min(most, left), scopes, tokens // scopes))
+        left -= most
 
 
 def _logits(
@@ -200,11 +212,3 @@ def _gumbel(draw: np.random.Generator, shape: tuple[int, ...]) -> Logits:
     """Gumbel noise, in a third of the time that numpy's own takes."""
     waits = draw.standard_exponential(shape, dtype=np.float32)
     return np.asarray(-np.log(np.maximum(waits, LEAST_WAIT)))
-
-
-def _portions(steps: int, values: int) -> Iterator[int]:
-    """The steps in portions that fit in memory, where each step has so many values."""
-    most = max(1, MOST_VALUES // values)
-    while steps > 0:
-        yield min(most, steps)
-        steps -= most

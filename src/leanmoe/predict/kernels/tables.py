@@ -8,7 +8,8 @@ CUDA graphs; experts are chosen in a fixed pattern ("balanced") that activates a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -90,62 +91,25 @@ class Table:
     """The package's name of the kernel."""
 
 
-TABLES = (
-    Table(
-        "vllm-triton",
-        "bfloat16",
-        "moe/vllm/0.24.0/moe_perf.parquet",
-        "vllm_unquantizedfusedmoe_triton_tritonexperts",
-    ),
-    Table(
-        "vllm-triton",
-        "fp8_block",
-        "moe/vllm/0.24.0/moe_perf.parquet",
-        "vllm_fp8moe_triton_tritonexperts",
-    ),
-    Table(
-        "vllm-flashinfer",
-        "fp8_block",
-        "moe/vllm/0.24.0/moe_perf.parquet",
-        "vllm_fp8moe_flashinfer_cutlass_flashinferexperts",
-    ),
-    Table(
-        "vllm-flashinfer",
-        "fp8",
-        "moe/vllm/0.24.0/moe_perf.parquet",
-        "vllm_modeloptfp8moe_flashinfer_cutlass_flashinferexperts",
-    ),
-    Table(
-        "vllm-triton",
-        "w4a16_mxfp4",
-        "moe/vllm/0.24.0/moe_perf.parquet",
-        "vllm_gptossmxfp4moe_triton_oaitritonmxfp4expertsmonolithic",
-    ),
-    Table(
-        "sglang-triton", "bfloat16", "moe/sglang/0.5.14/moe_perf.parquet", "sglang_fused_moe_triton"
-    ),
-    Table(
-        "sglang-triton",
-        "fp8_block",
-        "moe/sglang/0.5.14/moe_perf.parquet",
-        "sglang_fused_moe_triton",
-    ),
-    Table(
-        "trtllm-cutlass",
-        "bfloat16",
-        "moe/trtllm/1.3.0rc20/moe_perf.parquet",
-        "moe_torch_flow_cutlass",
-    ),
-    Table(
-        "trtllm-cutlass", "fp8", "moe/trtllm/1.3.0rc20/moe_perf.parquet", "moe_torch_flow_cutlass"
-    ),
-    Table(
-        "trtllm-cutlass",
-        "fp8_block",
-        "moe/trtllm/1.3.0rc20/moe_perf.parquet",
-        "moe_torch_flow_cutlass",
-    ),
+_VLLM, _SGLANG, _TRTLLM = (
+    f"moe/{engine}/moe_perf.parquet"
+    for engine in ("vllm/0.24.0", "sglang/0.5.14", "trtllm/1.3.0rc20")
 )
+_FLASHINFER, _OAI = "flashinfer_cutlass_flashinferexperts", "oaitritonmxfp4expertsmonolithic"
+TABLES = (
+    Table("vllm-triton", "bfloat16", _VLLM, "vllm_unquantizedfusedmoe_triton_tritonexperts"),
+    Table("vllm-triton", "fp8_block", _VLLM, "vllm_fp8moe_triton_tritonexperts"),
+    Table("vllm-flashinfer", "fp8_block", _VLLM, f"vllm_fp8moe_{_FLASHINFER}"),
+    Table("vllm-flashinfer", "fp8", _VLLM, f"vllm_modeloptfp8moe_{_FLASHINFER}"),
+    Table("vllm-triton", "w4a16_mxfp4", _VLLM, f"vllm_gptossmxfp4moe_triton_{_OAI}"),
+    Table("sglang-triton", "bfloat16", _SGLANG, "sglang_fused_moe_triton"),
+    Table("sglang-triton", "fp8_block", _SGLANG, "sglang_fused_moe_triton"),
+    Table("trtllm-cutlass", "bfloat16", _TRTLLM, "moe_torch_flow_cutlass"),
+    Table("trtllm-cutlass", "fp8", _TRTLLM, "moe_torch_flow_cutlass"),
+    Table("trtllm-cutlass", "fp8_block", _TRTLLM, "moe_torch_flow_cutlass"),
+)
+KEY = ("hidden_size", "inter_size", "num_experts", "topk", "moe_tp_size", "moe_ep_size")
+"""The columns of `Measured.key`."""
 
 
 @dataclass(frozen=True)
@@ -265,16 +229,7 @@ def read_table(gpu: str, table: Table, distribution: str = "balanced") -> tuple[
         & (columns["moe_dtype"] == table.dtype)
         & (columns["distribution"] == distribution)
     )
-    names = (
-        "hidden_size",
-        "inter_size",
-        "num_experts",
-        "topk",
-        "moe_tp_size",
-        "moe_ep_size",
-        "num_tokens",
-    )
-    whole = [columns[name][wanted].astype(int).tolist() for name in names]
+    whole = [columns[name][wanted].astype(int).tolist() for name in (*KEY, "num_tokens")]
     seconds = (columns["latency"][wanted].astype(float) / 1e3).tolist()
     return tuple(Measured(*row) for row in zip(*whole, seconds, strict=True))
 
@@ -288,27 +243,18 @@ def measured_curve(
     """
     if installed() != VERSION or gpu not in SYSTEMS:
         return []
-    return sorted(_rows_of(gpu, kernel, dtype, key), key=lambda row: row.tokens)
-
-
-def _rows_of(
-    gpu: str, kernel: str, dtype: str, key: tuple[int, int, int, int, int, int]
-) -> Iterator[Measured]:
-    for table in TABLES:
-        if (table.kernel, table.dtype) != (kernel, dtype):
-            continue
-        try:
-            by_key = _by_key(gpu, table)
-        except LeanMoeError:  # this GPU has no such table
-            continue
-        for row in by_key.get(key, ()):
-            if row.tokens >= GROUPED_LEAST_TOKENS or not row.is_grouped(kernel):
-                yield row
+    tables = [each for each in TABLES if (each.kernel, each.dtype) == (kernel, dtype)]
+    try:
+        rows = [row for table in tables for row in _by_key(gpu, table).get(key, ())]
+    except LeanMoeError:  # this GPU has no such table
+        return []
+    known = [r for r in rows if r.tokens >= GROUPED_LEAST_TOKENS or not r.is_grouped(kernel)]
+    return sorted(known, key=lambda row: row.tokens)
 
 
 @cache
-def _by_key(gpu: str, table: Table) -> Mapping[tuple[int, ...], tuple[Measured, ...]]:
-    found: dict[tuple[int, ...], list[Measured]] = {}
+def _by_key(gpu: str, table: Table) -> Mapping[tuple[int, ...], list[Measured]]:
+    rows: dict[tuple[int, ...], list[Measured]] = defaultdict(list)
     for row in read_table(gpu, table):
-        found.setdefault(row.key, []).append(row)
-    return {key: tuple(rows) for key, rows in found.items()}
+        rows[row.key].append(row)
+    return rows

@@ -8,6 +8,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import MoEShape
 from leanmoe.predict.experts.spread import RankLayout
 from leanmoe.predict.hardware.gpus import Gpu
+from leanmoe.predict.settings import PredictSettings
 
 USABLE = 0.92
 """Share of a GPU's memory for weights, activations and cache, as engines set it by default."""
@@ -128,25 +129,17 @@ MOST_CHOSEN = 64
 """GPUs that are tried before a user has to say how many."""
 
 
-@dataclass(frozen=True)
-class DeploymentRequest:
-    """What a user says of a deployment; None for what is left open."""
-
-    gpus: int | None = None
-    tensor: int | None = None
-    expert: int = 1
-    data: int = 1
-    pipeline: int = 1
-
-
-def find_deployment(model: MoEShape, gpu: Gpu, asked: DeploymentRequest) -> Deployment:
+def find_deployment(model: MoEShape, gpu: Gpu, asked: PredictSettings) -> Deployment:
     """What the user asked for; with nothing said, the fewest GPUs (a power of 2) that hold it.
 
     Raises LeanMoeError where the sizes contradict each other and where the model does not fit.
     """
-    gpus, tensor, copies = asked.gpus, asked.tensor, asked.data * asked.pipeline
+    gpus, tensor = next(iter(asked.gpus), None), asked.tensor_parallel_size
+    expert, data = asked.expert_parallel_size, asked.data_parallel_size
+    pipeline = asked.pipeline_parallel_size
+    copies = data * pipeline
     if tensor is None and gpus is None and copies == 1:
-        return _fewest(model, gpu, asked.expert)
+        return _fewest(model, gpu, expert)
     if tensor is None:
         if gpus is not None and gpus % copies:
             raise LeanMoeError(
@@ -154,11 +147,11 @@ def find_deployment(model: MoEShape, gpu: Gpu, asked: DeploymentRequest) -> Depl
                 f"--pipeline-parallel-size, {copies}"
             )
         tensor = max(1, (gpus or copies) // copies)
-    here = Deployment(gpu, tensor, asked.expert, asked.data, asked.pipeline)
+    here = Deployment(gpu, tensor, expert, data, pipeline)
     if gpus is not None and here.gpus != gpus:
         raise LeanMoeError(
-            f"--tensor-parallel-size {tensor} x --data-parallel-size {asked.data} x "
-            f"--pipeline-parallel-size {asked.pipeline} are {here.gpus} GPUs, --gpus says {gpus}"
+            f"--tensor-parallel-size {tensor} x --data-parallel-size {data} x "
+            f"--pipeline-parallel-size {pipeline} are {here.gpus} GPUs, --gpus says {gpus}"
         )
     here.check(model)
     here.memory(model)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
-from itertools import pairwise
+
+import numpy as np
 
 from leanmoe.models.shape import MoEShape
 from leanmoe.predict.hardware.gpus import Gpu
@@ -42,41 +43,28 @@ class Ratios:
 
     def at(self, tokens: float) -> float:
         """Between two rows, linear over the logarithm of tokens; beyond the ends, the end's."""
-        points = self.points
-        if not points:
+        if not self.points:
             return 1.0
-        if tokens <= points[0][0]:
-            return points[0][1]
-        for (low, one), (high, other) in pairwise(points):
-            if tokens <= high:
-                share = math.log(tokens / low) / math.log(high / low)
-                return one + share * (other - one)
-        return points[-1][1]
+        measured, ratios = np.array(self.points).T
+        return float(np.interp(math.log(tokens), np.log(measured), ratios))
 
 
 class ExpertsTime:
     """The time of one layer's experts: constants, held to measured rows of the same layer."""
 
     def __init__(self, model: MoEShape, deployment: Deployment, kernel: KernelConstants) -> None:
-        shape, self._gpu = model, deployment.gpu
-        self._kernel = kernel
+        self._gpu, self._kernel = deployment.gpu, kernel
         self.shape = ExpertsShape(
-            shape.hidden,
-            shape.expert_width / deployment.expert_tensor,
-            shape.experts // deployment.expert,
+            model.hidden,
+            model.expert_width / deployment.expert_tensor,
+            model.experts // deployment.expert,
             model.matrices,
-            shape.storage.expert_bytes,
+            model.storage.expert_bytes,
             ACTIVATION_BYTES.get(kernel.dtype, 2.0),
             PADDED_TO.get(kernel.dtype, 1),
         )
-        key = (
-            shape.hidden,
-            shape.expert_width,
-            shape.experts,
-            shape.top_k,
-            deployment.expert_tensor,
-            deployment.expert,
-        )
+        sizes = model.hidden, model.expert_width, model.experts, model.top_k
+        key = (*sizes, deployment.expert_tensor, deployment.expert)
         # The tables' rows see all tokens of a step on each GPU, as without an exchange.
         measured = (
             []
@@ -92,7 +80,7 @@ class ExpertsTime:
                 f"(aiconfigurator-core {VERSION})"
             )
         if is_as_if(model):
-            self.origin += f", {shape.storage.name} weights read, computed as if by bf16's kernel"
+            self.origin += f", {model.storage.name} weights read, computed as if by bf16's kernel"
         elif kernel.dtype in ACTIVATION_BYTES and self._gpu.flops_fp8 <= self._gpu.flops:
             self.origin += f", as if {self._gpu.name} computed fp8 at its bf16 rate"
 
