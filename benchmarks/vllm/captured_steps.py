@@ -15,6 +15,8 @@ class CapturedSteps:
         self._manager = getattr(runner, "cudagraph_manager", None)
         self._name = "concrete_cudagraph_entries" if self._manager is None else "graphs"
         self._owner = getattr(runner, "model", None) if self._manager is None else self._manager
+        # Kept for good: with the last of its graphs, the memory pool that all captures share goes.
+        self._first = getattr(self._owner, self._name, None)
 
     @property
     def is_second_runner(self) -> bool:

@@ -70,6 +70,7 @@ class MoeLayers:
         """`width` is the hidden width D."""
         self._engine, self._width = engine, width
         self._graphs: dict[tuple[str, int], Any] = {}
+        self._rows: dict[int, Tensor] = {}
 
     def chosen(self, variant: str, rows: int) -> tuple[float, float]:
         """Slots kept a token and distinct experts of a step of so many rows, means over layers."""
@@ -101,8 +102,9 @@ class MoeLayers:
             return float(self._engine.replayed(self._graphs[key].replay, replays))
 
     def forget(self) -> None:
-        """Frees what was captured."""
+        """Frees what was captured, and the rows that it reads."""
         self._graphs.clear()
+        self._rows.clear()
 
     def _run(self, hidden_TD: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The ids and weights (T,K) of each layer, whose experts are computed."""
@@ -121,7 +123,12 @@ class MoeLayers:
         return routed
 
     def _hidden(self, rows: int) -> Tensor:
-        """The same drawn rows (T,D) for every variant."""
+        """The same drawn rows (T,D) for every variant; kept, since captured steps read them."""
+        if rows not in self._rows:
+            self._rows[rows] = self._drawn(rows)
+        return self._rows[rows]
+
+    def _drawn(self, rows: int) -> Tensor:
         where = self._engine.moe_layers[0].routed_experts.w13_weight.device
         generator = torch.Generator(device=where).manual_seed(rows)
         drawn_TD = torch.randn(rows, self._width, generator=generator, device=where)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +72,17 @@ def test_sets_of_graphs_are_exchanged(kind: type[Any]) -> None:
     assert first in vars(owner).values()
     steps.run_eagerly()
     assert runner.eager == [1]
+
+
+def test_what_was_captured_at_load_lives_on_and_the_pool_of_all_captures_with_it() -> None:
+    runner = SecondRunner()
+    graphs = runner.cudagraph_manager.graphs = {"old": SimpleNamespace()}
+    graph = weakref.ref(graphs["old"])
+    steps = CapturedSteps(runner)
+    del graphs
+    steps.capture()
+    gc.collect()
+    assert graph() is not None
 
 
 def test_a_model_that_is_not_captured_has_none() -> None:

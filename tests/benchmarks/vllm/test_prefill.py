@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.vllm.prefill import entries, show, variants
+from benchmarks.vllm.prefill import MoeLayers, entries, show, variants
 from benchmarks.vllm.settings import PREFILL_PLANS
 from benchmarks.vllm.variants import STOCK
 from leanmoe.models.shape import read_shape
@@ -31,3 +31,13 @@ def test_a_time_stands_beside_that_of_the_rows_left(capsys: pytest.CaptureFixtur
     assert [entry["over_rows_left_layers_ms"] for entry in found[:2]] == [1, 1]
     show(found)
     assert "top_p=0.7" in capsys.readouterr().out
+
+
+def test_rows_live_as_long_as_what_was_captured_of_them() -> None:
+    weight = SimpleNamespace(device="cpu")
+    layer = SimpleNamespace(routed_experts=SimpleNamespace(w13_weight=weight))
+    layers = MoeLayers(SimpleNamespace(moe_layers=[layer]), 4)
+    assert layers._hidden(3) is layers._hidden(3)
+    assert layers._hidden(3).shape == (3, 4)
+    layers.forget()
+    assert not layers._rows
