@@ -60,8 +60,8 @@ def test_a_dataset_of_lengths_and_texts(tmp_path: Path) -> None:
     rows = [
         {"input_len": 100, "output_len": 20},
         {"prompt": "a bb ccc", "output": "one two three"},
-        {"prompt_tokens": 7, "completion_tokens": 1},
-        {"question": "how long", "output_len": 5},
+        {"input_len": 7, "output_len": 1},
+        {"prompt": "how long", "output_len": 5},
     ]
     path = tmp_path / "set.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")

@@ -22,10 +22,6 @@ from leanmoe.core.text import read_corpus
 
 ENOUGH_TOKENS = 400_000
 """Of text to draw prompts from; more is not tokenised."""
-INPUT_FIELDS = ("input_len", "prompt_tokens", "input_tokens", "prompt_len")
-OUTPUT_FIELDS = ("output_len", "output_tokens", "completion_tokens", "reply_tokens")
-PROMPT_TEXTS = ("prompt", "input", "question", "text")
-OUTPUT_TEXTS = ("output", "completion", "response", "answer")
 
 
 @dataclass(frozen=True)
@@ -148,36 +144,29 @@ def _row(line: str, where: str, tokenizer: Any) -> DatasetRow:
         raise LeanMoeError(f"{where} is not JSON: {error.msg}") from error
     if not isinstance(value, dict):
         raise LeanMoeError(f"{where} is {value!r}: it must be an object")
-    prompt = _counted(value, INPUT_FIELDS, where)
-    output = _counted(value, OUTPUT_FIELDS, where)
-    text, reply = _texts(value, PROMPT_TEXTS), _texts(value, OUTPUT_TEXTS)
+    prompt, output = (_count(value, field, where) for field in ("input_len", "output_len"))
+    texts = (value.get("prompt"), value.get("output"))
+    text, reply = (each if isinstance(each, str) else "" for each in texts)
     if (prompt is None and not text) or (output is None and not reply):
         raise LeanMoeError(
-            f"{where} needs a prompt ({INPUT_FIELDS[0]} or the text {PROMPT_TEXTS[0]}) and a reply "
-            f"({OUTPUT_FIELDS[0]} or the text {OUTPUT_TEXTS[0]})"
+            f"{where} needs a prompt (input_len or the text prompt) and a reply (output_len or the "
+            "text output)"
         )
+    ids = tuple(encode(tokenizer, text)) if text else None
     if output is None:
         output = len(encode(tokenizer, reply))
-    ids = tuple(encode(tokenizer, text)) if text else None
     return DatasetRow(ids or prompt or 1, max(output, 2))
 
 
-def _counted(value: dict[str, Any], fields: Sequence[str], where: str) -> int | None:
-    for field in fields:
-        found = value.get(field)
-        if found is None or isinstance(found, str):
-            continue
-        if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= MOST_TOKENS:
-            raise LeanMoeError(
-                f"{where} has {field} {found!r}: it must be a number of tokens, 1 to "
-                f"{MOST_TOKENS:,}"
-            )
-        return found
-    return None
-
-
-def _texts(value: dict[str, Any], fields: Sequence[str]) -> str:
-    return next((value[f] for f in fields if isinstance(value.get(f), str)), "")
+def _count(value: dict[str, Any], field: str, where: str) -> int | None:
+    found = value.get(field)
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= MOST_TOKENS:
+        raise LeanMoeError(
+            f"{where} has {field} {found!r}: it must be a number of tokens, 1 to {MOST_TOKENS:,}"
+        )
+    return found
 
 
 def _length(prompt: tuple[int, ...] | int) -> int:

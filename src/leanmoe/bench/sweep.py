@@ -72,15 +72,15 @@ def sweep(
     when a load is done. Whatever ends the sweep early is written into the record as the reason, and
     raised.
     """
-    rng = random.Random(settings.seed)
+    run = _Sweep(runner, supply, settings, record, random.Random(settings.seed))
     try:
         if runner.restarts:
-            _restarting(runner, supply, settings, record, rng)
+            run.restarting()
             for load in settings.loads():
                 shown(load)
         else:
             for load in settings.loads():
-                _one_load(runner, supply, settings, record, load, rng)
+                run.one_load(load)
                 shown(load)
     except BaseException as error:
         record.stop(reason_for(error))
@@ -90,57 +90,54 @@ def sweep(
     record.finish()
 
 
-def _one_load(
-    runner: Runner,
-    supply: Supply,
-    settings: BenchSettings,
-    record: Record,
-    load: ServiceLoad,
-    rng: random.Random,
-) -> None:
-    repeats = dict.fromkeys(record.names, settings.repeats)
-    total = len(repeats) * (settings.repeats + 1)
-    with runner.at(load) as run_one, bar(f"Load, {load.name}", total, "runs") as advance:
-        for name in repeats:  # memory, kernels and connections of every variant are warm
-            _warm_up(run_one, supply, load, name)
-            advance(1)
-        for repeat, name in interleaved(repeats, rng):
-            record.add(load, name, repeat, _timed(run_one, supply, settings, load, name, repeat))
-            advance(1)
-        record.add_routing(load, runner.routing(load, run_one))
-        record.save()
+@dataclass(frozen=True)
+class _Sweep:
+    """What every run of a sweep needs."""
 
+    runner: Runner
+    supply: Supply
+    settings: BenchSettings
+    record: Record
+    rng: random.Random
 
-def _restarting(
-    runner: Runner, supply: Supply, settings: BenchSettings, record: Record, rng: random.Random
-) -> None:
-    repeats, loads = dict.fromkeys(record.names, settings.repeats), settings.loads()
-    with bar("Loads, restarting", settings.repeats * len(repeats) * len(loads), "runs") as advance:
-        for repeat, name in interleaved(repeats, rng):
-            for load in loads:
-                with runner.at(load) as run_one:
-                    _warm_up(run_one, supply, load, name)
-                    timed = _timed(run_one, supply, settings, load, name, repeat)
-                record.add(load, name, repeat, timed)
+    def one_load(self, load: ServiceLoad) -> None:
+        """All runs of a load, then what its router does."""
+        names, record = self._repeats(), self.record
+        total = len(names) * (self.settings.repeats + 1)
+        with self.runner.at(load) as run_one, bar(f"Load, {load.name}", total, "runs") as advance:
+            for name in names:  # memory, kernels and connections of every variant are warm
+                self._warm_up(run_one, load, name)
                 advance(1)
+            for repeat, name in interleaved(names, self.rng):
+                self._timed(run_one, load, name, repeat)
+                advance(1)
+            record.add_routing(load, self.runner.routing(load, run_one))
+            record.save()
 
+    def restarting(self) -> None:
+        """All loads on a variant, then on the next one."""
+        names, loads = self._repeats(), self.settings.loads()
+        total = self.settings.repeats * len(names) * len(loads)
+        with bar("Loads, restarting", total, "runs") as advance:
+            for repeat, name in interleaved(names, self.rng):
+                for load in loads:
+                    with self.runner.at(load) as run_one:
+                        self._warm_up(run_one, load, name)
+                        self._timed(run_one, load, name, repeat)
+                    advance(1)
 
-def _warm_up(run_one: RunOne, supply: Supply, load: ServiceLoad, name: str) -> None:
-    few = few_requests(supply, load)
-    closed = ServiceLoad(len(few), concurrency=load.concurrency or len(few))
-    run_one(name, closed, few, "warm")
+    def _repeats(self) -> dict[str, int]:
+        return dict.fromkeys(self.record.names, self.settings.repeats)
 
+    def _warm_up(self, run_one: RunOne, load: ServiceLoad, name: str) -> None:
+        few = few_requests(self.supply, load)
+        closed = ServiceLoad(len(few), concurrency=load.concurrency or len(few))
+        run_one(name, closed, few, "warm")
 
-def _timed(
-    run_one: RunOne,
-    supply: Supply,
-    settings: BenchSettings,
-    load: ServiceLoad,
-    name: str,
-    repeat: int,
-) -> Measurement:
-    seed = f"{settings.seed} {load.name} {repeat}"
-    return measured(run_one(name, load, supply.draw(load, repeat), seed), load, settings)
+    def _timed(self, run_one: RunOne, load: ServiceLoad, name: str, repeat: int) -> None:
+        seed = f"{self.settings.seed} {load.name} {repeat}"
+        outcome = run_one(name, load, self.supply.draw(load, repeat), seed)
+        self.record.add(load, name, repeat, measured(outcome, load, self.settings))
 
 
 def measured(outcome: Outcome, load: ServiceLoad, settings: BenchSettings) -> Measurement:

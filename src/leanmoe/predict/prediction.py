@@ -201,15 +201,15 @@ def bounds(step: StepTime, batch: StepBatch, activation: Activation) -> dict[str
 
 def _stands_on(step: StepTime, origins: set[str]) -> dict[str, str]:
     kernel: KernelConstants = step.kernel
-    said = [a for a in kernel.accuracy if a.is_interpolated == step.is_interpolated]
+    said = [a for a in kernel.accuracy if a.is_interpolated == step.experts.is_held]
     off = "; ".join(str(each) for each in said) or "not known"
-    if not step.is_as_tested and not step.is_interpolated:
+    if not step.experts.shape.is_as_tested and not step.experts.is_held:
         off += (
             f"; this layer is unlike those (widths in multiples of {TESTED_MULTIPLE}, "
             f"{TESTED_EXPERTS} experts or more on a GPU): expect more"
         )
     return {
-        "experts": f"{step.experts_origin}; {step.kernel_origin} ({kernel.fitted_to})",
+        "experts": f"{step.experts.origin}; {step.kernel_origin} ({kernel.fitted_to})",
         "experts have been off by": off,
         "other parts": f"modelled: {step.rates_origin}",
         "distinct experts": "; ".join(sorted(origins)),

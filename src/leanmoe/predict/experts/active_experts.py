@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from leanmoe.models.shape import MoEShape
@@ -100,23 +101,15 @@ def _most_decoding(one: Active, other: Active, distinct: float) -> float | None:
 
 
 def _grouped(rules: tuple[Rule, ...], curve_of: CurveOf) -> list[tuple[Curve, int]]:
-    counts: dict[Curve, int] = {}
-    for layer, rule in enumerate(rules):
-        curve = curve_of(layer, rule)
-        counts[curve] = counts.get(curve, 0) + 1
-    return list(counts.items())
+    return list(Counter(curve_of(layer, rule) for layer, rule in enumerate(rules)).items())
 
 
 def _paired(
     prompt: tuple[Rule, ...], bands: list[Band], layers: int, curve_of: CurveOf
 ) -> list[list[tuple[tuple[Curve, Curve], int]]]:
     """For each band, and for none, curves of decoding and of prompt tokens, layer by layer."""
-    every = [band.rules for band in bands] + [(Rule(),) * layers]
-    pairs = []
-    for rules in every:
-        counts: dict[tuple[Curve, Curve], int] = {}
-        for layer in range(layers):
-            pair = (curve_of(layer, rules[layer]), curve_of(layer, prompt[layer]))
-            counts[pair] = counts.get(pair, 0) + 1
-        pairs.append(list(counts.items()))
-    return pairs
+    theirs = [curve_of(layer, rule) for layer, rule in enumerate(prompt)]
+    return [
+        list(Counter(zip(map(curve_of, range(layers), rules), theirs, strict=True)).items())
+        for rules in (*(band.rules for band in bands), (Rule(),) * layers)
+    ]

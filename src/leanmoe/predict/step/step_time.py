@@ -99,7 +99,7 @@ class StepTime:
             kernel, deployment.gpu.name, kernel_format(model)
         )
         self.kernel = found
-        self._experts = ExpertsTime(model, deployment, found)
+        self.experts = ExpertsTime(model, deployment, found)
         self._rates, self.rates_origin = constants.rates_for(deployment.gpu.name)
         self._gathers = kernel in GATHERED
         self._small_steps = small_steps if deployment.data == 1 else SmallSteps.REPEAT
@@ -111,24 +111,9 @@ class StepTime:
         """Returns a copy with another GPU's rates, measured rows of this one's still holding."""
         other = copy(self)
         other.deployment = replace(self.deployment, gpu=gpu)
-        other._experts = self._experts.on(gpu)
+        other.experts = self.experts.on(gpu)
         other._experts_seconds = other._experts_of
         return other
-
-    @property
-    def is_as_tested(self) -> bool:
-        """Whether the stated accuracy is that of layers like this one."""
-        return self._experts.shape.is_as_tested
-
-    @property
-    def is_interpolated(self) -> bool:
-        """Whether the experts' time is held to measured rows of this very layer."""
-        return self._experts.is_held
-
-    @property
-    def experts_origin(self) -> str:
-        """What the experts' time stands on."""
-        return self._experts.origin
 
     def parts(self, batch: StepBatch, activation: Activation) -> Parts:
         """Seconds of a step by part. With pipeline stages, of one part of the batch through all.
@@ -222,13 +207,13 @@ class StepTime:
         if self._is_slot_by_slot(tokens, active):
             plain = Rows(tokens, rows / tokens, rows, active.distinct)
             blocks = active.columns if self._small_steps is SmallSteps.REPEAT else rows
-            shape = self._experts.shape
-            return self._experts.seconds(slot_by_slot(shape, plain, blocks, here.gpu))
+            shape = self.experts.shape
+            return self.experts.seconds(slot_by_slot(shape, plain, blocks, here.gpu))
         share = busiest(active.distinct, rows, active.experts, here.expert, active.most_loaded)
         if here.exchanges and not self._gathers:
             tokens = self._received(tokens, rows, share.rows)
             rows = share.rows
-        return self._experts.seconds(
+        return self.experts.seconds(
             Rows(tokens, rows / tokens, share.rows, max(share.distinct, 1e-9))
         )
 
