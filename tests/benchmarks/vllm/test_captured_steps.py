@@ -76,10 +76,9 @@ def test_sets_of_graphs_are_exchanged(kind: type[Any]) -> None:
 
 def test_what_was_captured_at_load_lives_on_and_the_pool_of_all_captures_with_it() -> None:
     runner = SecondRunner()
-    graphs = runner.cudagraph_manager.graphs = {"old": SimpleNamespace()}
-    graph = weakref.ref(graphs["old"])
+    runner.cudagraph_manager.graphs = {"old": FirstRunner()}
+    graph = weakref.ref(runner.cudagraph_manager.graphs["old"])
     steps = CapturedSteps(runner)
-    del graphs
     steps.capture()
     gc.collect()
     assert graph() is not None
