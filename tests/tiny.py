@@ -55,8 +55,22 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "sliding_window": 16,
     "prefix_dense_intermediate_size": 40,
+    "top_k_experts": 4,
+    "expert_ffn_hidden_size": 16,
+    "ffn_hidden_size": 48,
+    "zero_expert_num": 4,
+    "share_expert_dim": 24,
+    "o_groups": 2,
+    "o_lora_rank": 8,
+    "index_topk": 8,
+    "hc_mult": 2,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0,
 }
 NEEDED: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"enable_moe_block": True},
+    "glm5_next_text": {"qk_rope_head_dim": 0, "index_topk": 16, "index_kpool": 2},
+    "longcat_flash": {"num_layers": 3},
     "granitemoehybrid": {
         "layer_types": [
             "linear_attention",
@@ -83,6 +97,12 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 """What Transformers has no usable default for."""
 OF_FAMILY: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {"num_hidden_layers": 5, "num_key_value_heads": 1, "intermediate_size": None},
+    "longcat_flash": {"intermediate_size": None, "num_hidden_layers": None},
+    "step3p5": {
+        "layer_types": ["full_attention", *["sliding_attention"] * 3],
+        "num_sliding_attention_heads": 8,
+    },
     "axk1": {"head_dim": None},
     "deepseek_v2": {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5},
     "deepseek_v3": {"head_dim": None},
@@ -96,10 +116,11 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 }
 """What else differs; None leaves the family's own default."""
 OWN_CLASS = {
+    "step3p5": ("transformers.models.step3p7.modeling_step3p7", "Step3p7TextModel"),
     "qwen3_omni_moe_text": (
         "transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe",
         "Qwen3OmniMoeThinkerTextModel",
-    )
+    ),
 }
 """Language parts that Transformers' Auto classes do not build by themselves."""
 
@@ -118,24 +139,28 @@ def config(family: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[family](**(settings(family) | changes))
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def build(
+    family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: Any
+) -> Any:
     """The model, with routers' weights and biases wide enough that their choices differ."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = _model(family)
+        model = _model(family, **changes)
     if device != "meta":
         generator = torch.Generator().manual_seed(1)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if any(mark in name for mark in ("gate.", "router.", "expert_bias", "e_score")):
+            if not tensor.is_floating_point():  # DeepSeek-V4's table of experts by token id
+                tensor.data = torch.randint(4, tensor.shape, generator=generator)
+            elif any(mark in name for mark in ("gate.", "router.", "expert_bias", "e_score")):
                 tensor.data = torch.randn(tensor.shape, generator=generator) * 0.5
     return model.to(dtype).eval()
 
 
-def _model(family: str) -> Any:
+def _model(family: str, **changes: Any) -> Any:
     if family in OWN_CLASS:
         module, name = OWN_CLASS[family]
-        return getattr(import_module(module), name)(config(family))
+        return getattr(import_module(module), name)(config(family, **changes))
     try:
-        return AutoModelForCausalLM.from_config(config(family))
+        return AutoModelForCausalLM.from_config(config(family, **changes))
     except ValueError:  # the language part of a multimodal model: it has no head of its own
-        return AutoModel.from_config(config(family))
+        return AutoModel.from_config(config(family, **changes))

@@ -108,6 +108,32 @@ def test_a_family_without_plans_is_said(capsys: pytest.CaptureFixture[str], tmp_
     assert "No plan can run on phimoe: its router" in inspect(capsys, str(tmp_path))
 
 
+def test_layers_without_a_score_to_rank_are_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """DeepSeek-V4's first layers look experts up: lower k leaves what they read as it is."""
+    config = MODELS["deepseek-ai/DeepSeek-V4-Flash"].config
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = " ".join(inspect(capsys, str(tmp_path)).split())
+    assert "43, 43 of them with experts" in text
+    assert "Layers 0 to 2 pick experts by token id, from a table" in text
+    found = json.loads(inspect(capsys, str(tmp_path), "--json", "--batch-sizes", "1"))
+    assert (found["hash_layers"], len(found["moe_layers"])) == ([0, 1, 2], 40)
+    shape = read_shape(config)
+    lower = found["steps"][0]["bytes"] / found["steps"][0]["gain"]["3"]
+    saved = 40 * 3 * shape.expert_bytes
+    assert shape.decode_bytes(6) - lower == pytest.approx(saved)
+
+
+def test_experts_that_are_the_identity_are_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = MODELS["meituan-longcat/LongCat-Flash-Chat"].config
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = " ".join(inspect(capsys, str(tmp_path)).split())
+    assert "768 a layer, 12 a token, 2 shared; 256 are the identity, without weights" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -18,6 +18,8 @@ ROUTERS = {
     "softmax, normalised": Router(normalise=True),
     "softmax after top-k": Router("softmax_after_top_k", score_dtype="logits"),
     "sigmoid with a bias": Router("sigmoid", "bias", True, 1e-20, scaling=2.5, sorted_top_k=False),
+    "square root of softplus": Router("sqrtsoftplus", "bias", True, 1e-20, 1.5, sorted_top_k=False),
+    "identities": Router(ranking_bias="bias", scaling=6.0, sorted_top_k=False, zero_experts=8),
     "V3 groups": Router("sigmoid", "bias", True, 1e-20, 2.5, 4, 2, "top2_sum", False),
     "V2 groups": Router(scaling=1.5, groups=4, groups_used=2, group_score="max"),
 }

@@ -76,7 +76,9 @@ def by_loops(case: Case) -> Routing:
     rank_of = None if case.placement is None else case.placement.rank_of
     normalise = router.normalise or is_after
     steps = [
-        loops.run(masses, ranking, case.slots, rule, padding, normalise, rank_of)
+        loops.run(
+            masses, ranking, case.slots, rule, padding, normalise, rank_of, router.zero_experts
+        )
         for masses, ranking, padding in zip(
             masses_BTE.tolist(), ranking_BTE.tolist(), padding_BT.tolist(), strict=True
         )
@@ -158,6 +160,8 @@ def _vllm_unsupported(case: Case) -> str | None:
 def _sglang_unsupported(case: Case) -> str | None:
     if is_plain(case.rule):
         return "SGLang's own routing runs it"
+    if case.router.zero_experts:
+        return "SGLang's hook knows no identities"
     if case.router.scoring not in ("softmax", "sigmoid"):
         return f"it scores by {case.router.scoring}: only top_k alone can run here"
     if case.placement is not None:

@@ -31,10 +31,12 @@ def run(
     padding: Sequence[bool],
     normalise: bool,
     rank_of: Sequence[int] | None = None,
+    zero_experts: int = 0,
 ) -> Step:
     """The experts of each token under the rule; `gates` are comparable and not negative.
 
-    `rank_of` says which rank has each expert; None for one that has all.
+    `rank_of` says which rank has each expert; None for one that has all. The last `zero_experts`
+    compute nothing, so that all of them are active and none counts.
     """
     orders = [sorted(range(len(row)), key=row.__getitem__, reverse=True) for row in ranking]
     usable = [
@@ -47,13 +49,17 @@ def run(
     if not rule.is_batch_aware:
         return Step(own, False)
 
-    active = {expert for kept in own for expert in kept}
+    weighted = len(gates[0]) - zero_experts if gates else 0
+    active = {expert for kept in own for expert in kept if expert < weighted}
     if rule.guaranteed is not None:
-        active = {expert for kept in own for expert in kept[: rule.guaranteed]}
+        firsts = {expert for kept in own for expert in kept[: rule.guaranteed]}
+        active = {expert for expert in firsts if expert < weighted}
     over_budget = False
     if rule.has_budget:
         ranks = rank_of or [0] * len(gates[0]) if gates else []
-        active, over_budget = affordable(gates, own, active, rule, normalise, ranks)
+        bests = {kept[0] for kept in own if kept and kept[0] < weighted}
+        active, over_budget = affordable(gates, own, active, bests, rule, normalise, ranks)
+    active |= set(range(weighted, weighted + zero_experts))
     filled = []
     for kept, experts in zip(own, usable, strict=True):
         following = kept + [expert for expert in experts if expert not in kept]
@@ -82,6 +88,7 @@ def affordable(
     gates: Matrix,
     own: list[list[int]],
     candidates: set[int],
+    bests: set[int],
     rule: Rule,
     normalise: bool,
     rank_of: Sequence[int],
@@ -94,7 +101,7 @@ def affordable(
             if expert in candidates:
                 vote = Fraction(row[expert]) / (total if normalise else 1)
                 votes[expert] = votes.get(expert, Fraction(0)) + vote
-    active = {kept[0] for kept in own if kept}
+    active = set(bests)
     over_budget = exceeds(active, rule, rank_of)
     for expert in sorted(votes, key=lambda e: (-votes[e], e)):
         if expert not in active and has_room(active, expert, rule, rank_of):

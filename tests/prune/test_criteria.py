@@ -30,6 +30,16 @@ from tests.prune.test_checkpoint import NO_ROUND_TRIP, NOT_BUILT
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
+STREAMS = "several residual streams"
+NOT_WATCHED = {
+    "deepseek_v4": STREAMS,
+    "glm5_next_text": STREAMS,
+    "hy_v4": STREAMS,
+    "longcat_flash": "not behind Transformers' experts interface",
+}
+"""Families whose experts cannot be ranked by what they do, and what is said."""
+
+
 def seen(model: Any, real_T: torch.Tensor | None = None) -> ExpertStatistics:
     with watch(model) as watching, torch.inference_mode():
         watching.real_T = real_T
@@ -70,6 +80,10 @@ def test_every_family_can_be_watched(family: str) -> None:
     if family in NOT_BUILT | NO_ROUND_TRIP:
         pytest.skip("Transformers cannot run it so tiny")
     model = tiny.build(family)
+    if reason := NOT_WATCHED.get(family):
+        with pytest.raises(LeanMoeError, match=reason):
+            seen(model)
+        return
     found = seen(model)
     assert (found.slots_LE.sum(axis=1) == 18 * shape_of(model).top_k).all()
     assert (found.changes_LE >= -1e-6).all()

@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from leanmoe import Plan, Rule, apply
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.work import count_work
+from leanmoe.models.families import FAMILIES
 from leanmoe.plan.placement import Placement
-from leanmoe.runtime import find_layers, has_kernel, shape_of
+from leanmoe.routing import route
+from leanmoe.runtime import find_layers, has_kernel, record, shape_of
+from leanmoe.runtime.model import decoder_layers
+from tests import tiny
 from tests.runtime.families import CONFIGS, TOP_K_KEY, build
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -84,6 +89,87 @@ def test_skipped_slots_do_no_work(family: str) -> None:
     slots = sum(layer.slots for layer in applied.generated)
     full = sum(layer.tokens for layer in applied.generated) * shape_of(model).top_k
     assert work.rows == slots < full
+
+
+ROTARY = ("glm4v_moe_text", "mimo_v2_flash", "mistral4")
+"""Their rotary parts want larger heads than tests/tiny.py has: tests/models runs them by layer."""
+EVERY = sorted(
+    name
+    for name, family in FAMILIES.items()
+    if name in CONFIG_MAPPING and family.not_runnable is None and name not in ROTARY
+)
+"""Every other family of the table that this Transformers has and a plan can run on."""
+TOP_K_NAMES = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
+
+
+@torch.inference_mode()
+def outputs(model: Any) -> torch.Tensor:
+    """Logits, or the last hidden states of a language part that has no head."""
+    output = model(input_ids=ids(), use_cache=False)
+    found: torch.Tensor = output["logits" if "logits" in output else "last_hidden_state"]
+    return found
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_an_empty_plan_is_the_model_itself_in_every_family(family: str) -> None:
+    model = tiny.build(family)
+    shape = shape_of(model)
+    stock = outputs(model)
+    with apply(model, Plan(shape.fingerprint()), count=True) as applied:
+        assert torch.equal(outputs(model), stock)
+    assert len(applied.generated) == len(shape.moe_layers)
+    slots = applied.generated[-1].slots_per_token
+    assert slots == shape.top_k or (shape.router.zero_experts and slots < shape.top_k)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_uniform_top_k_is_the_model_with_that_k_in_every_family(family: str) -> None:
+    model = tiny.build(family)
+    shape = shape_of(model)
+    names: dict[str, Any] = {name: 2 for name in TOP_K_NAMES if name in tiny.settings(family)}
+    fewer = tiny.build(family, **names)
+    for index in shape.hash_layers:  # what no plan changes keeps its experts
+        stock: Any = decoder_layers(model)[index]
+        changed: Any = decoder_layers(fewer)[index]
+        changed.mlp.gate = stock.mlp.gate
+    fewer.load_state_dict(model.state_dict())
+    full = outputs(model)
+    with apply(model, Plan.uniform(shape.fingerprint(), Rule(top_k=2))):
+        torch.testing.assert_close(outputs(model), outputs(fewer), rtol=0, atol=0)
+    assert not torch.allclose(outputs(fewer), full)
+
+
+@pytest.mark.parametrize("experts", ["stock", "leanmoe"])
+@pytest.mark.parametrize("family", EVERY)
+def test_batch_aware_rules_are_those_of_the_reference_in_every_family(
+    family: str, experts: str
+) -> None:
+    """What each layer does with its router's own logits, beside `routing.route` of these."""
+    model = tiny.build(family)
+    shape = shape_of(model)
+    layers = find_layers(model)
+    if experts == "leanmoe" and not all(layer.has_kernel for layer in layers):
+        pytest.skip("its experts are Transformers' alone")
+    rule = Rule(guaranteed=2, budget=9)
+    seen: dict[int, torch.Tensor] = {}
+    chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def observe(number: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        chosen[number] = ids_TK.clone(), weights_TK.clone()
+
+    plan = Plan.uniform(shape.fingerprint(), rule)
+    with apply(model, plan, observe=observe), record(model, seen.__setitem__):
+        outputs(model)
+    assert len(seen) == len(chosen) == len(layers)
+    for layer in layers:
+        bias_E = layer.ranking_bias(shape.router)
+        logits_TE = seen[layer.number].to(torch.float32)
+        wanted = route(logits_TE, shape.router, shape.top_k, rule, bias_E)
+        weights_TK = wanted.weights_BTK
+        if (scale_E := layer.expert_scale(shape.router)) is not None:
+            weights_TK = weights_TK * scale_E[wanted.ids_BTK.clamp(max=shape.experts - 1)]
+        assert torch.equal(chosen[layer.number][0], wanted.ids_BTK)
+        torch.testing.assert_close(chosen[layer.number][1], weights_TK)
 
 
 def test_a_plan_is_undone_after_an_exception() -> None:

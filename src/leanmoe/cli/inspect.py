@@ -47,6 +47,11 @@ def inspect(settings: InspectSettings, as_json: AsJson = False) -> None:
     note = NOTE.format(ridge=TOKENS_AT_THE_RIDGE)
     limited = shape.router.limits_groups
     console.print(note + GROUPS_NOTE if limited else note, style="dim")
+    if shape.hash_layers:
+        console.print(
+            f"Layers {_span(shape.hash_layers)} pick experts by token id, from a table: no score "
+            "ranks them, no rule applies, and they stay as trained."
+        )
     if shape.not_runnable is not None:
         console.print(f"No plan can run on {shape.model_type}: {shape.not_runnable}.")
 
@@ -58,6 +63,7 @@ def _facts(shape: MoEShape) -> dict[str, Any]:
         "model_type": shape.model_type,
         "layers": shape.layers,
         "moe_layers": list(shape.moe_layers),
+        "hash_layers": list(shape.hash_layers),
         "experts": shape.experts,
         "top_k": shape.top_k,
         "shared_experts": shape.shared_experts,
@@ -88,7 +94,8 @@ def _step(shape: MoEShape, tokens: int, bandwidth: float | None) -> dict[str, An
         "tokens_an_expert": tokens * shape.top_k / distinct,
         "bytes": needed,
         "gain": {
-            str(k): needed / shape.decode_bytes(distinct_uniform(shape.experts, k, tokens))
+            str(k): needed
+            / shape.decode_bytes(distinct_uniform(shape.experts, k, tokens), distinct)
             for k in _lower(shape.top_k)
         },
     }
@@ -120,9 +127,11 @@ def _summary(name: str, shape: MoEShape) -> Table:
         experts += f", {shape.shared_experts} shared"
     if router.limits_groups:
         experts += f"; from {router.groups_used} of {router.groups} groups"
+    if router.zero_experts:
+        experts += f"; {router.zero_experts} are the identity, without weights"
     lines = {
         "model": f"{name} ({shape.architecture}, {shape.model_type})",
-        "layers": f"{shape.layers}, {len(shape.moe_layers)} of them with experts",
+        "layers": f"{shape.layers}, {shape.routed_layers} of them with experts",
         "experts": experts,
         "router": _router(shape),
         "one expert": f"width {shape.expert_width}, {_count(shape.expert_parameters)} parameters, "
@@ -150,6 +159,13 @@ def _router(shape: MoEShape) -> str:
     if router.scaling != 1:
         words.append(f"times {router.scaling:g}")
     return ", ".join(words)
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    """The layers, as a range where they follow each other."""
+    first, last = layers[0], layers[-1]
+    is_range = len(layers) > 1 and last - first == len(layers) - 1
+    return f"{first} to {last}" if is_range else ", ".join(map(str, layers))
 
 
 def _table(shape: MoEShape, steps: list[dict[str, Any]]) -> Table:

@@ -22,12 +22,17 @@ def report(
     """Write the page of a run from its saved results; nothing is measured.
 
     Example:
-    leanmoe report runs/demo
+    leanmoe report runs/demo --svg verdict.svg
     """
-    from leanmoe.report.write import write_page
+    run, svg = settings.run, settings.svg
+    from leanmoe.report.write import write_page, write_svg
 
-    page = write_page(settings.run, output)
+    if svg is not None:
+        write_svg(run, svg)
+    page = write_page(run, output)
     if as_json:
-        print_json({"report": str(page)})
-    else:
-        print(f"The page: {page}")
+        print_json({"report": str(page), "svg": None if svg is None else str(svg)})
+        return
+    print(f"The page: {page}")
+    if svg is not None:
+        print(f"The picture: {svg}")

@@ -6,9 +6,8 @@ left out where it equals its default. `stored_as` gives a field another name in 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -30,8 +29,8 @@ from leanmoe.core.files import read_json, write_json
 T = TypeVar("T")
 
 
-class StoredFile:
-    """Base of the dataclasses that are a whole file with a schema version."""
+class ResultsFile:
+    """Base of the dataclasses that are a whole results file with a schema version."""
 
     KIND: ClassVar[str]
     """The key under which the file holds its schema version; it also tells files apart."""
@@ -41,7 +40,7 @@ class StoredFile:
 
     def to_json(self) -> dict[str, Any]:
         """The file's content: the schema version, then the fields."""
-        return {self.KIND: self.VERSION, **fields_to_json(self)}
+        return {self.KIND: self.VERSION, **_fields_to_json(self)}
 
     @classmethod
     def from_json(cls, value: Any, name: str = "") -> Self:
@@ -50,13 +49,13 @@ class StoredFile:
         Raises LeanMoeError for another schema version and for unknown, missing or mistyped fields.
         """
         where = f"{cls.WHAT} {name}".strip()
-        content = dict(_typed(dict, value, where))
-        version = content.pop(cls.KIND, None)
+        version = value.get(cls.KIND) if isinstance(value, dict) else None
         if version != cls.VERSION:
             raise LeanMoeError(
                 f"{where} has schema version {version!r}: this leanmoe reads {cls.VERSION}"
             )
-        return fields_from_json(cls, content, where, ": " if name else ".")
+        content = {key: each for key, each in value.items() if key != cls.KIND}
+        return _dataclass_from_json(cls, content, where)
 
     @classmethod
     def of(cls, **fields: Any) -> Self:
@@ -64,13 +63,13 @@ class StoredFile:
         return cls.from_json({cls.KIND: cls.VERSION, **fields})
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def read(cls, path: Path) -> Self:
         """Reads a file; raises LeanMoeError as `from_json` does."""
-        return cls.from_json(read_json(Path(path), cls.WHAT), str(path))
+        return cls.from_json(read_json(path, cls.WHAT), str(path))
 
-    def save(self, path: Path | str) -> None:
+    def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
-        write_json(Path(path), self.to_json())
+        write_json(path, self.to_json())
 
 
 def stored_as(key: str) -> dict[str, str]:
@@ -78,15 +77,11 @@ def stored_as(key: str) -> dict[str, str]:
     return {"key": key}
 
 
-ALWAYS_STORED: Mapping[str, bool] = {"always": True}
-"""The metadata of a dataclass field that is written where it equals its default, too."""
-
-
 def to_json(value: Any) -> Any:
     """A dataclass, tuple or mapping as JSON values; a class's own `to_json` is used."""
     if is_dataclass(value):
         own = getattr(value, "to_json", None)
-        return fields_to_json(value) if own is None else own()
+        return _fields_to_json(value) if own is None else own()
     if isinstance(value, tuple | list):
         return [to_json(each) for each in value]
     if isinstance(value, Mapping):
@@ -97,44 +92,35 @@ def to_json(value: Any) -> Any:
 def from_json(kind: type[T], value: Any, where: str) -> T:
     """Reads what `to_json` wrote of a `kind`; `where` names the place in messages.
 
-    A class's own `from_json` is used. Raises LeanMoeError for unknown, missing and mistyped fields.
+    Raises LeanMoeError for unknown, missing and mistyped fields.
     """
     read: T = _read(kind, value, where)
     return read
 
 
-def all_fields(value: Any) -> dict[str, Any]:
-    """Every field of a dataclass as JSON values, defaults too."""
-    written: dict[str, Any] = json.loads(json.dumps(asdict(value)))
-    return written
-
-
-def fields_to_json(value: Any) -> dict[str, Any]:
-    """A dataclass's fields by their keys, without those that equal their defaults."""
+def _fields_to_json(value: Any) -> dict[str, Any]:
     written = {}
     for each in fields(value):
         content = getattr(value, each.name)
-        is_written = _is_required(each) or each.metadata.get("always", False)
-        if is_written or content != _default(each):
+        if _is_required(each) or content != _default(each):
             written[_key(each)] = to_json(content)
     return written
 
 
-def fields_from_json(kind: type[T], value: Any, where: str, joint: str = ".") -> T:
-    """Reads what `fields_to_json` wrote; a field's place is `where`, `joint` and its key."""
-    content = _typed(dict, value, where)
+def _dataclass_from_json(kind: type[T], value: Any, where: str) -> T:
+    if not isinstance(value, dict):
+        raise LeanMoeError(f"{where} is {value!r}: it must be an object")
     by_key = {_key(each): each for each in fields(kind)}  # type: ignore[arg-type]
-    for key in content:
+    for key in value:
         if key not in by_key:
-            allowed = ", ".join(by_key)
-            raise LeanMoeError(f"{where} has an unknown field {key!r}: allowed are {allowed}")
+            raise LeanMoeError(f"{where}: {key!r} is no field; its fields are {', '.join(by_key)}")
     hints = _hints(kind)  # type: ignore[arg-type]
     given = {}
     for key, each in by_key.items():
-        if key in content:
-            given[each.name] = _read(hints[each.name], content[key], f"{where}{joint}{key}")
+        if key in value:
+            given[each.name] = _read(hints[each.name], value[key], f"{where}: {key}")
         elif _is_required(each):
-            raise LeanMoeError(f"{where}{joint}{key} is missing")
+            raise LeanMoeError(f"{where} is incomplete: {key} is missing")
     try:
         return kind(**given)
     except LeanMoeError as error:
@@ -152,15 +138,15 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = _typed(list, value, where)
         return tuple(_read(arguments[0], each, f"{where}[{n}]") for n, each in enumerate(items))
-    if origin in (dict, Mapping):
+    if origin is dict:
         content = _typed(dict, value, where)
         return {key: _read(arguments[1], each, f"{where}.{key}") for key, each in content.items()}
     if origin is Literal:
         return _typed(str, value, where)
     if hasattr(kind, "from_json"):
-        return kind.from_json(value, where)
-    if isinstance(kind, type) and is_dataclass(kind):
-        return fields_from_json(kind, value, where)
+        return kind.from_json(value)
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _dataclass_from_json(kind, value, where)
     return _typed(kind, value, where)
 
 

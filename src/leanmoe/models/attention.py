@@ -22,6 +22,9 @@ Gate = Literal["none", "element", "head"]
 
 CACHE_BYTES = 2.0
 """Bytes of a value in the KV cache: bf16, what engines do unless told otherwise."""
+FULL = "full_attention"
+COMPRESSED_SPARSE = 4
+"""Tokens that DeepSeek-V4 compresses to one where an indexer picks among them."""
 ALTERNATING = ("gpt_oss",)
 """Model types whose layers have a window in turn where the config lists no layer types."""
 
@@ -83,7 +86,7 @@ def attention(
         heads = settings.whole("num_attention_heads", least=1)
         pairs = settings.whole("num_key_value_heads", heads, least=1)
         width = settings.whole("head_dim", hidden // heads, least=1)
-        heads = (settings.items("num_attention_heads_per_layer", int) or {layer: heads})[layer]
+        heads = _heads_of_layer(settings, layer, heads)
         rows = heads * width + 2 * pairs * width
         weights = hidden * rows + heads * width * hidden
         if settings.flag(bias) if isinstance(bias, str) else bias:
@@ -96,10 +99,30 @@ def attention(
     return count
 
 
-def latent_attention(indexer: bool = False, gate: Gate = "none") -> Mixer:
-    """Multi-head latent attention (DeepSeek-V2 report, section 2.1), with V3.2's indexer."""
+def _heads_of_layer(settings: HfConfig, layer: int, heads: int) -> int:
+    """Query heads of one layer where the settings list them, or have others beside a window."""
+    if (listed := settings.items("num_attention_heads_per_layer", int)) is not None:
+        return int(listed[layer])
+    kinds = settings.items("layer_types", str)
+    if kinds is None or kinds[layer] != "sliding_attention":
+        return heads
+    heads = settings.part("attention_other_setting").whole("num_attention_heads", heads)
+    return settings.whole("num_sliding_attention_heads", heads)
 
-    def count(settings: HfConfig, _layer: int) -> int:
+
+def plus(*mixers: Mixer) -> Mixer:
+    """All of them in each layer."""
+    return lambda settings, layer: sum(mixer(settings, layer) for mixer in mixers)
+
+
+def latent_attention(indexer: Mixer | None = None, gate: Gate = "none") -> Mixer:
+    """Multi-head latent attention (DeepSeek-V2 report, section 2.1).
+
+    `indexer` counts what picks the tokens it attends to. With `mla_use_output_gate` (Kimi-K3) the
+    gate is one for each value.
+    """
+
+    def count(settings: HfConfig, layer: int) -> int:
         hidden = settings.whole("hidden_size", least=1)
         heads = settings.whole("num_attention_heads", least=1)
         rope, nope = settings.whole("qk_rope_head_dim"), settings.whole("qk_nope_head_dim")
@@ -112,12 +135,136 @@ def latent_attention(indexer: bool = False, gate: Gate = "none") -> Mixer:
         weights += heads * value * hidden
         if settings.flag("attention_bias"):
             weights += rank + down + rope + hidden
-        if indexer:
-            keys, width = settings.whole("index_n_heads"), settings.whole("index_head_dim")
-            weights += rank * keys * width + hidden * (width + keys) + 2 * width
-        return weights + (hidden * heads if gate == "head" else 0)
+        if indexer is not None:
+            weights += indexer(settings, layer)
+        elements = gate == "element" or settings.flag("mla_use_output_gate")
+        gates = heads * value if elements else heads if gate == "head" else 0
+        return weights + hidden * gates
 
     return count
+
+
+def indexer(settings: HfConfig, layer: int) -> int:
+    """DeepSeek-V3.2's indexer; a layer that shares the one of a layer before it has none.
+
+    GLM-5 says which share in `indexer_types`, `index_topk_pattern` or `index_topk_freq`; GLM-5-Next
+    joins `index_kpool` keys to one by weights of their own.
+    """
+    kinds, pattern = settings.items("indexer_types", str), settings.raw("index_topk_pattern")
+    frequency = max(1, settings.whole("index_topk_freq", 1))
+    if kinds is not None:
+        shares = kinds[layer] == "shared"
+    elif isinstance(pattern, str | list):
+        shares = pattern[layer] in ("S", "shared")
+    else:
+        offset = settings.whole("index_skip_topk_offset", 2)
+        shares = max(layer - offset + 1, 0) % frequency != 0
+    if shares:
+        return 0
+    hidden, rank = settings.whole("hidden_size", least=1), settings.whole("q_lora_rank")
+    keys, width = settings.whole("index_n_heads"), settings.whole("index_head_dim")
+    pooled = settings.whole("index_kpool", 0)
+    pooling = (pooled + hidden) * width if pooled else 0
+    return rank * keys * width + hidden * (width + keys) + 2 * width + pooling
+
+
+def compressed_attention(settings: HfConfig, layer: int) -> int:
+    """DeepSeek-V4: one key-value head, of which most layers keep a compressed past.
+
+    Layers that compress by the lower rate have an indexer too. The output projection is of low
+    rank, in groups of heads.
+    """
+    hidden = settings.whole("hidden_size", least=1)
+    heads, width = settings.whole("num_attention_heads", least=1), settings.whole("head_dim")
+    rank, groups = settings.whole("q_lora_rank"), settings.whole("o_groups", least=1)
+    low = groups * settings.whole("o_lora_rank")
+    weights = rank * (hidden + heads * width + 1) + width * (hidden + 1) + heads
+    weights += heads * width // groups * low + low * hidden
+    rate = _compression(settings, layer)
+    if rate == 0:
+        return weights
+    if rate > COMPRESSED_SPARSE:
+        return weights + width * (2 * hidden + rate + 1)
+    keys, index = settings.whole("index_n_heads"), settings.whole("index_head_dim")
+    both = width + index
+    return weights + both * (4 * hidden + 2 * rate + 1) + rank * keys * index + hidden * keys
+
+
+def _compression(settings: HfConfig, layer: int) -> int:
+    """Tokens that DeepSeek-V4 compresses to one in a layer; 0 where it has a window alone."""
+    rates = settings.part("compress_rates")
+    sparse = rates.whole("compressed_sparse_attention", COMPRESSED_SPARSE)
+    heavy = rates.whole("heavily_compressed_attention", 128)
+    if (ratios := settings.items("compress_ratios", int)) is not None:
+        return int(ratios[layer])
+    if (kinds := settings.items("layer_types", str)) is not None:
+        known = {"compressed_sparse_attention": sparse, "heavily_compressed_attention": heavy}
+        return known.get(kinds[layer], 0)
+    return sparse if layer >= 2 and layer % 2 else heavy
+
+
+def hyper_connections(rows: Callable[[int], int], scales: int) -> Mixer:
+    """What mixes a layer's residual streams, before attention and before the experts.
+
+    For `hc_mult` streams each mixing has `rows` outputs of all streams' values (mHC, DeepSeek-V4).
+    """
+
+    def count(settings: HfConfig, _layer: int) -> int:
+        streams = settings.whole("hc_mult", least=1)
+        width = streams * settings.whole("hidden_size", least=1)
+        return 2 * (rows(streams) * (width + 1) + scales)
+
+    return count
+
+
+def stream_head(settings: HfConfig) -> int:
+    """What makes one of the residual streams after the last layer (DeepSeek-V4)."""
+    streams = settings.whole("hc_mult", least=1)
+    return streams * (streams * settings.whole("hidden_size", least=1) + 1) + 1
+
+
+def sinks(settings: HfConfig, _layer: int) -> int:
+    """A sink for each head of attention."""
+    return settings.whole("num_attention_heads", least=1)
+
+
+def per_layer_embeddings(settings: HfConfig) -> int:
+    """Gemma's embeddings of their own for each layer, and what puts them in its stream."""
+    width = settings.whole("hidden_size_per_layer_input", 0)
+    if not width:
+        return 0
+    layers, hidden = settings.whole("num_hidden_layers", least=1), settings.whole("hidden_size")
+    table = settings.whole("vocab_size_per_layer_input", settings.whole("vocab_size"))
+    return layers * (width * (table + 3 * hidden) + hidden) + width
+
+
+def attention_residuals(settings: HfConfig, _layer: int) -> int:
+    """Kimi-K3's mixing of earlier layers' outputs, before attention and before the experts."""
+    mixes = settings.raw("attn_res_block_size") is not None
+    return 4 * settings.whole("hidden_size", least=1) if mixes else 0
+
+
+def two_widths(settings: HfConfig, layer: int) -> int:
+    """Gemma 4: layers with and without a window differ in heads and widths.
+
+    A layer may use another's keys and values (`num_kv_shared_layers`), or its keys as values
+    (`attention_k_eq_v`).
+    """
+    hidden = settings.whole("hidden_size", least=1)
+    heads = settings.whole("num_attention_heads", least=1)
+    pairs, width = settings.whole("num_key_value_heads"), settings.whole("head_dim")
+    kinds = settings.items("layer_types", str)
+    layers = settings.whole("num_hidden_layers", least=1)
+    is_full = layer == layers - 1 or (kinds[layer] == FULL if kinds else (layer + 1) % 6 == 0)
+    shares_values = settings.flag("attention_k_eq_v")
+    if is_full:
+        width = settings.whole("global_head_dim", width)
+        if shares_values:
+            pairs = settings.whole("num_global_key_value_heads", pairs)
+    weights = 2 * hidden * heads * width + width
+    if layer >= layers - settings.whole("num_kv_shared_layers", 0):
+        return weights
+    return weights + (1 if is_full and shares_values else 2) * hidden * pairs * width + width
 
 
 def hybrid(full: Mixer, other: Mixer) -> Mixer:

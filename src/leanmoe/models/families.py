@@ -6,14 +6,28 @@ Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError, unknown_name
-from leanmoe.models.attention import Mixer, attention, hybrid, latent_attention, window_and_full
-from leanmoe.models.hf_config import HfConfig
+from leanmoe.models.attention import (
+    attention,
+    attention_residuals,
+    compressed_attention,
+    hybrid,
+    hyper_connections,
+    indexer,
+    latent_attention,
+    per_layer_embeddings,
+    plus,
+    sinks,
+    stream_head,
+    two_widths,
+    window_and_full,
+)
+from leanmoe.models.family import Family
 from leanmoe.models.linear_attention import (
     gated_delta_net,
     kimi_delta,
@@ -25,11 +39,13 @@ from leanmoe.models.linear_attention import (
 from leanmoe.models.routers import (
     BIAS,
     DEEPSEEK_V3,
+    GEMMA4,
     SIGMOID,
     SIGMOID_NORMALISED,
     SOFTMAX,
     SOFTMAX_AFTER_TOP_K,
     SOFTMAX_NORMALISED,
+    SQRT_SOFTPLUS,
     GroupScore,
     Router,
     ScoreDtype,
@@ -37,42 +53,11 @@ from leanmoe.models.routers import (
     cohere,
     deepseek_v2,
     lfm2,
+    longcat,
     routing,
 )
 
 __all__ = ["FAMILIES", "Family", "GroupScore", "Router", "ScoreDtype", "Scoring", "family_of"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family's router works, and where its config.json says what its layers hold."""
-
-    router: Callable[[HfConfig], Router]
-    mixer: Mixer
-    """Counts the weights of what mixes tokens in a decoder layer."""
-    width: str = "moe_intermediate_size"
-    """Key of a routed expert's width."""
-    dense_width: str = "intermediate_size"
-    """Key of a dense layer's width."""
-    shared_width: str | None = None
-    """Key of the shared expert's own width; else `n_shared_experts` as wide as a routed one."""
-    shared_gate: bool = False
-    """Whether a gate of its own weighs the shared expert."""
-    matrices: int = 3
-    """Matrices of an expert: gate, up and down projection; 2 where there is no gate."""
-    biases: bool = False
-    """Whether the router and the experts have bias terms."""
-    layer_norms: int = 2
-    """Norms of the hidden width in a decoder layer."""
-    moe_norms: int = 0
-    """Further ones in an MoE layer."""
-    norm_biases: bool = False
-    single: bool = False
-    """Whether a layer is a mixer or experts, not one after the other (Nemotron-H)."""
-    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """What Transformers assumes where a config.json says nothing."""
-    not_runnable: str | None = None
-    """Why no plan can run on the family, which can only be inspected; None where one can."""
 
 
 def family_of(model_type: object) -> Family:
@@ -102,6 +87,8 @@ _V3 = Family(
         n_shared_experts=1,
     ),
 )
+_ONE_GROUP = _defaults(**{**_V3.defaults, "n_group": 1, "topk_group": 1})
+_MHC = hyper_connections(lambda streams: (2 + streams) * streams, 3)
 _LINEAR = {"linear_conv_kernel_dim": 4, "full_attention_interval": 4}
 _GLM = replace(
     _V3,
@@ -136,7 +123,14 @@ _M3 = replace(
 FAMILIES: Mapping[str, Family] = {
     "deepseek_v2": replace(_V3, router=deepseek_v2, defaults=_defaults(n_shared_experts=2)),
     "deepseek_v3": _V3,
-    "deepseek_v32": replace(_V3, mixer=latent_attention(indexer=True)),
+    "deepseek_v32": replace(_V3, mixer=latent_attention(indexer)),
+    "deepseek_v4": replace(
+        _V3,
+        router=routing(SQRT_SOFTPLUS, scaling="routed_scaling_factor"),
+        mixer=plus(compressed_attention, _MHC),
+        further=stream_head,
+        defaults=_defaults(n_shared_experts=1, routed_scaling_factor=1.5, num_hash_layers=3),
+    ),
     "kimi_k2": _V3,
     "axk1": replace(
         _V3, moe_norms=1, defaults=_defaults(**{**_V3.defaults, "first_k_dense_replace": 1})
@@ -152,8 +146,33 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "glm_moe_dsa": replace(
         _GLM,
-        mixer=latent_attention(indexer=True),
-        defaults=_defaults(**{**_V3.defaults, "n_group": 1, "topk_group": 1}),
+        mixer=latent_attention(indexer),
+        defaults=_ONE_GROUP,
+    ),
+    "glm5_next_text": replace(
+        _V3,
+        mixer=plus(hybrid(latent_attention(indexer), kimi_delta()), _MHC),
+        defaults=_defaults(**_ONE_GROUP, index_kpool=16, full_attention_interval=4),
+    ),
+    "hy_v4": replace(
+        _V3,
+        mixer=plus(
+            latent_attention(indexer, "element"), sinks, hyper_connections(lambda n: 2 * n, 2)
+        ),
+        further=stream_head,
+        defaults=_defaults(
+            **{**_ONE_GROUP, "first_k_dense_replace": 1, "routed_scaling_factor": 2.827},
+            index_topk_freq=4,
+        ),
+    ),
+    "longcat_flash": Family(
+        longcat,
+        plus(latent_attention(), latent_attention()),
+        width="expert_ffn_hidden_size",
+        shared_width="ffn_hidden_size",
+        shared_copies=2,
+        layer_norms=4,
+        defaults=_defaults(zero_expert_num=256, routed_scaling_factor=6.0),
     ),
     "solar_open": replace(
         _GLM, mixer=attention(), defaults=_defaults(norm_topk_prob=True, n_shared_experts=1)
@@ -181,7 +200,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "kimi_linear": replace(
         _V3,
-        mixer=hybrid(latent_attention(), kimi_delta()),
+        mixer=plus(hybrid(latent_attention(), kimi_delta()), attention_residuals),
+        further=lambda settings: attention_residuals(settings, 0) // 2,
         defaults=_defaults(**{**_GLM.defaults, "routed_scaling_factor": 2.446}),
     ),
     "bailing_hybrid": replace(
@@ -332,6 +352,23 @@ FAMILIES: Mapping[str, Family] = {
         routing(Router(ranking_bias=f"moe_statics.{BIAS}", normalise=True)),
         attention(bias="use_bias", output_bias=True),
         defaults=_defaults(first_k_dense_replace=1, n_shared_experts=2, tie_word_embeddings=True),
+    ),
+    "gemma4_text": Family(
+        GEMMA4,
+        two_widths,
+        shared_width="intermediate_size",
+        layer_norms=4,
+        moe_norms=4,  # the fourth is the router's own factor on its input
+        further=per_layer_embeddings,
+        defaults=_defaults(
+            tie_word_embeddings=True, global_head_dim=512, hidden_size_per_layer_input=256
+        ),
+    ),
+    "step3p5": Family(
+        routing(replace(SIGMOID_NORMALISED, sorted_top_k=False)),
+        attention(bias=False, norm="head", gate="head"),
+        shared_width="share_expert_dim",
+        defaults=_defaults(first_k_dense_replace=3),
     ),
     "phimoe": Family(
         routing(Router()),

@@ -25,13 +25,27 @@ TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 INHERITED = ("architectures", "quantization_config", "tie_word_embeddings", "dtype", "torch_dtype")
 """Settings of the whole model that a language model's part takes over."""
 NAMES: Mapping[str, tuple[str, ...]] = {
+    "num_hidden_layers": ("num_layers",),
     "num_experts": ("n_routed_experts", "num_local_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"),
+    "num_experts_per_tok": (
+        "num_experts_per_token",
+        "moe_k",
+        "moe_topk",
+        "moe_top_k",
+        "top_k_experts",
+    ),
+    "moe_latent_size": ("routed_expert_hidden_size", "moe_hidden_size"),
     "n_shared_experts": ("num_shared_experts", "moe_num_shared_experts"),
     "norm_topk_prob": ("moe_renormalize",),
-    "routed_scaling_factor": ("route_scale", "router_scaling_factor"),
+    "routed_scaling_factor": (
+        "route_scale",
+        "router_scaling_factor",
+        "moe_router_scaling_factor",
+    ),
     "n_group": ("num_expert_group",),
     "first_k_dense_replace": ("num_dense_layers", "moe_layer_start_index"),
+    "num_key_value_heads": ("num_attention_groups",),
+    "share_expert_dim": ("share_expert_dims",),
     "layer_types": ("layers_block_type",),
     "full_attention_interval": ("layer_group_size",),
     "linear_conv_kernel_dim": ("short_conv_kernel_size",),

@@ -25,7 +25,10 @@ def gated_delta_net(settings: HfConfig, _layer: int) -> int:
 
 
 def kimi_delta(low_rank: bool = True) -> Mixer:
-    """Kimi Linear's delta attention (arXiv 2510.26692); gates of low or of full rank."""
+    """Kimi Linear's delta attention (arXiv 2510.26692); gates of low or of full rank.
+
+    With `use_full_rank_gate` (Kimi-K3) it is the output's gate alone that has full rank.
+    """
 
     def count(settings: HfConfig, _layer: int) -> int:
         hidden = settings.whole("hidden_size", least=1)
@@ -36,7 +39,9 @@ def kimi_delta(low_rank: bool = True) -> Mixer:
         heads, width = part.whole("num_heads", heads), part.whole("head_dim", width, least=1)
         kernel = part.whole("short_conv_kernel_size", kernel)
         rows = heads * width
-        gates = 2 * width * (hidden + rows) if low_rank else 2 * hidden * rows
+        low, full = width * (hidden + rows), hidden * rows
+        has_full = not low_rank or part.flag("use_full_rank_gate")
+        gates = (low if low_rank else full) + (full if has_full else low)
         return 4 * hidden * rows + 3 * rows * kernel + rows + heads + hidden * heads + gates + width
 
     return count

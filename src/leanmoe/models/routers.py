@@ -11,7 +11,9 @@ from typing import Literal
 
 from leanmoe.models.hf_config import HfConfig
 
-Scoring = Literal["softmax", "sigmoid", "softmax_after_top_k"]
+Scoring = Literal["softmax", "sigmoid", "softmax_after_top_k", "sqrtsoftplus"]
+SCORINGS: tuple[Scoring, ...] = ("softmax", "sigmoid", "softmax_after_top_k", "sqrtsoftplus")
+"""By the number that kernels know each as."""
 GroupScore = Literal["max", "top2_sum"]
 ScoreDtype = Literal["float32", "logits"]
 
@@ -25,7 +27,8 @@ class Router:
     """
 
     scoring: Scoring = "softmax"
-    """softmax over all experts; sigmoid of each; or softmax over the picked logits alone."""
+    """softmax over all experts; sigmoid of each; softmax over the picked logits alone; or the
+    square root of each one's softplus, ln(1 + e^x) (DeepSeek-V4)."""
     ranking_bias: str | None = None
     """Name of the module's bias that is added to the scores for ranking, never for weighting."""
     normalise: bool = False
@@ -44,6 +47,12 @@ class Router:
     """Whether the family sorts what it picks; an order of summation differs in the last bit."""
     score_dtype: ScoreDtype = "float32"
     """Whether scores are computed in float32 or in whatever dtype the logits have."""
+    logits_module: str | None = None
+    """The router's part that makes the logits, where its forward returns something else."""
+    expert_scale: str | None = None
+    """Name of the module's factor [E] on the weight of each expert, after normalising."""
+    zero_experts: int = 0
+    """How many of the last experts are the identity: they compute nothing and have no weights."""
 
     @property
     def limits_groups(self) -> bool:
@@ -101,10 +110,19 @@ def cohere(settings: HfConfig) -> Router:
     return routing(Router("sigmoid", score_dtype="logits"), "norm_topk_prob")(settings)
 
 
+def longcat(settings: HfConfig) -> Router:
+    """Softmax over experts and identities, of which a bias picks (arXiv 2509.01322, section 2)."""
+    zero = settings.whole("zero_expert_num", 0)
+    base = Router(ranking_bias=BIAS, sorted_top_k=False, zero_experts=zero)
+    return routing(base, scaling="routed_scaling_factor")(settings)
+
+
 BIAS = "e_score_correction_bias"
 SOFTMAX = routing(Router(), "norm_topk_prob")
 SOFTMAX_NORMALISED = routing(Router(normalise=True))
 SOFTMAX_AFTER_TOP_K = routing(Router("softmax_after_top_k", score_dtype="logits"))
 SIGMOID = Router("sigmoid", BIAS, normalise_epsilon=1e-20, sorted_top_k=False)
+SQRT_SOFTPLUS = Router("sqrtsoftplus", BIAS, True, 1e-20, sorted_top_k=False, score_dtype="logits")
+GEMMA4 = routing(Router(normalise=True, logits_module="proj", expert_scale="per_expert_scale"))
 SIGMOID_NORMALISED = Router("sigmoid", BIAS, normalise=True)
 DEEPSEEK_V3 = routing(SIGMOID, "norm_topk_prob", "routed_scaling_factor", groups=True)

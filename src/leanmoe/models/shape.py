@@ -39,6 +39,7 @@ class Parameters:
     shared: int
     routers: int
     norms: int
+    """Norms, and what weights stand in no layer beside embedding and head."""
     expert: int
 
     @property
@@ -63,8 +64,11 @@ class MoEShape:
     model_type: str
     layers: int
     moe_layers: tuple[int, ...]
-    """Which decoder layers have routed experts."""
+    """Which decoder layers have routed experts that a router ranks: those a plan has rules for."""
+    hash_layers: tuple[int, ...]
+    """Which ones have experts that a table picks by token id; they stay as trained."""
     experts: int
+    """Experts a router chooses among, those that are the identity included."""
     top_k: int
     shared_experts: int
     hidden: int
@@ -104,6 +108,16 @@ class MoEShape:
         return self.storage.expert_bytes
 
     @property
+    def routed_layers(self) -> int:
+        """Layers with routed experts, however these are picked."""
+        return len(self.moe_layers) + len(self.hash_layers)
+
+    @property
+    def weighted_experts(self) -> int:
+        """Experts of a layer that have weights: all but the identities."""
+        return self.experts - self.router.zero_experts
+
+    @property
     def expert_parameters(self) -> int:
         """Weights of one routed expert."""
         return self.parameters.expert
@@ -115,11 +129,15 @@ class MoEShape:
 
     def total_parameters(self) -> int:
         """All weights."""
-        return self.parameters.always + self._routed(self.experts)
+        return self.parameters.always + self._routed(self.experts, self.experts)
 
     def active_parameters(self, top_k: int | None = None) -> int:
-        """Weights one token uses, embedding and head included as most model cards count them."""
-        return self.parameters.always + self._routed(self.top_k if top_k is None else top_k)
+        """Weights one token uses, embedding and head included as most model cards count them.
+
+        Where some experts are the identity: on average, all of them chosen alike.
+        """
+        k = self.top_k if top_k is None else top_k
+        return self.parameters.always + self._routed(k, self.top_k)
 
     def always_bytes(self) -> float:
         """Bytes of weights every decode step reads, whatever its tokens choose.
@@ -131,12 +149,16 @@ class MoEShape:
         other = found.mixers + found.dense + found.shared
         return plain * self.storage.plain_bytes + other * self.storage.other_bytes
 
-    def decode_bytes(self, distinct: float) -> float:
+    def decode_bytes(self, distinct: float, trained: float | None = None) -> float:
         """Bytes of weights a decode step reads when each MoE layer activates `distinct` experts.
 
-        The KV cache and activations are not counted.
+        Layers that no plan changes activate `trained`, or as many where that is not given. The KV
+        cache and activations are not counted.
         """
-        return self.always_bytes() + len(self.moe_layers) * distinct * self.expert_bytes
+        experts = len(self.moe_layers) * distinct
+        experts += len(self.hash_layers) * (distinct if trained is None else trained)
+        share = self.weighted_experts / self.experts
+        return self.always_bytes() + experts * share * self.expert_bytes
 
     def cached_bytes(self, context: float, tensor: int = 1) -> float:
         """Bytes of KV cache of one sequence with `context` tokens on one of `tensor` GPUs."""
@@ -150,8 +172,10 @@ class MoEShape:
         """Attention's weights that every GPU of tensor parallelism holds whole."""
         return sum(count * kind.copied for kind, count in self.attention)
 
-    def _routed(self, experts: int) -> int:
-        return len(self.moe_layers) * experts * self.parameters.expert
+    def _routed(self, ruled: int, trained: int) -> int:
+        """Weights of so many experts in each layer that a plan has rules for, and in the others."""
+        experts = len(self.moe_layers) * ruled + len(self.hash_layers) * trained
+        return experts * self.weighted_experts * self.parameters.expert // self.experts
 
 
 def distinct_uniform(experts: int, top_k: float, tokens: int) -> float:
@@ -195,15 +219,18 @@ def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) 
     settings = HfConfig(values, family.defaults)
     layers = _layers(settings, family)
     experts, top_k = _experts(settings, str(model_type))
-    moe_layers = _moe_layers(settings, layers)
+    routed_layers = _moe_layers(settings, layers)
+    hash_layers = _hash_layers(settings, routed_layers)
+    router = _router(settings, family, experts, top_k)
     width = settings.whole(family.width, least=1)
     shared, shared_width = _shared(settings, family, width)
     return MoEShape(
         architecture=_architecture(settings),
         model_type=str(model_type),
         layers=layers,
-        moe_layers=moe_layers,
-        experts=experts,
+        moe_layers=tuple(n for n in routed_layers if n not in hash_layers),
+        hash_layers=hash_layers,
+        experts=experts + router.zero_experts,
         top_k=top_k,
         shared_experts=shared,
         hidden=settings.whole("hidden_size", least=1),
@@ -211,8 +238,8 @@ def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) 
         shared_width=shared_width,
         dense_width=_dense_width(settings, family),
         vocabulary=settings.whole("vocab_size", least=1),
-        router=_router(settings, family, experts, top_k),
-        parameters=_parameters(settings, family, layers, moe_layers),
+        router=router,
+        parameters=_parameters(settings, family, layers, routed_layers),
         storage=storage(settings),
         not_runnable=family.not_runnable,
         attention=_attention(settings, layers),
@@ -276,6 +303,9 @@ def _moe_layers(settings: HfConfig, layers: int) -> tuple[int, ...]:
     frequency = settings.raw("moe_layer_freq")
     if kinds is not None:
         moe = tuple(n for n in range(layers) if kinds[n] != "dense")
+    elif (listed := settings.raw("moe_layers_enum")) is not None:  # Step: a list, or "3,4,5"
+        numbers = listed.split(",") if isinstance(listed, str) else listed
+        moe = tuple(n for n in range(layers) if n in {int(number) for number in numbers})
     elif isinstance(frequency, list):
         flags = settings.items("moe_layer_freq", int, layers) or ()
         moe = tuple(n for n in range(layers) if flags[n])
@@ -286,6 +316,13 @@ def _moe_layers(settings: HfConfig, layers: int) -> tuple[int, ...]:
     if not moe:
         raise LeanMoeError("no decoder layer has routed experts: not a mixture-of-experts model")
     return moe
+
+
+def _hash_layers(settings: HfConfig, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the layers with experts in which a table picks them (DeepSeek-V4's first ones)."""
+    if kinds := settings.items("mlp_layer_types", str):
+        return tuple(n for n in moe_layers if kinds[n] == "hash_moe")
+    return tuple(n for n in moe_layers if n < settings.whole("num_hash_layers", 0))
 
 
 def _is_moe(settings: HfConfig, layer: int, layers: int) -> bool:
@@ -310,8 +347,8 @@ def _shared(settings: HfConfig, family: Family, width: int) -> tuple[int, int]:
     count = settings.whole("n_shared_experts", 0)
     if family.shared_width is None:
         return count, count * width
-    own = settings.whole(family.shared_width, 0)
-    return (max(count, 1), own) if own else (0, 0)
+    own = settings.whole(family.shared_width, 0) * family.shared_copies
+    return (max(count, family.shared_copies), own) if own else (0, 0)
 
 
 def _parameters(
@@ -319,29 +356,33 @@ def _parameters(
 ) -> Parameters:
     hidden = settings.whole("hidden_size", least=1)
     width = settings.whole(family.width, least=1)
-    experts = settings.whole("num_experts", least=1)
-    inner = settings.whole("moe_latent_size", hidden) if family.single else hidden
+    router = family.router(settings)
+    experts = settings.whole("num_experts", least=1) + router.zero_experts
+    inner = settings.whole("moe_latent_size", hidden)
     table = settings.whole("vocab_size", least=1) * hidden
     shared = family.matrices * hidden * _shared(settings, family, width)[1]
     if family.shared_gate:
         shared += hidden
     if inner != hidden:
-        shared += 2 * hidden * inner
-    router = family.router(settings)
-    terms = int(family.biases) + int(router.ranking_bias is not None)
+        shared += 2 * hidden * inner + inner * settings.flag("latent_moe_use_norm")
+    terms = int(family.biases) + int(router.expert_scale is not None)
+    biases = 0
+    if router.ranking_bias is not None:
+        biases = experts * (len(moe_layers) - len(_hash_layers(settings, moe_layers)))
     mixing, dense = tuple(range(layers)), layers - len(moe_layers)
     if family.single and (kinds := settings.items("layer_types", str)) is not None:
         mixing = tuple(n for n in mixing if kinds[n] not in ("moe", "mlp"))
         dense = kinds.count("mlp")
     norms = (layers * family.layer_norms + len(moe_layers) * family.moe_norms + 1) * hidden
     norms *= 1 + int(family.norm_biases)
+    norms += 0 if family.further is None else family.further(settings)
     return Parameters(
         embedding=table,
         head=0 if settings.flag("tie_word_embeddings") else table,
         mixers=sum(family.mixer(settings, layer) for layer in mixing),
         dense=dense * family.matrices * hidden * _dense_width(settings, family),
         shared=len(moe_layers) * shared,
-        routers=len(moe_layers) * experts * (hidden + terms),
+        routers=len(moe_layers) * experts * (hidden + terms) + biases,
         norms=norms,
         expert=family.matrices * inner * width + (2 * width + hidden) * int(family.biases),
     )

@@ -192,6 +192,12 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
 
 
 def _check_kept(kept: Kept, shape: MoEShape) -> None:
+    if shape.hash_layers or shape.router.zero_experts:
+        what = "experts that a table picks by token id" if shape.hash_layers else "identity experts"
+        raise LeanMoeError(
+            f"{shape.model_type} has {what}: a checkpoint with fewer experts cannot be written; "
+            "set --as-plan"
+        )
     if len(kept) != len(shape.moe_layers):
         raise LeanMoeError(f"{len(kept)} layers' experts for {len(shape.moe_layers)} MoE layers")
     counts = sorted({len(experts) for experts in kept})

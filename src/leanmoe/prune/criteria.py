@@ -254,6 +254,9 @@ def watch(model: Any) -> Iterator[Watch]:
                 after = output if isinstance(output, Tensor) else output[0]
                 with torch.inference_mode():
                     flat_TD = after.reshape(-1, after.shape[-1])
+                    if flat_TD.numel() != routed_TD.numel():
+                        streams = f"{layer.name}: its model keeps several residual streams"
+                        raise LeanMoeError(f"{streams}, which rank no expert: set --criterion odd")
                     watching.add(layer, inputs, routed_TD.reshape(flat_TD.shape), flat_TD)
 
             hooks.callback(layer.experts.register_forward_hook(caught).remove)

@@ -19,7 +19,7 @@ Kind = Literal["numbered", "first_axis", "last_axis"]
 _BLOCK = re.compile(r"^((?:.*\.)?layers\.(\d+)(?:\.[a-z_0-9]+)*?)\.experts\.")
 _LINEARS = re.compile(r"^((?:.*\.)?layers\.(\d+)(?:\.[a-z_0-9]+)*?)\.(?:input|output)_linear\.")
 _NUMBERED = re.compile(r"\.experts\.(\d+)\.")
-_ROUTER = re.compile(r"(?:gate|router)(?:\.(?:gate|wg|layer|classifier))?\.\w+")
+_ROUTER = re.compile(r"(?:gate|router)(?:\.(?:gate|wg|layer|classifier|proj))?\.\w+")
 _BIAS = re.compile(r"(?:[\w.]+\.)?(?:e_score_correction_bias|expert_bias)")
 
 

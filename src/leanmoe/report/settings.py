@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from leanmoe.core.options import argument
+from leanmoe.core.options import argument, option
 
 
 @dataclass(frozen=True)
 class ReportSettings:
     """The settings of one page."""
 
-    run: Path = argument("The folder of a run of tune, bench, eval, study or predict --sweep.")
+    run: Path = argument("The folder of a run of tune, bench or eval.")
+    svg: Path | None = option(None, "A file to draw the verdict of a tune run to, as SVG.")
 
     def check(self) -> None:
         """Nothing that stands by itself can be wrong: the run's results are checked when read."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-from leanmoe.core.schema import StoredFile, stored_as
+from leanmoe.core.schema import ResultsFile
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class SweepLimits:
 
 
 @dataclass(frozen=True)
-class SweepResults(StoredFile):
+class SweepResults(ResultsFile):
     """Everything that a sweep compared."""
 
     KIND: ClassVar[str] = "leanmoe_sweep"
@@ -71,7 +71,7 @@ class SweepResults(StoredFile):
     how: str
     model: str
     gpu: str
-    lengths: str = field(metadata=stored_as("load"))
+    load: str
     kernel: str
     configurations: int
     seconds: float

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from leanmoe.core.intervals import LossChange, LossGap, RatioOfRuns
-from leanmoe.core.provenance import Provenance, StepsMadeWith
-from leanmoe.core.schema import StoredFile, stored_as
+from leanmoe.core.provenance import MadeWith, Provenance
+from leanmoe.core.schema import ResultsFile, stored_as
 from leanmoe.models.shape import Fingerprint
-from leanmoe.plan import Plan, Rule
-
-Phase = Literal["prompt", "decode"]
-BudgetKind = Literal["slots", "distinct"]
+from leanmoe.plan import Rule
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,15 @@ class DistinctExperts:
 
 
 @dataclass(frozen=True)
+class ExpertPair:
+    """Two experts that are chosen by the same token `lift` times as often as by chance."""
+
+    experts: tuple[int, ...]
+    lift: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class LayerProfile:
     """What the router of one MoE layer does on the calibration text."""
 
@@ -63,12 +69,13 @@ class LayerProfile:
     decoder_layer: int
     use: tuple[float, ...]
     """Each expert's share of all slots."""
+    gate: tuple[float, ...]
+    """Each expert's summed gates."""
+    mass: tuple[float, ...]
+    """The share of a token's gate mass that its best 1, 2, ... experts carry."""
+    mass_quantiles: tuple[tuple[float, ...], ...]
     distinct: tuple[DistinctExperts, ...]
-    gate: tuple[float, ...] = ()
-    """This and what follows stands in files of 0.1.0 alone."""
-    mass: tuple[float, ...] = ()
-    mass_quantiles: tuple[tuple[float, ...], ...] = ()
-    pairs: tuple[dict[str, Any], ...] = ()
+    pairs: tuple[ExpertPair, ...]
 
 
 @dataclass(frozen=True)
@@ -78,46 +85,22 @@ class ProfileSummary:
     label: str
     tokens: int
     documents: int
+    quantiles: tuple[float, ...]
     layers: tuple[LayerProfile, ...]
-    quantiles: tuple[float, ...] = ()
-    """In files of 0.1.0 alone."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A rule in one MoE layer, for prompt tokens or for the tokens of decode steps."""
+class MeasuredCandidate:
+    """One rule in one layer: what it costs (nats) and what it activates."""
 
-    phase: Phase
+    phase: str
     layer: int
     rule: Rule
     decode_batch: int = field(metadata=stored_as("together"))
-    """Requests that decode at once; 1 for rules that are not batch-aware."""
-
-    def plan(self, model: Fingerprint) -> Plan:
-        """The plan that changes this layer alone."""
-        rules = [Rule()] * model.moe_layers
-        rules[self.layer] = self.rule
-        if self.phase == "prompt":
-            return Plan(model, prompt=tuple(rules))
-        return Plan.per_layer(model, tuple(rules))
-
-    def serves(self, decode_batch: int) -> bool:
-        """Whether what was measured of it holds in steps of so many requests."""
-        return not self.rule.is_batch_aware or self.decode_batch == decode_batch
-
-
-@dataclass(frozen=True)
-class Sensitivity(Candidate):
-    """What a candidate costs in next-token prediction, and what it activates."""
-
     divergence: float
-    """KL from the full model, nats per predicted token."""
     loss_difference: float
-    """Next-token loss over the full model's, nats per predicted token."""
     slots: float
-    """Mean experts a token of the candidate's phase uses in its layer."""
     distinct: float
-    """Mean distinct experts a step of the candidate's phase activates in its layer."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +109,7 @@ class SensitivitySummary:
 
     label: str
     tokens: int
-    candidates: tuple[Sensitivity, ...]
+    candidates: tuple[MeasuredCandidate, ...]
 
 
 @dataclass(frozen=True)
@@ -161,7 +144,7 @@ class LoadFront:
 class StrategyBudget:
     """What strategies were compared at: so many `slots` a token or `distinct` experts a step."""
 
-    kind: BudgetKind
+    kind: str
     value: float
 
 
@@ -267,7 +250,14 @@ class LoadVerdict:
 
 
 @dataclass(frozen=True)
-class TuneResults(StoredFile):
+class StepsMadeWith(MadeWith):
+    """Code, weights and machine that some stored steps were made with."""
+
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TuneResults(ResultsFile):
     """The results.json of a tune run."""
 
     KIND: ClassVar[str] = "leanmoe_results"

@@ -79,7 +79,7 @@ def count_demand(
 
 
 def select_active_experts(
-    demand_B3E: Tensor, rule: Rule, placement: Placement | None = None
+    demand_B3E: Tensor, rule: Rule, placement: Placement | None = None, zero_experts: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """The experts (B,E) that a step may activate, and (B) whether a budget is too small for it.
 
@@ -93,7 +93,17 @@ def select_active_experts(
     expert without a vote is never active, so fewer than the budget may be.
 
     With both kinds the guaranteed experts are the candidates, and the budget prevails.
+
+    The last `zero_experts` compute nothing: all of them are always active, and no budget counts
+    them.
     """
+    if zero_experts:
+        weighted = demand_B3E.shape[-1] - zero_experts
+        demand_B3E = demand_B3E.clone()
+        demand_B3E[..., weighted:] = 0
+        active_BE, over_B = select_active_experts(demand_B3E, rule, placement)
+        active_BE[..., weighted:] = True
+        return active_BE, over_B
     guaranteed_BE = demand_B3E[..., GUARANTEED, :] > 0
     if not rule.has_budget:
         return guaranteed_BE, None

@@ -172,7 +172,9 @@ def _shared(
     demand_B3E = count_demand(ids_BTK, kept_BTK, experts, rule.guaranteed, votes_BTK)
     if scope.exchange is not None:
         demand_B3E = scope.exchange(demand_B3E)
-    active_BE, over_budget = select_active_experts(demand_B3E, rule, scope.placement)
+    active_BE, over_budget = select_active_experts(
+        demand_B3E, rule, scope.placement, router.zero_experts
+    )
     usable_BTE = keys_BTE.masked_fill(~active_BE.unsqueeze(-2), NOT_USABLE)
     filled_keys_BTK, filled_ids_BTK = usable_BTE.topk(slots, dim=-1)
     filled_BTK = is_usable(filled_keys_BTK, experts)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.routers import Router
@@ -47,6 +48,8 @@ def score(
         gates = ranking = logits_BTE
     elif router.scoring == "sigmoid":
         gates = ranking = logits_BTE.to(dtype).sigmoid()
+    elif router.scoring == "sqrtsoftplus":
+        gates = ranking = functional.softplus(logits_BTE.to(dtype)).sqrt()
     elif experts is None:
         gates = ranking = torch.softmax(logits_BTE, dim=-1, dtype=dtype)
     else:  # a pruned model's softmax knows nothing of the experts that are gone
@@ -123,9 +126,11 @@ def order_keys(ranking_BTE: Tensor) -> Tensor:
     """Whole numbers [B,T,E], all different in a token, that order experts as the ranking does.
 
     The float32's bits as an integer that sorts like the float, followed by the id, lower better.
+    NaN ranks first, whatever its sign, so that whoever looks at the weights sees it.
     """
     experts = ranking_BTE.shape[-1]
-    bits = (ranking_BTE.float() + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
+    ranking = ranking_BTE.float() + 0.0  # minus zero equals zero
+    bits = torch.where(ranking.isnan(), float("inf"), ranking).view(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return torch.add(lower_first(experts, ranking_BTE.device), bits, alpha=experts)
 

@@ -99,6 +99,7 @@ def apply(
     undo: list[Callable[[], object]] = [lambda: delattr(model, _MARK)]
     try:
         if experts == IMPLEMENTATION:
+            prepared(layers[0].experts)  # refused here, before anything is changed
             register_experts()
             undo.append(lambda: model.set_experts_implementation(before))
             model.set_experts_implementation(IMPLEMENTATION)
@@ -208,8 +209,9 @@ def _layer_routing(
         number,
         router,
         applied.plan.model.top_k,
-        int(layer.experts.num_experts),
+        layer.expert_count,
         layer.ranking_bias(router),
+        layer.expert_scale(router),
         model.config._experts_implementation == IMPLEMENTATION,
         counts,
         scope,
@@ -236,9 +238,10 @@ def _hook_layer(layer: MoELayer, how: LayerRouting, call: _Call) -> Callable[[],
         ids_TK, weights_TK, skips = how.choose(logits_TE, (top_k_index, top_k_weights), call.parts)
         if not skips or how.is_fast:
             return stock(hidden_states, ids_TK, weights_TK)
-        return without_skipped(stock, hidden_states, ids_TK, weights_TK, how.experts)
+        has_identity = how.router.zero_experts > 0
+        return without_skipped(stock, hidden_states, ids_TK, weights_TK, how.experts, has_identity)
 
-    handle = layer.router.register_forward_hook(note_logits)
+    handle = layer.logits_source(how.router).register_forward_hook(note_logits)
     layer.experts.forward = forward
 
     def undo() -> None:

@@ -21,7 +21,7 @@ from leanmoe.kernels.cpu.threads import openmp_functions
 from leanmoe.models.reference import folder_of
 from leanmoe.models.routers import Router
 from leanmoe.models.shape import MoEShape, read_shape
-from leanmoe.runtime.transformers_experts import experts_forward, prepared
+from leanmoe.runtime.transformers_experts import experts_forward, has_interface, prepared
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,10 +109,37 @@ class MoELayer:
             f"{self.name} has no {router.ranking_bias}: this family's router has one"
         )
 
+    def expert_scale(self, router: Router) -> Tensor | None:
+        """The factor [E] on each expert's weight; None where the family has none."""
+        return None if router.expert_scale is None else getattr(self.router, router.expert_scale)
+
+    def logits_source(self, router: Router) -> nn.Module:
+        """The module whose output has the logits: the router, or a part of it."""
+        source: nn.Module = self.router
+        return (
+            source if router.logits_module is None else source.get_submodule(router.logits_module)
+        )
+
+    def logits(self, hidden_TD: Tensor, router: Router) -> Tensor:
+        """The router's logits (T,E) for these hidden states."""
+        seen: list[Tensor] = []
+        hook = self.logits_source(router).register_forward_hook(
+            lambda _module, _inputs, output: seen.append(router_logits(output))
+        )
+        with hook:
+            self.router(hidden_TD)
+        return seen[0].flatten(0, -2)
+
+    @property
+    def expert_count(self) -> int:
+        """Experts that the router chooses among."""
+        own = getattr(self.experts, "total_experts", None)  # LongCat's identities are among them
+        return int(self.experts.num_experts if own is None else own)
+
     @property
     def has_kernel(self) -> bool:
         """Whether a kernel computes the layer's experts, and not the reference."""
-        return prepared(self.experts)[1].name != "reference"
+        return has_interface(self.experts) and prepared(self.experts)[1].name != "reference"
 
     def random_input(self, tokens: int, draw: torch.Generator) -> Tensor:
         """Standard normal hidden states [T,D], as the inputs of MoE layers are normalised."""
@@ -153,13 +180,14 @@ def find_layers(model: Any) -> tuple[MoELayer, ...]:
     shape = shape_of(model)
     layers: list[MoELayer] = []
     for index, decoder in enumerate(decoder_layers(model)):
+        if index in shape.hash_layers:
+            continue
         for name, block in decoder.named_modules():
             experts = getattr(block, "experts", None)
             router = next((getattr(block, n) for n in ROUTER_NAMES if hasattr(block, n)), None)
             if experts is not None and _is_experts(experts) and isinstance(router, nn.Module):
-                layers.append(
-                    MoELayer(len(layers), index, f"layers.{index}.{name}", router, experts, block)
-                )
+                path = f"layers.{index}.{name}".removesuffix(".")
+                layers.append(MoELayer(len(layers), index, path, router, experts, block))
     indices = tuple(layer.decoder_index for layer in layers)
     if indices != shape.moe_layers:
         raise LeanMoeError(
@@ -200,8 +228,12 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def _is_experts(module: Any) -> bool:
-    """Whether Transformers' experts interface dispatches this module."""
-    return isinstance(module, nn.Module) and hasattr(module, "_apply_gate")
+    """Whether a module takes ids and weights and holds all experts.
+
+    Most have their gate apart, as Transformers' experts interface wants it; LongCat's have not.
+    """
+    marks = ("_apply_gate", "identity_expert")
+    return isinstance(module, nn.Module) and any(hasattr(module, mark) for mark in marks)
 
 
 Sink = Callable[[int, Tensor], None]
@@ -213,9 +245,11 @@ def record(model: Any, sink: Sink) -> Iterator[None]:
 
     Raises LeanMoeError, naming the layer, when a router's logits are not finite.
     """
+    router = shape_of(model).router
     with ExitStack() as hooks:
         for layer in find_layers(model):
-            hooks.callback(layer.router.register_forward_hook(_pass_on(layer, sink)).remove)
+            source = layer.logits_source(router)
+            hooks.callback(source.register_forward_hook(_pass_on(layer, sink)).remove)
         yield
 
 

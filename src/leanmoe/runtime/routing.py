@@ -46,6 +46,8 @@ class LayerRouting:
     """The model's own."""
     experts: int
     bias_E: Tensor | None
+    scale_E: Tensor | None
+    """The family's factor on each expert's weight."""
     is_fast: bool
     """Whether our own routing may stand for the reference."""
     counts: tuple[RoutingCounts, RoutingCounts] | None
@@ -90,7 +92,11 @@ class LayerRouting:
 
     def _route(self, logits: Tensor, rule: Rule, padding: Tensor | None) -> Routing:
         function: Route = fast_route if self.is_fast else route
-        return function(logits, self.router, self.top_k, rule, self.bias_E, padding, self.scope)
+        routing = function(logits, self.router, self.top_k, rule, self.bias_E, padding, self.scope)
+        if self.scale_E is None:
+            return routing
+        scales_BTK = self.scale_E[routing.ids_BTK.clamp(max=self.experts - 1)]
+        return routing._replace(weights_BTK=routing.weights_BTK * scales_BTK)
 
     def _joined(
         self, logits_TE: Tensor, stock: tuple[Tensor, Tensor] | None, parts: Sequence[StepPart]
@@ -126,7 +132,8 @@ class LayerRouting:
         padding_BT = part.padding_BT
         if padding_BT is not None and padding_BT.dim() == 1:
             padding_BT = padding_BT.unsqueeze(0)
-        self.counts[part.is_prompt].add(ids_BTK, padding_BT, self.experts)
+        weighted = self.experts - self.router.zero_experts  # an identity is as good as skipped
+        self.counts[part.is_prompt].add(ids_BTK.clamp(max=weighted), padding_BT, weighted)
 
     def _count_budget(self, over_B: Tensor | None, part: StepPart) -> None:
         if over_B is not None and self.counts is not None:
@@ -153,20 +160,24 @@ def _skips(part: StepPart, layer: int) -> bool:
 
 
 def without_skipped(
-    stock: Experts, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int
-) -> Tensor:
+    stock: Experts, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int,
+    has_identity: bool = False,
+) -> Tensor:  # fmt: skip
     """Runs an implementation that knows no skipped slots on the slots that are left.
 
     Each is a token of its own with one slot, so that skipped ones cost no row and leak no NaN.
+    Where the last expert is the identity, with that one too, at weight 0: LongCat's class cannot
+    compute tokens of one slot.
     """
     token_X, slot_X = (ids_TK < experts).nonzero(as_tuple=True)
     out_TD = torch.zeros_like(hidden_TD)
     if len(token_X):
-        rows_XD = stock(
-            hidden_TD[token_X],
-            ids_TK[token_X, slot_X].unsqueeze(-1),
-            weights_TK[token_X, slot_X].unsqueeze(-1),
-        )
+        ids_X1 = ids_TK[token_X, slot_X].unsqueeze(-1)
+        weights_X1 = weights_TK[token_X, slot_X].unsqueeze(-1)
+        if has_identity:
+            ids_X1 = functional.pad(ids_X1, (0, 1), value=experts - 1)
+            weights_X1 = functional.pad(weights_X1, (0, 1))
+        rows_XD = stock(hidden_TD[token_X], ids_X1, weights_X1)
         out_TD.index_add_(0, token_X, rows_XD.to(out_TD.dtype))
     return out_TD
 
@@ -204,7 +215,7 @@ class FastRouter:
 @torch.inference_mode()
 def fast_router(layer: MoELayer, router: Router, top_k: int) -> FastRouter | None:
     """The stand-in for a layer's router; None where it would not be the same."""
-    module, experts = layer.router, int(layer.experts.num_experts)
+    module, experts = layer.router, layer.expert_count
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta or weight.dim() != 2:
         return None

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import Choice, Experts, ExpertWeights, Gate, choose_experts
 from leanmoe.kernels.weights import ACTIVATIONS, Activation
 
@@ -36,8 +37,21 @@ def experts_forward(
     return choice.function(hidden_states, top_k_index, top_k_weights, weights)
 
 
+def has_interface(module: Any) -> bool:
+    """Whether Transformers' experts interface dispatches this module."""
+    return hasattr(module, "has_gate") and hasattr(module, "_apply_gate")
+
+
 def prepared(module: Any) -> tuple[ExpertWeights, Choice[Experts]]:
-    """The module's weights as our kernels take them, and the kernel chosen; made once."""
+    """The module's weights as our kernels take them, and the kernel chosen; made once.
+
+    Raises LeanMoeError for a module that is not behind Transformers' experts interface.
+    """
+    if not has_interface(module):
+        raise LeanMoeError(
+            f"{type(module).__name__} is not behind Transformers' experts interface: leanmoe's "
+            "kernels cannot compute it; set experts to 'stock'"
+        )
     up = module.gate_up_proj if module.has_gate else module.up_proj
     key = (up.data_ptr(), module.down_proj.data_ptr())
     known = _prepared.get(module)

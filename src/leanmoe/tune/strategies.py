@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,14 +20,22 @@ import torch
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.registry import Registry
 from leanmoe.plan import Fingerprint, Rule
-from leanmoe.results.tune import Sensitivity, StrategyBudget
 from leanmoe.routing import route
 from leanmoe.runtime import find_layers, shape_of
 from leanmoe.tune.allocate import Offer, cheapest
-from leanmoe.tune.layers import loss_rates
+from leanmoe.tune.layers import Sensitivity, loss_rates
 
+Kind = Literal["slots", "distinct"]
 Cost = Callable[[int, Rule], float]
 """Mean cost of a rule in a layer, by replay: no pass of the model."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all strategies may spend: a mean over layers."""
+
+    kind: Kind
+    value: float
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,7 @@ class Setting:
 
     model: Fingerprint
     decode_batch: int
-    budget: StrategyBudget
-    """What all strategies may spend: a mean over layers."""
+    budget: Budget
     cost: Cost
     sensitivities: Sequence[Sensitivity] = ()
     perturbation: Mapping[tuple[int, int], float] | None = None
@@ -270,9 +277,11 @@ def layer_rules(
     rates = loss_rates(sensitivities)
     options: list[list[tuple[Rule, float]]] = [[(Rule(), 0.0)] for _ in range(layers)]
     for measured in sensitivities:
-        if measured.phase == "decode" and measured.serves(decode_batch):
-            loss = rates["decode", measured.layer] * max(measured.divergence, 0.0)
-            options[measured.layer].append((measured.rule, loss))
+        tried = measured.candidate
+        fits = not tried.rule.is_batch_aware or tried.decode_batch == decode_batch
+        if tried.phase == "decode" and fits:
+            loss = rates["decode", tried.layer] * max(measured.divergence, 0.0)
+            options[tried.layer].append((tried.rule, loss))
     return options
 
 
@@ -290,7 +299,7 @@ def perturbation(
     for layer in find_layers(model):
         hidden_TD = layer.random_input(tokens, draw)
         bias_E = layer.ranking_bias(shape.router)
-        logits_TE = hidden_TD.float() @ layer.router.weight.float().T
+        logits_TE = layer.logits(hidden_TD, shape.router)
         outputs = []
         for k in range(1, shape.top_k + 1):
             routing = route(logits_TE, shape.router, shape.top_k, Rule(top_k=k), bias_E)

@@ -32,6 +32,10 @@ def test_routers_are_read_as_vllm_has_them() -> None:
     router = read_router(GroupedTopKRouter())
     assert (router.groups, router.groups_used, router.group_score) == (4, 2, "top2_sum")
     assert router.scaling == 2.5
+    root = FusedTopKRouter()
+    root.scoring_func = "sqrtsoftplus"
+    assert router_unsupported_reason(root) is None
+    assert read_router(root) == Router("sqrtsoftplus", None, True, 1e-20, group_score="max")
     too_few = GroupedTopKRouter()
     too_few.num_expert_group = 3
     assert not read_router(too_few).limits_groups
@@ -40,8 +44,10 @@ def test_routers_are_read_as_vllm_has_them() -> None:
 def test_routers_that_cannot_be_read_say_why() -> None:
     assert "CustomRoutingRouter" in str(router_unsupported_reason(CustomRoutingRouter()))
     odd = FusedTopKRouter()
-    odd.scoring_func = "sqrtsoftplus"
-    assert "sqrtsoftplus" in str(router_unsupported_reason(odd))
+    odd.scoring_func = "tanh"
+    assert "scores by tanh" in str(router_unsupported_reason(odd))
+    odd.scoring_func, odd.renormalize = "sqrtsoftplus", False
+    assert "does not renormalise" in str(router_unsupported_reason(odd))
     fused = FusedTopKRouter()
     fused.num_fused_shared_experts = 1  # type: ignore[attr-defined]
     assert "shared experts" in str(router_unsupported_reason(fused))

@@ -48,6 +48,15 @@ def score(field, token, gates, ranking):
         for e in range(experts, width):
             gates[e] = 0.0
         llvm_microkernel.sigmoid(gates.ctypes.data, width // LANES)
+    elif field[at.SCORING] == at.SQRT_SOFTPLUS:
+        for e in range(experts):
+            gates[e] = -np.abs(logits[e])
+        for e in range(experts, width):
+            gates[e] = 0.0
+        llvm_microkernel.exponential(gates.ctypes.data, width // LANES)
+        for e in range(experts):  # ln(1 + e^x) of a large x would overflow
+            above = logits[e] if logits[e] > 0 else np.float32(0.0)
+            gates[e] = np.sqrt(above + np.log1p(gates[e]))
     else:
         # A pruned model's softmax knows nothing of the experts that are gone.
         best = NEVER

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.kernels.cpu.threads import find_team
-from leanmoe.models.routers import Router
+from leanmoe.models.routers import SCORINGS, Router
 from leanmoe.plan import Rule
 from leanmoe.routing import Routing
 
@@ -27,6 +27,8 @@ def route_cpu_unsupported(logits_BTE: Tensor, router: Router, rule: Rule) -> str
         return f"the family scores in {logits_BTE.dtype}"
     if rule.top_k == 0:
         return "nothing is routed"
+    if router.zero_experts and rule.is_batch_aware:
+        return "experts that compute nothing are the reference's alone"
     if rule.budget_per_rank is not None:
         return "budget_per_rank is the reference's alone"
     if router.groups > MOST_GROUPS:
@@ -95,7 +97,7 @@ def _constants(router: Router, rule: Rule, experts: int) -> _Constants:
         allowed = np.zeros(experts, np.uint8)
         allowed[list(rule.experts)] = 1
     flags = (
-        ("softmax", "sigmoid", "softmax_after_top_k").index(router.scoring),
+        SCORINGS.index(router.scoring),
         int(router.normalise),
         router.groups if router.limits_groups else 1,
         router.groups_used,

@@ -18,7 +18,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.triton.expert_blocks import ExpertBlocks, most_blocks
 from leanmoe.kernels.triton.launch import interprets
 from leanmoe.kernels.triton.state import power_of_two, zeros_for
-from leanmoe.models.routers import Router
+from leanmoe.models.routers import SCORINGS, Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 
@@ -33,7 +33,6 @@ BEST, GUARANTEED, VOTES = range(3)
 """Rows of the demand (3,E), int64, as in `leanmoe.routing.batch_rules`."""
 Exchange = Callable[[Tensor], Tensor]
 """Adds up the demand (3,E) of all ranks, as `leanmoe.routing.BatchScope.exchange`."""
-SCORINGS = ("softmax", "sigmoid", "softmax_after_top_k")
 
 
 class RoutedGpu(NamedTuple):
@@ -58,6 +57,8 @@ def route_gpu_unsupported(logits_TE: Tensor, router: Router, rule: Rule) -> str 
         return f"the family scores in {logits_TE.dtype}"
     if rule.top_k == 0:
         return "nothing is routed"
+    if router.zero_experts and rule.is_batch_aware:
+        return "experts that compute nothing are the reference's alone"
     tokens, experts = logits_TE.shape
     if experts > MOST_EXPERTS:
         return f"{experts} experts are more than {MOST_EXPERTS}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SOFTMAX, SIGMOID, SOFTMAX_AFTER = (tl.constexpr(i) for i in range(3))
+SOFTMAX, SIGMOID, SOFTMAX_AFTER, SQRT_SOFTPLUS = (tl.constexpr(i) for i in range(4))
 INACTIVE = tl.constexpr(-(1 << 31))
 """A key below that of any expert that can be used."""
 FIRST = tl.constexpr((1 << 31) - 1)
@@ -45,6 +45,13 @@ def _gates(logits, top, total, SCORING: tl.constexpr):
         gates = logits
     elif SCORING == SIGMOID:
         gates = tl.sigmoid(logits)
+    elif SCORING == SQRT_SOFTPLUS:
+        # ln(1 + e^x) as max(x, 0) + ln(1 + e^-|x|), which cannot overflow. Where e^-|x| is small
+        # its sum with 1 has lost digits, and three terms of the logarithm's series are exact.
+        small = tl.exp(-tl.abs(logits))
+        series = small * (1.0 - small * (0.5 - small / 3.0))
+        log = tl.where(small < 0.01, series, tl.log(1.0 + small))
+        gates = tl.sqrt(tl.maximum(logits, 0.0) + log)
     else:
         gates = tl.exp(logits - top) / total
     return gates

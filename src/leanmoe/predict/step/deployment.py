@@ -86,7 +86,8 @@ class Deployment:
     def weight_bytes(self, model: MoEShape, experts: float | None = None) -> float:
         """Bytes of weights on each GPU; `experts` a layer where some are pruned."""
         found, storage = model.parameters, model.storage
-        routed = len(model.moe_layers) * (model.experts if experts is None else experts)
+        kept = model.weighted_experts if experts is None else experts
+        routed = len(model.moe_layers) * kept + len(model.hash_layers) * model.experts
         whole = model.copied_weights
         split = (found.mixers - whole + found.dense + found.shared) / self.tensor + whole
         copied = (found.routers + found.norms) * storage.plain_bytes

@@ -159,13 +159,13 @@ class StepTime:
     def _shared(self, tokens: float) -> float:
         shape = self.model
         parameters = shape.parameters
-        dense = shape.layers - len(self.model.moe_layers)
-        calls = 2 * (len(self.model.moe_layers) if parameters.shared else 0) + 2 * (
+        dense = shape.layers - shape.routed_layers
+        calls = 2 * (shape.routed_layers if parameters.shared else 0) + 2 * (
             dense if parameters.dense else 0
         )
         split = (parameters.shared + parameters.dense) / self.deployment.tensor
         return self._products(split, shape.storage.other_bytes, tokens, calls) + self._products(
-            parameters.routers, shape.storage.plain_bytes, tokens, len(self.model.moe_layers)
+            parameters.routers, shape.storage.plain_bytes, tokens, shape.routed_layers
         )
 
     def _head(self, tokens: float) -> float:

@@ -36,8 +36,10 @@ def router_unsupported_reason(router: Any) -> str | None:
         return "its router looks experts up by token id"
     if getattr(router, "bias_vl", None) is not None:
         return "its router has a bias of its own for images"
-    if router.scoring_func not in ("softmax", "sigmoid"):
+    if router.scoring_func not in ("softmax", "sigmoid", "sqrtsoftplus"):
         return f"its router scores by {router.scoring_func}"
+    if router.scoring_func == "sqrtsoftplus" and not router.renormalize:
+        return "its router scores by sqrtsoftplus and does not renormalise"
     if getattr(router, "num_fused_shared_experts", 0):
         return "its shared experts are fused into the routed ones"
     return None
@@ -52,13 +54,13 @@ def read_router(router: Any) -> Router:
     bias = ranking_bias(router)
     groups, used = _groups(router)
     is_scaled = groups > 1 or bias is not None or _is_grouped(router)
-    is_sigmoid = router.scoring_func == "sigmoid"
+    is_softmax = router.scoring_func == "softmax"
     normalise = bool(router.renormalize)
     return Router(
-        scoring="sigmoid" if is_sigmoid else "softmax",
+        scoring=router.scoring_func,
         ranking_bias=None if bias is None else "e_score_correction_bias",
         normalise=normalise,
-        normalise_epsilon=SIGMOID_EPSILON if is_sigmoid and normalise else 0.0,
+        normalise_epsilon=0.0 if is_softmax or not normalise else SIGMOID_EPSILON,
         scaling=float(getattr(router, "routed_scaling_factor", 1.0)) if is_scaled else 1.0,
         groups=groups,
         groups_used=used,

@@ -1,0 +1,51 @@
+"""What a model family is: how it routes, and where its config.json says what its layers hold.
+
+The table of them is `families.py`. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from leanmoe.models.attention import Mixer
+from leanmoe.models.hf_config import HfConfig
+from leanmoe.models.routers import Router
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's router works, and where its config.json says what its layers hold."""
+
+    router: Callable[[HfConfig], Router]
+    mixer: Mixer
+    """Counts the weights of what mixes tokens in a decoder layer."""
+    width: str = "moe_intermediate_size"
+    """Key of a routed expert's width."""
+    dense_width: str = "intermediate_size"
+    """Key of a dense layer's width."""
+    shared_width: str | None = None
+    """Key of the shared expert's own width; else `n_shared_experts` as wide as a routed one."""
+    shared_copies: int = 1
+    """Shared experts of the width that `shared_width` names."""
+    shared_gate: bool = False
+    """Whether a gate of its own weighs the shared expert."""
+    matrices: int = 3
+    """Matrices of an expert: gate, up and down projection; 2 where there is no gate."""
+    biases: bool = False
+    """Whether the router and the experts have bias terms."""
+    layer_norms: int = 2
+    """Norms of the hidden width in a decoder layer."""
+    moe_norms: int = 0
+    """Further ones in an MoE layer."""
+    norm_biases: bool = False
+    further: Callable[[HfConfig], int] | None = None
+    """Counts the weights that stand in no layer, beside embedding, head and last norm."""
+    single: bool = False
+    """Whether a layer is a mixer or experts, not one after the other (Nemotron-H)."""
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """What Transformers assumes where a config.json says nothing."""
+    not_runnable: str | None = None
+    """Why no plan can run on the family, which can only be inspected; None where one can."""
