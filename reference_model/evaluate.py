@@ -24,11 +24,17 @@ import torch
 from leanmoe.core import provenance
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, write_json
-from leanmoe.eval.local_tasks import Item, blimp_pairs, lambada_rows, piqa_choices, qasc_choices
 from leanmoe.models.reference import path
 from leanmoe.scoring.rows import ScoredRow
 from reference_model import tasks
 from reference_model.scoring import Scorer
+from reference_model.task_files import (
+    Item,
+    blimp_pairs,
+    lambada_rows,
+    piqa_choices,
+    qasc_choices,
+)
 from reference_model.tasks import Text
 
 EVALUATION_SCHEMA = 1

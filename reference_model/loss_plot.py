@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from leanmoe.report.svg import LINE, SOFT, document, line, path, text, ticks
+from benchmarks.common.svg import LINE, SOFT, document, line, path, text, ticks
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 720, 340

@@ -1,4 +1,4 @@
-"""Held-out text as rows to score; the tasks beside it are those of `quality.local_tasks`."""
+"""Held-out text as rows to score; the tasks beside it are those of task_files.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.eval.local_tasks import BLIMP, LAMBADA, PIQA, PIQA_LABELS, QASC
 from leanmoe.scoring.rows import ScoredRow
 from reference_model.prepare import split_documents
 from reference_model.scoring import Scorer
+from reference_model.task_files import BLIMP, LAMBADA, PIQA, PIQA_LABELS, QASC
 
 TEXTS = {
     "novels": "novels_valid.txt",

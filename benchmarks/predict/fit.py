@@ -63,7 +63,7 @@ def main() -> None:
     for name, each in found_rates.items():
         constants_of = Constants(tuple(kernels[name]), {name: replace(each, **own)}, made)
         if arguments.write_constants:
-            constants_of.write(FITTED / f"{name}.json")
+            constants_of.save(FITTED / f"{name}.json")
     result = {
         "tables": f"{PACKAGE} {VERSION}",
         "features": list(FEATURES),

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,6 @@ class Asked:
     calibration_tokens: int
     heldout_tokens: int
     criteria: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """As the folder holds it."""
-        return {**asdict(self), "criteria": list(self.criteria)}
 
 
 def main() -> None:
@@ -254,7 +250,6 @@ def time_all(
 
     None while there are too few rounds for an interval.
     """
-    done = folder.lines("rounds", timed=True)
     empty = Plan(shape_of(model).fingerprint())
     variants = [Variant(FULL, model, empty)]
     for pair, plan in plans.items():
@@ -263,10 +258,8 @@ def time_all(
             variants.append(Variant(pair, pruned, Plan(shape_of(pruned).fingerprint())))
         else:
             variants.append(Variant(pair, model, plan))
-    if arguments.minutes > 0:
-        steps = steps_of(variants[0], torch.tensor(prompts))
-        time_rounds(variants, steps, done, arguments.rounds, arguments.minutes)
-    rounds = list(done)
+    steps = cache(lambda: steps_of(variants[0], torch.tensor(prompts)))
+    rounds = time_rounds(variants, steps, folder, arguments.rounds, arguments.minutes)
     if len(rounds) < FEWEST_ROUNDS:
         print(f"{len(rounds)} rounds are timed, {FEWEST_ROUNDS} needed for an interval")
         return None

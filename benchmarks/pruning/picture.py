@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from leanmoe.report.svg import LINE, SOFT, circle, document, line, text, ticks
+from benchmarks.common.svg import LINE, SOFT, circle, document, line, text, ticks
 
 GROUPS = {
     "skipping, weights kept": "#0b7a75",

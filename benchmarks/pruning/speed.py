@@ -13,8 +13,9 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers import DynamicCache
 
 from leanmoe import apply
 from leanmoe.core.progress import bar
-from leanmoe.core.run_folder import Lines
+from leanmoe.core.run_folder import RunFolder
 from leanmoe.core.text import Document
 from leanmoe.plan import Plan
 
@@ -115,23 +116,36 @@ def steps_of(full: Variant, ids_SN: torch.Tensor) -> Steps:
 
 
 def time_rounds(
-    variants: Sequence[Variant], steps: Steps, done: Lines, rounds: int, minutes: float
-) -> None:
-    """Adds rounds to `done` until there are so many, or for so long; each is stored when whole.
+    variants: Sequence[Variant],
+    steps: Callable[[], Steps],
+    folder: RunFolder,
+    rounds: int,
+    minutes: float,
+) -> list[dict[str, Any]]:
+    """The stored rounds, and more until there are so many, or for so long; each is stored.
 
     A round that would end after `minutes` is not begun, judged by the longest so far.
     """
-    before = len(list(done))
+    found: list[dict[str, Any]] = []
     started = time.monotonic()
     longest = 0.0
-    with bar("Timing", max(rounds - before, 0), "rounds") as advance:
-        for number in range(before, rounds):
-            began = time.monotonic()
-            if number > before and began - started + longest > 60 * minutes:
+    with bar("Timing", rounds, "rounds") as advance:
+        for number in range(rounds):
+            began, name = time.monotonic(), f"round-{number}"
+            is_stored = (folder.path / f"{name}.json").exists()
+            if not is_stored and began - started + longest >= 60 * minutes:
                 break
-            done.append({"round": number, "seconds": _round(variants, steps, number)})
-            longest = max(longest, time.monotonic() - began)
+            compute = partial(_timed_round, variants, steps, number)
+            found.append(folder.step(name, compute, timed=True))
+            longest = longest if is_stored else max(longest, time.monotonic() - began)
             advance(1)
+    return found
+
+
+def _timed_round(
+    variants: Sequence[Variant], steps: Callable[[], Steps], number: int
+) -> dict[str, Any]:
+    return {"round": number, "seconds": _round(variants, steps(), number)}
 
 
 def _round(variants: Sequence[Variant], steps: Steps, number: int) -> list[Any]:

@@ -54,12 +54,13 @@ EPLB = {"window_size": 8, "step_interval": 16, "num_redundant_experts": 8, "use_
 """Experts are moved several times in a reply."""
 TENSOR = {"tensor_parallel_size": 2}
 SPREAD = TENSOR | {"enable_expert_parallel": True}
-STOCK, AGAIN, EMPTY, UNCOUNTED, FEWER, UNIFORM, SKIPPING, MIXED, BLIND = (
-    "stock", "again", "empty", "uncounted", "fewer", "top_k=4", "guaranteed=3", "mixed", "blind"
+STOCK, AGAIN, EMPTY, UNCOUNTED, FEWER, UNIFORM, SKIPPING, ONE_KEPT, MIXED, BLIND = (
+    "stock", "again", "empty", "uncounted", "fewer", "top_k=4", "guaranteed=3", "guaranteed=1",
+    "mixed", "blind",
 )  # fmt: skip
 RUNS = (STOCK, AGAIN, EMPTY, UNCOUNTED, FEWER, UNIFORM, SKIPPING)
 """Uncounted is an empty plan without statistics, which leaves vLLM's routers as they are; mixed has
-another rule in each layer; blind is guaranteed=3 where padding votes."""
+another rule in each layer; blind is guaranteed=1 where padding votes."""
 PAIRS = ((AGAIN, STOCK), (EMPTY, STOCK), (UNCOUNTED, STOCK), (UNIFORM, FEWER))
 """Runs whose tokens must be the same, as far as stock vLLM repeats its own."""
 CAPTURED = (1, 2, 4, 8, 16, 32, 64)
@@ -100,10 +101,10 @@ SETTINGS: dict[str, Setting] = {
     "one": Setting(),
     "v1": Setting(environment=V1, runs=(STOCK, AGAIN, EMPTY, SKIPPING, MIXED)),
     "v2": Setting(environment=V2, runs=(STOCK, EMPTY, SKIPPING, MIXED)),
-    "v1-exact": batch_of_five(V1, EXACT, STOCK, SKIPPING),
-    "v1-padded": batch_of_five(V1, PADDED, STOCK, SKIPPING, BLIND),
-    "v2-exact": batch_of_five(V2, EXACT, SKIPPING),
-    "v2-padded": batch_of_five(V2, PADDED, SKIPPING, BLIND),
+    "v1-exact": batch_of_five(V1, EXACT, STOCK, SKIPPING, ONE_KEPT),
+    "v1-padded": batch_of_five(V1, PADDED, STOCK, SKIPPING, ONE_KEPT, BLIND),
+    "v2-exact": batch_of_five(V2, EXACT, SKIPPING, ONE_KEPT),
+    "v2-padded": batch_of_five(V2, PADDED, SKIPPING, ONE_KEPT, BLIND),
     "fp8-blocks": Setting(environment=V1, runs=(MIXED,), model={"quantization_config": BLOCKS}),
     "tp2": Setting(TENSOR),
     "tp2-ep": Setting(SPREAD),
@@ -119,10 +120,10 @@ GROUPS = {
 SAME = tuple(
     (runner + "-padded", run, runner + "-exact", run)
     for runner in ("v1", "v2")
-    for run in (STOCK, SKIPPING)
+    for run in (STOCK, SKIPPING, ONE_KEPT)
 )
 """Runs of two settings whose tokens must be the same."""
-OTHER = tuple((runner + "-padded", BLIND, runner + "-exact", SKIPPING) for runner in ("v1", "v2"))
+OTHER = tuple((runner + "-padded", BLIND, runner + "-exact", ONE_KEPT) for runner in ("v1", "v2"))
 """Runs of two settings whose tokens must not be the same."""
 
 
@@ -150,7 +151,7 @@ def plan_of(run: str) -> Any:
     model = read_shape(MODEL).fingerprint()
     skipping = Rule(guaranteed=3)
     rules = {EMPTY: Rule(), UNCOUNTED: Rule(), UNIFORM: Rule(top_k=4)}
-    rules |= {SKIPPING: skipping, BLIND: skipping}
+    rules |= {SKIPPING: skipping, ONE_KEPT: Rule(guaranteed=1), BLIND: Rule(guaranteed=1)}
     if run == MIXED:
         layers = (Rule(budget=24), skipping, Rule(threshold=0.5), Rule(top_k=6, top_p=0.7))
         return Plan(model, (Band(None, layers),))
@@ -322,8 +323,9 @@ def main() -> None:
     if unknown := set(names) - set(SETTINGS):
         sys.exit(f"--settings has {unknown.pop()}: it must be of {', '.join(SETTINGS)}")
     asked_runs = options.runs.split(",") if options.runs else None
-    if unknown := set(asked_runs or []) - {*RUNS, MIXED, BLIND}:
-        sys.exit(f"--runs has {unknown.pop()}: it must be of {', '.join((*RUNS, MIXED, BLIND))}")
+    known = {run for setting in SETTINGS.values() for run in setting.runs}
+    if unknown := set(asked_runs or []) - known:
+        sys.exit(f"--runs has {unknown.pop()}: it must be of {', '.join(sorted(known))}")
     lock = GpuLock(options.lock) if options.lock else None
     prepare(options.vllm, SEVERAL_GPUS)
     with tempfile.TemporaryDirectory() as temporary:

@@ -40,8 +40,6 @@ def test_block_results_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
     page = (out_folder / "report.html").read_text()
     code, out, _ = run(capsys, "report", str(out_folder))
     assert (code, (out_folder / "report.html").read_text()) == (0, page)
-    code, out, err = run(capsys, "report", str(out_folder), "--svg", str(tmp_path / "x.svg"))
-    assert (code, "holds a run of bench" in err) == (1, True)
     code, out, err = run(capsys, *command)
     assert (code, out) == (1, "")
     assert "add --overwrite" in err

@@ -19,7 +19,7 @@ def test_a_table_for_each_gpu_fits_a_narrow_terminal(
     assert (code, err) == (0, "")
     assert "…" not in out
     lines = [line.strip() for line in out.splitlines()]
-    shipped = [Tuned.read(path) for path in SHIPPED.glob("*.json")]
+    shipped = [Tuned.load(path) for path in SHIPPED.glob("*.json")]
     for gpu in {tuned.gpu for tuned in shipped}:
         assert lines.count(gpu) == 1
     assert sum(line.endswith(" shipped") for line in lines) == len(shipped)

@@ -30,9 +30,3 @@ def test_results_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixtur
     saved(tmp_path, 7)
     code, _, err = run(capsys, "report", str(tmp_path))
     assert (code, "schema version 7: this leanmoe reads 1" in err) == (1, True)
-
-
-def test_an_evaluation_has_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saved(tmp_path, 1)
-    code, _, err = run(capsys, "report", str(tmp_path), "--svg", str(tmp_path / "a.svg"))
-    assert (code, "holds a run of eval" in err) == (1, True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,9 +23,6 @@ class Asked:
 
     model: str = "reference"
     margin: float = 0.005
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 SETTINGS = Asked()
@@ -87,16 +83,6 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
-def test_pieces_survive_a_line_cut_short(tmp_path: Path) -> None:
-    pieces = RunFolder.open(tmp_path, SETTINGS, overwrite=False).lines("sensitivity")
-    pieces.append({"layer": 0})
-    pieces.append({"layer": 1})
-    pieces.path.write_text(pieces.path.read_text()[:-5])
-    assert list(pieces) == [{"layer": 0}]
-    pieces.append({"layer": 1})
-    assert list(pieces) == [{"layer": 0}, {"layer": 1}]
-
-
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets what steps are made with from now on."""
@@ -144,9 +130,9 @@ def test_losses_survive_another_machine_and_times_do_not(
     assert (
         "machine a processor, 2 cores (now another processor, 8 cores)" in capsys.readouterr().err
     )
-    assert [(made["machine"], made["steps"]) for made in steps.made_with()] == [
-        ("a processor, 2 cores", ["loss"]),
-        ("another processor, 8 cores", ["time"]),
+    assert [(made.machine, made.steps) for made in steps.made_with()] == [
+        ("a processor, 2 cores", ("loss",)),
+        ("another processor, 8 cores", ("time",)),
     ]
 
 
@@ -165,16 +151,6 @@ def test_a_moved_folder_stays_valid(tmp_path: Path) -> None:
     run(tmp_path / "here", 1.0, 2.0)
     (tmp_path / "here").rename(tmp_path / "there")
     assert run(tmp_path / "there", 3.0, 4.0) == (1.0, 2.0)
-
-
-def test_pieces_of_other_code_are_dropped(made: Callable[..., None], tmp_path: Path) -> None:
-    RunFolder.open(tmp_path, SETTINGS, overwrite=False).lines("rounds").append(1)
-    assert list(RunFolder.open(tmp_path, SETTINGS, overwrite=False).lines("rounds")) == [1]
-    made(commit="another")
-    steps = RunFolder.open(tmp_path, SETTINGS, overwrite=False)
-    assert list(steps.lines("rounds")) == []
-    steps.lines("rounds").append(2)
-    assert list(RunFolder.open(tmp_path, SETTINGS, overwrite=False).lines("rounds")) == [2]
 
 
 def test_the_second_commit_does_not_get_the_first_ones_result(

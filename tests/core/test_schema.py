@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.schema import ResultsFile, from_json, stored_as, to_json
+from leanmoe.core.schema import StoredFile, all_fields, from_json, stored_as, to_json
 from leanmoe.plan import Rule
 
 
@@ -22,7 +22,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Whole(ResultsFile):
+class Whole(StoredFile):
     KIND: ClassVar[str] = "leanmoe_whole"
     VERSION: ClassVar[int] = 3
     WHAT: ClassVar[str] = "results of a test"
@@ -38,8 +38,8 @@ WHOLE = Whole((Part("a", 0.5, 8),), {"b": Part("b", 1, 1, "last")}, Rule(top_k=2
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
-    WHOLE.write(tmp_path / "results.json")
-    assert Whole.read(tmp_path / "results.json") == WHOLE
+    WHOLE.save(tmp_path / "results.json")
+    assert Whole.load(tmp_path / "results.json") == WHOLE
 
 
 def test_keys_defaults_and_versions_are_written_as_files_hold_them() -> None:
@@ -52,6 +52,12 @@ def test_keys_defaults_and_versions_are_written_as_files_hold_them() -> None:
     }
 
 
+def test_all_fields_are_written_with_their_defaults() -> None:
+    part = {"name": "a", "share": 0.5, "decode_batch": 8, "note": None}
+    assert all_fields(WHOLE.parts[0]) == part
+    assert all_fields(WHOLE)["parts"] == [part]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -59,11 +65,11 @@ def test_keys_defaults_and_versions_are_written_as_files_hold_them() -> None:
             {"leanmoe_whole": 2},
             "a test x.json has schema version 2: this leanmoe reads 3",
         ),
-        ({"more": 1}, "x.json: 'more' is no field; its fields are parts, best, rule"),
+        ({"more": 1}, "x.json has an unknown field 'more': allowed are parts, best, rule"),
         ({"is_complete": "yes"}, "x.json: is_complete is 'yes': it must be true or false"),
-        ({"parts": [{"name": "a"}]}, r"parts\[0\] is incomplete: share is missing"),
+        ({"parts": [{"name": "a"}]}, r"parts\[0\]\.share is missing"),
         ({"parts": {}}, r"parts is {}: it must be a list"),
-        ({"parts": [{"name": 1, "share": 1.0, "together": 1}]}, r"parts\[0\]: name is 1"),
+        ({"parts": [{"name": 1, "share": 1.0, "together": 1}]}, r"parts\[0\]\.name is 1"),
         ({"best": {"b": 3}}, r"best\.b is 3: it must be an object"),
         ({"rule": {"top": 3}}, "top"),
     ],
@@ -74,7 +80,7 @@ def test_what_is_malformed_is_refused_by_name(change: dict[str, Any], message: s
 
 
 def test_a_missing_field_is_named() -> None:
-    with pytest.raises(LeanMoeError, match="incomplete: rule is missing"):
+    with pytest.raises(LeanMoeError, match=r"test\.rule is missing"):
         Whole.from_json({k: v for k, v in WHOLE.to_json().items() if k != "rule"})
 
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.eval.harness import judged, right_or_wrong
-from tests.eval.test_run import NOUNS, leanmoe, write_lines
+from leanmoe.eval.harness import Answers, judged, loss_changes, right_or_wrong
+from leanmoe.eval.settings import EvalSettings
+from tests.eval.test_run import NOUNS, leanmoe, write_tasks
 
 WHY = "lm-evaluation-harness is not installed here: pip install 'leanmoe[eval]'"
 
@@ -22,33 +24,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A task with choices and one of replies, on files of our own."""
     pytest.importorskip("lm_eval", reason=WHY)
     return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-def write_tasks(folder: Path) -> Path:
-    """Task files "things" and "replies" with their data, in a folder."""
-    questions = [
-        {
-            "q": f"The {n} is",
-            "choices": ["big", "small", f"a {n} and no other thing"],
-            "gold": k % 3,
-        }
-        for k, n in enumerate(NOUNS)
-    ]
-    data = write_lines(folder / "things.jsonl", questions)
-    common = (
-        f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
-        "test_split: test\ndoc_to_text: '{{q}}'\n"
-    )
-    (folder / "things.yaml").write_text(
-        f"task: things\n{common}output_type: multiple_choice\ndoc_to_target: '{{{{gold}}}}'\n"
-        "doc_to_choice: '{{choices}}'\nmetric_list:\n  - metric: acc\n"
-    )
-    (folder / "replies.yaml").write_text(
-        f"task: replies\n{common}output_type: generate_until\ndoc_to_target: '{{{{choices[0]}}}}'\n"
-        "generation_kwargs:\n  until: ['.']\n  max_gen_toks: 4\n"
-        "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
-    )
-    return folder
 
 
 def test_tasks_of_ones_own_from_the_command_line(
@@ -81,7 +56,7 @@ def test_an_unknown_task_and_data_out_of_reach_are_said(
     assert leanmoe("eval", "reference", *given) == 1
     said = capsys.readouterr().err
     assert "could not be fetched" in said
-    assert "--data FOLDER" in said
+    assert "--include-path FOLDER" in said
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +119,7 @@ def test_without_a_network_a_filled_cache_serves_the_harness_own_tasks(
     (said,) = [line for line in lines if line.startswith("leanmoe:")]
     assert "the data set of task boolq could not be fetched" in said
     assert "set HF_HOME to a filled cache" in said
-    assert "--data FOLDER" in said
+    assert "--include-path FOLDER" in said
     assert "Traceback" not in done.stderr
 
 
@@ -165,3 +140,22 @@ def test_only_what_is_right_or_wrong_is_compared() -> None:
     assert judged("x", written) == {"right": [1, 0], "scores": None, "loss": None}
     with pytest.raises(LeanMoeError, match=r"judged by bleu, which is 0\.3"):
         right_or_wrong("x", [{"doc_id": 0, "metrics": ["bleu"], "bleu": 0.3}])
+
+
+def answers(loss_U: np.ndarray) -> Answers:
+    return Answers(np.ones(len(loss_U), dtype=bool), loss_U)
+
+
+def test_the_change_is_that_of_the_mean_over_batch_draws() -> None:
+    full = np.linspace(1.0, 2.0, 40)
+    draws = [answers(full * 1.02), answers(full * 1.04)]
+    found = loss_changes(answers(full), draws, EvalSettings("reference"))
+    assert found is not None
+    assert found.ratio == pytest.approx(0.03)
+
+
+def test_too_few_questions_and_unknown_losses_give_no_change() -> None:
+    few = answers(np.ones(19))
+    assert loss_changes(few, [few], EvalSettings("reference")) is None
+    unknown = Answers(np.ones(40, dtype=bool), None)
+    assert loss_changes(unknown, [unknown], EvalSettings("reference")) is None

@@ -12,7 +12,8 @@ from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
 from leanmoe.runtime import load_model
-from tests.eval.test_harness import WHY, write_tasks
+from tests.eval.test_harness import WHY
+from tests.eval.test_run import write_tasks
 
 
 def test_answers_are_the_harness_own(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 from leanmoe.eval.prompts import read_prompts
 from tests.eval.test_run import write_lines
@@ -17,7 +18,7 @@ def test_an_answer_after_four_hashes_is_gsm8ks(tmp_path: Path) -> None:
 
     line = {"question": "How many?", "answer": "3 and 4 make 7.\n#### 1,007"}
     path = write_lines(tmp_path / "gsm.jsonl", [line] * 10)
-    (prompt, *_) = read_prompts(path, Letters(), 8)
+    (prompt, *_) = read_prompts(path, cast(Any, Letters()), 8)
     assert prompt.answer == "1007"
     assert prompt.is_right("I think it is 1,007.")
     assert not prompt.is_right("1007 or 8")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from leanmoe.cli import main
-from leanmoe.eval import answers
+from leanmoe.eval import harness
 from leanmoe.eval import run as run_module
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
@@ -33,31 +33,37 @@ def write_lines(path: Path, values: list[dict[str, Any]]) -> Path:
     return path
 
 
+def write_tasks(folder: Path) -> Path:
+    """Task files "things" and "replies" with their data, in a folder."""
+    questions = [
+        {
+            "q": f"The {n} is",
+            "choices": ["big", "small", f"a {n} and no other thing"],
+            "gold": k % 3,
+        }
+        for k, n in enumerate(NOUNS)
+    ]
+    data = write_lines(folder / "things.jsonl", questions)
+    common = (
+        f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
+        "test_split: test\ndoc_to_text: '{{q}}'\n"
+    )
+    (folder / "things.yaml").write_text(
+        f"task: things\n{common}output_type: multiple_choice\ndoc_to_target: '{{{{gold}}}}'\n"
+        "doc_to_choice: '{{choices}}'\nmetric_list:\n  - metric: acc\n"
+    )
+    (folder / "replies.yaml").write_text(
+        f"task: replies\n{common}output_type: generate_until\ndoc_to_target: '{{{{choices[0]}}}}'\n"
+        "generation_kwargs:\n  until: ['.']\n  max_gen_toks: 4\n"
+        "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    return folder
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files in the published forms, of our own making."""
-    folder = tmp_path_factory.mktemp("data")
-    pairs = [
-        {"sentence_good": f"The {noun}s are here.", "sentence_bad": f"The {noun}s is here."}
-        for noun in NOUNS
-    ]
-    write_lines(folder / "blimp" / "agreement.jsonl", pairs)
-    write_lines(folder / "blimp" / "agreement_2.jsonl", pairs[::-1])
-    passages = [{"text": f"I saw a {n}. You saw it too, the same {n}"} for n in NOUNS]
-    write_lines(folder / "lambada_openai_test.jsonl", passages)
-    questions = [
-        {"goal": f"draw a {n}", "sol1": "take a pencil and paper", "sol2": "sleep"} for n in NOUNS
-    ]
-    write_lines(folder / "piqa_valid.jsonl", questions)
-    (folder / "piqa_valid-labels.lst").write_text("0\n1\n" * (len(NOUNS) // 2))
-    choices = [{"text": n, "label": chr(65 + k)} for k, n in enumerate(NOUNS[:8])]
-    write_lines(
-        folder / "qasc_dev.jsonl",
-        [
-            {"question": {"stem": f"Which is no {n}?", "choices": choices}, "answerKey": "C"}
-            for n in NOUNS
-        ],
-    )
+    """Task files, prompts and texts of our own making."""
+    folder = write_tasks(tmp_path_factory.mktemp("data"))
     write_lines(
         folder / "prompts.jsonl",
         [{"prompt": f"The {n} and the", "answer": n, "pattern": r"\w+"} for n in NOUNS],
@@ -69,13 +75,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SMALL = ("--tasks", "blimp,lambada,piqa,qasc", "--margin", "5", "--concurrency", "4")
+SMALL = ("--tasks", "things,replies", "--margin", "5", "--concurrency", "4")
 PLANS = ("--rule", "top_k=4,keep_weights", "--rule", "guaranteed=2", "--batch-draws", "2")
 
 
 def asked(data: Path, output: Path) -> list[str]:
     return [
-        *("eval", "reference", *PLANS, *SMALL, "--data", str(data), "-o", str(output)),
+        *("eval", "reference", *PLANS, *SMALL, "--include-path", str(data), "-o", str(output)),
         *("--prompts", str(data / "prompts.jsonl"), "--output-len", "8", "--samples", "2"),
         *("--domain", f"old={data / 'old.jsonl'}", "--domain", f"new={data / 'new.jsonl'}"),
         *("--calibrate", "activate-count:50%", "--domain-tokens", "6000"),
@@ -99,7 +105,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert leanmoe(*asked(data, folder)) == 130
     assert not (folder / "results.json").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers, "score_rows", _never)
+        patch.setattr(harness, "_answers", _never)
         assert leanmoe(*asked(data, folder), "--json") == 0
     return folder
 
@@ -113,16 +119,15 @@ def test_every_task_is_paired_and_pooled(run: Path) -> None:
     found = results_of(run)
     assert found["provenance"]["versions"]["torch"]
     rows = {(row["plan"], row["task"]): row for row in found["tasks"]}
-    assert len(rows) == 2 * (4 + 2)
+    assert len(rows) == 2 * (2 + 2)
     sizes = {task: row["items"] for (plan, task), row in rows.items() if plan == "guaranteed=2"}
-    assert sizes == {"blimp": 24, "lambada": 12, "piqa": 12, "qasc": 12, "all questions": 60,
-                     "mean of tasks": 60}  # fmt: skip
+    assert sizes == {"things": 12, "replies": 12, "all questions": 24, "mean of tasks": 24}
     for row in rows.values():
         assert row["difference"] == pytest.approx(row["accuracy"] - row["full"])
         assert row["low"] <= row["lower_bound"] <= row["difference"] <= row["high"]
         assert row["verdict"]["accepted"] == (row["lower_bound"] >= -0.05)
-    assert rows["guaranteed=2", "piqa"]["mixes"] == 2
-    assert rows["top_k=4,keep_weights", "piqa"]["mixes"] == 1
+    assert rows["guaranteed=2", "things"]["mixes"] == 2
+    assert rows["top_k=4,keep_weights", "things"]["mixes"] == 1
 
 
 def test_replies_are_judged(run: Path) -> None:
@@ -155,7 +160,7 @@ def test_the_page_shows_every_table(run: Path) -> None:
 def test_another_plan_is_added_without_asking_the_rest_again(
     run: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in run.glob("tasks-*.json")}
+    before = {path: path.stat().st_mtime_ns for path in run.glob("harness-*.json")}
     assert leanmoe(*asked(data, run), "--rule", "top_k=7") == 0
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert {"top_k=7", "guaranteed=2"} <= {row["plan"] for row in results_of(run)["tasks"]}
@@ -164,16 +169,11 @@ def test_another_plan_is_added_without_asking_the_rest_again(
 
 def test_a_plan_equal_to_the_model_changes_nothing(data: Path, tmp_path: Path) -> None:
     """So that a difference comes from the plan and not from how it is measured."""
-    arguments = ["eval", "reference", "--tasks", "blimp,piqa", "--data", str(data)]
+    arguments = ["eval", "reference", "--tasks", "things", "--include-path", str(data)]
     arguments += ["--rule", "top_k=8", "-o", str(tmp_path / "run")]
     assert leanmoe(*arguments) == 0
     for row in results_of(tmp_path / "run")["tasks"]:
         assert (row["lost"], row["gained"], row["difference"]) == (0, 0, 0)
-
-
-def _bad_line(tmp: Path) -> tuple[str, ...]:
-    write_lines(tmp / "qasc_dev.jsonl", [{"question": {"stem": "?", "choices": []}}])
-    return ("--rule", "top_k=4", "--tasks", "qasc", "--data", str(tmp))
 
 
 def _wrong_plan(tmp: Path) -> tuple[str, ...]:
@@ -207,16 +207,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     "margin": (lambda _: ("--rule", "top_k=4", "--margin", "much"), "percentage points"),
     "engine": (lambda _: ("--rule", "top_k=4", "--engine", "sglang"), "transformers or vllm"),
     "nothing for vllm": (lambda _: ("--rule", "top_k=4", "--engine", "vllm"), "none is asked for"),
-    "files in vllm": (
-        lambda t: ("--rule", "top_k=4", "--engine", "vllm", "--data", str(t)),
-        "--data needs --engine transformers"),
     "replies in vllm": (
         lambda _: ("--rule", "top_k=4", "--engine", "vllm", "--prompts", "x.jsonl"),
         "--prompts needs --engine transformers"),
-    "no folder": (lambda _: ("--rule", "top_k=4", "--data", "/nowhere"), "is no folder"),
-    "file missing": (
-        lambda t: ("--rule", "top_k=4", "--tasks", "piqa", "--data", str(t)), "does not exist"),
-    "a bad line": (_bad_line, "is not as it must be"),
+    "no folder": (lambda _: ("--rule", "top_k=4", "--include-path", "/nowhere"), "is no folder"),
     "few prompts": (_few_prompts, "at least 10"),
     "domain": (lambda _: ("--rule", "top_k=4", "--domain", "x"), "NAME=FILE"),
     "calibrate": (lambda _: ("--rule", "top_k=4", "--calibrate", "reap:50%"), "none is given"),
@@ -240,11 +234,8 @@ def test_mistakes_are_one_line(
 def test_without_the_harness_its_tasks_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from leanmoe.eval import harness
-
     monkeypatch.setattr(harness, "find_spec", lambda _name: None)
     assert leanmoe("eval", "reference", "--rule", "top_k=4", "-o", str(tmp_path / "run")) == 1
     said = capsys.readouterr().err
     assert "arc_challenge" in said
     assert "leanmoe[eval]" in said
-    assert "--data" in said

@@ -50,7 +50,7 @@ def test_constants_come_back_and_say_how_far_off_they_are(tmp_path: Path) -> Non
     found = calibrate(H200, LAYERS, path, "test", made_up_clock, "cpu", sizes)
     (kernel,) = found.kernels
     assert kernel.accuracy[0].mean < 0.02
-    assert Constants.read(path).kernels == found.kernels
+    assert Constants.load(path).kernels == found.kernels
     rates = found.rates["h200"]
     assert "dense products measured" in rates.fitted_to
     assert "attention and communication" in rates.fitted_to

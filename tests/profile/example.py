@@ -9,10 +9,7 @@ import torch
 
 from leanmoe.models.families import Router
 from leanmoe.plan import Fingerprint
-from leanmoe.profile.record import (
-    LayerStatistics,
-    distinct_curve,
-)
+from leanmoe.profile.record import count_use, distinct_curve
 from leanmoe.profile.saved import Profile, Trace
 
 EXPERTS, TOP_K, LAYERS, DOCUMENTS, EACH = 16, 4, 2, 12, 40
@@ -27,19 +24,17 @@ def made_up_profile(alike: float = 0.0, bias: bool = True) -> Profile:
     logits_LTE = (alike * shared + own).astype(np.float16)
     router = Router("sigmoid", "bias" if bias else None)
     bias_LE = draw.normal(0, 0.1, (LAYERS, EXPERTS)).astype(np.float32) if bias else None
-    layers = []
+    use = []
     for layer in range(LAYERS):
         bias_E = None if bias_LE is None else torch.from_numpy(bias_LE[layer])
-        counts = LayerStatistics(router, EXPERTS, TOP_K, bias_E)
-        counts.add(torch.from_numpy(logits_LTE[layer]).float())
-        layers.append(counts.result())
+        use.append(count_use(torch.from_numpy(logits_LTE[layer]).float(), router, TOP_K, bias_E))
     made = Profile(
         model=Fingerprint("MadeUpForCausalLM", LAYERS + 1, LAYERS, EXPERTS, TOP_K),
         router=router,
         decoder_indices=(1, 2),
         tokens=len(document_T),
         documents=DOCUMENTS,
-        layers=tuple(layers),
+        use_LE=torch.stack(use).numpy(),
         distinct=(),
         trace=Trace(logits_LTE, document_T, np.tile(np.arange(EACH, dtype=np.int32), DOCUMENTS)),
         bias_LE=bias_LE,

@@ -14,8 +14,8 @@ import pytest
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.profile.record import replay
-from leanmoe.profile.saved import ARRAYS_NAME, JSON_NAME, LayerCounts, Profile
-from tests.profile.example import EXPERTS, LAYERS, TOP_K, made_up_profile
+from leanmoe.profile.saved import ARRAYS_NAME, JSON_NAME, Profile
+from tests.profile.example import EXPERTS, LAYERS, made_up_profile
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -29,9 +29,7 @@ def test_what_was_saved_is_read(bias: bool, tmp_path: Path) -> None:
         made.router,
         made.provenance,
     )
-    for one, other in zip(made.layers, found.layers, strict=True):
-        np.testing.assert_array_equal(one.together_EE, other.together_EE)
-        assert one.tokens == other.tokens
+    np.testing.assert_array_equal(made.use_LE, found.use_LE)
     np.testing.assert_array_equal(made.trace.logits_LTE, found.trace.logits_LTE)
     rule = Rule(guaranteed=2)
     assert replay(found, 1, rule, 8) == replay(made, 1, rule, 8)
@@ -44,21 +42,8 @@ def test_the_json_is_what_a_report_needs() -> None:
     layer = shown["layers"][1]
     assert layer["decoder_layer"] == 2
     assert sum(layer["use"]) == pytest.approx(1)
-    assert len(layer["use"]) == len(layer["gate"]) == EXPERTS
-    assert len(layer["mass"]) == TOP_K
+    assert len(layer["use"]) == EXPERTS
     assert {"tokens", "measured", "uniform"} <= set(layer["distinct"][0])
-
-
-def test_pairs_are_those_chosen_together_beyond_chance() -> None:
-    together_EE = np.diag([500, 500, 400, 100]).astype(np.int64)
-    for i, j, tokens in ((0, 1, 250), (0, 2, 300), (2, 3, 49), (1, 3, 80)):
-        together_EE[i, j] = together_EE[j, i] = tokens
-    counts = LayerCounts(
-        1000, np.diag(together_EE).copy(), np.ones(4), together_EE, np.ones(1), np.ones((5, 1))
-    )
-    found = [(pair.experts, round(pair.lift, 6), pair.tokens) for pair in counts.pairs()]
-    # 49 tokens are too few to mention; 250 of 1000 is what chance gives.
-    assert found == [((1, 3), 1.6, 80), ((0, 2), 1.5, 300), ((0, 1), 1.0, 250)]
 
 
 def damage(folder: Path, change: Any) -> None:
@@ -71,14 +56,14 @@ def damage(folder: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda stored: stored.update(leanmoe_profile=2), "schema version 2: this leanmoe reads 1"),
+        (lambda stored: stored.update(leanmoe_profile=1), "schema version 1: this leanmoe reads 2"),
         (lambda stored: stored.pop("router"), "is damaged"),
         (lambda stored: stored["model"].pop("experts"), "is damaged"),
         (lambda stored: stored["model"].update(experts=8), "is damaged"),
         (lambda stored: stored["profile"]["layers"].pop(), "is damaged"),
         (lambda stored: stored["arrays"].update(sha256="0"), "is not the one"),
         (lambda stored: stored["profile"]["layers"].append({}), "is damaged"),
-        (lambda stored: stored["model"].update(top_k=3), r"mass_K is \(2, 4\), not \(2, 3\)"),
+        (lambda stored: stored["model"].update(experts=9), r"use_LE is \(2, 16\), not \(2, 9\)"),
     ],
 )
 def test_damage_is_named(change: Any, message: str, tmp_path: Path) -> None:

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 
 from leanmoe.core.files import write_json
-from leanmoe.eval import local_tasks
-from leanmoe.eval.local_tasks import Item
 from leanmoe.scoring.rows import Score, ScoredRow
-from reference_model import tasks
+from reference_model import task_files, tasks
 from reference_model.card import RESULTS, write_card
 from reference_model.evaluate import (
     EvaluateSettings,
@@ -27,6 +25,7 @@ from reference_model.evaluate import (
     paired_interval,
     share,
 )
+from reference_model.task_files import Item
 
 LN2 = math.log(2)
 
@@ -103,19 +102,17 @@ def write_evaluation_files(folder: Path) -> None:
         documents = [f"Document {i} says a little about rain.\n" for i in range(12)]
         (folder / name).write_text("<|endoftext|>\n".join(documents))
     (folder / tasks.TEXTS["wikitext2"]).write_text(" = A title = \n some words \n" * 12)
-    (folder / local_tasks.LAMBADA).write_text(
-        '{"text": "He opened the door and closed the door"}\n'
-    )
-    (folder / local_tasks.PIQA).write_text(
+    (folder / task_files.LAMBADA).write_text('{"text": "He opened the door and closed the door"}\n')
+    (folder / task_files.PIQA).write_text(
         '{"goal": "To dry hair", "sol1": "use air", "sol2": "sing"}\n'
     )
-    (folder / local_tasks.PIQA_LABELS).write_text("0\n")
-    (folder / local_tasks.QASC).write_text(
+    (folder / task_files.PIQA_LABELS).write_text("0\n")
+    (folder / task_files.QASC).write_text(
         '{"question": {"stem": "What falls?", "choices": [{"text": "rain", "label": "A"}, '
         '{"text": "roof", "label": "B"}]}, "answerKey": "A"}\n'
     )
-    (folder / local_tasks.BLIMP).mkdir()
-    (folder / local_tasks.BLIMP / "agreement.jsonl").write_text(
+    (folder / task_files.BLIMP).mkdir()
+    (folder / task_files.BLIMP / "agreement.jsonl").write_text(
         '{"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps."}\n'
     )
 

@@ -59,7 +59,6 @@ def results(seed: int = 0, accepted: bool = True) -> dict[str, Any]:
             "label": "measured",
             "tokens": 200_000,
             "documents": 200,
-            "quantiles": [0.5],
             "layers": [_layer(n, draw) for n in range(LAYERS)],
         },
         "sensitivity": {"label": "measured", "tokens": 20_000, "candidates": []},
@@ -131,10 +130,6 @@ def _layer(number: int, draw: random.Random) -> dict[str, Any]:
         "layer": number,
         "decoder_layer": number + 1,
         "use": [u / sum(use) for u in use],
-        "gate": [draw.random() for _ in range(EXPERTS)],
-        "mass": [((j + 1) / TOP_K) ** 0.7 for j in range(TOP_K)],
-        "mass_quantiles": [],
-        "pairs": [],
         "distinct": [
             {
                 "tokens": 2**j,

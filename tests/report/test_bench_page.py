@@ -147,4 +147,4 @@ def test_results_of_another_form_are_refused(
         json.dumps({k: v for k, v in whole.items() if v is not None or k not in change})
     )
     with pytest.raises(LeanMoeError, match=message):
-        BenchResults.read(path)
+        BenchResults.load(path)

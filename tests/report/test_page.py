@@ -10,7 +10,7 @@ import pytest
 from leanmoe.core.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
 from leanmoe.plan import Plan
 from leanmoe.report import plots
-from leanmoe.report.page import BUTTONS, interval, number, plot, render, sure
+from leanmoe.report.page import CONFIG, interval, number, plot, render, sure
 from leanmoe.report.tune_page import tune_page
 from tests.report import example
 
@@ -57,8 +57,8 @@ def test_plots_stay_readable_in_a_narrow_window() -> None:
     """They are scrolled, and the buttons above them leave room for a legend."""
     html = plot(plots.loss_front(example.tune_results().fronts[1], 0.005))
     assert html.startswith('<div class="scroll">')
-    assert json.dumps({"modeBarButtons": BUTTONS})[1:-1] in html
-    assert len(BUTTONS[0]) == 2
+    assert json.dumps({"modeBarButtons": CONFIG["modeBarButtons"]})[1:-1] in html
+    assert CONFIG["modeBarButtons"] == [["toImage", "resetScale2d"]]
 
 
 def test_the_same_results_give_the_same_page() -> None:

@@ -14,6 +14,6 @@ from leanmoe.report.settings import ReportSettings
 def test_a_page_needs_its_run() -> None:
     settings = make_settings(ReportSettings, {"run": Path("runs/demo")})
     settings.check()
-    assert (settings.run, settings.svg) == (Path("runs/demo"), None)
+    assert settings.run == Path("runs/demo")
     with pytest.raises(LeanMoeError, match="run is not given"):
         make_settings(ReportSettings, {})

@@ -11,7 +11,7 @@ from leanmoe.report.study_page import GROUPS, study_page
 from leanmoe.results.study import StudyResults
 from tests.results.committed import committed
 
-RESULTS = StudyResults.read(committed("leanmoe_study")[0])
+RESULTS = StudyResults.load(committed("leanmoe_study")[0])
 
 
 def text_of(results: StudyResults) -> str:

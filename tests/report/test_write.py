@@ -1,17 +1,28 @@
-"""Every verb's page is written from its folder; the picture is of tune runs alone."""
+"""Every verb's page is written from its folder, told apart by the key of its schema version."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.report.write import write_page, write_svg
+from leanmoe.core.schema import StoredFile
+from leanmoe.report.write import page_of, read_any, write_page
+from leanmoe.results.bench import BenchResults
+from leanmoe.results.eval import EvalResults
+from leanmoe.results.study import StudyResults
+from leanmoe.results.tune import TuneResults
 from tests.report import example
 from tests.results.committed import committed
+from tests.results.test_predict import SWEEP
+
+HERE = Path()
+EVALUATIONS = committed("leanmoe_eval")
 
 
 @pytest.fixture
@@ -19,6 +30,31 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "results.json").write_text(json.dumps(example.results()))
     (tmp_path / "plan.json").write_text(json.dumps(example.plan()))
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (TuneResults, "results.json"),
+        (BenchResults, "results.json"),
+        (EvalResults, "results.json"),
+        (StudyResults, "study.json"),
+    ],
+)
+def test_each_verbs_results_are_found(tmp_path: Path, kind: type[StoredFile], name: str) -> None:
+    shutil.copy(committed(kind.KIND)[0], tmp_path / name)
+    assert type(read_any(tmp_path)) is kind
+
+
+def test_what_is_of_no_verb_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"leanmoe_profile": 1}))
+    with pytest.raises(LeanMoeError, match="they hold none of leanmoe_results, leanmoe_bench"):
+        read_any(tmp_path)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LeanMoeError, match=r"results\.json"):
+        read_any(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["leanmoe_bench", "leanmoe_eval", "leanmoe_study"])
@@ -29,17 +65,9 @@ def test_each_verb_has_its_page(tmp_path: Path, kind: str) -> None:
     assert page.read_text().startswith("<!doctype html>")
 
 
-def test_a_tune_run_has_a_page_and_a_picture(run: Path) -> None:
+def test_a_tune_run_has_a_page(run: Path) -> None:
     page = write_page(run, run / "there.html")
-    write_svg(run, run / "verdict.svg")
     assert "leanmoe tune: reference" in page.read_text()
-    assert (run / "verdict.svg").read_text().startswith("<svg")
-
-
-def test_other_runs_have_no_picture(tmp_path: Path) -> None:
-    shutil.copy(committed("leanmoe_eval")[0], tmp_path / "results.json")
-    with pytest.raises(LeanMoeError, match="holds a run of eval"):
-        write_svg(tmp_path, tmp_path / "verdict.svg")
 
 
 @pytest.mark.parametrize(
@@ -53,3 +81,31 @@ def test_results_of_another_form_are_refused(
     (run / "results.json").write_text(json.dumps(results))
     with pytest.raises(LeanMoeError, match=message):
         write_page(run)
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.name)
+def test_a_committed_evaluation_has_a_page_without_script(path: Path) -> None:
+    results = EvalResults.load(path)
+    html = page_of(results, HERE)
+    assert "<h1>What plans cost: reference</h1>" in html
+    assert "<script" not in html
+    assert results.plans[0].name in html
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.name)
+def test_the_confidence_shown_is_the_one_asked_for(path: Path) -> None:
+    results = EvalResults.load(path)
+    html = page_of(replace(results, settings={**results.settings, "confidence": 0.8}), HERE)
+    assert "[80%]" in html
+    assert "[95%]" not in html
+
+
+def test_a_sweeps_page_shows_every_section() -> None:
+    html = re.sub(r"<script.*?</script>", "", page_of(SWEEP, HERE), flags=re.S)
+    assert "leanmoe predict: a &lt;model&gt; on h200" in html
+    assert "1,000 configurations" in html
+    assert "TPOT at most 30 ms. GPUs saved are at equal load." in html
+    assert "8 GPUs, TP4 EP8 DP2" in html
+    assert "none meets the limits" in html
+    assert "the weights do not fit" in html
+    assert "Every split fitted." in page_of(replace(SWEEP, refused={}), HERE)

@@ -21,8 +21,8 @@ REPORT = PruneReport(
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
-    REPORT.write(tmp_path / "leanmoe_prune.json")
-    assert PruneReport.read(tmp_path / "leanmoe_prune.json") == REPORT
+    REPORT.save(tmp_path / "leanmoe_prune.json")
+    assert PruneReport.load(tmp_path / "leanmoe_prune.json") == REPORT
 
 
 def test_another_version_is_refused() -> None:

@@ -13,5 +13,5 @@ from tests.results.committed import committed, without_nulls
 
 @pytest.mark.parametrize("path", committed("leanmoe_study"), ids=lambda path: path.name)
 def test_committed_results_are_read_and_written_alike(path: Path) -> None:
-    results = StudyResults.read(path)
+    results = StudyResults.load(path)
     assert without_nulls(results.to_json()) == without_nulls(json.loads(path.read_text()))

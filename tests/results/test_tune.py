@@ -6,15 +6,15 @@ import json
 
 import pytest
 
-from leanmoe.core.provenance import MadeWith
+from leanmoe.core.provenance import MadeWith, StepsMadeWith
 from leanmoe.plan import Rule
-from leanmoe.results.tune import StepsMadeWith, TuneResults, describe_rule
+from leanmoe.results.tune import TuneResults, describe_rule
 from tests.results.committed import committed
 
 
 def test_committed_results_are_read_and_written_alike() -> None:
     (path,) = committed("leanmoe_results")
-    results = TuneResults.read(path)
+    results = TuneResults.load(path)
     assert results.to_json() == json.loads(path.read_text())
     assert results.verdicts[2].accepted
     assert results.sensitivity.candidates[0].rule == Rule(top_k=7, keep_weights=True)

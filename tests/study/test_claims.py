@@ -21,7 +21,7 @@ def row(group: str, name: str, ratio: float, low: float) -> QualityRow:
 
 @pytest.mark.parametrize(("low", "verdict"), [(0.02, "not confirmed"), (-0.01, "partly")])
 def test_a_verdict_follows_the_interval(low: float, verdict: str) -> None:
-    measured = StudyResults.read(STUDY).quality
+    measured = StudyResults.load(STUDY).quality
     assert isinstance(measured, StudiedQuality)
     rows = (
         row("k", "k=6", 0.03, low),
@@ -34,7 +34,7 @@ def test_a_verdict_follows_the_interval(low: float, verdict: str) -> None:
 
 
 def test_a_committed_studys_claims_are_made_again_word_by_word() -> None:
-    results = StudyResults.read(STUDY)
+    results = StudyResults.load(STUDY)
     assert results.quality is not None
     claims = speed_claims(results.table_9, results.v2_lite, results.banded, results.analysis)
     claims += quality_claims(results.quality)

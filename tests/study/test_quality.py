@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Fingerprint, Plan, Rule
 from leanmoe.study import quality
-from leanmoe.study.quality import SHAPES, Case, QualitySettings, saved_quality, shape_rules
+from leanmoe.study.quality import SHAPES, Case, saved_quality, shape_rules
+from leanmoe.study.settings import StudySettings
 
 
 def ks(name: str, layers: int = 5) -> list[int | None]:
@@ -35,7 +35,7 @@ def test_losses_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.M
         yield Case("k", "k=8", 8, 1.0, Plan.uniform(print_, Rule(top_k=8)))
 
     monkeypatch.setattr(quality, "_cases", few)
-    settings = QualitySettings(quick=True)
+    settings = StudySettings(quick=True)
     found = saved_quality(settings, tmp_path, "leanmoe study")
     fewest, full = (row.increase for row in found.rows)
     assert fewest.low > 0.1
@@ -43,8 +43,3 @@ def test_losses_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.M
     assert found.heldout.documents >= 20
     monkeypatch.setattr(quality, "measure_quality", lambda *_settings: pytest.fail("again"))
     assert saved_quality(settings, tmp_path, "leanmoe study") == found
-
-
-def test_too_little_text() -> None:
-    with pytest.raises(LeanMoeError, match="heldout_tokens is 5"):
-        QualitySettings(heldout_tokens=5).check()

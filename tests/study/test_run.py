@@ -7,21 +7,10 @@ from pathlib import Path
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.study.claims import quality_claims
-from leanmoe.study.run import earlier_quality, find_quality, searched_plan
+from leanmoe.study.run import find_quality, searched_plan
 from leanmoe.study.settings import StudySettings
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-
-
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*-pruning.json")), ids=lambda p: p.name)
-def test_the_pruning_benchmarks_losses_can_stand_in(path: Path) -> None:
-    found = earlier_quality(path)
-    groups = {row.group for row in found.rows}
-    assert {"k", "pruning"} <= groups <= {"k", "k, weights kept", "pruning"}
-    assert found.heldout.documents > 20
-    claims = list(quality_claims(found))
-    assert len(claims) == len(groups) - 1  # by count, and k where weights kept stand beside it
 
 
 def test_quality_may_be_left_out_or_read_from_an_earlier_study(tmp_path: Path) -> None:

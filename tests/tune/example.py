@@ -9,10 +9,11 @@ from typing import cast
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Fingerprint, Rule
+from leanmoe.results.tune import Candidate, Sensitivity, StrategyBudget
 from leanmoe.tune.context import TuneContext, TuneWindows
-from leanmoe.tune.layers import Candidate, Sensitivity, candidates
+from leanmoe.tune.layers import candidates
 from leanmoe.tune.settings import TuneSettings
-from leanmoe.tune.strategies import Budget, Setting
+from leanmoe.tune.strategies import Setting
 from tests.profile.example import made_up_profile
 
 MODEL = Fingerprint("Model", 7, 6, 64, 8)
@@ -31,20 +32,26 @@ def cost(layer: int, rule: Rule) -> float:
 def sensitivity(candidate: Candidate) -> Sensitivity:
     slots = cost(candidate.layer, candidate.rule)
     divergence = 0.001 * (candidate.layer + 1) * (MODEL.top_k - min(slots, 8.0)) ** 2
-    return Sensitivity(candidate, divergence, 0.5 * divergence, slots, 4 * slots)
+    return Sensitivity(
+        **vars(candidate),
+        divergence=divergence,
+        loss_difference=0.5 * divergence,
+        slots=slots,
+        distinct=4 * slots,
+    )
 
 
 def setting(budget: float, decode_batch: int = 1) -> Setting:
     tried = [sensitivity(c) for c in candidates(MODEL, (1, decode_batch))]
     moved = {(n, k): (8 - k) * (6 - n) / 10 for n in range(6) for k in range(1, 9)}
-    return Setting(MODEL, decode_batch, Budget("slots", budget), cost, tried, moved)
+    return Setting(MODEL, decode_batch, StrategyBudget("slots", budget), cost, tried, moved)
 
 
 def context(folder: Path, concurrency: tuple[int, ...] = (1, 8)) -> TuneContext:
     """What the stages of a run on the reference model share, its model and its text left out."""
     settings = TuneSettings("reference", concurrency=concurrency)
     shape, measured = read_shape("reference"), made_up_profile()
-    layers = (measured.layers[0],) * len(shape.moe_layers)
+    model = replace(measured.model, moe_layers=len(shape.moe_layers))
     return TuneContext(
         settings,
         RunFolder.open(folder, settings, overwrite=False),
@@ -52,5 +59,5 @@ def context(folder: Path, concurrency: tuple[int, ...] = (1, 8)) -> TuneContext:
         None,
         shape,
         cast(TuneWindows, None),
-        replace(measured, layers=layers),
+        replace(measured, model=model),
     )

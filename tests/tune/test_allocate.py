@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
+from leanmoe.results.tune import Phase
 from leanmoe.tune.allocate import Offer, Workload, cheapest, front, pareto
-from leanmoe.tune.layers import LayerTime, Phase
+from leanmoe.tune.layers import LayerTime
 from tests.tune.example import setting
 
 NUMBERS = st.floats(0, 10, allow_nan=False).map(lambda x: round(x, 2))

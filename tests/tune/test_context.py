@@ -11,7 +11,8 @@ import pytest
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.text import Document
 from leanmoe.plan import Rule
-from leanmoe.tune.context import PROFILE, SENSITIVITY, ProfileSize, digest, full_windows
+from leanmoe.results.tune import TextPart
+from leanmoe.tune.context import LAYER_TIMES, SENSITIVITY, digest, full_windows
 from leanmoe.tune.settings import TuneSettings
 from tests.tune.example import context
 
@@ -31,21 +32,21 @@ class Letters:
 def test_a_stage_is_computed_once_for_what_it_is_about(tmp_path: Path) -> None:
     computed: list[int] = []
 
-    def compute() -> ProfileSize:
+    def compute() -> TextPart:
         computed.append(1)
-        return ProfileSize(len(computed), 2)
+        return TextPart(len(computed), 2)
 
     for _ in range(2):
-        assert context(tmp_path).take(PROFILE, ProfileSize, compute, 8).tokens == 1
-    assert context(tmp_path).take(PROFILE, ProfileSize, compute, 32).tokens == 2
-    assert {"profiling-8.json", "profiling-32.json"} <= {f.name for f in tmp_path.iterdir()}
+        assert context(tmp_path).take(LAYER_TIMES, TextPart, compute, 8).documents == 1
+    assert context(tmp_path).take(LAYER_TIMES, TextPart, compute, 32).documents == 2
+    assert {"layer-times-8.json", "layer-times-32.json"} <= {f.name for f in tmp_path.iterdir()}
 
 
 def test_several_results_of_a_stage_are_stored_as_one(tmp_path: Path) -> None:
-    sizes = [ProfileSize(1, 2), ProfileSize(3, 4)]
-    shared = context(tmp_path)
-    assert shared.take_all(SENSITIVITY, ProfileSize, lambda: sizes, "decode", 8) == sizes
-    assert shared.take_all(SENSITIVITY, ProfileSize, list, "decode", 8) == sizes
+    sizes = (TextPart(1, 2), TextPart(3, 4))
+    shared, kind = context(tmp_path), tuple[TextPart, ...]
+    assert shared.take(SENSITIVITY, kind, lambda: sizes, "decode", 8) == sizes
+    assert shared.take(SENSITIVITY, kind, tuple, "decode", 8) == sizes
 
 
 def test_a_replay_is_made_once(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from leanmoe.core.schema import from_json, to_json
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
+from leanmoe.results.tune import Sensitivity
 from leanmoe.tune.layers import (
     LEAST_RATE,
-    Candidate,
     LayerTime,
-    Sensitivity,
     candidates,
     loss_rates,
 )
@@ -21,7 +21,7 @@ def test_rates_put_divergence_in_nats_of_loss() -> None:
     found = setting(6.0).sensitivities
     rates = loss_rates(found)
     assert rates["decode", 2] == pytest.approx(0.5)
-    free = [Sensitivity(Candidate("decode", 0, Rule(top_k=4)), 0.1, -0.2, 4, 4)]
+    free = [Sensitivity("decode", 0, Rule(top_k=4), 1, 0.1, -0.2, 4, 4)]
     assert loss_rates(free)["decode", 0] == LEAST_RATE
 
 
@@ -44,7 +44,7 @@ def test_weights_are_kept_where_the_router_normalises_them() -> None:
 
 def test_what_is_stored_is_read_as_it_was() -> None:
     for measured in setting(6.0, 8).sensitivities:
-        assert Sensitivity.from_json(measured.to_json()) == measured
+        assert from_json(Sensitivity, to_json(measured), "sensitivity") == measured
     line = LayerTime(1e-5, 1e-6, 1e-7, 2e-6, 0.01)
-    assert LayerTime.from_json(line.to_json()) == line
+    assert from_json(LayerTime, to_json(line), "line") == line
     assert line.seconds(10, 4, has_rule=True) == pytest.approx(1e-5 + 4e-6 + 1e-6 + 2e-6)

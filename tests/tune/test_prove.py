@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from leanmoe.bench.measurement import ClosedLoop, Variant, same_prompts
+from leanmoe.core.intervals import RatioOfRuns
 from leanmoe.plan import Rule
+from leanmoe.results.tune import LoadGain
 from leanmoe.runtime import load_model
 from leanmoe.stats.paired import Estimate, Verdict
 from leanmoe.tune import prove
 from leanmoe.tune.allocate import FrontPoint
 from leanmoe.tune.context import TuneContext
-from leanmoe.tune.prove import Gain, Proof, Proved, assemble, compare, last_accepted, verdict_on
+from leanmoe.tune.prove import Proof, Proved, assemble, compare, last_accepted, verdict_on
 from tests.tune.example import context
 
 
@@ -30,9 +32,9 @@ def proved(
     return Proved(point, Verdict(accepted, loss, 0.005, "as tested"))
 
 
-def gain(concurrency: int, low: float) -> Gain:
-    ratio = {"median": low + 0.1, "low": low, "high": low + 0.2, "repeats": 5}
-    return Gain({"concurrency": concurrency, "ratio": ratio})
+def gain(concurrency: int, low: float) -> LoadGain:
+    ratio = RatioOfRuns(low + 0.1, low, low + 0.2, 5)
+    return LoadGain(concurrency, 256, 32, 24, {}, "measured", ratio)
 
 
 def test_the_last_point_within_the_margin_is_the_fastest(tmp_path: Path) -> None:
@@ -63,16 +65,16 @@ def test_a_gain_counts_where_its_interval_is_above_one(
 ) -> None:
     shared = context(tmp_path)
     verdict = verdict_on(shared, {8: [proved(shared, 5)]}, gain(8, low))
-    assert verdict["accepted"] is accepted
-    assert verdict["reason"].startswith(reason)
-    assert verdict["up_to"] == 16
+    assert verdict.accepted is accepted
+    assert verdict.reason.startswith(reason)
+    assert verdict.up_to == 16
 
 
 def test_without_a_proven_plan_no_gain_is_claimed(tmp_path: Path) -> None:
     shared = context(tmp_path)
     verdict = verdict_on(shared, {8: [proved(shared, 5, accepted=False)]}, gain(8, 1.5))
-    assert (verdict["accepted"], verdict["gain"]) == (False, None)
-    assert verdict["reason"] == "no plan is within the margin: as tested"
+    assert (verdict.accepted, verdict.gain) == (False, None)
+    assert verdict.reason == "no plan is within the margin: as tested"
 
 
 def test_the_largest_load_chooses_the_prompt_rules_of_all_from_those_that_hold_alone(

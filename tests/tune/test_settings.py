@@ -30,7 +30,6 @@ def test_settings_out_of_range_are_named(changed: dict[str, object], message: st
 
 def test_bands_meet_between_loads() -> None:
     assert replace(SETTINGS, concurrency=(1, 8, 32)).band_ends() == {1: 2, 8: 16, 32: 64}
-    assert TuneSettings.from_json(SETTINGS.to_json()) == SETTINGS
 
 
 def test_replies_are_as_long_as_the_loads_and_prompts_around_its_length() -> None:

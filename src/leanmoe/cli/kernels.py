@@ -79,7 +79,7 @@ def _tune(settings: KernelsSettings, output: Path, as_json: bool) -> None:
         measured = {**provenance, "microseconds": times}
         tuned = Tuned(gpu, capability_of(), shape, buckets, measured)
         path = output / file_name(gpu, shape)
-        tuned.write(path)
+        tuned.save(path)
         written.append({"file": str(path), "shape": shape.__dict__, "microseconds": times})
     progress.close()
     if as_json:
@@ -118,7 +118,7 @@ def _list(output: Path, as_json: bool) -> None:
 
     folders = {"shipped": SHIPPED, str(output): output}
     known = [
-        (name, path, Tuned.read(path))
+        (name, path, Tuned.load(path))
         for name, folder in folders.items()
         for path in sorted(folder.glob("*.json"))
     ]

@@ -53,14 +53,13 @@ def predict(settings: PredictSettings, output: SweepOutput = None, as_json: AsJs
 def _write(results: SweepResults, output: Path) -> Path:
     """Writes the results and their page, or the page alone; returns where the page is."""
     from leanmoe.core.files import write_text
-    from leanmoe.report.predict_page import predict_page
-    from leanmoe.report.write import PAGE
+    from leanmoe.report.write import PAGE, page_of
 
     page = output
     if output.suffix != ".html":
-        results.write(output / "results.json")
+        results.save(output / "results.json")
         page = output / PAGE
-    write_text(page, predict_page(results))
+    write_text(page, page_of(results, output))
     return page
 
 

@@ -22,17 +22,12 @@ def report(
     """Write the page of a run from its saved results; nothing is measured.
 
     Example:
-    leanmoe report runs/demo --svg verdict.svg
+    leanmoe report runs/demo
     """
-    run, svg = settings.run, settings.svg
-    from leanmoe.report.write import write_page, write_svg
+    from leanmoe.report.write import write_page
 
-    if svg is not None:
-        write_svg(run, svg)
-    page = write_page(run, output)
+    page = write_page(settings.run, output)
     if as_json:
-        print_json({"report": str(page), "svg": None if svg is None else str(svg)})
-        return
-    print(f"The page: {page}")
-    if svg is not None:
-        print(f"The picture: {svg}")
+        print_json({"report": str(page)})
+    else:
+        print(f"The page: {page}")

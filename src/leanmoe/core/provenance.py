@@ -78,6 +78,13 @@ class MadeWith:
         ]
 
 
+@dataclass(frozen=True)
+class StepsMadeWith(MadeWith):
+    """Code, weights and machine that some stored steps were made with."""
+
+    steps: tuple[str, ...]
+
+
 def made_with(model: str) -> MadeWith:
     """What a step that runs `model` (a folder, a hub name, "reference") is made with now."""
     return MadeWith(

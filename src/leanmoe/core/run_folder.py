@@ -7,32 +7,21 @@ line on standard error says why.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.files import read_json, require_space, write_json, write_text
-from leanmoe.core.provenance import MadeWith, made_with
+from leanmoe.core.files import read_json, require_space, write_json
+from leanmoe.core.provenance import MadeWith, StepsMadeWith, made_with
+from leanmoe.core.schema import all_fields
 
 SETTINGS = "settings.json"
 SPACE_BYTES = 200_000_000
-
-
-class RunSettings(Protocol):
-    """What a run was asked to do."""
-
-    @property
-    def model(self) -> str:
-        """The model it runs: a folder, a hub name or "reference"."""
-
-    def to_json(self) -> dict[str, Any]:
-        """All that its results depend on."""
 
 
 @dataclass
@@ -47,11 +36,10 @@ class RunFolder:
     _explained: set[str] = field(default_factory=set)
 
     @classmethod
-    def open(
-        cls, path: Path, settings: RunSettings, overwrite: bool, kind: str = "tune"
-    ) -> RunFolder:
+    def open(cls, path: Path, settings: Any, overwrite: bool, kind: str = "tune") -> RunFolder:
         """Creates the folder, or takes up the run in it if its settings are the same.
 
+        `settings` is a dataclass of all that the results depend on; its `model` is what runs.
         Raises LeanMoeError when it holds another run (unless `overwrite`), something that is no
         run, or its disk is full. A run of which no step was finished is none to keep.
         """
@@ -60,19 +48,19 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise LeanMoeError(f"output {path} is a file: give a folder")
         if path.exists() and any(path.iterdir()):
-            folder._take_up(settings, overwrite, kind)
-        write_json(path / SETTINGS, settings.to_json())
+            folder._take_up(all_fields(settings), overwrite, kind)
+        write_json(path / SETTINGS, all_fields(settings))
         return folder
 
-    def _take_up(self, settings: RunSettings, overwrite: bool, kind: str) -> None:
+    def _take_up(self, settings: dict[str, Any], overwrite: bool, kind: str) -> None:
         file = self.path / SETTINGS
         if not file.exists():
             raise LeanMoeError(f"output {self.path} is not empty and holds no {kind} run")
         stored = read_json(file, "settings")
-        if stored == settings.to_json() or self._holds_nothing_but(stored, settings):
+        if stored == settings or self._holds_nothing_but(stored, settings):
             return
         if not overwrite:
-            changed = sorted(k for k, v in settings.to_json().items() if stored.get(k) != v)
+            changed = sorted(k for k, v in settings.items() if stored.get(k) != v)
             raise LeanMoeError(
                 f"output {self.path} holds a run with another {', '.join(changed)}: "
                 "use --overwrite, or another folder"
@@ -81,9 +69,9 @@ class RunFolder:
             if entry.is_file():
                 entry.unlink()
 
-    def _holds_nothing_but(self, stored: Any, settings: RunSettings) -> bool:
+    def _holds_nothing_but(self, stored: Any, settings: dict[str, Any]) -> bool:
         """Whether there are settings of such a run alone: it failed before its first step."""
-        is_such = isinstance(stored, dict) and set(stored) == set(settings.to_json())
+        is_such = isinstance(stored, dict) and set(stored) == set(settings)
         return is_such and [entry.name for entry in self.path.iterdir()] == [SETTINGS]
 
     @cached_property
@@ -125,13 +113,12 @@ class RunFolder:
             )
         return False
 
-    def made_with(self) -> list[dict[str, Any]]:
+    def made_with(self) -> tuple[StepsMadeWith, ...]:
         """Every set of code, weights and machine that took part, with its steps' names."""
-        groups: dict[str, dict[str, Any]] = {}
+        groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
         for name, made in self._taken_part.items():
-            group = groups.setdefault(json.dumps(made, sort_keys=True), {**made, "steps": []})
-            group["steps"].append(name)
-        return list(groups.values())
+            groups.setdefault(tuple(made.items()), []).append(name)
+        return tuple(StepsMadeWith(**dict(made), steps=tuple(s)) for made, s in groups.items())
 
     def seconds(self) -> dict[str, float]:
         """How long each step of this run took when it was computed."""
@@ -141,39 +128,3 @@ class RunFolder:
             if path.exists():
                 taken[name] = float(read_json(path, "step")["seconds"])
         return taken
-
-    def lines(self, name: str, timed: bool = False) -> Lines:
-        """A file of JSON lines that grows one finished piece at a time; empty if it is not valid.
-
-        What its pieces were made with stands in a file beside it.
-        """
-        lines = Lines(self.path / f"{name}.jsonl")
-        note = self.path / f"{name}.made_with.json"
-        stored = read_json(note, "provenance") if note.exists() else None
-        if lines.path.exists() and not self._is_valid(name, stored, timed):
-            lines.path.unlink()
-        if not lines.path.exists():
-            write_json(note, self.now.to_json())
-            self._taken_part[name] = self.now.to_json()
-        return lines
-
-
-@dataclass(frozen=True)
-class Lines:
-    """Pieces of a long step, each stored as it is done."""
-
-    path: Path
-
-    def __iter__(self) -> Iterator[Any]:
-        if not self.path.exists():
-            return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return  # a line cut short by a crash ends what was done; it is computed again
-
-    def append(self, piece: Any) -> None:
-        """Adds one piece; the file is rewritten whole, so a crash loses at most this piece."""
-        text = "".join(json.dumps(p) + "\n" for p in self) + json.dumps(piece) + "\n"
-        write_text(self.path, text)

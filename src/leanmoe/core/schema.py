@@ -6,8 +6,9 @@ left out where it equals its default. `stored_as` gives a field another name in 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -29,8 +30,8 @@ from leanmoe.core.files import read_json, write_json
 T = TypeVar("T")
 
 
-class ResultsFile:
-    """Base of the dataclasses that are a whole results file with a schema version."""
+class StoredFile:
+    """Base of the dataclasses that are a whole file with a schema version."""
 
     KIND: ClassVar[str]
     """The key under which the file holds its schema version; it also tells files apart."""
@@ -40,7 +41,7 @@ class ResultsFile:
 
     def to_json(self) -> dict[str, Any]:
         """The file's content: the schema version, then the fields."""
-        return {self.KIND: self.VERSION, **_fields_to_json(self)}
+        return {self.KIND: self.VERSION, **fields_to_json(self)}
 
     @classmethod
     def from_json(cls, value: Any, name: str = "") -> Self:
@@ -49,13 +50,13 @@ class ResultsFile:
         Raises LeanMoeError for another schema version and for unknown, missing or mistyped fields.
         """
         where = f"{cls.WHAT} {name}".strip()
-        version = value.get(cls.KIND) if isinstance(value, dict) else None
+        content = dict(_typed(dict, value, where))
+        version = content.pop(cls.KIND, None)
         if version != cls.VERSION:
             raise LeanMoeError(
                 f"{where} has schema version {version!r}: this leanmoe reads {cls.VERSION}"
             )
-        content = {key: each for key, each in value.items() if key != cls.KIND}
-        return _dataclass_from_json(cls, content, where)
+        return fields_from_json(cls, content, where, ": " if name else ".")
 
     @classmethod
     def of(cls, **fields: Any) -> Self:
@@ -63,13 +64,13 @@ class ResultsFile:
         return cls.from_json({cls.KIND: cls.VERSION, **fields})
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def load(cls, path: Path | str) -> Self:
         """Reads a file; raises LeanMoeError as `from_json` does."""
-        return cls.from_json(read_json(path, cls.WHAT), str(path))
+        return cls.from_json(read_json(Path(path), cls.WHAT), str(path))
 
-    def write(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Writes the file, whole or not at all."""
-        write_json(path, self.to_json())
+        write_json(Path(path), self.to_json())
 
 
 def stored_as(key: str) -> dict[str, str]:
@@ -77,11 +78,15 @@ def stored_as(key: str) -> dict[str, str]:
     return {"key": key}
 
 
+ALWAYS_STORED: Mapping[str, bool] = {"always": True}
+"""The metadata of a dataclass field that is written where it equals its default, too."""
+
+
 def to_json(value: Any) -> Any:
     """A dataclass, tuple or mapping as JSON values; a class's own `to_json` is used."""
     if is_dataclass(value):
         own = getattr(value, "to_json", None)
-        return _fields_to_json(value) if own is None else own()
+        return fields_to_json(value) if own is None else own()
     if isinstance(value, tuple | list):
         return [to_json(each) for each in value]
     if isinstance(value, Mapping):
@@ -92,35 +97,44 @@ def to_json(value: Any) -> Any:
 def from_json(kind: type[T], value: Any, where: str) -> T:
     """Reads what `to_json` wrote of a `kind`; `where` names the place in messages.
 
-    Raises LeanMoeError for unknown, missing and mistyped fields.
+    A class's own `from_json` is used. Raises LeanMoeError for unknown, missing and mistyped fields.
     """
     read: T = _read(kind, value, where)
     return read
 
 
-def _fields_to_json(value: Any) -> dict[str, Any]:
+def all_fields(value: Any) -> dict[str, Any]:
+    """Every field of a dataclass as JSON values, defaults too."""
+    written: dict[str, Any] = json.loads(json.dumps(asdict(value)))
+    return written
+
+
+def fields_to_json(value: Any) -> dict[str, Any]:
+    """A dataclass's fields by their keys, without those that equal their defaults."""
     written = {}
     for each in fields(value):
         content = getattr(value, each.name)
-        if _is_required(each) or content != _default(each):
+        is_written = _is_required(each) or each.metadata.get("always", False)
+        if is_written or content != _default(each):
             written[_key(each)] = to_json(content)
     return written
 
 
-def _dataclass_from_json(kind: type[T], value: Any, where: str) -> T:
-    if not isinstance(value, dict):
-        raise LeanMoeError(f"{where} is {value!r}: it must be an object")
+def fields_from_json(kind: type[T], value: Any, where: str, joint: str = ".") -> T:
+    """Reads what `fields_to_json` wrote; a field's place is `where`, `joint` and its key."""
+    content = _typed(dict, value, where)
     by_key = {_key(each): each for each in fields(kind)}  # type: ignore[arg-type]
-    for key in value:
+    for key in content:
         if key not in by_key:
-            raise LeanMoeError(f"{where}: {key!r} is no field; its fields are {', '.join(by_key)}")
+            allowed = ", ".join(by_key)
+            raise LeanMoeError(f"{where} has an unknown field {key!r}: allowed are {allowed}")
     hints = _hints(kind)  # type: ignore[arg-type]
     given = {}
     for key, each in by_key.items():
-        if key in value:
-            given[each.name] = _read(hints[each.name], value[key], f"{where}: {key}")
+        if key in content:
+            given[each.name] = _read(hints[each.name], content[key], f"{where}{joint}{key}")
         elif _is_required(each):
-            raise LeanMoeError(f"{where} is incomplete: {key} is missing")
+            raise LeanMoeError(f"{where}{joint}{key} is missing")
     try:
         return kind(**given)
     except LeanMoeError as error:
@@ -138,15 +152,15 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = _typed(list, value, where)
         return tuple(_read(arguments[0], each, f"{where}[{n}]") for n, each in enumerate(items))
-    if origin is dict:
+    if origin in (dict, Mapping):
         content = _typed(dict, value, where)
         return {key: _read(arguments[1], each, f"{where}.{key}") for key, each in content.items()}
     if origin is Literal:
         return _typed(str, value, where)
     if hasattr(kind, "from_json"):
-        return kind.from_json(value)
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _dataclass_from_json(kind, value, where)
+        return kind.from_json(value, where)
+    if isinstance(kind, type) and is_dataclass(kind):
+        return fields_from_json(kind, value, where)
     return _typed(kind, value, where)
 
 

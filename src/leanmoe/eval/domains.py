@@ -21,6 +21,7 @@ from leanmoe.prune.criteria import (
     observe,
     rank_experts,
 )
+from leanmoe.results.eval import DomainMatrix, DomainRow, EvaluatedDomain
 from leanmoe.runtime import apply, served_experts, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import WINDOW_TOKENS, Windows, cut
@@ -76,49 +77,45 @@ def domain_matrix(
     plans: Sequence[Named],
     settings: EvalSettings,
     folder: RunFolder,
-) -> dict[str, Any]:
+) -> DomainMatrix:
     """Rows: plans as given, and one calibrated on each domain; columns: the domains tested."""
-    windows = {domain.name: heldout for domain, heldout in texts}
     rows = [*plans]
     if settings.calibrate:
         rows += [_calibrated(model, tokenizer, d, settings, folder) for d, _ in texts]
-    empty = Plan(shape_of(model).fingerprint())
+    empty = Named("full model", Plan(shape_of(model).fingerprint()))
+    sure = (settings.confidence, settings.seed)
 
-    def measured(plan: Plan, key: str, what: str, where: Windows) -> Losses:
-        return Losses.from_json(folder.step(key, _measuring(model, plan, what, where, settings)))
+    def measured(each: Named, domain: Domain, windows: Windows) -> Losses:
+        key = f"domain-{domain.name}-{'full' if each is empty else each.digest}"
+        what = f"{domain.name}, {each.name}"
+        return Losses.from_json(folder.step(key, _measuring(model, each, what, windows, settings)))
 
-    full = {
-        name: measured(empty, f"domain-{name}-full", f"{name}, full model", where)
-        for name, where in windows.items()
-    }
-    return {
-        "domains": [
-            {
-                "name": d.name,
-                "unit": d.unit,
-                "units": windows[d.name].documents,
-                "tokens": windows[d.name].tokens,
-                "full_loss": full[d.name].mean,
-            }
-            for d, _ in texts
-        ],
-        "calibrate": settings.calibrate,
-        "rows": [
-            {
-                "plan": each.name,
-                "loss": {
-                    name: loss_increase(
-                        full[name],
-                        measured(each.plan, f"domain-{name}-{each.digest}", _what(name, each), w),
-                        settings.confidence,
-                        settings.seed,
-                    ).to_json()
-                    for name, w in windows.items()
+    full = {domain.name: measured(empty, domain, windows) for domain, windows in texts}
+    return DomainMatrix(
+        domains=tuple(
+            EvaluatedDomain(
+                domain.name,
+                domain.unit,
+                windows.documents,
+                windows.tokens,
+                full[domain.name].mean,
+            )
+            for domain, windows in texts
+        ),
+        calibrate=settings.calibrate,
+        rows=tuple(
+            DomainRow(
+                each.name,
+                {
+                    domain.name: loss_increase(
+                        full[domain.name], measured(each, domain, windows), *sure
+                    )
+                    for domain, windows in texts
                 },
-            }
+            )
             for each in rows
-        ],
-    }
+        ),
+    )
 
 
 def read_domain(name: str, path: Path) -> Domain:
@@ -184,15 +181,11 @@ def _calibrated(
 
 
 def _measuring(
-    model: Any, plan: Plan, what: str, windows: Windows, settings: EvalSettings
+    model: Any, each: Named, what: str, windows: Windows, settings: EvalSettings
 ) -> Callable[[], Any]:
     def compute() -> Any:
         decode_batch = settings.concurrency
-        with apply(model, plan, experts=served_experts(model), decode_batch=decode_batch):
+        with apply(model, each.plan, experts=served_experts(model), decode_batch=decode_batch):
             return losses(model, windows, what, decode_batch).to_json()
 
     return compute
-
-
-def _what(domain: str, each: Named) -> str:
-    return f"{domain}, {each.name}"

@@ -6,7 +6,6 @@ Letters: U prompts, Z replies drawn of each, or batch draws, N positions of a re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from leanmoe.core.intervals import MeanChange
 from leanmoe.core.run_folder import RunFolder
-from leanmoe.core.schema import to_json
-from leanmoe.eval.local_tasks import Encoder
-from leanmoe.eval.prompts import Prompt, read_prompts
+from leanmoe.eval.prompts import Encoder, Prompt, read_prompts
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
+from leanmoe.results.eval import (
+    Agreement,
+    DivergencePart,
+    PairedChange,
+    PassAt,
+    Replies,
+    ReplyDivergence,
+    ReplyRow,
+)
 from leanmoe.runtime import apply, served_experts
 from leanmoe.scoring.rows import Applying, ScoredRow
 from leanmoe.scoring.writing import divergence_by_position, write_on
@@ -40,7 +47,7 @@ def generation(
     plans: Sequence[Named],
     settings: EvalSettings,
     folder: RunFolder,
-) -> dict[str, Any]:
+) -> Replies:
     """Everything about replies, as results.json holds it."""
     encoder = Encoder(model, tokenizer)
     prompts = read_prompts(
@@ -49,36 +56,38 @@ def generation(
     writer = _Writer(model, tokenizer, prompts, settings, folder)
     full = Named(FULL, Plan(plans[0].plan.model))
     replies = writer.greedy(full, 0)
-    rows: list[dict[str, Any]] = []
     drawn = writer.drawn(full, 0) if writer.draws else None
+    rows = []
     for each in plans:
-        batch_draws = settings.batch_draws if each.is_batch_aware(settings.concurrency) else 1
-        theirs = [writer.greedy(each, draw) for draw in range(batch_draws)]
-        row: dict[str, Any] = {
-            "plan": each.name,
-            "mixes": batch_draws,
-            "agreement": agreement(replies, theirs[0], settings.output_len),
-            **_drift(writer, replies, theirs, settings),
-            "divergence": writer.divergence(each, full, replies, batch_draws),
-        }
+        draws = range(settings.batch_draws if each.is_batch_aware(settings.concurrency) else 1)
+        theirs = [writer.greedy(each, draw) for draw in draws]
+        exact = None
+        passed: tuple[PassAt, ...] = ()
         if prompts[0].answer is not None:
-            right_U = writer.right(replies)
-            found = difference(
-                right_U, np.stack([writer.right(t) for t in theirs]), settings.confidence
-            )
-            row["exact_match"] = to_json(found)
+            right_ZU = np.stack([writer.right(replies) for replies in theirs])
+            exact = difference(writer.right(replies), right_ZU, settings.confidence)
         if drawn is not None:
-            plan_drawn = [writer.drawn(each, draw) for draw in range(batch_draws)]
-            row["pass_at"] = _pass_at(writer, drawn, plan_drawn, settings)
-        rows.append(row)
-    return {
-        "prompts": len(prompts),
-        "tokens": settings.output_len,
-        "together": settings.concurrency,
-        "samples": writer.draws,
-        "temperature": settings.temperature,
-        "rows": rows,
-    }
+            passed = _pass_at(writer, drawn, [writer.drawn(each, draw) for draw in draws])
+        rows.append(
+            ReplyRow(
+                plan=each.name,
+                batch_draws=len(draws),
+                agreement=agreement(replies, theirs[0], settings.output_len),
+                repetition=_changed(writer, repeated_share, replies, theirs),
+                length=_changed(writer, len, replies, theirs),
+                divergence=writer.divergence(each, full, replies, len(draws)),
+                exact_match=exact,
+                pass_at=passed,
+            )
+        )
+    return Replies(
+        prompts=len(prompts),
+        tokens=settings.output_len,
+        concurrency=settings.concurrency,
+        samples=writer.draws,
+        temperature=settings.temperature,
+        rows=tuple(rows),
+    )
 
 
 class _Writer:
@@ -94,6 +103,7 @@ class _Writer:
     ) -> None:
         self._model, self._tokenizer, self._folder = model, tokenizer, folder
         self._prompts, self._settings = prompts, settings
+        self.confidence = settings.confidence
         self._experts = served_experts(model)
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -101,16 +111,10 @@ class _Writer:
         self.draws = settings.samples if prompts[0].answer is not None else 0
 
     def _applying(self, plan: Plan) -> Applying:
-        def applying(prompt_tokens: int) -> AbstractContextManager[Any]:
-            return apply(
-                self._model,
-                plan,
-                experts=self._experts,
-                decode_batch=self._settings.concurrency,
-                prompt_tokens=prompt_tokens,
-            )
-
-        return applying
+        experts, batch = self._experts, self._settings.concurrency
+        return lambda prompt_tokens: apply(
+            self._model, plan, experts=experts, decode_batch=batch, prompt_tokens=prompt_tokens
+        )
 
     def _write(
         self, each: Named, draw: int, prompts: Sequence[Prompt], kind: str, **how: Any
@@ -151,7 +155,7 @@ class _Writer:
 
     def divergence(
         self, each: Named, full: Named, replies: Sequence[Sequence[int]], batch_draws: int
-    ) -> dict[str, Any]:
+    ) -> ReplyDivergence:
         """KL from the full model along its own replies, by stretches of positions."""
         rows = [
             ScoredRow((*prompt.ids, *reply), len(prompt.ids))
@@ -170,88 +174,78 @@ class _Writer:
             ).tolist()
 
         found = [self._folder.step(f"kl-{each.digest}-{m}", compute(m)) for m in range(batch_draws)]
-        return _by_part(np.mean([np.asarray(kl) for kl in found], axis=0), self._settings)
+        return _by_part(np.mean([np.asarray(kl) for kl in found], axis=0), self.confidence)
 
 
 def agreement(
     full: Sequence[Sequence[int]], plan: Sequence[Sequence[int]], length: int
-) -> dict[str, Any]:
+) -> Agreement:
     """Where greedy replies first differ; those that never do count as their whole length."""
     found = [first_divergence(a, b) for a, b in zip(full, plan, strict=True)]
     places = np.array([length if place is None else place for place in found])
-    return {
-        "same": float(np.mean([place is None for place in found])),
-        "quantiles": dict(zip(map(str, QUANTILES), _quantiles(places), strict=True)),
-        "mean": float(places.mean()),
-        "tokens": length,
-    }
+    quantiles = np.quantile(places, QUANTILES, method="lower").astype(float).tolist()
+    return Agreement(
+        same=float(np.mean([place is None for place in found])),
+        quantiles=dict(zip(map(str, QUANTILES), quantiles, strict=True)),
+        mean=float(places.mean()),
+        tokens=length,
+    )
 
 
-def _quantiles(values: NDArray[np.int64]) -> list[float]:
-    return [float(value) for value in np.quantile(values, QUANTILES, method="lower")]
-
-
-def _drift(
+def _changed(
     writer: _Writer,
+    measure: Callable[[list[int]], float],
     full: Sequence[Sequence[int]],
     plans: Sequence[Sequence[Sequence[int]]],
-    settings: EvalSettings,
-) -> dict[str, Any]:
-    """Repetition and length of greedy replies, plan less full, by prompt."""
-
-    def change(measure: Callable[[list[int]], float]) -> dict[str, Any]:
-        before_U = np.array([measure(until(reply, writer.ends)) for reply in full])
-        after_ZU = np.array([[measure(until(r, writer.ends)) for r in plan] for plan in plans])
-        found = mean_over_prompts(after_ZU.mean(0) - before_U, settings.confidence)
-        return {"full": float(before_U.mean()), "plan": float(after_ZU.mean()), **found}
-
-    return {
-        "repetition": change(repeated_share),
-        "length": change(lambda reply: float(len(reply))),
-    }
+) -> PairedChange:
+    """A measure of greedy replies, plan less full, by prompt."""
+    before_U = np.array([float(measure(until(reply, writer.ends))) for reply in full])
+    after_ZU = np.array([[float(measure(until(r, writer.ends))) for r in plan] for plan in plans])
+    change = mean_over_prompts(after_ZU.mean(0) - before_U, writer.confidence)
+    return PairedChange(**vars(change), full=float(before_U.mean()), plan=float(after_ZU.mean()))
 
 
 def _pass_at(
     writer: _Writer,
     full: Sequence[Sequence[int]],
     plans: Sequence[Sequence[Sequence[int]]],
-    settings: EvalSettings,
-) -> list[dict[str, Any]]:
+) -> tuple[PassAt, ...]:
     """pass@1, and pass@n for the powers of two up to the replies drawn, plan less full."""
 
     def rates(replies: Sequence[Sequence[int]], tries: int) -> Floats:
         right_UZ = writer.right(replies).reshape(-1, writer.draws)
         return np.array([pass_at(writer.draws, int(n), tries) for n in right_UZ.sum(1)])
 
-    tries = sorted({2**n for n in range(writer.draws.bit_length()) if 2**n <= writer.draws})
+    tries = {2**n for n in range(writer.draws.bit_length()) if 2**n <= writer.draws}
     rows = []
     for number in sorted({*tries, writer.draws}):
         full_U = rates(full, number)
         plan_U = np.mean([rates(plan, number) for plan in plans], axis=0)
-        found = mean_over_prompts(plan_U - full_U, settings.confidence)
-        rows.append(
-            {"n": number, "full": float(full_U.mean()), "plan": float(plan_U.mean()), **found}
-        )
-    return rows
+        change = mean_over_prompts(plan_U - full_U, writer.confidence)
+        shares = {"full": float(full_U.mean()), "plan": float(plan_U.mean())}
+        rows.append(PassAt(**vars(change), **shares, n=number))
+    return tuple(rows)
 
 
-def _by_part(kl_UN: Floats, settings: EvalSettings) -> dict[str, Any]:
+def _by_part(kl_UN: Floats, confidence: float) -> ReplyDivergence:
     parts = np.array_split(np.arange(kl_UN.shape[1]), min(PARTS, kl_UN.shape[1]))
-    rows = [
-        {
-            "from": int(part[0]),
-            "to": int(part[-1]),
-            **mean_over_prompts(kl_UN[:, part].mean(1), settings.confidence),
-        }
-        for part in parts
-    ]
-    growth_U = kl_UN[:, parts[-1]].mean(1) - kl_UN[:, parts[0]].mean(1)
-    return {"parts": rows, "growth": mean_over_prompts(growth_U, settings.confidence)}
+    means = [kl_UN[:, part].mean(1) for part in parts]
+    return ReplyDivergence(
+        parts=tuple(
+            DivergencePart(
+                **vars(mean_over_prompts(mean_U, confidence)),
+                first=int(part[0]),
+                last=int(part[-1]),
+            )
+            for part, mean_U in zip(parts, means, strict=True)
+        ),
+        growth=mean_over_prompts(means[-1] - means[0], confidence),
+    )
 
 
-def mean_over_prompts(values_U: Floats, confidence: float) -> dict[str, float]:
+def mean_over_prompts(values_U: Floats, confidence: float) -> MeanChange:
     """A mean over prompts with its t interval."""
     mean = float(values_U.mean())
     error = float(values_U.std(ddof=1)) / len(values_U) ** 0.5
     reach = float(stats.t.ppf(0.5 + confidence / 2, len(values_U) - 1)) * error
-    return {"mean": mean, "low": mean - reach, "high": mean + reach}
+    return MeanChange(mean, mean - reach, mean + reach)

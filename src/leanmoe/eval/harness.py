@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from leanmoe.core.errors import LeanMoeError, unknown_name
+from leanmoe.core.intervals import LossChange
 from leanmoe.core.quiet import quiet_loggers
 from leanmoe.core.run_folder import RunFolder
-from leanmoe.eval.answers import Answers
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
-from leanmoe.stats.outcomes import forecast
+from leanmoe.stats.outcomes import Bools, forecast
+from leanmoe.stats.paired import MINIMUM_DOCUMENTS, Losses, loss_increase
 
 LOGGERS = ("lm_eval", "lm-eval", "datasets", "huggingface_hub")
 Stored = dict[str, dict[str, Any]]
@@ -29,18 +31,44 @@ Stored = dict[str, dict[str, Any]]
 "loss", that of the right one (nats). The last two are None where the task has none."""
 
 
-def require_harness(names: Sequence[str], settings: EvalSettings) -> None:
+@dataclass(frozen=True)
+class Answers:
+    """Which questions were right, and what the right answers cost."""
+
+    right_U: Bools
+    loss_U: Any
+    """Negative log-likelihood of the right answer, nats; None where that is not known."""
+
+
+def loss_changes(
+    full: Answers, plan: Sequence[Answers], settings: EvalSettings
+) -> LossChange | None:
+    """Relative increase of the right answers' loss: far more sensitive than who is right.
+
+    None where there are too few questions.
+    """
+    if full.loss_U is None or len(full.loss_U) < MINIMUM_DOCUMENTS:
+        return None
+    names = tuple(map(str, range(len(full.loss_U))))
+    ones_U = np.ones(len(names), dtype=np.int64)
+    mean_U = np.mean([answers.loss_U for answers in plan], axis=0)
+    before, after = Losses(names, full.loss_U, ones_U), Losses(names, mean_U, ones_U)
+    return loss_increase(before, after, settings.confidence, settings.seed)
+
+
+def require_harness(settings: EvalSettings) -> None:
     """Raises LeanMoeError unless lm-evaluation-harness is there and knows the tasks."""
+    names = settings.tasks
     if find_spec("lm_eval") is None:
         raise LeanMoeError(
             f"tasks {', '.join(names)} need lm-evaluation-harness: pip install 'leanmoe[eval]'; "
-            "for local files of blimp, lambada, piqa and qasc give --data FOLDER"
+            "or --tasks none"
         )
     if settings.engine == "vllm":
         from leanmoe.eval.harness_vllm import require_engine
 
         require_engine()
-    known = set(_manager(names, settings).all_tasks)
+    known = set(_manager(settings).all_tasks)
     if unknown := [name for name in names if name not in known]:
         own = " to lm-evaluation-harness; own task files go in --include-path FOLDER"
         raise unknown_name("task", unknown[0], known, own)
@@ -49,13 +77,15 @@ def require_harness(names: Sequence[str], settings: EvalSettings) -> None:
 def answer_harness(
     model: Any,
     tokenizer: Any,
-    names: Sequence[str],
     plans: Sequence[Named],
     settings: EvalSettings,
     folder: RunFolder,
 ) -> dict[str, dict[str, list[Answers]]]:
-    """By plan (the full model first) and task: the answers of each batch draw."""
-    _announce(names, settings)
+    """By plan (the full model first) and task: the answers of each batch draw.
+
+    A plan that is not batch-aware is asked once.
+    """
+    _announce(settings)
     full = Named(FULL, Plan(plans[0].plan.model))
     found: dict[str, dict[str, list[Answers]]] = {}
     for each in (full, *plans):
@@ -67,9 +97,9 @@ def answer_harness(
             if settings.engine == "vllm":
                 from leanmoe.eval.harness_vllm import in_vllm
 
-                run = in_vllm(each, names, settings, folder, _answers)
+                run = in_vllm(each, settings, folder, _answers)
             else:
-                run = _in_process(model, tokenizer, each, names, settings, draw)
+                run = _in_process(model, tokenizer, each, settings, draw)
             stored = folder.step(f"harness-{settings.engine}-{key}-{draw}", run)
             for task, judged in stored.items():
                 found[each.name].setdefault(task, []).append(_as_answers(judged))
@@ -77,21 +107,19 @@ def answer_harness(
 
 
 def _as_answers(judged: dict[str, Any]) -> Answers:
-    right_U = np.array(judged["right"], dtype=bool)
-    if judged["loss"] is None:
-        return Answers(right_U, None, None)
-    loss_U = np.array(judged["loss"], dtype=np.float64)
-    return Answers(right_U, loss_U, np.ones(len(loss_U), dtype=np.int64))
+    loss = judged["loss"]
+    loss_U = None if loss is None else np.array(loss, dtype=np.float64)
+    return Answers(np.array(judged["right"], dtype=bool), loss_U)
 
 
-def _manager(names: Sequence[str], settings: EvalSettings) -> Any:
+def _manager(settings: EvalSettings) -> Any:
     """The harness's index of tasks: of your own folder alone where that has all, which is quick."""
     made, own = import_module("lm_eval.tasks").TaskManager, settings.include_path
     if own is None:
         return _index_of_the_harness()
     with quiet_loggers(*LOGGERS):
         index = made(include_path=own, include_defaults=False)
-        has_all = set(names) <= set(index.all_subtasks)
+        has_all = set(settings.tasks) <= set(index.all_subtasks)
         return index if has_all else made(include_path=own)
 
 
@@ -101,11 +129,11 @@ def _index_of_the_harness() -> Any:
         return import_module("lm_eval.tasks").TaskManager()
 
 
-def _announce(names: Sequence[str], settings: EvalSettings) -> None:
+def _announce(settings: EvalSettings) -> None:
     """Loads the tasks' data and says what so many questions can show."""
-    manager = _manager(names, settings)
+    manager = _manager(settings)
     count = 0
-    for name in names:
+    for name in settings.tasks:
         try:
             with quiet_loggers(*LOGGERS):
                 tasks = manager.load([name])["tasks"]
@@ -114,43 +142,38 @@ def _announce(names: Sequence[str], settings: EvalSettings) -> None:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LeanMoeError(
                 f"the data set of task {name} could not be fetched ({reason}); without a network "
-                "set HF_HOME to a filled cache, or give local files: --data FOLDER, or "
-                "--include-path FOLDER with task files of your own"
+                "set HF_HOME to a filled cache, or describe files of yours in task files: "
+                "--include-path FOLDER"
             ) from error
         for task, size in sizes.items():
             asked = min(size, settings.limit or size)
             count += asked
             line = forecast(task, asked, settings.margin, settings.confidence)
             print(line, file=sys.stderr)
-    if len(names) > 1:
+    if len(settings.tasks) > 1:
         print(
             forecast("all questions", count, settings.margin, settings.confidence), file=sys.stderr
         )
 
 
 def _in_process(
-    model: Any,
-    tokenizer: Any,
-    each: Named,
-    names: Sequence[str],
-    settings: EvalSettings,
-    draw: int,
+    model: Any, tokenizer: Any, each: Named, settings: EvalSettings, draw: int
 ) -> Callable[[], Stored]:
     def compute() -> Stored:
         from leanmoe.eval.harness_model import planned_model
 
-        return _answers(planned_model(model, tokenizer, each, settings, draw), names, settings)
+        return _answers(planned_model(model, tokenizer, each, settings, draw), settings)
 
     return compute
 
 
-def _answers(made: Any, names: Sequence[str], settings: EvalSettings) -> Stored:
+def _answers(made: Any, settings: EvalSettings) -> Stored:
     """What is stored of each task, in the questions' order."""
     with quiet_loggers(*LOGGERS):
         done = import_module("lm_eval").simple_evaluate(
             model=made,
-            tasks=list(names),
-            task_manager=_manager(names, settings),
+            tasks=list(settings.tasks),
+            task_manager=_manager(settings),
             num_fewshot=settings.num_fewshot,
             limit=settings.limit,
             bootstrap_iters=0,

@@ -5,7 +5,6 @@ Imported only where the harness is installed.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
@@ -57,22 +56,18 @@ class PlannedHFLM(HFLM):  # type: ignore[misc]
         for _texts, context, continuation in requests:
             ids = [*context, *continuation][-(self.max_length + 1) :]
             rows.append(ScoredRow(tuple(ids), max(1, len(ids) - len(continuation))))
-        settings = self._settings
-
-        def applying(prompt_tokens: int) -> AbstractContextManager[Any]:
-            return apply(
-                self.model,
-                self._each.plan,
-                experts=served_experts(self.model),
-                decode_batch=settings.concurrency,
-                prompt_tokens=prompt_tokens,
-            )
-
+        settings, experts = self._settings, served_experts(self.model)
         scores = score_rows(
             self.model,
             rows,
             self._questions or list(range(len(rows))),
-            applying,
+            lambda prompt_tokens: apply(
+                self.model,
+                self._each.plan,
+                experts=experts,
+                decode_batch=settings.concurrency,
+                prompt_tokens=prompt_tokens,
+            ),
             f"Harness, {self._each.name}",
             settings.concurrency,
             settings.seed + self._draw,

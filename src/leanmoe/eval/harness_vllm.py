@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ from leanmoe.plan import Band, Plan
 from leanmoe.plan.named_plans import Named
 from leanmoe.serve.vllm.launch import compilation, environment, lacks_mla_kernel, missing_in
 
-Judge = Callable[[Any, Sequence[str], EvalSettings], Any]
+Judge = Callable[[Any, EvalSettings], Any]
 """Asks a model of the harness the tasks, and returns what JSON holds of its answers."""
 
 
@@ -59,11 +59,7 @@ def every_step(plan: Plan, decode_batch: int) -> Plan:
 
 
 def in_vllm(
-    each: Named,
-    names: Sequence[str],
-    settings: EvalSettings,
-    folder: RunFolder,
-    judge: Judge,
+    each: Named, settings: EvalSettings, folder: RunFolder, judge: Judge
 ) -> Callable[[], Any]:
     """A step of a run: starts the engine, asks, ends it."""
 
@@ -73,7 +69,7 @@ def in_vllm(
         write_json(path, plan.to_json())
         engine = _engine(plan, path, settings)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            asked = pool.submit(_ask, engine, tuple(names), settings, judge)
+            asked = pool.submit(_ask, engine, settings, judge)
             try:
                 return asked.result()
             except BrokenProcessPool as error:
@@ -112,7 +108,7 @@ def _engine(plan: Plan, path: Path, settings: EvalSettings) -> Engine:
     return Engine(found, variables)
 
 
-def _ask(engine: Engine, names: Sequence[str], settings: EvalSettings, judge: Judge) -> Any:
+def _ask(engine: Engine, settings: EvalSettings, judge: Judge) -> Any:
     """In the engine's process."""
     os.dup2(2, 1)  # vLLM logs to standard output, which is ours to print JSON to
     os.environ.pop(PLAN, None)
@@ -121,7 +117,7 @@ def _ask(engine: Engine, names: Sequence[str], settings: EvalSettings, judge: Ju
     _ = import_module("vllm").LLM, import_module("vllm.platforms").current_platform
     with _called_vllm():
         made = import_module("lm_eval.models.vllm_causallms").VLLM
-    return judge(made(**engine.settings), names, settings)
+    return judge(made(**engine.settings), settings)
 
 
 @contextmanager

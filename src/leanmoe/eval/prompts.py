@@ -5,12 +5,34 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.eval.local_tasks import Encodes
 from leanmoe.stats.replies import NUMBER, answer_in, compiled
 
 FEWEST_PROMPTS = 10
+
+
+class Encoder:
+    """A model's tokenizer; sequences start with its start token, or its end token if it has none.
+
+    Raises LeanMoeError when it has neither.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        start = tokenizer.bos_token_id
+        start = tokenizer.eos_token_id if start is None else start
+        if start is None:
+            raise LeanMoeError("the tokenizer has no start and no end token to start a text with")
+        self.start_id = int(start)
+        self.context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
+        """Tokens that the model reads at most."""
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with nothing added in front."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return ids
 
 
 @dataclass(frozen=True)
@@ -27,7 +49,7 @@ class Prompt:
 
 
 def read_prompts(
-    path: Path, encoder: Encodes, new_tokens: int, limit: int | None = None
+    path: Path, encoder: Encoder, new_tokens: int, limit: int | None = None
 ) -> tuple[Prompt, ...]:
     """The file's prompts, its first `limit`. A line may hold its own "pattern" of answers.
 
@@ -58,7 +80,7 @@ def read_prompts(
     return tuple(found)
 
 
-def _prompt(line: str, encoder: Encodes, where: str) -> Prompt:
+def _prompt(line: str, encoder: Encoder, where: str) -> Prompt:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.options import (
@@ -47,12 +46,10 @@ class EvalSettings:
     model: str = argument(MODEL_HELP)
     tasks: tuple[str, ...] = option(
         PAPER_TASKS,
-        "Tasks, comma separated: lm-evaluation-harness's, and with --data also blimp, lambada, "
-        "piqa, qasc; 'none' for none.",
+        "Tasks of lm-evaluation-harness, comma separated; 'none' for none.",
         parse=parse_tasks,
         text=", ".join,
     )
-    data: str | None = option(None, "A folder with files of blimp, lambada, piqa or qasc.")
     include_path: str | None = option(
         None, "A folder with lm-evaluation-harness task files of your own."
     )
@@ -110,9 +107,8 @@ class EvalSettings:
             self._check_vllm()
         if self.calibrate is not None and not self.domain:
             raise LeanMoeError("--calibrate ranks experts on each --domain: none is given")
-        for folder in (self.data, self.include_path):
-            if folder is not None and not Path(folder).is_dir():
-                raise LeanMoeError(f"{folder} is no folder")
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise LeanMoeError(f"{self.include_path} is no folder")
         if self.calibrate is not None:
             from leanmoe.prune.criteria import CRITERIA  # needs torch, and --help must not
 
@@ -134,7 +130,7 @@ class EvalSettings:
 
     def _check_vllm(self) -> None:
         """vLLM runs the harness's tasks; what else is asked for would not be run in it."""
-        others = {"data": self.data, "prompts": self.prompts, "domain": self.domain}
+        others = {"prompts": self.prompts, "domain": self.domain}
         if given := [name for name, value in others.items() if value]:
             raise LeanMoeError(
                 f"--engine vllm runs lm-evaluation-harness's tasks alone: --{given[0]} needs "
@@ -144,13 +140,6 @@ class EvalSettings:
             raise LeanMoeError(
                 "--engine vllm runs lm-evaluation-harness's tasks: none is asked for"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings as settings.json holds them."""
-        value = asdict(self)
-        value["tasks"] = list(self.tasks)
-        value["domain"] = [list(pair) for pair in self.domain]
-        return value
 
 
 def _require_once(what: str, names: Sequence[str]) -> None:

@@ -8,16 +8,12 @@ model as it was trained.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.files import read_json, write_json
+from leanmoe.core.schema import ALWAYS_STORED, StoredFile, fields_from_json, fields_to_json
 from leanmoe.models.shape import Fingerprint, read_shape
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(StoredFile):
     """What a model may activate, by tokens in a forward step. Empty bands: the model itself.
 
     Bands are ordered by `up_to`; a step larger than the last band runs the full model.
@@ -45,10 +41,13 @@ class Plan:
     under the bands like any other token; where it is not, they do not count towards a band.
     """
 
+    KIND: ClassVar[str] = "leanmoe_plan"
+    WHAT: ClassVar[str] = "plan"
+
     model: Fingerprint
-    bands: tuple[Band, ...] = ()
-    prompt: tuple[Rule, ...] = ()
-    provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    bands: tuple[Band, ...] = field(default=(), metadata=ALWAYS_STORED)
+    prompt: tuple[Rule, ...] = field(default=(), metadata=ALWAYS_STORED)
+    provenance: Mapping[str, Any] = field(default_factory=dict, metadata=ALWAYS_STORED)
 
     @classmethod
     def uniform(cls, model: Fingerprint | str, rule: Rule) -> Plan:
@@ -125,80 +124,12 @@ class Plan:
                     f"the model has {self.model.moe_layers} MoE layers"
                 )
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan as JSON values, with its schema version."""
-        return {
-            "leanmoe_plan": SCHEMA_VERSION,
-            "model": asdict(self.model),
-            "bands": [
-                {"up_to": band.up_to, "rules": [rule.to_json() for rule in band.rules]}
-                for band in self.bands
-            ],
-            "prompt": [rule.to_json() for rule in self.prompt],
-            "provenance": dict(self.provenance),
-        }
-
     @classmethod
-    def from_json(cls, value: Any) -> Plan:
+    def from_json(cls, value: Any, name: str = "") -> Plan:
         """Reads what `to_json` wrote; anything malformed is a LeanMoeError naming the place."""
-        version = value.get("leanmoe_plan") if isinstance(value, dict) else SCHEMA_VERSION
-        if version != SCHEMA_VERSION:
-            raise LeanMoeError(
-                f"plan has schema version {version!r}: this leanmoe reads {SCHEMA_VERSION}"
-            )
-        require_keys(value, {"leanmoe_plan", "model", "bands", "prompt", "provenance"}, "plan")
-        model = _fingerprint_from_json(value.get("model"))
-        bands = value.get("bands")
-        if not isinstance(bands, list):
-            raise LeanMoeError(f"plan.bands is {bands!r}: it must be a list of bands")
-        provenance = value.get("provenance", {})
-        if not isinstance(provenance, dict):
-            raise LeanMoeError(f"plan.provenance is {provenance!r}: it must be an object")
-        prompt = value.get("prompt", [])
-        if not isinstance(prompt, list):
-            raise LeanMoeError(f"plan.prompt is {prompt!r}: it must be a list of rules")
-        plan = cls(
-            model,
-            tuple(_band_from_json(b, n) for n, b in enumerate(bands)),
-            tuple(Rule.from_json(rule, f"prompt[{n}]") for n, rule in enumerate(prompt)),
-            provenance,
-        )
-        plan.check(model, more_experts=True)
+        plan = super().from_json(value, name)
+        plan.check(plan.model, more_experts=True)
         return plan
-
-    def save(self, path: Path | str) -> None:
-        """Writes the plan, whole or not at all."""
-        write_json(Path(path), self.to_json())
-
-    @classmethod
-    def load(cls, path: Path | str) -> Plan:
-        """Reads and validates a plan file."""
-        return cls.from_json(read_json(Path(path), "plan"))
-
-
-def _band_from_json(value: Any, number: int) -> Band:
-    where = f"bands[{number}]"
-    require_keys(value, {"up_to", "rules"}, where)
-    require_type(value.get("up_to"), (int,), f"{where}.up_to", "a number of tokens or null")
-    rules = value.get("rules")
-    if not isinstance(rules, list):
-        raise LeanMoeError(f"{where}.rules is {rules!r}: it must be a list of rules")
-    return Band(
-        value.get("up_to"),
-        tuple(Rule.from_json(rule, f"{where}.rules[{n}]") for n, rule in enumerate(rules)),
-    )
-
-
-def _fingerprint_from_json(value: Any) -> Fingerprint:
-    names = [f.name for f in fields(Fingerprint)]
-    require_keys(value, set(names), "plan.model")
-    for name in names:
-        wanted = (str,) if name == "architecture" else (int,)
-        kind = "a name" if name == "architecture" else "a whole number"
-        if value.get(name) is None:
-            raise LeanMoeError(f"plan.model.{name} is missing: it must be {kind}")
-        require_type(value[name], wanted, f"plan.model.{name}", kind)
-    return Fingerprint(**value)
 
 
 @dataclass(frozen=True)
@@ -283,58 +214,31 @@ class Rule:
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are set."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-            if value is not None
-        }
+        return fields_to_json(self)
 
     @classmethod
     def from_json(cls, value: Any, where: str = "rule") -> Rule:
         """Reads what `to_json` wrote; unknown fields and wrong types are refused by name."""
-        require_keys(value, {f.name for f in fields(cls)}, where)
-        for name in ("top_k", "guaranteed", "budget", "budget_per_rank"):
-            require_type(value.get(name), (int,), f"{where}.{name}", "a whole number")
-        for name in ("threshold", "top_p"):
-            require_type(value.get(name), (int, float), f"{where}.{name}", "a number")
-        require_type(value.get("experts"), (list,), f"{where}.experts", "a list of expert ids")
-        keep = value.get("keep_weights")
-        if keep is not None and not isinstance(keep, bool):
-            raise LeanMoeError(f"{where}.keep_weights is {keep!r}: it must be true or false")
-        experts = value.get("experts")
-        if experts is not None:
-            for expert in experts:
-                require_type(expert, (int,), f"{where}.experts", "a list of expert ids")
-        return cls(**{**value, "experts": None if experts is None else tuple(experts)})
-
-
-def require_keys(value: Any, allowed: set[str], where: str) -> None:
-    """Raises LeanMoeError unless `value` is an object of fields that are `allowed`."""
-    if not isinstance(value, dict):
-        raise LeanMoeError(f"{where} is {value!r}: it must be an object")
-    if unknown := sorted(set(value) - allowed):
-        raise LeanMoeError(
-            f"{where} has an unknown field {unknown[0]!r}: allowed are {', '.join(sorted(allowed))}"
-        )
-
-
-def require_type(value: Any, types: tuple[type, ...], where: str, wanted: str) -> None:
-    """Raises LeanMoeError unless `value` is None or of one of the `types`."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
-        raise LeanMoeError(f"{where} is {value!r}: it must be {wanted}")
+        return fields_from_json(cls, value, where)
 
 
 def _require_whole(
     where: str, name: str, value: int | None, least: int, most: int, hint: str
 ) -> None:
-    require_type(value, (int,), f"{where}.{name}", "a whole number")
-    if value is not None and not least <= value <= most:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise LeanMoeError(f"{where}.{name} is {value!r}: it must be a whole number")
+    if not least <= value <= most:
         raise LeanMoeError(f"{where}.{name} is {value}: it must be {least} to {most}{hint}")
 
 
 def _require_share(where: str, name: str, value: float | None) -> None:
-    require_type(value, (int, float), f"{where}.{name}", "a number")
-    if value is not None and not 0 < value <= 1:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise LeanMoeError(f"{where}.{name} is {value!r}: it must be a number")
+    if not 0 < value <= 1:
         raise LeanMoeError(f"{where}.{name} is {value}: it must be above 0 and at most 1")
 
 

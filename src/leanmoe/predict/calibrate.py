@@ -130,7 +130,7 @@ def calibrate(
     rates = fit_rates(gpu, measure_products(sizes.products, clock, device))
     made = {**collect(command).to_json(), "label": "measured", "gpu": gpu.name}
     constants = Constants((kernel,), {gpu.name: rates}, made)
-    constants.write(output)
+    constants.save(output)
     return constants
 
 

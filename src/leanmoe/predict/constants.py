@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.schema import ResultsFile
+from leanmoe.core.schema import StoredFile
 from leanmoe.predict.hardware.collectives import fitted, read_collectives
 from leanmoe.predict.hardware.gpus import Gpu, Rates
 from leanmoe.predict.kernels.kernel_constants import KernelConstants
@@ -23,7 +23,7 @@ ANY_GPU = "h200"
 
 
 @dataclass(frozen=True)
-class Constants(ResultsFile):
+class Constants(StoredFile):
     """All constants that leanmoe has, by kernel, GPU and format."""
 
     KIND: ClassVar[str] = "leanmoe_constants"
@@ -69,7 +69,7 @@ class Constants(ResultsFile):
 @cache
 def shipped() -> Constants:
     """The constants that come with leanmoe."""
-    found = [Constants.read(path) for path in sorted(FITTED.glob("*.json"))]
+    found = [Constants.load(path) for path in sorted(FITTED.glob("*.json"))]
     return Constants(
         tuple(kernel for each in found for kernel in each.kernels),
         {name: rates for each in found for name, rates in each.rates.items()},
@@ -80,7 +80,7 @@ def find_constants(
     path: Path | None, communication: Path | None = None, gpu: Gpu | None = None
 ) -> Constants:
     """The shipped constants, a user's own before them, and measured collectives before both."""
-    found = shipped() if path is None else shipped().merged(Constants.read(path))
+    found = shipped() if path is None else shipped().merged(Constants.load(path))
     if communication is None or gpu is None:
         return found
     rates, _ = found.rates_for(gpu.name)

@@ -4,8 +4,8 @@ Recording counts chunk by chunk, so that nothing but a sample of router logits i
 step of T requests holds one token of each of T documents: steps are drawn so from the sample, the
 same ones for the same seed whatever the rule, and routed by the same code as the model's own.
 
-Letters: B steps, T tokens of a batch or a step, E experts, K slots of a token, L MoE layers, Q
-quantiles, S windows, N tokens of a window, U documents.
+Letters: B steps, T tokens of a batch or a step, E experts, K slots of a token, L MoE layers, S
+windows, N tokens of a window, U documents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from leanmoe.kernels.dispatch import fast_route
 from leanmoe.models.families import Router
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Rule
-from leanmoe.profile.saved import QUANTILES, Distinct, LayerCounts, Profile, Trace
+from leanmoe.profile.saved import Distinct, Profile, Trace
 from leanmoe.routing import (
     ALONE,
     BatchScope,
@@ -59,9 +59,7 @@ def profile(
     shape = shape_of(model)
     layers = find_layers(model)
     biases = [layer.ranking_bias(shape.router) for layer in layers]
-    statistics = [
-        LayerStatistics(shape.router, shape.experts, shape.top_k, bias) for bias in biases
-    ]
+    use_LE = torch.zeros((len(layers), shape.experts), dtype=torch.int64)
     sample = _Sample(windows, trace_tokens, seed)
     caught: dict[int, Tensor] = {}
 
@@ -74,8 +72,8 @@ def profile(
             logits_LTE = [
                 caught.pop(n).reshape(-1, shape.experts)[real_T] for n in range(len(layers))
             ]
-            for counts, logits_TE in zip(statistics, logits_LTE, strict=True):
-                counts.add(logits_TE)
+            for n, logits_TE in enumerate(logits_LTE):
+                use_LE[n] += count_use(logits_TE, shape.router, shape.top_k, biases[n])
             sample.add(batch, logits_LTE)
     measured = Profile(
         model=shape.fingerprint(),
@@ -83,7 +81,7 @@ def profile(
         decoder_indices=tuple(layer.decoder_index for layer in layers),
         tokens=windows.tokens,
         documents=windows.documents,
-        layers=tuple(counts.result() for counts in statistics),
+        use_LE=use_LE.numpy(),
         distinct=(),
         trace=sample.trace(),
         bias_LE=_stack(biases),
@@ -149,63 +147,11 @@ def _stack(biases: list[Tensor | None]) -> Any:
     return torch.stack(found).numpy() if found else None
 
 
-BINS = 1000
-"""Of the histograms that quantiles are read from: a quantile is right to 1 / BINS."""
-
-
-class LayerStatistics:
-    """Running counts for one layer."""
-
-    def __init__(self, router: Router, experts: int, top_k: int, bias_E: Tensor | None) -> None:
-        self._router, self._top_k, self._bias_E = router, top_k, bias_E
-        self._tokens = 0
-        self._use_E = torch.zeros(experts, dtype=torch.int64)
-        self._gate_E = torch.zeros(experts, dtype=torch.float64)
-        self._together_EE = torch.zeros((experts, experts), dtype=torch.int64)
-        self._mass_K = torch.zeros(top_k, dtype=torch.float64)
-        self._histogram = torch.zeros((top_k, BINS), dtype=torch.int64)
-
-    @torch.inference_mode()
-    def add(self, logits_TE: Tensor) -> None:
-        """Counts what the model's own router makes of these logits; no padding among them."""
-        scores = score(logits_TE, self._router, self._bias_E)
-        ids_TK = scores.ranking_BTE.topk(self._top_k, dim=-1).indices
-        gates_TK = scores.gates_BTE.gather(-1, ids_TK).double()
-        if self._router.scoring == "softmax_after_top_k":
-            gates_TK = gates_TK.softmax(-1)
-        experts = logits_TE.shape[-1]
-        slot_ids = ids_TK.reshape(-1)
-        self._tokens += len(logits_TE)
-        self._use_E += torch.bincount(slot_ids, minlength=experts).cpu()
-        self._gate_E += torch.bincount(slot_ids, gates_TK.reshape(-1), minlength=experts).cpu()
-        # In float32: exact, since a chunk has fewer than 2^24 tokens, and the product is fast.
-        chosen_TE = torch.zeros(logits_TE.shape, device=ids_TK.device).scatter_(1, ids_TK, 1.0)
-        self._together_EE += (chosen_TE.T @ chosen_TE).long().cpu()
-        self._add_mass(gates_TK)
-
-    def _add_mass(self, gates_TK: Tensor) -> None:
-        """What share of a token's gates its best j carry, in the order the model ranks them."""
-        share_TK = gates_TK.cumsum(-1) / gates_TK.sum(-1, keepdim=True)
-        self._mass_K += share_TK.sum(0).cpu()
-        bin_TK = (share_TK * BINS).ceil().long().clamp(1, BINS) - 1
-        place_TK = bin_TK + BINS * torch.arange(self._top_k, device=bin_TK.device)
-        counts = torch.bincount(place_TK.reshape(-1), minlength=self._top_k * BINS)
-        self._histogram += counts.view(self._top_k, BINS).cpu()
-
-    def result(self) -> LayerCounts:
-        """The counts so far, as numpy arrays."""
-        below = self._histogram.cumsum(-1).double() / max(self._tokens, 1)
-        quantiles_QK = torch.stack(
-            [((below < quantile).sum(-1).double() + 1) / BINS for quantile in QUANTILES]
-        ).clamp(max=1.0)
-        return LayerCounts(
-            tokens=self._tokens,
-            use_E=self._use_E.numpy(),
-            gate_E=(self._gate_E / self._use_E.clamp(min=1)).numpy(),
-            together_EE=self._together_EE.numpy(),
-            mass_K=(self._mass_K / max(self._tokens, 1)).numpy(),
-            mass_quantiles_QK=quantiles_QK.numpy(),
-        )
+@torch.inference_mode()
+def count_use(logits_TE: Tensor, router: Router, top_k: int, bias_E: Tensor | None) -> Tensor:
+    """How many of these tokens choose each expert [E] by the model's own router, on the CPU."""
+    ids_TK = score(logits_TE, router, bias_E).ranking_BTE.topk(top_k, dim=-1).indices
+    return torch.bincount(ids_TK.reshape(-1), minlength=logits_TE.shape[-1]).cpu()
 
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -253,8 +199,8 @@ def replay(
     many steps as make 16,384 tokens, and at least 64. Raises LeanMoeError when the sample holds
     fewer tokens than a step, or the layer or the rule is out of range.
     """
-    if not 0 <= layer < len(profile.layers):
-        raise LeanMoeError(f"layer is {layer}: it must be 0 to {len(profile.layers) - 1}")
+    if not 0 <= layer < profile.model.moe_layers:
+        raise LeanMoeError(f"layer is {layer}: it must be 0 to {profile.model.moe_layers - 1}")
     rule.check(profile.model, more_experts=True)
     if scopes < 1 or tokens_in_step % scopes:
         raise LeanMoeError(

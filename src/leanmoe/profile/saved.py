@@ -1,16 +1,16 @@
 """A profile: what a model's router did on real text, as two files. Needs no torch.
 
-`profile.json` holds what a reader wants (shares, curves, strongest pairs, provenance);
-`profile.safetensors` the counts behind it and a sample of router logits to replay.
+`profile.json` holds what a reader wants (shares, curves, provenance); `profile.safetensors` the
+counts behind it and a sample of router logits to replay.
 
-Letters: L MoE layers, T traced tokens, E experts, K slots a token (top-k), Q quantiles.
+Letters: L MoE layers, T traced tokens, E experts.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,56 +23,9 @@ from leanmoe.core.files import read_json, write_json, write_with
 from leanmoe.models.families import Router
 from leanmoe.plan import Fingerprint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 JSON_NAME = "profile.json"
 ARRAYS_NAME = "profile.safetensors"
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-PAIRS_KEPT = 16
-MINIMUM_DECODE_BATCH = 50
-"""Tokens that must have chosen both experts of a pair before its lift is worth a mention."""
-
-
-@dataclass(frozen=True)
-class LayerCounts:
-    """What one layer's router chose."""
-
-    tokens: int
-    use_E: NDArray[np.int64]
-    """Tokens that chose each expert."""
-    gate_E: NDArray[np.float64]
-    """Mean gate (before normalising) of each expert where it was chosen."""
-    together_EE: NDArray[np.int64]
-    """Tokens that chose both experts; the diagonal is `use_E`."""
-    mass_K: NDArray[np.float64]
-    """Mean share of a token's gates that its best j carry, j = 1..k, as the model ranks them."""
-    mass_quantiles_QK: NDArray[np.float64]
-    """The same share's quantiles over tokens, at `QUANTILES`."""
-
-    def pairs(self) -> list[Pair]:
-        """The pairs chosen together most often, against what their use alone would give."""
-        use_E = self.use_E.astype(np.float64)
-        expected_EE = np.maximum(np.outer(use_E, use_E) / max(self.tokens, 1), 1e-12)
-        lift_EE = np.where(
-            np.triu(self.together_EE, 1) >= MINIMUM_DECODE_BATCH,
-            self.together_EE / expected_EE,
-            0.0,
-        )
-        strongest = np.argsort(lift_EE, axis=None, kind="stable")[::-1][:PAIRS_KEPT]
-        places = (np.unravel_index(int(place), lift_EE.shape) for place in strongest)
-        return [
-            Pair((int(i), int(j)), float(lift_EE[i, j]), int(self.together_EE[i, j]))
-            for i, j in places
-            if lift_EE[i, j] > 0
-        ]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two experts and how much more often than by chance a token chooses both."""
-
-    experts: tuple[int, int]
-    lift: float
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -118,7 +71,8 @@ class Profile:
     """The decoder layer that each MoE layer is in."""
     tokens: int
     documents: int
-    layers: tuple[LayerCounts, ...]
+    use_LE: NDArray[np.int64]
+    """Tokens that chose each expert."""
     distinct: tuple[tuple[Distinct, ...], ...]
     """Per layer, by rising batch size."""
     trace: Trace
@@ -132,12 +86,14 @@ class Profile:
             "label": "measured",
             "tokens": self.tokens,
             "documents": self.documents,
-            "quantiles": list(QUANTILES),
             "layers": [
-                _layer_to_json(number, *layer)
-                for number, layer in enumerate(
-                    zip(self.decoder_indices, self.layers, self.distinct, strict=True)
-                )
+                {
+                    "layer": number,
+                    "decoder_layer": self.decoder_indices[number],
+                    "use": (use_E / use_E.sum()).tolist(),
+                    "distinct": [asdict(point) for point in self.distinct[number]],
+                }
+                for number, use_E in enumerate(self.use_LE)
             ],
         }
 
@@ -192,20 +148,13 @@ class Profile:
         shown = stored["profile"]
         model = Fingerprint(**stored["model"])
         _require_shapes(model, len(shown["layers"]), arrays)
-        layers = tuple(
-            LayerCounts(
-                tokens=shown["tokens"],
-                **{f.name: arrays[f.name][n] for f in fields(LayerCounts) if f.name in arrays},
-            )
-            for n in range(len(shown["layers"]))
-        )
         return cls(
             model=model,
             router=Router(**stored["router"]),
             decoder_indices=tuple(layer["decoder_layer"] for layer in shown["layers"]),
             tokens=shown["tokens"],
             documents=shown["documents"],
-            layers=layers,
+            use_LE=arrays["use_LE"],
             distinct=tuple(
                 tuple(Distinct(**point) for point in layer["distinct"]) for layer in shown["layers"]
             ),
@@ -215,15 +164,10 @@ class Profile:
         )
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        stacked = {
-            f.name: np.stack([getattr(layer, f.name) for layer in self.layers])
-            for f in fields(LayerCounts)
-            if f.name != "tokens"
-        }
         bias = {} if self.bias_LE is None else {"bias_LE": self.bias_LE}
         return {
-            **stacked,
             **bias,
+            "use_LE": self.use_LE,
             "logits_LTE": self.trace.logits_LTE,
             "document_T": self.trace.document_T,
             "position_T": self.trace.position_T,
@@ -232,16 +176,12 @@ class Profile:
 
 def _require_shapes(model: Fingerprint, shown: int, arrays: Mapping[str, Any]) -> None:
     """Raises ValueError unless the arrays are those of such a model."""
-    layers, experts, top_k = model.moe_layers, model.experts, model.top_k
+    layers, experts = model.moe_layers, model.experts
     if shown != layers:
         raise ValueError(f"{shown} layers are shown, the model has {layers}")
     tokens = len(arrays["document_T"])
     wanted = {
-        "use_E": (layers, experts),
-        "gate_E": (layers, experts),
-        "together_EE": (layers, experts, experts),
-        "mass_K": (layers, top_k),
-        "mass_quantiles_QK": (layers, len(QUANTILES), top_k),
+        "use_LE": (layers, experts),
         "logits_LTE": (layers, tokens, experts),
         "position_T": (tokens,),
         **({"bias_LE": (layers, experts)} if "bias_LE" in arrays else {}),
@@ -249,18 +189,3 @@ def _require_shapes(model: Fingerprint, shown: int, arrays: Mapping[str, Any]) -
     for name, shape in wanted.items():
         if arrays[name].shape != shape:
             raise ValueError(f"{name} is {arrays[name].shape}, not {shape}")
-
-
-def _layer_to_json(
-    number: int, decoder_layer: int, counts: LayerCounts, distinct: tuple[Distinct, ...]
-) -> dict[str, Any]:
-    return {
-        "layer": number,
-        "decoder_layer": decoder_layer,
-        "use": (counts.use_E / counts.use_E.sum()).tolist(),
-        "gate": counts.gate_E.tolist(),
-        "mass": counts.mass_K.tolist(),
-        "mass_quantiles": counts.mass_quantiles_QK.tolist(),
-        "distinct": [asdict(point) for point in distinct],
-        "pairs": [{**asdict(pair), "experts": list(pair.experts)} for pair in counts.pairs()],
-    }

@@ -13,8 +13,13 @@ from leanmoe.core.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
 from leanmoe.report import plots
 from leanmoe.results.tune import percent
 
-BUTTONS = [["toImage", "resetScale2d"]]
-"""Above a plot; more of them lie over its legend in a narrow window."""
+CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtons": [["toImage", "resetScale2d"]],  # more lie over the legend in a narrow window
+    "toImageButtonOptions": {"format": "svg"},
+}
+"""Of every plot: it can be saved as a picture."""
 
 
 def render(template: str, **content: Any) -> str:
@@ -59,7 +64,7 @@ def plot(figure: Any) -> Markup:
     html = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
-        config={"displaylogo": False, "responsive": True, "modeBarButtons": BUTTONS},
+        config=CONFIG,
         div_id=f"plot-{name}",
     )
     return Markup('<div class="scroll">{}</div>').format(Markup(html))

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from leanmoe.core.options import argument, option
+from leanmoe.core.options import argument
 
 
 @dataclass(frozen=True)
 class ReportSettings:
     """The settings of one page."""
 
-    run: Path = argument("The folder of a run of tune, bench or eval.")
-    svg: Path | None = option(None, "A file to draw the verdict of a tune run to, as SVG.")
+    run: Path = argument("The folder of a run of tune, bench, eval, study or predict --sweep.")
 
     def check(self) -> None:
         """Nothing that stands by itself can be wrong: the run's results are checked when read."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from leanmoe.core.provenance import StepsMadeWith
 from leanmoe.plan import Plan
 from leanmoe.report.page import render, sure
-from leanmoe.results.tune import StepsMadeWith, TextPart, TuneResults, percent
+from leanmoe.results.tune import TextPart, TuneResults, percent
 
 
 def tune_page(results: TuneResults, plan: Plan) -> str:

@@ -5,23 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.files import write_text
-from leanmoe.core.schema import ResultsFile
+from leanmoe.core.files import read_json, write_text
 from leanmoe.plan import Plan
 from leanmoe.report.bench_page import bench_page
-from leanmoe.report.eval_page import eval_page
-from leanmoe.report.predict_page import predict_page
+from leanmoe.report.eval_tables import sheets
+from leanmoe.report.page import render
 from leanmoe.report.study_page import study_page
 from leanmoe.report.tune_page import tune_page
-from leanmoe.report.verdict_svg import verdict_svg
 from leanmoe.results.bench import BenchResults
 from leanmoe.results.eval import EvalResults
 from leanmoe.results.predict import SweepResults
-from leanmoe.results.read import read_any
 from leanmoe.results.study import StudyResults
 from leanmoe.results.tune import TuneResults
 
 PAGE = "report.html"
+FILES = ("results.json", "study.json")
+"""What verbs call their results in a run's folder."""
+KINDS = (TuneResults, BenchResults, EvalResults, StudyResults, SweepResults)
+Shown = TuneResults | BenchResults | EvalResults | StudyResults | SweepResults
 
 
 def write_page(folder: Path, target: Path | None = None) -> Path:
@@ -34,30 +35,31 @@ def write_page(folder: Path, target: Path | None = None) -> Path:
     return target
 
 
-def page_of(results: ResultsFile, folder: Path) -> str:
+def read_any(folder: Path) -> Shown:
+    """The results in a run's folder, of whichever verb they are.
+
+    Raises LeanMoeError where there are none, or none that this version reads.
+    """
+    path = next((folder / name for name in FILES if (folder / name).exists()), folder / FILES[0])
+    value = read_json(path, "results")
+    for kind in KINDS:
+        if isinstance(value, dict) and kind.KIND in value:
+            return kind.from_json(value, str(path))
+    raise LeanMoeError(
+        f"results {path} are of no verb that has a page: they hold none of "
+        f"{', '.join(kind.KIND for kind in KINDS)}"
+    )
+
+
+def page_of(results: Shown, folder: Path) -> str:
     """The page of results as HTML; that of a tune run also shows the plan in its folder."""
     if isinstance(results, TuneResults):
         return tune_page(results, Plan.load(folder / "plan.json"))
     if isinstance(results, BenchResults):
         return bench_page(results)
-    if isinstance(results, EvalResults):
-        return eval_page(results)
     if isinstance(results, StudyResults):
         return study_page(results)
-    if isinstance(results, SweepResults):
-        return predict_page(results)
-    raise LeanMoeError(f"{results.WHAT} have no page")
-
-
-def write_svg(folder: Path, target: Path) -> None:
-    """Draws the verdict of the tune run in `folder`.
-
-    Raises LeanMoeError where the folder holds a run of another verb.
-    """
-    results = read_any(folder)
-    if not isinstance(results, TuneResults):
-        raise LeanMoeError(
-            f"--svg draws the verdict of a tune run: {folder} holds a run of "
-            f"{results.KIND.removeprefix('leanmoe_')}"
-        )
-    write_text(target, verdict_svg(results))
+    if isinstance(results, EvalResults):
+        title = f"leanmoe eval: {results.settings['model']}"
+        return render("eval.html.j2", title=title, results=results, sheets=sheets(results))
+    return render("predict.html.j2", title=f"leanmoe: {results.model}", results=results)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from leanmoe.core.intervals import RatioOfRuns
 from leanmoe.core.provenance import Provenance
-from leanmoe.core.schema import ResultsFile
+from leanmoe.core.schema import StoredFile
 from leanmoe.plan import Plan
 
 THROUGHPUT, TPOT = "output_throughput", "median_tpot_ms"
@@ -87,7 +87,7 @@ class BenchedLoad:
 
 
 @dataclass(frozen=True)
-class BenchResults(ResultsFile):
+class BenchResults(StoredFile):
     """The results.json of a bench, finished or not."""
 
     KIND: ClassVar[str] = "leanmoe_bench"

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from leanmoe.core.intervals import LossChange, MeanChange
-from leanmoe.core.provenance import Provenance
-from leanmoe.core.schema import ResultsFile, stored_as
+from leanmoe.core.provenance import Provenance, StepsMadeWith
+from leanmoe.core.schema import StoredFile, stored_as
 from leanmoe.plan import Plan
-from leanmoe.results.tune import StepsMadeWith
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ class DomainMatrix:
 
 
 @dataclass(frozen=True)
-class EvalResults(ResultsFile):
+class EvalResults(StoredFile):
     """The results.json of an evaluation."""
 
     KIND: ClassVar[str] = "leanmoe_eval"

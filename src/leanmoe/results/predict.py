@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from leanmoe.core.schema import ResultsFile
+from leanmoe.core.schema import StoredFile, stored_as
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class SweepLimits:
 
 
 @dataclass(frozen=True)
-class SweepResults(ResultsFile):
+class SweepResults(StoredFile):
     """Everything that a sweep compared."""
 
     KIND: ClassVar[str] = "leanmoe_sweep"
@@ -71,7 +71,7 @@ class SweepResults(ResultsFile):
     how: str
     model: str
     gpu: str
-    load: str
+    lengths: str = field(metadata=stored_as("load"))
     kernel: str
     configurations: int
     seconds: float

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from leanmoe.core.provenance import Provenance
-from leanmoe.core.schema import ResultsFile
+from leanmoe.core.schema import StoredFile
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class RankedBy:
 
 
 @dataclass(frozen=True)
-class PruneReport(ResultsFile):
+class PruneReport(StoredFile):
     """How experts were ranked, and which remain in each MoE layer."""
 
     KIND: ClassVar[str] = "leanmoe_prune"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from leanmoe.core.intervals import LossChange, RatioOfRuns
 from leanmoe.core.provenance import Provenance
-from leanmoe.core.schema import ResultsFile, stored_as
+from leanmoe.core.schema import StoredFile, stored_as
 from leanmoe.results.tune import TextPart
 
 BY_K = dict[str, float]
@@ -264,7 +264,7 @@ class KernelErrors:
 
 
 @dataclass(frozen=True)
-class StudyResults(ResultsFile):
+class StudyResults(StoredFile):
     """The study.json of a study."""
 
     KIND: ClassVar[str] = "leanmoe_study"

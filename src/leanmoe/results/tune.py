@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from leanmoe.core.intervals import LossChange, LossGap, RatioOfRuns
-from leanmoe.core.provenance import MadeWith, Provenance
-from leanmoe.core.schema import ResultsFile, stored_as
+from leanmoe.core.provenance import Provenance, StepsMadeWith
+from leanmoe.core.schema import StoredFile, stored_as
 from leanmoe.models.shape import Fingerprint
-from leanmoe.plan import Rule
+from leanmoe.plan import Plan, Rule
+
+Phase = Literal["prompt", "decode"]
+BudgetKind = Literal["slots", "distinct"]
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,6 @@ class DistinctExperts:
 
 
 @dataclass(frozen=True)
-class ExpertPair:
-    """Two experts that are chosen by the same token `lift` times as often as by chance."""
-
-    experts: tuple[int, ...]
-    lift: float
-    tokens: int
-
-
-@dataclass(frozen=True)
 class LayerProfile:
     """What the router of one MoE layer does on the calibration text."""
 
@@ -69,13 +63,12 @@ class LayerProfile:
     decoder_layer: int
     use: tuple[float, ...]
     """Each expert's share of all slots."""
-    gate: tuple[float, ...]
-    """Each expert's summed gates."""
-    mass: tuple[float, ...]
-    """The share of a token's gate mass that its best 1, 2, ... experts carry."""
-    mass_quantiles: tuple[tuple[float, ...], ...]
     distinct: tuple[DistinctExperts, ...]
-    pairs: tuple[ExpertPair, ...]
+    gate: tuple[float, ...] = ()
+    """This and what follows stands in files of 0.1.0 alone."""
+    mass: tuple[float, ...] = ()
+    mass_quantiles: tuple[tuple[float, ...], ...] = ()
+    pairs: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,22 +78,46 @@ class ProfileSummary:
     label: str
     tokens: int
     documents: int
-    quantiles: tuple[float, ...]
     layers: tuple[LayerProfile, ...]
+    quantiles: tuple[float, ...] = ()
+    """In files of 0.1.0 alone."""
 
 
 @dataclass(frozen=True)
-class MeasuredCandidate:
-    """One rule in one layer: what it costs (nats) and what it activates."""
+class Candidate:
+    """A rule in one MoE layer, for prompt tokens or for the tokens of decode steps."""
 
-    phase: str
+    phase: Phase
     layer: int
     rule: Rule
     decode_batch: int = field(metadata=stored_as("together"))
+    """Requests that decode at once; 1 for rules that are not batch-aware."""
+
+    def plan(self, model: Fingerprint) -> Plan:
+        """The plan that changes this layer alone."""
+        rules = [Rule()] * model.moe_layers
+        rules[self.layer] = self.rule
+        if self.phase == "prompt":
+            return Plan(model, prompt=tuple(rules))
+        return Plan.per_layer(model, tuple(rules))
+
+    def serves(self, decode_batch: int) -> bool:
+        """Whether what was measured of it holds in steps of so many requests."""
+        return not self.rule.is_batch_aware or self.decode_batch == decode_batch
+
+
+@dataclass(frozen=True)
+class Sensitivity(Candidate):
+    """What a candidate costs in next-token prediction, and what it activates."""
+
     divergence: float
+    """KL from the full model, nats per predicted token."""
     loss_difference: float
+    """Next-token loss over the full model's, nats per predicted token."""
     slots: float
+    """Mean experts a token of the candidate's phase uses in its layer."""
     distinct: float
+    """Mean distinct experts a step of the candidate's phase activates in its layer."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +126,7 @@ class SensitivitySummary:
 
     label: str
     tokens: int
-    candidates: tuple[MeasuredCandidate, ...]
+    candidates: tuple[Sensitivity, ...]
 
 
 @dataclass(frozen=True)
@@ -144,7 +161,7 @@ class LoadFront:
 class StrategyBudget:
     """What strategies were compared at: so many `slots` a token or `distinct` experts a step."""
 
-    kind: str
+    kind: BudgetKind
     value: float
 
 
@@ -250,14 +267,7 @@ class LoadVerdict:
 
 
 @dataclass(frozen=True)
-class StepsMadeWith(MadeWith):
-    """Code, weights and machine that some stored steps were made with."""
-
-    steps: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TuneResults(ResultsFile):
+class TuneResults(StoredFile):
     """The results.json of a tune run."""
 
     KIND: ClassVar[str] = "leanmoe_results"

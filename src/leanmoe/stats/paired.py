@@ -75,8 +75,9 @@ class Losses:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Losses:
+    def from_json(cls, value: Mapping[str, Any], where: str = "losses") -> Losses:
         """Reads what `to_json` wrote."""
+        del where
         return cls(
             tuple(value["names"]),
             np.asarray(value["loss"], dtype=np.float64),

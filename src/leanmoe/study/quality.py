@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, write_json
 from leanmoe.core.intervals import LossChange
 from leanmoe.core.provenance import collect
@@ -37,14 +36,17 @@ from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
 from leanmoe.stats.paired import CONFIDENCE, Losses, loss_increase
+from leanmoe.study.settings import StudySettings
 
 FILE = "quality.json"
 KEEP = ("75%", "50%", "25%")
 """The paper's 48, 32 and 16 of 64."""
 GRID_CRITERION = "reap"
 GRID_KEEP = ("75%", "50%")
+CALIBRATION_TOKENS, HELDOUT_TOKENS = 32768, 16384
+"""That experts are ranked on, and that losses are measured on."""
 QUICK_TOKENS = 6144
-"""Enough documents for an interval, and no more."""
+"""Of either, for a quick study: enough documents for an interval, and no more."""
 QUICK_CRITERIA = ("random", "activate-count", "reap")
 SHAPES = {
     "(6, 8, 8, 61), the paper's best": (6 / 8, 1.0, 1.0, 1.0),
@@ -54,36 +56,6 @@ SHAPES = {
     "valley, 8 to 4 to 8": (1.0, 0.5, 1.0, 0.5),
 }
 """(b, h, e, p) as shares: experts in the first layer, at the turn, in the last; its depth."""
-
-
-@dataclass(frozen=True)
-class QualitySettings:
-    """What quality is measured on."""
-
-    model: str = "reference"
-    text: str | None = None
-    calibration_tokens: int = 32768
-    heldout_tokens: int = 16384
-    quick: bool = False
-    """Little text, three criteria, one share: to see that it runs."""
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises LeanMoeError for a value out of range."""
-        for name in ("calibration_tokens", "heldout_tokens"):
-            value = getattr(self, name)
-            if value < 1024:
-                raise LeanMoeError(f"{name} is {value}: it must be at least 1024")
-
-    @property
-    def heldout(self) -> int:
-        """Tokens that losses are measured on."""
-        return min(QUICK_TOKENS, self.heldout_tokens) if self.quick else self.heldout_tokens
-
-    @property
-    def calibration(self) -> int:
-        """Tokens that experts are ranked on."""
-        return min(QUICK_TOKENS, self.calibration_tokens) if self.quick else self.calibration_tokens
 
 
 @dataclass(frozen=True)
@@ -102,43 +74,44 @@ class Case:
 def shape_rules(model: Fingerprint, shape: tuple[float, float, float, float]) -> tuple[Rule, ...]:
     """A (b, h, e, p) shape at this depth and k: two straight lines, rounded."""
     begin, high, end, turn = shape
-    layers = model.moe_layers
-    share = [
-        begin + (high - begin) * depth / turn
-        if turn and depth <= turn
-        else high + (end - high) * (depth - turn) / max(1 - turn, 1e-9)
-        for depth in (n / max(layers - 1, 1) for n in range(layers))
-    ]
-    return tuple(Rule(top_k=max(1, round(value * model.top_k))) for value in share)
+    depth_L = np.linspace(0.0, 1.0, model.moe_layers)
+    share_L = np.interp(depth_L, [0.0, turn, 1.0], [begin, high, end])
+    return tuple(Rule(top_k=max(1, round(share * model.top_k))) for share in share_L.tolist())
 
 
-def saved_quality(settings: QualitySettings, output: Path, command: str) -> StudiedQuality:
+def saved_quality(settings: StudySettings, output: Path, command: str) -> StudiedQuality:
     """Losses under every setting; minutes on two cores.
 
     Kept in folder `output` as soon as they are measured, and taken from there by a later run with
     the same settings.
     """
-    settings.check()
     path = output / FILE
     if path.exists():
-        saved = read_json(path, "quality")
-        if isinstance(saved, dict) and saved.get("settings") == asdict(settings):
+        saved = from_json(StudiedQuality, read_json(path, "quality"), f"quality {path}")
+        if saved.settings == _asked(settings):
             print(f"leanmoe: {path} holds these settings' losses already", file=sys.stderr)
-            return from_json(StudiedQuality, saved, str(path))
+            return saved
     quality = measure_quality(settings, command)
     write_json(path, to_json(quality))
     return quality
 
 
-def measure_quality(settings: QualitySettings, command: str) -> StudiedQuality:
+def _asked(settings: StudySettings) -> dict[str, Any]:
+    """What the losses depend on."""
+    return {name: getattr(settings, name) for name in ("model", "text", "quick", "seed")}
+
+
+def measure_quality(settings: StudySettings, command: str) -> StudiedQuality:
     """Measures the losses on held-out text, each beside the full model's."""
     quiet_transformers()
     corpus = read_corpus(settings.text)
     calibration, heldout = split(corpus.documents, 0.5, settings.seed)
     model, tokenizer = load_model(settings.model)
     shape = shape_of(model)
-    ranking = cut(calibration, tokenizer, tokens=settings.calibration)
-    windows = cut(heldout, tokenizer, tokens=settings.heldout)
+    ranking, windows = (
+        cut(part, tokenizer, tokens=QUICK_TOKENS if settings.quick else tokens)
+        for part, tokens in ((calibration, CALIBRATION_TOKENS), (heldout, HELDOUT_TOKENS))
+    )
     cases = list(_cases(model, shape, ranking, settings))
     full = _losses(model, Plan(shape.fingerprint()), windows, "Full model")
     rows = []
@@ -155,7 +128,7 @@ def measure_quality(settings: QualitySettings, command: str) -> StudiedQuality:
         quick=settings.quick,
         heldout=TextPart(windows.documents, windows.tokens),
         rows=tuple(rows),
-        settings=asdict(settings),
+        settings=_asked(settings),
         confidence=CONFIDENCE,
     )
 
@@ -166,7 +139,7 @@ def _losses(model: Any, plan: Plan, windows: Windows, what: str) -> Losses:
 
 
 def _cases(
-    model: Any, shape: MoEShape, ranking: Windows, settings: QualitySettings
+    model: Any, shape: MoEShape, ranking: Windows, settings: StudySettings
 ) -> Iterator[Case]:
     print_ = shape.fingerprint()
     every = range(shape.top_k - 1, 0, -1) if not settings.quick else (shape.top_k * 3 // 4,)
@@ -182,7 +155,7 @@ def _cases(
 
 
 def _pruned(
-    model: Any, shape: MoEShape, ranking: Windows, settings: QualitySettings
+    model: Any, shape: MoEShape, ranking: Windows, settings: StudySettings
 ) -> Iterator[Case]:
     shares = KEEP[:1] if settings.quick else KEEP
     counts = {keep: kept_count(keep, shape) for keep in shares}

@@ -1,4 +1,4 @@
-"""The paper's analysis and throughput study, rerun on the cost model: JSON in sections.
+"""The paper's analysis and throughput study, rerun on the cost model.
 
 Letters: B tokens in a step, k experts a token, D distinct experts, E experts.
 """
@@ -6,22 +6,26 @@ Letters: B tokens in a step, k experts a token, D distinct experts, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from leanmoe.models.catalog import published_shape
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Band, Plan, Rule
-from leanmoe.predict.constants import Constants, shipped
-from leanmoe.predict.experts.active_experts import Activation
-from leanmoe.predict.experts.assumed import Assumed
-from leanmoe.predict.experts.curve_sources import assumed_curves
 from leanmoe.predict.hardware.gpus import GPUS
-from leanmoe.predict.prediction import default_kernel
 from leanmoe.predict.step.deployment import Deployment
-from leanmoe.predict.step.step_time import StepBatch, StepTime
-from leanmoe.predict.traffic.service_load import read_lengths
+from leanmoe.predict.step.step_time import StepBatch
+from leanmoe.results.study import (
+    AnalysedStep,
+    Analysis,
+    Banded,
+    CurvePoint,
+    LayerCost,
+    Regimes,
+    UShape,
+    V2Lite,
+    V2LiteRow,
+)
 from leanmoe.study import paper
-from leanmoe.study.table_9 import STUDY_LENGTH, plan_of, throughputs, with_overhead
+from leanmoe.study.table_9 import LENGTHS, Service
 
 LOADS = tuple(2**n for n in range(15))
 U_SHAPES: Mapping[str, Deployment] = {
@@ -40,125 +44,108 @@ LOWER = 0.5
 """The lower k of the U shapes, as a share of the model's."""
 
 
-def analysis() -> dict[str, Any]:
+def analysis() -> Analysis:
     """Intensity and bytes of one MoE layer over load: fine-grained experts and coarse ones.
 
     DeepSeek-V3's layer beside Mixtral 8x7B's, both with a byte a weight. `as_the_paper` takes the
     dense layers' width for an expert's, as the paper's analysis does: nine times too many bytes and
     products, so that a layer seems to take nine times as long; the intensity stays the same.
     """
-    model = published_shape(paper.V3)
-    gpu = GPUS["h200"]
-    fine = (model.experts, model.top_k, model.hidden, model.expert_width)
-    rows = []
-    for tokens in LOADS:
-        row: dict[str, Any] = {"tokens": tokens}
-        for name, (experts, k, hidden, width) in (("fine", fine), ("coarse", COARSE)):
-            distinct = distinct_uniform(experts, k, tokens)
-            weights = distinct * 3 * hidden * width * model.weight_bytes
-            products = 2 * tokens * k * 3 * hidden * width
-            passed = 2.0 * tokens * (2 * hidden + k * width)
-            row[name] = {
-                "distinct": distinct,
-                "weight_bytes": weights,
-                "activation_bytes": passed,
-                "flops": products,
-                "intensity": products / (weights + passed),
-            }
-        wrong = paper.WRONG_WIDTH / paper.RIGHT_WIDTH
-        row["as_the_paper"] = {"weight_bytes": row["fine"]["weight_bytes"] * wrong}
-        rows.append(row)
-    ridge = gpu.flops_fp8 / gpu.bandwidth
-    return {
-        "label": "modelled",
-        "model": model.name,
-        "ridge": ridge,
-        "too_much": paper.WRONG_WIDTH / paper.RIGHT_WIDTH,
-        "compute_bound_from": {
-            name: next((r["tokens"] for r in rows if r[name]["intensity"] >= ridge), None)
-            for name in ("fine", "coarse")
+    model, gpu = published_shape(paper.V3), GPUS["h200"]
+    wrong, ridge = paper.WRONG_WIDTH / paper.RIGHT_WIDTH, gpu.flops_fp8 / gpu.bandwidth
+
+    def cost(tokens: int, experts: int, k: int, hidden: int, width: int) -> LayerCost:
+        distinct = distinct_uniform(experts, k, tokens)
+        weights = distinct * 3 * hidden * width * model.weight_bytes
+        products = 2 * tokens * k * 3 * hidden * width
+        passed = 2.0 * tokens * (2 * hidden + k * width)
+        return LayerCost(weights, distinct, passed, products, products / (weights + passed))
+
+    fine = [
+        cost(tokens, model.experts, model.top_k, model.hidden, model.expert_width)
+        for tokens in LOADS
+    ]
+    coarse = [cost(tokens, *COARSE) for tokens in LOADS]
+    return Analysis(
+        label="modelled",
+        model=model.name,
+        ridge=ridge,
+        too_much=wrong,
+        compute_bound_from={
+            name: next(
+                tokens
+                for tokens, cost in zip(LOADS, costs, strict=True)
+                if (cost.intensity or 0.0) >= ridge
+            )
+            for name, costs in (("fine", fine), ("coarse", coarse))
         },
-        "rows": rows,
-    }
+        rows=tuple(
+            AnalysedStep(tokens, one, other, LayerCost(one.weight_bytes * wrong))
+            for tokens, one, other in zip(LOADS, fine, coarse, strict=True)
+        ),
+    )
 
 
-def v2_lite(overhead: float, constants: Constants | None = None) -> dict[str, Any]:
+def v2_lite(overhead: float) -> V2Lite:
     """DeepSeek-V2-Lite on 2 A800: k = 4 and 2 for 6, and 48, 32 and 16 of its 64 experts.
 
     Nothing is fitted: H200's constants by the A800's stated rates, and the engine's time in a step
     that DeepSeek-V3's column gave.
     """
-    constants = with_overhead(constants or shipped(), "a800", overhead)
-    model = published_shape(paper.V2_LITE)
-    place, lengths = Deployment(GPUS["a800"], 2), read_lengths(STUDY_LENGTH, "length")
-    curves = assumed_curves(model, Assumed())
-    step = StepTime(model, place, constants, default_kernel(model))
-    loads = list(paper.V2_LITE_GAINS)
-    full = throughputs(step, None, curves, lengths, loads)
+    place, loads = Deployment(GPUS["a800"], 2), list(paper.V2_LITE_GAINS)
+    service = Service.of(paper.V2_LITE, place, overhead)
     rules = {f"k={k}": Rule(top_k=k) for k in (4, 2)}
     rules |= {f"{n} of 64": Rule(experts=tuple(range(n))) for n in paper.EXPERTS_KEPT[1:]}
-    columns = {
-        name: throughputs(step, plan_of(model, rule), curves, lengths, loads)
-        for name, rule in rules.items()
-    }
-    rows = [
-        {
-            "concurrency": load,
-            "throughput": full[n],
-            "gain": {name: 100 * (column[n] / full[n] - 1) for name, column in columns.items()},
-            "paper_gain": paper.V2_LITE_GAINS[load],
-        }
+    gains, full = service.gains(rules, loads), service.throughputs(None, loads)
+    rows = tuple(
+        V2LiteRow(
+            load,
+            full[n],
+            {name: column[n] for name, column in gains.items()},
+            paper.V2_LITE_GAINS[load],
+        )
         for n, load in enumerate(loads)
-    ]
-    return {
-        "label": "modelled beside cited",
-        "machine": str(place),
-        "rows": rows,
-        "stands_on": step.kernel_origin,
-    }
+    )
+    return V2Lite("modelled beside cited", str(place), rows, service.step.kernel_origin)
 
 
-def u_shape(name: str, place: Deployment, constants: Constants | None = None) -> dict[str, Any]:
+def u_shape(name: str, place: Deployment) -> UShape:
     """What half of k gains over the tokens of a decode step, of the experts and of the step.
 
     Three regimes: few tokens, where a lower k activates fewer experts; a flat middle, where all are
     active anyway; many tokens, where products decide. Each starts at the first load that is in it.
     """
-    constants = constants or shipped()
-    model = published_shape(name)
-    step = StepTime(model, place, constants, default_kernel(model))
-    curves = assumed_curves(model, Assumed())
-    lower = max(1, round(model.top_k * LOWER))
-    full = Activation(model, None, curves)
-    fewer = Activation(model, plan_of(model, Rule(top_k=lower)), curves)
-    context = read_lengths(STUDY_LENGTH, "length").mean * 1.5
+    service = Service.of(name, place)
+    step, top_k = service.step, service.step.model.top_k
+    lower = max(1, round(top_k * LOWER))
+    full, fewer = service.activation(None), service.activation(Rule(top_k=lower))
     rows = []
     for tokens in LOADS:
-        batch = StepBatch(tokens, context)
+        batch = StepBatch(tokens, LENGTHS.mean * 1.5)
         one, other = step.parts(batch, full), step.parts(batch, fewer)
         rows.append(
-            {
-                "tokens": tokens,
-                "distinct": full.layers(tokens, 0)[0].distinct,
-                "experts_gain": 100 * (one.experts / other.experts - 1),
-                "step_gain": 100 * (one.total / other.total - 1),
-                "experts_ms": 1e3 * one.experts,
-                "step_ms": 1e3 * one.total,
-            }
+            CurvePoint(
+                tokens=tokens,
+                distinct=full.layers(tokens, 0)[0].distinct,
+                experts_gain=100 * (one.experts / other.experts - 1),
+                step_gain=100 * (one.total / other.total - 1),
+                experts_ms=1e3 * one.experts,
+                step_ms=1e3 * one.total,
+            )
         )
-    return {
-        "label": "modelled",
-        "model": name,
-        "machine": str(place),
-        "top_k": model.top_k,
-        "lower": lower,
-        "rows": rows,
-        "regimes": regimes([r["tokens"] for r in rows], [r["experts_gain"] for r in rows]),
-        "stands_on": step.experts_origin,
-    }
+    return UShape(
+        label="modelled",
+        model=name,
+        machine=str(place),
+        top_k=top_k,
+        lower=lower,
+        rows=tuple(rows),
+        regimes=regimes(LOADS, [row.experts_gain for row in rows]),
+        stands_on=step.experts_origin,
+    )
 
 
-def regimes(tokens: Sequence[int], gains: Sequence[float]) -> dict[str, Any]:
+def regimes(tokens: Sequence[int], gains: Sequence[float]) -> Regimes:
     """Where the flat middle starts and ends: below a third of the largest gain before it.
 
     The peak and the lowest gain are those of the largest fall; `is_u` is whether the gain rises
@@ -167,62 +154,39 @@ def regimes(tokens: Sequence[int], gains: Sequence[float]) -> dict[str, Any]:
     """
     pairs = [(peak, low) for low in range(len(gains)) for peak in range(low)]
     peak, lowest = max(pairs, key=lambda pair: gains[pair[0]] - gains[pair[1]])
-    limit = gains[peak] * FLAT
-    inside = [n for n in range(peak, len(gains)) if gains[n] <= limit]
+    inside = [n for n in range(peak, len(gains)) if gains[n] <= gains[peak] * FLAT]
     if not inside:
-        return {"is_u": False, "peak": tokens[peak], "lowest": tokens[lowest]}
+        return Regimes(False, tokens[peak], tokens[lowest])
     rises = inside[-1] + 1
     is_u = rises < len(gains)
-    return {
-        "is_u": is_u,
-        "peak": tokens[peak],
-        "peak_gain": gains[peak],
-        "flat_from": tokens[inside[0]],
-        "lowest": tokens[lowest],
-        "lowest_gain": gains[lowest],
-        "rises_from": tokens[rises] if is_u else None,
-    }
+    return Regimes(
+        is_u,
+        tokens[peak],
+        tokens[lowest],
+        peak_gain=gains[peak],
+        lowest_gain=gains[lowest],
+        flat_from=tokens[inside[0]],
+        rises_from=tokens[rises] if is_u else None,
+    )
 
 
-def u_shapes(constants: Constants | None = None) -> list[dict[str, Any]]:
-    """The U shape of every model of the study."""
-    return [u_shape(name, place, constants) for name, place in U_SHAPES.items()]
-
-
-def banded(overhead: float, constants: Constants | None = None) -> dict[str, Any]:
+def banded(overhead: float) -> Banded:
     """DeepSeek-V3 where the paper's uniform k gives its +10%: a plan with bands beside it.
 
     The bands follow what the search found on the reference model: experts shared within the step
     where few tokens decode, the model as it was trained where all experts are active anyway, and
     fewer experts for prompt tokens. No quality is claimed for DeepSeek-V3: nobody measured it.
     """
-    constants = with_overhead(constants or shipped(), "h200", overhead)
-    model = published_shape(paper.V3)
-    print_ = model.fingerprint()
-    layers = len(model.moe_layers)
-    place, lengths = Deployment(GPUS["h200"], 8), read_lengths(STUDY_LENGTH, "length")
-    curves = assumed_curves(model, Assumed())
-    step = StepTime(model, place, constants, default_kernel(model))
-    shared = Rule(guaranteed=4, keep_weights=True)
-    prompt = (Rule(top_k=6, keep_weights=True),) * (layers - 1) + (Rule(top_k=0),)
+    place, loads = Deployment(GPUS["h200"], 8), tuple(paper.TABLE_9)
+    service = Service.of(paper.V3, place, overhead)
+    model = service.step.model.fingerprint()
+    shared = (Rule(guaranteed=4, keep_weights=True),) * model.moe_layers
+    prompt = (Rule(top_k=6, keep_weights=True),) * (model.moe_layers - 1) + (Rule(top_k=0),)
     plans = {
-        "uniform k = 6 (the paper's)": plan_of(model, Rule(top_k=6)),
-        "uniform k = 4 (the paper's)": plan_of(model, Rule(top_k=4)),
+        "uniform k = 6 (the paper's)": Plan.uniform(model, Rule(top_k=6)),
+        "uniform k = 4 (the paper's)": Plan.uniform(model, Rule(top_k=4)),
         "banded: 4 guaranteed to 96 tokens, prompts k = 6": Plan(
-            print_, (Band(96, (shared,) * layers),), prompt
+            model, (Band(96, shared),), prompt
         ),
     }
-    loads = list(paper.TABLE_9)
-    full = throughputs(step, None, curves, lengths, loads)
-    return {
-        "label": "modelled",
-        "machine": str(place),
-        "concurrency": loads,
-        "gains": {
-            name: [
-                100 * (a / b - 1)
-                for a, b in zip(throughputs(step, plan, curves, lengths, loads), full, strict=True)
-            ]
-            for name, plan in plans.items()
-        },
-    }
+    return Banded("modelled", str(place), loads, service.gains(plans, loads))

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
+from leanmoe.results.tune import Phase, Sensitivity
 from leanmoe.tune.context import TuneContext
-from leanmoe.tune.layers import Phase, PhaseTimes, Sensitivity, loss_rates, prefill_step
+from leanmoe.tune.layers import PhaseTimes, loss_rates, prefill_step
 
 POINTS = 4096
 """Partial allocations kept after each item. Below that many the front is exact. Above, the range
@@ -202,7 +203,7 @@ def _full_activity(
 ) -> dict[tuple[Phase, int], tuple[float, float]]:
     """Slots a token and distinct experts a step of the full model, by phase and layer."""
     activity: dict[tuple[Phase, int], tuple[float, float]] = {}
-    for layer in range(len(context.profile.layers)):
+    for layer in range(context.profile.model.moe_layers):
         decode = context.activity(layer, Rule(), decode_batch)
         prompt = context.activity(layer, Rule(), prefill, PREFILL_STEPS)
         activity["decode", layer] = (decode.slots, decode.distinct)
@@ -249,12 +250,11 @@ def _items(
         item = _Item(phase, layer, [], [])
         _offer(item, Rule(), 0.0, workload.seconds(phase, slots, distinct, has_rule=False))
         for measured in sensitivities:
-            tried = measured.candidate
-            fits = not tried.rule.is_batch_aware or tried.decode_batch == workload.decode_batch
-            if (tried.phase, tried.layer) == (phase, layer) and fits:
+            is_here = (measured.phase, measured.layer) == (phase, layer)
+            if is_here and measured.serves(workload.decode_batch):
                 seconds = workload.seconds(phase, measured.slots, measured.distinct, has_rule=True)
                 loss = rates[phase, layer] * max(measured.divergence, 0.0)
-                _offer(item, tried.rule, loss, seconds)
+                _offer(item, measured.rule, loss, seconds)
         if phase == "prompt" and prompt is not None:
             item = _only(item, prompt[layer] if prompt else Rule())
         items.append(item)

@@ -7,10 +7,10 @@ for the model at hand: beside each pruning stands the skipping that is as fast.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Self
 
+from leanmoe.core.intervals import LossGap
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
 from leanmoe.prune.criteria import (
@@ -21,14 +21,21 @@ from leanmoe.prune.criteria import (
     rank_experts,
     restricted,
 )
+from leanmoe.results.tune import (
+    BudgetKind,
+    PruneOrSkipRow,
+    PruneOrSkipVerdict,
+    Sensitivity,
+    StrategyBudget,
+    StrategyRow,
+    StrategyTable,
+)
 from leanmoe.stats.paired import Estimate, Losses, loss_difference, loss_increase
 from leanmoe.tune.allocate import FrontPoint, Offer, pareto
 from leanmoe.tune.context import EXPERTS_KEPT, STRATEGY, TOTAL_OR_ACTIVATED, TuneContext, digest
-from leanmoe.tune.layers import LayerTime, PhaseTimes, Sensitivity
+from leanmoe.tune.layers import LayerTime, PhaseTimes
 from leanmoe.tune.strategies import (
     STRATEGIES,
-    Budget,
-    Kind,
     Setting,
     Strategy,
     layer_rules,
@@ -49,7 +56,7 @@ PRUNING, SKIPPING, BOTH = "fewer in total", "fewer a token", "both"
 
 def compare_strategies(
     context: TuneContext, sensitivities: Sequence[Sensitivity], decode_batch: int
-) -> dict[str, Any]:
+) -> StrategyTable:
     """One table: what each strategy loses, and how it stands against leanmoe's own."""
     setting = _setting(context, sensitivities, decode_batch)
     full = _strategy_losses(context, context.no_rules, None, "full")
@@ -59,17 +66,24 @@ def compare_strategies(
             rules = each.rules(setting)
             tried[each] = (rules, _strategy_losses(context, rules, decode_batch, each.name))
     own = tried[STRATEGIES.get("leanmoe")][1]
-    return {
-        "concurrency": decode_batch,
-        "budget": {"kind": setting.budget.kind, "value": setting.budget.value},
-        "rows": [
-            {
-                **_strategy_row(context, each, rules, decode_batch),
-                **_strategy_verdicts(context, each, full, lost, own),
-            }
-            for each, (rules, lost) in tried.items()
-        ],
-    }
+    sure = (context.settings.confidence, context.settings.seed)
+    rows = []
+    for each, (rules, lost) in tried.items():
+        over = None if lost is own else loss_difference(full, lost, own, *sure)
+        activities = context.activities(rules, decode_batch)
+        rows.append(
+            StrategyRow(
+                strategy=each.name,
+                title=each.title,
+                source=each.source,
+                slots=sum(a.slots for a in activities) / len(activities),
+                distinct=sum(a.distinct for a in activities) / len(activities),
+                loss=loss_increase(full, lost, *sure),
+                rules=rules,
+                against=None if over is None else LossGap(over.ratio, over.low, over.high),
+            )
+        )
+    return StrategyTable(decode_batch, setting.budget, tuple(rows))
 
 
 def strategy_points(
@@ -82,13 +96,14 @@ def strategy_points(
     each = STRATEGIES.get(context.settings.strategy)
     if each.needs_batch and decode_batch < 2:
         return []
-    kind: Kind = "slots" if decode_batch == 1 else "distinct"
-    setting = _setting(context, sensitivities, decode_batch, Budget(kind, float("inf")))
+    kind: BudgetKind = "slots" if decode_batch == 1 else "distinct"
+    unlimited = StrategyBudget(kind, float("inf"))
+    setting = _setting(context, sensitivities, decode_batch, unlimited)
     full = setting.mean_cost(context.no_rules)
     full_seconds = _seconds(context, context.no_rules, decode_batch, times["decode"])
     points: list[FrontPoint] = []
     for share in BUDGET_SHARES:
-        rules = each.rules(replace(setting, budget=Budget(kind, share * full)))
+        rules = each.rules(replace(setting, budget=StrategyBudget(kind, share * full)))
         seconds = _seconds(context, rules, decode_batch, times["decode"])
         point = FrontPoint((), rules, 0.0, seconds / full_seconds, each.name)
         if not points or point.decode != points[-1].decode:
@@ -100,7 +115,7 @@ def _setting(
     context: TuneContext,
     sensitivities: Sequence[Sensitivity],
     decode_batch: int,
-    budget: Budget | None = None,
+    budget: StrategyBudget | None = None,
 ) -> Setting:
     def cost(layer: int, rule: Rule) -> float:
         activity = context.activity(layer, rule, decode_batch)
@@ -114,8 +129,8 @@ def _setting(
         layers = len(context.no_rules)
         full = sum(cost(layer, Rule()) for layer in range(layers)) / layers
         is_alone = decode_batch == 1
-        kind: Kind = "slots" if is_alone else "distinct"
-        budget = Budget(kind, full * (SLOTS_SHARE if is_alone else DISTINCT_SHARE))
+        kind: BudgetKind = "slots" if is_alone else "distinct"
+        budget = StrategyBudget(kind, full * (SLOTS_SHARE if is_alone else DISTINCT_SHARE))
     return Setting(
         context.fingerprint,
         decode_batch,
@@ -137,60 +152,16 @@ def _strategy_losses(
     return context.take(STRATEGY, Losses, compute, *about)
 
 
-def _strategy_row(
-    context: TuneContext, each: Strategy, rules: Sequence[Rule], decode_batch: int
-) -> dict[str, Any]:
-    activities = context.activities(rules, decode_batch)
-    return {
-        "strategy": each.name,
-        "title": each.title,
-        "source": each.source,
-        "slots": sum(a.slots for a in activities) / len(activities),
-        "distinct": sum(a.distinct for a in activities) / len(activities),
-        "rules": [rule.to_json() for rule in rules],
-    }
-
-
-def _strategy_verdicts(
-    context: TuneContext, each: Strategy, full: Losses, lost: Losses, own: Losses
-) -> dict[str, Any]:
-    confidence, seed = context.settings.confidence, context.settings.seed
-    loss = {"loss": loss_increase(full, lost, confidence, seed).to_json()}
-    if each.name == "leanmoe":
-        return loss
-    against = loss_difference(full, lost, own, confidence, seed)
-    return {
-        **loss,
-        "against": {"difference": against.ratio, "low": against.low, "high": against.high},
-    }
-
-
-@dataclass(frozen=True)
-class KeptByBudget:
-    """The experts that remain at each memory budget."""
-
-    by_budget: Mapping[str, Kept]
-
-    def to_json(self) -> dict[str, Kept]:
-        """The experts as JSON values."""
-        return dict(self.by_budget)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Reads what `to_json` wrote."""
-        return cls({b: tuple(tuple(map(int, experts)) for experts in v) for b, v in value.items()})
-
-
 def within_memory(
     context: TuneContext, sensitivities: Sequence[Sensitivity], times: Mapping[int, PhaseTimes]
-) -> tuple[Kept | None, list[dict[str, Any]]]:
+) -> tuple[Kept | None, tuple[PruneOrSkipRow, ...]]:
     """The experts that the memory budget keeps, and pruning beside skipping at several budgets.
 
     None and no rows where the settings have no memory budget.
     """
     keep = context.settings.keep
     if keep is None:
-        return None, []
+        return None, ()
     by_budget = keep_by_budget(context, keep)
     return by_budget[keep], total_or_activated(context, sensitivities, times, by_budget)
 
@@ -200,13 +171,13 @@ def keep_by_budget(context: TuneContext, keep: str) -> Mapping[str, Kept]:
     settings, shape = context.settings, context.shape
     counts = {b: kept_count(b, shape) for b in dict.fromkeys([keep, *MEMORY_BUDGETS])}
 
-    def compute() -> KeptByBudget:
+    def compute() -> dict[str, Kept]:
         criterion, least = CRITERIA.get(settings.criterion), min(counts.values())
         windows = context.text.profiled
         scores_LE = rank_experts(criterion, shape, settings.seed, context.model, windows, least)
-        return KeptByBudget({b: best_experts(scores_LE, n, shape) for b, n in counts.items()})
+        return {b: best_experts(scores_LE, n, shape) for b, n in counts.items()}
 
-    return context.take(EXPERTS_KEPT, KeptByBudget, compute).by_budget
+    return context.take(EXPERTS_KEPT, dict[str, Kept], compute)
 
 
 def total_or_activated(
@@ -214,20 +185,20 @@ def total_or_activated(
     sensitivities: Sequence[Sensitivity],
     times: Mapping[int, PhaseTimes],
     kept: Mapping[str, Kept],
-) -> list[dict[str, Any]]:
+) -> tuple[PruneOrSkipRow, ...]:
     """A row for each concurrency, memory budget and way, with losses on the same held-out text.
 
     Time is of the experts in decode steps, as a share of the full model's, modelled from layers
     timed on this machine. "both" may take as long as skipping half as deep on top of pruning.
     """
-    return [
+    return tuple(
         row
         for concurrency in context.settings.concurrency
         for budget, experts in kept.items()
         for row in _compared_at(
             context, sensitivities, concurrency, times[concurrency]["decode"], budget, experts
         )
-    ]
+    )
 
 
 def _compared_at(
@@ -237,7 +208,7 @@ def _compared_at(
     time: LayerTime,
     budget: str,
     experts: Kept,
-) -> list[dict[str, Any]]:
+) -> list[PruneOrSkipRow]:
     """The three ways at one concurrency and memory budget; skipping is held against pruning."""
     everything = _seconds(context, context.no_rules, concurrency, time)
     pruned = tuple(Rule(experts=chosen) for chosen in experts)
@@ -256,21 +227,21 @@ def _compared_at(
     }
     sure = (context.settings.confidence, context.settings.seed)
     memory = memory_share(context.shape, len(experts[0]))
-    rows = {
-        way: {
-            "concurrency": concurrency,
-            "budget": budget,
-            "way": way,
-            "memory": 1.0 if way == SKIPPING else memory,
-            "time": shares[way],
-            "loss": loss_increase(full, losses[way], *sure).to_json(),
-        }
-        for way in ways
-    }
     against = loss_difference(full, losses[SKIPPING], losses[PRUNING], *sure)
     is_as_fast = shares[SKIPPING] <= shares[PRUNING]
-    rows[SKIPPING]["against"] = {**against.to_json(), "verdict": verdict(against, is_as_fast)}
-    return list(rows.values())
+    compared = PruneOrSkipVerdict(**against.to_json(), verdict=verdict(against, is_as_fast))
+    return [
+        PruneOrSkipRow(
+            concurrency,
+            budget,
+            way,
+            memory=1.0 if way == SKIPPING else memory,
+            time=shares[way],
+            loss=loss_increase(full, losses[way], *sure),
+            against=compared if way == SKIPPING else None,
+        )
+        for way in ways
+    ]
 
 
 def verdict(against: Estimate, is_as_fast: bool = True) -> str:

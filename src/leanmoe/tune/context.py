@@ -11,11 +11,12 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, TypeVar
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.run_folder import RunFolder
+from leanmoe.core.schema import from_json, to_json
 from leanmoe.core.text import Document, read_corpus, split
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Fingerprint, Plan, Rule
@@ -42,18 +43,7 @@ FEWEST_COMPARED = 40
 logger = logging.getLogger(__name__)
 
 
-class Storable(Protocol):
-    """A typed result of a stage."""
-
-    def to_json(self) -> Any:
-        """The result as JSON values."""
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        """Reads what `to_json` wrote."""
-
-
-Result = TypeVar("Result", bound=Storable)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -93,24 +83,7 @@ class TuneWindows:
     """Part of it, for the table of strategies."""
     prompts: list[list[int]]
     """Held-out prompts for throughput runs."""
-    counts: dict[str, dict[str, int]]
-
-
-@dataclass(frozen=True)
-class ProfileSize:
-    """What the profile was read from; the profile itself lies in files of its own."""
-
-    tokens: int
-    documents: int
-
-    def to_json(self) -> dict[str, int]:
-        """The counts as JSON values."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_json(cls, value: dict[str, int]) -> Self:
-        """Reads what `to_json` wrote."""
-        return cls(**value)
+    calibration_documents: int
 
 
 @dataclass(frozen=True)
@@ -134,26 +107,15 @@ class TuneContext:
     @property
     def no_rules(self) -> tuple[Rule, ...]:
         """The full model's: an empty rule for each layer."""
-        return (Rule(),) * len(self.profile.layers)
+        return (Rule(),) * self.profile.model.moe_layers
 
     def take(
         self, stage: Stage, kind: type[Result], compute: Callable[[], Result], *about: object
     ) -> Result:
         """The stored result of a stage for what it is `about`, or a computed one, then stored."""
         key = "-".join(map(str, (stage.name, *about)))
-        return kind.from_json(self.folder.step(key, lambda: compute().to_json(), stage.timed))
-
-    def take_all(
-        self,
-        stage: Stage,
-        kind: type[Result],
-        compute: Callable[[], Sequence[Result]],
-        *about: object,
-    ) -> list[Result]:
-        """The same for a stage whose result is several of a kind."""
-        key = "-".join(map(str, (stage.name, *about)))
-        stored = self.folder.step(key, lambda: [r.to_json() for r in compute()], stage.timed)
-        return [kind.from_json(each) for each in stored]
+        stored = self.folder.step(key, lambda: to_json(compute()), stage.timed)
+        return from_json(kind, stored, f"step {key}")
 
     def activity(
         self, layer: int, rule: Rule, tokens_in_step: int, steps: int | None = None
@@ -191,7 +153,7 @@ def prepare(settings: TuneSettings, folder: RunFolder, command: str) -> TuneCont
     model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
     find_layers(model)
     text = _cut_text(corpus.source, calibration, heldout, tokenizer, settings, model)
-    folder.step(PROFILE.name, lambda: _record(model, text, folder, settings, command).to_json())
+    folder.step(PROFILE.name, lambda: _record(model, text, folder, settings, command))
     profile = Profile.load(folder.path)
     return TuneContext(settings, folder, command, model, shape_of(model), text, profile)
 
@@ -204,11 +166,12 @@ def digest(rules: Sequence[Rule], *more: object) -> str:
 
 def _record(
     model: Any, text: TuneWindows, folder: RunFolder, settings: TuneSettings, command: str
-) -> ProfileSize:
+) -> dict[str, int]:
+    """Stores the profile in files of its own; what it was read from is the step's result."""
     with apply(model, Plan(shape_of(model).fingerprint()), experts=IMPLEMENTATION):
         measured = measure_profile(model, text.profiled, seed=settings.seed, command=command)
     measured.save(folder.path)
-    return ProfileSize(measured.tokens, measured.documents)
+    return {"tokens": measured.tokens, "documents": measured.documents}
 
 
 def _cut_text(
@@ -243,10 +206,7 @@ def _cut_text(
         proved=proved.after_prompt(prompt, reply),
         compared=compared.after_prompt(prompt, reply),
         prompts=_prompts(heldout, tokenizer, settings.input_len, 2 * concurrency),
-        counts={
-            "calibration": {"documents": len(calibration), "tokens": searched.tokens},
-            "heldout": {"documents": proved.documents, "tokens": proved.tokens},
-        },
+        calibration_documents=len(calibration),
     )
 
 

@@ -15,9 +15,9 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,50 +26,16 @@ from leanmoe.bench.continuous import PREFILL_TOKENS_A_STEP
 from leanmoe.core.progress import Advance, bar
 from leanmoe.kernels.dispatch import fast_route
 from leanmoe.models.routers import Router
-from leanmoe.plan import Fingerprint, Plan, Rule
+from leanmoe.plan import Fingerprint, Rule
 from leanmoe.profile.record import draw_steps
 from leanmoe.profile.saved import Profile
+from leanmoe.results.tune import Candidate, Phase, Sensitivity
 from leanmoe.routing import count_distinct, count_slots
 from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, resume_from
 from leanmoe.runtime.model import keep_hidden
 from leanmoe.scoring.divergence import Reference, final_hidden, reference
 from leanmoe.stats.paired import Divergence
 from leanmoe.tune.context import BATCH_TOKENS, LAYER_TIMES, SENSITIVITY, TuneContext
-
-Phase = Literal["prompt", "decode"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A rule in one MoE layer, for prompt tokens or for the tokens of decode steps."""
-
-    phase: Phase
-    layer: int
-    rule: Rule
-    decode_batch: int = 1
-    """Requests that decode at once; 1 for rules that are not batch-aware."""
-
-    def plan(self, model: Fingerprint) -> Plan:
-        """The plan that changes this layer alone."""
-        rules = [Rule()] * model.moe_layers
-        rules[self.layer] = self.rule
-        if self.phase == "prompt":
-            return Plan(model, prompt=tuple(rules))
-        return Plan.per_layer(model, tuple(rules))
-
-    def to_json(self) -> dict[str, Any]:
-        """The candidate as JSON values."""
-        return {
-            "phase": self.phase,
-            "layer": self.layer,
-            "rule": self.rule.to_json(),
-            "together": self.decode_batch,
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Candidate:
-        """Reads what `to_json` wrote."""
-        return cls(value["phase"], value["layer"], Rule.from_json(value["rule"]), value["together"])
 
 
 def prompt_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
@@ -111,8 +77,8 @@ def candidates(
     """
     layers = range(model.moe_layers)
     keep = True if router is not None and normalises(router) else None
-    prompt = [Candidate("prompt", n, r) for n in layers for r in prompt_rules(model.top_k, keep)]
-    own = [Candidate("decode", n, r) for n in layers for r in per_token_rules(model.top_k, keep)]
+    prompt = [Candidate("prompt", n, r, 1) for n in layers for r in prompt_rules(model.top_k, keep)]
+    own = [Candidate("decode", n, r, 1) for n in layers for r in per_token_rules(model.top_k, keep)]
     shared = [
         Candidate("decode", n, rule, decode_batch)
         for decode_batch in concurrency
@@ -125,37 +91,6 @@ def candidates(
 def normalises(router: Router) -> bool:
     """Whether what an expert weighs depends on which others are picked beside it."""
     return router.normalise or router.scoring == "softmax_after_top_k"
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """What a candidate costs in next-token prediction, and what it activates."""
-
-    candidate: Candidate
-    divergence: float
-    """KL from the full model, nats per predicted token."""
-    loss_difference: float
-    """Next-token loss over the full model's, nats per predicted token."""
-    slots: float
-    """Mean experts a token of the candidate's phase uses in its layer."""
-    distinct: float
-    """Mean distinct experts a step of the candidate's phase activates in its layer."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The measurement as JSON values."""
-        return {
-            **self.candidate.to_json(),
-            "divergence": self.divergence,
-            "loss_difference": self.loss_difference,
-            "slots": self.slots,
-            "distinct": self.distinct,
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Sensitivity:
-        """Reads what `to_json` wrote."""
-        names = ("divergence", "loss_difference", "slots", "distinct")
-        return cls(Candidate.from_json(value), *(float(value[name]) for name in names))
 
 
 LEAST_RATE = 0.1
@@ -171,8 +106,7 @@ def loss_rates(sensitivities: Sequence[Sensitivity]) -> dict[tuple[Phase, int], 
     """
     ratios: dict[tuple[Phase, int], list[float]] = {}
     for measured in sensitivities:
-        place = (measured.candidate.phase, measured.candidate.layer)
-        seen = ratios.setdefault(place, [])
+        seen = ratios.setdefault((measured.phase, measured.layer), [])
         if measured.divergence > 0:
             seen.append(measured.loss_difference / measured.divergence)
     return {
@@ -189,11 +123,14 @@ def measure_sensitivities(context: TuneContext) -> list[Sensitivity]:
         group = [c for c in tried if (c.decode_batch, c.phase) == (decode_batch, phase)]
         what = f"Sensitivity, {phase}, concurrency {decode_batch}"
         compute = partial(_measured, context, group, what)
-        sensitivities += context.take_all(SENSITIVITY, Sensitivity, compute, phase, decode_batch)
+        kind = tuple[Sensitivity, ...]
+        sensitivities += context.take(SENSITIVITY, kind, compute, phase, decode_batch)
     return sensitivities
 
 
-def _measured(context: TuneContext, group: Sequence[Candidate], what: str) -> list[Sensitivity]:
+def _measured(
+    context: TuneContext, group: Sequence[Candidate], what: str
+) -> tuple[Sensitivity, ...]:
     """Candidates of one phase and one decode batch share their batches of windows."""
     against = reference(context.model, context.text.searched, BATCH_TOKENS)
     with bar(what, len(group) * context.text.searched.tokens, "tokens") as advance:
@@ -203,7 +140,7 @@ def _measured(context: TuneContext, group: Sequence[Candidate], what: str) -> li
 @torch.inference_mode()
 def _measure(
     context: TuneContext, against: Reference, group: Sequence[Candidate], advance: Advance
-) -> list[Sensitivity]:
+) -> tuple[Sensitivity, ...]:
     model, layers = context.model, find_layers(context.model)
     decode_batch = group[0].decode_batch
     sums: dict[Candidate, list[Divergence]] = {candidate: [] for candidate in group}
@@ -231,7 +168,7 @@ def _measure(
             layer = counts[candidate.layer]
             counted[candidate].append((layer.tokens, layer.slots, layer.distinct, layer.steps))
             advance(batch.tokens)
-    return [_summed(candidate, sums[candidate], counted[candidate]) for candidate in group]
+    return tuple(_summed(each, sums[each], counted[each]) for each in group)
 
 
 def _summed(
@@ -242,11 +179,11 @@ def _summed(
     total = sum(parts[1:], start=parts[0])
     tokens, slots, distinct, steps = (sum(part) for part in zip(*counted, strict=True))
     return Sensitivity(
-        candidate,
-        total.mean_kl,
-        total.loss_difference,
-        slots / max(tokens, 1),
-        distinct / max(steps, 1),
+        **vars(candidate),
+        divergence=total.mean_kl,
+        loss_difference=total.loss_difference,
+        slots=slots / max(tokens, 1),
+        distinct=distinct / max(steps, 1),
     )
 
 
@@ -274,15 +211,6 @@ class LayerTime:
             + self.per_row * rows
             + (self.routing if has_rule else 0.0)
         )
-
-    def to_json(self) -> dict[str, float]:
-        """The coefficients as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, float]) -> Self:
-        """Reads what `to_json` wrote."""
-        return cls(**value)
 
 
 PhaseTimes = Mapping[Phase, LayerTime]
@@ -319,7 +247,7 @@ def fit(
     model: Any, profile: Profile, tokens: int, rules: Sequence[Rule], seed: int = 0
 ) -> LayerTime:
     """Times steps of `tokens` tokens under `rules` in interleaved order and fits the line."""
-    layer = find_layers(model)[len(profile.layers) // 2]
+    layer = find_layers(model)[profile.model.moe_layers // 2]
     number = layer.number
     logits_TE = torch.from_numpy(profile.trace.logits_LTE[number])
     bias_E = None if profile.bias_LE is None else torch.from_numpy(profile.bias_LE[number])

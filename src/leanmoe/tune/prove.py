@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 from leanmoe.bench.continuous import Arrivals, Room, run, served
 from leanmoe.bench.measurement import (
@@ -26,14 +26,16 @@ from leanmoe.bench.measurement import (
     warm_up,
 )
 from leanmoe.core.progress import bar
+from leanmoe.core.schema import from_json
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.prune.criteria import Kept, restricted
+from leanmoe.results.tune import LoadGain, LoadVerdict, Sensitivity
 from leanmoe.runtime import apply, served_experts
 from leanmoe.stats.paired import Losses, Verdict, fixed_sequence, non_inferior
 from leanmoe.tune.allocate import FrontPoint, points_for
 from leanmoe.tune.alternatives import strategy_points
 from leanmoe.tune.context import FULL_LOSSES, GAIN, VALIDATION, TuneContext, digest
-from leanmoe.tune.layers import PhaseTimes, Sensitivity
+from leanmoe.tune.layers import PhaseTimes
 
 REQUESTS = 24
 """In a throughput run at concurrency 1; as the square root of the concurrency above it, so that a
@@ -48,24 +50,6 @@ class Proved:
 
     point: FrontPoint
     verdict: Verdict
-
-    def to_json(self, chosen: bool, slots: Sequence[float], distinct: float) -> dict[str, Any]:
-        """As results.json holds it; `slots` are a token's experts by layer."""
-        return {
-            "name": self.point.name,
-            "strategy": self.point.strategy,
-            "predicted_loss": self.point.predicted_loss,
-            "modelled_time": self.point.modelled_time,
-            "slots": sum(slots) / len(slots),
-            "slots_per_layer": list(slots),
-            "distinct": distinct,
-            "loss": self.verdict.loss.to_json(),
-            "accepted": self.verdict.accepted,
-            "reason": self.verdict.reason,
-            "chosen": chosen,
-            "rules": [rule.to_json() for rule in self.point.decode],
-            "prompt": [rule.to_json() for rule in self.point.prompt],
-        }
 
 
 def full_losses(context: TuneContext) -> Losses:
@@ -188,30 +172,12 @@ def assemble(
     return plan if kept is None else restricted(plan, kept)
 
 
-@dataclass(frozen=True)
-class Gain:
-    """Throughput of a plan beside the full model's at one concurrency."""
-
-    value: Mapping[str, Any]
-    """As results.json holds it: each variant's runs, and the ratio with its interval."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The measurement as JSON values."""
-        return dict(self.value)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Reads what `to_json` wrote."""
-        return cls(value)
-
-
-def measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> Gain:
+def measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> LoadGain:
     """Full model, plan and Transformers' own experts in turn, on held-out prompts."""
     rules = [rule for band in plan.bands for rule in band.rules]
     key = digest([*rules, *plan.prompt])
-    return context.take(
-        GAIN, Gain, partial(_measure_gain, context, plan, concurrency), concurrency, key
-    )
+    compute = partial(_measure_gain, context, plan, concurrency)
+    return context.take(GAIN, LoadGain, compute, concurrency, key)
 
 
 def compare(
@@ -248,7 +214,7 @@ def compare(
     return Comparison(load, {name: tuple(measured) for name, measured in runs.items()})
 
 
-def _measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> Gain:
+def _measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> LoadGain:
     settings, model = context.settings, context.model
     requests = max(2 * concurrency, math.ceil(REQUESTS * concurrency**0.5))
     wanted = ClosedLoop(concurrency, settings.input_len, settings.output_len, requests)
@@ -264,36 +230,27 @@ def _measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> Gain:
     supply = same_prompts(context.text.prompts, wanted)
     measured = compare(model, supply, wanted, variants, settings.repeats, settings.seed)
     ratio = measured.ratio("plan", settings.confidence).to_json()
-    return Gain({**measured.to_json(), "ratio": ratio})
+    return from_json(LoadGain, {**measured.to_json(), "ratio": ratio}, "gain")
 
 
 def verdict_on(
-    context: TuneContext, proved: Mapping[int, Sequence[Proved]], gain: Gain
-) -> dict[str, Any]:
+    context: TuneContext, proved: Mapping[int, Sequence[Proved]], gain: LoadGain
+) -> LoadVerdict:
     """Accepted if a plan's loss is within the margin and its throughput surely above full's."""
-    ratio, concurrency = gain.value["ratio"], gain.value["concurrency"]
+    ratio, concurrency = gain.ratio, gain.concurrency
+    up_to = context.settings.band_ends()[concurrency]
     points, chosen = proved[concurrency], last_accepted(proved[concurrency])
-    verdict: dict[str, Any] = {
-        "concurrency": concurrency,
-        "up_to": context.settings.band_ends()[concurrency],
-        "accepted": False,
-        "loss": None,
-        "gain": None,
-    }
     if chosen is None:
         last = points[0].verdict.reason if points else "no plan was predicted to be within it"
-        return {**verdict, "reason": f"no plan is within the margin: {last}"}
-    verdict |= {"loss": chosen.verdict.loss.to_json(), "gain": ratio}
-    if ratio["low"] <= 1.0:
+        reason = f"no plan is within the margin: {last}"
+        return LoadVerdict(concurrency, up_to, False, None, None, reason)
+    if ratio.low <= 1.0:
         reason = (
-            f"throughput is not surely higher ({ratio['low']:.3f} to {ratio['high']:.3f} times): "
+            f"throughput is not surely higher ({ratio.low:.3f} to {ratio.high:.3f} times): "
             "the full model stays"
         )
-        return {**verdict, "reason": reason}
-    stopped = points[-1].verdict
-    reason = (
-        "the fastest plan tried is within the margin"
-        if stopped.accepted
-        else "the next faster plan is not within the margin"
-    )
-    return {**verdict, "accepted": True, "reason": reason}
+    elif points[-1].verdict.accepted:
+        reason = "the fastest plan tried is within the margin"
+    else:
+        reason = "the next faster plan is not within the margin"
+    return LoadVerdict(concurrency, up_to, ratio.low > 1.0, chosen.verdict.loss, ratio, reason)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from leanmoe.core.provenance import collect, peak_memory
 from leanmoe.core.run_folder import RunFolder
+from leanmoe.core.schema import all_fields, from_json
 from leanmoe.plan import Plan
-from leanmoe.results.tune import TuneResults
+from leanmoe.results.tune import (
+    LoadFront,
+    LoadVerdict,
+    ProfileSummary,
+    SensitivitySummary,
+    TextPart,
+    TunedModel,
+    TuneResults,
+    TuneText,
+    ValidatedPlan,
+)
 from leanmoe.runtime import apply, served_experts
 from leanmoe.tune.alternatives import compare_strategies, within_memory
 from leanmoe.tune.context import TuneContext, prepare
-from leanmoe.tune.layers import Sensitivity, measure_sensitivities, time_layers
+from leanmoe.tune.layers import measure_sensitivities, time_layers
 from leanmoe.tune.prove import (
     Proof,
     Proved,
@@ -63,70 +73,80 @@ def tune(
     proposal = assemble(context, chosen, usable)
     gains = [measure_gain(context, proposal, load) for load in loads]
     verdicts = [verdict_on(context, proved, gain) for gain in gains]
-    faster = {v["concurrency"]: chosen[v["concurrency"]] for v in verdicts if v["accepted"]}
-    provenance = collect(command, settings.seed).to_json()
-    assemble(context, faster, usable, provenance).save(output / "plan.json")
+    faster = {v.concurrency: chosen[v.concurrency] for v in verdicts if v.accepted}
+    provenance = collect(command, settings.seed)
+    assemble(context, faster, usable, provenance.to_json()).save(output / "plan.json")
 
-    results = TuneResults.of(
+    text, heldout = context.text, context.text.proved
+    results = TuneResults(
         provenance=provenance,
-        **_measured(context, sensitivities),
-        fronts=[_front(proof, load, proved[load], chosen[load]) for load in loads],
-        strategies=strategies,
+        model=_model(context),
+        settings=all_fields(settings),
+        text=TuneText(
+            text.source,
+            TextPart(text.calibration_documents, text.searched.tokens),
+            TextPart(heldout.documents, heldout.tokens),
+        ),
+        profile=from_json(ProfileSummary, context.profile.to_json(), "profile"),
+        sensitivity=SensitivitySummary("measured", text.searched.tokens, tuple(sensitivities)),
+        fronts=tuple(_front(proof, load, proved[load], chosen[load]) for load in loads),
+        strategies=tuple(strategies),
         total_or_activated=totals,
-        gain=[gain.to_json() for gain in gains],
-        verdicts=verdicts,
-        notes=_notes(verdicts, settings, usable is not None),
+        gain=tuple(gains),
+        verdicts=tuple(verdicts),
+        notes=tuple(_notes(verdicts, settings, usable is not None)),
         made_with=context.folder.made_with(),
         seconds=context.folder.seconds(),
         peak_memory_bytes=peak_memory(),
     )
-    results.write(output / "results.json")
+    results.save(output / "results.json")
     return results
 
 
-def _measured(context: TuneContext, sensitivities: Sequence[Sensitivity]) -> dict[str, Any]:
-    """What was measured before any plan was made, by the names of the results' fields."""
-    return {
-        "model": _model(context),
-        "settings": context.settings.to_json(),
-        "text": {"source": context.text.source, **context.text.counts},
-        "profile": context.profile.to_json(),
-        "sensitivity": {
-            "label": "measured",
-            "tokens": context.text.searched.tokens,
-            "candidates": [s.to_json() for s in sensitivities],
-        },
-    }
-
-
-def _front(
-    proof: Proof, load: int, points: Sequence[Proved], chosen: Proved | None
-) -> dict[str, Any]:
+def _front(proof: Proof, load: int, points: Sequence[Proved], chosen: Proved | None) -> LoadFront:
+    """What was validated at one concurrency, with what each plan activates."""
     entries = []
-    for point in points:
-        rules = point_plan(proof.context, point.point, proof.kept).bands[0].rules
+    for proved in points:
+        point, verdict = proved.point, proved.verdict
+        rules = point_plan(proof.context, point, proof.kept).bands[0].rules
         activities = proof.context.activities(rules, load)
-        distinct = sum(a.distinct for a in activities) / len(activities)
-        entries.append(point.to_json(point is chosen, [a.slots for a in activities], distinct))
-    return {"concurrency": load, "points": entries}
+        slots = tuple(activity.slots for activity in activities)
+        entries.append(
+            ValidatedPlan(
+                name=point.name,
+                strategy=point.strategy,
+                predicted_loss=point.predicted_loss,
+                modelled_time=point.modelled_time,
+                slots=sum(slots) / len(slots),
+                slots_per_layer=slots,
+                distinct=sum(a.distinct for a in activities) / len(activities),
+                loss=verdict.loss,
+                accepted=verdict.accepted,
+                reason=verdict.reason,
+                chosen=proved is chosen,
+                rules=point.decode,
+                prompt=point.prompt,
+            )
+        )
+    return LoadFront(load, tuple(entries))
 
 
-def _model(context: TuneContext) -> dict[str, Any]:
+def _model(context: TuneContext) -> TunedModel:
     model, shape = context.model, context.shape
     with apply(model, Plan(context.fingerprint), experts=served_experts(model)) as applied:
         implementation = applied.implementation
-    return {
-        "name": context.settings.model,
-        "fingerprint": vars(context.fingerprint),
-        "parameters": shape.total_parameters(),
-        "active_parameters": shape.active_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "experts_implementation": implementation,
-    }
+    return TunedModel(
+        context.settings.model,
+        context.fingerprint,
+        shape.total_parameters(),
+        shape.active_parameters(),
+        str(model.dtype).removeprefix("torch."),
+        implementation,
+    )
 
 
 def _notes(
-    verdicts: Sequence[Mapping[str, Any]], settings: TuneSettings, is_restricted: bool
+    verdicts: Sequence[LoadVerdict], settings: TuneSettings, is_restricted: bool
 ) -> list[str]:
     notes = [
         f"Loss is measured on what a service reads: replies of {settings.output_len} tokens to "
@@ -146,7 +166,7 @@ def _notes(
             f"No plan with {settings.keep} of the experts is within the margin: the memory budget "
             "is not met, and the plan is empty."
         )
-    refused = [str(v["concurrency"]) for v in verdicts if not v["accepted"]]
+    refused = [str(verdict.concurrency) for verdict in verdicts if not verdict.accepted]
     if refused:
         where = ", ".join(refused)
         notes.append(f"No gain is claimed at concurrency {where}: the band stays empty.")

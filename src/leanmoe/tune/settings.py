@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from leanmoe.core.options import (
     DTYPE_HELP,
@@ -120,12 +118,3 @@ class TuneSettings:
         loads = self.concurrency
         between = [int((load * following) ** 0.5) for load, following in pairwise(loads)]
         return dict(zip(loads, [*between, 2 * loads[-1]], strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return {**asdict(self), "concurrency": list(self.concurrency)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TuneSettings:
-        """Reads what `to_json` wrote."""
-        return cls(**{**value, "concurrency": tuple(value["concurrency"])})

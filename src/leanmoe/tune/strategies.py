@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,22 +20,14 @@ import torch
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.registry import Registry
 from leanmoe.plan import Fingerprint, Rule
+from leanmoe.results.tune import Sensitivity, StrategyBudget
 from leanmoe.routing import route
 from leanmoe.runtime import find_layers, shape_of
 from leanmoe.tune.allocate import Offer, cheapest
-from leanmoe.tune.layers import Sensitivity, loss_rates
+from leanmoe.tune.layers import loss_rates
 
-Kind = Literal["slots", "distinct"]
 Cost = Callable[[int, Rule], float]
 """Mean cost of a rule in a layer, by replay: no pass of the model."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What all strategies may spend: a mean over layers."""
-
-    kind: Kind
-    value: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,8 @@ class Setting:
 
     model: Fingerprint
     decode_batch: int
-    budget: Budget
+    budget: StrategyBudget
+    """What all strategies may spend: a mean over layers."""
     cost: Cost
     sensitivities: Sequence[Sensitivity] = ()
     perturbation: Mapping[tuple[int, int], float] | None = None
@@ -277,11 +270,9 @@ def layer_rules(
     rates = loss_rates(sensitivities)
     options: list[list[tuple[Rule, float]]] = [[(Rule(), 0.0)] for _ in range(layers)]
     for measured in sensitivities:
-        tried = measured.candidate
-        fits = not tried.rule.is_batch_aware or tried.decode_batch == decode_batch
-        if tried.phase == "decode" and fits:
-            loss = rates["decode", tried.layer] * max(measured.divergence, 0.0)
-            options[tried.layer].append((tried.rule, loss))
+        if measured.phase == "decode" and measured.serves(decode_batch):
+            loss = rates["decode", measured.layer] * max(measured.divergence, 0.0)
+            options[measured.layer].append((measured.rule, loss))
     return options
 
 

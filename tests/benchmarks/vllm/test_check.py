@@ -11,6 +11,7 @@ from benchmarks.vllm.check import (
     EMPTY,
     GROUPS,
     MIXED,
+    ONE_KEPT,
     PADDING,
     SETTINGS,
     SKIPPING,
@@ -50,6 +51,7 @@ def test_padded_steps_must_be_as_exact_ones_and_blind_ones_must_not(
 ) -> None:
     runs = {
         ("v1-exact", SKIPPING): found([1, 2]),
+        ("v1-exact", ONE_KEPT): found([1, 2]),
         ("v1-padded", SKIPPING): found([1, 2] if is_padded_right else [1, 3]),
         ("v1-padded", BLIND): found([1, 7] if is_blind_other else [1, 2]),
     }

@@ -11,8 +11,7 @@ import pytest
 
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan, Rule
-from tests.eval.test_harness import write_tasks
-from tests.eval.test_run import leanmoe
+from tests.eval.test_run import leanmoe, write_tasks
 
 NEAR = 2e-3
 """Of log-likelihoods in float32: sums in another order, over seven layers."""

@@ -141,7 +141,7 @@ def test_writes_a_file_that_is_read_again(
     printed = json.loads(capsys.readouterr().out)
     path = tmp_path / file_name("Some GPU", SMALL)
     assert [entry["file"] for entry in printed["written"]] == [str(path)]
-    tuned = Tuned.read(path)
+    tuned = Tuned.load(path)
     assert tuned.shape == SMALL
     assert tuned.nearest(5) == tuned.buckets[1].config
     assert tuned.nearest(500) == tuned.buckets[1].config

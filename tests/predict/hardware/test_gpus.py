@@ -25,7 +25,7 @@ def test_hardware_by_name_or_by_file(tmp_path: Path) -> None:
     assert read_gpu(str(path)) == Gpu(**{**asdict(H200), "name": "mine"})
     for change, says in (
         ({"bandwidth": -1}, "bandwidth is -1: it must be above 0"),
-        ({"bandwith": 1}, "'bandwith' is no field; its fields are name, memory"),
+        ({"bandwith": 1}, "unknown field 'bandwith': allowed are name, memory"),
         ({"per_node": "8"}, "per_node is '8': it must be a whole number"),
     ):
         path.write_text(json.dumps({**asdict(H200), **change}))

@@ -42,8 +42,8 @@ def test_a_tuned_layer_has_its_own_tiles_here_and_none_on_another_gpu(tmp_path: 
     assert kernel.seconds(other, rows, H200) == pytest.approx(5e-6)
     assert kernel.borrowed().seconds(layer, rows, H200) == pytest.approx(5e-6)
     path = tmp_path / "mine.json"
-    Constants((kernel,), {}).write(path)
-    assert Constants.read(path).kernels == (kernel,)
+    Constants((kernel,), {}).save(path)
+    assert Constants.load(path).kernels == (kernel,)
 
 
 def test_constants_of_an_unknown_feature_are_refused() -> None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.schema import ResultsFile
+from leanmoe.core.schema import StoredFile
 from leanmoe.kernels.triton.config import ExpertsConfig, Tile
 from leanmoe.kernels.weights import ExpertWeights
 
@@ -58,7 +58,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Tuned(ResultsFile):
+class Tuned(StoredFile):
     """The best configs found for one shape on one GPU, by number of tokens."""
 
     KIND: ClassVar[str] = "leanmoe_kernels"
@@ -148,7 +148,7 @@ def _find(gpu: str, capability: str, shape: Shape) -> Tuned | None:
     if own := os.environ.get(OWN):
         folders.insert(0, Path(own))
     any_slots = file_name("*", shape).replace(f"-k{shape.slots}-", "-k*-").removeprefix("-")
-    known = [Tuned.read(path) for f in folders for path in sorted(f.glob(f"*{any_slots}"))]
+    known = [Tuned.load(path) for f in folders for path in sorted(f.glob(f"*{any_slots}"))]
     near = [tuned for tuned in known if tuned.gpu == gpu or tuned.capability == capability]
     if not near:
         logger.warning(

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.schema import from_json
 from leanmoe.predict.hardware.gpus import Gpu
 
 MICROSECOND = 1e-6
@@ -37,9 +39,12 @@ class PredictedTile:
         return [self.rows, self.columns]
 
     @classmethod
-    def from_json(cls, value: Any) -> PredictedTile:
-        """Reads what `to_json` wrote; raises TypeError for anything but two numbers."""
-        return cls(*value)
+    def from_json(cls, value: Any, where: str) -> PredictedTile:
+        """Reads what `to_json` wrote; raises LeanMoeError for anything but two whole numbers."""
+        sizes = from_json(tuple[int, ...], value, where)
+        if len(sizes) != 2:
+            raise LeanMoeError(f"{where} is {value!r}: it must be two numbers, rows and columns")
+        return cls(*sizes)
 
 
 TILES = (

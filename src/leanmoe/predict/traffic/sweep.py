@@ -62,7 +62,7 @@ def sweep(
         how="steady state of a closed loop, without the event simulator",
         model=model.name,
         gpu=gpu.name,
-        load=str(loads[0]).split(", ", 1)[1],
+        lengths=str(loads[0]).split(", ", 1)[1],
         kernel=basis.kernel,
         configurations=total,
         seconds=time.monotonic() - started,

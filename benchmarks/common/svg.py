@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-INK, SOFT, LINE, OURS, LIMIT = "#1d2b3a", "#5c6b7a", "#dfe5ea", "#0b7a75", "#b3261e"
+INK, SOFT, LINE = "#1d2b3a", "#5c6b7a", "#dfe5ea"
 STEPS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 
 
@@ -39,15 +39,6 @@ def circle(x: float, y: float, fill: str, edge: str, title: str = "") -> str:
     return (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{edge}">'
         f"<title>{escape(title)}</title></circle>"
-    )
-
-
-def bar(x1: float, x2: float, middle: float, colour: str, height: float = 18) -> str:
-    """A horizontal bar between two places."""
-    left, right = sorted((x1, x2))
-    return (
-        f'<rect x="{left:.1f}" y="{middle - height / 2:.1f}" width="{right - left:.1f}" '
-        f'height="{height:g}" fill="{colour}" opacity="0.75"/>'
     )
 
 
