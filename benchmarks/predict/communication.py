@@ -6,7 +6,7 @@ All-reduce, all-gather, reduce-scatter and all-to-all by message size, through t
 NCCL in a captured graph that is replayed, or gloo between processes of a CPU. Medians over
 samples, each the slowest rank's. The bytes are those that one rank adds up (all-reduce,
 reduce-scatter), has at the end (all-gather) or sends to all, itself included
-(all-to-all). `leanmoe.predict.hardware.collectives` reads the file.
+(all-to-all). `collective_rates` makes constants of the file.
 """
 
 from __future__ import annotations
@@ -185,13 +185,12 @@ def table(options: argparse.Namespace, seconds: dict[str, Any]) -> None:
 
 def predicted(options: argparse.Namespace) -> dict[str, dict[str, Callable[[int], float]]]:
     """What the planner says of collectives: as it ships, and fitted to these."""
+    from benchmarks.predict.collective_rates import fitted, read_collectives
     from leanmoe.core.provenance import hardware
     from leanmoe.predict.constants import shipped
     from leanmoe.predict.hardware.collectives import (
-        fitted,
         gather_seconds,
         library_reduce_seconds,
-        read_collectives,
         reduce_seconds,
     )
     from leanmoe.predict.hardware.gpus import read_gpu

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.results import RESULTS
+from benchmarks.predict.collective_rates import with_collectives
 from benchmarks.predict.engine_runs import FULL, gpu_of, read_layouts
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
-from leanmoe.predict.constants import Constants, find_constants, shipped
+from leanmoe.predict.constants import Constants, shipped
 from leanmoe.predict.hardware.gpus import GPUS
 
 STOCK = FULL[0]
@@ -107,7 +108,7 @@ def main() -> None:
             constants = shipped()
             if arguments.communication is not None:
                 gpu = GPUS[gpu_of(hardware)]
-                constants = find_constants(None, arguments.communication, gpu)
+                constants = with_collectives(constants, arguments.communication, gpu)
             rows += parallel_steps(path, constants)
     except LeanMoeError as error:
         sys.exit(str(error))

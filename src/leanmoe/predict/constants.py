@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.schema import StoredFile
-from leanmoe.predict.hardware.collectives import fitted, read_collectives
-from leanmoe.predict.hardware.gpus import Gpu, Rates
+from leanmoe.predict.hardware.gpus import Rates
 from leanmoe.predict.kernels.kernel_constants import KernelConstants
 
 FITTED = Path(__file__).parent / "fitted"
@@ -76,13 +75,6 @@ def shipped() -> Constants:
     )
 
 
-def find_constants(
-    path: Path | None, communication: Path | None = None, gpu: Gpu | None = None
-) -> Constants:
-    """The shipped constants, a user's own before them, and measured collectives before both."""
-    found = shipped() if path is None else shipped().merged(Constants.load(path))
-    if communication is None or gpu is None:
-        return found
-    rates, _ = found.rates_for(gpu.name)
-    own = fitted(rates, read_collectives(communication), gpu)
-    return found.merged(Constants((), {gpu.name: own}))
+def find_constants(path: Path | None) -> Constants:
+    """The shipped constants, a user's own before them."""
+    return shipped() if path is None else shipped().merged(Constants.load(path))

@@ -88,7 +88,7 @@ def _read(settings: PredictSettings) -> _Inputs:
     basis = Basis(
         settings.kernel or default_kernel(model),
         find_curves(model, plan, settings.profile, Assumed(settings.skew, settings.agreement)),
-        find_constants(settings.constants, settings.communication, gpu),
+        find_constants(settings.constants),
         settings.cross_rank,
     )
     return _Inputs(model, gpu, plan, tuple(_loads(settings)), basis)

@@ -73,9 +73,6 @@ class PredictSettings:
     constants: Path | None = option(
         None, "A file of your own GPU's constants, from leanmoe calibrate."
     )
-    communication: Path | None = option(
-        None, "A file of collectives, as benchmarks.predict.communication measures them."
-    )
     sweep: bool = option(False, "Compare every split of --gpus at every concurrency.")
     tpot: float | None = option(None, "Most ms a token that a sweep's deployment may take.")
     ttft: float | None = option(

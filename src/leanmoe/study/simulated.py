@@ -141,7 +141,7 @@ def u_shape(name: str, place: Deployment) -> UShape:
         lower=lower,
         rows=tuple(rows),
         regimes=regimes(LOADS, [row.experts_gain for row in rows]),
-        stands_on=step.experts_origin,
+        stands_on=step.experts.origin,
     )
 
 

@@ -135,7 +135,7 @@ def table_9(kernel: str | None = None, assumed: Assumed | None = None) -> Table9
             Table9Cell(load, k, round(value, 1)) for load, k, value in paper.trend_breaks(WITHIN)
         ),
         full_off=max(abs(row.full_off) for row in rows),
-        stands_on=step.experts_origin,
+        stands_on=step.experts.origin,
     )
 
 
