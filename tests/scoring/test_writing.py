@@ -13,7 +13,7 @@ import torch
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Plan, Rule
 from leanmoe.runtime import apply, shape_of
-from leanmoe.scoring.rows import ScoredRow
+from leanmoe.scoring.rows import ScoredRow, Service
 from leanmoe.scoring.writing import divergence_by_position, write_on
 from leanmoe.stats.replies import (
     NUMBER,
@@ -29,9 +29,13 @@ from tests.runtime.families import build
 PROMPTS = [(1, 5, 9), (1, 7), (1, 3, 4, 8, 2), (1, 60), (1, 5, 5, 5, 5, 5, 6)]
 
 
-def under(model: Any, rule: Rule, decode_batch: int) -> Any:
+def under(model: Any, rule: Rule, decode_batch: int = 1, seed: int = 0) -> Service:
     plan = Plan.uniform(shape_of(model).fingerprint(), rule)
-    return lambda prompt: apply(model, plan, decode_batch=decode_batch, prompt_tokens=prompt)
+
+    def applying(prompt: int) -> Any:
+        return apply(model, plan, decode_batch=decode_batch, prompt_tokens=prompt)
+
+    return Service(model, applying, decode_batch, seed)
 
 
 @torch.inference_mode()
@@ -47,33 +51,29 @@ def test_greedy_replies_are_those_of_each_prompt_alone(rule: Rule) -> None:
     model = build("qwen3_moe")
     with apply(model, Plan.uniform(shape_of(model).fingerprint(), rule)):
         wanted = [by_hand(model, prompt, 6) for prompt in PROMPTS]
-    assert write_on(model, PROMPTS, 6, under(model, rule, 2), "x", 2, seed=3) == wanted
+    assert write_on(under(model, rule, 2, 3), PROMPTS, 6, "x") == wanted
 
 
 def test_company_changes_replies_only_under_rules_that_look_at_it() -> None:
     model = build("deepseek_v3")
     prompts = [(1, n, n + 1) for n in range(2, 26)]
-    alone = [
-        write_on(model, prompts, 8, under(model, Rule(top_k=1), 8), "x", 8, seed) for seed in (0, 1)
-    ]
+    alone = [write_on(under(model, Rule(top_k=1), 8, seed), prompts, 8, "x") for seed in (0, 1)]
     assert alone[0] == alone[1]
 
 
 def test_draws_depend_on_prompt_and_position_alone() -> None:
     model = build("qwen3_moe")
     how: dict[str, Any] = {"temperature": 1.0, "draws": 4}
-    first = write_on(model, PROMPTS, 5, under(model, Rule(), 1), "x", 1, 0, **how)
-    again = write_on(model, PROMPTS, 5, under(model, Rule(), 5), "x", 5, 9, **how)
+    first = write_on(under(model, Rule()), PROMPTS, 5, "x", **how)
+    again = write_on(under(model, Rule(), 5, 9), PROMPTS, 5, "x", **how)
     assert first == again
-    assert first != write_on(
-        model, PROMPTS, 5, under(model, Rule(), 1), "x", temperature=1.0, draws=5
-    )
+    assert first != write_on(under(model, Rule()), PROMPTS, 5, "x", temperature=1.0, draws=5)
 
 
 def test_draws_are_from_the_models_distribution() -> None:
     model = build("qwen3_moe")
     prompts = [(1, 9, 4)] * 1500
-    drawn = write_on(model, prompts, 1, under(model, Rule(), 1), "x", temperature=0.7)
+    drawn = write_on(under(model, Rule()), prompts, 1, "x", temperature=0.7)
     with torch.inference_mode():
         wanted = (model(torch.tensor([[1, 9, 4]])).logits[0, -1].double() / 0.7).softmax(-1)
     counts = np.bincount([reply[0] for reply in drawn], minlength=len(wanted))
@@ -86,32 +86,30 @@ def test_draws_are_from_the_models_distribution() -> None:
 def test_divergence_by_position_is_that_of_the_logits() -> None:
     model = build("deepseek_v3")
     rows = [ScoredRow((*prompt, 7, 8, 9, 10), len(prompt)) for prompt in PROMPTS]
-    found = divergence_by_position(
-        model, rows, under(model, Rule(), 1), under(model, Rule(top_k=1), 1), "x"
-    )
+    full, less = under(model, Rule()), under(model, Rule(top_k=1))
+    found = divergence_by_position(full, less, rows, "x")
     plan = Plan.uniform(shape_of(model).fingerprint(), Rule(top_k=1))
     for row, kl_T in zip(rows, found, strict=True):
         ids = torch.tensor([row.ids])
         with torch.inference_mode():
-            full = model(ids).logits[0].double().log_softmax(-1)
+            full_TV = model(ids).logits[0].double().log_softmax(-1)
             with apply(model, plan):
-                less = model(ids).logits[0].double().log_softmax(-1)
-        wanted = (full.exp() * (full - less)).sum(-1)[row.first - 1 : -1]
+                less_TV = model(ids).logits[0].double().log_softmax(-1)
+        wanted = (full_TV.exp() * (full_TV - less_TV)).sum(-1)[row.first - 1 : -1]
         assert kl_T == pytest.approx(wanted.numpy(), abs=1e-5)
-    same = divergence_by_position(
-        model, rows, under(model, Rule(), 1), under(model, Rule(), 1), "x"
-    )
+    same = divergence_by_position(full, full, rows, "x")
     assert np.abs(same).max() < 1e-6
 
 
 def test_what_cannot_be_written() -> None:
     model = build("qwen3_moe")
+    service = Service(model, lambda _: nullcontext())
     with pytest.raises(LeanMoeError, match="there are 2 prompts, too few"):
-        write_on(model, PROMPTS[:2], 4, lambda _: nullcontext(), "x", decode_batch=3)
+        write_on(Service(model, lambda _: nullcontext(), 3), PROMPTS[:2], 4, "x")
     with pytest.raises(LeanMoeError, match="no token"):
-        write_on(model, [()], 4, lambda _: nullcontext(), "x")
+        write_on(service, [()], 4, "x")
     with pytest.raises(LeanMoeError, match="reads at most"):
-        write_on(model, PROMPTS, 10**6, lambda _: nullcontext(), "x")
+        write_on(service, PROMPTS, 10**6, "x")
 
 
 def test_pass_at_is_the_share_of_draws_with_a_right_one() -> None:

@@ -28,8 +28,7 @@ from leanmoe.results.eval import (
     ReplyDivergence,
     ReplyRow,
 )
-from leanmoe.runtime import apply, served_experts
-from leanmoe.scoring.rows import Applying, ScoredRow
+from leanmoe.scoring.rows import ScoredRow, Service
 from leanmoe.scoring.writing import divergence_by_position, write_on
 from leanmoe.stats.outcomes import difference
 from leanmoe.stats.replies import first_divergence, pass_at, repeated_share, until
@@ -104,32 +103,22 @@ class _Writer:
         self._model, self._tokenizer, self._folder = model, tokenizer, folder
         self._prompts, self._settings = prompts, settings
         self.confidence = settings.confidence
-        self._experts = served_experts(model)
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = frozenset(int(end) for end in ends if end is not None)
         self.draws = settings.samples if prompts[0].answer is not None else 0
 
-    def _applying(self, plan: Plan) -> Applying:
-        experts, batch = self._experts, self._settings.concurrency
-        return lambda prompt_tokens: apply(
-            self._model, plan, experts=experts, decode_batch=batch, prompt_tokens=prompt_tokens
-        )
+    def _service(self, plan: Plan, draw: int) -> Service:
+        settings = self._settings
+        return Service.of(self._model, plan, settings.concurrency, settings.seed + draw)
 
     def _write(
         self, each: Named, draw: int, prompts: Sequence[Prompt], kind: str, **how: Any
     ) -> list[list[int]]:
         def compute() -> list[list[int]]:
-            return write_on(
-                self._model,
-                [prompt.ids for prompt in prompts],
-                self._settings.output_len,
-                self._applying(each.plan),
-                f"{kind.capitalize()} replies, {each.name}",
-                self._settings.concurrency,
-                self._settings.seed + draw,
-                **how,
-            )
+            service, ids = self._service(each.plan, draw), [prompt.ids for prompt in prompts]
+            what = f"{kind.capitalize()} replies, {each.name}"
+            return write_on(service, ids, self._settings.output_len, what, **how)
 
         name = "full" if each.name == FULL else each.digest
         stored: list[list[int]] = self._folder.step(f"{kind}-{name}-{draw}", compute)
@@ -164,13 +153,10 @@ class _Writer:
 
         def compute(draw: int) -> Callable[[], Any]:
             return lambda: divergence_by_position(
-                self._model,
+                self._service(full.plan, draw),
+                self._service(each.plan, draw),
                 rows,
-                self._applying(full.plan),
-                self._applying(each.plan),
                 f"Divergence by position, {each.name}",
-                self._settings.concurrency,
-                self._settings.seed + draw,
             ).tolist()
 
         found = [self._folder.step(f"kl-{each.digest}-{m}", compute(m)) for m in range(batch_draws)]

@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan.named_plans import Named
 from leanmoe.runtime import apply, served_experts
-from leanmoe.scoring.rows import ScoredRow, score_rows
+from leanmoe.scoring.rows import ScoredRow, Service, score_rows
 
 
 def planned_model(
@@ -56,22 +56,11 @@ class PlannedHFLM(HFLM):  # type: ignore[misc]
         for _texts, context, continuation in requests:
             ids = [*context, *continuation][-(self.max_length + 1) :]
             rows.append(ScoredRow(tuple(ids), max(1, len(ids) - len(continuation))))
-        settings, experts = self._settings, served_experts(self.model)
-        scores = score_rows(
-            self.model,
-            rows,
-            self._questions or list(range(len(rows))),
-            lambda prompt_tokens: apply(
-                self.model,
-                self._each.plan,
-                experts=experts,
-                decode_batch=settings.concurrency,
-                prompt_tokens=prompt_tokens,
-            ),
-            f"Harness, {self._each.name}",
-            settings.concurrency,
-            settings.seed + self._draw,
-        )
+        settings = self._settings
+        seed = settings.seed + self._draw
+        service = Service.of(self.model, self._each.plan, settings.concurrency, seed)
+        questions = self._questions or list(range(len(rows)))
+        scores = score_rows(service, rows, questions, f"Harness, {self._each.name}")
         return [(-score.nll, score.greedy) for score in scores]
 
     def _model_generate(self, context: Any, **settings: Any) -> Any:

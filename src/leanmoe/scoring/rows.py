@@ -24,7 +24,8 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
-from leanmoe.runtime import partial_attention_reason
+from leanmoe.plan import Plan
+from leanmoe.runtime import apply, partial_attention_reason, served_experts
 from leanmoe.scoring.divergence import Head
 
 BATCH_TOKENS = 8192
@@ -34,8 +35,32 @@ LENGTH_STEP = 4
 PADDING, TRUNK = -1, 0
 """What a column is when it is of no answer; answers are numbered from 1."""
 
-Applying = Callable[[int], AbstractContextManager[Any]]
-"""What sets the model up for calls with so many prompt tokens."""
+
+@dataclass(frozen=True)
+class Service:
+    """A model set up as a service runs it, with so many requests in a decode batch."""
+
+    model: Any
+    applying: Callable[[int], AbstractContextManager[Any]]
+    """What sets the model up for calls with so many prompt tokens."""
+    decode_batch: int = 1
+    seed: int = 0
+    """Draws which requests share a step."""
+
+    @classmethod
+    def of(cls, model: Any, plan: Plan, decode_batch: int, seed: int) -> Service:
+        """The model under a plan, its experts run by what measurements use."""
+
+        def applying(prompt_tokens: int) -> AbstractContextManager[Any]:
+            return apply(
+                model,
+                plan,
+                experts=served_experts(model),
+                decode_batch=decode_batch,
+                prompt_tokens=prompt_tokens,
+            )
+
+        return cls(model, applying, decode_batch, seed)
 
 
 @dataclass(frozen=True)
@@ -223,11 +248,6 @@ class Laid:
             torch.tensor(owners),
         )
 
-    @property
-    def is_real(self) -> Tensor:
-        """True [T] for the tokens of the call that are no padding."""
-        return (self.answer_SN != PADDING).flatten()
-
     def run(self, model: Any) -> Tensor:
         """The hidden states [S,N,D] that the model's head would read."""
         device = model.device
@@ -255,32 +275,29 @@ class Laid:
 
 @torch.inference_mode()
 def score_rows(
-    model: Any,
+    service: Service,
     rows: Sequence[ScoredRow],
     questions: Sequence[int],
-    applying: Applying,
     what: str,
-    decode_batch: int = 1,
-    seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     seen: Callable[[Tensor], None] | None = None,
 ) -> list[Score]:
     """One Score per row, in the order given; `questions` says which rows answer the same one.
 
-    `applying` gets a call's prompt tokens and sets the model up for it; `seen` is told which of
-    the coming call's tokens are no padding. Raises LeanMoeError, naming the row, for a row that
-    is too short or longer than the model reads, or whose logits are not finite numbers.
+    `seen` is told which of the coming call's tokens [T] are no padding. Raises LeanMoeError, naming the row, for a row that is too short or longer than the model
+    reads, or whose logits are not finite numbers.
     """
+    model = service.model
     _require_lengths(model, rows)
     head = Head.of(model)
     scores: list[Score | None] = [None] * len(rows)
     bundles = bundled(rows, questions, partial_attention_reason(model.config) is None)
     with bar(what, sum(len(row.ids) for row in rows), "tokens") as advance:
-        for call in calls(bundles, decode_batch, seed, batch_tokens):
+        for call in calls(bundles, service.decode_batch, service.seed, batch_tokens):
             laid = Laid.of(call.bundles)
             if seen is not None:
-                seen(laid.is_real)
-            with applying(laid.prompt_tokens):
+                seen((laid.answer_SN != PADDING).flatten())
+            with service.applying(laid.prompt_tokens):
                 hidden_SND = laid.run(model)
             numbers = [number for bundle in call.bundles for number in bundle.numbers]
             found = _scores(head, laid, hidden_SND, numbers)

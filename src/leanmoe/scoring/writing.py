@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.scoring.divergence import Head
-from leanmoe.scoring.rows import Applying, Laid, ScoredRow, bundled, calls
+from leanmoe.scoring.rows import Laid, ScoredRow, Service, bundled, calls
 
 REQUESTS_AT_ONCE = 32
 """Requests of one call, unless a decode batch is larger."""
@@ -26,13 +25,10 @@ REQUESTS_AT_ONCE = 32
 
 @torch.inference_mode()
 def write_on(
-    model: Any,
+    service: Service,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
-    applying: Applying,
     what: str,
-    decode_batch: int = 1,
-    seed: int = 0,
     temperature: float | None = None,
     draws: int = 0,
 ) -> list[list[int]]:
@@ -40,13 +36,14 @@ def write_on(
 
     The likeliest token is taken, or one is drawn at `temperature`. Draws depend on `draws`, the
     prompt's number and the position alone, so that models with the same distribution write the
-    same. Every `decode_batch` requests share a step, in an order drawn by `seed`; the last step
+    same. Every decode batch of requests shares a step, in an order that is drawn; the last step
     is filled up with others. Raises LeanMoeError when there are fewer prompts than that, or the
     model reads fewer tokens.
     """
-    _require_room(model, prompts, new_tokens, decode_batch)
+    decode_batch = service.decode_batch
+    _require_room(service, prompts, new_tokens)
     order = list(range(len(prompts)))
-    draw = random.Random(seed)
+    draw = random.Random(service.seed)
     draw.shuffle(order)
     missing = -len(order) % decode_batch
     order += draw.sample(order[: len(order) - (decode_batch - missing)], missing)
@@ -56,7 +53,7 @@ def write_on(
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             noise = None if temperature is None else _GumbelNoise(chosen, temperature, draws)
-            written = _write(model, [prompts[n] for n in chosen], new_tokens, applying, noise)
+            written = _write(service, [prompts[n] for n in chosen], new_tokens, noise)
             for number, reply in zip(chosen, written.tolist(), strict=True):
                 replies.setdefault(number, reply)
             advance(len(chosen) * new_tokens)
@@ -80,14 +77,14 @@ class _GumbelNoise:
 
 
 def _write(
-    model: Any,
+    service: Service,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
-    applying: Applying,
     noise: _GumbelNoise | None,
 ) -> Tensor:
     from transformers import DynamicCache
 
+    model = service.model
     width = max(map(len, prompts))
     ids_SP = torch.full((len(prompts), width), int(prompts[0][0]))
     mask_SN = torch.zeros((len(prompts), width + new_tokens), dtype=torch.long)
@@ -112,9 +109,9 @@ def _write(
             raise LeanMoeError("the model's logits are not finite numbers while it writes")
         return logits_SV.argmax(-1) if noise is None else noise.choose(logits_SV)
 
-    with applying(width - 1):
+    with service.applying(width - 1):
         written = [step(ids_SP.to(device), 0, width)]
-    with applying(0):
+    with service.applying(0):
         for place in range(width, width + new_tokens - 1):
             written.append(step(written[-1][:, None], place, place + 1))
     return torch.stack(written, dim=1).cpu()
@@ -122,13 +119,7 @@ def _write(
 
 @torch.inference_mode()
 def divergence_by_position(
-    model: Any,
-    rows: Sequence[ScoredRow],
-    full: Applying,
-    plan: Applying,
-    what: str,
-    decode_batch: int = 1,
-    seed: int = 0,
+    full: Service, plan: Service, rows: Sequence[ScoredRow], what: str
 ) -> NDArray[np.float64]:
     """KL(full ‖ plan), nats, [rows, positions of the reply]: both read the row's own tokens.
 
@@ -137,15 +128,16 @@ def divergence_by_position(
     """
     if len({row.reply for row in rows}) != 1:
         raise LeanMoeError("replies of different lengths have no common positions")
+    model = full.model
     head = Head.of(model)
     kl = np.zeros((len(rows), rows[0].reply))
     bundles = bundled(rows, range(len(rows)))
     with bar(what, sum(len(row.ids) for row in rows), "tokens") as advance:
-        for call in calls(bundles, decode_batch, seed):
+        for call in calls(bundles, full.decode_batch, full.seed):
             laid = Laid.of(call.bundles)
             hidden = []
-            for applying in (full, plan):
-                with applying(laid.prompt_tokens):
+            for service in (full, plan):
+                with service.applying(laid.prompt_tokens):
                     hidden_SND = laid.run(model)
                 hidden.append(hidden_SND.flatten(0, 1)[laid.place_T.to(model.device)])
             kl_ST = _kl(head, *hidden).reshape(len(call.bundles), -1)
@@ -171,16 +163,15 @@ def _kl(head: Head, full_TD: Tensor, plan_TD: Tensor) -> NDArray[np.float64]:
     return found
 
 
-def _require_room(
-    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, decode_batch: int
-) -> None:
-    if len(prompts) < decode_batch:
+def _require_room(service: Service, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    if len(prompts) < service.decode_batch:
         raise LeanMoeError(
-            f"decode_batch is {decode_batch}: there are {len(prompts)} prompts, too few for a step"
+            f"decode_batch is {service.decode_batch}: there are {len(prompts)} prompts, too few "
+            "for a step"
         )
     if not min(map(len, prompts)):
         raise LeanMoeError("a prompt has no token")
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = getattr(service.model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts)) + new_tokens
     if most is not None and longest > most:
         raise LeanMoeError(
