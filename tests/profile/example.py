@@ -9,7 +9,7 @@ import torch
 
 from leanmoe.models.families import Router
 from leanmoe.plan import Fingerprint
-from leanmoe.profile.record import count_use, distinct_curve
+from leanmoe.profile.record import count_choices, distinct_curve
 from leanmoe.profile.saved import Profile, Trace
 
 EXPERTS, TOP_K, LAYERS, DOCUMENTS, EACH = 16, 4, 2, 12, 40
@@ -24,10 +24,13 @@ def made_up_profile(alike: float = 0.0, bias: bool = True) -> Profile:
     logits_LTE = (alike * shared + own).astype(np.float16)
     router = Router("sigmoid", "bias" if bias else None)
     bias_LE = draw.normal(0, 0.1, (LAYERS, EXPERTS)).astype(np.float32) if bias else None
-    use = []
+    use, mass = [], []
     for layer in range(LAYERS):
         bias_E = None if bias_LE is None else torch.from_numpy(bias_LE[layer])
-        use.append(count_use(torch.from_numpy(logits_LTE[layer]).float(), router, TOP_K, bias_E))
+        logits_TE = torch.from_numpy(logits_LTE[layer]).float()
+        use_E, mass_K = count_choices(logits_TE, router, TOP_K, bias_E)
+        use.append(use_E)
+        mass.append(mass_K / len(document_T))
     made = Profile(
         model=Fingerprint("MadeUpForCausalLM", LAYERS + 1, LAYERS, EXPERTS, TOP_K),
         router=router,
@@ -35,6 +38,7 @@ def made_up_profile(alike: float = 0.0, bias: bool = True) -> Profile:
         tokens=len(document_T),
         documents=DOCUMENTS,
         use_LE=torch.stack(use).numpy(),
+        mass_LK=torch.stack(mass).numpy(),
         distinct=(),
         trace=Trace(logits_LTE, document_T, np.tile(np.arange(EACH, dtype=np.int32), DOCUMENTS)),
         bias_LE=bias_LE,

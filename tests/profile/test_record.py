@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from leanmoe.models.families import Router
 from leanmoe.models.shape import distinct_uniform
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.profile.record import count_use, distinct_curve, draw_steps, profile, replay
+from leanmoe.profile.record import count_choices, distinct_curve, draw_steps, profile, replay
 from leanmoe.profile.saved import Trace
 from leanmoe.routing import BatchScope, route
 from leanmoe.runtime import find_layers, record, shape_of
@@ -48,6 +49,7 @@ def test_every_token_is_counted_once_whatever_the_batches(family: str) -> None:
     for first_E, second_E in zip(one.use_LE, two.use_LE, strict=True):
         assert first_E.sum() == windows.tokens * top_k
         assert np.abs(first_E - second_E).sum() <= 4  # rounding may turn a near tie
+    np.testing.assert_allclose(one.mass_LK, two.mass_LK, rtol=1e-3)
     np.testing.assert_allclose(one.trace.logits_LTE, two.trace.logits_LTE, atol=0.02)
 
 
@@ -118,12 +120,36 @@ def gates(*rows: list[float]) -> torch.Tensor:
 
 def test_counts_made_by_hand() -> None:
     logits = gates([0.6, 0.2, 0.1, 0.05], [0.1, 0.3, 0.2, 0.5], [0.8, 0.4, 0.1, 0.3])
-    assert count_use(logits, SIGMOID, 2, None).tolist() == [2, 3, 0, 1]
+    use_E, mass_K = count_choices(logits, SIGMOID, 2, None)
+    assert use_E.tolist() == [2, 3, 0, 1]
+    best = [0.6 / 0.8, 0.5 / 0.8, 0.8 / 1.2]
+    np.testing.assert_allclose(mass_K, [sum(best), 3.0], rtol=1e-6)
 
 
-def test_the_bias_ranks() -> None:
-    used = count_use(gates([0.6, 0.2, 0.1]), SIGMOID, 2, torch.tensor([0.0, 0.0, 0.7]))
-    assert used.tolist() == [1, 0, 1]
+def test_the_bias_ranks_but_does_not_weigh() -> None:
+    use_E, mass_K = count_choices(gates([0.6, 0.2, 0.1]), SIGMOID, 2, torch.tensor([0.0, 0.0, 0.7]))
+    assert use_E.tolist() == [1, 0, 1]
+    # Expert 2 is ranked first: keeping the best one keeps a seventh of the mass.
+    np.testing.assert_allclose(mass_K, [1 / 7, 1.0], rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    tokens=st.integers(1, 60),
+    cut=st.integers(0, 60),
+    scoring=st.sampled_from(["sigmoid", "softmax", "softmax_after_top_k"]),
+    seed=st.integers(0, 99),
+)
+def test_chunks_add_up_to_the_whole(tokens: int, cut: int, scoring: Any, seed: int) -> None:
+    logits_TE = torch.randn((tokens, 16), generator=torch.Generator().manual_seed(seed))
+    router = Router(scoring, groups=4, groups_used=2)
+    use_E, mass_K = count_choices(logits_TE, router, 4, None)
+    parts = [count_choices(part, router, 4, None) for part in (logits_TE[:cut], logits_TE[cut:])]
+    assert use_E.sum() == tokens * 4
+    assert torch.equal(use_E, parts[0][0] + parts[1][0])
+    np.testing.assert_allclose(mass_K, parts[0][1] + parts[1][1])
+    np.testing.assert_allclose(mass_K[-1], tokens)
+    assert (np.diff(mass_K) >= 0).all()
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -137,7 +163,7 @@ def test_the_experts_are_those_the_model_itself_uses(family: str) -> None:
     def sink(number: int, logits_TE: torch.Tensor) -> None:
         if number == layer.number:
             bias_E = layer.ranking_bias(shape.router)
-            counted.append(count_use(logits_TE, shape.router, shape.top_k, bias_E))
+            counted.append(count_choices(logits_TE, shape.router, shape.top_k, bias_E)[0])
 
     ids_SN = torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(0))
     with record(model, sink), torch.inference_mode():

@@ -15,7 +15,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.profile.record import replay
 from leanmoe.profile.saved import ARRAYS_NAME, JSON_NAME, Profile
-from tests.profile.example import EXPERTS, LAYERS, made_up_profile
+from tests.profile.example import EXPERTS, LAYERS, TOP_K, made_up_profile
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -30,6 +30,7 @@ def test_what_was_saved_is_read(bias: bool, tmp_path: Path) -> None:
         made.provenance,
     )
     np.testing.assert_array_equal(made.use_LE, found.use_LE)
+    np.testing.assert_array_equal(made.mass_LK, found.mass_LK)
     np.testing.assert_array_equal(made.trace.logits_LTE, found.trace.logits_LTE)
     rule = Rule(guaranteed=2)
     assert replay(found, 1, rule, 8) == replay(made, 1, rule, 8)
@@ -43,6 +44,7 @@ def test_the_json_is_what_a_report_needs() -> None:
     assert layer["decoder_layer"] == 2
     assert sum(layer["use"]) == pytest.approx(1)
     assert len(layer["use"]) == EXPERTS
+    assert len(layer["mass"]) == TOP_K
     assert {"tokens", "measured", "uniform"} <= set(layer["distinct"][0])
 
 
@@ -63,6 +65,7 @@ def damage(folder: Path, change: Any) -> None:
         (lambda stored: stored["profile"]["layers"].pop(), "is damaged"),
         (lambda stored: stored["arrays"].update(sha256="0"), "is not the one"),
         (lambda stored: stored["profile"]["layers"].append({}), "is damaged"),
+        (lambda stored: stored["model"].update(top_k=3), r"mass_LK is \(2, 4\), not \(2, 3\)"),
         (lambda stored: stored["model"].update(experts=9), r"use_LE is \(2, 16\), not \(2, 9\)"),
     ],
 )

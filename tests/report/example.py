@@ -130,6 +130,7 @@ def _layer(number: int, draw: random.Random) -> dict[str, Any]:
         "layer": number,
         "decoder_layer": number + 1,
         "use": [u / sum(use) for u in use],
+        "mass": [((j + 1) / TOP_K) ** 0.7 for j in range(TOP_K)],
         "distinct": [
             {
                 "tokens": 2**j,

@@ -60,6 +60,7 @@ def profile(
     layers = find_layers(model)
     biases = [layer.ranking_bias(shape.router) for layer in layers]
     use_LE = torch.zeros((len(layers), shape.experts), dtype=torch.int64)
+    mass_LK = torch.zeros((len(layers), shape.top_k), dtype=torch.float64)
     sample = _Sample(windows, trace_tokens, seed)
     caught: dict[int, Tensor] = {}
 
@@ -73,7 +74,9 @@ def profile(
                 caught.pop(n).reshape(-1, shape.experts)[real_T] for n in range(len(layers))
             ]
             for n, logits_TE in enumerate(logits_LTE):
-                use_LE[n] += count_use(logits_TE, shape.router, shape.top_k, biases[n])
+                use_E, mass_K = count_choices(logits_TE, shape.router, shape.top_k, biases[n])
+                use_LE[n] += use_E
+                mass_LK[n] += mass_K
             sample.add(batch, logits_LTE)
     measured = Profile(
         model=shape.fingerprint(),
@@ -82,6 +85,7 @@ def profile(
         tokens=windows.tokens,
         documents=windows.documents,
         use_LE=use_LE.numpy(),
+        mass_LK=(mass_LK / windows.tokens).numpy(),
         distinct=(),
         trace=sample.trace(),
         bias_LE=_stack(biases),
@@ -148,10 +152,22 @@ def _stack(biases: list[Tensor | None]) -> Any:
 
 
 @torch.inference_mode()
-def count_use(logits_TE: Tensor, router: Router, top_k: int, bias_E: Tensor | None) -> Tensor:
-    """How many of these tokens choose each expert [E] by the model's own router, on the CPU."""
-    ids_TK = score(logits_TE, router, bias_E).ranking_BTE.topk(top_k, dim=-1).indices
-    return torch.bincount(ids_TK.reshape(-1), minlength=logits_TE.shape[-1]).cpu()
+def count_choices(
+    logits_TE: Tensor, router: Router, top_k: int, bias_E: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the model's own router makes of these tokens, on the CPU; no padding among them.
+
+    How many choose each expert [E], and summed over tokens [K], float64, the share of a token's
+    gates that its best j carry, in the order the router ranks them.
+    """
+    scores = score(logits_TE, router, bias_E)
+    ids_TK = scores.ranking_BTE.topk(top_k, dim=-1).indices
+    gates_TK = scores.gates_BTE.gather(-1, ids_TK).double()
+    if router.scoring == "softmax_after_top_k":
+        gates_TK = gates_TK.softmax(-1)
+    use_E = torch.bincount(ids_TK.reshape(-1), minlength=logits_TE.shape[-1])
+    share_TK = gates_TK.cumsum(-1) / gates_TK.sum(-1, keepdim=True)
+    return use_E.cpu(), share_TK.sum(0).cpu()
 
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

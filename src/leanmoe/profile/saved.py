@@ -3,7 +3,7 @@
 `profile.json` holds what a reader wants (shares, curves, provenance); `profile.safetensors` the
 counts behind it and a sample of router logits to replay.
 
-Letters: L MoE layers, T traced tokens, E experts.
+Letters: L MoE layers, T traced tokens, E experts, K slots a token (top-k).
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class Profile:
     documents: int
     use_LE: NDArray[np.int64]
     """Tokens that chose each expert."""
+    mass_LK: NDArray[np.float64]
+    """Mean share of a token's gates that its best j carry, j = 1..k, as the model ranks them."""
     distinct: tuple[tuple[Distinct, ...], ...]
     """Per layer, by rising batch size."""
     trace: Trace
@@ -91,6 +93,7 @@ class Profile:
                     "layer": number,
                     "decoder_layer": self.decoder_indices[number],
                     "use": (use_E / use_E.sum()).tolist(),
+                    "mass": self.mass_LK[number].tolist(),
                     "distinct": [asdict(point) for point in self.distinct[number]],
                 }
                 for number, use_E in enumerate(self.use_LE)
@@ -155,6 +158,7 @@ class Profile:
             tokens=shown["tokens"],
             documents=shown["documents"],
             use_LE=arrays["use_LE"],
+            mass_LK=arrays["mass_LK"],
             distinct=tuple(
                 tuple(Distinct(**point) for point in layer["distinct"]) for layer in shown["layers"]
             ),
@@ -168,6 +172,7 @@ class Profile:
         return {
             **bias,
             "use_LE": self.use_LE,
+            "mass_LK": self.mass_LK,
             "logits_LTE": self.trace.logits_LTE,
             "document_T": self.trace.document_T,
             "position_T": self.trace.position_T,
@@ -182,6 +187,7 @@ def _require_shapes(model: Fingerprint, shown: int, arrays: Mapping[str, Any]) -
     tokens = len(arrays["document_T"])
     wanted = {
         "use_LE": (layers, experts),
+        "mass_LK": (layers, model.top_k),
         "logits_LTE": (layers, tokens, experts),
         "position_T": (tokens,),
         **({"bias_LE": (layers, experts)} if "bias_LE" in arrays else {}),

@@ -63,10 +63,11 @@ class LayerProfile:
     decoder_layer: int
     use: tuple[float, ...]
     """Each expert's share of all slots."""
+    mass: tuple[float, ...]
+    """The share of a token's gate mass that its best 1, 2, ... experts carry."""
     distinct: tuple[DistinctExperts, ...]
     gate: tuple[float, ...] = ()
     """This and what follows stands in files of 0.1.0 alone."""
-    mass: tuple[float, ...] = ()
     mass_quantiles: tuple[tuple[float, ...], ...] = ()
     pairs: tuple[dict[str, Any], ...] = ()
 

@@ -284,8 +284,9 @@ def score_rows(
 ) -> list[Score]:
     """One Score per row, in the order given; `questions` says which rows answer the same one.
 
-    `seen` is told which of the coming call's tokens [T] are no padding. Raises LeanMoeError, naming the row, for a row that is too short or longer than the model
-    reads, or whose logits are not finite numbers.
+    `seen` is told which of the coming call's tokens [T] are no padding. Raises LeanMoeError, naming
+    the row, for a row that is too short or longer than the model reads, or whose logits are not
+    finite numbers.
     """
     model = service.model
     _require_lengths(model, rows)
