@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.scoring.rows import Score, ScoredRow, Service, score_rows
+from leanmoe.scoring.rows import Score, ScoredRow, ScoringSetup, score_rows
 from reference_model.architecture import routers
 
 
@@ -67,7 +67,9 @@ class Scorer:
         def as_it_is(_prompt_tokens: int) -> AbstractContextManager[None]:
             return nullcontext()
 
-        return score_rows(Service(self.model, as_it_is), rows, range(len(rows)), what, seen=note)
+        return score_rows(
+            ScoringSetup(self.model, as_it_is), rows, range(len(rows)), what, seen=note
+        )
 
     @contextmanager
     def counting_experts(self) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.runtime import apply, shape_of
-from leanmoe.scoring.rows import Bundle, ScoredRow, Service, bundled, calls, score_rows
+from leanmoe.scoring.rows import Bundle, ScoredRow, ScoringSetup, bundled, calls, score_rows
 from tests.runtime.families import build
 
 VOCABULARY = 64
@@ -58,7 +58,7 @@ def test_scores_are_those_of_each_row_alone(family: str, rule: Rule) -> None:
     def applying(prompt: int) -> Any:
         return apply(model, plan, decode_batch=3, prompt_tokens=prompt)
 
-    found = score_rows(Service(model, applying, 3, 5), rows, questions, "x", 100)
+    found = score_rows(ScoringSetup(model, applying, 3, 5), rows, questions, "x", 100)
     assert [score.nll for score in found] == pytest.approx([nll for nll, _ in wanted], abs=1e-4)
     assert [score.greedy for score in found] == [greedy for _, greedy in wanted]
 
@@ -73,7 +73,7 @@ def test_prompts_are_under_the_rules_for_prompts() -> None:
     def applying(prompt: int) -> Any:
         return apply(model, plan, decode_batch=1, prompt_tokens=prompt)
 
-    found = score_rows(Service(model, applying), rows, questions, "x")
+    found = score_rows(ScoringSetup(model, applying), rows, questions, "x")
     for row, score in zip(rows, found, strict=True):
         with apply(model, plan, decode_batch=1, prompt_tokens=row.prompt):
             assert score.nll == pytest.approx(alone(model, row)[0], abs=1e-4)
@@ -96,7 +96,7 @@ def test_a_step_holds_one_token_of_each_neighbour_and_no_padding() -> None:
             self.context.__exit__(*error)
             slots.append(self.applied.generated[0].tokens)
 
-    score_rows(Service(model, Counting, 4), rows, questions, "x")
+    score_rows(ScoringSetup(model, Counting, 4), rows, questions, "x")
     every = calls(bundled(rows, questions), 4)
     assert sum(slots) == sum(bundle.decoded for call in every for bundle in call.bundles)
 
@@ -133,11 +133,11 @@ def test_calls_stay_within_their_tokens() -> None:
 
 def test_mistakes_name_the_answer() -> None:
     model = build("qwen3_moe")
-    service = Service(model, lambda _: nullcontext())
+    setup = ScoringSetup(model, lambda _: nullcontext())
     with pytest.raises(LeanMoeError, match="answer 1 has no token to predict"):
-        score_rows(service, [ScoredRow((1, 2)), ScoredRow((1,))], [0, 1], "x")
+        score_rows(setup, [ScoredRow((1, 2)), ScoredRow((1,))], [0, 1], "x")
     with pytest.raises(LeanMoeError, match="3 questions"):
         calls(bundled([ScoredRow((1, 2))] * 3, range(3)), 4)
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(LeanMoeError, match="not finite numbers in answer 0"):
-        score_rows(service, [ScoredRow((1, 2))], [0], "x")
+        score_rows(setup, [ScoredRow((1, 2))], [0], "x")

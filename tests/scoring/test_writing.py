@@ -13,7 +13,7 @@ import torch
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Plan, Rule
 from leanmoe.runtime import apply, shape_of
-from leanmoe.scoring.rows import ScoredRow, Service
+from leanmoe.scoring.rows import ScoredRow, ScoringSetup
 from leanmoe.scoring.writing import divergence_by_position, write_on
 from leanmoe.stats.replies import (
     NUMBER,
@@ -29,13 +29,13 @@ from tests.runtime.families import build
 PROMPTS = [(1, 5, 9), (1, 7), (1, 3, 4, 8, 2), (1, 60), (1, 5, 5, 5, 5, 5, 6)]
 
 
-def under(model: Any, rule: Rule, decode_batch: int = 1, seed: int = 0) -> Service:
+def under(model: Any, rule: Rule, decode_batch: int = 1, seed: int = 0) -> ScoringSetup:
     plan = Plan.uniform(shape_of(model).fingerprint(), rule)
 
     def applying(prompt: int) -> Any:
         return apply(model, plan, decode_batch=decode_batch, prompt_tokens=prompt)
 
-    return Service(model, applying, decode_batch, seed)
+    return ScoringSetup(model, applying, decode_batch, seed)
 
 
 @torch.inference_mode()
@@ -103,13 +103,13 @@ def test_divergence_by_position_is_that_of_the_logits() -> None:
 
 def test_what_cannot_be_written() -> None:
     model = build("qwen3_moe")
-    service = Service(model, lambda _: nullcontext())
+    setup = ScoringSetup(model, lambda _: nullcontext())
     with pytest.raises(LeanMoeError, match="there are 2 prompts, too few"):
-        write_on(Service(model, lambda _: nullcontext(), 3), PROMPTS[:2], 4, "x")
+        write_on(ScoringSetup(model, lambda _: nullcontext(), 3), PROMPTS[:2], 4, "x")
     with pytest.raises(LeanMoeError, match="no token"):
-        write_on(service, [()], 4, "x")
+        write_on(setup, [()], 4, "x")
     with pytest.raises(LeanMoeError, match="reads at most"):
-        write_on(service, PROMPTS, 10**6, "x")
+        write_on(setup, PROMPTS, 10**6, "x")
 
 
 def test_pass_at_is_the_share_of_draws_with_a_right_one() -> None:

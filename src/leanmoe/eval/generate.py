@@ -28,7 +28,7 @@ from leanmoe.results.eval import (
     ReplyDivergence,
     ReplyRow,
 )
-from leanmoe.scoring.rows import ScoredRow, Service
+from leanmoe.scoring.rows import ScoredRow, ScoringSetup
 from leanmoe.scoring.writing import divergence_by_position, write_on
 from leanmoe.stats.outcomes import difference
 from leanmoe.stats.replies import first_divergence, pass_at, repeated_share, until
@@ -108,17 +108,17 @@ class _Writer:
         self.ends = frozenset(int(end) for end in ends if end is not None)
         self.draws = settings.samples if prompts[0].answer is not None else 0
 
-    def _service(self, plan: Plan, draw: int) -> Service:
+    def _setup(self, plan: Plan, draw: int) -> ScoringSetup:
         settings = self._settings
-        return Service.of(self._model, plan, settings.concurrency, settings.seed + draw)
+        return ScoringSetup.of(self._model, plan, settings.concurrency, settings.seed + draw)
 
     def _write(
         self, each: Named, draw: int, prompts: Sequence[Prompt], kind: str, **how: Any
     ) -> list[list[int]]:
         def compute() -> list[list[int]]:
-            service, ids = self._service(each.plan, draw), [prompt.ids for prompt in prompts]
+            setup, ids = self._setup(each.plan, draw), [prompt.ids for prompt in prompts]
             what = f"{kind.capitalize()} replies, {each.name}"
-            return write_on(service, ids, self._settings.output_len, what, **how)
+            return write_on(setup, ids, self._settings.output_len, what, **how)
 
         name = "full" if each.name == FULL else each.digest
         stored: list[list[int]] = self._folder.step(f"{kind}-{name}-{draw}", compute)
@@ -153,8 +153,8 @@ class _Writer:
 
         def compute(draw: int) -> Callable[[], Any]:
             return lambda: divergence_by_position(
-                self._service(full.plan, draw),
-                self._service(each.plan, draw),
+                self._setup(full.plan, draw),
+                self._setup(each.plan, draw),
                 rows,
                 f"Divergence by position, {each.name}",
             ).tolist()

@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan.named_plans import Named
 from leanmoe.runtime import apply, served_experts
-from leanmoe.scoring.rows import ScoredRow, Service, score_rows
+from leanmoe.scoring.rows import ScoredRow, ScoringSetup, score_rows
 
 
 def planned_model(
@@ -58,9 +58,9 @@ class PlannedHFLM(HFLM):  # type: ignore[misc]
             rows.append(ScoredRow(tuple(ids), max(1, len(ids) - len(continuation))))
         settings = self._settings
         seed = settings.seed + self._draw
-        service = Service.of(self.model, self._each.plan, settings.concurrency, seed)
+        setup = ScoringSetup.of(self.model, self._each.plan, settings.concurrency, seed)
         questions = self._questions or list(range(len(rows)))
-        scores = score_rows(service, rows, questions, f"Harness, {self._each.name}")
+        scores = score_rows(setup, rows, questions, f"Harness, {self._each.name}")
         return [(-score.nll, score.greedy) for score in scores]
 
     def _model_generate(self, context: Any, **settings: Any) -> Any:

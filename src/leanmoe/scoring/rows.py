@@ -37,7 +37,7 @@ PADDING, TRUNK = -1, 0
 
 
 @dataclass(frozen=True)
-class Service:
+class ScoringSetup:
     """A model set up as a service runs it, with so many requests in a decode batch."""
 
     model: Any
@@ -48,7 +48,7 @@ class Service:
     """Draws which requests share a step."""
 
     @classmethod
-    def of(cls, model: Any, plan: Plan, decode_batch: int, seed: int) -> Service:
+    def of(cls, model: Any, plan: Plan, decode_batch: int, seed: int) -> ScoringSetup:
         """The model under a plan, its experts run by what measurements use."""
 
         def applying(prompt_tokens: int) -> AbstractContextManager[Any]:
@@ -275,7 +275,7 @@ class Laid:
 
 @torch.inference_mode()
 def score_rows(
-    service: Service,
+    setup: ScoringSetup,
     rows: Sequence[ScoredRow],
     questions: Sequence[int],
     what: str,
@@ -288,17 +288,17 @@ def score_rows(
     the row, for a row that is too short or longer than the model reads, or whose logits are not
     finite numbers.
     """
-    model = service.model
+    model = setup.model
     _require_lengths(model, rows)
     head = Head.of(model)
     scores: list[Score | None] = [None] * len(rows)
     bundles = bundled(rows, questions, partial_attention_reason(model.config) is None)
     with bar(what, sum(len(row.ids) for row in rows), "tokens") as advance:
-        for call in calls(bundles, service.decode_batch, service.seed, batch_tokens):
+        for call in calls(bundles, setup.decode_batch, setup.seed, batch_tokens):
             laid = Laid.of(call.bundles)
             if seen is not None:
                 seen((laid.answer_SN != PADDING).flatten())
-            with service.applying(laid.prompt_tokens):
+            with setup.applying(laid.prompt_tokens):
                 hidden_SND = laid.run(model)
             numbers = [number for bundle in call.bundles for number in bundle.numbers]
             found = _scores(head, laid, hidden_SND, numbers)

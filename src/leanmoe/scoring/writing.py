@@ -17,7 +17,7 @@ from torch import Tensor
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.scoring.divergence import Head
-from leanmoe.scoring.rows import Laid, ScoredRow, Service, bundled, calls
+from leanmoe.scoring.rows import Laid, ScoredRow, ScoringSetup, bundled, calls
 
 REQUESTS_AT_ONCE = 32
 """Requests of one call, unless a decode batch is larger."""
@@ -25,7 +25,7 @@ REQUESTS_AT_ONCE = 32
 
 @torch.inference_mode()
 def write_on(
-    service: Service,
+    setup: ScoringSetup,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     what: str,
@@ -40,10 +40,10 @@ def write_on(
     is filled up with others. Raises LeanMoeError when there are fewer prompts than that, or the
     model reads fewer tokens.
     """
-    decode_batch = service.decode_batch
-    _require_room(service, prompts, new_tokens)
+    decode_batch = setup.decode_batch
+    _require_room(setup, prompts, new_tokens)
     order = list(range(len(prompts)))
-    draw = random.Random(service.seed)
+    draw = random.Random(setup.seed)
     draw.shuffle(order)
     missing = -len(order) % decode_batch
     order += draw.sample(order[: len(order) - (decode_batch - missing)], missing)
@@ -53,7 +53,7 @@ def write_on(
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             noise = None if temperature is None else _GumbelNoise(chosen, temperature, draws)
-            written = _write(service, [prompts[n] for n in chosen], new_tokens, noise)
+            written = _write(setup, [prompts[n] for n in chosen], new_tokens, noise)
             for number, reply in zip(chosen, written.tolist(), strict=True):
                 replies.setdefault(number, reply)
             advance(len(chosen) * new_tokens)
@@ -77,14 +77,14 @@ class _GumbelNoise:
 
 
 def _write(
-    service: Service,
+    setup: ScoringSetup,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     noise: _GumbelNoise | None,
 ) -> Tensor:
     from transformers import DynamicCache
 
-    model = service.model
+    model = setup.model
     width = max(map(len, prompts))
     ids_SP = torch.full((len(prompts), width), int(prompts[0][0]))
     mask_SN = torch.zeros((len(prompts), width + new_tokens), dtype=torch.long)
@@ -109,9 +109,9 @@ def _write(
             raise LeanMoeError("the model's logits are not finite numbers while it writes")
         return logits_SV.argmax(-1) if noise is None else noise.choose(logits_SV)
 
-    with service.applying(width - 1):
+    with setup.applying(width - 1):
         written = [step(ids_SP.to(device), 0, width)]
-    with service.applying(0):
+    with setup.applying(0):
         for place in range(width, width + new_tokens - 1):
             written.append(step(written[-1][:, None], place, place + 1))
     return torch.stack(written, dim=1).cpu()
@@ -119,7 +119,7 @@ def _write(
 
 @torch.inference_mode()
 def divergence_by_position(
-    full: Service, plan: Service, rows: Sequence[ScoredRow], what: str
+    full: ScoringSetup, plan: ScoringSetup, rows: Sequence[ScoredRow], what: str
 ) -> NDArray[np.float64]:
     """KL(full ‖ plan), nats, [rows, positions of the reply]: both read the row's own tokens.
 
@@ -136,8 +136,8 @@ def divergence_by_position(
         for call in calls(bundles, full.decode_batch, full.seed):
             laid = Laid.of(call.bundles)
             hidden = []
-            for service in (full, plan):
-                with service.applying(laid.prompt_tokens):
+            for setup in (full, plan):
+                with setup.applying(laid.prompt_tokens):
                     hidden_SND = laid.run(model)
                 hidden.append(hidden_SND.flatten(0, 1)[laid.place_T.to(model.device)])
             kl_ST = _kl(head, *hidden).reshape(len(call.bundles), -1)
@@ -163,15 +163,15 @@ def _kl(head: Head, full_TD: Tensor, plan_TD: Tensor) -> NDArray[np.float64]:
     return found
 
 
-def _require_room(service: Service, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-    if len(prompts) < service.decode_batch:
+def _require_room(setup: ScoringSetup, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    if len(prompts) < setup.decode_batch:
         raise LeanMoeError(
-            f"decode_batch is {service.decode_batch}: there are {len(prompts)} prompts, too few "
+            f"decode_batch is {setup.decode_batch}: there are {len(prompts)} prompts, too few "
             "for a step"
         )
     if not min(map(len, prompts)):
         raise LeanMoeError("a prompt has no token")
-    most = getattr(service.model.config, "max_position_embeddings", None)
+    most = getattr(setup.model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts)) + new_tokens
     if most is not None and longest > most:
         raise LeanMoeError(
