@@ -165,8 +165,7 @@ def rank(model: Any, windows: Windows, shape: MoEShape, names: Sequence[str]) ->
     seen = observe(model, windows)
     least = min(kept_count(keep, shape) for keep in KEEP)
     return {
-        name: rank_experts(CRITERIA.get(name), shape, 0, model, windows, least, seen)
-        for name in names
+        name: rank_experts(CRITERIA[name], shape, 0, model, windows, least, seen) for name in names
     }
 
 

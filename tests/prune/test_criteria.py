@@ -105,7 +105,7 @@ def test_extreme_experts_are_found_and_ordinary_ones_are_not() -> None:
 
 def test_criteria_by_number_need_no_text() -> None:
     def first(name: str, kept: int) -> list[int]:
-        by_number = CRITERIA.get(name).by_number
+        by_number = CRITERIA[name].by_number
         assert by_number is not None
         order = np.argsort(-by_number(8, 0), kind="stable")
         return sorted(order[:kept].tolist())
@@ -116,20 +116,20 @@ def test_criteria_by_number_need_no_text() -> None:
     assert first("last-half", 4) == [4, 5, 6, 7]
     assert first("odd", 6) == [0, 1, 2, 3, 5, 7]
     shape = shape_of(tiny.build("qwen3_moe"))
-    layers = rank_experts(CRITERIA.get("random"), shape, 3)
+    layers = rank_experts(CRITERIA["random"], shape, 3)
     assert layers.shape == (len(shape.moe_layers), shape.experts)
     assert not np.array_equal(layers[0], layers[1])
-    assert np.array_equal(layers, rank_experts(CRITERIA.get("random"), shape, 3))
+    assert np.array_equal(layers, rank_experts(CRITERIA["random"], shape, 3))
 
 
 def test_an_unknown_criterion_names_near_ones() -> None:
     with pytest.raises(LeanMoeError, match="did you mean reap"):
-        CRITERIA.get("reep")
+        CRITERIA["reep"]
 
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_has_a_formula_a_title_and_a_source(name: str) -> None:
-    criterion = CRITERIA.get(name)
+    criterion = CRITERIA[name]
     functions = (criterion.by_number, criterion.by_statistics, criterion.by_model)
     assert [each is None for each in functions].count(False) == 1
     assert criterion.formula.startswith("S_j")
@@ -141,14 +141,14 @@ def test_every_criterion_has_a_formula_a_title_and_a_source(name: str) -> None:
 def test_every_criterion_scores_every_expert_of_every_layer(name: str) -> None:
     model = tiny.build("qwen3_moe")
     shape, windows = shape_of(model), Windows.of_ids(IDS)
-    scores = rank_experts(CRITERIA.get(name), shape, 0, model, windows, least=12)
+    scores = rank_experts(CRITERIA[name], shape, 0, model, windows, least=12)
     assert scores.shape == (len(shape.moe_layers), shape.experts)
     assert np.isfinite(scores).all()
 
 
 def test_reap_is_the_mean_and_output_sum_the_sum_of_weighted_output_lengths() -> None:
     found = seen(tiny.build("qwen3_moe"))
-    reap, total = (CRITERIA.get(name).by_statistics for name in ("reap", "output-sum"))
+    reap, total = (CRITERIA[name].by_statistics for name in ("reap", "output-sum"))
     assert reap is not None
     assert total is not None
     np.testing.assert_allclose(reap(found) * np.maximum(found.slots_LE, 1), total(found))

@@ -175,7 +175,6 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     "no repeats": (lambda _: ("reference", "--repeats", "1"), "repeats is 1"),
     "keep": (lambda _: ("reference", "--keep", "5%"), "keep"),
     "criterion": (lambda _: ("reference", "--keep", "75%", "--criterion", "reep"), "mean reap"),
-    "strategy": (lambda _: ("reference", "--strategy", "unifrom"), "did you mean uniform"),
 }
 
 

@@ -162,7 +162,7 @@ def _calibrated(
 ) -> Named:
     """Experts ranked on the domain's calibration half."""
     name, keep = settings.calibration()
-    criterion, shape = CRITERIA.get(name), shape_of(model)
+    criterion, shape = CRITERIA[name], shape_of(model)
     count = kept_count(keep, shape)
 
     def rank() -> Any:

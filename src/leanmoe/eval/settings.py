@@ -112,7 +112,7 @@ class EvalSettings:
         if self.calibrate is not None:
             from leanmoe.prune.criteria import CRITERIA  # needs torch, and --help must not
 
-            CRITERIA.get(self.calibration()[0])
+            CRITERIA[self.calibration()[0]]
         if self.prompts is not None and not Path(self.prompts).is_file():
             raise LeanMoeError(f"prompts {self.prompts} is no file")
         for name, file in self.domain:

@@ -129,8 +129,7 @@ def _parity_first(experts: int, parity: int) -> Scores:
     return scores_E
 
 
-CRITERIA: Registry[Criterion] = Registry("criterion")
-for _each in (
+CRITERIA = Registry("criterion", (
     Criterion(
         "random", "drawn at random", PAPER, "S_j uniform between 0 and 1, drawn for each layer",
         by_number=lambda experts, seed: np.random.default_rng(seed).random(experts),
@@ -181,8 +180,7 @@ for _each in (
         "S_j = the step in which expert j goes: see output_error.py",
         by_model=output_errors,
     ),
-):  # fmt: skip
-    CRITERIA.register(_each.name)(_each)
+))  # fmt: skip
 
 
 class Watch:

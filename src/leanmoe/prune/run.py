@@ -39,7 +39,7 @@ PLAN_FILE = "plan.json"
 def prune(settings: PruneSettings, output: Path, command: str) -> PruneResults:
     """Ranks, chooses and writes. Raises LeanMoeError before any expensive work where it can."""
     settings.check()
-    criterion = CRITERIA.get(settings.criterion)
+    criterion = CRITERIA[settings.criterion]
     shape = read_shape(settings.model)
     count = kept_count(settings.keep, shape)
     source = None if settings.as_plan else read_source(checkpoint_folder(settings.model))

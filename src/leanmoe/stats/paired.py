@@ -302,14 +302,12 @@ def documents_needed(
 def smallest_detectable(
     spread: float, documents: int, confidence: float = CONFIDENCE, power: float = POWER
 ) -> float:
-    """The margin within which a plan that loses nothing is accepted with probability `power`."""
-    return _quantiles(documents, confidence, power) * spread / math.sqrt(documents)
+    """The margin within which a plan that loses nothing is accepted with probability `power`.
 
-
-def _quantiles(documents: int, confidence: float, power: float) -> float:
-    """Standard errors between truth and margin: those of the bound and those of the luck."""
-    both = stats.t.ppf(confidence, documents - 1) + stats.t.ppf(power, documents - 1)
-    return float(both)
+    So many standard errors of the mean: the bound's quantile and the luck's.
+    """
+    quantiles = stats.t.ppf([confidence, power], documents - 1)
+    return float(quantiles.sum()) * spread / math.sqrt(documents)
 
 
 def fixed_sequence(

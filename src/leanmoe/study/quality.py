@@ -164,7 +164,7 @@ def _pruned(
         if settings.quick and name not in QUICK_CRITERIA:
             continue
         least = min(counts.values())
-        scores = rank_experts(CRITERIA.get(name), shape, settings.seed, model, ranking, least, seen)
+        scores = rank_experts(CRITERIA[name], shape, settings.seed, model, ranking, least, seen)
         for keep, count in counts.items():
             kept: Kept = best_experts(scores, count, shape)
             share = count / shape.experts

@@ -22,7 +22,6 @@ from leanmoe.prune.criteria import (
     restricted,
 )
 from leanmoe.results.tune import (
-    BudgetKind,
     PruneOrSkipRow,
     PruneOrSkipVerdict,
     Sensitivity,
@@ -31,7 +30,7 @@ from leanmoe.results.tune import (
     StrategyTable,
 )
 from leanmoe.stats.paired import Estimate, Losses, loss_difference, loss_increase
-from leanmoe.tune.allocate import FrontPoint, Offer, pareto
+from leanmoe.tune.allocate import Offer, pareto
 from leanmoe.tune.context import EXPERTS_KEPT, STRATEGY, TOTAL_OR_ACTIVATED, TuneContext, digest
 from leanmoe.tune.layers import LayerTime, PhaseTimes
 from leanmoe.tune.strategies import (
@@ -47,8 +46,6 @@ SLOTS_SHARE = 0.75
 DISTINCT_SHARE = 0.8
 """Of the full model's distinct experts a step, at a higher concurrency."""
 CHOOSING = "Strategy leanmoe, choosing on calibration text"
-BUDGET_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
-"""Of the full model's cost, where one strategy is run by name; safest first."""
 MEMORY_BUDGETS = ("87.5%", "75%", "50%")
 """Shares of the experts that are compared, beside the one asked for."""
 PRUNING, SKIPPING, BOTH = "fewer in total", "fewer a token", "both"
@@ -61,11 +58,11 @@ def compare_strategies(
     setting = _setting(context, sensitivities, decode_batch)
     full = _strategy_losses(context, context.no_rules, None, "full")
     tried: dict[Strategy, tuple[tuple[Rule, ...], Losses]] = {}
-    for each in map(STRATEGIES.get, STRATEGIES):
+    for each in STRATEGIES.values():
         if not each.needs_batch or decode_batch > 1:
             rules = each.rules(setting)
             tried[each] = (rules, _strategy_losses(context, rules, decode_batch, each.name))
-    own = tried[STRATEGIES.get("leanmoe")][1]
+    own = tried[STRATEGIES["leanmoe"]][1]
     sure = (context.settings.confidence, context.settings.seed)
     rows = []
     for each, (rules, lost) in tried.items():
@@ -86,36 +83,8 @@ def compare_strategies(
     return StrategyTable(decode_batch, setting.budget, tuple(rows))
 
 
-def strategy_points(
-    context: TuneContext,
-    sensitivities: Sequence[Sensitivity],
-    decode_batch: int,
-    times: PhaseTimes,
-) -> list[FrontPoint]:
-    """The strategy that the settings name, at ever smaller budgets: plans to validate in turn."""
-    each = STRATEGIES.get(context.settings.strategy)
-    if each.needs_batch and decode_batch < 2:
-        return []
-    kind: BudgetKind = "slots" if decode_batch == 1 else "distinct"
-    unlimited = StrategyBudget(kind, float("inf"))
-    setting = _setting(context, sensitivities, decode_batch, unlimited)
-    full = setting.mean_cost(context.no_rules)
-    full_seconds = _seconds(context, context.no_rules, decode_batch, times["decode"])
-    points: list[FrontPoint] = []
-    for share in BUDGET_SHARES:
-        rules = each.rules(replace(setting, budget=StrategyBudget(kind, share * full)))
-        seconds = _seconds(context, rules, decode_batch, times["decode"])
-        point = FrontPoint((), rules, 0.0, seconds / full_seconds, each.name)
-        if not points or point.decode != points[-1].decode:
-            points.append(point)
-    return points
-
-
 def _setting(
-    context: TuneContext,
-    sensitivities: Sequence[Sensitivity],
-    decode_batch: int,
-    budget: StrategyBudget | None = None,
+    context: TuneContext, sensitivities: Sequence[Sensitivity], decode_batch: int
 ) -> Setting:
     def cost(layer: int, rule: Rule) -> float:
         activity = context.activity(layer, rule, decode_batch)
@@ -125,12 +94,11 @@ def _setting(
         plan = Plan.per_layer(context.fingerprint, rules)
         return context.losses(context.text.searched, plan, decode_batch, CHOOSING).mean
 
-    if budget is None:
-        layers = len(context.no_rules)
-        full = sum(cost(layer, Rule()) for layer in range(layers)) / layers
-        is_alone = decode_batch == 1
-        kind: BudgetKind = "slots" if is_alone else "distinct"
-        budget = StrategyBudget(kind, full * (SLOTS_SHARE if is_alone else DISTINCT_SHARE))
+    layers = len(context.no_rules)
+    full = sum(cost(layer, Rule()) for layer in range(layers)) / layers
+    budget = StrategyBudget("distinct", full * DISTINCT_SHARE)
+    if decode_batch == 1:
+        budget = StrategyBudget("slots", full * SLOTS_SHARE)
     return Setting(
         context.fingerprint,
         decode_batch,
@@ -172,7 +140,7 @@ def keep_by_budget(context: TuneContext, keep: str) -> Mapping[str, Kept]:
     counts = {b: kept_count(b, shape) for b in dict.fromkeys([keep, *MEMORY_BUDGETS])}
 
     def compute() -> dict[str, Kept]:
-        criterion, least = CRITERIA.get(settings.criterion), min(counts.values())
+        criterion, least = CRITERIA[settings.criterion], min(counts.values())
         windows = context.text.profiled
         scores_LE = rank_experts(criterion, shape, settings.seed, context.model, windows, least)
         return {b: best_experts(scores_LE, n, shape) for b, n in counts.items()}

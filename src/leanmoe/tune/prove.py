@@ -33,7 +33,6 @@ from leanmoe.results.tune import LoadGain, LoadVerdict, Sensitivity
 from leanmoe.runtime import apply, served_experts
 from leanmoe.stats.paired import Losses, Verdict, fixed_sequence, non_inferior
 from leanmoe.tune.allocate import FrontPoint, points_for
-from leanmoe.tune.alternatives import strategy_points
 from leanmoe.tune.context import FULL_LOSSES, GAIN, VALIDATION, TuneContext, digest
 from leanmoe.tune.layers import PhaseTimes
 
@@ -129,8 +128,6 @@ def _points(
     prompt: tuple[Rule, ...] | None,
 ) -> list[FrontPoint]:
     context = proof.context
-    if context.settings.strategy not in ("auto", "leanmoe"):
-        return strategy_points(context, sensitivities, concurrency, times)
     points = points_for(context, sensitivities, concurrency, times, proof.full.mean, prompt)
     if proof.kept is not None:
         points.insert(0, FrontPoint((), context.no_rules, 0.0, 1.0, "the experts kept alone"))

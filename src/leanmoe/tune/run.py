@@ -36,7 +36,6 @@ from leanmoe.tune.prove import (
     verdict_on,
 )
 from leanmoe.tune.settings import TuneSettings
-from leanmoe.tune.strategies import STRATEGIES
 
 
 def tune(
@@ -48,8 +47,6 @@ def tune(
     short, and a folder that holds something else.
     """
     settings.check()
-    if settings.strategy != "auto":
-        STRATEGIES.get(settings.strategy)
     loads = settings.concurrency
 
     # Measure the model: what its router does, what each rule loses, how long its layers take.
@@ -64,7 +61,7 @@ def tune(
     # Prove plans on held-out text, and show what other strategies would have lost.
     proof = Proof(context, full, kept)
     proved = prove_all(proof, sensitivities, times)
-    ends = sorted({loads[0], loads[-1]}) if settings.strategy == "auto" else []
+    ends = sorted({loads[0], loads[-1]})
     strategies = [compare_strategies(context, sensitivities, load) for load in ends]
 
     # Measure what the proven plan gains; claim what both loss and throughput bear out.

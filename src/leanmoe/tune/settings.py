@@ -41,10 +41,6 @@ class TuneSettings:
         text=percent_text,
     )
     confidence: float = option(0.95, "Confidence of every interval and verdict.")
-    strategy: str = option(
-        "auto",
-        "A strategy by name, or 'auto': leanmoe's own search, compared with all the others.",
-    )
     keep: str | None = option(
         None, "A memory budget: the share or number of a layer's experts that a plan may use."
     )
@@ -91,7 +87,7 @@ class TuneSettings:
             from leanmoe.models.shape import read_shape
             from leanmoe.prune.criteria import CRITERIA, kept_count
 
-            CRITERIA.get(self.criterion)
+            CRITERIA[self.criterion]
             kept_count(self.keep, read_shape(self.model))
         require(self.output_len >= 2, "--output-len", self.output_len, "at least 2")
 

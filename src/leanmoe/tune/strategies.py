@@ -61,13 +61,6 @@ class Strategy:
     needs_batch: bool = False
 
 
-def _strategy(name: str, rules: Callable[[Setting], tuple[Rule, ...]], **about: Any) -> Strategy:
-    return Strategy(name, rules=rules, **about)
-
-
-STRATEGIES: Registry[Strategy] = Registry("strategy", _strategy, also=("auto",))
-"""By name; "auto" stands for leanmoe's own, compared with all the others."""
-
 logger = logging.getLogger(__name__)
 BISECTIONS = 18
 BEST_TUPLE = (6 / 8, 8 / 8, 8 / 8, 61 / 61)
@@ -77,17 +70,11 @@ RANDOM_TOKENS = 512
 """Random inputs of each layer for LExI's measure."""
 
 
-@STRATEGIES.register("uniform", title="the same top-k everywhere", source="arXiv 2505.03531")
 def uniform(setting: Setting) -> tuple[Rule, ...]:
     """The same top-k in every layer; k and k + 1 in turn where the budget lies between."""
     return _whole_numbers(setting, lambda k: Rule(top_k=k), _evenly(setting.model.moe_layers))
 
 
-@STRATEGIES.register(
-    "bhep",
-    title="(b, h, e, p): experts in two straight lines over depth",
-    source="arXiv 2505.03531",
-)
 def begin_high_end(setting: Setting) -> tuple[Rule, ...]:
     """Experts by depth in two straight lines: the paper's (b, h, e, p), lowered to the budget.
 
@@ -106,23 +93,16 @@ def begin_high_end(setting: Setting) -> tuple[Rule, ...]:
     return best
 
 
-@STRATEGIES.register(
-    "threshold", title="gates below a share of the best", source="arXiv 2402.14800"
-)
 def threshold(setting: Setting) -> tuple[Rule, ...]:
     """One share of the best gate for all layers."""
     return _tuned(setting, lambda share: Rule(threshold=share), rising=False)
 
 
-@STRATEGIES.register(
-    "top_p", title="the smallest set with a share of the mass", source="arXiv 2403.07652"
-)
 def top_p(setting: Setting) -> tuple[Rule, ...]:
     """One share of the gate mass for all layers."""
     return _tuned(setting, lambda share: Rule(top_p=share), rising=True)
 
 
-@STRATEGIES.register("lexi", title="top-k per layer from random input", source="arXiv 2509.02753")
 def lexi(setting: Setting) -> tuple[Rule, ...]:
     """Top-k per layer where random input says fewer experts move the layer's output least.
 
@@ -140,20 +120,11 @@ def lexi(setting: Setting) -> tuple[Rule, ...]:
     return tuple(Rule(top_k=counts[option]) for option in chosen)
 
 
-@STRATEGIES.register(
-    "guaranteed",
-    title="own best, the rest from the active",
-    source="arXiv 2511.02237",
-    needs_batch=True,
-)
 def guaranteed(setting: Setting) -> tuple[Rule, ...]:
     """The same number of guaranteed experts in every layer, as near the budget as it goes."""
     return _whole_numbers(setting, lambda k: Rule(guaranteed=k), _evenly(setting.model.moe_layers))
 
 
-@STRATEGIES.register(
-    "budget", title="at most so many distinct experts", source="arXiv 2602.07265", needs_batch=True
-)
 def budget(setting: Setting) -> tuple[Rule, ...]:
     """The same distinct experts in every layer."""
     return _whole_numbers(
@@ -164,26 +135,6 @@ def budget(setting: Setting) -> tuple[Rule, ...]:
     )
 
 
-@STRATEGIES.register(
-    "uniform_kept", title="the same top-k, weights of the whole top-k kept", source="leanmoe"
-)
-def uniform_kept(setting: Setting) -> tuple[Rule, ...]:
-    """Uniform top-k whose experts weigh what they weigh beside the whole top-k."""
-    return kept(uniform(setting))
-
-
-@STRATEGIES.register(
-    "guaranteed_kept",
-    title="guaranteed, weights of the whole top-k kept",
-    source="leanmoe",
-    needs_batch=True,
-)
-def guaranteed_kept(setting: Setting) -> tuple[Rule, ...]:
-    """Guaranteed experts with the weights of the whole top-k."""
-    return kept(guaranteed(setting))
-
-
-@STRATEGIES.register("leanmoe", title="rules per layer by measured loss", source="leanmoe")
 def leanmoe(setting: Setting) -> tuple[Rule, ...]:
     """A knapsack over layers: measured loss is least, the budget its limit.
 
@@ -298,3 +249,48 @@ def perturbation(
         for k, output in enumerate(outputs, start=1):
             moved[layer.number, k] = float((output - outputs[-1]).norm() / tokens**0.5)
     return moved
+
+
+STRATEGIES = Registry(
+    "strategy",
+    (
+        Strategy("uniform", "the same top-k everywhere", "arXiv 2505.03531", uniform),
+        Strategy(
+            "bhep",
+            "(b, h, e, p): experts in two straight lines over depth",
+            "arXiv 2505.03531",
+            begin_high_end,
+        ),
+        Strategy("threshold", "gates below a share of the best", "arXiv 2402.14800", threshold),
+        Strategy("top_p", "the smallest set with a share of the mass", "arXiv 2403.07652", top_p),
+        Strategy("lexi", "top-k per layer from random input", "arXiv 2509.02753", lexi),
+        Strategy(
+            "guaranteed",
+            "own best, the rest from the active",
+            "arXiv 2511.02237",
+            guaranteed,
+            needs_batch=True,
+        ),
+        Strategy(
+            "budget",
+            "at most so many distinct experts",
+            "arXiv 2602.07265",
+            budget,
+            needs_batch=True,
+        ),
+        Strategy(
+            "uniform_kept",
+            "the same top-k, weights of the whole top-k kept",
+            "leanmoe",
+            lambda setting: kept(uniform(setting)),
+        ),
+        Strategy(
+            "guaranteed_kept",
+            "guaranteed, weights of the whole top-k kept",
+            "leanmoe",
+            lambda setting: kept(guaranteed(setting)),
+            needs_batch=True,
+        ),
+        Strategy("leanmoe", "rules per layer by measured loss", "leanmoe", leanmoe),
+    ),
+)
