@@ -22,7 +22,7 @@ Entry = TypeVar("Entry", bound=HasName)
 class Registry(dict[str, Entry]):
     """Entries by name, in their order; an unknown name is a LeanMoeError with "did you mean"."""
 
-    def __init__(self, what: str, entries: Iterable[Entry]) -> None:
+    def __init__(self, what: str, entries: Iterable[Entry] = ()) -> None:
         super().__init__((each.name, each) for each in entries)
         self._what = what
 

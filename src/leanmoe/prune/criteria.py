@@ -129,7 +129,8 @@ def _parity_first(experts: int, parity: int) -> Scores:
     return scores_E
 
 
-CRITERIA = Registry("criterion", (
+CRITERIA: Registry[Criterion] = Registry("criterion")
+for _each in (
     Criterion(
         "random", "drawn at random", PAPER, "S_j uniform between 0 and 1, drawn for each layer",
         by_number=lambda experts, seed: np.random.default_rng(seed).random(experts),
@@ -180,7 +181,8 @@ CRITERIA = Registry("criterion", (
         "S_j = the step in which expert j goes: see output_error.py",
         by_model=output_errors,
     ),
-))  # fmt: skip
+):  # fmt: skip
+    CRITERIA[_each.name] = _each
 
 
 class Watch:
