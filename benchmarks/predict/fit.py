@@ -21,10 +21,9 @@ from benchmarks.predict.own_layers import beyond, our_benchmark, our_kernel
 from benchmarks.predict.rates import rates
 from benchmarks.predict.tile_groups import fit_table, transfer
 from leanmoe.core.progress import bar
-from leanmoe.predict.constants import FITTED, Constants
+from leanmoe.predict.constants import FITTED, Accuracy, Constants, KernelConstants
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import FEATURES
-from leanmoe.predict.kernels.kernel_constants import Accuracy, KernelConstants
 from leanmoe.predict.kernels.tables import PACKAGE, TABLES, VERSION
 
 OTHERS = ("carried over", "our layer", "our benchmark")

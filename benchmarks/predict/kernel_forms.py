@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from leanmoe.predict.constants import ANY, TunedLayer
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import FEATURES, PredictedTile
 from leanmoe.predict.kernels.fit import (
@@ -29,7 +30,6 @@ from leanmoe.predict.kernels.fit import (
     fit,
     stages,
 )
-from leanmoe.predict.kernels.kernel_constants import ANY, TunedLayer
 
 FOLDS = 4
 """Folds of the layers, when sets of features are compared."""

@@ -11,10 +11,10 @@ import numpy as np
 
 from leanmoe.core.files import read_json
 from leanmoe.models.shape import distinct_uniform
+from leanmoe.predict.constants import ANY, KernelConstants
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import ExpertsShape, Rows
 from leanmoe.predict.kernels.fit import Form, Reading, accuracy, errors_of, fit, stages
-from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants
 from leanmoe.predict.kernels.tables import ACTIVATION_BYTES, WEIGHT_BYTES
 
 OUR_LAYER = {1: 165.5, 8: 1075, 16: 1910, 32: 3036, 64: 4280, 128: 4795, 256: 4946}

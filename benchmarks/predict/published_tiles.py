@@ -19,7 +19,7 @@ from typing import Any
 from zipfile import ZipFile
 
 from leanmoe.core.files import write_json
-from leanmoe.predict.kernels.kernel_constants import ANY
+from leanmoe.predict.constants import ANY
 
 NAME = re.compile(
     r"(?:triton_(?P<triton>[0-9_]+)/)?E=(?P<experts>\d+),N=(?P<width>\d+),"

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from leanmoe.predict.constants import Accuracy
 from leanmoe.predict.experts.spread import ranks_touched
 from leanmoe.predict.hardware.collectives import EXCHANGED_BYTES
 from leanmoe.predict.hardware.gpus import Gpu, Rates
 from leanmoe.predict.kernels.fit import accuracy, fit_positive
-from leanmoe.predict.kernels.kernel_constants import Accuracy
 from leanmoe.predict.kernels.tables import PACKAGE, VERSION, read_columns
 
 LEAST_LATENT_HEADS = 8

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from benchmarks.predict.kernel_forms import TUNED, choose, schedule_of
 from benchmarks.predict.table_noise import BEATEN, noise, times_beaten
 from leanmoe.core.files import read_json
+from leanmoe.predict.constants import Accuracy, KernelConstants, TunedLayer
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.fit import Reading, accuracy, errors_of, fit
-from leanmoe.predict.kernels.kernel_constants import Accuracy, KernelConstants, TunedLayer
 from leanmoe.predict.kernels.tables import PACKAGE, UNGATED, VERSION, Measured, Table, read_table
 from leanmoe.predict.step.experts_time import Ratios
 

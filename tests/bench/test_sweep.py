@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from leanmoe.bench.measurement import Request, Timeline
+from leanmoe.bench.one_block import block
 from leanmoe.bench.prompts import Supply
-from leanmoe.bench.record import Record
 from leanmoe.bench.settings import BenchSettings, Lengths, ServiceLoad
-from leanmoe.bench.sweep import Outcome, RunOne, sweep
+from leanmoe.bench.sweep import Outcome, Record, RunOne, sweep
 from leanmoe.core.errors import LeanMoeError
 
 SETTINGS = BenchSettings(
@@ -118,3 +118,30 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(Interrupted(), path)
     assert json.loads(path.read_text())["stopped"] == "interrupted"
+
+
+def test_what_was_measured_stays_and_says_why_it_ended(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    with pytest.raises(LeanMoeError, match="stopped answering"):
+        run(Fake(breaks_at=12), path)
+    found = json.loads(path.read_text())
+    assert found["complete"] is False
+    assert found["stopped"] == "the server stopped answering"
+    assert len(found["loads"]) == 2
+    assert len(found["loads"][0]["runs"]["full"]) == 3
+    assert sum(len(runs) for runs in found["loads"][1]["runs"].values()) == 2
+
+
+def test_a_killed_bench_left_a_file_that_says_so(tmp_path: Path) -> None:
+    record = Record(tmp_path / "results.json", SETTINGS, [{"name": "full"}], {})
+    record.save()
+    stored = json.loads(record.path.read_text())
+    assert stored["complete"] is False
+    assert "killed" in stored["stopped"]
+
+
+def test_one_repeat_claims_no_gain(tmp_path: Path) -> None:
+    settings = BenchSettings(**{**vars(SETTINGS), "repeats": 1})
+    found = run(Fake(), tmp_path / "results.json", settings)
+    assert found["loads"][0]["gain"] == {}
+    assert "no gain is claimed" in block(found["loads"][0], 0.95)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.predict.calibrate import Layer, Sizes, calibrate
-from leanmoe.predict.constants import Constants
+from leanmoe.predict.constants import Constants, KernelConstants, Regime
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
-from leanmoe.predict.kernels.kernel_constants import KernelConstants, Regime
 from tests.cli.test_main import run
 
 H200 = GPUS["h200"]

@@ -12,9 +12,8 @@ import torch
 from leanmoe.bench.continuous import Arrivals, Room, run, served
 from leanmoe.bench.measurement import Request
 from leanmoe.bench.prompts import Supply
-from leanmoe.bench.record import plan_sha256
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
-from leanmoe.bench.sweep import Outcome, RunOne
+from leanmoe.bench.sweep import Outcome, RunOne, plan_sha256
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Plan, Rule
 from leanmoe.runtime import apply, served_experts, shape_of

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from leanmoe.bench.prompts import Supply, encode, read_dataset, read_stream
-from leanmoe.bench.record import Record
 from leanmoe.bench.servers import Server, ask, read_address
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
-from leanmoe.bench.sweep import Runner, sweep
+from leanmoe.bench.sweep import Record, Runner, sweep
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers

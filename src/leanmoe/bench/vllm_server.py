@@ -19,10 +19,9 @@ from typing import Any
 from leanmoe.bench.measurement import Request
 from leanmoe.bench.over_http import OverHTTP
 from leanmoe.bench.prompts import Supply
-from leanmoe.bench.record import plan_sha256
 from leanmoe.bench.servers import Server, answers
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
-from leanmoe.bench.sweep import Outcome
+from leanmoe.bench.sweep import Outcome, plan_sha256
 from leanmoe.core.environment import PLAN
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import require_vllm

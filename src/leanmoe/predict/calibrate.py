@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.core.provenance import collect
-from leanmoe.predict.constants import Constants, shipped
+from leanmoe.predict.constants import ANY, Constants, KernelConstants, shipped
 from leanmoe.predict.hardware.gpus import Gpu, Rates
 from leanmoe.predict.kernels.features import ExpertsShape, Rows
 from leanmoe.predict.kernels.fit import (
@@ -35,7 +35,6 @@ from leanmoe.predict.kernels.fit import (
     log_error,
     stages,
 )
-from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants
 from leanmoe.predict.settings import CALIBRATE_TOKENS
 
 if TYPE_CHECKING:

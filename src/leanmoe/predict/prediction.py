@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan
-from leanmoe.predict.constants import Constants, shipped
+from leanmoe.predict.constants import Constants, KernelConstants, shipped
 from leanmoe.predict.experts.active_experts import Activation
 from leanmoe.predict.experts.curve_sources import CurvesOf
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import TESTED_EXPERTS, TESTED_MULTIPLE
-from leanmoe.predict.kernels.kernel_constants import KernelConstants
 from leanmoe.predict.kernels.tables import kernel_format
 from leanmoe.predict.step.deployment import Deployment, Memory
 from leanmoe.predict.step.step_time import StepBatch, StepTime

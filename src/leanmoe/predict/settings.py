@@ -19,11 +19,6 @@ SWEEPS_ALONE = "--output, --tpot, --ttft and --price go with --sweep"
 LENGTHS_HELP = "a number, 512:2048 (even), 1024~0.8 (log-normal: median and sigma), or a file."
 
 
-def _words(name: str, text: str) -> str:
-    del name
-    return text
-
-
 @dataclass(frozen=True)
 class PredictSettings:
     """The settings of one prediction, or of one sweep over deployments."""
@@ -58,8 +53,8 @@ class PredictSettings:
     request_rate: float | None = option(
         None, "Requests a second that arrive at random (Poisson), in place of --concurrency."
     )
-    input_len: str = option("1024", f"Prompt tokens: {LENGTHS_HELP}", parse=_words)
-    output_len: str = option("1024", f"Reply tokens: {LENGTHS_HELP}", parse=_words)
+    input_len: str = option("1024", f"Prompt tokens: {LENGTHS_HELP}")
+    output_len: str = option("1024", f"Reply tokens: {LENGTHS_HELP}")
     kernel: str | None = option(
         None, "Whose kernel runs the experts; the error for an unknown one lists them."
     )

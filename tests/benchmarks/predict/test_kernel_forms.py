@@ -7,10 +7,10 @@ import pytest
 
 from benchmarks.predict.kernel_forms import CUTLASS, SCHEDULES, TUNED, choose
 from leanmoe.models.shape import distinct_uniform
+from leanmoe.predict.constants import ANY, KernelConstants, Regime, TunedLayer
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
 from leanmoe.predict.kernels.fit import Reading, StepRange, errors_of, fit, stages
-from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants, Regime, TunedLayer
 
 H200 = GPUS["h200"]
 

@@ -7,10 +7,10 @@ import pytest
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import distinct_uniform
+from leanmoe.predict.constants import ANY, KernelConstants, Regime
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, PredictedTile, Rows
 from leanmoe.predict.kernels.fit import Form, Reading, accuracy, errors_of, fit, stages
-from leanmoe.predict.kernels.kernel_constants import ANY, KernelConstants, Regime
 
 H200 = GPUS["h200"]
 

@@ -14,6 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.predict.constants import (
+    Accuracy,
+    KernelConstants,
+    Regime,
+    TunedLayer,
+    tuned_tile,
+)
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import (
     FEATURES,
@@ -23,13 +30,6 @@ from leanmoe.predict.kernels.features import (
     PredictedTile,
     Rows,
     features,
-)
-from leanmoe.predict.kernels.kernel_constants import (
-    Accuracy,
-    KernelConstants,
-    Regime,
-    TunedLayer,
-    tuned_tile,
 )
 
 REWEIGHTED = 6

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from leanmoe.predict.constants import ANY
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import ExpertsShape, Rows
-from leanmoe.predict.kernels.kernel_constants import ANY
 
 SLOT_BY_SLOT: Mapping[tuple[str, str], float] = {
     ("vllm-triton", "bfloat16"): 1 / 4,

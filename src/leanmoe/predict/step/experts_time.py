@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from leanmoe.models.shape import MoEShape
+from leanmoe.predict.constants import KernelConstants
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import ExpertsShape, Rows
-from leanmoe.predict.kernels.kernel_constants import KernelConstants
 from leanmoe.predict.kernels.tables import (
     ACTIVATION_BYTES,
     PADDED_TO,

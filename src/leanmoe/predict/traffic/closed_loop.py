@@ -27,8 +27,6 @@ class Served:
     """Requests that run in the engine; the others wait for room in the KV cache."""
     step: Parts
     """A step in which all decode."""
-    mixed: Parts | None
-    """A step with a part of a prompt, too."""
 
 
 def closed_loop(
@@ -70,5 +68,4 @@ def closed_loop(
         round_seconds / outputs,
         running,
         plain,
-        mixed,
     )
