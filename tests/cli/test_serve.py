@@ -133,3 +133,29 @@ def test_without_a_plan_the_full_model_is_served(
     pretend(monkeypatch, None)
     assert json.loads(run(capsys, *words)[1])["plan"] == "none"
     assert "give one with --plan" in run(capsys, *words, "--drop", "prompt")[2]
+
+
+def test_an_installation_is_checked_without_a_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install = VllmInstall("vllm", "0.32.0")
+    monkeypatch.setattr("leanmoe.cli.serve.require_vllm", lambda **_: install)
+    monkeypatch.setattr("leanmoe.serve.vllm.survey.check_plugin", lambda: None)
+    code, out, _ = run(capsys, "serve", "--check", "--json")
+    found = json.loads(out)
+    assert (code, found["version"], found["can_run_plans"]) == (0, "0.32.0", True)
+    assert {"version", "plugin", "padding, V2 runner"} <= {f["name"] for f in found["findings"]}
+    code, out, _ = run(capsys, "serve", "--check")
+    assert code == 0
+    assert "version: fits: vLLM 0.32.0 is one that leanmoe ran with" in out
+    monkeypatch.setattr("leanmoe.cli.serve.require_vllm", lambda **_: VllmInstall("vllm", "0.20.0"))
+    code, out, error = run(capsys, "serve", "--check")
+    assert code == 1
+    assert "version: does not fit" in out
+    assert "a plan needs 0.24 or newer" in error
+
+
+def test_a_model_must_be_named_to_be_served(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(capsys, "serve")
+    assert code == 1
+    assert "MODEL is missing" in error

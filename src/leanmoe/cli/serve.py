@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -25,15 +26,25 @@ def serve(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the command, and stop.")
     ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Say what fits a plan in this vLLM, without a model.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Serve a model under a plan, or in full: /v1 as OpenAI has it, /metrics for Prometheus.
 
-    Plan, model, port and engine are checked before weights are read.
+    Plan, model, port and engine are checked before weights are read. With --check no model is
+    named: what the installed vLLM has of what plans need is printed, and anything that is needed
+    and missing ends it with an error.
 
     Example:
     leanmoe serve Qwen/Qwen3-30B-A3B --plan plan.json -- --max-model-len 8192
     """
+    if check:
+        _say_what_fits(as_json)
+        return
+    if not settings.model:
+        raise LeanMoeError("MODEL is missing: name a folder, a model on the Hub, or 'reference'")
     shape = read_shape(settings.model).fingerprint()
     plan = Plan(shape)
     if settings.plan is not None:
@@ -78,6 +89,25 @@ def _serve_vllm(settings: ServeSettings, plan: Plan, dry_run: bool, as_json: boo
     if not dry_run:
         sys.stdout.flush()
         os.execve(command[0], command, {**os.environ, **variables})
+
+
+def _say_what_fits(as_json: bool) -> None:
+    """What the installed vLLM has of what a plan needs or gains by."""
+    from leanmoe.serve.vllm.installation import files_of_vllm
+    from leanmoe.serve.vllm.survey import survey
+
+    install = require_vllm(with_plans=False)
+    findings = survey(install, files_of_vllm(), os.environ)
+    missing = [each.says for each in findings if each.is_needed and not each.fits]
+    if as_json:
+        findings_json = [asdict(each) for each in findings]
+        print_json({**asdict(install), "can_run_plans": not missing, "findings": findings_json})
+    else:
+        print(f"{install.distribution} {install.version}")
+        for each in findings:
+            print(f"{each.name}: {'fits' if each.fits else 'does not fit'}: {each.says}")
+    if missing:
+        raise LeanMoeError(missing[0])
 
 
 def _say(what: dict[str, object], as_json: bool) -> None:

@@ -17,7 +17,7 @@ DROP_HELP = "A part of the plan to leave out: prompt. May be repeated."
 class ServeSettings:
     """The settings of one server."""
 
-    model: str = argument(MODEL_HELP)
+    model: str = argument(MODEL_HELP, "")
     engine_arguments: tuple[str, ...] = argument(
         "Arguments that are passed on to vLLM; put -- before them.", (), repeats=True
     )

@@ -13,6 +13,7 @@ from leanmoe.serve.vllm.launch import (
     capture_sizes,
     command,
     compilation,
+    entry_point,
     environment,
     lacks_mla_kernel,
     missing_in,
@@ -64,4 +65,16 @@ def test_what_the_user_adds_comes_last_and_prevails() -> None:
     assert words[-2:] == more
     assert words.count("--compilation-config") == 1
     assert "leanmoe.serve.vllm.plan_metrics.PlanMetrics" in words
+    assert words[2:4] == ["vllm.entrypoints.openai.api_server", "--model"]
     assert not any("leanmoe.serve" in w for w in command("reference", "", 1, None, [], ON_CPU))
+
+
+def test_vllm_is_started_by_its_own_command_where_that_runs() -> None:
+    served = ["vllm.entrypoints.cli.main", "serve"]
+    for install in (ON_GPU, VllmInstall("vllm", "0.24.0")):
+        assert entry_point(install) == served
+    older = ["vllm.entrypoints.openai.api_server", "--model"]
+    for install in (ON_CPU, VllmInstall("vllm", "")):  # no distribution of the name vllm
+        assert entry_point(install) == older
+    name = command("reference", "127.0.0.1", 8000, None, [], ON_GPU)[4]
+    assert Path(name).is_dir()

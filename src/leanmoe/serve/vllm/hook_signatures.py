@@ -69,9 +69,10 @@ RUNNERS = {
     "v1.worker.gpu.model_runner:GPUModelRunner": "execute_model capture_model sample_tokens",
     "v1.core.sched.output:SchedulerOutput": "make_empty",
     "v1.core.sched.output": "NewRequestData",
+    "entrypoints.cli.main": "main",
 }
-"""What runs a step: parameters come and go, those that leanmoe uses must be there. Real steps try
-them when a model is loaded."""
+"""What starts a server and runs a step. Parameters come and go, but those that leanmoe uses are
+there; real steps try them when a model is loaded."""
 EXPERTS = {
     f"{_MOE}.modular_kernel:FusedMoEKernel": "impl",
     f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl": "fused_experts",

