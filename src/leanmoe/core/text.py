@@ -145,21 +145,21 @@ def _local(path: Path) -> Iterator[Document]:
 
 def _plain(path: Path) -> Iterator[Document]:
     text = _read(path)
-    parts = text.split(SEPARATOR) if SEPARATOR in text else _sections(text)
+    parts = text.split(SEPARATOR) if SEPARATOR in text else sections(text, "\n\n")
     for number, part in enumerate(parts):
         if part.strip():
             yield Document(f"{path.name} {number}", part.strip())
 
 
-def _sections(text: str) -> Iterator[str]:
-    """Whole paragraphs, gathered until a section is long enough."""
+def sections(text: str, separator: str) -> Iterator[str]:
+    """Whole paragraphs, gathered until a section is long enough; the last one may be short."""
     gathered: list[str] = []
-    for paragraph in text.split("\n\n"):
+    for paragraph in text.split(separator):
         gathered.append(paragraph)
         if sum(map(len, gathered)) >= SECTION_CHARACTERS:
-            yield "\n\n".join(gathered)
+            yield separator.join(gathered)
             gathered = []
-    yield "\n\n".join(gathered)
+    yield separator.join(gathered)
 
 
 def _json_lines(path: Path) -> Iterator[Document]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.run_folder import RunFolder
-from leanmoe.core.text import Document, read_corpus
+from leanmoe.core.text import SECTION_CHARACTERS, Document, read_corpus, sections
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import Named
@@ -29,7 +29,6 @@ from leanmoe.stats.paired import Losses, loss_increase, require_documents
 
 FEWEST_DOCUMENTS = 60
 """A text of fewer is cut into passages, which are then what statistics are paired by."""
-PASSAGE_CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
@@ -144,17 +143,11 @@ def read_domain(name: str, path: Path) -> Domain:
 
 
 def _passages(document: Document) -> list[Document]:
-    """The document's paragraphs, gathered until a passage is long enough."""
-    found: list[Document] = []
-    gathered: list[str] = []
-    for paragraph in document.text.split("\n"):
-        gathered.append(paragraph)
-        if sum(map(len, gathered)) >= PASSAGE_CHARACTERS:
-            found.append(Document(f"{document.name}, passage {len(found)}", "\n".join(gathered)))
-            gathered = []
-    if sum(map(len, gathered)) >= PASSAGE_CHARACTERS // 2:
-        found.append(Document(f"{document.name}, passage {len(found)}", "\n".join(gathered)))
-    return found
+    """The document's paragraphs, gathered until a passage is long enough; half of one is none."""
+    *passages, rest = sections(document.text, "\n")
+    if len(rest.replace("\n", "")) >= SECTION_CHARACTERS // 2:
+        passages.append(rest)
+    return [Document(f"{document.name}, passage {n}", text) for n, text in enumerate(passages)]
 
 
 def _calibrated(

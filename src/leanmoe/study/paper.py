@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from itertools import pairwise
 
-SOURCE = "arXiv 2505.03531"
 V3, V2_LITE = "deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-V2-Lite"
 
 TABLE_9: Mapping[int, Mapping[int, float]] = {
