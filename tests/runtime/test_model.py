@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from leanmoe.kernels.cpu.threads import openmp_functions
-from leanmoe.runtime import find_layers, hidden_before, release_threads, resume_from
+from leanmoe.runtime import find_layers, release_threads, resume_from
+from leanmoe.runtime.model import keep_hidden
 from tests.runtime.families import build
-from tests.runtime.test_apply import ids, logits
+from tests.runtime.test_apply import logits
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "gpt_oss"])
 def test_resuming_gives_the_logits_of_the_whole_model(family: str) -> None:
     model = build(family)
-    kept = hidden_before(model, ids(), [1, 2])
+    with keep_hidden(model, [1, 2]) as kept:
+        logits(model)
     stock = logits(model)
     for index, hidden in kept.items():
         with resume_from(model, index, hidden):

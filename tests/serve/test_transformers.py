@@ -37,7 +37,7 @@ def test_metrics_say_what_the_last_step_ran() -> None:
     assert "leanmoe_step_rows 3" in after
     assert 'leanmoe_band{band="0",up_to="8"} 1' in after
     assert 'leanmoe_activated_experts{layer="0"} 2' in after
-    assert "leanmoe_generation_tokens_per_second" in after
+    assert "leanmoe_generation_tokens_total" in after
 
 
 def test_rows_that_nobody_reads_do_not_decide_the_band_under_prompt_rules() -> None:

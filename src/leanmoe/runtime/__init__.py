@@ -9,7 +9,6 @@ from leanmoe.runtime.counts import RoutingCounts
 from leanmoe.runtime.model import (
     MoELayer,
     find_layers,
-    hidden_before,
     load_model,
     partial_attention_reason,
     record,
@@ -27,7 +26,6 @@ __all__ = [
     "apply",
     "find_layers",
     "has_kernel",
-    "hidden_before",
     "load_model",
     "partial_attention_reason",
     "record",

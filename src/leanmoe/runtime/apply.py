@@ -64,7 +64,6 @@ def apply(
     decode_batch: int | None = None,
     prompt_tokens: int | None = None,
     count: bool = False,
-    more_experts: bool = False,
     placement: Placement | None = None,
     observe: Observe | None = None,
 ) -> Iterator[Applied]:
@@ -81,7 +80,6 @@ def apply(
             prompt, whose predictions are not read. Not set: a call says so itself by asking for
             few logits (`logits_to_keep`), as `generate` and continuous batching do.
         count: fills in the counts of `Applied`.
-        more_experts: allows rules with more experts than the model was trained with.
         placement: the ranks that experts would be on in a service, for `budget_per_rank`; this
             process computes them all. Not set: one rank.
         observe: called by each MoE layer in each step with what it chose; a skipped slot has
@@ -90,7 +88,7 @@ def apply(
     Raises LeanMoeError when the plan is for another model, a rule or the placement is out of
     range, the model cannot be run, or another plan is applied to it already.
     """
-    router = _check(model, plan, experts, more_experts, placement)
+    router = _check(model, plan, experts, placement)
     layers = find_layers(model)
     scores = decode_batch is not None or prompt_tokens is not None
     scoring = (decode_batch, prompt_tokens or 0) if scores else None
@@ -142,12 +140,10 @@ def _implementation(model: Any, layers: tuple[MoELayer, ...]) -> str:
     return name
 
 
-def _check(
-    model: Any, plan: Plan, experts: str, more_experts: bool, placement: Placement | None
-) -> Router:
+def _check(model: Any, plan: Plan, experts: str, placement: Placement | None) -> Router:
     """The model's router; raises LeanMoeError for what `apply` cannot do."""
     shape = shape_of(model)
-    plan.check(shape.fingerprint(), more_experts)
+    plan.check(shape.fingerprint())
     if placement is not None:
         placement.check(plan.model.experts)
     if experts not in ("stock", IMPLEMENTATION):

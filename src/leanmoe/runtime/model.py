@@ -275,16 +275,6 @@ def keep_hidden(model: Any, decoder_indices: Sequence[int]) -> Iterator[dict[int
         yield kept
 
 
-@torch.inference_mode()
-def hidden_before(
-    model: Any, input_ids_SN: Tensor, decoder_indices: Sequence[int]
-) -> dict[int, Tensor]:
-    """The hidden states [S,N,D] that enter these decoder layers for these tokens."""
-    with keep_hidden(model, decoder_indices) as kept:
-        model(input_ids=input_ids_SN, use_cache=False, logits_to_keep=1)
-    return kept
-
-
 @contextmanager
 def resume_from(model: Any, decoder_index: int, hidden_SND: Tensor) -> Iterator[None]:
     """Makes `model`'s forward start at decoder layer `decoder_index` with these hidden states.

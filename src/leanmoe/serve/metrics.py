@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-TOKENS = "vllm:generation_tokens_total"
-"""The engine's own counter of tokens, from which their rate is taken."""
-
-
-class TokenRate:
-    """Tokens per second between one scrape and the next."""
-
-    def __init__(self) -> None:
-        self._tokens = 0.0
-        self._at: float | None = None
-
-    def per_second(self, tokens: float, now: float | None = None) -> float | None:
-        """The rate since the last call with the counter's value then; None the first time."""
-        now = time.monotonic() if now is None else now
-        before, self._at = self._at, now
-        added, self._tokens = tokens - self._tokens, tokens
-        return None if before is None or now <= before else max(added, 0.0) / (now - before)
-
-
-def counted_tokens(exposition: str, name: str = TOKENS) -> float:
-    """The sum of a counter over its labels in Prometheus' text."""
-    values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)", exposition, re.MULTILINE)
-    return sum(float(value) for value in values)
 
 
 def exposition(
     plan: str,
     engine: str,
     step: Mapping[str, Any] | None,
-    tokens_per_second: float | None,
+    generated: int | None = None,
 ) -> str:
     """Gauges of a step: its band, and per layer its distinct experts and the experts a token used.
 
@@ -45,12 +19,10 @@ def exposition(
     """
     labels = {"plan": plan or "none", "engine": engine}
     lines = _gauge("leanmoe_plan", "The plan at work.", [(labels, 1)])
-    if tokens_per_second is not None:
-        lines += _gauge(
-            "leanmoe_generation_tokens_per_second",
-            "Tokens generated a second since the last scrape.",
-            [({}, tokens_per_second)],
-        )
+    if generated is not None:
+        name = "leanmoe_generation_tokens_total"
+        lines += [f"# HELP {name} Tokens generated.", f"# TYPE {name} counter"]
+        lines.append(f"{name} {generated}")
     if step is not None:
         up_to = "none" if step["up_to"] is None else str(step["up_to"])
         band = "full model" if step["band"] is None else str(step["band"])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Plan
-from leanmoe.serve.metrics import TokenRate, exposition
+from leanmoe.serve.metrics import exposition
 
 PACKAGES = "fastapi, uvicorn, openai and accelerate: pip install 'transformers[serving]' accelerate"
 NO_END = -1
@@ -43,7 +43,6 @@ class PlannedServer:
         self._running: EngineStep | None = None
         self._last: EngineStep | None = None
         self._generated = 0
-        self._rate = TokenRate()
 
     def apply(self, model: Any) -> Any:
         """The model, under the plan until the process ends."""
@@ -60,11 +59,10 @@ class PlannedServer:
 
     def metrics(self) -> str:
         """Prometheus' text about the last step; reading it waits for the device."""
-        step, rate = self._last, self._rate.per_second(self._generated)
-        if step is None:
-            return exposition(self._path, "transformers", None, rate)
-        report = {**step.routing.read().to_json(), **self._band(step), "rows": step.rows}
-        return exposition(self._path, "transformers", report, rate)
+        step, report = self._last, None
+        if step is not None:
+            report = {**step.routing.read().to_json(), **self._band(step), "rows": step.rows}
+        return exposition(self._path, "transformers", report, self._generated)
 
     def _begin(self, _model: Any, inputs: Any, keywords: dict[str, Any]) -> None:
         from leanmoe.serve.routing_statistics import RoutingStatistics

@@ -91,7 +91,6 @@ def test_a_server_answers_and_says_what_the_plan_does(server: tuple[str, str]) -
     assert f'engine="{engine}"' in metrics
     assert 'leanmoe_band{band="0",up_to="8"} 1' in metrics
     assert 'leanmoe_distinct_experts{layer="5"}' in metrics
-    assert "leanmoe_generation_tokens_per_second" in metrics
     # A step of one token has only its own three guaranteed experts to choose from.
     assert "leanmoe_step_rows 1\n" in metrics
     assert 'leanmoe_activated_experts{layer="0"} 3' in metrics

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.schema import from_json, to_json
 from leanmoe.kernels.reference import check_call
-from leanmoe.kernels.triton.config import MOST_DIRECT_TOKENS, ExpertsConfig, Tile
+from leanmoe.kernels.triton.config import MOST_DIRECT_TOKENS, ExpertsConfig
 from leanmoe.kernels.triton.expert_blocks import ExpertBlocks, build_expert_blocks
 from leanmoe.kernels.triton.launch import ExpertsCall, Operands, interprets, operands
 from leanmoe.kernels.weights import SCALE_BLOCK, ExpertWeights, Gate
@@ -88,7 +91,7 @@ def experts_gpu(
     layer = operands(weights)
     if out is not None:
         return _run(ExpertsCall(hidden, ids, gates, layer, config, out), grouped)
-    result: Tensor = _experts_op(hidden, ids, gates, *layer, grouped, _numbers(config))
+    result: Tensor = _experts_op(hidden, ids, gates, *layer, grouped, _as_text(config))
     return result
 
 
@@ -140,24 +143,15 @@ def _check_config(
         )
 
 
-def _numbers(config: ExpertsConfig) -> list[int]:
+@lru_cache(maxsize=256)
+def _as_text(config: ExpertsConfig) -> str:
     """The config as the op takes it; `_config` reads it."""
-    first, second = (tuple(vars(tile).values()) for tile in (config.gate_up, config.down))
-    own = (value for value in vars(config).values() if not isinstance(value, Tile))
-    return [int(number) for number in (*first, *second, *own)]
+    return json.dumps(to_json(config))
 
 
-def _config(numbers: list[int]) -> ExpertsConfig:
-    block_m, tail_m, is_direct, use_pdl, fused_sum, fp8_terms, subblocks, float16_act = numbers[14:]
-    return ExpertsConfig(
-        block_m, tail_m, bool(is_direct), _tile(numbers[:7]), _tile(numbers[7:14]),
-        bool(use_pdl), bool(fused_sum), fp8_terms, subblocks, bool(float16_act),
-    )  # fmt: skip
-
-
-def _tile(numbers: list[int]) -> Tile:
-    block_n, block_k, warps, stages, group_m, swap_ab, use_tma = numbers
-    return Tile(block_n, block_k, warps, stages, group_m, bool(swap_ab), bool(use_tma))
+@lru_cache(maxsize=256)
+def _config(text: str) -> ExpertsConfig:
+    return from_json(ExpertsConfig, json.loads(text), "experts config")
 
 
 @torch.library.custom_op("leanmoe::experts_gpu", mutates_args=())
@@ -166,7 +160,7 @@ def _experts_op(
     gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None,
     gate_up_scale: Tensor | None, down_scale: Tensor | None, is_transposed: bool,
     is_concatenated: bool, is_gated: bool, activation: int, limit: float, alpha: float,
-    up_offset: float, blocks: list[Tensor], config: list[int],
+    up_offset: float, blocks: list[Tensor], config: str,
 ) -> Tensor:  # fmt: skip
     layer = Operands(
         gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale, is_transposed,

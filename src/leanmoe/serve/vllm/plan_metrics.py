@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from leanmoe.core.environment import PLAN
-from leanmoe.serve.metrics import TokenRate, counted_tokens, exposition
+from leanmoe.serve.metrics import exposition
 
 PATH = "/metrics"
 METHOD = "leanmoe_statistics"
@@ -36,7 +36,6 @@ class PlanMetrics:
 
     def __init__(self, app: Any) -> None:
         self._app = app
-        self._rate = TokenRate()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One request: all but those for metrics pass through untouched."""
@@ -58,9 +57,8 @@ class PlanMetrics:
 
     async def _answer(self, scope: Any, start: dict[str, Any], body: bytes, send: Any) -> None:
         if start.get("status") == 200:
-            rate = self._rate.per_second(counted_tokens(body.decode()))
             step = await self._step(scope)
-            body += exposition(os.environ.get(PLAN, ""), "vllm", step, rate).encode()
+            body += exposition(os.environ.get(PLAN, ""), "vllm", step).encode()
         headers = [(k, v) for k, v in start.get("headers", []) if k.lower() != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
         await send({**start, "headers": headers})
