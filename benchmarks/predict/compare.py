@@ -27,10 +27,9 @@ from leanmoe.core.files import read_json
 from leanmoe.models.catalog import published_shape
 from leanmoe.plan import Plan, Rule
 from leanmoe.predict.constants import shipped
-from leanmoe.predict.experts.active_experts import Activation
 from leanmoe.predict.experts.assumed import Assumed
-from leanmoe.predict.experts.curve_sources import CurveOf, assumed_curves
-from leanmoe.predict.experts.curves import from_points
+from leanmoe.predict.experts.curve_sources import assumed_curves
+from leanmoe.predict.experts.curves import Activation, CurveOf, from_points
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.kernels.features import ExpertsShape, Rows
 from leanmoe.predict.kernels.small_steps import SLOT_BY_SLOT, SmallSteps, slot_by_slot

@@ -17,8 +17,7 @@ from leanmoe.core.files import read_json
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Rule
 from leanmoe.predict.constants import Constants
-from leanmoe.predict.experts.active_experts import Activation
-from leanmoe.predict.experts.curves import Curve, from_points
+from leanmoe.predict.experts.curves import Activation, Curve, from_points
 from leanmoe.predict.hardware.gpus import GPUS, Gpu
 from leanmoe.predict.kernels.small_steps import SmallSteps
 from leanmoe.predict.step.deployment import Deployment

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan
 from leanmoe.predict.constants import Constants, KernelConstants, shipped
-from leanmoe.predict.experts.active_experts import Activation
 from leanmoe.predict.experts.curve_sources import CurvesOf
+from leanmoe.predict.experts.curves import Activation
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.kernels.features import TESTED_EXPERTS, TESTED_MULTIPLE
 from leanmoe.predict.kernels.tables import kernel_format

@@ -16,7 +16,7 @@ from leanmoe.plan import Plan, Rule
 from leanmoe.predict.constants import find_constants
 from leanmoe.predict.experts.assumed import Assumed
 from leanmoe.predict.experts.curve_sources import find_curves
-from leanmoe.predict.hardware.gpus import Gpu, read_gpu
+from leanmoe.predict.hardware.gpus import read_gpu
 from leanmoe.predict.prediction import Basis, Prediction, default_kernel
 from leanmoe.predict.prediction import predict as predict_load
 from leanmoe.predict.settings import CONCURRENCY, SWEPT_CONCURRENCY, SWEPT_GPUS, PredictSettings
@@ -40,17 +40,6 @@ class PredictResults:
         return [to_json(each) for each in self.predictions]
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What the settings name."""
-
-    model: MoEShape
-    gpu: Gpu
-    plan: Plan | None
-    loads: tuple[ServiceLoadModel, ...]
-    basis: Basis
-
-
 def predict(settings: PredictSettings) -> PredictResults:
     """Predicts throughput, latency and memory of the full model and, where one is given, a plan.
 
@@ -58,10 +47,24 @@ def predict(settings: PredictSettings) -> PredictResults:
     model that does not fit the GPUs.
     """
     settings.check()
-    inputs = _read(settings)
+    model, gpu = find_shape(settings.model), read_gpu(settings.gpu)
+    plan = find_plan(settings, model)
+    basis = Basis(
+        settings.kernel or default_kernel(model),
+        find_curves(model, plan, settings.profile, Assumed(settings.skew, settings.agreement)),
+        find_constants(settings.constants),
+        settings.cross_rank,
+    )
+    loads = _loads(settings)
     if settings.sweep:
-        return PredictResults(sweep=_sweep(settings, inputs))
-    return PredictResults(_predictions(settings, inputs))
+        plans = {} if plan is None else {"plan": plan}
+        gpus = settings.gpus or (SWEPT_GPUS,)
+        limits = SweepLimits(settings.tpot, settings.ttft, settings.price)
+        return PredictResults(sweep=sweep(model, plans, gpu, gpus, loads, basis, limits))
+    place = find_deployment(model, gpu, settings)
+    return PredictResults(
+        tuple(predict_load(model, plan, place, load, basis, settings.seed) for load in loads)
+    )
 
 
 def find_plan(settings: PredictSettings, model: MoEShape) -> Plan | None:
@@ -81,19 +84,6 @@ def find_plan(settings: PredictSettings, model: MoEShape) -> Plan | None:
     return plan
 
 
-def _read(settings: PredictSettings) -> _Inputs:
-    model = find_shape(settings.model)
-    gpu = read_gpu(settings.gpu)
-    plan = find_plan(settings, model)
-    basis = Basis(
-        settings.kernel or default_kernel(model),
-        find_curves(model, plan, settings.profile, Assumed(settings.skew, settings.agreement)),
-        find_constants(settings.constants),
-        settings.cross_rank,
-    )
-    return _Inputs(model, gpu, plan, tuple(_loads(settings)), basis)
-
-
 def _loads(settings: PredictSettings) -> list[ServiceLoadModel]:
     """A load for each concurrency, or the one at which requests arrive at a rate."""
     lengths = (
@@ -104,23 +94,3 @@ def _loads(settings: PredictSettings) -> list[ServiceLoadModel]:
         return [ServiceLoadModel(*lengths, rate=settings.request_rate)]
     default = SWEPT_CONCURRENCY if settings.sweep else CONCURRENCY
     return [ServiceLoadModel(*lengths, each) for each in settings.concurrency or default]
-
-
-def _predictions(settings: PredictSettings, inputs: _Inputs) -> tuple[Prediction, ...]:
-    place = find_deployment(inputs.model, inputs.gpu, settings)
-    return tuple(
-        predict_load(inputs.model, inputs.plan, place, load, inputs.basis, settings.seed)
-        for load in inputs.loads
-    )
-
-
-def _sweep(settings: PredictSettings, inputs: _Inputs) -> SweepResults:
-    return sweep(
-        inputs.model,
-        {} if inputs.plan is None else {"plan": inputs.plan},
-        inputs.gpu,
-        settings.gpus or (SWEPT_GPUS,),
-        inputs.loads,
-        inputs.basis,
-        SweepLimits(settings.tpot, settings.ttft, settings.price),
-    )

@@ -15,9 +15,9 @@ from leanmoe.models.catalog import published_shape
 from leanmoe.models.shape import MoEShape, distinct_uniform
 from leanmoe.plan import Plan, Rule
 from leanmoe.predict.constants import shipped
-from leanmoe.predict.experts.active_experts import Activation
 from leanmoe.predict.experts.assumed import Assumed
-from leanmoe.predict.experts.curve_sources import CurveOf, assumed_curves
+from leanmoe.predict.experts.curve_sources import assumed_curves
+from leanmoe.predict.experts.curves import Activation, CurveOf
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.prediction import default_kernel
 from leanmoe.predict.step.deployment import Deployment

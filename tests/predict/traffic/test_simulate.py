@@ -7,9 +7,9 @@ import pytest
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.catalog import published_shape
 from leanmoe.predict.constants import shipped
-from leanmoe.predict.experts.active_experts import Activation
 from leanmoe.predict.experts.assumed import Assumed
 from leanmoe.predict.experts.curve_sources import assumed_curves
+from leanmoe.predict.experts.curves import Activation
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.step.deployment import Deployment
 from leanmoe.predict.step.step_time import StepTime

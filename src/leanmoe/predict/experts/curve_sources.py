@@ -14,15 +14,13 @@ from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Fingerprint, Plan, Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.predict.experts.assumed import Assumed, assumed_curve
-from leanmoe.predict.experts.curves import Curve, from_points
+from leanmoe.predict.experts.curves import Curve, CurveOf, from_points
 from leanmoe.predict.experts.spread import ALONE, RankLayout
 
 if TYPE_CHECKING:
     from leanmoe.profile.saved import Profile
 
 
-CurveOf = Callable[[int, Rule], Curve]
-"""A MoE layer's curve under a rule."""
 CurvesOf = Callable[[RankLayout], CurveOf]
 """The curves by where experts are and whose tokens share them."""
 
@@ -30,16 +28,14 @@ CurvesOf = Callable[[RankLayout], CurveOf]
 def assumed_curves(model: MoEShape, assumed: Assumed, scope: RankLayout = ALONE) -> CurveOf:
     """Curves where no trace is at hand: the same in every layer."""
     router = model.router
-    cached: dict[Rule, Curve] = {}
 
-    def curve_of(_layer: int, rule: Rule) -> Curve:
-        if rule not in cached:
-            cached[rule] = assumed_curve(
-                model.experts, model.top_k, rule, assumed, router.groups, router.groups_used, scope
-            )
-        return cached[rule]
+    @cache
+    def of_rule(rule: Rule) -> Curve:
+        return assumed_curve(
+            model.experts, model.top_k, rule, assumed, router.groups, router.groups_used, scope
+        )
 
-    return curve_of
+    return lambda _layer, rule: of_rule(rule)
 
 
 def saved_curves(saved: Mapping[str, object], model: MoEShape) -> CurveOf:
@@ -56,21 +52,17 @@ def saved_curves(saved: Mapping[str, object], model: MoEShape) -> CurveOf:
     shown = saved["profile"]
     assert isinstance(shown, dict)
     layers = shown["layers"]
-    cached: dict[tuple[int, Rule], Curve] = {}
 
+    @cache
     def curve_of(layer: int, rule: Rule) -> Curve:
-        key = (layer, rule)
-        if key not in cached:
-            cached[key] = _saved_curve(layers[layer], rule, model)
-        return cached[key]
+        return _saved_curve(layers[layer], rule, model)
 
     return curve_of
 
 
 def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: MoEShape) -> Curve:
     experts, top_k = model.experts, model.top_k
-    lower = Rule(top_k=rule.top_k, keep_weights=rule.keep_weights)
-    if rule != lower:
+    if not _is_simple(rule):
         raise LeanMoeError(
             f"rule {rule.to_json()} needs the profile's traces replayed: "
             "pip install 'leanmoe[tune]'"

@@ -13,7 +13,7 @@ from functools import lru_cache
 from leanmoe.models.attention import Attention
 from leanmoe.models.shape import MoEShape
 from leanmoe.predict.constants import Constants
-from leanmoe.predict.experts.active_experts import Activation, Active
+from leanmoe.predict.experts.curves import Activation, Active
 from leanmoe.predict.experts.spread import busiest, ranks_touched
 from leanmoe.predict.hardware.collectives import (
     exchange_seconds,

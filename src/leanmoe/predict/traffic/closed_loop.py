@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.experts.curves import Activation
 from leanmoe.predict.step.step_time import Parts, StepBatch, StepTime
 from leanmoe.predict.traffic.service_load import ServiceLoadModel
 

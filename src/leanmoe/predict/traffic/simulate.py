@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.experts.curves import Activation
 from leanmoe.predict.step.step_time import StepBatch, StepTime
 from leanmoe.predict.traffic.service_load import ServiceLoadModel
 

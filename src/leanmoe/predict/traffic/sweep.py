@@ -14,7 +14,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan
-from leanmoe.predict.experts.active_experts import Activation
+from leanmoe.predict.experts.curves import Activation
 from leanmoe.predict.hardware.gpus import Gpu
 from leanmoe.predict.prediction import Basis, remaining
 from leanmoe.predict.step.deployment import Deployment
