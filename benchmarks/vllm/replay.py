@@ -296,6 +296,9 @@ class Engine:
     def experts(self, variant: str, requests: int) -> Seen:
         """The experts that the last step of so many requests activated, on all GPUs."""
         rows = requests // self._layout.data
+        if self.is_captured:  # all graphs share memory: another's replay may have written there
+            self._steps.graph(self._graphs[variant], rows).replay()
+            self.wait()
         active_LE, activated = self.replay.used(variant, rows, rows)
         active_LE = self.ranks.most(active_LE)
         placement = Placement.linear(active_LE.shape[1], self._layout.expert_ranks)

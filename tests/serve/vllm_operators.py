@@ -194,22 +194,34 @@ class TritonExperts:
             order, of_slot = torch.arange(rows * slots), blocks
         else:
             of_slot = blocks.repeat_interleave(16)[: int(count)]
-        cache = torch.full((rows, slots, w2.shape[1]), float("nan"))  # the workspace is not cleared
-        for slot, expert in zip(order.tolist(), of_slot.tolist(), strict=False):
-            if slot >= rows * slots:
-                continue
-            row, place = divmod(slot, slots)
-            if expert < 0:
-                cache[row, place] = 0
-                continue
-            gate, up = (w1[expert] @ hidden_states[row]).chunk(2)
-            cache[row, place] = topk_weights[row, place] * (
-                w2[expert] @ (functional.silu(gate) * up)
-            )
+        places = [
+            (slot, expert)
+            for slot, expert in zip(order.tolist(), of_slot.tolist(), strict=False)
+            if slot < rows * slots
+        ]
+        nan = float("nan")  # workspaces are not cleared
+        first = torch.full((rows * slots, w1.shape[1]), nan)
+        second, third = (
+            first.new_full((len(first), w2.shape[2]), nan),
+            first[:, : w2.shape[1]] * nan,
+        )
+        for slot, expert in places:
+            first[slot] = 0 if expert < 0 else w1[expert] @ hidden_states[slot // slots]
+        self.activation(None, second, first)
+        for slot, expert in places:
+            weighted = topk_weights.view(-1)[slot] * (w2[expert] @ second[slot])
+            third[slot] = 0 if expert < 0 else weighted
+        cache = third.view(rows, slots, -1)
         if is_new:
             self.moe_sum(cache, output, topk_ids, expert_map)
         else:
             self.moe_sum(cache, output)
+
+    def activation(self, activation: Any, output: Tensor, input: Tensor) -> None:
+        """silu(gate) * up of all rows."""
+        del activation
+        gate, up = input.chunk(2, dim=1)
+        output.copy_(functional.silu(gate.float()).to(input.dtype) * up)
 
     def moe_sum(
         self,

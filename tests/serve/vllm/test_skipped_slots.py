@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from leanmoe.serve.vllm.skipped_slots import (
     ASSIGN,
     MODULE,
     ROWS,
+    SkippingActivation,
     SkippingSum,
     all_sizes_unsupported_reason,
     drawn_ids,
@@ -140,7 +142,7 @@ def test_a_trial_fails_for_one_slot_in_the_wrong_block() -> None:
     assert leaves_out(pad_aware_sum, ids_TK, None)
 
 
-@pytest.mark.parametrize("is_in_host_memory", [False, True])
+@pytest.mark.parametrize(("is_in_host_memory", "leaves_out"), [(False, True), (True, False)])
 @pytest.mark.parametrize("rows", [1, 4, 5, 40])
 @pytest.mark.parametrize("where", [None, ELSEWHERE], ids=["one GPU", "expert parallel"])
 @pytest.mark.parametrize("version", VERSIONS)
@@ -152,6 +154,7 @@ def test_nan_in_experts_that_are_skipped_changes_nothing(
     rows: int,
     is_grouped: bool,
     is_in_host_memory: bool,
+    leaves_out: bool,
 ) -> None:
     install_operators(monkeypatch, version=version)
     runner = triton_runner(version, experts=64 if where is None else 32)
@@ -174,6 +177,7 @@ def test_nan_in_experts_that_are_skipped_changes_nothing(
         if local[expert] >= 0:
             layer.w13_weight[local[expert]] = layer.w2_weight[local[expert]] = float("nan")
     LayerSteps(runner, lambda _: is_grouped, lambda _: True).put()
+    experts.fused_experts.activation.leaves_out = leaves_out
     output = torch.full_like(hidden, float("nan"))
     experts.fused_experts.apply(
         output=output, hidden_states=hidden, w1=layer.w13_weight, w2=layer.w2_weight,
@@ -189,3 +193,45 @@ def test_a_step_without_such_slots_is_summed_as_vllm_does() -> None:
     skipping(rows, output)
     skipping(rows, output, torch.zeros(1, 2), expert_map=None)
     assert asked == [(2, {}), (3, {"expert_map": None})]
+
+
+def _limited(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate.clamp(max=7)) * up.clamp(-7, 7)
+
+
+@pytest.mark.parametrize(
+    ("stock", "is_taken"),
+    [
+        (lambda gate, up: torch.nn.functional.silu(gate) * up, True),
+        (lambda gate, up: torch.nn.functional.gelu(gate) * up, False),
+        (lambda gate, up: gate * torch.sigmoid(1.702 * gate) * (up + 1), False),
+        (_limited, False),
+    ],
+    ids=["silu", "gelu", "gpt-oss", "with a limit"],
+)
+def test_rows_are_left_out_of_the_activation_where_it_gives_the_same(
+    stock: Any, is_taken: bool
+) -> None:
+    def activation(kind: Any, output: Tensor, input: Tensor, **named: Any) -> None:
+        assert kind == "silu"
+        assert not named
+        output.copy_(stock(*input.chunk(2, dim=1)))
+
+    kernel = SimpleNamespace(fused_experts=SimpleNamespace(activation=activation))
+    layer = SimpleNamespace(
+        quant_method=SimpleNamespace(moe_kernel=kernel), activation="silu",
+        w13_weight=SimpleNamespace(is_cuda=True, device="cpu"),
+    )  # fmt: skip
+    sums = SkippingSum(lambda *_: None)
+    skipping = SkippingActivation(layer, sums)
+    assert skipping.leaves_out == is_taken
+    rows_XM = torch.randn(4, 8)
+    sums.step = (torch.tensor([[0, -1], [-1, 5]], dtype=torch.int32), None)
+    output = torch.full((4, 4), -7.0)
+    skipping("silu", output, rows_XM)
+    assert (output == -7).all(1).tolist() == (
+        [False, True, True, False] if is_taken else [False] * 4
+    )
+    sums.step = None
+    skipping("silu", output, rows_XM)
+    torch.testing.assert_close(output, stock(*rows_XM.chunk(2, dim=1)))

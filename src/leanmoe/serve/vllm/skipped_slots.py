@@ -5,8 +5,9 @@ vLLM's Triton experts lay the slots of a step out in blocks of one expert each
 Since vLLM 0.26 the first leaves out ids below 0, and the second can be told the ids and leaves the
 same slots out; without expert parallelism vLLM does not tell it (`TritonExperts.moe_sum`, read in
 0.26.0 and 0.33.0). A skipped slot then has no row: nothing writes one, and `SkippingSum` sees that
-nothing adds one up. Between the two each row is computed from itself alone, but for one case that
-is left out: fp8 activations with one scale for all rows.
+nothing adds one up. `SkippingActivation` spares the step between them the rows that nobody wrote:
+vLLM's time there is in proportion to all slots. Each row is computed from itself alone, but for one
+case that is left out: fp8 activations with one scale for all rows.
 
 None of this is promised. So both operators run once when a layer is loaded, on its device, with NaN
 where a skipped row would be. In vLLM 0.24 the alignment counted an id of -1 outside of its memory:
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanmoe.kernels.triton.kept_rows import silu_of_kept
 from leanmoe.serve.vllm.layer_facts import GATHERING, TRITON, not_triton_reason
 
 OPERATORS = "vllm._custom_ops"
@@ -173,3 +175,37 @@ class SkippingSum:
             self._stock(input, output, *ids, **named)
         else:
             import_module(OPERATORS).moe_sum(input, output, *self.step)
+
+
+class SkippingActivation:
+    """Stands in the place of one layer's `TritonExperts.activation`, which takes no ids.
+
+    Where both give the same, rows that nobody wrote are left out; else it is vLLM's as it was.
+    """
+
+    def __init__(self, layer: Any, sums: SkippingSum) -> None:
+        """`layer` is vLLM's `routed_experts`; its activation is tried on a few rows of large
+        values, so that limits, slopes and kinds of activation show."""
+        self._stock = layer.quant_method.moe_kernel.fused_experts.activation
+        self._sums = sums
+        self.leaves_out = layer.w13_weight.is_cuda and self._is_silu(layer)
+
+    def _is_silu(self, layer: Any) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        rows_XM = torch.randn(8, WIDTH, generator=generator).mul(8)
+        rows_XM = rows_XM.to(layer.w13_weight.device, torch.bfloat16)
+        theirs, ours = (rows_XM.new_full((8, WIDTH // 2), float("nan")) for _ in range(2))
+        try:
+            self._stock(layer.activation, theirs, rows_XM)
+        except Exception:  # another number of columns, or called in another way
+            return False
+        ids_TK = torch.zeros(8, 1, dtype=torch.int32, device=rows_XM.device)
+        silu_of_kept(rows_XM, ours, ids_TK, None)
+        return torch.allclose(theirs, ours, rtol=2**-6, atol=1e-5)
+
+    def __call__(self, activation: Any, output: Tensor, input: Tensor, **named: Any) -> None:
+        """Writes the activated rows (X, M) of `input` (X, 2M) to `output`."""
+        if self._sums.step is None or not self.leaves_out:
+            self._stock(activation, output, input, **named)
+        else:
+            silu_of_kept(input, output, *self._sums.step)

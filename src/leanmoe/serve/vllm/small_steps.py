@@ -29,7 +29,14 @@ from torch import Tensor
 
 from leanmoe.plan import Rule
 from leanmoe.serve.vllm.layer_facts import triton_unsupported_reason
-from leanmoe.serve.vllm.skipped_slots import ALIGN, ASSIGN, MODULE, SkippingSum, alignment
+from leanmoe.serve.vllm.skipped_slots import (
+    ALIGN,
+    ASSIGN,
+    MODULE,
+    SkippingActivation,
+    SkippingSum,
+    alignment,
+)
 
 SHARE = 4
 """A step is small if its slots are at most one in so many of the experts."""
@@ -199,7 +206,8 @@ class SlotAssignment:
 class LayerSteps:
     """Stands in the place of one layer's `TritonExperts.apply`.
 
-    It has some steps grouped, and tells the layer's sum the ids of the step that runs.
+    It has some steps grouped, and tells the layer's activation and sum the ids of the step that
+    runs.
     """
 
     def __init__(
@@ -226,6 +234,7 @@ class LayerSteps:
             return
         self._experts.apply = self
         if self._sum is not None:
+            self._experts.activation = SkippingActivation(self._layer, self._sum)
             self._experts.moe_sum = self._sum
 
     def is_in_place(self) -> bool:
