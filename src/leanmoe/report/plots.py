@@ -11,7 +11,7 @@ from leanmoe.core.intervals import LossChange, RatioOfRuns
 from leanmoe.plan import Plan
 from leanmoe.results.bench import THROUGHPUT, TPOT, BenchResults
 from leanmoe.results.predict import SweepResults
-from leanmoe.results.study import Analysis, Banded, Table9, UShape, V2Lite
+from leanmoe.results.study import Table9, UShape
 from leanmoe.results.tune import (
     LoadFront,
     ProfileSummary,
@@ -274,31 +274,12 @@ def deployment_fronts(results: SweepResults) -> go.Figure:
 def table_9(nine: Table9) -> go.Figure:
     """The paper's gains for DeepSeek-V3 beside ours."""
     x = [row.concurrency for row in nine.rows]
-    figure = _gains(x)
+    figure = _figure("concurrency", "gain in throughput, %")
+    _mark_loads(figure, x)
     for k, colour in zip(("6", "4", "3"), COLOURS, strict=False):
         ours, cited = ([row.gain[k] for row in nine.rows], [row.paper_gain[k] for row in nine.rows])
         figure.add_trace(_lines(x, ours, f"k = {k}, modelled", colour))
         figure.add_trace(_lines(x, cited, f"k = {k}, cited", colour, "dot"))
-    return figure
-
-
-def v2_lite(lite: V2Lite) -> go.Figure:
-    """The gains of fewer experts on DeepSeek-V2-Lite."""
-    x = [row.concurrency for row in lite.rows]
-    figure = _gains(x)
-    for number, name in enumerate(lite.rows[0].gain):
-        gains = [row.gain[name] for row in lite.rows]
-        figure.add_trace(_lines(x, gains, name, COLOURS[number % len(COLOURS)]))
-    cited = [row.paper_gain for row in lite.rows]
-    figure.add_trace(_lines(x, cited, "k=4, cited", COLOURS[0], "dot"))
-    return figure
-
-
-def banded(plans: Banded) -> go.Figure:
-    """The gains of plans on DeepSeek-V3."""
-    figure = _gains(plans.concurrency)
-    for number, (name, gains) in enumerate(plans.gains.items()):
-        figure.add_trace(_lines(plans.concurrency, gains, name, COLOURS[number]))
     return figure
 
 
@@ -314,21 +295,7 @@ def u_shapes(curves: Sequence[UShape]) -> go.Figure:
     return figure
 
 
-def intensity(analysis: Analysis) -> go.Figure:
-    """Arithmetic intensity of a fine-grained and a coarse-grained MoE layer over tokens."""
-    figure = _figure("tokens in a step", "arithmetic intensity, FLOP a byte")
-    tokens = [row.tokens for row in analysis.rows]
-    for part, name, colour in zip(("fine", "coarse"), _LAYERS, COLOURS, strict=False):
-        values = [getattr(row, part).intensity for row in analysis.rows]
-        figure.add_trace(_lines(tokens, values, name, colour))
-    figure.add_hline(y=analysis.ridge, line={"color": FULL, "dash": "dash"})
-    figure.update_xaxes(type="log")
-    figure.update_yaxes(type="log")
-    return figure
-
-
 _LOSS = "next-token loss, increase over the full model"
-_LAYERS = ("DeepSeek-V3: 8 of 256", "Mixtral 8x7B: 2 of 8")
 
 
 def _figure(x_title: str, y_title: str) -> go.Figure:
@@ -344,12 +311,6 @@ def _figure(x_title: str, y_title: str) -> go.Figure:
     )
     figure.update_xaxes(title={"text": x_title, "font_size": 13})
     figure.update_yaxes(title={"text": y_title, "font_size": 13})
-    return figure
-
-
-def _gains(concurrencies: Sequence[int]) -> go.Figure:
-    figure = _figure("concurrency", "gain in throughput, %")
-    _mark_loads(figure, concurrencies)
     return figure
 
 
