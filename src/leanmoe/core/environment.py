@@ -51,11 +51,10 @@ VARIABLES = (
     ),
     Variable(
         EXPERTS,
-        "",
+        "vLLM's, and leanmoe's where vLLM's would compute what a plan skips and leanmoe's can run",
         "vllm, leanmoe",
         "Says whose kernels compute the experts in vLLM. A layer that leanmoe's kernels cannot "
-        "compute is refused, and so is leanmoe in SGLang. Not set: vLLM's, and leanmoe's in layers "
-        "where a plan skips slots, vLLM's kernels would compute them and leanmoe's can run.",
+        "compute is refused, and so is leanmoe in SGLang.",
     ),
     Variable(
         STATISTICS,
