@@ -86,7 +86,9 @@ def install_runner(
     context = sys.modules["vllm.forward_context"]
     fields = {"is_padding": None} if has_field else {}
     context.ForwardContext = type("ForwardContext", (), fields)  # type: ignore[attr-defined]
-    methods = dict.fromkeys(("execute_model", "capture_model"), lambda *_, **__: None)
+    methods = dict.fromkeys(
+        ("execute_model", "capture_model", "profile_run"), lambda *_, **__: None
+    )
     filling = {"_prepare_padding_mask": None} if v1_fills else {}
     for name, members in (("gpu_model_runner", filling), ("gpu.model_runner", {})):
         module = ModuleType(f"vllm.v1.worker.{name}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.kernels.dispatch import repeat_best
+from leanmoe.kernels.dispatch import repeat_best, route_ids
 from leanmoe.models.routers import Router
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.routing import route
@@ -18,6 +20,7 @@ from leanmoe.serve.vllm.layer_routing import (
     add_slots,
     step_rows,
 )
+from leanmoe.serve.vllm.padding import PaddingSource, StepPadding
 from leanmoe.serve.vllm.small_steps import Skipped, Skipping
 from tests.serve.stand_ins import (
     BaseRouter,
@@ -137,3 +140,29 @@ def test_a_step_that_vllm_routes_skips_nothing() -> None:
     routing = VllmLayerRouting(FusedTopKRouter(), BANDED, 1)
     routing.skipping = Skipping.at_all_sizes(Skipped.MINUS_ONE)
     assert [routing.skips_step(rows) for rows in (4, 8, 16, 17)] == [False, True, True, False]
+
+
+def test_every_launch_is_made_before_vllm_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that steps of any size launch: by rule, with padding or without, by the skipped id."""
+    seen: list[tuple[Any, ...]] = []
+
+    def noting(logits: Tensor, *arguments: Any, **others: Any) -> Any:
+        _router, _top_k, rule, _bias, padding, _scope = arguments
+        seen.append((rule, logits.dtype, padding is not None, others["skipped_id"]))
+        return route_ids(logits, *arguments, **others)
+
+    monkeypatch.setattr("leanmoe.serve.vllm.layer_routing.route_ids", noting)
+    plan = Plan(MODEL, (Band(4, (SHARED,) * 2), Band(None, (Rule(threshold=0.5),) * 2)))
+    routing = VllmLayerRouting(FusedTopKRouter(), plan, 0, padding=StepPadding(PaddingSource.NONE))
+    routing.skipping = Skipping(small=Skipped.MINUS_ONE)
+    routing.warm_up()
+    assert not seen, "the dtype of its logits is not known before a step"
+    routing(torch.empty(9, 1), logits(9).bfloat16(), None)
+    seen.clear()
+    routing.warm_up()
+    assert set(seen) == {
+        (rule, torch.bfloat16, padded, skipped)
+        for rule in (SHARED, Rule(threshold=0.5))
+        for padded in (False, True)
+        for skipped in (None, -1)
+    }

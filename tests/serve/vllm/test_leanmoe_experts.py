@@ -9,7 +9,13 @@ import torch
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import ExpertWeights, Gate, experts_reference
-from leanmoe.serve.vllm.leanmoe_experts import GATES, LeanmoeExperts, check_experts, weights_of
+from leanmoe.serve.vllm.leanmoe_experts import (
+    GATES,
+    LeanmoeExperts,
+    check_experts,
+    warm_up,
+    weights_of,
+)
 from tests.kernels.layers import random_call, random_layer
 from tests.serve.stand_ins import loaded_runner
 
@@ -59,6 +65,17 @@ def test_the_output_is_that_of_the_reference(
     )
     wanted = experts_reference(hidden, ids, weights, layer)
     torch.testing.assert_close(output.cpu(), wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_a_step_of_any_size_can_be_launched_before_vllm_serves() -> None:
+    launched: list[tuple[int, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        name = "leanmoe.serve.vllm.leanmoe_experts.experts_gpu"
+        patch.setattr(name, lambda hidden, ids, *_: launched.append((*hidden.shape, *ids.shape)))
+        layer = random_layer(8)
+        warm_up(runner_of(layer, "silu").routed_experts, 40, 4)
+    assert launched == [(40, layer.down.shape[1], 40, 4)]
+    warm_up(runner_of(layer, "silu").routed_experts, 3, 4)
 
 
 def test_a_layer_is_read_where_it_lies() -> None:

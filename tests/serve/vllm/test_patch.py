@@ -18,6 +18,7 @@ from leanmoe.serve.plugin_options import PluginOptions
 from leanmoe.serve.vllm import patch
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.patch import VllmPlugin, is_draft, process_plugin
+from leanmoe.serve.vllm.planned_model import PlannedModel
 from tests.serve.stand_ins import (
     MODEL_CONFIG,
     VllmConfig,
@@ -203,3 +204,21 @@ def test_bands_between_captured_sizes_are_warned_of(
 
 def test_a_process_has_one_plugin() -> None:
     assert process_plugin() is process_plugin()
+
+
+def test_kernels_are_compiled_once_the_model_ran_its_first_step(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmed: list[Any] = []
+    monkeypatch.setattr(PlannedModel, "warm_up", lambda model: warmed.append(model))
+    plugin = VllmPlugin()
+    plugin.start(PLAN, OPTIONS)
+    for number in range(2):
+        engine.config = VllmConfig()
+        engine.build()
+        sys.modules["vllm.v1.worker.gpu_model_runner"].GPUModelRunner().profile_run()
+        assert len(warmed) == number + 1
+        assert warmed[-1] is plugin.model
+    plugin.stop()
+    sys.modules["vllm.v1.worker.gpu_model_runner"].GPUModelRunner().profile_run()
+    assert len(warmed) == 2

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.kernels.triton.router import _allowed, _rank_of
+from leanmoe.kernels.triton.state import _buffers
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.serve.plugin_options import LEANMOE, VLLM, PluginOptions
@@ -207,3 +210,41 @@ def test_bands_that_end_between_captured_sizes_are_named() -> None:
     assert between(4, 16) is None
     assert between(100) is None  # steps so large are not padded
     assert "6, 12" in str(between(4, 6, 12))
+
+
+def test_experts_of_steps_that_vllm_captures_not_are_launched_before_it_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched: list[int] = []
+    name = "leanmoe.serve.vllm.planned_model.warm_up"
+    monkeypatch.setattr(name, lambda _layer, rows, _slots: launched.append(rows))
+    config = VllmConfig()
+    config.scheduler_config.max_num_batched_tokens = 3000
+    config.compilation_config = SimpleNamespace(cudagraph_capture_sizes=[1, 2, 512])
+    model = planned(SHARED, config)
+    layers = [built_layer(0), built_layer(1)]
+    for layer in layers:
+        layer.routed_experts.w13_weight = torch.empty(16, 32, 8)
+    model._computed.extend(layers)
+    model.warm_up()
+    assert launched == [1024, 2048, 3000], "once, since the layers are alike"
+    launched.clear()
+    config.compilation_config = None
+    model.warm_up()
+    assert launched == [*(1 << power for power in range(12)), 3000]
+
+
+def test_loading_puts_nothing_of_leanmoes_on_the_device() -> None:
+    """vLLM loads a model in memory that sleep mode of level 2 lets go of, and does not restore."""
+    config = VllmConfig()
+    model = planned(Plan.uniform(MODEL, Rule(experts=(1, 2, 3, 4, 5), budget=5)), config)
+    kept = [cached.cache_info().currsize for cached in (_allowed, _rank_of)], len(_buffers)
+    for layer in range(2):
+        model.adopt(built_layer(layer))
+    model.check()
+    model.settle()
+    model.describe()
+    for routing in model.layers.values():
+        routing.warm_up()  # no step was run, so there is nothing to compile for
+    now = [cached.cache_info().currsize for cached in (_allowed, _rank_of)], len(_buffers)
+    assert now == kept

@@ -65,8 +65,12 @@ STEPS = {
 }
 """What is known of the running step."""
 RUNNERS = {
-    "v1.worker.gpu_model_runner:GPUModelRunner": "execute_model capture_model sample_tokens",
-    "v1.worker.gpu.model_runner:GPUModelRunner": "execute_model capture_model sample_tokens",
+    "v1.worker.gpu_model_runner:GPUModelRunner": (
+        "execute_model capture_model profile_run sample_tokens"
+    ),
+    "v1.worker.gpu.model_runner:GPUModelRunner": (
+        "execute_model capture_model profile_run sample_tokens"
+    ),
     "v1.core.sched.output:SchedulerOutput": "make_empty",
     "v1.core.sched.output": "NewRequestData",
     "entrypoints.cli.main": "main",

@@ -29,7 +29,7 @@ from leanmoe.serve.plan_support import is_plain
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm.layer_facts import ranking_bias, read_router
 from leanmoe.serve.vllm.padding import StepPadding
-from leanmoe.serve.vllm.small_steps import Skipped, Skipping
+from leanmoe.serve.vllm.small_steps import SHARE, Skipped, Skipping
 
 _layers: WeakValueDictionary[int, VllmLayerRouting] = WeakValueDictionary()
 """The layers of this process by number. A compiled step holds no Python object: its operator gets
@@ -71,6 +71,8 @@ class VllmLayerRouting:
         """Set when the layer is loaded, and it is known what its experts do."""
         self.experts_in_place: Callable[[], bool] = lambda: True
         """Whether what `skipping` was settled for still stands in the layer's experts' place."""
+        self._seen: tuple[torch.device, torch.dtype, torch.dtype] | None = None
+        """Where the last step's logits were, their dtype, and that of its ids."""
         self._most_slots = max(self._slots(rule) for rule in self.rules)
         self._number = next(_numbers)
         _layers[self._number] = self
@@ -113,6 +115,7 @@ class VllmLayerRouting:
                 router_logits, bias, self._number, most, ids_dtype
             )
             return traced
+        self._seen = router_logits.device, router_logits.dtype, ids_dtype
         rule = self._rule(rows)
         padding_T: Tensor | None = None
         if is_plain(rule):
@@ -130,6 +133,26 @@ class VllmLayerRouting:
         if self._statistics is not None:
             self._statistics.note(self.layer, ids, weights, padding_T)
         return weights, ids
+
+    def warm_up(self) -> None:
+        """Launches what any step of the layer may, so that nothing compiles once vLLM serves.
+
+        Launches differ by rule, by whether there is padding, and by what stands in a skipped slot,
+        which steps of few rows may have otherwise. A layer of which no step was run compiles none.
+        """
+        if self._seen is None:
+            return
+        device, dtype, ids_dtype = self._seen
+        for rule in self.rules:
+            few = self._experts // (SHARE * max(1, self._slots(rule)))
+            for rows in () if is_plain(rule) else sorted({1, 2, max(1, few), few + 1}):
+                logits_TE = torch.zeros(rows, self._experts, dtype=dtype, device=device)
+                for padding_T in (None, torch.zeros(rows, dtype=torch.bool, device=device)):
+                    route_ids(
+                        logits_TE, self.router, self.plan.model.top_k, rule,
+                        ranking_bias(self._vllm), padding_T, self.scope,
+                        skipped_id=self._skipped_id(rule, rows), ids_dtype=ids_dtype,
+                    )  # fmt: skip
 
     def _skipped_id(self, rule: Rule, rows: int) -> int | None:
         """The id of a skipped slot; None where the token's best repeats.

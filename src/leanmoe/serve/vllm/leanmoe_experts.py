@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
@@ -70,6 +71,16 @@ def weights_of(layer: Any) -> ExpertWeights:
         is_concatenated=activation not in INTERLEAVED,
         gate=GATES[activation],
     )
+
+
+def warm_up(layer: Any, rows: int, slots: int) -> None:
+    """Compiles what a loaded layer's step of so many rows and slots launches."""
+    weights = weights_of(layer)
+    experts, hidden = weights.down.shape[0], layer.w2_weight.shape[1]
+    hidden_TD = weights.down.new_zeros(rows, hidden)
+    ids_TK = torch.arange(rows * slots, device=hidden_TD.device).remainder(experts)
+    gates_TK = torch.ones(rows, slots, device=hidden_TD.device)
+    experts_gpu(hidden_TD, ids_TK.view(rows, slots).int(), gates_TK, weights)
 
 
 class LeanmoeExperts:

@@ -37,7 +37,7 @@ class VllmPlugin:
         self._plan: Plan | None = None
         self._options = PluginOptions()
         self._is_patched = False
-        self._watched: set[Any] = set()
+        self._attended: set[Any] = set()
         self._is_building = False
         self._target: PlannedModel | None = None
         """The model that is being built under the plan; None in between, and for a draft."""
@@ -130,18 +130,21 @@ class VllmPlugin:
         """Refuses a loaded model that cannot run under the plan, and says what runs otherwise."""
         model.check()
         model.settle()
-        self._watch()
+        self._attend(model.config())
         logger.info("leanmoe: plan %s at work, %s", self._options.path, model.describe())
         if warning := model.uncaptured_bands():
             logger.warning("leanmoe: %s", warning)
 
-    def _watch(self) -> None:
-        """Has the model runner that is at work compare its padding with what the layers read."""
-        if self.model is None or self.model.watch is None:
-            return
-        runner = import_module(RUNNERS[is_v2(self.model.config())]).GPUModelRunner
-        if runner not in self._watched:
-            self._watched.add(runner)
+    def _warm_up(self, _runner: Any) -> None:
+        if self.model is not None:
+            self.model.warm_up()
+
+    def _attend(self, config: Any) -> None:
+        """Has the model runner at work compare its padding, and compile all before it serves."""
+        runner = import_module(RUNNERS[is_v2(config)]).GPUModelRunner
+        if runner not in self._attended:
+            self._attended.add(runner)
+            _call_after(runner, "profile_run", self._warm_up)
             watch_runner(runner, lambda: None if self.model is None else self.model.watch)
 
 

@@ -26,6 +26,7 @@ from leanmoe.serve.vllm.leanmoe_experts import (
     check_experts,
     kernels_for,
     kernels_unsupported_reason,
+    warm_up,
 )
 from leanmoe.serve.vllm.padding import PaddingSource, StepPadding, padding_source
 from leanmoe.serve.vllm.padding_watch import PaddingWatch
@@ -170,6 +171,31 @@ class PlannedModel:
     def _put(self, steps: LayerSteps, routing: VllmLayerRouting, skipping: Skipping) -> None:
         steps.put()
         routing.skipping, routing.experts_in_place = skipping, steps.is_in_place
+
+    def warm_up(self) -> None:
+        """Compiles leanmoe's kernels for steps of every size, but experts for those not captured.
+
+        It is called once the model has run a step. What the kernels keep on the device then lies
+        outside of the memory that sleep mode lets go of, in which vLLM loads a model.
+        """
+        layers = {
+            each.w13_weight.shape: each for each in (r.routed_experts for r in self._computed)
+        }
+        with torch.inference_mode():
+            for routing in self.layers.values():
+                routing.warm_up()
+            for layer in layers.values():
+                for rows in self._uncaptured_rows():
+                    warm_up(layer, rows, self.plan.model.top_k)
+
+    def _uncaptured_rows(self) -> list[int]:
+        """Powers of two, up to the rows that a step may have, beyond the largest captured size."""
+        config: Any = self.config()
+        compilation = getattr(config, "compilation_config", None)
+        sizes = getattr(compilation, "cudagraph_capture_sizes", None) or [0]
+        most = config.scheduler_config.max_num_batched_tokens
+        powers = [1 << power for power in range(most.bit_length())]
+        return [rows for rows in (*powers, most) if max(sizes) < rows <= most]
 
     @property
     def watch(self) -> PaddingWatch | None:
