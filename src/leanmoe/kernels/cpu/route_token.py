@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import numpy as np
 from numba import carray, njit
-from numba.extending import register_jitable
 
 from leanmoe.kernels.cpu import llvm_microkernel
 from leanmoe.kernels.cpu import route_args as at
@@ -24,14 +23,33 @@ INFINITE = np.float32(np.inf)
 TINY = np.float32(np.finfo(np.float32).tiny)
 
 
-@register_jitable
-def _remains(field, expert):
-    """Whether an expert is not pruned.
+@njit(**COMPILE)
+def _softmax(field, gates):
+    """The softmax of logits in their place; it knows nothing of the experts that are pruned.
 
-    One expression: with the array made before the check, 256 tokens take 7% longer.
+    These are left out by passes of their own: asked for in each loop, they cost every model 7%.
     """
-    allowed = field[at.ALLOWED]
-    return allowed == 0 or carray(bytes_at(allowed), field[at.EXPERTS])[expert] != 0
+    experts = field[at.EXPERTS]
+    allowed = carray(bytes_at(field[at.ALLOWED]), experts)
+    if field[at.ALLOWED] != 0:
+        for e in range(experts):
+            gates[e] = gates[e] if allowed[e] != 0 else NEVER
+    best = NEVER
+    for e in range(experts):
+        best = gates[e] if gates[e] > best else best
+    for e in range(experts):
+        gates[e] -= best
+    for e in range(experts, gates.size):
+        gates[e] = 0.0
+    llvm_microkernel.exponential(gates.ctypes.data, gates.size // LANES)
+    if field[at.ALLOWED] != 0:
+        for e in range(experts):
+            gates[e] = gates[e] if allowed[e] != 0 else 0.0
+    total = np.float32(0.0)
+    for e in range(experts):
+        total += gates[e]
+    for e in range(experts):
+        gates[e] /= total
 
 
 @njit(**COMPILE)
@@ -58,22 +76,9 @@ def score(field, token, gates, ranking):
             above = logits[e] if logits[e] > 0 else np.float32(0.0)
             gates[e] = np.sqrt(above + np.log1p(gates[e]))
     else:
-        # A pruned model's softmax knows nothing of the experts that are gone.
-        best = NEVER
         for e in range(experts):
-            best = logits[e] if _remains(field, e) and logits[e] > best else best
-        for e in range(experts):
-            gates[e] = logits[e] - best if _remains(field, e) else 0.0
-        for e in range(experts, width):
-            gates[e] = 0.0
-        llvm_microkernel.exponential(gates.ctypes.data, width // LANES)
-        total = np.float32(0.0)
-        for e in range(experts):
-            gates[e] = gates[e] if _remains(field, e) else 0.0
-        for e in range(experts):
-            total += gates[e]
-        for e in range(experts):
-            gates[e] /= total
+            gates[e] = logits[e]
+        _softmax(field, gates)
     not_numbers = 0
     for e in range(experts):
         not_numbers += not np.abs(gates[e]) < INFINITE
