@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_buffers: dict[tuple[str, int, torch.device, int], Tensor] = {}
+from leanmoe.core.errors import LeanMoeError
+
+SPARE = 2
+"""Counters that lie ready beyond those in use, for streams that are seen first in a capture."""
+
+_in_use: dict[tuple[str, int, torch.device, int], Tensor] = {}
+_spare: dict[tuple[str, int, torch.device], list[Tensor]] = {}
 
 
 def zeros_for(
@@ -14,14 +20,33 @@ def zeros_for(
     """At least `size` zeros, kept for this use, device and stream.
 
     A graph captured on a stream keeps using that stream's: two graphs that are replayed at the
-    same time must have been captured on streams of their own.
+    same time must have been captured on streams of their own. None is made during a capture: it
+    would lie in memory that graphs captured earlier write to, and be zero only after its own graph
+    ran. So some are made ahead by calls outside of one, which engines make before they capture.
+    Raises LeanMoeError where a capture is the first call.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream, is_captured = _stream(device)
     key = (name, size, device, stream)
-    if key not in _buffers:
+    spare = _spare.setdefault((name, size, device), [])
+    if not is_captured:
+        wanted = SPARE + (key not in _in_use) - len(spare)
         with torch.inference_mode(False):
-            _buffers[key] = torch.zeros(size, dtype=dtype, device=device)
-    return _buffers[key]
+            spare += [torch.zeros(size, dtype=dtype, device=device) for _ in range(wanted)]
+    if key not in _in_use:
+        if not spare:
+            raise LeanMoeError(
+                f"counters for {name} are wanted on a stream that captures a graph: run the step "
+                "once outside of a capture before"
+            )
+        _in_use[key] = spare.pop()
+    return _in_use[key]
+
+
+def _stream(device: torch.device) -> tuple[int, bool]:
+    """The stream in use, and whether it captures a graph."""
+    if device.type != "cuda":
+        return 0, False
+    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
 def power_of_two(number: int) -> int:
