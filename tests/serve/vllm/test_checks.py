@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from leanmoe.core import installed_vllm
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
 from leanmoe.serve.vllm import checks
@@ -106,7 +109,7 @@ def test_a_placement_that_is_not_known_is_refused() -> None:
     checks.check_ranks(spread(2, eplb=True), SHARED, False, WHOLE, "layer 1")
     other = spread(2)
     other.expert_map_manager.placement_strategy = "by the moon"
-    with pytest.raises(LeanMoeError, match="places experts by 'by the moon'"):
+    with pytest.raises(LeanMoeError, match="set --expert-placement-strategy to"):
         scope_of(other, 16, False)
 
 
@@ -128,3 +131,38 @@ def test_a_layer_that_holds_the_experts_expected_passes() -> None:
     for strategy in ("linear", "round_robin"):
         for rank in range(3):
             checks.check_ranks(spread(3, rank, strategy), PLACED, False, WHOLE, "layer 1")
+
+
+def refusals() -> list[tuple[str, str]]:
+    """Each refusal of the plugin: the file and function it stands in, and its words."""
+    found = []
+    files = [*Path(checks.__file__).parent.glob("*.py"), Path(installed_vllm.__file__)]
+    for path in sorted(files):
+        for function in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for node in ast.walk(function):
+                error = node.exc if isinstance(node, ast.Raise) else None
+                if isinstance(error, ast.Call) and ast.unparse(error.func) == "LeanMoeError":
+                    words = ast.unparse(error.args[0])
+                    found.append((f"{path.stem}.{function.name}", words))
+    return found
+
+
+REMEDIES = ("set ", "remove ", "use ", "install ", "start the engine", "{refusal[1]}")
+AT_STEPS = (
+    "layer_routing._skipped_id", "padding.rows", "padding_watch._compare", "patch._adopt",
+    "patch._patch", "installation.check_hooks", "installed_vllm.check_version",
+)  # fmt: skip
+"""What `VllmPlugin` does not give vLLM's version to, since it is not within the load of a model."""
+
+
+def test_every_refusal_is_one_line_that_says_what_to_set() -> None:
+    walked = refusals()
+    assert len(walked) > 20
+    assert {*AT_STEPS} <= {where for where, _ in walked}
+    for where, words in walked:
+        assert "\\n" not in words, where
+        assert any(remedy in words for remedy in REMEDIES), (where, words)
+        if where in AT_STEPS:
+            assert "vLLM {" in words or "vLLM is {" in words, (where, words)

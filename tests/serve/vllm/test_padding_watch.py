@@ -19,6 +19,12 @@ from leanmoe.serve.vllm.padding_watch import (
     unproven_reason,
     watch_runner,
 )
+from tests.serve.stand_ins import install_context
+
+
+@pytest.fixture(autouse=True)
+def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_context(monkeypatch, None)
 
 
 def after(rows: int, size: int) -> Tensor:
@@ -149,6 +155,7 @@ class SchedulerOutput:
 @pytest.fixture
 def runner_class(monkeypatch: pytest.MonkeyPatch) -> Any:
     vllm, output = ModuleType("vllm"), ModuleType("vllm.v1.core.sched.output")
+    vllm.__version__ = "0.32.0"  # type: ignore[attr-defined]
     vllm.SamplingParams = lambda **values: values  # type: ignore[attr-defined]
     vars(output).update(NewRequestData=NewRequestData, SchedulerOutput=SchedulerOutput)
     monkeypatch.setitem(sys.modules, "vllm", vllm)

@@ -38,7 +38,7 @@ def check_router(router: Any, rules: list[Rule], top_k: int, name: str) -> None:
         )
     reason = router_unsupported_reason(router)
     if reason is not None and not all(map(is_plain, rules)):
-        raise LeanMoeError(f"{name}: {reason}: only rules with top_k alone can run here")
+        raise LeanMoeError(f"{name}: {reason}: use a plan with top_k alone, or unset LEANMOE_PLAN")
 
 
 def check_runner(runner: Any, rules: list[Rule], name: str) -> None:

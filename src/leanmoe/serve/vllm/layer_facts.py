@@ -113,8 +113,8 @@ def placement_of(runner: Any, experts: int) -> Placement | None:
     if strategy == "round_robin":
         return Placement.round_robin(experts, parallel.ep_size)
     raise LeanMoeError(
-        f"{runner.layer_name}: vLLM places experts by {strategy!r}: leanmoe knows linear and "
-        "round_robin (--expert-placement-strategy)"
+        f"{runner.layer_name}: vLLM places experts by {strategy!r}: set "
+        "--expert-placement-strategy to linear or round_robin"
     )
 
 

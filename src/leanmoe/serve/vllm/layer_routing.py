@@ -27,6 +27,7 @@ from leanmoe.plan import Plan, Rule
 from leanmoe.routing import ALONE, BatchScope
 from leanmoe.serve.plan_support import is_plain
 from leanmoe.serve.routing_statistics import RoutingStatistics
+from leanmoe.serve.vllm.installation import version
 from leanmoe.serve.vllm.layer_facts import ranking_bias, read_router
 from leanmoe.serve.vllm.padding import StepPadding
 from leanmoe.serve.vllm.small_steps import SHARE, Skipped, Skipping
@@ -163,8 +164,9 @@ class VllmLayerRouting:
         skipped = self.skipping.in_step(rule, rows, self._slots(rule), self._experts)
         if skipped is not Skipped.REPEATED and not self.experts_in_place():
             raise LeanMoeError(
-                f"MoE layer {self.layer}: vLLM loaded its weights anew and gave it other experts "
-                "than the plan was put to work in: start the engine again with those weights"
+                f"MoE layer {self.layer}: vLLM {version()} loaded its weights anew and gave it "
+                "other experts than the plan was put to work in: start the engine again with those "
+                "weights"
             )
         return skipped.id(self._experts)
 

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Rule
-from leanmoe.serve.vllm.installation import skips_padding_by_default
+from leanmoe.serve.vllm.installation import skips_padding_by_default, version
 from leanmoe.serve.vllm.padding_watch import PaddingWatch
 
 KEY = "leanmoe_padding"
@@ -49,8 +49,8 @@ def is_v2(config: Any) -> bool:
     return bool(getattr(config, "use_v2_model_runner", False))
 
 
-def padding_source(config: Any, rules: Iterable[Rule], version: str) -> PaddingSource:
-    """Where to read padding from, under vLLM's config.
+def padding_source(config: Any, rules: Iterable[Rule], number: str) -> PaddingSource:
+    """Where to read padding from, under the config of vLLM `number`.
 
     Raises LeanMoeError for batch-aware rules where vLLM says nothing of padding. Other rules run
     there without a mask: a mask that is wrong would silence rows that are real.
@@ -58,7 +58,7 @@ def padding_source(config: Any, rules: Iterable[Rule], version: str) -> PaddingS
     if _is_marked(config):
         return PaddingSource.MARKED
     refusal = None
-    if is_v2(config) and skips_padding_by_default(version):
+    if is_v2(config) and skips_padding_by_default(number):
         refusal = f"with {SKIP_PADDING}=0", f"unset {SKIP_PADDING}"
     elif getattr(config.parallel_config, "decode_context_parallel_size", 1) > 1:
         refusal = "under decode context parallelism", "set --decode-context-parallel-size 1"
@@ -66,7 +66,7 @@ def padding_source(config: Any, rules: Iterable[Rule], version: str) -> PaddingS
         return PaddingSource.SLOTS
     if any(rule.is_batch_aware for rule in rules):
         raise LeanMoeError(
-            f"vLLM {version} does not say which rows are padding {refusal[0]}, so batch-aware "
+            f"vLLM {number} does not say which rows are padding {refusal[0]}, so batch-aware "
             f"rules cannot run: {refusal[1]}"
         )
     return PaddingSource.NONE
@@ -87,10 +87,9 @@ def _is_marked(config: Any) -> bool:
 class StepPadding:
     """Reads the padding of the step that runs; one for all layers of a model."""
 
-    def __init__(self, source: PaddingSource = PaddingSource.SLOTS, version: str = "") -> None:
-        """`version` is vLLM's, for what is refused."""
+    def __init__(self, source: PaddingSource = PaddingSource.SLOTS) -> None:
         self.source = source
-        self.watch = PaddingWatch(version)
+        self.watch = PaddingWatch()
 
     def rows(self, rows: int, sequence_parallel: tuple[int, int] | None = None) -> Tensor | None:
         """True [T] for the running step's padding rows; None outside of a step, or without slots.
@@ -115,7 +114,7 @@ class StepPadding:
             mask_T = rank_share(mask_T, *sequence_parallel)
         if mask_T.shape[0] < rows:
             raise LeanMoeError(
-                f"a MoE layer computes {rows} rows, but vLLM marks padding among "
+                f"a MoE layer computes {rows} rows, but vLLM {version()} marks padding among "
                 f"{mask_T.shape[0]}: batch-aware rules cannot run with tokens gathered before "
                 "routing; set --data-parallel-size 1 or another --all2all-backend"
             )

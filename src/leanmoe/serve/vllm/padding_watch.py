@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.serve.vllm.installation import version
 
 logger = logging.getLogger("vllm.leanmoe")
 
@@ -27,9 +28,7 @@ EAGER_CHECKS = 8
 class PaddingWatch:
     """Holds on to the masks that layers read, and compares those of the first real steps."""
 
-    def __init__(self, version: str = "") -> None:
-        """`version` is vLLM's, for what is refused."""
-        self._version = version
+    def __init__(self) -> None:
         self._captured: dict[int, list[Tensor]] = {}
         """The masks that captured graphs read, by their number of rows."""
         self._eager: Tensor | None = None
@@ -84,7 +83,7 @@ class PaddingWatch:
             marked = [row for row, is_padding in enumerate(read[0].tolist()) if is_padding]
             said = f"that of {read[0].shape[0]} rows {marked[:8]} are padding"
         raise LeanMoeError(
-            f"vLLM {self._version} says {said} in a step of {rows} tokens: the plan would choose "
+            f"vLLM {version()} says {said} in a step of {rows} tokens: the plan would choose "
             "wrongly: set VLLM_USE_V2_MODEL_RUNNER to the other of 0 and 1, or use a plan with "
             "top_k alone"
         )

@@ -58,7 +58,7 @@ class PlannedModel:
         if options.collect_stats:
             self.statistics = RoutingStatistics(plan.model.moe_layers, plan.model.experts)
         rules = [rule for band in plan.bands for rule in band.rules]
-        self.padding = StepPadding(padding_source(config, rules, version()), version())
+        self.padding = StepPadding(padding_source(config, rules, version()))
         self.layers: dict[int, VllmLayerRouting] = {}
         self.runners: dict[int, Any] = {}
         self._computed: list[Any] = []
@@ -91,7 +91,7 @@ class PlannedModel:
         if all(rule.is_empty for rule in rules) and self.statistics is None:
             return
         if "_compute_routing" in vars(runner.router):
-            raise LeanMoeError(f"{name}: its router is another layer's too")
+            raise LeanMoeError(f"{name}: its router is another layer's too: unset LEANMOE_PLAN")
         runner.router._compute_routing = routing
         OneCopy.put(runner.router)
         self.layers[layer] = routing
@@ -265,7 +265,9 @@ def decoder_index(name: str) -> int:
     """The decoder layer of a MoE layer's name, like model.layers.3.mlp.experts."""
     match = re.search(r"\blayers?\.(\d+)\.", name) or re.search(r"\.(\d+)\.", name)
     if match is None:
-        raise LeanMoeError(f"vLLM built a MoE layer {name!r}: its name has no layer number")
+        raise LeanMoeError(
+            f"vLLM built a MoE layer {name!r}, whose name has no layer number: unset LEANMOE_PLAN"
+        )
     return int(match[1])
 
 
