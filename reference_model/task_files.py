@@ -98,14 +98,19 @@ def _choice(encoder: Encodes, question: str, answers: Sequence[str], right: int)
 
 
 def _continued(encoder: Encodes, context: str, continuation: str) -> ScoredRow:
-    head = [encoder.start_id, *encoder.encode(context)]
-    tail = encoder.encode(continuation)
+    """Cut into tokens as lm-evaluation-harness does it (`TemplateLM._encode_pair`), both in one.
+
+    A tokenizer that puts a space before every text reads the continuation alone as another.
+    """
+    ids = encoder.encode(context)
+    tail = encoder.encode(context + continuation)[len(ids) :]
+    head = [encoder.start_id, *ids]
     head = head[-(encoder.context + 1 - len(tail)) :]
     return ScoredRow((*head, *tail), first=len(head))
 
 
 def _lines(path: Path) -> list[Any]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
     try:
         return [json.loads(line) for line in lines if line.strip()]
     except json.JSONDecodeError as error:

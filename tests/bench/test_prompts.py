@@ -77,7 +77,8 @@ def test_a_dataset_of_lengths_and_texts(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 1 is not JSON"),
-        ("[1]", "must be an object"),
+        ("[1]", "is a list: a file of JSON lines holds one object a line"),
+        ('{"conversations": []}', "holds conversations, which are not read: it needs a prompt"),
         ('{"input_len": 5}', "needs a prompt"),
         ('{"input_len": -5, "output_len": 3}', "input_len -5"),
         ('{"input_len": true, "output_len": 3}', "input_len True"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.files import read_json, replacing, require_space, write_json, write_text
+from leanmoe.core.files import (
+    read_json,
+    read_json_lines,
+    replacing,
+    require_space,
+    write_json,
+    write_text,
+)
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -50,6 +58,32 @@ def test_files_that_are_no_json_are_named_with_the_place(tmp_path: Path) -> None
     write_text(tmp_path / "plan.json", '{"bands": [}')
     with pytest.raises(LeanMoeError, match=r"is not JSON: .* at line 1, column 12"):
         read_json(tmp_path / "plan.json", "plan")
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n'[:-10])
+    assert read_json(path, "config") == {"a": 1}
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n')
+    assert [value for _, value in read_json_lines(path, "rows")] == [{"a": 1}, {"a": 2}]
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    rows = [{"text": f"one{end}two"} for end in ("\u2028", "\u2029", "\x85")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    found = list(read_json_lines(path, "rows"))
+    assert [value for _, value in found] == rows
+    assert [where.rpartition(" ")[2] for where, _ in found] == ["1", "3", "5"]
+
+
+def test_what_is_no_json_lines_is_refused_in_a_short_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for text in (json.dumps(["long"] * 99999), json.dumps([{"a": 1}] * 99, indent=1), "[" * 99999):
+        path.write_text(text)
+        with pytest.raises(LeanMoeError, match=r"line 1 is .* one object a line") as raised:
+            list(read_json_lines(path, "rows"))
+        assert len(str(raised.value)) < 400
 
 
 def test_a_full_disk_is_said_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,9 +59,25 @@ def test_json_lines_and_folders(tmp_path: Path) -> None:
     assert sorted(d.text for d in read_corpus(str(tmp_path)).documents) == ["prose", "x", "y"]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.ndjson", "a.txt", "corpus"])
+def test_json_lines_are_read_under_any_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("".join(json.dumps({"id": 1, "text": t}) + "\n" for t in ("one", "two")))
+    assert [d.text for d in read_corpus(str(path)).documents] == ["one", "two"]
+
+
+@pytest.mark.parametrize("start", ["{ is a brace", "[see] it", "[1] Smith", "{a: b}"])
+def test_prose_that_starts_with_a_bracket_is_prose(tmp_path: Path, start: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(start + " word")
+    assert [d.text for d in read_corpus(str(path)).documents] == [start + " word"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.json", b'[{"text": "one"}]', "line 1 is a list: .* one object a line"),
+        ("a.txt", b'[\n {"text": "one"}\n]', "line 1 is not JSON: .* one object a line"),
         ("a.jsonl", b'{"text": 3}\n', "line 1 has no text"),
         ("a.jsonl", b"{oops\n", "line 1 is not JSON"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),

@@ -7,7 +7,6 @@ the prompts of the repeat before.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +15,16 @@ from typing import Any
 
 from leanmoe.bench.measurement import Request
 from leanmoe.bench.settings import MOST_TOKENS, Lengths, ServiceLoad
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError, shown
+from leanmoe.core.files import read_json_lines
 from leanmoe.core.progress import bar
 from leanmoe.core.text import read_corpus
 
 ENOUGH_TOKENS = 400_000
 """Of text to draw prompts from; more is not tokenised."""
+ROW_NEEDS = (
+    "needs a prompt (input_len or the text prompt) and a reply (output_len or the text output)"
+)
 
 
 @dataclass(frozen=True)
@@ -122,36 +125,20 @@ def read_dataset(path: Path, tokenizer: Any) -> list[DatasetRow]:
     (`output_len`) or text (`output`). Replies of one token become two: a time per output token
     needs two.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise LeanMoeError(f"cannot read dataset {path}: {reason}") from error
-    rows = [
-        _row(line, f"dataset {path.name} line {number}", tokenizer)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    rows = [_row(value, where, tokenizer) for where, value in read_json_lines(path, "dataset")]
     if not rows:
         raise LeanMoeError(f"dataset {path} has no rows")
     return rows
 
 
-def _row(line: str, where: str, tokenizer: Any) -> DatasetRow:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LeanMoeError(f"{where} is not JSON: {error.msg}") from error
-    if not isinstance(value, dict):
-        raise LeanMoeError(f"{where} is {value!r}: it must be an object")
+def _row(value: dict[str, Any], where: str, tokenizer: Any) -> DatasetRow:
+    if "conversations" in value:
+        raise LeanMoeError(f"{where} holds conversations, which are not read: it {ROW_NEEDS}")
     prompt, output = (_count(value, field, where) for field in ("input_len", "output_len"))
     texts = (value.get("prompt"), value.get("output"))
     text, reply = (each if isinstance(each, str) else "" for each in texts)
     if (prompt is None and not text) or (output is None and not reply):
-        raise LeanMoeError(
-            f"{where} needs a prompt (input_len or the text prompt) and a reply (output_len or the "
-            "text output)"
-        )
+        raise LeanMoeError(f"{where} {ROW_NEEDS}")
     ids = tuple(encode(tokenizer, text)) if text else None
     if output is None:
         output = len(encode(tokenizer, reply))
@@ -164,7 +151,8 @@ def _count(value: dict[str, Any], field: str, where: str) -> int | None:
         return None
     if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= MOST_TOKENS:
         raise LeanMoeError(
-            f"{where} has {field} {found!r}: it must be a number of tokens, 1 to {MOST_TOKENS:,}"
+            f"{where} has {field} {shown(found)}: it must be a number of tokens, "
+            f"1 to {MOST_TOKENS:,}"
         )
     return found
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 MOST_LISTED = 200
+MOST_SHOWN = 120
+"""Characters of a value."""
 
 
 class LeanMoeError(Exception):
@@ -12,6 +14,12 @@ class LeanMoeError(Exception):
 
     The command line prints the message alone and exits with status 1; `--debug` adds the traceback.
     """
+
+
+def shown(value: object) -> str:
+    """A value of somebody's file as an error shows it: a file may be one long value."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 
+JSON_LINES = "a file of JSON lines holds one object a line, as no array and no indented JSON does"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -59,19 +61,49 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
 
 
+def read_text(path: Path, what: str) -> str:
+    """Reads UTF-8, with a byte order mark in front or none; `what` names the file in the error."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 text: byte {error.start} is invalid"
+        raise LeanMoeError(f"cannot read {what} {path}: {reason}") from error
+    except OSError as error:
+        raise LeanMoeError(f"cannot read {what} {path}: {error.strerror or error}") from error
+
+
 def read_json(path: Path, what: str) -> Any:
     """Reads a JSON file; `what` names it in the error ("plan", "results")."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise LeanMoeError(f"cannot read {what} {path}: {reason}") from error
+    text = read_text(path, what)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise LeanMoeError(
             f"{what} {path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise LeanMoeError(f"{what} {path} is not JSON that can be read: {error}") from error
+
+
+def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's object, and the words that name the line in an error; empty lines are left out.
+
+    Only a line feed ends a line: JSON strings may hold the other characters that Unicode calls line
+    ends. Raises LeanMoeError, naming the line, for what is no JSON object.
+    """
+    for number, line in enumerate(read_text(path, what).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{what} {path} line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", str(error))
+            hint = "" if number > 1 else f"; {JSON_LINES}"
+            raise LeanMoeError(f"{where} is not JSON: {reason}{hint}") from error
+        if not isinstance(value, dict):
+            raise LeanMoeError(f"{where} is a {type(value).__name__}: {JSON_LINES}")
+        yield where, value
 
 
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:

@@ -149,7 +149,7 @@ def read_config(path: Path, known: Iterable[str]) -> dict[str, Any]:
     import tomllib  # only where a file is given
 
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise LeanMoeError(f"cannot read config {path}: {error}") from error
     names = list(known)

@@ -24,7 +24,7 @@ from typing import (
     get_type_hints,
 )
 
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError, shown
 from leanmoe.core.files import read_json, write_json
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class StoredFile:
         version = content.pop(cls.KIND, None)
         if version != cls.VERSION:
             raise LeanMoeError(
-                f"{where} has schema version {version!r}: this leanmoe reads {cls.VERSION}"
+                f"{where} has schema version {shown(version)}: this leanmoe reads {cls.VERSION}"
             )
         return fields_from_json(cls, content, where, ": " if name else ".")
 
@@ -127,7 +127,7 @@ def fields_from_json(kind: type[T], value: Any, where: str, joint: str = ".") ->
     for key in content:
         if key not in by_key:
             allowed = ", ".join(by_key)
-            raise LeanMoeError(f"{where} has an unknown field {key!r}: allowed are {allowed}")
+            raise LeanMoeError(f"{where} has an unknown field {shown(key)}: allowed are {allowed}")
     hints = _hints(kind)  # type: ignore[arg-type]
     given = {}
     for key, each in by_key.items():
@@ -177,7 +177,7 @@ _WORDS = {
 def _typed(kind: Any, value: Any, where: str) -> Any:
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        raise LeanMoeError(f"{where} is {value!r}: it must be {_WORDS[kind]}")
+        raise LeanMoeError(f"{where} is {shown(value)}: it must be {_WORDS[kind]}")
     return value
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import random
+import re
 import sysconfig
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json_lines, read_text
 
 SEPARATOR = "<|endoftext|>"
 BUILT_IN = "python"
@@ -25,6 +26,9 @@ MODULE_CHARACTERS = 600
 """Modules whose docstrings are shorter than this are left out: too little to predict from."""
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 TEXT_FIELDS = ("text", "content", "document")
+LINES = (".jsonl", ".ndjson")
+PROBED_CHARACTERS = 4096
+"""Of a file's start, to see whether it holds JSON."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,10 @@ def read_corpus(source: str | None = None) -> Corpus:
     """Reads documents from `source`.
 
     None or "python": Python's reference prose and docstrings. A .txt file: documents between
-    lines of <|endoftext|>, else sections of about 4,000 characters. A .jsonl file: one document a
-    line in "text", "content" or "document". A folder: its .txt, .md and .jsonl files. Anything
-    else: a Hugging Face data set NAME[:CONFIG[:SPLIT]], which is downloaded unless cached.
+    lines of <|endoftext|>, else sections of about 4,000 characters. A .jsonl file, or one that
+    starts as JSON does: one document a line in "text", "content" or "document". A folder: its .txt,
+    .md and .jsonl files. Anything else: a Hugging Face data set NAME[:CONFIG[:SPLIT]], which is
+    downloaded unless cached.
 
     Raises LeanMoeError when nothing readable is there. Exact duplicates are dropped.
     """
@@ -59,7 +64,9 @@ def read_corpus(source: str | None = None) -> Corpus:
     elif Path(source).exists():
         documents = list(_local(Path(source)))
         described = Path(source).name
-    elif Path(source).suffix in (".txt", ".jsonl", ".md") or source.startswith((".", "/", "~")):
+    elif Path(source).suffix in (".txt", ".json", ".md", *LINES) or source.startswith(
+        (".", "/", "~")
+    ):
         raise LeanMoeError(f"text {source} does not exist")
     else:
         documents = list(_hub_dataset(source))
@@ -132,19 +139,28 @@ def _docstring(node: ast.AST) -> str | None:
 
 def _local(path: Path) -> Iterator[Document]:
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl"))
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", *LINES))
         if not files:
             raise LeanMoeError(f"text folder {path} holds no .txt, .md or .jsonl file")
         for file in files:
             yield from _local(file)
-    elif path.suffix == ".jsonl":
+    elif path.suffix in (".json", *LINES) or _holds_json_lines(path):
         yield from _json_lines(path)
     else:
         yield from _plain(path)
 
 
+def _holds_json_lines(path: Path) -> bool:
+    """Whether a file of another name starts with JSON: it is not prose, which a model may read."""
+    start = read_text(path, "text").lstrip()[:PROBED_CHARACTERS]
+    if re.match(r"\[\s*\{\s*\"", start):
+        return True
+    first = start.split("\n", 1)[0]
+    return re.match(r"\{\s*\"[^\"]*\"\s*:", first) is not None
+
+
 def _plain(path: Path) -> Iterator[Document]:
-    text = _read(path)
+    text = read_text(path, "text")
     parts = text.split(SEPARATOR) if SEPARATOR in text else sections(text, "\n\n")
     for number, part in enumerate(parts):
         if part.strip():
@@ -163,14 +179,8 @@ def sections(text: str, separator: str) -> Iterator[str]:
 
 
 def _json_lines(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LeanMoeError(f"{path} line {number} is not JSON: {error.msg}") from error
-        yield Document(f"{path.name} {number}", _text_of(row, f"{path} line {number}"))
+    for where, row in read_json_lines(path, "text"):
+        yield Document(f"{path.name} {where.rpartition(' ')[2]}", _text_of(row, where))
 
 
 def _text_of(row: object, where: str) -> str:
@@ -179,15 +189,6 @@ def _text_of(row: object, where: str) -> str:
             if isinstance(row.get(field), str):
                 return str(row[field])
     raise LeanMoeError(f"{where} has no text: one of {', '.join(TEXT_FIELDS)} must be a string")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LeanMoeError(f"{path} is not UTF-8 text: byte {error.start} is invalid") from error
-    except OSError as error:
-        raise LeanMoeError(f"cannot read text {path}: {error.strerror}") from error
 
 
 def _hub_dataset(source: str) -> Iterator[Document]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json_lines
 from leanmoe.stats.replies import NUMBER, answer_in, compiled
 
 FEWEST_PROMPTS = 10
@@ -57,20 +58,15 @@ def read_prompts(
     Raises LeanMoeError, naming the line, for one that is not as it must be, and for a prompt that
     with its reply is longer than the model reads.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LeanMoeError(f"cannot read prompts {path}: {error}") from error
     found: list[Prompt] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and (limit is None or len(found) < limit):
-            prompt = _prompt(line, encoder, f"{path} line {number}")
-            if len(prompt.ids) + new_tokens > encoder.context:
-                raise LeanMoeError(
-                    f"{path} line {number} has {len(prompt.ids)} tokens: with {new_tokens} of a "
-                    f"reply that is more than the model reads ({encoder.context})"
-                )
-            found.append(prompt)
+    for where, value in islice(read_json_lines(path, "prompts"), limit):
+        prompt = _prompt(value, encoder, where)
+        if len(prompt.ids) + new_tokens > encoder.context:
+            raise LeanMoeError(
+                f"{where} has {len(prompt.ids)} tokens: with {new_tokens} of a reply that is more "
+                f"than the model reads ({encoder.context})"
+            )
+        found.append(prompt)
     if len(found) < FEWEST_PROMPTS:
         raise LeanMoeError(
             f"{path} gives {len(found)} prompts: at least {FEWEST_PROMPTS} are needed to judge by"
@@ -80,13 +76,7 @@ def read_prompts(
     return tuple(found)
 
 
-def _prompt(line: str, encoder: Encoder, where: str) -> Prompt:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LeanMoeError(f"{where} is not JSON: {error.msg}") from error
-    if not isinstance(value, dict):
-        raise LeanMoeError(f"{where} is no object")
+def _prompt(value: dict[str, Any], encoder: Encoder, where: str) -> Prompt:
     text, answer = value.get("prompt", value.get("question")), value.get("answer")
     if not isinstance(text, str) or not text:
         raise LeanMoeError(f"{where} has no text in 'prompt' or 'question'")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError, shown
 from leanmoe.core.schema import ALWAYS_STORED, StoredFile, fields_from_json, fields_to_json
 from leanmoe.models.shape import Fingerprint, read_shape
 
@@ -228,7 +228,7 @@ def _require_whole(
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise LeanMoeError(f"{where}.{name} is {value!r}: it must be a whole number")
+        raise LeanMoeError(f"{where}.{name} is {shown(value)}: it must be a whole number")
     if not least <= value <= most:
         raise LeanMoeError(f"{where}.{name} is {value}: it must be {least} to {most}{hint}")
 
@@ -237,7 +237,7 @@ def _require_share(where: str, name: str, value: float | None) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise LeanMoeError(f"{where}.{name} is {value!r}: it must be a number")
+        raise LeanMoeError(f"{where}.{name} is {shown(value)}: it must be a number")
     if not 0 < value <= 1:
         raise LeanMoeError(f"{where}.{name} is {value}: it must be above 0 and at most 1")
 

@@ -70,7 +70,7 @@ def read_lengths(text: str, flag: str) -> LengthDistribution:
 
 def _from_file(path: Path, flag: str) -> LengthDistribution:
     try:
-        lines = path.read_text(encoding="utf-8").split()
+        lines = path.read_text(encoding="utf-8-sig").split()
         return _checked(str(path), tuple(int(line) for line in lines), flag)
     except (OSError, UnicodeDecodeError) as error:
         raise LeanMoeError(f"{flag}: cannot read {path}: {error}") from error
