@@ -10,7 +10,7 @@ import torch
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.triton.router import _allowed, _rank_of
-from leanmoe.kernels.triton.state import _buffers
+from leanmoe.kernels.triton.state import _in_use
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.serve.plugin_options import LEANMOE, VLLM, PluginOptions
@@ -238,7 +238,7 @@ def test_loading_puts_nothing_of_leanmoes_on_the_device() -> None:
     """vLLM loads a model in memory that sleep mode of level 2 lets go of, and does not restore."""
     config = VllmConfig()
     model = planned(Plan.uniform(MODEL, Rule(experts=(1, 2, 3, 4, 5), budget=5)), config)
-    kept = [cached.cache_info().currsize for cached in (_allowed, _rank_of)], len(_buffers)
+    kept = [cached.cache_info().currsize for cached in (_allowed, _rank_of)], len(_in_use)
     for layer in range(2):
         model.adopt(built_layer(layer))
     model.check()
@@ -246,5 +246,5 @@ def test_loading_puts_nothing_of_leanmoes_on_the_device() -> None:
     model.describe()
     for routing in model.layers.values():
         routing.warm_up()  # no step was run, so there is nothing to compile for
-    now = [cached.cache_info().currsize for cached in (_allowed, _rank_of)], len(_buffers)
+    now = [cached.cache_info().currsize for cached in (_allowed, _rank_of)], len(_in_use)
     assert now == kept
