@@ -33,6 +33,12 @@ def test_deepseek_v3() -> None:
     assert shape.fingerprint().architecture == "DeepseekV3ForCausalLM"
 
 
+def test_layers_that_transformers_5_17_writes_beside_longcats_own_do_not_count() -> None:
+    config = MODELS["meituan-longcat/LongCat-Flash-Chat"].config
+    assert read_shape({**config, "num_hidden_layers": 56}) == read_shape(config)
+    assert read_shape(config).layers == 28
+
+
 def test_decode_bytes_grow_with_distinct_experts_and_leave_out_the_embedding() -> None:
     shape = read_shape(QWEN3)
     every = shape.decode_bytes(shape.experts)

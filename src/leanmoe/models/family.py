@@ -45,6 +45,8 @@ class Family:
     """Counts the weights that stand in no layer, beside embedding, head and last norm."""
     single: bool = False
     """Whether a layer is a mixer or experts, not one after the other (Nemotron-H)."""
+    ignores: tuple[str, ...] = ()
+    """Settings that say nothing of such a model, though some Transformers write them."""
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """What Transformers assumes where a config.json says nothing."""
     not_runnable: str | None = None

@@ -216,7 +216,8 @@ def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) 
             "it is not a mixture-of-experts model"
         )
     family = family_of(model_type)
-    settings = HfConfig(values, family.defaults)
+    told = {name: value for name, value in values.items() if name not in family.ignores}
+    settings = HfConfig(told, family.defaults)
     layers = _layers(settings, family)
     experts, top_k = _experts(settings, str(model_type))
     routed_layers = _moe_layers(settings, layers)

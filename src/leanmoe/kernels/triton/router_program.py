@@ -67,7 +67,8 @@ def _write(
         is_nan = is_nan & (tl.load(padding_ptr + token) == 0)
     # NaN in, NaN out: whoever looks at the result must see it.
     weights_K = tl.where(is_nan, float("nan"), weights_K)
-    is_kept = is_kept | is_nan
+    # No scalar is spread as a mask: Triton 3.9's interpreter makes integers of it.
+    is_kept = place_K < tl.where(is_nan, slots, kept)
     ids_K = tl.where(is_nan, place_K % E, ids_K)
     at, is_slot = token * slots + place_K, place_K < slots
     written_K = tl.where(is_kept, ids_K, filler).to(ids_ptr.dtype.element_ty)
