@@ -151,8 +151,9 @@ def refusals() -> list[tuple[str, str]]:
 
 REMEDIES = ("set ", "remove ", "use ", "install ", "start the engine", "{refusal[1]}")
 AT_STEPS = (
-    "layer_routing._skipped_id", "padding.rows", "padding_watch._compare", "patch._adopt",
-    "patch._patch", "installation.check_hooks", "installed_vllm.check_version",
+    "layer_routing._skipped_id", "padding.rows", "padding_watch._compare",
+    "padding_watch.prove", "patch._adopt", "patch._patch", "installation.check_hooks",
+    "installed_vllm.check_version",
 )  # fmt: skip
 """What `VllmPlugin` does not give vLLM's version to, since it is not within the load of a model."""
 

@@ -176,6 +176,15 @@ def test_captured_steps_are_proven_before_a_request_is_served(runner_class: Any)
         wrong.capture_model()
 
 
+def test_a_vllm_that_cannot_run_the_proof_is_refused_in_one_line(
+    runner_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch_runner(runner_class, PaddingWatch)
+    monkeypatch.setattr(runner_class, "sample_tokens", lambda _self: None)
+    with pytest.raises(LeanMoeError, match=r"^vLLM 0\.32\.0 cannot run .* \(TypeError: .*unset"):
+        runner_class(None).capture_model()
+
+
 def test_dummy_steps_and_models_without_a_plan_are_not_watched(runner_class: Any) -> None:
     watched: list[PaddingWatch] = []
     watch_runner(runner_class, lambda: watched[0] if watched else None)

@@ -128,6 +128,7 @@ def prove(runner: Any) -> None:
     """Runs small real steps that vLLM pads to a captured size: requests of one token, then one.
 
     Every rank runs them. Where they cannot be made by hand, the first real steps are compared.
+    Raises LeanMoeError where the padding is wrong, or where vLLM cannot run them.
     """
     config = runner.vllm_config
     if reason := unproven_reason(config):
@@ -136,8 +137,16 @@ def prove(runner: Any) -> None:
     rows = padded_rows(config)
     if rows is None:
         return
-    for prompts in ([1] * rows, [rows]):
-        run_step(runner, prompts)
+    try:
+        for prompts in ([1] * rows, [rows]):
+            run_step(runner, prompts)
+    except LeanMoeError:
+        raise
+    except Exception as error:  # vLLM's private interfaces, which changed
+        raise LeanMoeError(
+            f"vLLM {version()} cannot run the step that proves its padding "
+            f"({type(error).__name__}: {error}): use a plan with top_k alone, or unset LEANMOE_PLAN"
+        ) from error
     logger.info("leanmoe: padding was read right in captured steps of %d tokens", rows)
 
 
