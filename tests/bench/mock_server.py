@@ -31,8 +31,17 @@ class MockServer:
         itl: float = 0.01,
         dies_after: int | None = None,
         metrics: Callable[[int], bytes] | None = None,
+        most_tokens: int | None = None,
+        has_usage: bool = True,
+        error: str | None = None,
+        key: str | None = None,
     ) -> None:
-        """`metrics` is what /metrics answers while so many requests are under way."""
+        """`metrics` is what /metrics answers while so many requests are under way.
+
+        `most_tokens` ends replies early; `error` stands in each stream after its first token, or
+        before any, as HTTP 400, with `most_tokens` 0.
+        """
+        self.most_tokens, self.has_usage, self.error, self.key = most_tokens, has_usage, error, key
         self.ttft, self.itl, self.dies_after = ttft, itl, dies_after
         self.metrics, self.under_way = metrics, 0
         self.seen: list[Seen] = []
@@ -70,16 +79,31 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.mock.dead:
             self._drop()
             return
+        if not self._is_let_in():
+            return
         if self.path == "/metrics":
             self._metrics()
             return
         models = {"data": [{"id": "mock", "root": None, "max_model_len": 4096}]}
         self._json(models if self.path == "/v1/models" else {"status": "ok"})
 
+    def _is_let_in(self) -> bool:
+        key = self.server.mock.key
+        if key is None or self.headers["Authorization"] == f"Bearer {key}":
+            return True
+        self._answer(401, "application/json", b'{"error": "Unauthorized"}')
+        return False
+
     def do_POST(self) -> None:
         mock = self.server.mock
         received = time.time()
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._is_let_in():
+            return
+        if mock.error is not None and mock.most_tokens == 0:
+            refusal = {"error": {"message": mock.error, "type": "invalid_request_error"}}
+            self._answer(400, "application/json", json.dumps(refusal).encode())
+            return
         with mock.lock:
             seen = Seen(received, body["prompt"], body["max_tokens"])
             mock.seen.append(seen)
@@ -103,15 +127,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         count = len(body["prompt"].split())
-        for number in range(body["max_tokens"]):
+        made = min(body["max_tokens"], mock.most_tokens or body["max_tokens"])
+        for number in range(made):
             time.sleep(mock.itl if number else mock.ttft)
             seen.tokens.append(time.time())
             # Every third token has no text of its own, as parts of a character have none.
-            text = "" if number % 3 == 2 else f"w{number} "
+            text = "" if number % 3 == 2 and mock.has_usage else f"w{number} "
             usage = {"prompt_tokens": count, "completion_tokens": number + 1}
-            self._event({"id": "c", "choices": [{"text": text, "index": 0}], "usage": usage})
-        usage = {"prompt_tokens": count, "completion_tokens": body["max_tokens"]}
-        self._event({"id": "c", "choices": [], "usage": usage})
+            piece = {"id": "c", "choices": [{"text": text, "index": 0}]}
+            self._event({**piece, "usage": usage} if mock.has_usage else piece)
+            if mock.error is not None:
+                self._event({"error": {"message": mock.error, "code": 500}})
+                break
+        usage = {"prompt_tokens": count, "completion_tokens": made}
+        if mock.has_usage:
+            self._event({"id": "c", "choices": [], "usage": usage})
         self._chunk(b"data: [DONE]\n\n")
         self._chunk(b"")
 

@@ -80,6 +80,7 @@ def test_names_are_those_of_vllm_bench_serve() -> None:
         "request_goodput",
         "output_throughput",
         "total_token_throughput",
+        "short_replies",  # ours
     }
 
 

@@ -110,6 +110,48 @@ def test_distinct_experts_stand_beside_the_times_where_a_server_shows_them(tmp_p
     )
 
 
+@pytest.mark.slow
+def test_replies_shorter_than_asked_for_are_counted_as_they_came(tmp_path: Path) -> None:
+    with (
+        serving(ttft=0.01, itl=0.001) as full,
+        serving(ttft=0.01, itl=0.001, most_tokens=5, has_usage=False) as plan,
+    ):
+        targets = (f"full={full.url}", f"plan={plan.url}")
+        (entry,) = bench(tmp_path, *targets, concurrency=(2,))["loads"]
+    for run in entry["runs"]["plan"]:
+        assert (run["total_output_tokens"], run["short_replies"]) == (9 * 5, 9)
+    assert entry["runs"]["full"][0]["short_replies"] == 0
+    assert entry["gain"] == {}
+    shown = block(entry, 0.95)
+    assert "plan: 18 of 18 replies were shorter than asked for; what came is counted." in shown
+    assert "plan over full: replies have other lengths, so no gain is claimed." in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most_tokens", [0, None])
+def test_a_servers_own_reason_is_shown(tmp_path: Path, most_tokens: int | None) -> None:
+    """As HTTP 400, and as an error in the stream."""
+    reason = "extra fields not permitted: ignore_eos"
+    with (
+        serving(error=reason, most_tokens=most_tokens) as server,
+        pytest.raises(LeanMoeError, match=f"refuses the load at .*{reason}"),
+    ):
+        bench(tmp_path, f"full={server.url}")
+
+
+@pytest.mark.slow
+def test_a_servers_key_comes_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(ttft=0.01, itl=0.001, key="secret") as server:
+        with pytest.raises(LeanMoeError, match=r"HTTP 401 \(Unauthorized\); set OPENAI_API_KEY"):
+            bench(tmp_path / "without", f"full={server.url}")
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        found = bench(tmp_path, f"full={server.url}", repeats=1, concurrency=(1,))
+    assert found["loads"][0]["runs"]["full"][0]["completed"] == 9
+    assert "secret" not in (tmp_path / "results.json").read_text()
+
+
 LATE_MS = 25
 """Half of a mean gap of the test below: requests that late tell nothing of the rate."""
 

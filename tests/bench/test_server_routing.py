@@ -22,7 +22,7 @@ LAYERS = [{"distinct": 30, "activated": 4.5}, None, {"distinct": 8, "activated":
 
 def text(rows: int = 12, **changes: Any) -> str:
     step = {"rows": rows, "band": 0, "up_to": 16, "layers": LAYERS, **changes}
-    return exposition("plan.json", "vllm", step, 120.0)
+    return exposition("plan.json", "vllm", step, 120)
 
 
 def test_what_leanmoe_shows_is_read_back() -> None:

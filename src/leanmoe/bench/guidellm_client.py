@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
+import httpx
 from guidellm.backends.backend import Backend
 from guidellm.backends.openai.http import OpenAIHTTPBackend
 from guidellm.backends.openai.request_handlers import (
@@ -20,10 +21,14 @@ from guidellm.backends.openai.request_handlers import (
 from guidellm.schemas.backends import BackendArgs, OpenAIHTTPBackendArgs
 from pydantic import Field
 
+from leanmoe.bench.servers import reason_in
+
 KIND: Literal["leanmoe_http"] = "leanmoe_http"
 FORMAT: Literal["leanmoe_completions"] = "leanmoe_completions"
 ARRIVALS = "arrivals"
 """Where a response's `response_metrics` holds its tokens' arrivals, in seconds since the epoch."""
+COUNTED, ASKED = "counted", "asked"
+"""Where it holds the reply's tokens by the server's usage (None without one) and as asked for."""
 
 
 @BackendArgs.register(KIND)
@@ -39,7 +44,15 @@ class TimedArgs(OpenAIHTTPBackendArgs):  # type: ignore[misc]
 
 @Backend.register(KIND)
 class TimedBackend(OpenAIHTTPBackend):  # type: ignore[misc]
-    """GuideLLM's backend; being ours, it brings this module into the workers."""
+    """GuideLLM's backend, with a server's own words about a request that it refuses.
+
+    Being ours, it brings this module into the workers.
+    """
+
+    async def process_startup(self) -> None:
+        """GuideLLM's client, which then reads the body of an answer that is an error."""
+        await super().process_startup()
+        self._async_client.event_hooks = {"response": [_raise_reason]}
 
 
 @OpenAIRequestHandlerFactory.register(FORMAT)
@@ -73,8 +86,18 @@ class TimedCompletions(TextCompletionsRequestHandler):  # type: ignore[misc]
 
     def compile_streaming(self, request: Any, arguments: Any) -> Any:
         """GuideLLM's response, with the arrivals."""
-        self.response_metrics = {ARRIVALS: self._arrivals}
+        self.response_metrics = {
+            ARRIVALS: self._arrivals,
+            COUNTED: _completion_tokens(self.streaming_usage) or None,
+            ASKED: request.output_metrics.text_tokens,
+        }
         return super().compile_streaming(request, arguments)
+
+
+async def _raise_reason(response: httpx.Response) -> None:
+    if response.is_error:
+        await response.aread()
+        raise ValueError(f"HTTP {response.status_code}: {reason_in(response.text)}")
 
 
 def _completion_tokens(usage: Any) -> int:

@@ -72,6 +72,13 @@ class Timeline:
     """Counted by the engine."""
     delay: float = 0.0
     """Seconds from when an open loop meant to send it to when it was sent."""
+    asked_tokens: int | None = None
+    """Tokens that the reply was asked to have, where it might have fewer."""
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the reply ended before what was asked for."""
+        return self.asked_tokens is not None and self.output_tokens < self.asked_tokens
 
     @property
     def ttft(self) -> float:
@@ -132,6 +139,8 @@ class Measurement:
     """Requests a second that kept every limit; None where no limit was given."""
     delay_ms: Spread | None = None
     """How late an open loop sent its requests; None for a closed loop."""
+    short_replies: int = 0
+    """Requests whose reply ended before what was asked for."""
 
     @classmethod
     def of(
@@ -168,6 +177,7 @@ class Measurement:
             total_output_tokens=output,
             request_goodput=None if good is None else good / duration,
             delay_ms=Spread.of([t.delay for t in timelines]) if is_open else None,
+            short_replies=sum(t.is_short for t in timelines),
         )
 
     def to_json(self) -> dict[str, Any]:

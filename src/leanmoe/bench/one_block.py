@@ -59,6 +59,7 @@ def block(entry: Mapping[str, Any], confidence: float) -> str:
         for name, found in (entry.get("routing") or {}).items()
         if "missing" in found
     ]
+    lines += [line for name in names if (line := _short_line(entry, name))]
     lines += [gain_line(entry, name, names[0], confidence) for name in names[1:]]
     return "\n".join(lines)
 
@@ -66,6 +67,8 @@ def block(entry: Mapping[str, Any], confidence: float) -> str:
 def gain_line(entry: Mapping[str, Any], name: str, first: str, confidence: float) -> str:
     """What a variant gains over the first one, with its interval; or why nothing can be said."""
     gain = entry["gain"].get(name)
+    if not gain and any(_short(entry, each) for each in (name, first)):
+        return f"{name} over {first}: replies have other lengths, so no gain is claimed."
     if not gain:
         return f"{name} over {first}: no interval from a single repeat, so no gain is claimed."
     parts = []
@@ -79,6 +82,19 @@ def gain_line(entry: Mapping[str, Any], name: str, first: str, confidence: float
     if found := gain.get("output_throughput"):
         said += f". {verdict(found, is_open=entry['request_rate'] is not None)}"
     return f"{name} over {first}: {said}"
+
+
+def _short(entry: Mapping[str, Any], name: str) -> int:
+    """Replies of all repeats that ended before what was asked for."""
+    return sum(int(run.get("short_replies", 0)) for run in entry["runs"][name])
+
+
+def _short_line(entry: Mapping[str, Any], name: str) -> str | None:
+    short = _short(entry, name)
+    if not short:
+        return None
+    whole = sum(int(run["completed"]) for run in entry["runs"][name])
+    return f"{name}: {short} of {whole} replies were shorter than asked for; what came is counted."
 
 
 def interval(ratio: Mapping[str, float], confidence: float) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import math
 import multiprocessing
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 from leanmoe.bench.measurement import Request, Timeline
 from leanmoe.bench.prompts import Supply
-from leanmoe.bench.servers import Server, answers
+from leanmoe.bench.servers import Server, answers, api_key
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, RunOne
 from leanmoe.core.errors import LeanMoeError
@@ -107,6 +108,7 @@ class OverHTTP:
         rows = [
             {
                 "prompt": self._tokenizer.decode(list(request.prompt)),
+                "prompt_tokens_count": len(request.prompt),
                 "output_tokens_count": request.output_tokens,
             }
             for request in requests
@@ -114,9 +116,11 @@ class OverHTTP:
         wanted = scenario(server, load, rows, self._settings, zlib.crc32(seed.encode()))
         outcome = run_scenario(wanted, server, self._settings.max_seconds + SECONDS_TO_END)
         if not outcome.timelines or (outcome.failed and not answers(server)):
+            said = f": {outcome.reason}" if outcome.reason else ""
+            what = "refuses the load" if said and answers(server) else "stopped answering"
             raise LeanMoeError(
-                f"{server.url} ({name}) stopped answering at {load.name}: "
-                f"{len(outcome.timelines)} requests were completed and {outcome.failed} failed"
+                f"{server.url} ({name}) {what} at {load.name}: {len(outcome.timelines)} requests "
+                f"were completed and {outcome.failed} failed{said}"
             )
         return outcome
 
@@ -180,6 +184,7 @@ def scenario(
             "kind": KIND,
             "target": server.url,
             "model": server.model,
+            "api_key": api_key(),
             "http2": False,
             "validate_backend": False,
             "follow_redirects": False,
@@ -221,14 +226,25 @@ def run_scenario(wanted: Any, server: Server, most_seconds: float) -> Outcome:
     return Outcome(
         [timeline for each in requests.successful if (timeline := timeline_of(each))],
         len(requests.errored),
+        next((_reason(each.info.error) for each in requests.errored if each.info.error), None),
     )
+
+
+def _reason(error: str) -> str:
+    """The words of an error that GuideLLM keeps as Python shows it: `ValueError('HTTP 400: ...')`.
+
+    GuideLLM's own words before an error of the stream are left out.
+    """
+    match = re.fullmatch(r"\w+\((['\"])(.*)\1,?\)", error, re.DOTALL)
+    return (match[2] if match else error).removeprefix("Streaming response returned an error: ")
 
 
 def timeline_of(stats: Any) -> Timeline | None:
     """Our timeline of a request that GuideLLM saw through; None where no token came."""
-    from leanmoe.bench.guidellm_client import ARRIVALS
+    from leanmoe.bench.guidellm_client import ARRIVALS, ASKED, COUNTED
 
-    arrivals = (stats.response_metrics or {}).get(ARRIVALS) or []
+    noted = stats.response_metrics or {}
+    arrivals = noted.get(ARRIVALS) or []
     timings = stats.info.timings
     if not arrivals or timings.request_start is None:
         return None
@@ -237,6 +253,8 @@ def timeline_of(stats: Any) -> Timeline | None:
         timings.request_start,
         tuple(arrivals),
         stats.prompt_tokens or 0,
-        stats.output_tokens or len(arrivals),
+        # Without a usage GuideLLM takes what was asked for to be what came: pieces are counted.
+        noted.get(COUNTED) or len(arrivals),
         0.0 if due is None else max(0.0, timings.request_start - due),
+        noted.get(ASKED),
     )

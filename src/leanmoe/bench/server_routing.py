@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from leanmoe.bench.servers import ANSWER_SECONDS, Server
+from leanmoe.bench.servers import ANSWER_SECONDS, Server, key_header
 from leanmoe.bench.sweep import Outcome
 from leanmoe.core.errors import LeanMoeError
 
@@ -38,7 +38,9 @@ def watch(server: Server, run: Callable[[], Outcome], most_rows: int) -> dict[st
     instead, and why: no reason to end a bench. A server without leanmoe's metrics gets no request.
     """
     try:
-        with httpx.Client(base_url=server.url, timeout=ANSWER_SECONDS, trust_env=False) as client:
+        with httpx.Client(
+            base_url=server.url, headers=key_header(), timeout=ANSWER_SECONDS, trust_env=False
+        ) as client:
             _scrape(client)
             seen = [step for step in _sampled(client, run) if step and 1 <= step.rows <= most_rows]
     except LeanMoeError as error:

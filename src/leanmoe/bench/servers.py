@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import json
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,6 +12,10 @@ from urllib.parse import urlsplit
 from leanmoe.core.errors import LeanMoeError
 
 ANSWER_SECONDS = 10.0
+KEY = "OPENAI_API_KEY"
+"""The variable of the environment that holds a server's key, as for `vllm bench serve`."""
+MOST_OF_A_REASON = 300
+"""Characters of a server's own words in an error."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +103,49 @@ def answers(server: Server) -> bool:
     return True
 
 
+def api_key() -> str | None:
+    """The key that servers are asked with, from the environment."""
+    return os.environ.get(KEY) or None
+
+
+def key_header() -> dict[str, str]:
+    """The header that holds the key; none without one."""
+    key = api_key()
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def reason_in(body: str) -> str:
+    """What a server says of an error: the message of its JSON, else the text itself, in one line.
+
+    OpenAI's and vLLM's servers have it under "error", FastAPI's under "detail".
+    """
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = body
+    for name in ("error", "detail", "message"):
+        if isinstance(value, dict) and value.get(name):
+            value = value[name]
+    words = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
+    return words[:MOST_OF_A_REASON]
+
+
 def _models(server: Server) -> list[dict[str, Any]]:
     import httpx  # comes with GuideLLM and with Transformers, which --help does without
 
     none = f"{server.url} is no OpenAI-compatible server:"
     try:
         # A proxy of the environment is not asked: it would be measured with the server.
-        answer = httpx.get(f"{server.url}/v1/models", timeout=ANSWER_SECONDS, trust_env=False)
+        answer = httpx.get(
+            f"{server.url}/v1/models", headers=key_header(), timeout=ANSWER_SECONDS, trust_env=False
+        )
         value = answer.raise_for_status().json()
     except httpx.HTTPStatusError as error:
         code = error.response.status_code
-        raise LeanMoeError(f"{none} /v1/models gives HTTP {code}") from error
+        reason = reason_in(error.response.text)
+        hint = f"; set {KEY} to its key" if code in (401, 403) else ""
+        said = f" ({reason})" if reason else ""
+        raise LeanMoeError(f"{none} /v1/models gives HTTP {code}{said}{hint}") from error
     except httpx.ProtocolError as error:
         raise LeanMoeError(f"{none} it does not speak HTTP") from error
     except httpx.HTTPError as error:

@@ -33,6 +33,8 @@ COMPARED = (
 """What a variant is compared with the first one in, paired by repeat."""
 MOST_WARM_UP = 64
 """Requests that warm an open loop up, at most."""
+LENGTH_TOLERANCE = 0.01
+"""Largest relative difference of mean reply lengths at which runs are of the same work."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Outcome:
 
     timelines: Sequence[Timeline]
     failed: int = 0
+    reason: str | None = None
+    """Why one of them failed, in the server's words."""
 
 
 RunOne = Callable[[str, ServiceLoad, Sequence[Request], str], Outcome]
@@ -104,6 +108,11 @@ class Record:
         """Stores what each variant's router did at a load."""
         self._routing[load] = dict(routing)
 
+    def note(self, line: str) -> None:
+        """Stores a remark, once."""
+        if line not in self.notes:
+            self.notes.append(line)
+
     def finish(self) -> None:
         """Everything that was asked for was measured."""
         self._stopped = None
@@ -161,6 +170,8 @@ class Record:
         both = sorted(set(first) & set(other))
         if len(both) < 2:
             return {}
+        if other_lengths([(first[n], other[n]) for n in both]):
+            return {}
         found = {}
         for figure in COMPARED:
             pairs = [(first[n].get(figure), other[n].get(figure)) for n in both]
@@ -172,6 +183,22 @@ class Record:
                 )
                 found[figure] = ratio.to_json()
         return found
+
+
+def other_lengths(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> bool:
+    """Whether replies ended before what was asked for, and so differ in length within a pair.
+
+    A server that writes less is done sooner: that is no gain.
+    """
+
+    def mean(run: Mapping[str, Any]) -> float:
+        return float(run["total_output_tokens"]) / float(run["completed"])
+
+    return any(
+        (one.get("short_replies") or two.get("short_replies"))
+        and abs(mean(one) / mean(two) - 1) > LENGTH_TOLERANCE
+        for one, two in pairs
+    )
 
 
 def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -265,6 +292,8 @@ class _Sweep:
     def _timed(self, run_one: RunOne, load: ServiceLoad, name: str, repeat: int) -> None:
         seed = f"{self.settings.seed} {load.name} {repeat}"
         outcome = run_one(name, load, self.supply.draw(load, repeat), seed)
+        if outcome.reason:
+            self.record.note(f"{name}: {outcome.failed} requests failed: {outcome.reason}")
         self.record.add(load, name, repeat, measured(outcome, load, self.settings))
 
 
