@@ -1,15 +1,18 @@
 """A hook of mkdocs that writes the reference pages that follow from the code.
 
 The command line comes from the verbs' own parsers, the Python API from signatures and docstrings,
-the families from `leanmoe.models.families`, shape letters and environment variables from
-`leanmoe.core`.
+the families from `leanmoe.models.families`, from what the tests of vLLM run and from the results
+files of its benchmarks, shape letters and environment variables from `leanmoe.core`.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
-from collections.abc import Callable, Iterator
+import runpy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,15 +22,12 @@ import leanmoe
 from leanmoe.cli import VERBS, app
 from leanmoe.core.environment import VARIABLES
 from leanmoe.core.shapes import LETTERS
-from leanmoe.models.families import FAMILIES, Family
+from leanmoe.models.families import FAMILIES
+from leanmoe.models.family import REFUSED, Family
 from leanmoe.models.hf_config import HfConfig
 
-RUN_IN_VLLM = {
-    "deepseek_v3": "tests (CPU), H100",
-    "qwen3_moe": "tests (CPU), H100",
-    "gpt_oss": "H100",
-}
-"""By family: where vLLM ran one under a plan."""
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 KEYS = {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 8, "topk_group": 4}
 """Keys of a config.json with values that show whether a family reads them."""
 
@@ -159,23 +159,44 @@ def families_page() -> str:
         "tune, eval, bench, prune, apply | vLLM, run on |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += [_family_row(name, family) for name, family in sorted(FAMILIES.items())]
+    where = run_in_vllm()
+    lines += [
+        _family_row(name, family, where.get(name, [])) for name, family in sorted(FAMILIES.items())
+    ]
     refused = [
         f"- `{name}`: {family.not_runnable}."
         for name, family in FAMILIES.items()
         if family.not_runnable
     ]
+    refused += [
+        f"- `{name}`: {reason} (nor can it be inspected)." for name, reason in REFUSED.items()
+    ]
     return "\n".join([*lines, "", "Not runnable, with the reason:", "", *refused, ""])
 
 
-def _family_row(name: str, family: Family) -> str:
+def run_in_vllm() -> dict[str, list[str]]:
+    """By family: where vLLM ran one under a plan, in tests and in results files of benchmarks."""
+    tested = runpy.run_path(str(ROOT / "tests" / "engines" / "vllm" / "families.py"))
+    where = {name: ["tests (CPU)"] for name in (*tested["RUN"], tested["REFERENCE"])}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not str(result.get("leanmoe_benchmark")).startswith("vllm"):
+            continue
+        name = (result.get("config") or result["model"])["model_type"]
+        gpu = re.sub(r"NVIDIA (\w+).*", r"\1", result["provenance"]["hardware"])
+        if gpu not in where.setdefault(name, []):
+            where[name].append(gpu)
+    return where
+
+
+def _family_row(name: str, family: Family, where: Sequence[str]) -> str:
     on, off = _router(family, True), _router(family, False)
     normalises = "by its config" if on.normalise != off.normalise else _yes(on.normalise)
     runs = "no" if family.not_runnable else "yes"
     scoring = on.scoring.replace("_", " ")
     return (
         f"| {name} | {scoring} | {normalises} | {_yes(on.ranking_bias is not None)} | yes | {runs} "
-        f"| {RUN_IN_VLLM.get(name, '–')} |"
+        f"| {', '.join(where) or '–'} |"
     )
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import leanmoe
 from leanmoe import Plan, Rule
 from leanmoe.cli import VERBS, app
+from leanmoe.models.families import FAMILIES
 from leanmoe.models.reference import path as reference_path
 from leanmoe.models.shape import read_shape
 from scripts import docs_reference
@@ -234,6 +235,10 @@ def test_every_generated_page_says_what_its_subject_is() -> None:
     for verb in VERBS:
         assert f"\n## {verb}\n" in docs_reference.cli_page()
     assert "| deepseek_v3 |" in docs_reference.families_page()
+    where = docs_reference.run_in_vllm()
+    assert where["deepseek_v3"] == ["tests (CPU)", "H100"]
+    assert where["gemma4_text"] == ["tests (CPU)"]
+    assert set(where) <= set(FAMILIES)
     assert "`leanmoe.Plan`" in docs_reference.python_page()
     assert "| T | tokens" in docs_reference.letters_table()
 

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.families import FAMILIES, family_of
+from leanmoe.models.family import REFUSED
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Rule
 from leanmoe.routing import route
@@ -125,6 +126,13 @@ def test_unknown_family_names_near_and_known_ones() -> None:
         family_of("llama")
     with pytest.raises(LeanMoeError, match="has no model_type"):
         family_of(None)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_no_plan_can_run_on_says_why(model_type: str) -> None:
+    with pytest.raises(LeanMoeError, match=f"no plan can run on {model_type}: "):
+        read_shape({"model_type": "a model with images", "text_config": {"model_type": model_type}})
+    assert model_type not in FAMILIES
 
 
 def test_every_name_asked_for_is_there() -> None:

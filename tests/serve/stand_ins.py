@@ -54,6 +54,25 @@ class GroupedTopKRouter(BaseRouter):
 class CustomRoutingRouter(BaseRouter):
     """A router that is some function."""
 
+    custom_routing_function: Any = None
+
+
+class Gemma4Router:
+    """The module whose method is Gemma 4's routing function, with its factor on each expert."""
+
+    def __init__(self) -> None:
+        self.per_expert_scale = torch.linspace(0.5, 2.0, 16)
+
+    def routing_function(self) -> None:
+        """Of no use here: the hook computes what it would."""
+
+
+def gemma4_router() -> CustomRoutingRouter:
+    """vLLM's router of one of Gemma 4's layers."""
+    router = CustomRoutingRouter()
+    router.custom_routing_function = Gemma4Router().routing_function
+    return router
+
 
 @dataclass
 class Context:

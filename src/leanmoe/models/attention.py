@@ -45,6 +45,8 @@ class Attention:
     """Width of the rotary key that heads share in latent attention."""
     window: int | None = None
     """Tokens that a layer looks back; None for all."""
+    compression: int = 0
+    """Tokens beyond the window that one cached value stands for; 0 where they are not cached."""
     copied: int = 0
     """Weights that tensor parallelism does not split: latent attention's down-projections."""
 
@@ -55,8 +57,9 @@ class Attention:
         return (self.width + self.value_width) * max(1.0, self.pairs / tensor)
 
     def reach(self, context: float) -> float:
-        """Tokens a query attends to, of `context`."""
-        return context if self.window is None else min(context, float(self.window))
+        """Tokens a query attends to, of `context`; compressed ones count as the values they are."""
+        near = context if self.window is None else min(context, float(self.window))
+        return near + ((context - near) / self.compression if self.compression else 0.0)
 
     def decode_products(self, context: float, tensor: int) -> float:
         """FLOP of one new token: latent attention works on what is cached (absorbed)."""
@@ -311,6 +314,10 @@ def window_and_full(settings: HfConfig, layer: int) -> int:
 def attention_of(settings: HfConfig, layer: int) -> Attention:
     """The attention of a decoder layer that has one."""
     heads = settings.whole("num_attention_heads", least=1)
+    if settings.raw("o_groups") is not None:  # DeepSeek-V4: keys are values too
+        width, window = settings.whole("head_dim", least=1), settings.whole("sliding_window", 128)
+        rate = _compression(settings, layer)
+        return Attention(heads, 1, width, width, latent=width, window=window, compression=rate)
     if latent := settings.whole("kv_lora_rank", 0):
         rotary = settings.whole("qk_rope_head_dim")
         width = settings.whole("qk_nope_head_dim") + rotary

@@ -27,7 +27,7 @@ from leanmoe.models.attention import (
     two_widths,
     window_and_full,
 )
-from leanmoe.models.family import Family
+from leanmoe.models.family import REFUSED, Family
 from leanmoe.models.linear_attention import (
     gated_delta_net,
     kimi_delta,
@@ -61,9 +61,15 @@ __all__ = ["FAMILIES", "Family", "GroupScore", "Router", "ScoreDtype", "Scoring"
 
 
 def family_of(model_type: object) -> Family:
-    """The family of a `model_type`; raises LeanMoeError, naming near ones, for an unknown one."""
+    """The family of a `model_type`.
+
+    Raises LeanMoeError for one that cannot be run, with the reason, and for an unknown one, naming
+    near ones.
+    """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise LeanMoeError(f"no plan can run on {model_type}: {REFUSED[model_type]}")
     if model_type is None:
         raise LeanMoeError("config.json has no model_type: it is not a model's config")
     if not isinstance(model_type, str):
@@ -167,17 +173,21 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "longcat_flash": Family(
         longcat,
-        plus(latent_attention(), latent_attention()),
+        latent_attention(),
         width="expert_ffn_hidden_size",
         shared_width="ffn_hidden_size",
-        shared_copies=2,
-        layer_norms=4,
+        sublayers=2,
         ignores=("num_hidden_layers",),  # 5.17 has 56 there, whatever num_layers is
         defaults=_defaults(zero_expert_num=256, routed_scaling_factor=6.0),
     ),
     "solar_open": replace(
         _GLM, mixer=attention(), defaults=_defaults(norm_topk_prob=True, n_shared_experts=1)
     ),
+    "sarvam_moe": replace(
+        _GLM,
+        defaults=_defaults(**{**_GLM.defaults, "routed_scaling_factor": 2.5}, use_qk_norm=True),
+    ),
+    "sarvam_mla": replace(_V3, defaults=_defaults(**{**_ONE_GROUP, "first_k_dense_replace": 1})),
     "dots1": replace(_GLM, mixer=attention(norm="head", output_bias=True), defaults=_defaults()),
     "exaone_moe": replace(
         _GLM,

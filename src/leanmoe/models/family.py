@@ -28,8 +28,8 @@ class Family:
     """Key of a dense layer's width."""
     shared_width: str | None = None
     """Key of the shared expert's own width; else `n_shared_experts` as wide as a routed one."""
-    shared_copies: int = 1
-    """Shared experts of the width that `shared_width` names."""
+    sublayers: int = 1
+    """Attention blocks, and shared experts of the width that `shared_width` names, in a layer."""
     shared_gate: bool = False
     """Whether a gate of its own weighs the shared expert."""
     matrices: int = 3
@@ -51,3 +51,20 @@ class Family:
     """What Transformers assumes where a config.json says nothing."""
     not_runnable: str | None = None
     """Why no plan can run on the family, which can only be inspected; None where one can."""
+
+
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "dbrx": "it divides weights by their norm, not by their sum",
+        "diffusion_gemma_text": "it writes a block of tokens at once, not one after the other",
+        "ernie4_5_vl_moe_text": "tokens of text and of images have routers of their own",
+        "inkling_text": "its shared experts share the routed ones' normalisation",
+        "inkling2_loop_text": "it runs the same layers several times for a token",
+        "jetmoe": "its attention has experts too",
+        "kolibri1": "it ranks experts by logits and weighs them by their sigmoid",
+        "llama4_text": "it weighs what goes into an expert, not what comes out",
+        "openai_privacy_filter": "it labels tokens and writes none",
+        "zaya": "its router hands a state from layer to layer and may choose no expert",
+    }
+)
+"""Model types with experts of which nothing here holds, and why. No plan can run on them."""

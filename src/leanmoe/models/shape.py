@@ -1,8 +1,6 @@
 """What a mixture-of-experts model is, read from its config.json alone: no torch, no weights.
 
 Letters: E experts, k experts a token, B tokens in a forward step, G groups, D hidden width.
-
-Which model a plan or a profile was made for. Needs no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +13,8 @@ from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.attention import CACHE_BYTES, Attention, attends, attention_of
-from leanmoe.models.families import FAMILIES, Family, Router, family_of
+from leanmoe.models.families import FAMILIES, Router, family_of
+from leanmoe.models.family import REFUSED, Family
 from leanmoe.models.hf_config import FILE, HfConfig, language_part, read_config
 from leanmoe.models.weight_format import Storage, storage
 
@@ -129,15 +128,14 @@ class MoEShape:
 
     def total_parameters(self) -> int:
         """All weights."""
-        return self.parameters.always + self._routed(self.experts, self.experts)
+        return self.parameters.always + self._routed(self.experts)
 
-    def active_parameters(self, top_k: int | None = None) -> int:
+    def active_parameters(self) -> int:
         """Weights one token uses, embedding and head included as most model cards count them.
 
         Where some experts are the identity: on average, all of them chosen alike.
         """
-        k = self.top_k if top_k is None else top_k
-        return self.parameters.always + self._routed(k, self.top_k)
+        return self.parameters.always + self._routed(self.top_k)
 
     def always_bytes(self) -> float:
         """Bytes of weights every decode step reads, whatever its tokens choose.
@@ -152,8 +150,8 @@ class MoEShape:
     def decode_bytes(self, distinct: float, trained: float | None = None) -> float:
         """Bytes of weights a decode step reads when each MoE layer activates `distinct` experts.
 
-        Layers that no plan changes activate `trained`, or as many where that is not given. The KV
-        cache and activations are not counted.
+        Layers that no plan changes activate `trained`, or as many. KV cache and activations are
+        not counted.
         """
         experts = len(self.moe_layers) * distinct
         experts += len(self.hash_layers) * (distinct if trained is None else trained)
@@ -172,10 +170,10 @@ class MoEShape:
         """Attention's weights that every GPU of tensor parallelism holds whole."""
         return sum(count * kind.copied for kind, count in self.attention)
 
-    def _routed(self, ruled: int, trained: int) -> int:
-        """Weights of so many experts in each layer that a plan has rules for, and in the others."""
-        experts = len(self.moe_layers) * ruled + len(self.hash_layers) * trained
-        return experts * self.weighted_experts * self.parameters.expert // self.experts
+    def _routed(self, experts: int) -> int:
+        """Weights of so many routed experts in each layer, identities among them in proportion."""
+        all_experts = self.routed_layers * experts * self.weighted_experts
+        return all_experts * self.parameters.expert // self.experts
 
 
 def distinct_uniform(experts: int, top_k: float, tokens: int) -> float:
@@ -210,7 +208,11 @@ def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) 
     config = source if isinstance(source, Mapping) else read_config(str(source))
     values = language_part(config)
     model_type = values.get("model_type")
-    if model_type not in tuple(FAMILIES) and HfConfig(values).raw("num_experts") in (None, 0, 1):
+    if model_type not in (*FAMILIES, *REFUSED) and HfConfig(values).raw("num_experts") in (
+        None,
+        0,
+        1,
+    ):
         raise LeanMoeError(
             f"model_type {model_type!r} has no routed experts in its {FILE}: "
             "it is not a mixture-of-experts model"
@@ -243,7 +245,7 @@ def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) 
         parameters=_parameters(settings, family, layers, routed_layers),
         storage=storage(settings),
         not_runnable=family.not_runnable,
-        attention=_attention(settings, layers),
+        attention=_attention(settings, layers, family.sublayers),
         matrices=family.matrices,
         name=name or (_architecture(settings) if isinstance(source, Mapping) else str(source)),
     )
@@ -254,14 +256,13 @@ def _architecture(settings: HfConfig) -> str:
     return str(names[0]) if names else str(settings.raw("model_type"))
 
 
-def _attention(settings: HfConfig, layers: int) -> tuple[tuple[Attention, int], ...]:
+def _attention(settings: HfConfig, layers: int, each: int) -> tuple[tuple[Attention, int], ...]:
     kinds = Counter(attention_of(settings, n) for n in range(layers) if attends(settings, n))
-    return tuple(kinds.items())
+    return tuple((kind, count * each) for kind, count in kinds.items())
 
 
 def _layers(settings: HfConfig, family: Family) -> int:
-    kinds = settings.items("layer_types", str) if family.single else None
-    if kinds is not None:
+    if family.single and (kinds := settings.items("layer_types", str)) is not None:
         return len(kinds)
     return settings.whole("num_hidden_layers", least=1)
 
@@ -305,8 +306,8 @@ def _moe_layers(settings: HfConfig, layers: int) -> tuple[int, ...]:
     if kinds is not None:
         moe = tuple(n for n in range(layers) if kinds[n] != "dense")
     elif (listed := settings.raw("moe_layers_enum")) is not None:  # Step: a list, or "3,4,5"
-        numbers = listed.split(",") if isinstance(listed, str) else listed
-        moe = tuple(n for n in range(layers) if n in {int(number) for number in numbers})
+        numbers = set(map(int, listed.split(",") if isinstance(listed, str) else listed))
+        moe = tuple(n for n in range(layers) if n in numbers)
     elif isinstance(frequency, list):
         flags = settings.items("moe_layer_freq", int, layers) or ()
         moe = tuple(n for n in range(layers) if flags[n])
@@ -348,8 +349,8 @@ def _shared(settings: HfConfig, family: Family, width: int) -> tuple[int, int]:
     count = settings.whole("n_shared_experts", 0)
     if family.shared_width is None:
         return count, count * width
-    own = settings.whole(family.shared_width, 0) * family.shared_copies
-    return (max(count, family.shared_copies), own) if own else (0, 0)
+    own = settings.whole(family.shared_width, 0) * family.sublayers
+    return (max(count, family.sublayers), own) if own else (0, 0)
 
 
 def _parameters(
@@ -374,13 +375,13 @@ def _parameters(
     if family.single and (kinds := settings.items("layer_types", str)) is not None:
         mixing = tuple(n for n in mixing if kinds[n] not in ("moe", "mlp"))
         dense = kinds.count("mlp")
-    norms = (layers * family.layer_norms + len(moe_layers) * family.moe_norms + 1) * hidden
-    norms *= 1 + int(family.norm_biases)
+    norms = layers * family.layer_norms * family.sublayers + len(moe_layers) * family.moe_norms + 1
+    norms *= hidden * (1 + int(family.norm_biases))
     norms += 0 if family.further is None else family.further(settings)
     return Parameters(
         embedding=table,
         head=0 if settings.flag("tie_word_embeddings") else table,
-        mixers=sum(family.mixer(settings, layer) for layer in mixing),
+        mixers=sum(family.mixer(settings, layer) for layer in mixing) * family.sublayers,
         dense=dense * family.matrices * hidden * _dense_width(settings, family),
         shared=len(moe_layers) * shared,
         routers=len(moe_layers) * experts * (hidden + terms) + biases,

@@ -11,10 +11,12 @@ from leanmoe.models.routers import Router
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import ALONE
 from leanmoe.serve.vllm.layer_facts import (
+    expert_scale,
     experts_class,
     placement_of,
     read_router,
     router_unsupported_reason,
+    scaled,
     scope_of,
     triton_unsupported_reason,
 )
@@ -22,6 +24,7 @@ from tests.serve.stand_ins import (
     CustomRoutingRouter,
     FusedTopKRouter,
     GroupedTopKRouter,
+    gemma4_router,
     loaded_runner,
     spread,
 )
@@ -39,6 +42,18 @@ def test_routers_are_read_as_vllm_has_them() -> None:
     too_few = GroupedTopKRouter()
     too_few.num_expert_group = 3
     assert not read_router(too_few).limits_groups
+
+
+def test_gemma_4_has_a_factor_on_each_expert() -> None:
+    router = gemma4_router()
+    assert router_unsupported_reason(router) is None
+    assert read_router(router) == Router(normalise=True, expert_scale="per_expert_scale")
+    scale_E = expert_scale(router)
+    weights_TK, ids_TK = torch.tensor([[0.5, 0.25, 0.0, 0.0]]), torch.tensor([[0, 15, 16, -1]])
+    assert scaled(weights_TK, ids_TK, scale_E).tolist() == [[0.25, 0.5, 0.0, 0.0]]
+    assert scaled(weights_TK, ids_TK, expert_scale(FusedTopKRouter())) is weights_TK
+    router.custom_routing_function = len
+    assert "CustomRoutingRouter" in str(router_unsupported_reason(router))
 
 
 def test_routers_that_cannot_be_read_say_why() -> None:

@@ -27,6 +27,7 @@ from tests.serve.stand_ins import (
     Context,
     FusedTopKRouter,
     GroupedTopKRouter,
+    gemma4_router,
     install_context,
     ranks,
 )
@@ -55,6 +56,16 @@ def logits(rows: int, seed: int = 0) -> Tensor:
 def routed(router: BaseRouter, plan: Plan, layer: int, rows: int, **more: object) -> list[Tensor]:
     routing = VllmLayerRouting(router, plan, layer, **more)  # type: ignore[arg-type]
     return list(routing(torch.empty(rows, 1), logits(rows), None))
+
+
+def test_gemma_4s_weights_have_their_experts_factor() -> None:
+    rule, router = Rule(top_k=3, guaranteed=1), gemma4_router()
+    weights, ids = routed(router, Plan.uniform(MODEL, rule), 0, 6)
+    wanted = route(logits(6), Router(normalise=True), 4, rule)
+    scale_E = torch.linspace(0.5, 2.0, 16)
+    plain_TE = torch.zeros(6, 17).scatter_add(1, wanted.ids_BTK, wanted.weights_BTK)[:, :16]
+    found_TE = torch.zeros(6, 16).scatter_add(1, ids.long(), weights)
+    torch.testing.assert_close(found_TE, plain_TE * scale_E)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 16, 17])

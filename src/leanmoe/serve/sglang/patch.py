@@ -59,6 +59,12 @@ class SglangPlan:
         """Refuses a model that the plan was not made for."""
         self.shape = read_shape(config.to_dict())
         self.plan.check(self.shape.fingerprint())
+        router = self.shape.router
+        if router.zero_experts or router.expert_scale:
+            raise LeanMoeError(
+                f"{self.shape.model_type}: SGLang's hook knows no identity experts and no factor "
+                "on each expert's weight: unset LEANMOE_PLAN"
+            )
 
     def check_layers(self) -> None:
         """Refuses a model of which not every MoE layer asks a `TopK` for its experts."""

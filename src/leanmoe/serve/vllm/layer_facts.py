@@ -18,6 +18,8 @@ from leanmoe.routing import BatchScope
 
 KNOWN = ("FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter", "CPURouter")
 """Classes of routers whose choice leanmoe's routing computes; CPURouter is all of them on a CPU."""
+GEMMA4 = "Gemma4Router"
+"""The class whose routing function is known: a softmax, normalised, and a factor on each expert."""
 SIGMOID_EPSILON = 1e-20
 GATHERING = ("allgather_reducescatter", "naive")
 """Backends by which vLLM's ranks gather tokens whole, so that any number of slots will do."""
@@ -28,6 +30,8 @@ TRITON = ("vllm.model_executor.layers.fused_moe.experts.triton_moe", "TritonExpe
 def router_unsupported_reason(router: Any) -> str | None:
     """Why `read_router` cannot say how a router chooses; None if it can."""
     name = type(router).__name__
+    if expert_scale(router) is not None:
+        return None
     if name not in KNOWN:
         return f"its router is a {name}"
     if getattr(router, "custom_routing_function", None) is not None:
@@ -51,6 +55,8 @@ def read_router(router: Any) -> Router:
     vLLM scores in float32 whatever the logits' dtype, and a softmax over the picked logits is the
     same as one over all of them, normalised.
     """
+    if expert_scale(router) is not None:
+        return Router(normalise=True, expert_scale="per_expert_scale")
     bias = ranking_bias(router)
     groups, used = _groups(router)
     is_scaled = groups > 1 or bias is not None or _is_grouped(router)
@@ -71,6 +77,19 @@ def read_router(router: Any) -> Router:
 def ranking_bias(router: Any) -> Any:
     """The bias [E] that ranks experts, or None."""
     return getattr(router, "e_score_correction_bias", None)
+
+
+def expert_scale(router: Any) -> Any:
+    """The factor [E] that Gemma 4's own routing function puts on each expert's weight, or None."""
+    owner = getattr(getattr(router, "custom_routing_function", None), "__self__", None)
+    return owner.per_expert_scale if type(owner).__name__ == GEMMA4 else None
+
+
+def scaled(weights_TK: Tensor, ids_TK: Tensor, scale_E: Tensor | None) -> Tensor:
+    """The weights times their experts' factor, if there is one; a skipped slot has weight 0."""
+    if scale_E is None:
+        return weights_TK
+    return weights_TK * scale_E[ids_TK.long().clamp(0, len(scale_E) - 1)].to(weights_TK)
 
 
 def _is_grouped(router: Any) -> bool:

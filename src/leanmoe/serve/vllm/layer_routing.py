@@ -28,7 +28,7 @@ from leanmoe.routing import ALONE, BatchScope
 from leanmoe.serve.plan_support import is_plain
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm.installation import version
-from leanmoe.serve.vllm.layer_facts import ranking_bias, read_router
+from leanmoe.serve.vllm.layer_facts import expert_scale, ranking_bias, read_router, scaled
 from leanmoe.serve.vllm.padding import StepPadding
 from leanmoe.serve.vllm.small_steps import SHARE, Skipped, Skipping
 
@@ -129,6 +129,7 @@ class VllmLayerRouting:
                 router_logits, self.router, self.plan.model.top_k, rule, bias_E, padding_T,
                 self.scope, skipped_id=self._skipped_id(rule, rows), ids_dtype=ids_dtype,
             )  # fmt: skip
+            weights = scaled(weights, ids, expert_scale(self._vllm))
         if self._is_full_width:
             ids, weights = add_slots(ids, weights, self.plan.model.top_k)
         if self._statistics is not None:
@@ -199,6 +200,7 @@ class VllmLayerRouting:
             logits_TE, self.router, self.plan.model.top_k, rule, bias_E, padding_T,
             self.scope, ids_dtype=ids_dtype,
         )  # fmt: skip
+        weights = scaled(weights, ids, expert_scale(self._vllm))
         ids, weights = add_slots(ids, weights, slots)
         if self._statistics is not None:  # copies: the compiled step may write over what it got
             self._statistics.note(self.layer, ids.clone(), weights.clone(), padding_T)
