@@ -81,7 +81,7 @@ def ranking_bias(router: Any) -> Any:
 
 def expert_scale(router: Any) -> Any:
     """The factor [E] that Gemma 4's own routing function puts on each expert's weight, or None."""
-    owner = getattr(getattr(router, "custom_routing_function", None), "__self__", None)
+    owner: Any = getattr(getattr(router, "custom_routing_function", None), "__self__", None)
     return owner.per_expert_scale if type(owner).__name__ == GEMMA4 else None
 
 
