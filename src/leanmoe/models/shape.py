@@ -150,13 +150,12 @@ class MoEShape:
     def decode_bytes(self, distinct: float, trained: float | None = None) -> float:
         """Bytes of weights a decode step reads when each MoE layer activates `distinct` experts.
 
-        Layers that no plan changes activate `trained`, or as many. KV cache and activations are
-        not counted.
+        Layers that no plan changes activate `trained`, or as many. KV cache and so on: not counted.
         """
-        experts = len(self.moe_layers) * distinct
-        experts += len(self.hash_layers) * (distinct if trained is None else trained)
-        share = self.weighted_experts / self.experts
-        return self.always_bytes() + experts * share * self.expert_bytes
+        others = distinct if trained is None else trained
+        experts = len(self.moe_layers) * distinct + len(self.hash_layers) * others
+        weighted = experts * self.weighted_experts / self.experts
+        return self.always_bytes() + weighted * self.expert_bytes
 
     def cached_bytes(self, context: float, tensor: int = 1) -> float:
         """Bytes of KV cache of one sequence with `context` tokens on one of `tensor` GPUs."""
@@ -172,8 +171,8 @@ class MoEShape:
 
     def _routed(self, experts: int) -> int:
         """Weights of so many routed experts in each layer, identities among them in proportion."""
-        all_experts = self.routed_layers * experts * self.weighted_experts
-        return all_experts * self.parameters.expert // self.experts
+        weighted = self.routed_layers * experts * self.weighted_experts // self.experts
+        return weighted * self.parameters.expert
 
 
 def distinct_uniform(experts: int, top_k: float, tokens: int) -> float:
