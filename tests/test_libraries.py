@@ -15,7 +15,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 TRIED = {
-    "torch": ("2.11.0", "2.13.0"),
+    "torch": ("2.11.0", "2.14.1"),
     "transformers": ("5.17.0", "5.24.0"),
     "triton": ("3.6.0", "3.9.0"),
     "lm_eval": ("0.4.12", "0.4.13"),
