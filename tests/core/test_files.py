@@ -15,6 +15,7 @@ from leanmoe.core.files import (
     read_json_lines,
     replacing,
     require_space,
+    size_text,
     write_json,
     write_text,
 )
@@ -84,6 +85,14 @@ def test_what_is_no_json_lines_is_refused_in_a_short_line(tmp_path: Path) -> Non
         with pytest.raises(LeanMoeError, match=r"line 1 is .* one object a line") as raised:
             list(read_json_lines(path, "rows"))
         assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(9, "9 B"), (4200, "4.2 kB"), (310_000_000, "310 MB"), (2_500_000_000_000, "2.5 TB")],
+)
+def test_sizes_are_never_nothing(size: int, text: str) -> None:
+    assert size_text(size) == text
 
 
 def test_a_full_disk_is_said_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

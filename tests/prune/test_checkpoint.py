@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from leanmoe import apply
@@ -124,6 +125,28 @@ def test_tensors_are_the_sources_own_rows(family: str, tmp_path: Path) -> None:
                 assert torch.equal(pruned.get_tensor(name), wanted)
 
 
+def test_a_head_for_several_tokens_is_left_out_whole(tmp_path: Path) -> None:
+    model = saved("qwen3_next", tmp_path / "full")
+    path = tmp_path / "full" / SINGLE
+    trunk = load_file(path)
+    head = {
+        "mtp." + name.removeprefix("model.").replace("layers.3", "layers.0"): tensor.clone()
+        for name, tensor in trunk.items()
+        if name.startswith("model.layers.3.")
+    }
+    save_file({**trunk, **head, "mtp.norm.weight": torch.ones(32)}, path, {"format": "pt"})
+    config = json.loads((tmp_path / "full" / FILE).read_text())
+    (tmp_path / "full" / FILE).write_text(json.dumps({**config, "mtp_num_hidden_layers": 1}))
+    kept = sorted_kept(read_source(tmp_path / "full").shape)
+    prune(tmp_path / "full", tmp_path / "pruned", kept)
+    assert not [name for name in load_file(tmp_path / "pruned" / SINGLE) if "mtp" in name]
+    assert json.loads((tmp_path / "pruned" / FILE).read_text())["mtp_num_hidden_layers"] == 0
+    with apply(model, as_plan(kept, read_source(tmp_path / "full").shape)):
+        masked = output(model)
+    pruned = load(tmp_path / "pruned", model)
+    torch.testing.assert_close(output(pruned), masked, rtol=0, atol=2e-6)
+
+
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     saved("glm4_moe", tmp_path / "full", "20KB")
@@ -232,7 +255,7 @@ def test_too_little_space_is_said_before_anything_is_written(sharded: Path, tmp_
     little = shutil._ntuple_diskusage(10, 9, 1)
     with (
         patch.object(shutil, "disk_usage", return_value=little),
-        pytest.raises(LeanMoeError, match="are free"),
+        pytest.raises(LeanMoeError, match=r"needs [1-9][\d.]* kB in .*, where 1 B are free"),
     ):
         prune(sharded, tmp_path / "out", kept)
     assert not (tmp_path / "out").exists()

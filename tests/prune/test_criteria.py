@@ -89,6 +89,14 @@ def test_every_family_can_be_watched(family: str) -> None:
     assert (found.changes_LE >= -1e-6).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_output_that_is_no_finite_number_names_the_layer(bad: float) -> None:
+    model = tiny.build("qwen3_moe")
+    find_layers(model)[1].experts.down_proj.data[:, 0, 0] = bad
+    with pytest.raises(LeanMoeError, match=r"MoE layer 1, expert \d+: .* not finite"):
+        seen(model)
+
+
 def test_nothing_run_is_said() -> None:
     with watch(tiny.build("qwen3_moe")) as watching:
         pass
@@ -162,6 +170,14 @@ def grouped() -> MoEShape:
 @pytest.fixture(scope="module")
 def plain() -> MoEShape:
     return read_shape(tiny.config("qwen3_moe").to_dict())
+
+
+def test_groups_stay_whole_where_a_token_may_use_all_of_them() -> None:
+    shape = read_shape({**tiny.config("deepseek_v3").to_dict(), "topk_group": 4})
+    assert not shape.router.limits_groups
+    assert kept_count("10", shape) == 8
+    (kept, *_) = best_experts(rank_experts(CRITERIA["odd"], shape, 0), 8, shape)
+    assert [sum(expert // 4 == group for expert in kept) for group in range(4)] == [2] * 4
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.prune.tensor_names import TensorPart, check_parts, expert_parts, renumbered
+from leanmoe.prune.tensor_names import (
+    TensorPart,
+    check_parts,
+    decoder_stack,
+    expert_parts,
+    renumbered,
+)
 
 ONE_EACH = {
     "model.layers.1.mlp.gate.weight": (4, 8),
@@ -52,3 +58,30 @@ def test_a_missing_tensor_is_named(gone: str, message: str) -> None:
 def test_an_expert_gets_its_new_number_once() -> None:
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     assert renumbered(name, 0) == "model.layers.1.mlp.experts.0.up_proj.weight"
+
+
+def with_stack(stack: str) -> dict[str, tuple[int, ...]]:
+    return {name.replace("model.layers.1", f"{stack}.layers.0"): s for name, s in ONE_EACH.items()}
+
+
+def test_a_head_and_another_stack_with_experts_stay_whole() -> None:
+    shapes = {
+        **{
+            name.replace("layers.1", f"layers.{n}"): s
+            for name, s in ONE_EACH.items()
+            for n in (0, 1)
+        },
+        **with_stack("mtp"),
+        **with_stack("talker.model"),
+    }
+    stack = decoder_stack(shapes, (0, 1))
+    assert stack == ".model"
+    parts = expert_parts(shapes, 4, stack)
+    assert parts
+    assert all(name.startswith("model.layers.") for name in parts)
+
+
+def test_two_stacks_that_may_be_the_decoders_are_refused() -> None:
+    shapes = {**with_stack("one"), **with_stack("two")}
+    with pytest.raises(LeanMoeError, match="experts in one and two: which are the decoder's"):
+        decoder_stack(shapes, (0,))

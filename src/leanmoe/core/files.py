@@ -106,6 +106,16 @@ def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]
         yield where, value
 
 
+def size_text(size: int) -> str:
+    """Bytes in the largest decimal unit that leaves at least 1: "310 MB", "4.2 kB"."""
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     """Refuses early when `folder`'s disk has fewer than `needed_bytes` free."""
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
@@ -113,5 +123,5 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     if free < needed_bytes:
         raise LeanMoeError(
             f"not enough disk space in {folder} for {purpose}: "
-            f"{free / 1e6:.0f} MB free, {needed_bytes / 1e6:.0f} MB needed"
+            f"{size_text(free)} free, {size_text(needed_bytes)} needed"
         )

@@ -22,11 +22,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.files import read_json, write_json, write_with
+from leanmoe.core.files import read_json, size_text, write_json, write_with
 from leanmoe.models.hf_config import FILE, NAMES, TEXT_PARTS
 from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.prune.criteria import Kept, check_count
-from leanmoe.prune.tensor_names import TensorPart, check_parts, expert_parts, renumbered
+from leanmoe.prune.quantisation import SETTINGS, Chosen, is_settings_file, renumbered_settings
+from leanmoe.prune.tensor_names import (
+    TensorPart,
+    check_parts,
+    decoder_stack,
+    expert_parts,
+    is_of_head,
+    renumbered,
+    stack_and_layer,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,7 +43,13 @@ STATE = ".leanmoe-prune.json"
 """In an output folder that is not finished."""
 RECORD = "leanmoe_prune.json"
 """In a finished one: what was kept, and why."""
-MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+MTP_KEYS = (
+    "num_nextn_predict_layers",
+    "mtp_num_hidden_layers",
+    "mtp_num_layers",
+    "num_mtp_modules",
+    "use_mtp",
+)
 """Layers beyond the decoder's, which predict several tokens ahead, are left out."""
 
 Progress = Callable[[int], None]
@@ -52,6 +67,8 @@ class Source:
     """Tensor names by file."""
     sizes: dict[str, tuple[int, ...]]
     bytes: dict[str, int]
+    stack: str
+    """What the decoder's layers are one of; other stacks with experts stay whole."""
     parts: dict[str, TensorPart]
 
 
@@ -74,9 +91,10 @@ def read_source(folder: Path) -> Source:
             sizes[name], lengths[name] = size, length
     if lost := sorted(set(index or ()) - set(sizes)):
         raise LeanMoeError(f"the index lists {lost[0]}, which no shard holds")
-    parts = expert_parts(sizes, shape.experts)
+    stack = decoder_stack(sizes, shape.moe_layers)
+    parts = expert_parts(sizes, shape.experts, stack)
     check_parts(parts, shape.moe_layers, shape.experts)
-    return Source(folder, config, shape, shards, sizes, lengths, parts)
+    return Source(folder, config, shape, shards, sizes, lengths, stack, parts)
 
 
 def write_pruned(
@@ -95,6 +113,8 @@ def write_pruned(
         file: sum(_new_bytes(old, source, chosen) for old in renamed.values())
         for file, renamed in wanted.items()
     }
+    config = pruned_config(source.config, source.shape, len(kept[0]), chosen)
+    others = _quantisation_files(source.folder, chosen)
     _claim(output, state, source, sizes)
     weight_map: dict[str, str] = {}
     for file, renamed in wanted.items():
@@ -106,13 +126,15 @@ def write_pruned(
         total = {"total_size": sum(sizes.values())}
         write_json(output / INDEX, {"metadata": total, "weight_map": weight_map})
     _copy_others(source.folder, output)
+    for name, value in others.items():
+        write_json(output / name, value)
     write_json(output / RECORD, {**record, "kept": state["kept"]})
-    write_json(output / FILE, pruned_config(source.config, source.shape, len(kept[0]), chosen))
+    write_json(output / FILE, config)
     (output / STATE).unlink()
 
 
 def pruned_config(
-    config: Mapping[str, Any], shape: MoEShape, kept: int, chosen: Mapping[int, tuple[int, ...]]
+    config: Mapping[str, Any], shape: MoEShape, kept: int, chosen: Chosen
 ) -> dict[str, Any]:
     """The config with `kept` experts: every key stays, those that count experts change."""
     found = dict(config)
@@ -124,26 +146,10 @@ def pruned_config(
             found[name] = kept
     for name in MTP_KEYS:
         if found.get(name):
-            found[name] = 0
-    quantisation = found.get("quantization_config")
-    if isinstance(quantisation, Mapping):
-        found["quantization_config"] = {
-            key: _renamed(value, chosen) if isinstance(value, list) else value
-            for key, value in quantisation.items()
-        }
-    return found
-
-
-def _renamed(names: list[Any], chosen: Mapping[int, tuple[int, ...]]) -> list[Any]:
-    """A list of modules that are not quantised, under the experts' new numbers."""
-    found = []
-    for name in names:
-        parts = expert_parts({f"{name}.x": ()}, 0) if isinstance(name, str) else {}
-        part = next(iter(parts.values()), None)
-        if part is None or part.expert is None or part.decoder_index not in chosen:
-            found.append(name)
-        elif part.expert in chosen[part.decoder_index]:
-            found.append(renumbered(name + ".", chosen[part.decoder_index].index(part.expert))[:-1])
+            found[name] = False if found[name] is True else 0
+    for name in SETTINGS:
+        if name in found:
+            found[name] = renumbered_settings(found[name], chosen)
     return found
 
 
@@ -207,7 +213,7 @@ def _check_kept(kept: Kept, shape: MoEShape) -> None:
             "number for all layers; write a plan instead"
         )
     check_count(counts[0], shape)
-    groups = shape.router.limiting_groups
+    groups = shape.router.groups
     size = shape.experts // groups
     for layer, experts in enumerate(kept):
         each = [sum(e // size == g for e in experts) for g in range(groups)]
@@ -249,22 +255,19 @@ def _claim(
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise LeanMoeError(
-            f"the pruned checkpoint needs {needed / 1e9:.1f} GB in {output}, "
-            f"where {free / 1e9:.1f} GB are free"
+            f"the pruned checkpoint needs {size_text(needed)} in {output}, "
+            f"where {size_text(free)} are free"
         )
     write_json(output / STATE, dict(state))
 
 
-def _wanted(
-    names: tuple[str, ...], source: Source, chosen: Mapping[int, tuple[int, ...]]
-) -> dict[str, str]:
+def _wanted(names: tuple[str, ...], source: Source, chosen: Chosen) -> dict[str, str]:
     """Tensors of a shard that remain: new name to old."""
-    stacks = {_stack_and_layer(name)[0] for name in source.parts}
     found = {}
     for name in names:
         part = source.parts.get(name)
-        stack, layer = _stack_and_layer(name)
-        if layer >= source.shape.layers and stack in stacks:
+        stack, layer = stack_and_layer(name)
+        if is_of_head(name) or (layer >= source.shape.layers and stack == source.stack):
             continue
         if part is None or part.expert is None or part.decoder_index not in chosen:
             found[name] = name
@@ -273,17 +276,7 @@ def _wanted(
     return found
 
 
-def _stack_and_layer(name: str) -> tuple[str, int]:
-    """What a tensor's layer is one of, and its number there; a vision tower has its own layers.
-
-    The number is -1 for a tensor of no layer.
-    """
-    stack, _, rest = f".{name}".partition(".layers.")
-    number = rest.split(".")[0]
-    return stack, int(number) if number.isdigit() else -1
-
-
-def _new_bytes(name: str, source: Source, chosen: Mapping[int, tuple[int, ...]]) -> int:
+def _new_bytes(name: str, source: Source, chosen: Chosen) -> int:
     part = source.parts.get(name)
     if part is None or part.kind == "numbered" or part.decoder_index not in chosen:
         return source.bytes[name]
@@ -295,7 +288,7 @@ def _write_shard(
     output: Path,
     wanted: Mapping[str, str],
     source: Source,
-    chosen: Mapping[int, tuple[int, ...]],
+    chosen: Chosen,
 ) -> None:
     try:
         with safe_open(path, "pt") as shard:
@@ -312,9 +305,7 @@ def _write_shard(
         raise LeanMoeError(f"cannot write {output}: {error}") from error
 
 
-def _sliced(
-    shard: Any, name: str, part: TensorPart | None, chosen: Mapping[int, tuple[int, ...]]
-) -> Tensor:
+def _sliced(shard: Any, name: str, part: TensorPart | None, chosen: Chosen) -> Tensor:
     if part is None or part.kind == "numbered" or part.decoder_index not in chosen:
         whole: Tensor = shard.get_tensor(name)
         return whole
@@ -323,6 +314,13 @@ def _sliced(
         return shard.get_tensor(name)[..., list(experts)].contiguous()  # type: ignore[no-any-return]
     rows = shard.get_slice(name)  # row by row: the whole tensor may be larger than memory
     return torch.cat([rows[expert : expert + 1] for expert in experts])
+
+
+def _quantisation_files(folder: Path, chosen: Chosen) -> dict[str, Any]:
+    """Settings in files beside the config, by name, under the experts' new numbers."""
+    files = (path for path in sorted(folder.iterdir()) if is_settings_file(path.name))
+    read = {path.name: read_json(path, "quantisation settings") for path in files}
+    return {name: renumbered_settings(value, chosen) for name, value in read.items()}
 
 
 def _copy_others(source: Path, output: Path) -> None:

@@ -196,9 +196,19 @@ class Watch:
         """True for tokens of the coming call that are no padding; None for all of them."""
 
     def result(self) -> ExpertStatistics:
-        """All that was seen. Raises LeanMoeError if that is nothing."""
+        """All that was seen.
+
+        Raises LeanMoeError if that is nothing, and, naming the layer, if it is no finite number.
+        """
         if not min(self._tokens):
             raise LeanMoeError("no text was run: there is nothing to rank experts by")
+        is_bad_LE = ~np.isfinite(self._sums).all(axis=0) | ~np.isfinite(self._largest)
+        if is_bad_LE.any():
+            layer, expert = (int(number) for number in np.argwhere(is_bad_LE)[0])
+            raise LeanMoeError(
+                f"MoE layer {layer}, expert {expert}: its outputs on the text are not finite "
+                "numbers, so nothing can be ranked; check the weights, or set --dtype float32"
+            )
         slots, gates, outputs, changes = self._sums.copy()
         largest = self._largest.copy()
         return ExpertStatistics(self._tokens[0], slots, gates, outputs, changes, largest)
@@ -223,7 +233,8 @@ class Watch:
             values = (float(len(rows_X)), float(gates_X.sum()), float(added_X.sum()), turned)
             self._sums[:, layer.number, expert] += values
             largest = float(out_XD.abs().max())
-            self._largest[layer.number, expert] = max(self._largest[layer.number, expert], largest)
+            before = self._largest[layer.number, expert]
+            self._largest[layer.number, expert] = np.maximum(before, largest)  # NaN stays NaN
 
 
 def observe(model: Any, windows: Windows) -> ExpertStatistics:
@@ -276,7 +287,7 @@ def kept_count(text: str, shape: MoEShape) -> int:
         raise LeanMoeError(
             f"keep is {text!r}: it must be a share like 75% or a number of experts"
         ) from error
-    groups = shape.router.limiting_groups
+    groups = shape.router.groups
     kept = int(wanted / groups + 1e-9) * groups if 0 < wanted <= shape.experts else 0
     if not kept:
         raise LeanMoeError(f"keep is {text!r}: it must leave 1 to {shape.experts} experts a layer")
@@ -286,7 +297,7 @@ def kept_count(text: str, shape: MoEShape) -> int:
 
 def check_count(kept: int, shape: MoEShape) -> None:
     """Raises LeanMoeError unless stock engines can run the model with so many experts a layer."""
-    groups, used = shape.router.limiting_groups, shape.router.groups_used
+    groups, used = shape.router.groups, shape.router.groups_used
     if kept % groups:
         raise LeanMoeError(f"{kept} experts do not divide into the router's {groups} groups")
     usable = kept if groups == 1 else kept // groups * used
@@ -314,7 +325,7 @@ def best_experts(
     `protected` are pairs of layer and expert that stay whatever their score. Equal scores: the
     lower id. Raises LeanMoeError where more are protected than may remain.
     """
-    groups = shape.router.limiting_groups
+    groups = shape.router.groups
     size = shape.experts // groups
     each = kept // groups
     scores_LE = scores_LE.astype(np.float64, copy=True)

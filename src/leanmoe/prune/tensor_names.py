@@ -20,6 +20,7 @@ _BLOCK = re.compile(r"^((?:.*\.)?layers\.(\d+)(?:\.[a-z_0-9]+)*?)\.experts\.")
 _LINEARS = re.compile(r"^((?:.*\.)?layers\.(\d+)(?:\.[a-z_0-9]+)*?)\.(?:input|output)_linear\.")
 _NUMBERED = re.compile(r"\.experts\.(\d+)\.")
 _ROUTER = re.compile(r"(?:gate|router)(?:\.(?:gate|wg|layer|classifier|proj))?\.\w+")
+_HEAD = re.compile(r"(?:^|\.)(?:mtp|nextn)(?:_\w+)?\.")
 _BIAS = re.compile(r"(?:[\w.]+\.)?(?:e_score_correction_bias|expert_bias)")
 
 
@@ -34,9 +35,49 @@ class TensorPart:
     """The number of a numbered one."""
 
 
-def expert_parts(shapes: Mapping[str, Sequence[int]], experts: int) -> dict[str, TensorPart]:
-    """The tensors, by name, that change when experts go; `shapes` are all of the checkpoint's."""
-    blocks = _blocks(shapes)
+def stack_and_layer(name: str) -> tuple[str, int]:
+    """What a tensor's layer is one of, and its number there; a vision tower has its own layers.
+
+    The number is -1 for a tensor of no layer.
+    """
+    stack, _, rest = f".{name}".partition(".layers.")
+    number = rest.split(".")[0]
+    return stack, int(number) if number.isdigit() else -1
+
+
+def is_of_head(name: str) -> bool:
+    """Whether a tensor is of a head that predicts several tokens ahead (MTP)."""
+    return _HEAD.search(name) is not None
+
+
+def decoder_stack(names: Iterable[str], layers: Sequence[int]) -> str:
+    """The stack whose MoE layers are those of the decoder: heads and talkers have experts too.
+
+    Raises LeanMoeError where two stacks of equal size may be it.
+    """
+    sizes: dict[str, int] = {}
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        if (_BLOCK.match(name) or _LINEARS.match(name)) and not is_of_head(name):
+            stack, number = stack_and_layer(name)
+            sizes[stack] = sizes.get(stack, 0) + 1
+            numbers.setdefault(stack, set()).add(number)
+    whole = [stack for stack in sizes if numbers[stack] >= set(layers)] or list(sizes)
+    largest = [s for s in whole if sizes[s] == max(sizes[each] for each in whole)]
+    if len(largest) > 1:
+        both = " and ".join(stack.lstrip(".") for stack in largest)
+        raise LeanMoeError(f"the checkpoint has experts in {both}: which are the decoder's?")
+    return largest[0] if largest else ""
+
+
+def expert_parts(
+    shapes: Mapping[str, Sequence[int]], experts: int, stack: str | None = None
+) -> dict[str, TensorPart]:
+    """The tensors, by name, that change when experts go; `shapes` are all of the checkpoint's.
+
+    With `stack`, those of its layers alone.
+    """
+    blocks = _blocks(name for name in shapes if stack in (None, stack_and_layer(name)[0]))
     found: dict[str, TensorPart] = {}
     for name, shape in shapes.items():
         block = next((b for b in _prefixes(name) if b in blocks), None)
