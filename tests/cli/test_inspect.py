@@ -153,3 +153,17 @@ def test_mistakes(
     assert (stopped.value.code, out) == (1, "")
     assert err.startswith(f"leanmoe: {message}")
     assert err.count("\n") == 1
+
+
+def test_bytes_that_cannot_be_told_are_not_shown(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = MODELS["Qwen/Qwen3-30B-A3B"].config
+    changed = {**config, "quantization_config": {"quant_method": "new"}}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    shown = " ".join(inspect(capsys, str(tmp_path)).split())
+    assert "cannot be told: quantization_config: quant_method 'new' is not known" in shown
+    assert "GB" not in shown
+    facts = json.loads(inspect(capsys, str(tmp_path), "--json"))
+    assert facts["expert_bytes"] is None
+    assert "bytes" not in facts["steps"][0]

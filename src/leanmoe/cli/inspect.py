@@ -42,11 +42,14 @@ def inspect(settings: InspectSettings, as_json: AsJson = False) -> None:
         return
     console = make_console()
     console.print(_summary(model, shape), "")
-    console.print("A decode step by its tokens, and the ideal gain at lower k", style="bold")
-    console.print(_table(shape, steps))
-    note = NOTE.format(ridge=TOKENS_AT_THE_RIDGE)
-    limited = shape.router.limits_groups
-    console.print(note + GROUPS_NOTE if limited else note, style="dim")
+    if shape.storage.unknown is None:
+        console.print("A decode step by its tokens, and the ideal gain at lower k", style="bold")
+        console.print(_table(shape, steps))
+        note = NOTE.format(ridge=TOKENS_AT_THE_RIDGE)
+        limited = shape.router.limits_groups
+        console.print(note + GROUPS_NOTE if limited else note, style="dim")
+    else:
+        console.print(f"Bytes of weights cannot be told: {shape.storage.unknown}.", markup=False)
     if shape.hash_layers:
         console.print(
             f"Layers {_span(shape.hash_layers)} pick experts by token id, from a table: no score "
@@ -57,7 +60,8 @@ def inspect(settings: InspectSettings, as_json: AsJson = False) -> None:
 
 
 def _facts(shape: MoEShape) -> dict[str, Any]:
-    """Everything that is read from the config, for JSON."""
+    """Everything that is read from the config, for JSON; bytes that cannot be told are null."""
+    is_known = shape.storage.unknown is None
     return {
         "architecture": shape.architecture,
         "model_type": shape.model_type,
@@ -75,8 +79,8 @@ def _facts(shape: MoEShape) -> dict[str, Any]:
         "router": asdict(shape.router),
         "storage": asdict(shape.storage),
         "expert_parameters": shape.expert_parameters,
-        "expert_bytes": shape.expert_bytes,
-        "always_bytes": shape.always_bytes(),
+        "expert_bytes": shape.expert_bytes if is_known else None,
+        "always_bytes": shape.always_bytes() if is_known else None,
         "total_parameters": shape.total_parameters(),
         "active_parameters": shape.active_parameters(),
         "parameters": asdict(shape.parameters),
@@ -92,17 +96,18 @@ def _step(shape: MoEShape, tokens: int, bandwidth: float | None) -> dict[str, An
         "tokens": tokens,
         "distinct": distinct,
         "tokens_an_expert": tokens * shape.top_k / distinct,
-        "bytes": needed,
-        "gain": {
-            str(k): needed
-            / shape.decode_bytes(distinct_uniform(shape.experts, k, tokens), distinct)
-            for k in _lower(shape.top_k)
-        },
     }
     groups, used = shape.router.groups, shape.router.groups_used
     if used < groups:
         agreed = distinct_grouped(shape.experts, shape.top_k, tokens, groups, used)
         step["distinct_if_groups_agree"] = agreed
+    if shape.storage.unknown is not None:
+        return step
+    step["bytes"] = needed
+    step["gain"] = {
+        str(k): needed / shape.decode_bytes(distinct_uniform(shape.experts, k, tokens), distinct)
+        for k in _lower(shape.top_k)
+    }
     if bandwidth is not None:
         step["milliseconds"] = needed / bandwidth / 1e6
     return step
@@ -115,6 +120,7 @@ def _lower(top_k: int) -> list[int]:
 
 def _summary(name: str, shape: MoEShape) -> Table:
     """What the model is, in words."""
+    is_known = shape.storage.unknown is None
     found, router = shape.parameters, shape.router
     read = {
         "attention": found.mixers,
@@ -135,10 +141,15 @@ def _summary(name: str, shape: MoEShape) -> Table:
         "experts": experts,
         "router": _router(shape),
         "one expert": f"width {shape.expert_width}, {_count(shape.expert_parameters)} parameters, "
-        f"{_bytes(shape.expert_bytes)} ({shape.storage.name})",
+        + (
+            f"{_bytes(shape.expert_bytes)} ({shape.storage.name})"
+            if is_known
+            else "bytes not known"
+        ),
         "parameters": f"{_count(shape.total_parameters())}, "
         f"{_count(shape.active_parameters())} active",
-        "always read": f"{_bytes(shape.always_bytes())} a step: parameters of "
+        "always read": (f"{_bytes(shape.always_bytes())} a step: " if is_known else "")
+        + "parameters of "
         + ", ".join(f"{part} {_count(count)}" for part, count in read.items() if count),
     }
     table = Table.grid(padding=(0, 2))

@@ -22,7 +22,10 @@ from leanmoe.models.reference import NAME, folder_of
 FILE = "config.json"
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Where multimodal models keep their language model's settings; may be nested."""
-INHERITED = ("architectures", "quantization_config", "tie_word_embeddings", "dtype", "torch_dtype")
+INHERITED = (
+    "architectures", "quantization_config", "quantization", "compression_config",
+    "tie_word_embeddings", "dtype", "torch_dtype",
+)  # fmt: skip
 """Settings of the whole model that a language model's part takes over."""
 NAMES: Mapping[str, tuple[str, ...]] = {
     "num_hidden_layers": ("num_layers",),
@@ -49,6 +52,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "layer_types": ("layers_block_type",),
     "full_attention_interval": ("layer_group_size",),
     "linear_conv_kernel_dim": ("short_conv_kernel_size",),
+    "quantization_config": ("quantization", "compression_config"),
 }
 """One setting, and the names it goes by in one family or another."""
 LAYER_LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
@@ -137,7 +141,7 @@ def language_part(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in TEXT_PARTS:
         part = config.get(name)
         if isinstance(part, Mapping):
-            inherited = {key: config[key] for key in INHERITED if key in config}
+            inherited = {key: config[key] for key in INHERITED if config.get(key) is not None}
             kind = {"model_type": part.get("model_type") or config.get("model_type")}
             return language_part({**part, **inherited, **kind})
     pattern = config.get("hybrid_override_pattern")

@@ -16,6 +16,7 @@ from leanmoe.models.attention import CACHE_BYTES, Attention, attends, attention_
 from leanmoe.models.families import FAMILIES, Router, family_of
 from leanmoe.models.family import REFUSED, Family
 from leanmoe.models.hf_config import FILE, HfConfig, language_part, read_config
+from leanmoe.models.modules import modules
 from leanmoe.models.weight_format import Storage, storage
 
 __all__ = ["MoEShape", "Parameters", "distinct_grouped", "distinct_uniform", "read_shape"]
@@ -142,10 +143,11 @@ class MoEShape:
 
         The embedding table is looked up, not read, except where it is the head as well.
         """
-        found = self.parameters
-        plain = (found.head or found.embedding) + found.routers + found.norms
-        other = found.mixers + found.dense + found.shared
-        return plain * self.storage.plain_bytes + other * self.storage.other_bytes
+        each, stored = self.parameters, self.storage
+        split = each.mixers * stored.mixer_bytes + each.dense * stored.dense_bytes
+        split += each.shared * stored.shared_bytes + each.routers * stored.router_bytes
+        head = each.head * stored.head_bytes or each.embedding * stored.embedding_bytes
+        return split + each.norms * stored.plain_bytes + head
 
     def decode_bytes(self, distinct: float, trained: float | None = None) -> float:
         """Bytes of weights a decode step reads when each MoE layer activates `distinct` experts.
@@ -242,7 +244,7 @@ def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) 
         vocabulary=settings.whole("vocab_size", least=1),
         router=router,
         parameters=_parameters(settings, family, layers, routed_layers),
-        storage=storage(settings),
+        storage=storage(settings, modules(settings, family, routed_layers)),
         not_runnable=family.not_runnable,
         attention=_attention(settings, layers, family.sublayers),
         matrices=family.matrices,

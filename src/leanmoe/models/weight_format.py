@@ -1,85 +1,96 @@
-"""Bytes a weight takes as it is stored, from a config.json's dtype and quantisation.
+"""Bytes a weight takes as it is stored: from the shards' headers, or a config.json's settings.
 
 Needs no torch.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from leanmoe.models.hf_config import HfConfig
+from leanmoe.models.modules import Module
+from leanmoe.models.quantisation import Format, UnknownFormatError, rule_of
 
-PLAIN = {"float32": 4.0, "float": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 2.0}
+PLAIN = {
+    "float32": 4.0, "float": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 2.0,
+    "float8_e4m3fn": 1.0, "float8_e5m2": 1.0,
+}  # fmt: skip
 """Bytes of a weight that is not quantised, by the dtype's name."""
 DEFAULT_DTYPE = "bfloat16"
-SCALE_BYTES = 2
-"""Bits of a group's scale in the integer formats; fp8 has 4, mxfp4 and nvfp4 have 1."""
-ATTENTION_MARKS = ("attn", "attention")
-"""In a list of modules left alone, these say that only the experts are quantised."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a model's weights are stored."""
+    """How a model's weights are stored: bytes of one weight of each part, scales included."""
 
     name: str
-    """The format of the routed experts' weights, as shown to a reader."""
+    """The format of the routed experts' weights, as shown to a reader; several where they mix."""
     expert_bytes: float
-    """Bytes of one weight of a routed expert, its share of the scales included."""
-    other_bytes: float
-    """Bytes of one weight of attention, dense layers and shared experts."""
+    """One routed expert."""
+    mixer_bytes: float
+    """Attention, and what stands in its place."""
+    dense_bytes: float
+    shared_bytes: float
+    head_bytes: float
+    embedding_bytes: float
+    router_bytes: float
     plain_bytes: float
-    """Bytes of one weight that is never quantised: embedding, head, router, norms."""
+    """Norms, and whatever else is never quantised."""
+    unknown: str | None = None
+    """Why none of these bytes can be told; they stand as those of the dtype then, and what depends
+    on them is not shown."""
+    source: str = "config.json"
+    """What the bytes were read from."""
 
 
-def storage(settings: HfConfig) -> Storage:
-    """Reads `quantization_config`; a method that is not known is named and counted as plain."""
+def storage(settings: HfConfig, modules: Iterable[Module]) -> Storage:
+    """What dtype and `quantization_config` say of each of the modules.
+
+    Settings that are not understood leave `unknown` with the reason.
+    """
     dtype = str(settings.raw("dtype") or settings.raw("torch_dtype") or DEFAULT_DTYPE)
     dtype = dtype.removeprefix("torch.")
-    plain = PLAIN.get(dtype, PLAIN[DEFAULT_DTYPE])
+    plain = Format(dtype, PLAIN.get(dtype, PLAIN[DEFAULT_DTYPE]))
+    unknown = None if dtype in PLAIN else f"dtype {dtype!r} is not known"
     quantised = settings.part("quantization_config")
-    method = quantised.raw("quant_method")
-    if method is None:
-        return Storage(dtype, plain, plain, plain)
-    known = _format(str(method), quantised)
-    if known is None:
-        return Storage(f"{dtype} (as if: {method} is not known)", plain, plain, plain)
-    name, stored = known
-    return Storage(name, stored, plain if _experts_only(quantised) else stored, plain)
+    formats: Mapping[str, Mapping[Format, int]] = {}
+    if quantised.values:
+        try:
+            formats = _formats(quantised, modules, plain)
+        except UnknownFormatError as error:
+            unknown = f"quantization_config: {error}"
+    bytes_of = {part: _mean(formats.get(part, {plain: 1})) for part in PARTS}
+    names = sorted(formats.get("expert", {plain: 1}).items(), key=lambda pair: -pair[1])
+    return Storage(
+        name="not known" if unknown else " and ".join(dict.fromkeys(f.name for f, _ in names)),
+        expert_bytes=bytes_of["expert"],
+        mixer_bytes=bytes_of["mixers"],
+        dense_bytes=bytes_of["dense"],
+        shared_bytes=bytes_of["shared"],
+        head_bytes=bytes_of["head"],
+        embedding_bytes=bytes_of["embedding"],
+        router_bytes=bytes_of["routers"],
+        plain_bytes=plain.stored,
+        unknown=unknown,
+    )
 
 
-def _format(method: str, quantised: HfConfig) -> tuple[str, float] | None:
-    """Name of the format and bytes a weight; None for a method that is not known."""
-    if method in ("fp8", "fbgemm_fp8"):
-        block = quantised.items("weight_block_size", int)
-        each = 4 / (block[0] * block[1]) if block and len(block) == 2 and all(block) else 0.0
-        return "fp8", 1 + each
-    if method == "mxfp4":
-        return "mxfp4", 0.5 + 1 / 32
-    if method in ("gptq", "awq"):
-        return _integer(quantised.whole("bits", 4, least=1), quantised.whole("group_size", 128, -1))
-    if method == "bitsandbytes":
-        return ("int8", 1.0) if quantised.flag("load_in_8bit") else ("nf4", 0.5 + 4 / 64)
-    if method == "compressed-tensors":
-        return _compressed(quantised)
-    return None
+PARTS = ("expert", "mixers", "dense", "shared", "head", "embedding", "routers")
 
 
-def _compressed(quantised: HfConfig) -> tuple[str, float] | None:
-    groups = quantised.part("config_groups")
-    if not groups.values:
-        return None
-    weights = groups.part(next(iter(groups.values))).part("weights")
-    bits = weights.whole("num_bits", 8, least=1)
-    if weights.raw("type") == "float":
-        return ("fp8", 1.0) if bits == 8 else ("nvfp4", 0.5 + 1 / 16)
-    return _integer(bits, weights.whole("group_size", 0, -1))
+def _formats(
+    quantised: HfConfig, modules: Iterable[Module], plain: Format
+) -> dict[str, dict[Format, int]]:
+    """How many weights of each part have each format."""
+    rule = rule_of(quantised)
+    formats: dict[str, dict[Format, int]] = defaultdict(lambda: defaultdict(int))
+    for module in modules:
+        if module.weights:
+            formats[module.part][rule(module) or plain] += module.weights
+    return formats
 
 
-def _integer(bits: int, group: int) -> tuple[str, float]:
-    return f"int{bits}", bits / 8 + (SCALE_BYTES / group if group > 0 else 0.0)
-
-
-def _experts_only(quantised: HfConfig) -> bool:
-    ignored = quantised.raw("modules_to_not_convert") or quantised.raw("ignore") or ()
-    return any(mark in str(name) for name in ignored for mark in ATTENTION_MARKS)
+def _mean(formats: Mapping[Format, int]) -> float:
+    return sum(each.stored * count for each, count in formats.items()) / sum(formats.values())

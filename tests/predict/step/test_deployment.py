@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.models.catalog import published_shape
+from leanmoe.models.catalog import CONFIGS, published_shape
+from leanmoe.models.shape import read_shape
 from leanmoe.predict.hardware.gpus import GPUS
 from leanmoe.predict.step.deployment import Deployment
 
@@ -21,7 +22,7 @@ def test_weights_on_all_gpus_are_the_models() -> None:
     # Latent attention's down-projections are on every GPU: 7,168 x (1,536 + 576) a layer, fp8.
     copied = 61 * 7168 * (1536 + 576)
     assert V3.copied_weights == copied
-    everywhere = whole + 7 * copied * V3.storage.other_bytes
+    everywhere = whole + 7 * copied * V3.storage.mixer_bytes
     assert Deployment(H200, 8).weight_bytes(V3) * 8 == pytest.approx(everywhere, rel=0.005)
     assert Deployment(H200, 1, 8, 8).weight_bytes(V3) > Deployment(H200, 8).weight_bytes(V3)
 
@@ -41,3 +42,9 @@ def test_what_cannot_be_deployed(place: Deployment, says: str) -> None:
     with pytest.raises(LeanMoeError, match=says):  # noqa: PT012, either may refuse
         place.check(V3)
         place.memory(V3)
+
+
+def test_bytes_that_cannot_be_told_are_not_predicted_from() -> None:
+    config = {**CONFIGS["deepseek-ai/DeepSeek-V3"], "quantization_config": {"quant_method": "new"}}
+    with pytest.raises(LeanMoeError, match=r"cannot be told: .*'new' is not known"):
+        Deployment(H200, 8).check(read_shape(config, "a model"))

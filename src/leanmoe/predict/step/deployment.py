@@ -62,7 +62,12 @@ class Deployment:
         return f"{self.gpus} x {self.gpu.name} ({' '.join(parts)})"
 
     def check(self, model: MoEShape) -> None:
-        """Raises LeanMoeError where the model cannot be split so."""
+        """Raises LeanMoeError where the model cannot be split so, or its bytes cannot be told."""
+        if model.storage.unknown is not None:
+            raise LeanMoeError(
+                f"bytes of {model.name}'s weights cannot be told: {model.storage.unknown}; "
+                "nothing can be predicted from them"
+            )
         for name in ("tensor", "expert", "data", "pipeline"):
             value = getattr(self, name)
             if value < 1:
@@ -85,17 +90,18 @@ class Deployment:
 
     def weight_bytes(self, model: MoEShape, experts: float | None = None) -> float:
         """Bytes of weights on each GPU; `experts` a layer where some are pruned."""
-        found, storage = model.parameters, model.storage
+        each, stored = model.parameters, model.storage
         kept = model.weighted_experts if experts is None else experts
         routed = len(model.moe_layers) * kept + len(model.hash_layers) * model.experts
         whole = model.copied_weights
-        split = (found.mixers - whole + found.dense + found.shared) / self.tensor + whole
-        copied = (found.routers + found.norms) * storage.plain_bytes
-        ends = (found.embedding + found.head) * storage.plain_bytes / self.tensor
+        split = (each.mixers - whole) * stored.mixer_bytes
+        split += each.dense * stored.dense_bytes + each.shared * stored.shared_bytes
+        copied = each.routers * stored.router_bytes + each.norms * stored.plain_bytes
+        copied += whole * stored.mixer_bytes
+        ends = each.embedding * stored.embedding_bytes + each.head * stored.head_bytes
         spread = routed * model.expert_bytes / self.stage
-        return (split * storage.other_bytes + copied + spread) / self.pipeline + ends / min(
-            self.pipeline, 2
-        )
+        ends /= self.tensor * min(self.pipeline, 2)
+        return (split / self.tensor + copied + spread) / self.pipeline + ends
 
     def memory(self, model: MoEShape, experts: float | None = None) -> Memory:
         """What lies on each GPU; raises LeanMoeError, by how much, where weights do not fit."""

@@ -154,24 +154,24 @@ class StepTime:
         calls = self.model.layers * (5 if latent else 2)
         whole = self.model.copied_weights
         weights = (parameters.mixers - whole) / self.deployment.tensor + whole
-        return self._products(weights, storage.other_bytes, tokens, calls)
+        return self._products(weights, storage.mixer_bytes, tokens, calls)
 
     def _shared(self, tokens: float) -> float:
         shape = self.model
-        parameters = shape.parameters
-        dense = shape.layers - shape.routed_layers
-        calls = 2 * (shape.routed_layers if parameters.shared else 0) + 2 * (
-            dense if parameters.dense else 0
-        )
-        split = (parameters.shared + parameters.dense) / self.deployment.tensor
-        return self._products(split, shape.storage.other_bytes, tokens, calls) + self._products(
-            parameters.routers, shape.storage.plain_bytes, tokens, shape.routed_layers
+        each, stored, tensor = shape.parameters, shape.storage, self.deployment.tensor
+        routed, dense = shape.routed_layers, shape.layers - shape.routed_layers
+        return (
+            self._products(each.shared / tensor, stored.shared_bytes, tokens, 2 * routed)
+            + self._products(each.dense / tensor, stored.dense_bytes, tokens, 2 * dense)
+            + self._products(each.routers, stored.router_bytes, tokens, routed)
         )
 
     def _head(self, tokens: float) -> float:
         parameters = self.model.parameters
-        weights = (parameters.head or parameters.embedding) / self.deployment.tensor
-        return self._products(weights, self.model.storage.plain_bytes, tokens, 1)
+        weights, stored = (parameters.head, self.model.storage.head_bytes)
+        if not weights:
+            weights, stored = parameters.embedding, self.model.storage.embedding_bytes
+        return self._products(weights / self.deployment.tensor, stored, tokens, 1)
 
     def _attention(self, batch: StepBatch, copies: float) -> float:
         gpu, rates, tensor = self.deployment.gpu, self._rates, self.deployment.tensor

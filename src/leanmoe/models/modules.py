@@ -1,0 +1,137 @@
+"""The weight matrices of a decoder, by the names that checkpoints give them: no weights, no torch.
+
+Quantisation settings speak of modules by name; what they say is decided for these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from leanmoe.models.attention import attends, attention_of
+from leanmoe.models.family import Family
+from leanmoe.models.hf_config import HfConfig
+
+Part = Literal["expert", "mixers", "dense", "shared", "routers", "head", "embedding"]
+PREFIXES = ("model", "model.language_model", "language_model.model", "backbone")
+"""What stands before `layers` in a checkpoint of a language model, or of a model around one."""
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+NUMBERED = ("w1", "w3", "w2")
+BLOCKS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "mixtral": ("block_sparse_moe", NUMBERED),
+        "phimoe": ("block_sparse_moe", NUMBERED),
+        "minimax": ("block_sparse_moe", NUMBERED),
+        "minimax_m2": ("block_sparse_moe", NUMBERED),
+        "minimax_m3_vl_text": ("block_sparse_moe", NUMBERED),
+        "kimi_linear": ("block_sparse_moe", NUMBERED),
+        "granitemoe": ("block_sparse_moe", PROJECTIONS),
+        "granitemoeshared": ("block_sparse_moe", PROJECTIONS),
+        "granitemoehybrid": ("block_sparse_moe", PROJECTIONS),
+        "jamba": ("feed_forward", PROJECTIONS),
+        "lfm2_moe": ("feed_forward", NUMBERED),
+        "nemotron_h": ("mixer", PROJECTIONS),
+        "step3p5": ("moe", PROJECTIONS),
+    }
+)
+"""The MoE block's name and its matrices', by model type, where these are not mlp.gate_proj, ..."""
+SHARED = ("shared_experts", "shared_expert", "shared_mlp")
+REST = 0.01
+"""The share of a mixer's weights up to which what has no name here is norms and biases."""
+OTHER_MIXERS = (
+    "linear_attn.in_proj_qkvz", "linear_attn.in_proj_qkv", "linear_attn.out_proj", "mamba.in_proj",
+    "mixer.in_proj", "conv.in_proj", "self_attn.q_proj", "self_attn.o_proj",
+)  # fmt: skip
+"""Projections of what stands in attention's place."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A weight matrix, under each of the names that it may have; without a name: norms, biases."""
+
+    part: Part
+    names: tuple[str, ...]
+    weights: int
+
+
+def modules(settings: HfConfig, family: Family, moe_layers: tuple[int, ...]) -> Iterator[Module]:
+    """Every matrix of each decoder layer, and embedding and head; one expert stands for a layer's.
+
+    Raises LeanMoeError as the settings' readers do.
+    """
+    hidden, vocabulary = settings.whole("hidden_size", least=1), settings.whole("vocab_size")
+    layers = settings.whole("num_hidden_layers", len(settings.items("layer_types", str) or ()))
+    tables = {"embedding": "embed_tokens", "head": "lm_head"}
+    yield Module("embedding", _under(tables["embedding"], PREFIXES), hidden * vocabulary)
+    heads = ("lm_head", "language_model.lm_head")
+    yield Module("head", heads, hidden * vocabulary)
+    for layer in range(layers):
+        yield from _mixer(settings, layer, family.mixer(settings, layer))
+        yield from _feed_forward(settings, layer, layer in moe_layers)
+
+
+def _under(name: str, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{name}" for prefix in prefixes)
+
+
+def _of_layer(layer: int, *names: str) -> tuple[str, ...]:
+    prefixes = tuple(f"{prefix}.layers.{layer}" for prefix in PREFIXES)
+    return tuple(each for name in names for each in _under(name, prefixes))
+
+
+def _feed_forward(settings: HfConfig, layer: int, has_experts: bool) -> Iterator[Module]:
+    """The matrices of one expert, of the shared ones and of the router, or of a dense layer.
+
+    Their weights are shares of the part's: each of three, or two, is as large.
+    """
+    block, names = BLOCKS.get(str(settings.raw("model_type")), ("mlp", PROJECTIONS))
+    if not has_experts:
+        for name in names:
+            known = {f"mlp.{name}", f"feed_forward.{name}", f"{block}.{name}"}
+            yield Module("dense", _of_layer(layer, *sorted(known)), 1)
+        return
+    yield Module("routers", _of_layer(layer, f"{block}.gate", f"{block}.router"), 1)
+    for name in names:
+        stacked = "down_proj" if name in ("down_proj", "w2") else "gate_up_proj"
+        routed = [f"experts.0.{name}", f"experts.{stacked}", f"switch_mlp.{name}"]
+        routed += [name] if block == "moe" else []
+        yield Module("expert", _of_layer(layer, *(f"{block}.{each}" for each in routed)), 1)
+        shared = [f"{block}.{each}.{name}" for each in SHARED]
+        yield Module("shared", _of_layer(layer, *shared, f"share_expert.{name}"), 1)
+
+
+def _mixer(settings: HfConfig, layer: int, weights: int) -> Iterator[Module]:
+    """The projections of a layer's attention, or of what stands in its place."""
+    sizes = _attention(settings, layer) if attends(settings, layer) else {}
+    rest = weights - sum(sizes.values())
+    if not sizes or rest < 0:
+        names = tuple(f"self_attn.{name}" for name in sizes) or OTHER_MIXERS
+        yield Module("mixers", _of_layer(layer, *names), weights)
+        return
+    for name, size in sizes.items():
+        yield Module("mixers", _of_layer(layer, f"self_attn.{name}", f"attention.{name}"), size)
+    named = rest > REST * weights
+    yield Module("mixers", _of_layer(layer, "self_attn.indexer") if named else (), rest)
+
+
+def _attention(settings: HfConfig, layer: int) -> dict[str, int]:
+    """Weights of each projection of attention, latent or not."""
+    kind, hidden = attention_of(settings, layer), settings.whole("hidden_size", least=1)
+    queries, values = kind.heads * kind.width, kind.heads * kind.value_width
+    if not settings.whole("kv_lora_rank", 0):
+        return {
+            "q_proj": hidden * queries,
+            "k_proj": hidden * kind.pairs * kind.width,
+            "v_proj": hidden * kind.pairs * kind.value_width,
+            "o_proj": values * hidden,
+        }
+    rank = settings.whole("q_lora_rank", 0)
+    sizes = {"q_a_proj": hidden * rank, "q_b_proj": rank * queries}
+    return {
+        **(sizes if rank else {"q_proj": hidden * queries}),
+        "kv_a_proj_with_mqa": hidden * (kind.latent + kind.rotary),
+        "kv_b_proj": kind.latent * kind.heads * (kind.width - kind.rotary + kind.value_width),
+        "o_proj": values * hidden,
+    }
