@@ -15,6 +15,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.attention import CACHE_BYTES, Attention, attends, attention_of
 from leanmoe.models.families import FAMILIES, Router, family_of
 from leanmoe.models.family import REFUSED, Family
+from leanmoe.models.fingerprint import Fingerprint
 from leanmoe.models.hf_config import FILE, HfConfig, language_part, read_config
 from leanmoe.models.modules import modules
 from leanmoe.models.weight_format import Storage, storage
@@ -389,14 +390,3 @@ def _parameters(
         norms=norms,
         expert=family.matrices * inner * width + (2 * width + hidden) * int(family.biases),
     )
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """The model a plan was made for; a plan is refused on any other."""
-
-    architecture: str
-    layers: int
-    moe_layers: int
-    experts: int
-    top_k: int

@@ -8,12 +8,13 @@ model as it was trained.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from leanmoe.core.errors import LeanMoeError, shown
 from leanmoe.core.schema import ALWAYS_STORED, StoredFile, fields_from_json, fields_to_json
-from leanmoe.models.shape import Fingerprint, read_shape
+from leanmoe.models.fingerprint import Fingerprint
+from leanmoe.models.shape import read_shape
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,11 @@ class Plan(StoredFile):
 
     def check(self, model: Fingerprint, more_experts: bool = False) -> None:
         """Raises LeanMoeError unless the plan was made for `model` and every rule is in range."""
-        for name, planned in asdict(self.model).items():
-            found = getattr(model, name)
-            if planned != found:
-                raise LeanMoeError(
-                    f"this plan was made for another model: its {name} is {planned}, "
-                    f"this model's is {found}"
-                )
+        if (name := self.model.difference(model)) is not None:
+            raise LeanMoeError(
+                f"this plan was made for another model: its {name} is "
+                f"{getattr(self.model, name)}, this model's is {getattr(model, name)}"
+            )
         self._check_bands()
         for number, band in enumerate(self.bands):
             for layer, rule in enumerate(band.rules):
