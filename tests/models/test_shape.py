@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.models.shape import distinct_grouped, distinct_uniform, read_shape
+from leanmoe.models.shape import Fingerprint, distinct_grouped, distinct_uniform, read_shape
 from tests.published import MODELS
 
 DEEPSEEK = MODELS["deepseek-ai/DeepSeek-V3"].config
@@ -178,3 +179,40 @@ def test_agreement_activates_no_more_than_independence(size: int, used: int, tok
 def test_impossible_groups(groups: int, used: int, top_k: int) -> None:
     with pytest.raises(LeanMoeError, match=r"not possible|is above"):
         distinct_grouped(64, top_k, 4, groups, used)
+
+
+QWEN3_5 = Fingerprint("Qwen3_5MoeForConditionalGeneration", 40, 40, 256, 8)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
+        ("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
+        ("Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration"),
+        ("AriaForConditionalGeneration", "AriaTextForCausalLM"),
+        ("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3VLForCausalLM"),
+        ("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe"),
+    ],
+)
+def test_a_language_model_is_the_same_with_and_without_what_is_around_it(
+    one: str, other: str
+) -> None:
+    first, second = (replace(QWEN3_5, architecture=name) for name in (one, other))
+    assert first.difference(second) is None
+    assert second.difference(first) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architecture", "Qwen3MoeForCausalLM"),
+        ("architecture", "Qwen3VLMoeForConditionalGeneration"),
+        ("layers", 41),
+        ("experts", 255),
+        ("top_k", 4),
+    ],
+)
+def test_another_model_is_named_by_what_differs(field: str, value: object) -> None:
+    changes: dict[str, object] = {field: value}
+    assert QWEN3_5.difference(replace(QWEN3_5, **changes)) == field  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from typing import Literal
 from leanmoe.models.attention import attends, attention_of
 from leanmoe.models.family import Family
 from leanmoe.models.hf_config import HfConfig
+from leanmoe.models.parameters import layer_count
 
 Part = Literal["expert", "mixers", "dense", "shared", "routers", "head", "embedding"]
 PREFIXES = ("model", "model.language_model", "language_model.model", "backbone")
@@ -62,14 +63,17 @@ def modules(settings: HfConfig, family: Family, moe_layers: tuple[int, ...]) -> 
     Raises LeanMoeError as the settings' readers do.
     """
     hidden, vocabulary = settings.whole("hidden_size", least=1), settings.whole("vocab_size")
-    layers = settings.whole("num_hidden_layers", len(settings.items("layer_types", str) or ()))
     tables = {"embedding": "embed_tokens", "head": "lm_head"}
     yield Module("embedding", _under(tables["embedding"], PREFIXES), hidden * vocabulary)
     heads = ("lm_head", "language_model.lm_head")
     yield Module("head", heads, hidden * vocabulary)
-    for layer in range(layers):
-        yield from _mixer(settings, layer, family.mixer(settings, layer))
-        yield from _feed_forward(settings, layer, layer in moe_layers)
+    # Nemotron-H's layers are a mixer, experts or dense; elsewhere each is a mixer and what follows.
+    kinds = settings.items("layer_types", str) if family.single else None
+    for layer in range(layer_count(settings, family)):
+        if kinds is None or kinds[layer] not in ("moe", "mlp"):
+            yield from _mixer(settings, layer, family.mixer(settings, layer))
+        if kinds is None or kinds[layer] in ("moe", "mlp"):
+            yield from _feed_forward(settings, layer, layer in moe_layers)
 
 
 def _under(name: str, prefixes: tuple[str, ...]) -> tuple[str, ...]:

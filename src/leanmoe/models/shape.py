@@ -5,9 +5,10 @@ Letters: E experts, k experts a token, B tokens in a forward step, G groups, D h
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +16,18 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.attention import CACHE_BYTES, Attention, attends, attention_of
 from leanmoe.models.families import FAMILIES, Router, family_of
 from leanmoe.models.family import REFUSED, Family
-from leanmoe.models.fingerprint import Fingerprint
 from leanmoe.models.hf_config import FILE, HfConfig, language_part, read_config
 from leanmoe.models.modules import modules
+from leanmoe.models.parameters import (
+    Parameters,
+    count_parameters,
+    dense_width,
+    layer_count,
+    shared_experts,
+)
 from leanmoe.models.weight_format import Storage, storage
 
 __all__ = ["MoEShape", "Parameters", "distinct_grouped", "distinct_uniform", "read_shape"]
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Weights of a model, by what they are for; one routed expert's are `expert`.
-
-    Only the language model's decoder layers count: no vision or audio part, and none of the
-    further layers that predict several tokens ahead.
-    """
-
-    embedding: int
-    head: int
-    """0 where the head is the embedding."""
-    mixers: int
-    """Attention, and what stands in its place in some layers."""
-    dense: int
-    shared: int
-    routers: int
-    norms: int
-    """Norms, and what weights stand in no layer beside embedding and head."""
-    expert: int
-
-    @property
-    def always(self) -> int:
-        """All weights but the routed experts'."""
-        return (
-            self.embedding
-            + self.head
-            + self.mixers
-            + self.dense
-            + self.shared
-            + self.routers
-            + self.norms
-        )
 
 
 @dataclass(frozen=True)
@@ -222,13 +195,13 @@ def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) 
     family = family_of(model_type)
     told = {name: value for name, value in values.items() if name not in family.ignores}
     settings = HfConfig(told, family.defaults)
-    layers = _layers(settings, family)
+    layers = layer_count(settings, family)
     experts, top_k = _experts(settings, str(model_type))
     routed_layers = _moe_layers(settings, layers)
     hash_layers = _hash_layers(settings, routed_layers)
     router = _router(settings, family, experts, top_k)
     width = settings.whole(family.width, least=1)
-    shared, shared_width = _shared(settings, family, width)
+    shared, shared_width = shared_experts(settings, family, width)
     return MoEShape(
         architecture=_architecture(settings),
         model_type=str(model_type),
@@ -241,10 +214,10 @@ def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) 
         hidden=settings.whole("hidden_size", least=1),
         expert_width=width,
         shared_width=shared_width,
-        dense_width=_dense_width(settings, family),
+        dense_width=dense_width(settings, family),
         vocabulary=settings.whole("vocab_size", least=1),
         router=router,
-        parameters=_parameters(settings, family, layers, routed_layers),
+        parameters=count_parameters(settings, family, routed_layers, hash_layers),
         storage=storage(settings, modules(settings, family, routed_layers)),
         not_runnable=family.not_runnable,
         attention=_attention(settings, layers, family.sublayers),
@@ -261,12 +234,6 @@ def _architecture(settings: HfConfig) -> str:
 def _attention(settings: HfConfig, layers: int, each: int) -> tuple[tuple[Attention, int], ...]:
     kinds = Counter(attention_of(settings, n) for n in range(layers) if attends(settings, n))
     return tuple((kind, count * each) for kind, count in kinds.items())
-
-
-def _layers(settings: HfConfig, family: Family) -> int:
-    if family.single and (kinds := settings.items("layer_types", str)) is not None:
-        return len(kinds)
-    return settings.whole("num_hidden_layers", least=1)
 
 
 def _experts(settings: HfConfig, model_type: str) -> tuple[int, int]:
@@ -341,52 +308,40 @@ def _is_moe(settings: HfConfig, layer: int, layers: int) -> bool:
     return (layer + 1) % step == 0 and layer % period == settings.whole("expert_layer_offset", 0)
 
 
-def _dense_width(settings: HfConfig, family: Family) -> int:
-    own = settings.whole(family.dense_width, 0)
-    return own or settings.whole("intermediate_size", 0)
+HEAD = re.compile(r"(Sparse|Thinker|Text)?For[A-Z]\w*$")
+"""What a class name says of the model's head and of what is around the language model."""
+SAME = {"hunyuanv1moe": "hunyuanmoev1", "minimaxm3vl": "minimaxm3"}
+"""Model types whose classes are called otherwise."""
 
 
-def _shared(settings: HfConfig, family: Family, width: int) -> tuple[int, int]:
-    """Number of shared experts, and the sum of their widths."""
-    count = settings.whole("n_shared_experts", 0)
-    if family.shared_width is None:
-        return count, count * width
-    own = settings.whole(family.shared_width, 0) * family.sublayers
-    return (max(count, family.sublayers), own) if own else (0, 0)
+@dataclass(frozen=True)
+class Fingerprint:
+    """The model a plan was made for; a plan is refused on any other."""
+
+    architecture: str
+    layers: int
+    moe_layers: int
+    experts: int
+    top_k: int
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """The first field in which `other` is another model; None where it is the same one.
+
+        A multimodal model and its language model loaded by itself have classes of their own
+        (Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeForCausalLM), and a config.json without
+        `architectures` has its model type here: these are the same model.
+        """
+        for name, value in asdict(self).items():
+            theirs = getattr(other, name)
+            if name == "architecture":
+                value, theirs = _language_model(value), _language_model(theirs)
+            if value != theirs:
+                return name
+        return None
 
 
-def _parameters(
-    settings: HfConfig, family: Family, layers: int, moe_layers: tuple[int, ...]
-) -> Parameters:
-    hidden = settings.whole("hidden_size", least=1)
-    width = settings.whole(family.width, least=1)
-    router = family.router(settings)
-    experts = settings.whole("num_experts", least=1) + router.zero_experts
-    inner = settings.whole("moe_latent_size", hidden)
-    table = settings.whole("vocab_size", least=1) * hidden
-    shared = family.matrices * hidden * _shared(settings, family, width)[1]
-    if family.shared_gate:
-        shared += hidden
-    if inner != hidden:
-        shared += 2 * hidden * inner + inner * settings.flag("latent_moe_use_norm")
-    terms = int(family.biases) + int(router.expert_scale is not None)
-    biases = 0
-    if router.ranking_bias is not None:
-        biases = experts * (len(moe_layers) - len(_hash_layers(settings, moe_layers)))
-    mixing, dense = tuple(range(layers)), layers - len(moe_layers)
-    if family.single and (kinds := settings.items("layer_types", str)) is not None:
-        mixing = tuple(n for n in mixing if kinds[n] not in ("moe", "mlp"))
-        dense = kinds.count("mlp")
-    norms = layers * family.layer_norms * family.sublayers + len(moe_layers) * family.moe_norms + 1
-    norms *= hidden * (1 + int(family.norm_biases))
-    norms += 0 if family.further is None else family.further(settings)
-    return Parameters(
-        embedding=table,
-        head=0 if settings.flag("tie_word_embeddings") else table,
-        mixers=sum(family.mixer(settings, layer) for layer in mixing) * family.sublayers,
-        dense=dense * family.matrices * hidden * _dense_width(settings, family),
-        shared=len(moe_layers) * shared,
-        routers=len(moe_layers) * experts * (hidden + terms) + biases,
-        norms=norms,
-        expert=family.matrices * inner * width + (2 * width + hidden) * int(family.biases),
-    )
+def _language_model(architecture: str) -> str:
+    """The name that a class, its relatives with other heads and the model type have in common."""
+    name = HEAD.sub("", architecture).lower().replace("_", "").replace("-", "")
+    name = name.removesuffix("text")
+    return SAME.get(name, name)

@@ -4,7 +4,7 @@
 expert; `named_plans` reads several plans for a comparison.
 """
 
-from leanmoe.models.fingerprint import Fingerprint
+from leanmoe.models.shape import Fingerprint
 from leanmoe.plan.plan import Band, Plan, Rule
 
 __all__ = ["Band", "Fingerprint", "Plan", "Rule"]

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 from leanmoe.core.errors import LeanMoeError, shown
 from leanmoe.core.schema import ALWAYS_STORED, StoredFile, fields_from_json, fields_to_json
-from leanmoe.models.fingerprint import Fingerprint
-from leanmoe.models.shape import read_shape
+from leanmoe.models.shape import Fingerprint, read_shape
 
 
 @dataclass(frozen=True)

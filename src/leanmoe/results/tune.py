@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from leanmoe.core.intervals import LossChange, LossGap, RatioOfRuns
 from leanmoe.core.provenance import Provenance, StepsMadeWith
 from leanmoe.core.schema import StoredFile, stored_as
-from leanmoe.models.fingerprint import Fingerprint
+from leanmoe.models.shape import Fingerprint
 from leanmoe.plan import Plan, Rule
 
 Phase = Literal["prompt", "decode"]
