@@ -19,5 +19,12 @@ def test_padding_is_no_token_and_a_skipped_slot_no_slot() -> None:
     }  # fmt: skip
 
 
+def test_slots_of_padding_are_not_counted() -> None:
+    """A model's own router chooses for padding too."""
+    counts = RoutingCounts()
+    counts.add(torch.tensor([[[0, 1], [2, 3]]]), torch.tensor([[False, True]]), 8)
+    assert (counts.tokens, counts.slots, counts.distinct) == (1, 2, 2.0)
+
+
 def test_a_layer_that_never_ran_has_means_of_zero() -> None:
     assert (RoutingCounts().slots_per_token, RoutingCounts().distinct_per_step) == (0.0, 0.0)

@@ -8,6 +8,7 @@ import torch
 from leanmoe import Plan, Rule, apply
 from leanmoe.runtime import find_layers, shape_of
 from leanmoe.runtime.routing import fast_router
+from tests import tiny
 from tests.runtime.families import CONFIGS, build
 from tests.runtime.test_apply import ids, logits
 
@@ -31,6 +32,18 @@ def test_it_stands_in_where_it_should(family: str) -> None:
     for layer in find_layers(model):
         assert fast_router(layer, shape.router, shape.top_k) is not None
         assert "forward" not in vars(layer.router)
+
+
+@pytest.mark.parametrize("family", ["lfm2_moe", "minimax_m2", "hy_v3", "afmoe"])
+def test_a_router_that_its_block_gives_the_bias_is_left_alone(family: str) -> None:
+    model = tiny.build(family)
+    stock, shape = logits(model), shape_of(model)
+    layer = find_layers(model)[0]
+    assert fast_router(layer, shape.router, shape.top_k) is None
+    hidden_TD = torch.randn(3, shape.hidden, generator=torch.Generator().manual_seed(0))
+    assert layer.logits(hidden_TD, shape.router).shape == (3, shape.experts)
+    with apply(model, Plan(shape.fingerprint()), experts="leanmoe"):
+        torch.testing.assert_close(logits(model), stock, rtol=2e-4, atol=2e-5)
 
 
 def test_a_router_that_chooses_otherwise_is_left_alone() -> None:

@@ -30,10 +30,10 @@ def bar(what: str, total: int, unit: str = "") -> Iterator[Advance]:
 @contextmanager
 def _terminal_bar(what: str, total: int, unit: str) -> Iterator[Advance]:
     columns = (
-        TextColumn("{task.description:<26}"),
+        TextColumn("{task.description:<26}", markup=False),
         BarColumn(bar_width=32),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn(unit, markup=False),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:

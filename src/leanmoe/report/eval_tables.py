@@ -40,7 +40,7 @@ def console_tables(results: EvalResults, console: Console) -> list[Table]:
 def _is_whole(sheet: Sheet, table: Table, console: Console) -> bool:
     """Whether no word of it is cut short; rich alone knows how it divides a width."""
     shown = StringIO()
-    Console(file=shown, width=console.width).print(table)
+    Console(file=shown, width=console.width, markup=False).print(table)
     words = {word for row in (sheet.heads, *sheet.rows) for cell in row for word in cell.split()}
     return words <= set(re.split(r"[\s│┃]+", shown.getvalue()))
 

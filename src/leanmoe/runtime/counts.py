@@ -21,7 +21,9 @@ class RoutingCounts:
     over_budget_steps: int = 0
 
     def add(self, ids_BTK: Tensor, padding_BT: Tensor | None, experts: int) -> None:
-        """Adds the steps of one call."""
+        """Adds the steps of one call; what padding was routed to is not counted."""
+        if padding_BT is not None:
+            ids_BTK = ids_BTK.masked_fill(padding_BT[..., None].to(ids_BTK.device), experts)
         self.steps += ids_BTK.shape[0]
         padded = 0 if padding_BT is None else int(padding_BT.sum())
         self.tokens += ids_BTK.shape[0] * ids_BTK.shape[1] - padded

@@ -6,6 +6,7 @@ router.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,13 @@ def release_threads() -> bool:
 ROUTER_NAMES = ("gate", "router")
 
 
+def forward_parameters(module: Any) -> tuple[str, ...]:
+    """What the forward of a module's class takes by name, beside the module itself."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    packs = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(each.name for each in parameters if each.kind not in packs)
+
+
 @dataclass(frozen=True)
 class MoELayer:
     """One MoE layer of a loaded model."""
@@ -126,8 +134,13 @@ class MoELayer:
         hook = self.logits_source(router).register_forward_hook(
             lambda _module, _inputs, output: seen.append(router_logits(output))
         )
+        takes_bias = len(forward_parameters(self.router)) > 1  # as Hunyuan's and LFM2's
         with hook:
-            self.router(hidden_TD)
+            if takes_bias:
+                whole = hidden_TD if router.logits_module is None else hidden_TD[None]  # AFMoE's
+                self.router(whole, self.ranking_bias(router))
+            else:
+                self.router(hidden_TD)
         return seen[0].flatten(0, -2)
 
     @property

@@ -8,7 +8,6 @@ module's logits are its weight times the hidden states and our choice is the mod
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.routing import ALONE, BatchScope, Routing, route
 from leanmoe.runtime.counts import RoutingCounts
-from leanmoe.runtime.model import MoELayer
+from leanmoe.runtime.model import MoELayer, forward_parameters
 from leanmoe.runtime.step import StepPart
 
 PROBE_TOKENS = 5
@@ -239,10 +238,11 @@ def fast_router(layer: MoELayer, router: Router, top_k: int) -> FastRouter | Non
 
 
 def _takes_hidden_alone(module: Any) -> bool:
-    """Whether its forward is its class's own and wants nothing but hidden states."""
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    return "forward" not in vars(module) and len(required) == 1
+    """Whether its forward is its class's own and takes nothing but hidden states.
+
+    What has a default may be given all the same: LFM2's block gives its router the bias.
+    """
+    return "forward" not in vars(module) and len(forward_parameters(module)) == 1
 
 
 def _places(output: Any, experts: int, top_k: int) -> tuple[int, int, int] | None:
