@@ -135,12 +135,12 @@ class MoELayer:
             lambda _module, _inputs, output: seen.append(router_logits(output))
         )
         takes_bias = len(forward_parameters(self.router)) > 1  # as Hunyuan's and LFM2's
+        bias = (self.ranking_bias(router),) if takes_bias else ()
         with hook:
-            if takes_bias:
-                whole = hidden_TD if router.logits_module is None else hidden_TD[None]  # AFMoE's
-                self.router(whole, self.ranking_bias(router))
-            else:
-                self.router(hidden_TD)
+            try:
+                self.router(hidden_TD, *bias)
+            except ValueError:  # AFMoE's unpacks the shape of sequences
+                self.router(hidden_TD[None], *bias)
         return seen[0].flatten(0, -2)
 
     @property
