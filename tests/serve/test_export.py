@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,40 @@ def test_a_uniform_plan_needs_no_plugin_in_sglang() -> None:
     assert not recipe.environment
     assert json.loads(recipe.command[-1]) == {"num_experts_per_tok": 6}
     assert export(SHARED, PATH, "sglang").environment["LEANMOE_PLAN"] == str(PATH.resolve())
+
+
+@pytest.mark.parametrize(
+    ("config", "override"),
+    [
+        ({"num_experts_per_tok": 8}, {"num_experts_per_tok": 6}),
+        ({"moe_k": 8}, {"moe_k": 6}),
+        ({"text_config": {"num_experts_per_tok": 8}}, {"text_config": {"num_experts_per_tok": 6}}),
+        ({"thinker_config": {"text_config": {"num_experts_per_tok": 8}}}, None),
+    ],
+)
+def test_an_override_is_of_the_key_that_the_model_reads(
+    tmp_path: Path, config: object, override: object
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = export(SIX, PATH, "sglang", str(tmp_path))
+    if override is None:
+        assert recipe.environment["LEANMOE_PLAN"]
+        assert "--json-model-override-args" not in recipe.command
+    else:
+        assert not recipe.environment
+        assert json.loads(recipe.command[-1]) == override
+    hint = [note for note in export(SIX, PATH, "vllm", str(tmp_path)).notes if "overrides" in note]
+    assert bool(hint) == (override is not None)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["Qwen3VLMoeForConditionalGeneration", "Ernie4_5_MoeForCausalLM", "qwen3_moe"]
+)
+def test_the_plugin_runs_where_the_models_key_is_not_known(architecture: str) -> None:
+    plan = Plan.uniform(replace(QWEN, architecture=architecture), Rule(top_k=6))
+    recipe = export(plan, PATH, "sglang", "some/model")
+    assert recipe.environment["LEANMOE_PLAN"] == str(PATH.resolve())
+    assert "--json-model-override-args" not in recipe.command
 
 
 def test_vllm_captures_the_ends_of_the_bands() -> None:

@@ -150,6 +150,14 @@ def language_part(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
+def setting_path(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """The keys that lead to a setting of the language model in a config.json."""
+    for part in TEXT_PARTS:
+        if isinstance(config.get(part), Mapping):
+            return (part, *setting_path(config[part], name))
+    return (HfConfig(config).named(name),)
+
+
 def read_config(source: str) -> dict[str, Any]:
     """The config.json of a folder, a file, the word "reference" or a name on the Hugging Face Hub.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from leanmoe.core.environment import DROP, PLAN
 from leanmoe.core.errors import LeanMoeError, unknown_name
+from leanmoe.models.hf_config import read_config, setting_path
 from leanmoe.plan import Plan, Rule
 from leanmoe.serve.plan_support import PROMPT, check_parts, notes, without
 from leanmoe.serve.vllm.launch import capture_sizes
@@ -31,6 +32,9 @@ GGUF = {
     "Qwen3MoeForCausalLM": "qwen3moe", "Qwen3NextForCausalLM": "qwen3next",
 }  # fmt: skip
 """llama.cpp's name (`general.architecture`) for some of Transformers' classes."""
+
+PLAIN_TOP_K = frozenset(GGUF) - {"Ernie4_5_MoeForCausalLM", "HunYuanMoEV1ForCausalLM"}
+"""Classes whose config.json has num_experts_per_tok, and no language model's part of its own."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,8 @@ def _vllm(recipe: Recipe, plan: Plan, model: str) -> Recipe:
         settings = json.dumps({"cudagraph_capture_sizes": sizes}, separators=(",", ":"))
         command += ["--compilation-config", settings]
     remarks = list(recipe.notes)
-    if (top_k := uniform_top_k(plan)) is not None:
-        override = json.dumps({"num_experts_per_tok": top_k})
+    if (changed := top_k_override(plan, model)) is not None:
+        override = json.dumps(changed)
         remarks.append(f"the same without a plugin: vllm serve {model} --hf-overrides '{override}'")
     return replace(recipe, command=tuple(command), notes=tuple(remarks))
 
@@ -109,11 +113,30 @@ def _sglang(recipe: Recipe, plan: Plan, model: str) -> Recipe:
     """The recipe with SGLang's command, without the plugin where one top_k is all of the plan."""
     command = ["python", "-m", "sglang.launch_server", "--model-path", model]
     remarks = [*recipe.notes, SGLANG_NOTE]
-    if (top_k := uniform_top_k(plan)) is None:
+    if (changed := top_k_override(plan, model)) is None:
         return replace(recipe, command=tuple(command), notes=tuple(remarks))
-    command += ["--json-model-override-args", json.dumps({"num_experts_per_tok": top_k})]
+    command += ["--json-model-override-args", json.dumps(changed)]
     remarks.append("a top_k that is the same everywhere needs no plugin")
     return replace(recipe, environment={}, command=tuple(command), notes=tuple(remarks))
+
+
+def top_k_override(plan: Plan, model: str) -> dict[str, Any] | None:
+    """What changes in the model's config.json where one `top_k` is all of the plan.
+
+    None where it is not, and where the key that the model reads is not known: an override of a
+    key that nothing reads would serve the full model under the plan's name. Engines merge what
+    stands under text_config, and under no other part.
+    """
+    top_k = uniform_top_k(plan)
+    if top_k is None:
+        return None
+    if not Path(model).exists():
+        is_plain = plan.model.architecture in PLAIN_TOP_K
+        return {"num_experts_per_tok": top_k} if is_plain else None
+    *parts, key = setting_path(read_config(model), "num_experts_per_tok")
+    if not parts:
+        return {key: top_k}
+    return {"text_config": {key: top_k}} if parts == ["text_config"] else None
 
 
 def uniform_top_k(plan: Plan) -> int | None:
