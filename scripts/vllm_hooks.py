@@ -17,7 +17,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from leanmoe.serve.vllm.hook_signatures import ABSENT, known_signatures, read_signatures
+from leanmoe.serve.vllm.installation import ABSENT, known_signatures, read_signatures
 
 TARGET = Path(__file__).parents[1] / "src/leanmoe/serve/vllm/hook_signatures.json"
 METADATA = re.compile(r"vllm(_cpu)?-([^-/]+)\.dist-info/METADATA")

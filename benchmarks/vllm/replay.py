@@ -27,7 +27,7 @@ from benchmarks.vllm.settings import has_gpu
 from benchmarks.vllm.step_results import Seen
 from benchmarks.vllm.variants import AUTO, DROP, GROUP, LEANMOE, REPEAT, SKIP, STOCK, Variant
 from leanmoe.plan.placement import Placement
-from leanmoe.serve.vllm.layer_facts import scope_of
+from leanmoe.serve.vllm.checks import scope_of
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.leanmoe_experts import LeanmoeExperts, kernels_unsupported_reason
 from leanmoe.serve.vllm.skipped_slots import all_sizes_unsupported_reason

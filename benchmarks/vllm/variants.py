@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.vllm.layout import SINGLE, Layout
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
-from leanmoe.serve.plan_support import is_plain
+from leanmoe.serve.plugin_options import is_plain
 from leanmoe.serve.vllm.small_steps import Skipped, Skipping, is_small
 
 STOCK = "stock"

@@ -17,7 +17,7 @@ from leanmoe.kernels import route_cpu_unsupported, route_gpu_unsupported
 from leanmoe.kernels.dispatch import route_on_cpu, route_on_gpu
 from leanmoe.plan import Fingerprint, Plan
 from leanmoe.routing import BatchScope, Routing, route, score
-from leanmoe.serve.plan_support import is_plain
+from leanmoe.serve.plugin_options import is_plain
 from leanmoe.serve.sglang.patch import planned_config
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.padding import PaddingSource, StepPadding

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from leanmoe.serve.vllm.hook_signatures import ABSENT, SYMBOLS, known_signatures
+from leanmoe.serve.vllm.installation import ABSENT, SYMBOLS, known_signatures
 from scripts import vllm_hooks
 
 SUM = "_custom_ops:moe_sum"

@@ -16,7 +16,7 @@ from leanmoe.core.installed_vllm import find_vllm, require_vllm
 from leanmoe.models.reference import folder_of
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
-from leanmoe.serve.plan_support import PROMPT, check_parts, without
+from leanmoe.serve.plugin_options import PROMPT, check_parts, without
 from leanmoe.serve.settings import ServeSettings
 from leanmoe.serve.vllm import launch
 

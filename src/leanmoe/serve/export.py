@@ -16,7 +16,7 @@ from leanmoe.core.environment import DROP, PLAN
 from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.models.hf_config import read_config, setting_path
 from leanmoe.plan import Plan, Rule
-from leanmoe.serve.plan_support import PROMPT, check_parts, notes, without
+from leanmoe.serve.plugin_options import PROMPT, check_parts, notes, without
 from leanmoe.serve.vllm.launch import capture_sizes
 
 ENGINES = ("vllm", "sglang", "llama.cpp", "transformers")

@@ -1,14 +1,15 @@
-"""What the plugins of vLLM and SGLang are asked to do, read from the environment and checked once.
+"""Which parts of a plan an engine can run, and what its plugin is asked to do; needs no torch.
 
-An engine starts its worker processes itself, so its user can reach them by variables alone. Their
-names, values and meanings are in `core.environment.VARIABLES`. Needs no torch and no engine.
+A part that an engine cannot run is refused, unless the user drops it by name. An engine starts its
+worker processes itself, so its user can reach them by variables alone. Their names, values and
+meanings are in `core.environment.VARIABLES`; they are read and checked once.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from leanmoe.core.environment import (
@@ -21,8 +22,93 @@ from leanmoe.core.environment import (
     Variable,
 )
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.plan import Plan
-from leanmoe.serve.plan_support import ALL, PROMPT, RANK, check_batch_scope, check_parts, without
+from leanmoe.plan import Plan, Rule
+
+PROMPT = "prompt"
+DROPPABLE = (PROMPT,)
+"""Parts of a plan that a user can consent to leave out."""
+PROMPT_REASON = (
+    "rules for prompt tokens cannot run: a captured step does not know which of its "
+    "tokens are a prompt's"
+)
+RANK, ALL = "rank", "all"
+"""Batch scopes: whose tokens a batch-aware rule sees under data parallelism."""
+KNOW_RANKS = ("vLLM",)
+"""Engines whose adapter knows on which rank each expert is, and can ask the other ranks."""
+
+
+def without(plan: Plan, parts: Sequence[str]) -> Plan:
+    """The plan without the parts named; raises LeanMoeError for a name not in `DROPPABLE`."""
+    for part in parts:
+        if part not in DROPPABLE:
+            raise LeanMoeError(f"cannot drop {part!r}: it must be {' or '.join(DROPPABLE)}")
+    return replace(plan, prompt=()) if PROMPT in parts else plan
+
+
+def is_plain(rule: Rule) -> bool:
+    """Whether an engine's own routing does what the rule says, once it is given the rule's top-k.
+
+    With fewer experts and `keep_weights` it does not: it normalises the weights anew.
+    """
+    return rule.is_empty or rule == Rule(top_k=rule.top_k)
+
+
+def check_parts(plan: Plan, engine: str, consent: str) -> None:
+    """Raises LeanMoeError if `engine`, vLLM or SGLang, cannot run a part of the plan.
+
+    `consent` is what the user can write to leave that part out.
+    """
+    if any(not rule.is_empty for rule in plan.prompt):
+        raise LeanMoeError(f"{engine}: {PROMPT_REASON}; {consent} runs the bands without them")
+    if engine not in KNOW_RANKS:
+        check_placed(plan, engine)
+
+
+def check_placed(plan: Plan, engine: str) -> None:
+    """Raises LeanMoeError if a rule needs to know on which GPU each expert is."""
+    if plan.has_budget_per_rank:
+        raise LeanMoeError(
+            f"{engine}: budget_per_rank cannot run: the adapter does not know on which GPU "
+            "an expert is; on one GPU, budget is the same"
+        )
+
+
+def check_batch_scope(value: str, engine: str) -> None:
+    """Raises LeanMoeError unless `engine` can run batch-aware rules over the scope `value`."""
+    if value not in (RANK, ALL):
+        raise LeanMoeError(f"{BATCH_SCOPE} is {value!r}: it must be {RANK} or {ALL}")
+    if value == ALL and engine not in KNOW_RANKS:
+        raise LeanMoeError(
+            f"{BATCH_SCOPE} is {ALL!r}: {engine} cannot share experts among data-parallel ranks "
+            f"under leanmoe; unset it, or set {RANK}"
+        )
+
+
+def notes(plan: Plan, engine: str) -> tuple[str, ...]:
+    """What the user of an engine should know of how it runs the plan, one sentence each."""
+    rules = [rule for band in plan.bands for rule in band.rules]
+    skips = any(
+        rule.threshold or rule.top_p or rule.is_batch_aware or rule.experts for rule in rules
+    )
+    sentences = []
+    if skips:
+        sentences.append(
+            f"{engine}'s kernels compute a skipped slot as a row of the token's best expert with "
+            "weight 0: no further weights are read, but the row's products are not saved"
+        )
+    ends = [band.up_to for band in plan.bands if band.up_to is not None]
+    if ends:
+        sentences.append(
+            f"a band is picked by the rows that a step computes, padding of captured graphs "
+            f"included: make {', '.join(map(str, ends))} capture sizes"
+        )
+    if plan.bands and plan.bands[-1].up_to is not None:
+        sentences.append(f"steps of more than {plan.bands[-1].up_to} rows run the full model")
+    if any(rule.is_batch_aware for rule in rules):
+        more = f"; {BATCH_SCOPE}={ALL} makes it see all ranks'" if engine in KNOW_RANKS else ""
+        sentences.append(f"a batch-aware rule sees the tokens of its own data-parallel rank{more}")
+    return tuple(sentences)
+
 
 __all__ = ["VARIABLES", "PluginOptions", "Variable"]
 
@@ -37,7 +123,7 @@ class PluginOptions:
     path: str = ""
     """The plan's file, for the log and the metrics."""
     drop: tuple[str, ...] = ()
-    """Parts of the plan that may be left out: `plan_support.DROPPABLE`."""
+    """Parts of the plan that may be left out: `DROPPABLE`."""
     collect_stats: bool = False
     """Keeps each step's expert ids, so that one can ask what ran."""
     cross_rank: bool = False

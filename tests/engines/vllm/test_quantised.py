@@ -18,7 +18,7 @@ from torch import Tensor
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan, Rule
 from leanmoe.routing import route
-from leanmoe.serve.plan_support import is_plain
+from leanmoe.serve.plugin_options import is_plain
 from tests.engines.vllm.quantised import EXPERTS, LAYERS, TOP_K, stand_in, write_checkpoint
 
 PROMPTS = [[5, 6, 7, 8 + number, 30 * number + 9] for number in range(4)]

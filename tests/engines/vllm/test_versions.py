@@ -11,9 +11,13 @@ from leanmoe.core.installed_vllm import OLDEST_ON_CPU, require_vllm
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan, Rule
 from leanmoe.serve.plugin_options import PluginOptions
-from leanmoe.serve.vllm import layer_facts, small_steps
-from leanmoe.serve.vllm.hook_signatures import known_signatures, read_signatures
-from leanmoe.serve.vllm.installation import files_of_vllm, version
+from leanmoe.serve.vllm import checks, small_steps
+from leanmoe.serve.vllm.installation import (
+    files_of_vllm,
+    known_signatures,
+    read_signatures,
+    version,
+)
 
 
 def test_its_signatures_are_those_of_the_committed_file() -> None:
@@ -24,7 +28,7 @@ def test_small_steps_of_this_vllm_are_as_read() -> None:
     """Its Triton experts do not run here, but what the plugin asks of their code can be asked."""
 
     functions = import_module(small_steps.FUNCTIONS)
-    module, name = layer_facts.TRITON
+    module, name = checks.TRITON
     assert isinstance(getattr(import_module(module), name), type)
     assert small_steps.passes_over(functions)
     for rows, slots, experts in ((4, 4, 64), (8, 8, 256), (2, 6, 64)):

@@ -274,8 +274,7 @@ def test_leanmoes_experts_are_refused_on_a_cpu(load: Callable[..., Any]) -> None
 def test_padding_is_compared_with_the_rows_of_real_steps(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from leanmoe.serve.vllm.padding import StepPadding
-    from leanmoe.serve.vllm.padding_watch import PaddingWatch, run_step
+    from leanmoe.serve.vllm.padding import PaddingWatch, StepPadding, run_step
 
     compared: list[int] = []
     end = PaddingWatch.end

@@ -9,7 +9,7 @@ import pytest
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import VllmInstall
 from leanmoe.serve.vllm import installation, survey
-from leanmoe.serve.vllm.hook_signatures import ABSENT, known_signatures
+from leanmoe.serve.vllm.installation import ABSENT, known_signatures
 from leanmoe.serve.vllm.survey import Finding
 
 

@@ -15,6 +15,7 @@ from leanmoe.kernels.reference import check_call
 from leanmoe.kernels.triton.config import MOST_DIRECT_TOKENS, ExpertsConfig
 from leanmoe.kernels.triton.expert_blocks import ExpertBlocks, build_expert_blocks
 from leanmoe.kernels.triton.launch import ExpertsCall, Operands, interprets, operands
+from leanmoe.kernels.triton.state import power_of_two
 from leanmoe.kernels.weights import SCALE_BLOCK, ExpertWeights, Gate
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -181,3 +182,24 @@ def _run(call: ExpertsCall, blocks: list[Tensor]) -> Tensor:
 @_experts_op.register_fake
 def _experts_fake(hidden: Tensor, *_rest: Any) -> Tensor:
     return torch.empty_like(hidden)
+
+
+def silu_of_kept(
+    gate_up_XM: Tensor, act_XM: Tensor, ids_TK: Tensor, local_of_E: Tensor | None
+) -> None:
+    """The activation of experts that are not leanmoe's, without the rows that nobody wrote.
+
+    Writes silu(gate) * up to `act_XM` (X, M) for slots with an expert here; others stay.
+
+    `gate_up_XM` (X, 2M) has each slot's gate before its up, `ids_TK` each slot's expert, below 0
+    for none. `local_of_E` says where on this GPU an expert is, below 0 for elsewhere.
+    """
+    rows, width = act_XM.shape
+    local_E = ids_TK if local_of_E is None else local_of_E
+    from leanmoe.kernels.triton.tile_program import silu_of_kept_rows
+
+    with torch.inference_mode():
+        silu_of_kept_rows[(rows,)](
+            gate_up_XM, act_XM, ids_TK, local_E, width,
+            HAS_LOCAL=local_of_E is not None, BLOCK=power_of_two(width), num_warps=4,
+        )  # fmt: skip

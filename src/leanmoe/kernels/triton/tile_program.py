@@ -191,3 +191,29 @@ def down_block(
     _store_weighted(product, weight_X, slots_X, is_row, first, part_ptr, bias_J, fixed)
     if TAIL_M > 0:
         _store_weighted(tail, weight_tail, slots_tail, is_tail, first, part_ptr, bias_J, fixed)
+
+
+@triton.jit
+def silu_of_kept_rows(
+    # pointers
+    gate_up_ptr, act_ptr, ids_ptr, local_ptr,
+    # sizes
+    width,
+    # compile-time
+    HAS_LOCAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """silu(gate) * up of one slot's row; without an expert here, nothing is read or written."""
+    x = tl.program_id(0).to(tl.int64)
+    expert = tl.load(ids_ptr + x)
+    if HAS_LOCAL:
+        local = tl.load(local_ptr + tl.maximum(expert, 0)).to(expert.dtype)
+        expert = tl.where(expert < 0, expert, local)
+    if expert >= 0:
+        m = tl.arange(0, BLOCK)
+        is_column = m < width
+        gate_ptr = gate_up_ptr + x * 2 * width
+        gate = tl.load(gate_ptr + m, mask=is_column, other=0.0).to(tl.float32)
+        up = tl.load(gate_ptr + width + m, mask=is_column, other=0.0).to(tl.float32)
+        # vLLM's operator rounds between its two steps.
+        silu = (gate / (1.0 + tl.exp(-gate))).to(act_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(act_ptr + x * width + m, (silu * up).to(act_ptr.dtype.element_ty), mask=is_column)

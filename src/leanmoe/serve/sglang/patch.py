@@ -25,7 +25,7 @@ from leanmoe.kernels.dispatch import route_ids
 from leanmoe.models.routers import Router
 from leanmoe.models.shape import MoEShape, read_shape
 from leanmoe.plan import Plan, Rule
-from leanmoe.serve.plan_support import is_plain
+from leanmoe.serve.plugin_options import is_plain
 
 logger = logging.getLogger("sglang.leanmoe")
 TESTED = "0.5.23"

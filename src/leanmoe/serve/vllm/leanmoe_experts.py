@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import Choice, Experts, ExpertWeights, Gate, choose_experts, experts_gpu
-from leanmoe.serve.vllm.layer_facts import triton_unsupported_reason
+from leanmoe.serve.vllm.checks import triton_unsupported_reason
 
 GATES = {
     "silu": Gate(),

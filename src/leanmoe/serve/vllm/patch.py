@@ -20,8 +20,7 @@ from leanmoe.core.installed_vllm import RAN, check_version
 from leanmoe.plan import Plan
 from leanmoe.serve.plugin_options import PluginOptions
 from leanmoe.serve.vllm.installation import check_hooks, files_of_vllm, naming, version
-from leanmoe.serve.vllm.padding import RUNNERS, is_v2
-from leanmoe.serve.vllm.padding_watch import watch_runner
+from leanmoe.serve.vllm.padding import RUNNERS, is_v2, watch_runner
 from leanmoe.serve.vllm.planned_model import PlannedModel
 
 logger = logging.getLogger("vllm.leanmoe")

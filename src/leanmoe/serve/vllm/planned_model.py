@@ -13,14 +13,12 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.dispatch import choose_router
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
-from leanmoe.serve.plan_support import is_plain
-from leanmoe.serve.plugin_options import LEANMOE, PluginOptions
+from leanmoe.serve.plugin_options import LEANMOE, PluginOptions, is_plain
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm import checks
-from leanmoe.serve.vllm.expert_copies import OneCopy
+from leanmoe.serve.vllm.checks import GATHERING, experts_class, scope_of
 from leanmoe.serve.vllm.installation import version
-from leanmoe.serve.vllm.layer_facts import GATHERING, experts_class, scope_of
-from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
+from leanmoe.serve.vllm.layer_routing import OneCopy, VllmLayerRouting
 from leanmoe.serve.vllm.leanmoe_experts import (
     LeanmoeExperts,
     check_experts,
@@ -28,8 +26,7 @@ from leanmoe.serve.vllm.leanmoe_experts import (
     kernels_unsupported_reason,
     warm_up,
 )
-from leanmoe.serve.vllm.padding import PaddingSource, StepPadding, padding_source
-from leanmoe.serve.vllm.padding_watch import PaddingWatch
+from leanmoe.serve.vllm.padding import PaddingSource, PaddingWatch, StepPadding, padding_source
 from leanmoe.serve.vllm.skipped_slots import all_sizes_unsupported_reason
 from leanmoe.serve.vllm.small_steps import (
     LayerSteps,

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanmoe.kernels.triton.kept_rows import silu_of_kept
-from leanmoe.serve.vllm.layer_facts import GATHERING, TRITON, not_triton_reason
+from leanmoe.kernels.triton.experts import silu_of_kept
+from leanmoe.serve.vllm.checks import GATHERING, TRITON, not_triton_reason
 
 OPERATORS = "vllm._custom_ops"
 ASSIGN, ALIGN = "_prepare_expert_assignment", "moe_align_block_size"

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.plan import Rule
-from leanmoe.serve.vllm.layer_facts import triton_unsupported_reason
+from leanmoe.serve.vllm.checks import triton_unsupported_reason
 from leanmoe.serve.vllm.skipped_slots import (
     ALIGN,
     ASSIGN,

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import VllmInstall, check_plugin, check_version
 from leanmoe.serve.plugin_options import PluginOptions
-from leanmoe.serve.vllm.hook_signatures import (
+from leanmoe.serve.vllm.installation import (
     ABSENT,
     EXPERTS,
     OPTIONAL,
     Read,
+    check_hooks,
     known_signatures,
     read_signatures,
+    skips_padding_by_default,
     symbols_of,
 )
-from leanmoe.serve.vllm.installation import check_hooks, skips_padding_by_default
 from leanmoe.serve.vllm.launch import entry_point
 
 SUM = "_custom_ops:moe_sum"
