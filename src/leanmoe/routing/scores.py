@@ -53,13 +53,13 @@ def score(
     elif experts is None:
         gates = ranking = torch.softmax(logits_BTE, dim=-1, dtype=dtype)
     else:  # a pruned model's softmax knows nothing of the experts that are gone
-        kept = _kept(experts, logits_BTE.device)
+        kept, _ = _remaining(experts, logits_BTE.shape[-1], logits_BTE.device)
         shares = torch.softmax(logits_BTE[..., kept], dim=-1, dtype=dtype)
         gates = ranking = torch.zeros_like(logits_BTE, dtype=dtype).index_copy(-1, kept, shares)
     if bias_E is not None:
         ranking = ranking + bias_E
     if experts is not None:
-        pruned_E = _pruned(experts, logits_BTE.shape[-1], logits_BTE.device)
+        _, pruned_E = _remaining(experts, logits_BTE.shape[-1], logits_BTE.device)
         ranking = ranking.masked_fill(pruned_E, NEVER)
     if router.limits_groups:
         ranking = _limit_groups(ranking, router, experts is not None)
@@ -85,18 +85,11 @@ def check_logits(logits_BTE: Tensor, where: str, padding_BT: Tensor | None = Non
 
 
 @lru_cache(maxsize=256)
-def _kept(experts: tuple[int, ...], device: torch.device) -> Tensor:
+def _remaining(experts: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The ids that remain, and True [E] for those that do not; kept for the next steps."""
     with torch.inference_mode(False):
-        return torch.tensor(experts, device=device)
-
-
-@lru_cache(maxsize=256)
-def _pruned(experts: tuple[int, ...], count: int, device: torch.device) -> Tensor:
-    """True [E] for experts that do not remain; kept, since each step asks for the same."""
-    with torch.inference_mode(False):
-        pruned_E = torch.ones(count, dtype=torch.bool, device=device)
-        pruned_E[list(experts)] = False
-        return pruned_E
+        kept = torch.tensor(experts, device=device)
+        return kept, torch.ones(count, dtype=torch.bool, device=device).index_fill(0, kept, False)
 
 
 def _limit_groups(ranking_BTE: Tensor, router: Router, some_pruned: bool) -> Tensor:
