@@ -6,7 +6,7 @@ builds it. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,11 +22,22 @@ Gate = Literal["none", "element", "head"]
 
 CACHE_BYTES = 2.0
 """Bytes of a value in the KV cache: bf16, what engines do unless told otherwise."""
-FULL = "full_attention"
 COMPRESSED_SPARSE = 4
 """Tokens that DeepSeek-V4 compresses to one where an indexer picks among them."""
-ALTERNATING = ("gpt_oss",)
-"""Model types whose layers have a window in turn where the config lists no layer types."""
+WINDOWED: Mapping[str, Callable[[int, int], bool]] = {
+    "beam": lambda layer, layers: (layer + 1) % 6 != 0 and layer < layers - 1,
+    "flint": lambda layer, layers: layer >= 2 and layer % 4 != 1 and layer < layers - 1,
+    "gemma4_text": lambda layer, layers: (layer + 1) % 6 != 0 and layer < layers - 1,
+    "gpt_oss": lambda layer, _layers: layer % 2 == 0,
+    "granitemoe_swa": lambda layer, _layers: layer % 4 != 0,
+    "mimo_v2_flash": lambda layer, _layers: layer != 0 and (layer + 1) % 6 != 0,
+    "mixtral": lambda _layer, _layers: True,
+    "phimoe": lambda _layer, _layers: True,
+    "qwen2_moe": lambda layer, _layers: layer % 2 == 0,
+    "qwen3_moe": lambda _layer, _layers: True,
+}
+"""Which layers (of so many) have a window where a config.json has one and does not say in which,
+by model type, as Transformers assumes."""
 
 
 @dataclass(frozen=True)
@@ -253,21 +264,13 @@ def two_widths(settings: HfConfig, layer: int) -> int:
     A layer may use another's keys and values (`num_kv_shared_layers`), or its keys as values
     (`attention_k_eq_v`).
     """
-    hidden = settings.whole("hidden_size", least=1)
-    heads = settings.whole("num_attention_heads", least=1)
-    pairs, width = settings.whole("num_key_value_heads"), settings.whole("head_dim")
-    kinds = settings.items("layer_types", str)
-    layers = settings.whole("num_hidden_layers", least=1)
-    is_full = layer == layers - 1 or (kinds[layer] == FULL if kinds else (layer + 1) % 6 == 0)
-    shares_values = settings.flag("attention_k_eq_v")
-    if is_full:
-        width = settings.whole("global_head_dim", width)
-        if shares_values:
-            pairs = settings.whole("num_global_key_value_heads", pairs)
-    weights = 2 * hidden * heads * width + width
+    hidden, layers = settings.whole("hidden_size", least=1), settings.whole("num_hidden_layers")
+    kind, is_full = attention_of(settings, layer), not has_window(settings, layer)
+    weights = 2 * hidden * kind.heads * kind.width + kind.width
     if layer >= layers - settings.whole("num_kv_shared_layers", 0):
         return weights
-    return weights + (1 if is_full and shares_values else 2) * hidden * pairs * width + width
+    matrices = 1 if is_full and settings.flag("attention_k_eq_v") else 2
+    return weights + matrices * hidden * kind.pairs * kind.width + kind.width
 
 
 def hybrid(full: Mixer, other: Mixer) -> Mixer:
@@ -295,20 +298,11 @@ def attends(settings: HfConfig, layer: int) -> bool:
 
 def window_and_full(settings: HfConfig, layer: int) -> int:
     """MiMo-V2-Flash: window layers have twice the key-value heads, and sinks."""
-    hidden = settings.whole("hidden_size", least=1)
-    heads = settings.whole("num_attention_heads", least=1)
-    pairs, width = settings.whole("num_key_value_heads"), settings.whole("head_dim")
-    value = settings.whole("v_head_dim")
-    kinds = settings.items("layer_types", str)
-    flags = settings.items("hybrid_layer_pattern", int)
-    if kinds is not None:
-        window = kinds[layer] == "sliding_attention"
-    else:
-        window = bool(flags[layer]) if flags is not None else layer != 0 and (layer + 1) % 6 != 0
-    pairs = 2 * pairs if window else pairs
-    rows = heads * width + pairs * (width + value)
+    hidden, kind = settings.whole("hidden_size", least=1), attention_of(settings, layer)
+    rows = kind.heads * kind.width + kind.pairs * (kind.width + kind.value_width)
     biases = rows if settings.flag("attention_bias") else 0
-    return hidden * rows + heads * value * hidden + (heads if window else 0) + biases
+    sinks = kind.heads if has_window(settings, layer) else 0
+    return hidden * (rows + kind.heads * kind.value_width) + sinks + biases
 
 
 def attention_of(settings: HfConfig, layer: int) -> Attention:
@@ -329,16 +323,52 @@ def attention_of(settings: HfConfig, layer: int) -> Attention:
     width = settings.whole("head_dim", hidden // heads, least=1)
     pairs = settings.whole("num_key_value_heads", heads, least=1)
     value = settings.whole("v_head_dim", width, least=1)
+    heads = _heads_of_layer(settings, layer, heads)
+    if has_window(settings, layer):  # MiMo: heads of their own, twice the key-value heads
+        twice = 2 * pairs if settings.raw("model_type") == "mimo_v2_flash" else pairs
+        pairs = settings.whole("swa_num_key_value_heads", twice, least=1)
+        heads = settings.whole("swa_num_attention_heads", heads, least=1)
+        width = settings.whole("swa_head_dim", width, least=1)
+        value = settings.whole("swa_v_head_dim", value, least=1)
+    elif wide := settings.whole("global_head_dim", 0):  # Gemma 4
+        width = value = wide
+        if settings.flag("attention_k_eq_v"):
+            pairs = settings.whole("num_global_key_value_heads", pairs, least=1)
     return Attention(heads, pairs, width, value, window=_window(settings, layer))
 
 
 def _window(settings: HfConfig, layer: int) -> int | None:
+    """Tokens that a layer looks back; None for all."""
     window = settings.whole("sliding_window", 0)
-    kinds = settings.items("layer_types", str)
-    if not window:
-        return None
-    if kinds:
-        return window if "sliding" in kinds[layer] else None
-    if settings.raw("model_type") in ALTERNATING:
-        return window if layer % 2 == 0 else None
-    return None
+    return window if window and has_window(settings, layer) else None
+
+
+def has_window(settings: HfConfig, layer: int) -> bool:
+    """Whether a layer is one of those with a window, in whichever of the words a config uses.
+
+    They are: a list (`layer_types`; MiMo's `hybrid_layer_pattern`, 1 for a window); a pattern such
+    as "LLLG" or every how many layers one sees all tokens (`sliding_window_pattern`); from or up to
+    which layer (`max_window_layers`); or nothing, where the family decides (`WINDOWED`).
+    """
+    layers = settings.whole("num_hidden_layers", layer + 1, least=1)
+    kind = str(settings.raw("model_type"))
+    if kinds := settings.items("layer_types", str):
+        is_last = kind == "gemma4_text" and layer == layers - 1  # full, whatever is listed
+        return not is_last and ("sliding" in kinds[layer] or "chunked" in kinds[layer])
+    if (flags := settings.items("hybrid_layer_pattern", int)) is not None:
+        return bool(flags[layer])
+    if not settings.flag("use_sliding_window", kind not in ("qwen2_moe", "qwen3_moe")):
+        return False
+    if kind == "cohere2_moe":  # its pattern begins after the dense layers, which see all tokens
+        layer -= settings.whole("first_k_dense_replace", 0)
+        if layer < 0:
+            return False
+    if isinstance(pattern := settings.raw("sliding_window_pattern"), str) and pattern:
+        return pattern[layer % len(pattern)] == "L"
+    if every := settings.whole("sliding_window_pattern", 0):
+        return (layer + 1) % every != 0
+    if kind == "dots1":
+        return layer >= settings.whole("max_window_layers", 62)
+    if kind == "qwen2_moe" and layer >= settings.whole("max_window_layers", 28):
+        return False
+    return kind in WINDOWED and WINDOWED[kind](layer, layers)

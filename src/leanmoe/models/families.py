@@ -192,7 +192,9 @@ FAMILIES: Mapping[str, Family] = {
     "exaone_moe": replace(
         _GLM,
         mixer=attention(bias=False, norm="head"),
-        defaults=_defaults(**{**_GLM.defaults, "routed_scaling_factor": 2.5}),
+        defaults=_defaults(
+            **{**_GLM.defaults, "routed_scaling_factor": 2.5}, sliding_window_pattern=4
+        ),
     ),
     "mimo_v2_flash": replace(
         _GLM,
@@ -243,7 +245,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         attention(norm="head", gate="element", output_bias=True),
         layer_norms=4,
-        defaults=_defaults(first_k_dense_replace=1, n_shared_experts=2),
+        defaults=_defaults(first_k_dense_replace=1, n_shared_experts=2, sliding_window_pattern=4),
     ),
     "laguna": Family(
         routing(SIGMOID_NORMALISED),
@@ -357,7 +359,7 @@ FAMILIES: Mapping[str, Family] = {
         width="intermediate_size",
         dense_width="prefix_dense_intermediate_size",
         layer_norms=1,
-        defaults=_defaults(norm_topk_prob=True, tie_word_embeddings=True),
+        defaults=_defaults(norm_topk_prob=True, tie_word_embeddings=True, sliding_window_pattern=4),
     ),
     "ernie4_5_moe": Family(
         routing(Router(ranking_bias=f"moe_statics.{BIAS}", normalise=True)),

@@ -50,6 +50,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "num_key_value_heads": ("num_attention_groups",),
     "share_expert_dim": ("share_expert_dims",),
     "layer_types": ("layers_block_type",),
+    "sliding_window_pattern": ("global_attn_every_n_layers",),
     "full_attention_interval": ("layer_group_size",),
     "linear_conv_kernel_dim": ("short_conv_kernel_size",),
     "quantization_config": ("quantization", "compression_config"),
