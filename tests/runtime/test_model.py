@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from leanmoe.kernels.cpu.threads import openmp_functions
 from leanmoe.runtime import find_layers, release_threads, resume_from
-from leanmoe.runtime.model import keep_hidden
+from leanmoe.runtime.model import batching_reason, keep_hidden
 from tests.runtime.families import build
 from tests.runtime.test_apply import logits
 
@@ -42,3 +44,22 @@ def test_released_threads_come_back_with_the_next_operation() -> None:
     matrix = torch.ones(300, 300)
     assert release_threads() == bool(openmp_functions("omp_pause_resource_all"))
     assert float((matrix @ matrix).sum()) == 300.0**3
+
+
+@pytest.mark.parametrize(
+    ("config", "is_stateful", "reason"),
+    [
+        ({}, False, None),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, False, None),
+        ({"layer_types": ["full_attention", "linear_attention"]}, True, "of linear_attention"),
+        ({"layer_types": None}, True, "that keep a state"),
+        ({"qk_head_dim": 24, "v_head_dim": 24}, False, None),
+        ({"qk_head_dim": 24, "v_head_dim": 16}, False, "keys 24 wide beside values 16 wide"),
+    ],
+)
+def test_why_caches_cannot_be_held(
+    config: dict[str, object], is_stateful: bool, reason: str | None
+) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(**config), _is_stateful=is_stateful)
+    found = batching_reason(model)
+    assert found is None if reason is None else found is not None and found.endswith(reason)

@@ -58,8 +58,13 @@ def test_a_cached_head_is_as_wide_as_its_keys() -> None:
     plain = SimpleNamespace(head_dim=8)
     widen_cached_heads(plain)
     assert plain.head_dim == 8
-    with pytest.raises(LeanMoeError, match="keys 24 wide and values 16 wide"):
-        widen_cached_heads(SimpleNamespace(qk_head_dim=24, v_head_dim=16, head_dim=8))
+
+
+def test_a_model_whose_caches_cannot_be_held_is_refused() -> None:
+    model = build("qwen3_next")
+    reason = "no cache for layers of linear_attention: serve it with vLLM"
+    with pytest.raises(LeanMoeError, match=reason):
+        PlannedServer(Plan(shape_of(model).fingerprint()), "").apply(model)
 
 
 def test_a_cpus_cache_takes_a_gigabyte_at_most(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,15 @@ from leanmoe.stats.paired import Estimate, Verdict
 from leanmoe.tune import prove
 from leanmoe.tune.allocate import FrontPoint
 from leanmoe.tune.context import TuneContext
-from leanmoe.tune.prove import Proof, Proved, assemble, compare, last_accepted, verdict_on
+from leanmoe.tune.prove import (
+    Proof,
+    Proved,
+    assemble,
+    compare,
+    last_accepted,
+    verdict_on,
+    verdict_without_gain,
+)
 from tests.tune.example import context
 
 
@@ -68,6 +76,16 @@ def test_a_gain_counts_where_its_interval_is_above_one(
     assert verdict.accepted is accepted
     assert verdict.reason.startswith(reason)
     assert verdict.up_to == 16
+
+
+def test_a_plan_is_accepted_by_its_loss_where_its_gain_cannot_be_measured(tmp_path: Path) -> None:
+    shared = context(tmp_path)
+    verdict = verdict_without_gain(shared, {8: [proved(shared, 5)]}, 8, "no cache for it")
+    assert verdict.accepted
+    assert verdict.gain is None
+    assert verdict.reason.endswith("its gain was not measured: no cache for it")
+    refused = verdict_without_gain(shared, {8: [proved(shared, 5, accepted=False)]}, 8, "no cache")
+    assert not refused.accepted
 
 
 def test_without_a_proven_plan_no_gain_is_claimed(tmp_path: Path) -> None:

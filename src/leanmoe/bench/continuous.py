@@ -28,7 +28,7 @@ from torch.nn import functional
 from leanmoe.bench.measurement import Request, Timeline
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.quiet import quiet_loggers
-from leanmoe.runtime import partial_attention_reason, release_threads
+from leanmoe.runtime import batching_reason, partial_attention_reason, release_threads
 
 PREFILL_TOKENS_A_STEP = 2048
 """A step takes as many whole prompts as fit in this, beside what decodes; a longer prompt is
@@ -97,7 +97,12 @@ class Arrivals:
 
 @contextmanager
 def served(model: Any, room: Room, most_output: int) -> Iterator[Any]:
-    """A running manager of continuous batching whose cache fits the load, and no more."""
+    """A running manager of continuous batching whose cache fits the load, and no more.
+
+    Raises LeanMoeError where continuous batching cannot hold the model's caches.
+    """
+    if reason := batching_reason(model):
+        raise LeanMoeError(f"{reason}: measure the model in the engine that serves it")
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     settings = ContinuousBatchingConfig(
@@ -211,17 +216,12 @@ def _cache_width(config: Any) -> Iterator[None]:
     """Tells continuous batching how wide a cached head is, where the config says it of the rope.
 
     Its cache takes `head_dim`; for DeepSeek's MLA Transformers sets that to the rotary part, which
-    is fewer than what is cached. Its caches hold keys and values of one width only.
+    is fewer than what is cached.
     """
     whole = getattr(config, "qk_head_dim", None)
     if whole is None:
         yield
         return
-    if whole != config.v_head_dim:
-        raise LeanMoeError(
-            f"this model caches keys {whole} wide and values {config.v_head_dim} wide: "
-            "Transformers' continuous batching cannot serve it"
-        )
     before = config.head_dim
     config.head_dim = whole
     try:

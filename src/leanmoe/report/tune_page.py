@@ -29,6 +29,13 @@ def headline(results: TuneResults) -> str:
         for verdict in results.verdicts
         if verdict.accepted and verdict.gain and verdict.loss
     ]
+    proven = [verdict for verdict in results.verdicts if verdict.accepted and verdict.loss]
+    if not accepted and proven:
+        loads = ", ".join(str(verdict.concurrency) for verdict in proven)
+        return (
+            f"The plan's loss is proven within {margin} at concurrency {loads}. Its gain was not "
+            "measured: measure it in the engine that serves it."
+        )
     if not accepted and is_restricted(results):
         return (
             f"No plan is surely faster: the plan is {results.keep} of the experts alone, whose "

@@ -8,6 +8,7 @@ from leanmoe.runtime.apply import Applied, apply, has_kernel, served_experts
 from leanmoe.runtime.counts import RoutingCounts
 from leanmoe.runtime.model import (
     MoELayer,
+    batching_reason,
     find_layers,
     load_model,
     partial_attention_reason,
@@ -24,6 +25,7 @@ __all__ = [
     "MoELayer",
     "RoutingCounts",
     "apply",
+    "batching_reason",
     "find_layers",
     "has_kernel",
     "load_model",

@@ -232,6 +232,29 @@ def partial_attention_reason(config: Any) -> str | None:
     return None
 
 
+CACHED_LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of layers whose caches Transformers' continuous batching holds (`ATTN_TYPE_TO_ALLOCATOR` of
+its `continuous_batching/cache.py`, 5.24)."""
+
+
+def batching_reason(model: Any) -> str | None:
+    """Why Transformers' continuous batching cannot hold this model's caches; None if it can."""
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ()) - CACHED_LAYERS
+    if kinds:
+        named = ", ".join(sorted(map(str, kinds)))
+        return f"Transformers' continuous batching has no cache for layers of {named}"
+    if getattr(model, "_is_stateful", False):
+        return "Transformers' continuous batching has no cache for layers that keep a state"
+    whole = getattr(config, "qk_head_dim", None)
+    if whole is not None and whole != config.v_head_dim:
+        return (
+            f"Transformers' continuous batching has no cache for keys {whole} wide beside values "
+            f"{config.v_head_dim} wide"
+        )
+    return None
+
+
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers, the longest list of modules below the model's head."""
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]

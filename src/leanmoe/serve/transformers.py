@@ -46,8 +46,10 @@ class PlannedServer:
 
     def apply(self, model: Any) -> Any:
         """The model, under the plan until the process ends."""
-        from leanmoe.runtime import apply
+        from leanmoe.runtime import apply, batching_reason
 
+        if reason := batching_reason(model):
+            raise LeanMoeError(f"{reason}: serve it with vLLM")
         widen_cached_heads(model.config)
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end)
@@ -96,17 +98,10 @@ def widen_cached_heads(config: Any) -> None:
     """Tells continuous batching how wide a cached head of DeepSeek's attention is.
 
     The cache takes `head_dim` for its width, which Transformers sets to the rotary part of MLA.
-    Raises LeanMoeError where keys and values differ in width: the cache holds one width.
     """
     whole = getattr(config, "qk_head_dim", None)
-    if whole is None:
-        return
-    if whole != config.v_head_dim:
-        raise LeanMoeError(
-            f"this model caches keys {whole} wide and values {config.v_head_dim} wide: "
-            "Transformers' continuous batching cannot serve it; serve it with vLLM"
-        )
-    config.head_dim = whole
+    if whole is not None:
+        config.head_dim = whole
 
 
 def cache_share() -> float | None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from leanmoe.profile.saved import Profile
 from leanmoe.runtime import (
     IMPLEMENTATION,
     apply,
+    batching_reason,
     find_layers,
     load_model,
     partial_attention_reason,
@@ -152,6 +154,8 @@ def prepare(settings: TuneSettings, folder: RunFolder, command: str) -> TuneCont
     calibration, heldout = split(corpus.documents, settings.heldout_share, settings.seed)
     model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
     find_layers(model)
+    if why := batching_reason(model):
+        print(f"leanmoe: the gain will not be measured: {why}", file=sys.stderr)
     text = _cut_text(corpus.source, calibration, heldout, tokenizer, settings, model)
     folder.step(PROFILE.name, lambda: _record(model, text, folder, settings, command))
     profile = Profile.load(folder.path)

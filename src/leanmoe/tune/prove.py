@@ -238,9 +238,7 @@ def verdict_on(
     up_to = context.settings.band_ends()[concurrency]
     points, chosen = proved[concurrency], last_accepted(proved[concurrency])
     if chosen is None:
-        last = points[0].verdict.reason if points else "no plan was predicted to be within it"
-        reason = f"no plan is within the margin: {last}"
-        return LoadVerdict(concurrency, up_to, False, None, None, reason)
+        return _none_within(points, concurrency, up_to)
     if ratio.low <= 1.0:
         reason = (
             f"throughput is not surely higher ({ratio.low:.3f} to {ratio.high:.3f} times): "
@@ -251,3 +249,21 @@ def verdict_on(
     else:
         reason = "the next faster plan is not within the margin"
     return LoadVerdict(concurrency, up_to, ratio.low > 1.0, chosen.verdict.loss, ratio, reason)
+
+
+def verdict_without_gain(
+    context: TuneContext, proved: Mapping[int, Sequence[Proved]], concurrency: int, why: str
+) -> LoadVerdict:
+    """Accepted by its loss alone, where `why` the gain cannot be measured in this process."""
+    up_to = context.settings.band_ends()[concurrency]
+    chosen = last_accepted(proved[concurrency])
+    if chosen is None:
+        return _none_within(proved[concurrency], concurrency, up_to)
+    reason = f"the plan is within the margin; its gain was not measured: {why}"
+    return LoadVerdict(concurrency, up_to, True, chosen.verdict.loss, None, reason)
+
+
+def _none_within(points: Sequence[Proved], concurrency: int, up_to: int | None) -> LoadVerdict:
+    last = points[0].verdict.reason if points else "no plan was predicted to be within it"
+    reason = f"no plan is within the margin: {last}"
+    return LoadVerdict(concurrency, up_to, False, None, None, reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from leanmoe.core.provenance import collect, peak_memory
@@ -11,6 +11,7 @@ from leanmoe.core.schema import all_fields, from_json
 from leanmoe.plan import Plan
 from leanmoe.results.tune import (
     LoadFront,
+    LoadGain,
     LoadVerdict,
     ProfileSummary,
     SensitivitySummary,
@@ -20,7 +21,7 @@ from leanmoe.results.tune import (
     TuneText,
     ValidatedPlan,
 )
-from leanmoe.runtime import apply, served_experts
+from leanmoe.runtime import apply, batching_reason, served_experts
 from leanmoe.tune.alternatives import compare_strategies, within_memory
 from leanmoe.tune.context import TuneContext, prepare
 from leanmoe.tune.layers import measure_sensitivities, time_layers
@@ -34,6 +35,7 @@ from leanmoe.tune.prove import (
     point_plan,
     prove_all,
     verdict_on,
+    verdict_without_gain,
 )
 from leanmoe.tune.settings import TuneSettings
 
@@ -68,8 +70,7 @@ def tune(
     chosen = {load: last_accepted(points) for load, points in proved.items()}
     usable = kept if any(chosen.values()) else None  # the kept experts alone may lose too much
     proposal = assemble(context, chosen, usable)
-    gains = [measure_gain(context, proposal, load) for load in loads]
-    verdicts = [verdict_on(context, proved, gain) for gain in gains]
+    gains, verdicts = _gains_and_verdicts(context, proved, proposal)
     faster = {v.concurrency: chosen[v.concurrency] for v in verdicts if v.accepted}
     provenance = collect(command, settings.seed)
     assemble(context, faster, usable, provenance.to_json()).save(output / "plan.json")
@@ -98,6 +99,17 @@ def tune(
     )
     results.save(output / "results.json")
     return results
+
+
+def _gains_and_verdicts(
+    context: TuneContext, proved: Mapping[int, Sequence[Proved]], proposal: Plan
+) -> tuple[list[LoadGain], list[LoadVerdict]]:
+    """One of each for every load; no gains where this process cannot serve the model."""
+    loads = context.settings.concurrency
+    if why := batching_reason(context.model):
+        return [], [verdict_without_gain(context, proved, load, why) for load in loads]
+    gains = [measure_gain(context, proposal, load) for load in loads]
+    return gains, [verdict_on(context, proved, gain) for gain in gains]
 
 
 def _front(proof: Proof, load: int, points: Sequence[Proved], chosen: Proved | None) -> LoadFront:
