@@ -22,3 +22,15 @@ def test_an_answer_after_four_hashes_is_gsm8ks(tmp_path: Path) -> None:
     assert prompt.answer == "1007"
     assert prompt.is_right("I think it is 1,007.")
     assert not prompt.is_right("1007 or 8")
+
+
+def test_a_prompt_that_a_template_wrote_has_one_first_token(tmp_path: Path) -> None:
+    class Letters:
+        start_id, context = ord("<"), 100
+
+        def encode(self, text: str) -> list[int]:
+            return [ord(letter) for letter in text]
+
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "<one"}, {"prompt": "one"}] * 5)
+    first, second, *_ = read_prompts(path, cast(Any, Letters()), 8)
+    assert first.ids == second.ids == tuple(map(ord, "<one"))

@@ -57,6 +57,10 @@ def write_tasks(folder: Path) -> Path:
         "generation_kwargs:\n  until: ['.']\n  max_gen_toks: 4\n"
         "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
     )
+    (folder / "pages.yaml").write_text(
+        f"task: pages\n{common.replace('{{q}}', '')}output_type: loglikelihood_rolling\n"
+        "doc_to_target: '{{q}}'\nmetric_list:\n  - metric: word_perplexity\n"
+    )
     return folder
 
 
@@ -229,6 +233,19 @@ def test_mistakes_are_one_line(
     assert message in said
     assert len([line for line in said.splitlines() if line.startswith("leanmoe:")]) == 1
     assert "Traceback" not in said
+
+
+def test_a_perplexity_task_is_left_out_and_the_rest_is_delivered(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("eval", "reference", "--rule", "top_k=4", "--include-path", str(data))
+    alone = (*common, "--tasks", "pages", "-o", str(tmp_path / "alone"))
+    assert leanmoe(*alone) == 1
+    line = "task pages is a perplexity of texts, no questions: give them as --domain"
+    assert f"{line} NAME=FILE" in capsys.readouterr().err
+    assert leanmoe(*common, "--tasks", "pages,things", "-o", str(tmp_path / "both")) == 0
+    assert f"{line}; it is left out" in capsys.readouterr().err
+    assert {row["task"] for row in results_of(tmp_path / "both")["tasks"]} == {"things"}
 
 
 def test_without_the_harness_its_tasks_are_named(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +100,16 @@ def test_the_confidence_shown_is_the_one_asked_for(path: Path) -> None:
     html = page_of(replace(results, settings={**results.settings, "confidence": 0.8}), HERE)
     assert "[80%]" in html
     assert "[95%]" not in html
+
+
+def test_an_evaluations_page_needs_no_plotly() -> None:
+    code = (
+        "import sys; sys.modules['plotly'] = None\nfrom pathlib import Path\n"
+        "from leanmoe.report.write import page_of\nfrom leanmoe.results.eval import EvalResults\n"
+        f"print(len(page_of(EvalResults.load(Path({str(EVALUATIONS[0])!r})), Path())))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_sweeps_page_shows_every_section() -> None:

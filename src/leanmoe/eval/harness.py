@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,6 +25,8 @@ from leanmoe.plan.named_plans import FULL, Named
 from leanmoe.stats.outcomes import Bools, forecast
 from leanmoe.stats.paired import MINIMUM_DOCUMENTS, Losses, loss_increase
 
+ROLLING = "loglikelihood_rolling"
+"""The harness's kind of task that is a perplexity, as wikitext."""
 LOGGERS = ("lm_eval", "lm-eval", "datasets", "huggingface_hub")
 Stored = dict[str, dict[str, Any]]
 """By task: "right", 1 or 0 by question; "scores", the log-likelihoods of each question's answers;
@@ -85,13 +87,15 @@ def answer_harness(
 
     A plan that is not batch-aware is asked once.
     """
-    _announce(settings)
+    settings = replace(settings, tasks=_announce(settings))
     full = Named(FULL, Plan(plans[0].plan.model))
     found: dict[str, dict[str, list[Answers]]] = {}
     for each in (full, *plans):
         scope = each.is_batch_aware(settings.concurrency)
         batch_draws = settings.batch_draws if scope and settings.engine == "transformers" else 1
         found[each.name] = {}
+        if not settings.tasks:
+            continue
         for draw in range(batch_draws):
             key = "full" if each is full else each.digest
             if settings.engine == "vllm":
@@ -129,10 +133,14 @@ def _index_of_the_harness() -> Any:
         return import_module("lm_eval.tasks").TaskManager()
 
 
-def _announce(settings: EvalSettings) -> None:
-    """Loads the tasks' data and says what so many questions can show."""
+def _announce(settings: EvalSettings) -> tuple[str, ...]:
+    """Loads the tasks' data and says what so many questions can show; the tasks that can run.
+
+    Raises LeanMoeError where data cannot be fetched, and where nothing that was asked for can run.
+    """
     manager = _manager(settings)
     count = 0
+    able = []
     for name in settings.tasks:
         try:
             with quiet_loggers(*LOGGERS):
@@ -145,15 +153,23 @@ def _announce(settings: EvalSettings) -> None:
                 "set HF_HOME to a filled cache, or describe files of yours in task files: "
                 "--include-path FOLDER"
             ) from error
+        if any(value.OUTPUT_TYPE == ROLLING for value in tasks.values()):
+            line = f"task {name} is a perplexity of texts, no questions: give them as --domain"
+            if len(settings.tasks) == 1 and not (settings.domain or settings.prompts):
+                raise LeanMoeError(f"{line} NAME=FILE")
+            print(f"leanmoe: {line}; it is left out", file=sys.stderr)
+            continue
+        able.append(name)
         for task, size in sizes.items():
             asked = min(size, settings.limit or size)
             count += asked
             line = forecast(task, asked, settings.margin, settings.confidence)
             print(line, file=sys.stderr)
-    if len(settings.tasks) > 1:
+    if len(able) > 1:
         print(
             forecast("all questions", count, settings.margin, settings.confidence), file=sys.stderr
         )
+    return tuple(able)
 
 
 def _in_process(

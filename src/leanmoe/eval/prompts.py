@@ -87,4 +87,6 @@ def _prompt(value: dict[str, Any], encoder: Encoder, where: str) -> Prompt:
         raise LeanMoeError(f"{where}: 'pattern' must be a text")
     if answer is not None:
         answer = answer_in(answer, compiled(pattern)) or answer.strip()
-    return Prompt((encoder.start_id, *encoder.encode(text)), answer, pattern)
+    ids = tuple(encoder.encode(text))
+    start = () if ids[:1] == (encoder.start_id,) else (encoder.start_id,)  # templates write it
+    return Prompt((*start, *ids), answer, pattern)

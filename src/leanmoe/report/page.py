@@ -10,7 +10,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from leanmoe.core.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
-from leanmoe.report import plots
 from leanmoe.results.tune import percent
 
 CONFIG = {
@@ -29,7 +28,11 @@ def render(template: str, **content: Any) -> str:
     """
     loaded = _environment().get_template(template)
     source = _environment().loader.get_source(_environment(), template)[0]  # type: ignore[union-attr]
-    return loaded.render(plotly=_plotly() if "plot(" in source else None, **content)
+    if "plot(" not in source:
+        return loaded.render(plotly=None, **content)
+    from leanmoe.report import plots  # needs plotly, as no other part of a page does
+
+    return loaded.render(plotly=_plotly(), plots=plots, **content)
 
 
 def interval(value: LossChange | LossGap | RatioOfRuns | MeanChange, digits: int = 2) -> Markup:
@@ -87,5 +90,5 @@ def _environment() -> Environment:
     )
     environment.filters |= {"percent": percent, "interval": interval, "number": number}
     environment.filters["sure"] = sure
-    environment.globals |= {"plot": plot, "plots": plots}
+    environment.globals |= {"plot": plot}
     return environment

@@ -7,11 +7,8 @@ from pathlib import Path
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, write_text
 from leanmoe.plan import Plan
-from leanmoe.report.bench_page import bench_page
 from leanmoe.report.eval_tables import sheets
 from leanmoe.report.page import render
-from leanmoe.report.study_page import study_page
-from leanmoe.report.tune_page import tune_page
 from leanmoe.results.bench import BenchResults
 from leanmoe.results.eval import EvalResults
 from leanmoe.results.predict import SweepResults
@@ -53,11 +50,18 @@ def read_any(folder: Path) -> Shown:
 
 def page_of(results: Shown, folder: Path) -> str:
     """The page of results as HTML; that of a tune run also shows the plan in its folder."""
+    # Pages with plots need plotly, which comes with leanmoe[tune]; the page of eval has none.
     if isinstance(results, TuneResults):
+        from leanmoe.report.tune_page import tune_page
+
         return tune_page(results, Plan.load(folder / "plan.json"))
     if isinstance(results, BenchResults):
+        from leanmoe.report.bench_page import bench_page
+
         return bench_page(results)
     if isinstance(results, StudyResults):
+        from leanmoe.report.study_page import study_page
+
         return study_page(results)
     if isinstance(results, EvalResults):
         title = f"leanmoe eval: {results.settings['model']}"

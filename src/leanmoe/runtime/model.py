@@ -7,6 +7,7 @@ router.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read_shape(name)
+    shape = read_shape(name)
     if dtype is not None and dtype not in DTYPES:
         raise LeanMoeError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
     local = Path(name)
@@ -48,10 +49,11 @@ def load_model(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted: Any = DTYPES[dtype] if dtype else (torch.float32 if device == "cpu" else "auto")
     try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        check_tokens(tokenizer, shape.vocabulary)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except LeanMoeError:
         raise
     except Exception as error:  # safetensors, the hub and Transformers each raise their own
@@ -60,6 +62,27 @@ def load_model(
     model = model.to(device).eval()
     find_layers(model)
     return model, tokenizer
+
+
+def check_tokens(tokenizer: Any, rows: int) -> None:
+    """Raises LeanMoeError where text gives token ids beyond the model's embedding of `rows`.
+
+    Added tokens beyond it, which plain text does not give, are said on standard error.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids = tokenizer.get_vocab().values()
+    highest = max((each for each in ids if each not in added), default=-1)
+    if highest >= rows:
+        raise LeanMoeError(
+            f"the tokenizer has token ids up to {highest:,}, the model's embedding {rows:,} rows: "
+            "they do not belong together"
+        )
+    if beyond := [number for number in added if number >= rows]:
+        print(
+            f"leanmoe: {len(beyond)} added tokens of the tokenizer (ids from {min(beyond):,}) have "
+            f"no row in the model's embedding of {rows:,}: text that holds them cannot be run",
+            file=sys.stderr,
+        )
 
 
 PAUSE_SOFT = 1

@@ -227,7 +227,7 @@ def cut(
 def _token_ids(document: Document, tokenizer: Any) -> list[int]:
     ids: list[int] = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
     start = tokenizer.bos_token_id
-    return ids if start is None else [start, *ids]
+    return ids if start is None or ids[:1] == [start] else [start, *ids]
 
 
 def _pieces(ids: list[int], length: int) -> Iterator[list[int]]:

@@ -197,11 +197,18 @@ def _cut_text(
     compared = full_windows(heldout, tokenizer, whole, some, settings)
     require_documents(compared.documents, settings.confidence)
     concurrency = max(settings.concurrency)
-    for name, windows in (("calibration", searched), ("held-out", compared)):
-        if len(windows.lengths_S) < concurrency:
+    given = (
+        ("calibration", searched, settings.sensitivity_tokens, "--sensitivity-tokens"),
+        ("held-out", compared, some, "--heldout-tokens"),
+    )
+    for name, windows, tokens, option in given:
+        count = len(windows.lengths_S)
+        if count < concurrency:
+            # As many windows as the tokens make: there may be more text.
+            mend = f"more {option}" if count == math.ceil(tokens / whole) else "more text"
             raise LeanMoeError(
-                f"the {name} text gives {len(windows.lengths_S)} windows of {whole} tokens: "
-                f"{concurrency} are needed for concurrency {concurrency}; give more text"
+                f"the {name} text gives {count} windows of {whole} tokens: "
+                f"{concurrency} are needed for concurrency {concurrency}; give {mend}"
             )
     return TuneWindows(
         source=source,
