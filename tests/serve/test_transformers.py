@@ -79,7 +79,7 @@ def test_a_cpus_cache_takes_a_gigabyte_at_most(monkeypatch: pytest.MonkeyPatch) 
 def test_requests_may_use_the_served_name_and_ask_for_a_full_length() -> None:
     class Handler:
         def _resolve_model(self, body: dict[str, Any]) -> Any:
-            return body["model"]
+            return body["model"], None, None
 
         def _validate_request(self, body: dict[str, Any]) -> None:
             assert "ignore_eos" not in body
@@ -90,10 +90,39 @@ def test_requests_may_use_the_served_name_and_ask_for_a_full_length() -> None:
 
     with server._replaced(*server._request_changes(Handler, "a/folder", "name")):
         handler = Handler()
-        assert handler._resolve_model({"model": "name"}) == "a/folder"
-        assert handler._resolve_model({"model": "other"}) == "other"
+        assert handler._resolve_model({"model": "name"})[0] == "a/folder"
+        assert handler._resolve_model({"model": "other"})[0] == "other"
         handler._validate_request({"ignore_eos": True})
         assert handler._build_generation_config({"ignore_eos": True}).eos_token_id == NO_END
         assert handler._build_generation_config({}).eos_token_id == 2
     with pytest.raises(AssertionError):
         Handler()._validate_request({"ignore_eos": True})
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"prompt": "hello", "max_tokens": 4}, None),
+        ({"prompt": ""}, "the prompt has no tokens"),
+        ({"prompt": "hello", "max_tokens": 0}, "max_tokens is 0"),
+        ({"prompt": "hello", "max_tokens": "many"}, "max_tokens is 'many'"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "no chat template"),
+        ({"input": "hi"}, "no chat template"),
+    ],
+)
+def test_what_would_end_the_server_is_that_requests_error(
+    body: dict[str, Any], reason: str | None
+) -> None:
+    class Words:
+        chat_template = None
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [len(word) for word in text.split()]}
+
+    found = server.bad_request(body, Words())
+    assert found is None if reason is None else found is not None and reason in found
+
+
+def test_a_missing_package_is_named_and_not_transformers_version() -> None:
+    assert "needs opentelemetry" in str(server._missing("opentelemetry.trace"))
+    assert "has no server" in str(server._missing("transformers.cli.serve"))

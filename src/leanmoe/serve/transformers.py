@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError, shown
 from leanmoe.plan import Plan
 from leanmoe.serve.metrics import exposition
 
@@ -133,7 +133,7 @@ def serve(model: str, name: str, plan: Plan, path: str, host: str, port: int) ->
         from transformers.cli.serving.utils import BaseHandler
         from transformers.utils.import_utils import is_serve_available
     except ImportError as error:
-        raise LeanMoeError(f"this Transformers has no server ({error.name}): 5.17 has") from error
+        raise _missing(error.name or "a package") from error
     if not is_serve_available() or find_spec("accelerate") is None:
         raise LeanMoeError(f"Transformers' server needs {PACKAGES}")
     planned = PlannedServer(plan, path)
@@ -143,9 +143,15 @@ def serve(model: str, name: str, plan: Plan, path: str, host: str, port: int) ->
         return planned.apply(load(self, *arguments, **keywords))
 
     def build_server(*arguments: Any, **keywords: Any) -> Any:
-        from fastapi.responses import PlainTextResponse
+        from fastapi.responses import JSONResponse, PlainTextResponse
+        from jinja2 import TemplateError
+
+        def answer_bad_request(_request: Any, error: Exception) -> Any:
+            return JSONResponse({"error": {"message": str(error), "code": 400}}, 400)
 
         app = build(*arguments, **keywords)
+        for kind in (ValueError, TypeError, KeyError, TemplateError):
+            app.add_exception_handler(kind, answer_bad_request)
         app.add_api_route("/metrics", lambda: PlainTextResponse(planned.metrics()))
         return app
 
@@ -169,11 +175,37 @@ def serve(model: str, name: str, plan: Plan, path: str, host: str, port: int) ->
         )
 
 
+def _missing(module: str) -> LeanMoeError:
+    """The error for a module that Transformers' server imports: its own, or a package's."""
+    if module.split(".")[0] == "transformers":
+        return LeanMoeError(f"this Transformers has no server ({module}): 5.17 has")
+    return LeanMoeError(f"Transformers' server needs {module.split('.')[0]}, and {PACKAGES}")
+
+
+def bad_request(body: dict[str, Any], tokenizer: Any) -> str | None:
+    """What is wrong with a request that Transformers' server would fail on; None for a good one.
+
+    A prompt without tokens ends its continuous batching, for every request after it too.
+    """
+    if "messages" in body or "input" in body:
+        if getattr(tokenizer, "chat_template", None) is None:
+            return "the model's tokenizer has no chat template: send prompts to /v1/completions"
+        if body.get("messages") == [] or body.get("input") in ([], ""):
+            return "the request holds no message"
+    prompt = body.get("prompt")
+    if isinstance(prompt, str) and not tokenizer(prompt)["input_ids"]:
+        return "the prompt has no tokens"
+    most = body.get("max_tokens", body.get("max_completion_tokens"))
+    if most is not None and (not isinstance(most, int) or most < 1):
+        return f"max_tokens is {shown(most)}: it must be a whole number, 1 or more"
+    return None
+
+
 def _request_changes(handler: Any, model: str, name: str) -> list[tuple[Any, str, Any]]:
     """Changes by which Transformers' handlers accept the served name and `ignore_eos`.
 
     `ignore_eos` is vLLM's field of a request; load generators send it so that every reply has its
-    length.
+    length. A bad request is answered with HTTP 400.
     """
     resolve, validate = handler._resolve_model, handler._validate_request
     configure = handler._build_generation_config
@@ -181,7 +213,13 @@ def _request_changes(handler: Any, model: str, name: str) -> list[tuple[Any, str
     def resolve_model(self: Any, body: dict[str, Any]) -> Any:
         if body.get("model") == name:
             body["model"] = model
-        return resolve(self, body)
+        found = resolve(self, body)
+        processor = found[2]
+        if reason := bad_request(body, getattr(processor, "tokenizer", processor)):
+            from fastapi import HTTPException
+
+            raise HTTPException(400, reason)
+        return found
 
     def validate_request(self: Any, body: dict[str, Any]) -> None:
         validate(self, {key: value for key, value in body.items() if key != "ignore_eos"})

@@ -135,3 +135,8 @@ def test_a_bad_file_is_refused(tmp_path: Path, change: dict[str, Any], message: 
     )
     with pytest.raises(LeanMoeError, match=message):
         Tuned.load(path)
+
+
+def test_a_shape_of_any_number_of_slots_names_none() -> None:
+    assert str(SMALL) == "8 experts of 256 x 128 in float16, 2 slots a token"
+    assert str(replace(SMALL, slots=0)) == "8 experts of 256 x 128 in float16"

@@ -40,6 +40,10 @@ class Shape:
     is_transposed: bool = False
     """Whether the weights are (E,D,2M) and (E,M,D), as gpt-oss keeps them."""
 
+    def __str__(self) -> str:
+        slots = f", {self.slots} slots a token" if self.slots else ""  # 0: of any number
+        return f"{self.experts} experts of {self.hidden} x {self.width} in {self.dtype}{slots}"
+
     @classmethod
     def of(cls, weights: ExpertWeights, slots: int) -> Shape:
         """The shape of a layer's weights when each token uses `slots` experts."""
