@@ -167,3 +167,13 @@ def test_bytes_that_cannot_be_told_are_not_shown(
     facts = json.loads(inspect(capsys, str(tmp_path), "--json"))
     assert facts["expert_bytes"] is None
     assert "bytes" not in facts["steps"][0]
+
+
+def test_a_model_that_transformers_cannot_load_as_text_is_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    part = {**MODELS["Qwen/Qwen3-30B-A3B"].config, "model_type": "qwen3_vl_moe_text"}
+    config = {"model_type": "qwen3_vl_moe", "text_config": part}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = " ".join(inspect(capsys, str(tmp_path)).split())
+    assert "no class that loads qwen3_vl_moe as a language model" in shown

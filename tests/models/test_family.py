@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import FrozenInstanceError
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from leanmoe.models.attention import attention
 from leanmoe.models.families import FAMILIES
-from leanmoe.models.family import Family
+from leanmoe.models.family import LOADED_AROUND, WITHOUT_TEXT_CLASS, Family, not_loadable_reason
 from leanmoe.models.hf_config import HfConfig
 from leanmoe.models.routers import SOFTMAX
 from leanmoe.models.shape import read_shape
@@ -40,3 +41,17 @@ def test_weights_that_stand_in_no_layer_are_counted_with_the_norms() -> None:
     assert further is not None
     norms = (2 * shape.layers + 1) * shape.hidden
     assert shape.parameters.norms == norms + further(HfConfig(config))
+
+
+def test_what_loads_as_text_is_what_transformers_maps() -> None:
+    assert {name for name in FAMILIES if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} == set(
+        WITHOUT_TEXT_CLASS
+    )
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) >= LOADED_AROUND
+
+
+def test_code_that_comes_with_a_checkpoint_may_load_it() -> None:
+    config = {"model_type": "kimi_k2"}
+    assert not_loadable_reason(config, "kimi_k2") is not None
+    mapped = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+    assert not_loadable_reason({**config, **mapped}, "kimi_k2") is None

@@ -42,7 +42,7 @@ def test_folders_and_files(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[]", "is not a JSON object"),
-        ("{}", "None has no routed experts in its config"),
+        ("{}", "has no model_type"),
         (None, "has no config.json: it is not a model's folder"),
     ],
 )

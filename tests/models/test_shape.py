@@ -78,7 +78,8 @@ def test_which_layers_have_experts(changes: dict[str, Any], moe_layers: tuple[in
         ({"num_experts_per_tok": None}, r"num_experts_per_tok \(or .*\) is missing"),
         ({"num_experts": 0}, "num_experts 0 is not a mixture-of-experts model"),
         ({"num_experts": None}, "num_experts None is not a mixture-of-experts model"),
-        ({"num_experts": [8, 8]}, r"num_experts is \[8, 8\]: it must be a whole number"),
+        ({"num_experts_per_tok": [8, 4]}, "differs from layer to layer"),
+        ({"num_experts": [8, 9]}, r"num_experts differs from layer to layer \(8, 9, "),
         ({"mlp_only_layers": "none"}, "mlp_only_layers is 'none': it must be a list"),
         ({"mlp_only_layers": list(range(48))}, "no decoder layer has routed experts"),
         ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types is .* one for each of 48 layers"),
@@ -216,3 +217,73 @@ def test_a_language_model_is_the_same_with_and_without_what_is_around_it(
 def test_another_model_is_named_by_what_differs(field: str, value: object) -> None:
     changes: dict[str, object] = {field: value}
     assert QWEN3_5.difference(replace(QWEN3_5, **changes)) == field  # type: ignore[arg-type]
+
+
+def test_numbers_may_be_lists_with_one_for_each_layer() -> None:
+    changed = {**QWEN3, "num_experts_per_tok": [8] * 48, "moe_intermediate_size": [768] * 48}
+    assert read_shape(changed) == read_shape(QWEN3)
+    dense_first = read_shape({**QWEN3, "num_experts": [0] + [128] * 47})
+    assert dense_first.moe_layers == tuple(range(1, 48))
+
+
+def test_hunyuans_lists_are_its_published_size() -> None:
+    shape = read_shape(
+        {
+            "architectures": ["HunYuanMoEV1ForCausalLM"], "model_type": "hunyuan_v1_moe",
+            "vocab_size": 128167, "hidden_size": 4096, "intermediate_size": 3072,
+            "moe_intermediate_size": [3072] * 32, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+            "num_experts": 64, "moe_topk": [8] * 32, "num_shared_expert": [1] * 32,
+            "use_qk_norm": True, "tie_word_embeddings": True,
+        }
+    )  # fmt: skip
+    assert shape.total_parameters() == pytest.approx(80e9, rel=0.01)
+    assert shape.active_parameters() == pytest.approx(13e9, rel=0.03)  # stated so roughly
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "new", "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}},
+        {"model_type": "new", "text_config": {"n_routed_experts": 64}},
+        {"model_type": "new", "num_experts": [64, 64]},
+        {"model_type": "switch", "num_experts": 8},
+    ],
+)
+def test_a_mixture_of_no_known_family_is_not_called_dense(config: Any) -> None:
+    with pytest.raises(LeanMoeError, match=r"mixture-of-experts model_type .* is not known"):
+        read_shape(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama", "hidden_size": 64},
+        {"model_type": "new", "num_experts": 1, "num_experts_per_tok": 2},
+        {"model_type": "new", "text_config": {"num_local_experts": 0}},
+    ],
+)
+def test_a_dense_model_is_called_dense(config: Any) -> None:
+    with pytest.raises(LeanMoeError, match="it is not a mixture-of-experts model"):
+        read_shape(config)
+
+
+def test_a_config_without_its_count_of_experts_lacks_a_setting() -> None:
+    config = {name: value for name, value in QWEN3.items() if name != "num_experts"}
+    with pytest.raises(LeanMoeError, match=r"num_experts .* is missing"):
+        read_shape(config)
+
+
+def test_no_architectures_is_the_same_model() -> None:
+    bare = {name: value for name, value in QWEN3.items() if name != "architectures"}
+    assert read_shape(bare).fingerprint().difference(read_shape(QWEN3).fingerprint()) is None
+
+
+def test_a_part_without_a_type_has_the_wrappers() -> None:
+    part = {name: value for name, value in QWEN3.items() if name != "model_type"}
+    shape = read_shape({"model_type": "qwen3_vl_moe", "text_config": part})
+    assert shape.model_type == "qwen3_vl_moe_text"
+    assert "no class that loads qwen3_vl_moe" in str(shape.not_loadable)
+    assert read_shape({"model_type": "qwen3_5_moe", "text_config": {
+        **QWEN3, "model_type": "qwen3_moe"}}).not_loadable is None  # fmt: skip
+    assert read_shape(QWEN3).not_loadable is None

@@ -57,6 +57,11 @@ def inspect(settings: InspectSettings, as_json: AsJson = False) -> None:
         )
     if shape.not_runnable is not None:
         console.print(f"No plan can run on {shape.model_type}: {shape.not_runnable}.")
+    elif shape.not_loadable is not None:
+        console.print(
+            f"{shape.not_loadable}: leanmoe apply, tune, eval, prune and bench --engine "
+            "transformers cannot run it. An engine that has one may run a plan."
+        )
 
 
 def _facts(shape: MoEShape) -> dict[str, Any]:
@@ -85,6 +90,7 @@ def _facts(shape: MoEShape) -> dict[str, Any]:
         "active_parameters": shape.active_parameters(),
         "parameters": asdict(shape.parameters),
         "not_runnable": shape.not_runnable,
+        "not_loadable": shape.not_loadable,
     }
 
 

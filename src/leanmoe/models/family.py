@@ -68,3 +68,27 @@ REFUSED: Mapping[str, str] = MappingProxyType(
     }
 )
 """Model types with experts of which nothing here holds, and why. No plan can run on them."""
+WITHOUT_TEXT_CLASS = frozenset(
+    {
+        "glm4v_moe_text", "glm5_next_text", "kimi_k2", "mistral4", "qwen3_omni_moe_text",
+        "qwen3_vl_moe_text", "sarvam_mla", "sarvam_moe", "step3p5",
+    }
+)  # fmt: skip
+"""Families that no class of Transformers 5.23 loads as a language model by itself."""
+LOADED_AROUND = frozenset({"gemma4", "qwen3_5_moe"})
+"""Multimodal model types that Transformers' AutoModelForCausalLM loads all the same."""
+
+
+def not_loadable_reason(config: Mapping[str, Any], model_type: str) -> str | None:
+    """Why Transformers cannot load the model of a config.json as text; None where it can.
+
+    `model_type` is the language model's. Code that a checkpoint brings along (`auto_map`) counts.
+    """
+    outer = config.get("model_type")
+    mapped = config.get("auto_map")
+    if isinstance(mapped, Mapping) and "AutoModelForCausalLM" in mapped:
+        return None
+    is_alone = outer in (None, model_type)
+    if model_type not in WITHOUT_TEXT_CLASS if is_alone else outer in LOADED_AROUND:
+        return None
+    return f"Transformers has no class that loads {outer or model_type} as a language model"

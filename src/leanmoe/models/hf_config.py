@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,12 @@ INHERITED = (
 """Settings of the whole model that a language model's part takes over."""
 NAMES: Mapping[str, tuple[str, ...]] = {
     "num_hidden_layers": ("num_layers",),
-    "num_experts": ("n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "num_experts": (
+        "n_routed_experts",
+        "num_local_experts",
+        "moe_num_experts",
+        "num_routed_experts",
+    ),
     "num_experts_per_tok": (
         "num_experts_per_token",
         "moe_k",
@@ -38,7 +44,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "top_k_experts",
     ),
     "moe_latent_size": ("routed_expert_hidden_size", "moe_hidden_size"),
-    "n_shared_experts": ("num_shared_experts", "moe_num_shared_experts"),
+    "n_shared_experts": ("num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
     "norm_topk_prob": ("moe_renormalize",),
     "routed_scaling_factor": (
         "route_scale",
@@ -82,7 +88,7 @@ class HfConfig:
 
     def whole(self, name: str, default: int | None = None, least: int = 0) -> int:
         """A whole number of at least `least`; without `default` the setting is required."""
-        value = self.raw(name)
+        value = self._one(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self._wrong(name, value, f"a whole number, {least} or more")
@@ -90,7 +96,7 @@ class HfConfig:
 
     def number(self, name: str, default: float) -> float:
         """A number above 0."""
-        value = self.raw(name)
+        value = self._one(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self._wrong(name, value, "a number above 0")
@@ -131,6 +137,23 @@ class HfConfig:
             raise self._wrong(name, value, "an object")
         return HfConfig(value or {})
 
+    def _one(self, name: str) -> Any:
+        """A setting that may be a list with one value for each layer, the same in all that have it.
+
+        Zeros are layers without. Raises LeanMoeError where layers differ.
+        """
+        value = self.raw(name)
+        if not isinstance(value, list | tuple) or not value:
+            return value
+        each = [one for one in value if one not in (None, 0)] or list(value)
+        if any(one != each[0] for one in each):
+            raise LeanMoeError(
+                f"{FILE}: {self.named(name)} differs from layer to layer "
+                f"({each[0]!r}, {next(one for one in each if one != each[0])!r}, ...): "
+                "it must be the same in all layers"
+            )
+        return each[0]
+
     def _wrong(self, name: str, value: Any, wanted: str) -> LeanMoeError:
         found = "missing" if value is None else repr(value)
         others = f" (or {', '.join(NAMES[name])})" if value is None and name in NAMES else ""
@@ -149,6 +172,25 @@ def language_part(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(pattern, str) and set(pattern) <= set(LAYER_LETTERS):
         return {"layer_types": [LAYER_LETTERS[letter] for letter in pattern], **config}
     return dict(config)
+
+
+COUNT_OF_EXPERTS = re.compile(r"(^|_)(num|n|number)_(\w+_)?experts?$|experts?_num$")
+"""What a count of experts is called in whichever family; none is one of experts a token."""
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json counts more than one expert anywhere, in a part of its own too."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and has_experts(value):
+            return True
+        most = max(value, default=0, key=_whole) if isinstance(value, list | tuple) else value
+        if COUNT_OF_EXPERTS.search(key) and _whole(most) > 1:
+            return True
+    return False
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def setting_path(config: Mapping[str, Any], name: str) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ from typing import Any
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.attention import CACHE_BYTES, Attention, attends, attention_of
 from leanmoe.models.families import FAMILIES, Router, family_of
-from leanmoe.models.family import REFUSED, Family
-from leanmoe.models.hf_config import FILE, HfConfig, language_part, read_config
+from leanmoe.models.family import REFUSED, Family, not_loadable_reason
+from leanmoe.models.hf_config import FILE, HfConfig, has_experts, language_part, read_config
 from leanmoe.models.modules import modules
 from leanmoe.models.parameters import (
     Parameters,
@@ -62,6 +62,8 @@ class MoEShape:
     Windows are those that the config.json lists: what a family assumes beside it is not known."""
     matrices: int
     """Matrices of an expert: 3 with a gate, 2 without."""
+    not_loadable: str | None = field(compare=False)
+    """Why Transformers cannot load it as text; engines may. None where it can."""
     name: str = field(compare=False)
     """What the model was asked for by; the architecture where it was not by a name."""
 
@@ -183,11 +185,12 @@ def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) 
     config = source if isinstance(source, Mapping) else read_config(str(source))
     values = language_part(config)
     model_type = values.get("model_type")
-    if model_type not in (*FAMILIES, *REFUSED) and HfConfig(values).raw("num_experts") in (
-        None,
-        0,
-        1,
-    ):
+    if (
+        model_type not in tuple(FAMILIES) and f"{model_type}_text" in FAMILIES
+    ):  # the part has no type
+        values["model_type"] = model_type = f"{model_type}_text"
+    is_listed = model_type is None or model_type in (*FAMILIES, *REFUSED)
+    if not is_listed and not has_experts(config):
         raise LeanMoeError(
             f"model_type {model_type!r} has no routed experts in its {FILE}: "
             "it is not a mixture-of-experts model"
@@ -222,6 +225,7 @@ def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) 
         not_runnable=family.not_runnable,
         attention=_attention(settings, layers, family.sublayers),
         matrices=family.matrices,
+        not_loadable=not_loadable_reason(config, str(model_type)),
         name=name or (_architecture(settings) if isinstance(source, Mapping) else str(source)),
     )
 
@@ -237,7 +241,8 @@ def _attention(settings: HfConfig, layers: int, each: int) -> tuple[tuple[Attent
 
 
 def _experts(settings: HfConfig, model_type: str) -> tuple[int, int]:
-    if settings.raw("num_experts") in (None, 0, 1):
+    is_said = settings.named("num_experts") in settings.values or model_type == "gemma4_text"
+    if is_said and settings.raw("num_experts") in (None, 0, 1):
         raise LeanMoeError(
             f"{model_type} with {settings.named('num_experts')} "
             f"{settings.raw('num_experts')!r} is not a mixture-of-experts model"
@@ -272,8 +277,11 @@ def _moe_layers(settings: HfConfig, layers: int) -> tuple[int, ...]:
     """Which layers have routed experts, in whichever of the ways to say so the config uses."""
     kinds = settings.items("mlp_layer_types", str, layers)
     frequency = settings.raw("moe_layer_freq")
+    counts = settings.raw("num_experts")
     if kinds is not None:
         moe = tuple(n for n in range(layers) if kinds[n] != "dense")
+    elif isinstance(counts, list) and len(counts) == layers:
+        moe = tuple(n for n in range(layers) if counts[n])
     elif (listed := settings.raw("moe_layers_enum")) is not None:  # Step: a list, or "3,4,5"
         numbers = set(map(int, listed.split(",") if isinstance(listed, str) else listed))
         moe = tuple(n for n in range(layers) if n in numbers)
