@@ -59,6 +59,8 @@ class Run:
         self.results = Results()
         self.prefill: list[dict[str, Any]] = []
         self._written = self.started
+        self.is_complete = False
+        """Whether what was last written has all rounds."""
 
     @property
     def has_time(self) -> bool:
@@ -136,14 +138,13 @@ class Run:
                 return
 
     def _wait_for_gpus(self) -> None:
-        """Where other runs share the GPUs: now they are this one's, and its time begins."""
-        if not self.options.lock:
-            return
-        if self._lock is not None:
-            self._lock.take()
-        self.ranks.first_says(True)
+        """Its time begins, where other runs share the GPUs when these are this one's."""
+        if self.options.lock:
+            if self._lock is not None:
+                self._lock.take()
+            self.ranks.first_says(True)
+            self.say("the GPUs are this run's")
         self.began = self._written = time.perf_counter()
-        self.say("the GPUs are this run's")
 
     def _add_banded(self, engine: Any) -> None:
         """Puts the fastest single rule of each load into a plan of its own."""
@@ -210,7 +211,7 @@ class Run:
 
     def write(self, is_complete: bool) -> None:
         """The results as they are."""
-        self._written = time.perf_counter()
+        self._written, self.is_complete = time.perf_counter(), is_complete
         content = {
             "what": self.what,
             "settings": {n: str(v) for n, v in vars(self.options).items()},

@@ -45,6 +45,7 @@ def measure(run: Any, engine: Any) -> None:
     wanted = [engine.settled(variant) for variant in variants(run)] if sizes else []
     for variant in wanted:
         engine.put(variant)
+    was_complete = run.is_complete
     layers = MoeLayers(engine, int(run.config["hidden_size"]))
     for tokens in sizes:
         engine.replay.draw("skewed", seed=tokens)
@@ -59,7 +60,7 @@ def measure(run: Any, engine: Any) -> None:
                     times["prompt_ms"].setdefault(variant.name, []).append(whole * 1e3)
         run.prefill += entries(tokens, times, seen, run.shape.fingerprint().top_k)
         run.say(f"prompts of {tokens} tokens measured")
-        run.write(is_complete=run.has_time)
+        run.write(is_complete=was_complete and tokens == sizes[-1])
         layers.forget()
 
 

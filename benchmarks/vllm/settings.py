@@ -53,7 +53,9 @@ def vllm_parser(
     parser.add_argument("--replays", type=int, default=6, help="captured steps a measurement")
     parser.add_argument("--samples", type=int, default=3, help="of the captured step, a round")
     parser.add_argument("--rounds", type=int, default=7, help="at most")
-    parser.add_argument("--seconds", type=float, default=500, help="stop after so many, all told")
+    parser.add_argument(
+        "--seconds", type=float, default=500, help="measure steps for so many at most"
+    )
     parser.add_argument(
         "--vllm", default="installed", help="'installed', or a folder to find it in"
     )
@@ -74,7 +76,7 @@ def vllm_parser(
         "--lock",
         type=Path,
         help="a file that runs on the same GPUs share: they load beside each other and measure "
-        "one after the other; --seconds are then those of measuring",
+        "one after the other",
     )
     return parser
 

@@ -45,5 +45,20 @@ def test_a_capture_that_comes_first_is_refused(monkeypatch: pytest.MonkeyPatch) 
         zeros_for("never run", 4, HERE)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="there are no graphs to capture without a GPU")
+def test_what_an_earlier_graph_writes_does_not_reach_the_counters_of_a_later_one() -> None:
+    first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    zeros_for("graphs", 1024, HERE)
+    with torch.cuda.graph(first):
+        passing = torch.ones(1024, dtype=torch.int32, device=HERE) * 7
+    del passing
+    with torch.cuda.graph(second, first.pool()):
+        counters = zeros_for("graphs", 1024, HERE)
+        seen = counters + 0
+    first.replay()
+    second.replay()
+    assert int(seen.abs().sum()) == 0
+
+
 def test_powers_of_two_are_not_below() -> None:
     assert [power_of_two(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]

@@ -198,8 +198,7 @@ def silu_of_kept(
     local_E = ids_TK if local_of_E is None else local_of_E
     from leanmoe.kernels.triton.tile_program import silu_of_kept_rows
 
-    with torch.inference_mode():
-        silu_of_kept_rows[(rows,)](
-            gate_up_XM, act_XM, ids_TK, local_E, width,
-            HAS_LOCAL=local_of_E is not None, BLOCK=power_of_two(width), num_warps=4,
-        )  # fmt: skip
+    silu_of_kept_rows[(rows,)](
+        gate_up_XM, act_XM, ids_TK, local_E, width,
+        HAS_LOCAL=local_of_E is not None, BLOCK=power_of_two(width), num_warps=4,
+    )  # fmt: skip

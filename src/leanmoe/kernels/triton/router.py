@@ -134,10 +134,12 @@ def _call(
         [rule.threshold or 0.0, rule.top_p or 0.0, router.normalise_epsilon, router.scaling],
         ids_dtype,
     )
-    if exchange is not None and rule.is_batch_aware:
-        return _route(*arguments, exchange)
-    outputs: tuple[Tensor, ...] = _route_op(*arguments)
-    return outputs
+    if not rule.is_batch_aware:
+        exchange = None
+    if exchange is None and torch.compiler.is_compiling():
+        outputs: tuple[Tensor, ...] = _route_op(*arguments)
+        return outputs
+    return _route(*arguments, exchange)  # an op of torch would take longer than the launch
 
 
 class RouteIntegers(NamedTuple):
