@@ -37,6 +37,7 @@ def prune(
                 "protected": pruned.protected,
                 "bytes_before": pruned.bytes_before,
                 "bytes_after": pruned.bytes_after,
+                "trial": pruned.trial,
                 "label": "measured",
             }
         )
@@ -48,4 +49,6 @@ def prune(
         print(f"Kept for their extreme outputs: {names}")
     what = "The plan" if settings.as_plan else f"The checkpoint, {saved:.0%} smaller"
     print(f"{what}: {pruned.output}")
+    if pruned.trial is not None:
+        print(pruned.trial)
     print("What it costs is not known yet: measure it before you serve it.")

@@ -204,10 +204,12 @@ class Watch:
             raise LeanMoeError("no text was run: there is nothing to rank experts by")
         is_bad_LE = ~np.isfinite(self._sums).all(axis=0) | ~np.isfinite(self._largest)
         if is_bad_LE.any():
-            layer, expert = (int(number) for number in np.argwhere(is_bad_LE)[0])
+            layer = int(np.argwhere(is_bad_LE)[0, 0])
+            own = np.flatnonzero(~np.isfinite(self._largest[layer]))
+            where = f"MoE layer {layer}" + (f", expert {own[0]}" if len(own) else "")
             raise LeanMoeError(
-                f"MoE layer {layer}, expert {expert}: its outputs on the text are not finite "
-                "numbers, so nothing can be ranked; check the weights, or set --dtype float32"
+                f"{where}: outputs on the text are not finite numbers, so nothing can be ranked; "
+                "check the weights, or set --dtype float32"
             )
         slots, gates, outputs, changes = self._sums.copy()
         largest = self._largest.copy()

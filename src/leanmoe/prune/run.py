@@ -29,6 +29,7 @@ from leanmoe.prune.criteria import (
     rank_experts,
 )
 from leanmoe.prune.settings import PruneSettings
+from leanmoe.prune.trial import run_once
 from leanmoe.results.prune import PruneReport, PruneResults, RankedBy
 from leanmoe.runtime import load_model
 from leanmoe.scoring.windows import cut
@@ -65,7 +66,9 @@ def prune(settings: PruneSettings, output: Path, command: str) -> PruneResults:
         write_pruned(source, kept, output, record_of, advance)
     before = sum(source.bytes.values())
     after = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    return PruneResults(output, shape.experts, kept, protected, before, after)
+    quiet_transformers()
+    trial = run_once(output, after, settings.trust_remote_code)
+    return PruneResults(output, shape.experts, kept, protected, before, after, trial)
 
 
 def checkpoint_folder(name: str) -> Path:

@@ -47,3 +47,5 @@ class PruneResults:
     protected: tuple[tuple[int, int], ...]
     bytes_before: int
     bytes_after: int
+    trial: str | None = None
+    """Whether the written checkpoint was run once, or why not; None for a plan."""
