@@ -21,6 +21,8 @@ from leanmoe.models.reference import NAME, folder_of
 
 """The name of the model that ships with leanmoe."""
 FILE = "config.json"
+MODELOPT_FILE = "hf_quant_config.json"
+"""ModelOpt's settings; its older versions write nothing in config.json."""
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Where multimodal models keep their language model's settings; may be nested."""
 INHERITED = (
@@ -201,27 +203,41 @@ def setting_path(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
     return (HfConfig(config).named(name),)
 
 
-def read_config(source: str) -> dict[str, Any]:
-    """The config.json of a folder, a file, the word "reference" or a name on the Hugging Face Hub.
+def config_path(source: str) -> Path:
+    """Where the config.json of a folder, a file, "reference" or a name on the Hugging Face Hub is.
 
     A hub name is looked for in the local cache first; going to the network is said on standard
-    error. Raises LeanMoeError where there is none, or where it is not a JSON object.
+    error. Raises LeanMoeError where there is none.
     """
     local = Path(folder_of(source)).expanduser()
     if source and local.is_dir():
         local = local / FILE
         if not local.is_file():
             raise LeanMoeError(f"folder {source} has no {FILE}: it is not a model's folder")
-    if not local.is_file():
-        if not _is_hub_name(source):
-            raise LeanMoeError(
-                f"model {source!r} does not exist: give a folder, a {FILE}, owner/name on the "
-                f"Hugging Face Hub, or {NAME}"
-            )
-        local = _from_hub(source)
-    config = read_json(local, "config")
+    if local.is_file():
+        return local
+    if not _is_hub_name(source):
+        raise LeanMoeError(
+            f"model {source!r} does not exist: give a folder, a {FILE}, owner/name on the "
+            f"Hugging Face Hub, or {NAME}"
+        )
+    return _from_hub(source)
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """The config.json that `config_path` says, with ModelOpt's own file beside it where it counts.
+
+    Raises LeanMoeError where there is none, or where it is not a JSON object.
+    """
+    path = config_path(source)
+    config = read_json(path, "config")
     if not isinstance(config, dict):
-        raise LeanMoeError(f"config {local} is not a JSON object")
+        raise LeanMoeError(f"config {path} is not a JSON object")
+    beside = path.parent / MODELOPT_FILE
+    if config.get("quantization_config") is None and beside.is_file():
+        quantised = read_json(beside, "config")
+        if isinstance(quantised, dict):
+            config["quantization_config"] = {"quant_method": "modelopt", **quantised}
     return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,14 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.attention import CACHE_BYTES, Attention, attends, attention_of
 from leanmoe.models.families import FAMILIES, Router, family_of
 from leanmoe.models.family import REFUSED, Family, not_loadable_reason
-from leanmoe.models.hf_config import FILE, HfConfig, has_experts, language_part, read_config
+from leanmoe.models.hf_config import (
+    FILE,
+    HfConfig,
+    config_path,
+    has_experts,
+    language_part,
+    read_config,
+)
 from leanmoe.models.modules import modules
 from leanmoe.models.parameters import (
     Parameters,
@@ -25,6 +32,7 @@ from leanmoe.models.parameters import (
     layer_count,
     shared_experts,
 )
+from leanmoe.models.shards import from_shards
 from leanmoe.models.weight_format import Storage, storage
 
 __all__ = ["MoEShape", "Parameters", "distinct_grouped", "distinct_uniform", "read_shape"]
@@ -179,10 +187,20 @@ def distinct_grouped(experts: int, top_k: int, tokens: int, groups: int, used: i
 def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) -> MoEShape:
     """The shape of a model folder, a config.json, a hub name, the word "reference" or a config.
 
-    A hub name is looked up in the local cache first, then on the network. Raises LeanMoeError
+    A hub name is looked up in the local cache first, then on the network. Where a checkpoint's
+    shards lie beside its config.json, their headers say how weights are stored. Raises LeanMoeError
     for what is not a mixture-of-experts model of a known family, and for values out of range.
     """
-    config = source if isinstance(source, Mapping) else read_config(str(source))
+    if isinstance(source, Mapping):
+        return _shape_of(source, name)
+    shape = _shape_of(read_config(str(source)), name or str(source))
+    experts = shape.routed_layers * shape.weighted_experts
+    folder = config_path(str(source)).parent
+    stored = from_shards(shape.storage, folder, shape.parameters, shape.layers, experts)
+    return replace(shape, storage=stored)
+
+
+def _shape_of(config: Mapping[str, Any], name: str | None) -> MoEShape:
     values = language_part(config)
     model_type = values.get("model_type")
     if (
@@ -226,7 +244,7 @@ def read_shape(source: str | Path | Mapping[str, Any], name: str | None = None) 
         attention=_attention(settings, layers, family.sublayers),
         matrices=family.matrices,
         not_loadable=not_loadable_reason(config, str(model_type)),
-        name=name or (_architecture(settings) if isinstance(source, Mapping) else str(source)),
+        name=name or _architecture(settings),
     )
 
 
