@@ -174,3 +174,8 @@ def test_what_is_not_known_is_named(settings: Any) -> None:
 def test_a_list_that_is_none_is_named(value: Any) -> None:
     with pytest.raises(LeanMoeError, match=r"modules_to_not_convert is .* a list of words"):
         rule_of(HfConfig({"quant_method": "fp8", "modules_to_not_convert": value}))
+
+
+def test_a_block_of_no_width_has_no_scales() -> None:
+    form = rule_of(HfConfig({"quant_method": "fp8", "weight_block_size": [0, 128]}))(EXPERT)
+    assert form == ("fp8", 1.0)

@@ -79,6 +79,8 @@ def test_which_layers_have_experts(changes: dict[str, Any], moe_layers: tuple[in
         ({"num_experts": 0}, "num_experts 0 is not a mixture-of-experts model"),
         ({"num_experts": None}, "num_experts None is not a mixture-of-experts model"),
         ({"num_experts_per_tok": [8, 4]}, "differs from layer to layer"),
+        ({"layer_types": ["full_attention"]}, "layer_types is .* one for each of 2 layers"),
+        ({"moe_layers_enum": "3,x"}, "moe_layers_enum is '3,x': it must be layer numbers"),
         ({"num_experts": [8, 9]}, r"num_experts differs from layer to layer \(8, 9, "),
         ({"mlp_only_layers": "none"}, "mlp_only_layers is 'none': it must be a list"),
         ({"mlp_only_layers": list(range(48))}, "no decoder layer has routed experts"),

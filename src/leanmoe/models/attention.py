@@ -115,9 +115,9 @@ def attention(
 
 def _heads_of_layer(settings: HfConfig, layer: int, heads: int) -> int:
     """Query heads of one layer where the settings list them, or have others beside a window."""
-    if (listed := settings.items("num_attention_heads_per_layer", int)) is not None:
+    if (listed := settings.items("num_attention_heads_per_layer", int, layer + 1)) is not None:
         return int(listed[layer])
-    kinds = settings.items("layer_types", str)
+    kinds = settings.items("layer_types", str, layer + 1)
     if kinds is None or kinds[layer] != "sliding_attention":
         return heads
     heads = settings.part("attention_other_setting").whole("num_attention_heads", heads)
@@ -164,7 +164,10 @@ def indexer(settings: HfConfig, layer: int) -> int:
     GLM-5 says which share in `indexer_types`, `index_topk_pattern` or `index_topk_freq`; GLM-5-Next
     joins `index_kpool` keys to one by weights of their own.
     """
-    kinds, pattern = settings.items("indexer_types", str), settings.raw("index_topk_pattern")
+    kinds, pattern = (
+        settings.items("indexer_types", str, layer + 1),
+        settings.raw("index_topk_pattern"),
+    )
     frequency = max(1, settings.whole("index_topk_freq", 1))
     if kinds is not None:
         shares = kinds[layer] == "shared"
@@ -209,9 +212,9 @@ def _compression(settings: HfConfig, layer: int) -> int:
     rates = settings.part("compress_rates")
     sparse = rates.whole("compressed_sparse_attention", COMPRESSED_SPARSE)
     heavy = rates.whole("heavily_compressed_attention", 128)
-    if (ratios := settings.items("compress_ratios", int)) is not None:
+    if (ratios := settings.items("compress_ratios", int, layer + 1)) is not None:
         return int(ratios[layer])
-    if (kinds := settings.items("layer_types", str)) is not None:
+    if (kinds := settings.items("layer_types", str, layer + 1)) is not None:
         known = {"compressed_sparse_attention": sparse, "heavily_compressed_attention": heavy}
         return known.get(kinds[layer], 0)
     return sparse if layer >= 2 and layer % 2 else heavy
@@ -280,9 +283,9 @@ def hybrid(full: Mixer, other: Mixer) -> Mixer:
 
 def attends(settings: HfConfig, layer: int) -> bool:
     """Whether a hybrid model's layer is one of attention."""
-    if kinds := settings.items("layer_types", str):
+    if kinds := settings.items("layer_types", str, layer + 1):
         return "attention" in kinds[layer] and kinds[layer] != "linear_attention"
-    if (flags := settings.items("attn_type_list", int)) is not None:
+    if (flags := settings.items("attn_type_list", int, layer + 1)) is not None:
         return bool(flags[layer])
     if (indices := settings.items("full_attn_idxs", int)) is not None:
         return layer in indices
@@ -352,10 +355,10 @@ def has_window(settings: HfConfig, layer: int) -> bool:
     """
     layers = settings.whole("num_hidden_layers", layer + 1, least=1)
     kind = str(settings.raw("model_type"))
-    if kinds := settings.items("layer_types", str):
+    if kinds := settings.items("layer_types", str, layer + 1):
         is_last = kind == "gemma4_text" and layer == layers - 1  # full, whatever is listed
         return not is_last and ("sliding" in kinds[layer] or "chunked" in kinds[layer])
-    if (flags := settings.items("hybrid_layer_pattern", int)) is not None:
+    if (flags := settings.items("hybrid_layer_pattern", int, layer + 1)) is not None:
         return bool(flags[layer])
     if not settings.flag("use_sliding_window", kind not in ("qwen2_moe", "qwen3_moe")):
         return False

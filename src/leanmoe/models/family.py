@@ -89,6 +89,6 @@ def not_loadable_reason(config: Mapping[str, Any], model_type: str) -> str | Non
     if isinstance(mapped, Mapping) and "AutoModelForCausalLM" in mapped:
         return None
     is_alone = outer in (None, model_type)
-    if model_type not in WITHOUT_TEXT_CLASS if is_alone else outer in LOADED_AROUND:
+    if model_type not in WITHOUT_TEXT_CLASS if is_alone else outer in tuple(LOADED_AROUND):
         return None
     return f"Transformers has no class that loads {outer or model_type} as a language model"

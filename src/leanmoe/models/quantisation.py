@@ -147,7 +147,11 @@ def _float(bits: int, group: int) -> Format:
 
 def _fp8(quantised: HfConfig) -> Rule:
     block = quantised.items("weight_block_size", int)
-    each = BLOCK_SCALE_BYTES / (block[0] * block[1]) if block and len(block) == 2 else 0.0
+    each = (
+        BLOCK_SCALE_BYTES / (block[0] * block[1])
+        if block and len(block) == 2 and all(block)
+        else 0.0
+    )
     left_out = _names(quantised, "modules_to_not_convert", "ignored_layers")
     return _plain(_named(left_out), Format("fp8", 1 + each))
 
@@ -280,7 +284,7 @@ def _scheme(weights: HfConfig, form: str) -> Format | None:
     if weights.raw("type") != "float":
         offsets = 0.0 if weights.flag("symmetric", True) else bits / 8
         return _integer(bits, group, offsets)
-    if strategy == "block" and block and len(block) == 2:
+    if strategy == "block" and block and len(block) == 2 and all(block):
         return Format("fp8", bits / 8 + BLOCK_SCALE_BYTES / (block[0] * block[1]))
     return _float(bits, group if strategy in ("group", "tensor_group") else 0)
 

@@ -301,7 +301,10 @@ def _moe_layers(settings: HfConfig, layers: int) -> tuple[int, ...]:
     elif isinstance(counts, list) and len(counts) == layers:
         moe = tuple(n for n in range(layers) if counts[n])
     elif (listed := settings.raw("moe_layers_enum")) is not None:  # Step: a list, or "3,4,5"
-        numbers = set(map(int, listed.split(",") if isinstance(listed, str) else listed))
+        words = listed.split(",") if isinstance(listed, str) else listed
+        if not isinstance(words, list) or not all(str(word).strip().isdigit() for word in words):
+            raise LeanMoeError(f"{FILE}: moe_layers_enum is {listed!r}: it must be layer numbers")
+        numbers = set(map(int, words))
         moe = tuple(n for n in range(layers) if n in numbers)
     elif isinstance(frequency, list):
         flags = settings.items("moe_layer_freq", int, layers) or ()
