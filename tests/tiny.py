@@ -128,13 +128,8 @@ OWN_CLASS = {
 
 
 def settings(family: str) -> dict[str, Any]:
-    """Tiny values for those of `SIZES` that the family has, and what differs in it.
-
-    A test of a family that the installed Transformers does not have is skipped.
-    """
-    if family not in CONFIG_MAPPING:
-        pytest.skip(f"Transformers {transformers.__version__} has no {family}")
-    kind = CONFIG_MAPPING[family]
+    """Tiny values for those of `SIZES` that the family has, and what differs in it."""
+    kind = _kind(family)
     known = set(kind().to_dict()) | set(getattr(kind, "attribute_map", {}))
     found = {name: value for name, value in SIZES.items() if name in known}
     found |= NEEDED.get(family, {}) | OF_FAMILY.get(family, {})
@@ -143,7 +138,14 @@ def settings(family: str) -> dict[str, Any]:
 
 def config(family: str, **changes: Any) -> Any:
     """The family's config with tiny sizes."""
-    return CONFIG_MAPPING[family](**(settings(family) | changes))
+    return _kind(family)(**(settings(family) | changes))
+
+
+def _kind(family: str) -> Any:
+    """The family's class of configs; a test skips where this Transformers does not have it."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"Transformers {transformers.__version__} has no {family}")
+    return CONFIG_MAPPING[family]
 
 
 def build(
