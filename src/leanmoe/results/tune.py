@@ -240,6 +240,7 @@ class MeasuredRun:
     total_output_tokens: int | None = None
     request_goodput: float | None = None
     delay_ms: LatencySpread | None = None
+    short_replies: int = 0
 
 
 @dataclass(frozen=True)
