@@ -37,8 +37,8 @@ test-engines: .venv-vllm/ready  ## the tests that need vLLM, which has an enviro
 	$(VLLM)/python -m pytest $(IN_PROCESS) tests/engines/test_pruned_checkpoint.py
 	$(VLLM)/python -m pytest tests/engines/vllm $(addprefix --ignore ,$(IN_PROCESS))
 
-test-engines-oldest: .venv-vllm-$(OLDEST_VLLM)/ready  ## the oldest vLLM with a plan, in one process
-	.venv-vllm-$(OLDEST_VLLM)/bin/python -m pytest \
+test-engines-oldest: .venv-vllm-$(OLDEST_VLLM)/ready  ## tokens and refusals in the oldest vLLM with a plan
+	.venv-vllm-$(OLDEST_VLLM)/bin/python -m pytest -k "tokens or refused or signatures" \
 		tests/engines/vllm/test_vllm.py tests/engines/vllm/test_versions.py
 
 test-engines-all: test-engines $(addprefix test-engines-,$(OTHER_VLLM))  ## the same in every vLLM
