@@ -24,6 +24,8 @@ from leanmoe.core.environment import (
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Plan, Rule
 
+__all__ = ["VARIABLES", "PluginOptions", "Variable"]
+
 PROMPT = "prompt"
 DROPPABLE = (PROMPT,)
 """Parts of a plan that a user can consent to leave out."""
@@ -90,11 +92,13 @@ def notes(plan: Plan, engine: str) -> tuple[str, ...]:
     skips = any(
         rule.threshold or rule.top_p or rule.is_batch_aware or rule.experts for rule in rules
     )
+    is_vllm = engine in KNOW_RANKS
     sentences = []
     if skips:
+        spared = "0.26 and newer spare its row where the log says id -1, else " if is_vllm else ""
         sentences.append(
-            f"{engine}'s kernels compute a skipped slot as a row of the token's best expert with "
-            "weight 0: no further weights are read, but the row's products are not saved"
+            f"{engine} computes a skipped slot as a row of the token's best expert with weight 0, "
+            f"which reads no further weights: {spared}its products are not saved"
         )
     ends = [band.up_to for band in plan.bands if band.up_to is not None]
     if ends:
@@ -105,12 +109,10 @@ def notes(plan: Plan, engine: str) -> tuple[str, ...]:
     if plan.bands and plan.bands[-1].up_to is not None:
         sentences.append(f"steps of more than {plan.bands[-1].up_to} rows run the full model")
     if any(rule.is_batch_aware for rule in rules):
-        more = f"; {BATCH_SCOPE}={ALL} makes it see all ranks'" if engine in KNOW_RANKS else ""
+        more = f"; {BATCH_SCOPE}={ALL} makes it see all ranks'" if is_vllm else ""
         sentences.append(f"a batch-aware rule sees the tokens of its own data-parallel rank{more}")
     return tuple(sentences)
 
-
-__all__ = ["VARIABLES", "PluginOptions", "Variable"]
 
 VLLM, LEANMOE = "vllm", "leanmoe"
 """Whose kernels compute the experts."""
