@@ -68,9 +68,14 @@ def require_vllm(with_plans: bool) -> VllmInstall:
     return install
 
 
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, those that are numbers."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+
+
 def check_version(version: str) -> None:
     """Raises LeanMoeError for a vLLM from before the function whose place a plan takes."""
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    numbers = release(version)
     install = _distribution()
     is_for_cpus = install is not None and install.is_for_cpus
     oldest = OLDEST_ON_CPU if is_for_cpus else OLDEST

@@ -194,10 +194,10 @@ def silu_of_kept(
     `gate_up_XM` (X, 2M) has each slot's gate before its up, `ids_TK` each slot's expert, below 0
     for none. `local_of_E` says where on this GPU an expert is, below 0 for elsewhere.
     """
-    rows, width = act_XM.shape
-    local_E = ids_TK if local_of_E is None else local_of_E
     from leanmoe.kernels.triton.tile_program import silu_of_kept_rows
 
+    rows, width = act_XM.shape
+    local_E = ids_TK if local_of_E is None else local_of_E
     silu_of_kept_rows[(rows,)](
         gate_up_XM, act_XM, ids_TK, local_E, width,
         HAS_LOCAL=local_of_E is not None, BLOCK=power_of_two(width), num_warps=4,

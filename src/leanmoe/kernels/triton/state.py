@@ -28,10 +28,10 @@ def zeros_for(
     stream, is_captured = _stream(device)
     key = (name, size, device, stream)
     spare = _spare.setdefault((name, size, device), [])
-    if not is_captured:
-        wanted = SPARE + (key not in _in_use) - len(spare)
+    missing = SPARE + (key not in _in_use) - len(spare)
+    if missing and not is_captured:
         with torch.inference_mode(False):
-            spare += [torch.zeros(size, dtype=dtype, device=device) for _ in range(wanted)]
+            spare += [torch.zeros(size, dtype=dtype, device=device) for _ in range(missing)]
     if key not in _in_use:
         if not spare:
             raise LeanMoeError(

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.installed_vllm import RAN
+from leanmoe.core.installed_vllm import RAN, release
 
 ABSENT = "absent"
 """Stands for a signature where the symbol, or its file, is not there."""
@@ -245,7 +245,7 @@ def naming(error: LeanMoeError, number: str) -> LeanMoeError:
 
 def skips_padding_by_default(number: str) -> bool:
     """Whether VLLM_MOE_SKIP_PADDING is 1 in this version unless it is set."""
-    return tuple(int(part) for part in number.split(".")[:2] if part.isdigit()) >= (0, 27)
+    return release(number) >= (0, 27)
 
 
 def files_of_vllm() -> Read:

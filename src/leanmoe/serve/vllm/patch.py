@@ -1,6 +1,7 @@
 """leanmoe's plugin in one process of vLLM: it finds the MoE layers of the models that are built.
 
-`planned_model` puts the plan into a model; this file puts itself behind two of vLLM's methods.
+`planned_model` puts the plan into a model; this file puts itself around vLLM's methods that build
+layers, load models and run steps.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -169,12 +170,17 @@ class SkippingSum:
         """The ids (T,K) of the step that runs and where experts are (E), if slots of it may have no
         row. vLLM 0.26 to 0.30 hand neither to `moe_sum`."""
 
+    @cached_property
+    def _operator(self) -> Callable[..., None]:
+        operator: Callable[..., None] = import_module(OPERATORS).moe_sum
+        return operator
+
     def __call__(self, input: Tensor, output: Tensor, *ids: Any, **named: Any) -> None:
         """Adds up the rows (T,K,D) of each token's own slots to `output` (T,D)."""
         if self.step is None:
             self._stock(input, output, *ids, **named)
         else:
-            import_module(OPERATORS).moe_sum(input, output, *self.step)
+            self._operator(input, output, *self.step)
 
 
 class SkippingActivation:
