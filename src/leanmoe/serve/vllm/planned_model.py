@@ -149,6 +149,8 @@ class PlannedModel:
         if repeats is None:
             steps = LayerSteps(runner, routing.groups_step, routing.skips_step)
             self._put(steps, routing, Skipping.at_all_sizes(Skipped.MINUS_ONE, groups=True))
+            if steps.activates_all:
+                logger.info("leanmoe: %s: vLLM's activation takes the rows of all slots", name)
             return
         if self._options.experts is None and kernels_unsupported_reason(runner) is None:
             logger.info("leanmoe: %s: leanmoe's kernels compute it: %s", name, repeats)

@@ -225,6 +225,8 @@ class LayerSteps:
         self._experts = self._layer.quant_method.moe_kernel.fused_experts
         self._stock = self._experts.apply
         self._groups_step, self._skips_step = groups_step, skips_step
+        self.activates_all = False
+        """Whether vLLM's activation computes the rows of skipped slots, too."""
         self._assignment = None if groups_step is None else SlotAssignment.put()
         self._sum = None if skips_step is None else SkippingSum(self._experts.moe_sum)
 
@@ -234,7 +236,8 @@ class LayerSteps:
             return
         self._experts.apply = self
         if self._sum is not None:
-            self._experts.activation = SkippingActivation(self._layer, self._sum)
+            activation = SkippingActivation(self._layer, self._sum)
+            self._experts.activation, self.activates_all = activation, not activation.leaves_out
             self._experts.moe_sum = self._sum
 
     def is_in_place(self) -> bool:
