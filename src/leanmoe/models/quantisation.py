@@ -170,14 +170,14 @@ def _bitsandbytes(quantised: HfConfig) -> Rule:
 
 
 def _awq(quantised: HfConfig) -> Rule:
-    bits, group = quantised.whole("bits", 4, least=1), quantised.whole("group_size", 128, -1)
+    bits, group = _sizes(quantised, 4, 128)
     stored = _integer(quantised.whole("w_bit", bits, 1), quantised.whole("q_group_size", group, -1))
     return _plain(_within(_names(quantised, "modules_to_not_convert")), stored)
 
 
 def _gptq(quantised: HfConfig) -> Rule:
     """GPTQModel's `dynamic`: "-:pattern" leaves out, "+:pattern" or "pattern" changes settings."""
-    bits, group = quantised.whole("bits", 4, least=1), quantised.whole("group_size", 128, -1)
+    bits, group = _sizes(quantised, 4, 128)
     dynamic = quantised.part("dynamic")
     rules = []
     for key in dynamic.values:
@@ -204,7 +204,7 @@ def _sizes(own: HfConfig, bits: int, group: int) -> tuple[int, int]:
 
 def _auto_round(quantised: HfConfig) -> Rule:
     """Blocks of the model, but for what `extra_config` says of a name or a pattern."""
-    bits, group = quantised.whole("bits", 4, least=1), quantised.whole("group_size", 128, -1)
+    bits, group = _sizes(quantised, 4, 128)
     kind = str(quantised.raw("data_type") or "int")
     if not kind.startswith(("int", "mx_fp", "nv_fp", "fp")):
         raise UnknownFormatError(f"data_type {kind!r} of AutoRound is not known")
