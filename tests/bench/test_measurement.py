@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import fields
 
 import pytest
 
@@ -16,6 +17,7 @@ from leanmoe.bench.measurement import (
     warm_up,
 )
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.results.tune import MeasuredRun
 
 FAST = Timeline(10.0, (10.1, 10.2, 10.4), 5, 3)
 SLOW = Timeline(10.5, (11.5, 11.6, 12.5), 7, 3)
@@ -82,6 +84,12 @@ def test_names_are_those_of_vllm_bench_serve() -> None:
         "total_token_throughput",
         "short_replies",  # ours
     }
+
+
+def test_the_results_of_tune_know_every_figure() -> None:
+    """Else a figure that is new here ends a whole run of tune when its results are written."""
+    known = {field.name for field in fields(MeasuredRun)}
+    assert {field.name for field in fields(Measurement)} <= known
 
 
 def test_nothing_completed_is_no_measurement() -> None:
