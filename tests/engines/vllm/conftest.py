@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -48,6 +49,17 @@ def _why_no_plan() -> str:
 def _settings() -> None:
     os.environ |= SETTINGS
     os.environ.pop("LEANMOE_PLAN", None)
+
+
+@pytest.fixture
+def log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """What the plugin logs; vLLM's own settings, made at an import or before, pass nothing on."""
+    monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "0")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level("INFO", logger="vllm.leanmoe"):
+        yield caplog
 
 
 @pytest.fixture

@@ -253,15 +253,14 @@ def test_a_router_that_bypasses_the_hook_is_refused(
 
 
 def test_experts_on_a_cpu_have_no_small_steps(
-    load: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    load: Callable[..., Any], log: pytest.LogCaptureFixture
 ) -> None:
     from leanmoe.serve.vllm.patch import process_plugin
 
-    with caplog.at_level("INFO", logger="vllm.leanmoe"):
-        load(SEARCHED)
+    load(SEARCHED)
     model = process_plugin().model
     assert model is not None
-    assert "a skipped slot repeats: its experts are CPU" in caplog.text
+    assert "a skipped slot repeats: its experts are CPU" in log.text
     assert all(layer.skipping == Skipping() for layer in model.layers.values())
 
 
@@ -313,7 +312,7 @@ def speculating(tmp_path: Path) -> Path:
 
 
 def test_a_draft_with_experts_runs_as_trained(
-    load: Callable[..., Any], speculating: Path, caplog: pytest.LogCaptureFixture
+    load: Callable[..., Any], speculating: Path, log: pytest.LogCaptureFixture
 ) -> None:
     """DeepSeek's MTP layer on the V1 runner, whose config is a copy of the target's."""
     from leanmoe.serve.vllm.patch import process_plugin
@@ -323,11 +322,10 @@ def test_a_draft_with_experts_runs_as_trained(
     drawn = {"model": str(speculating), "load_format": "dummy"}
     plan = Plan.uniform(MODEL, Rule(top_k=3))
     wanted = replies(load(plan, **drawn))
-    with caplog.at_level("INFO", logger="vllm.leanmoe"):
-        speculation = {"method": "mtp", "num_speculative_tokens": 1}
-        llm = load(plan, **drawn, speculative_config=speculation)
-    assert "a draft of 1 MoE layers runs as trained" in caplog.text
-    assert f"{MODEL.moe_layers} of {MODEL.moe_layers} MoE layers under it" in caplog.text
+    speculation = {"method": "mtp", "num_speculative_tokens": 1}
+    llm = load(plan, **drawn, speculative_config=speculation)
+    assert "a draft of 1 MoE layers runs as trained" in log.text
+    assert f"{MODEL.moe_layers} of {MODEL.moe_layers} MoE layers under it" in log.text
     model = process_plugin().model
     assert model is not None
     assert len(model.layers) == MODEL.moe_layers
