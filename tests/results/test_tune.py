@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +20,17 @@ def test_committed_results_are_read_and_written_alike() -> None:
     assert results.verdicts[2].accepted
     assert results.sensitivity.candidates[0].rule == Rule(top_k=7, keep_weights=True)
     assert (results.confidence, results.margin, results.keep) == (0.95, 0.005, None)
+
+
+def test_prompt_rules_are_named_where_a_band_is_empty() -> None:
+    (path,) = committed("leanmoe_results")
+    results = TuneResults.load(path)
+    at_work = [results.at_work(verdict) for verdict in results.verdicts]
+    assert at_work == ["prompt rules alone", "the plan", "the plan"]
+    none = replace(results, verdicts=tuple(replace(v, accepted=False) for v in results.verdicts))
+    assert {none.at_work(verdict) for verdict in none.verdicts} == {"full model"}
+    kept = replace(none, settings={**none.settings, "keep": "75%"})
+    assert {kept.at_work(verdict) for verdict in kept.verdicts} == {"the experts kept"}
 
 
 def test_steps_say_what_they_were_made_with() -> None:

@@ -56,7 +56,7 @@ def show(results: TuneResults, folder: Path) -> None:
         loss, gain = verdict.loss, verdict.gain
         table.add_row(
             str(verdict.concurrency),
-            Text("the plan", "green") if verdict.accepted else "full model",
+            Text(results.at_work(verdict), "green" if verdict.accepted else ""),
             percent(loss.ratio) if loss else "",
             percent(loss.upper_bound) if loss else "",
             percent(gain.median - 1, 1) if gain else "",

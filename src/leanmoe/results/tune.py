@@ -308,6 +308,17 @@ class TuneResults(StoredFile):
         kept: str | None = self.settings.get("keep")
         return kept
 
+    def at_work(self, verdict: LoadVerdict) -> str:
+        """What a load runs: rules for prompts and a memory budget hold at every load of a plan."""
+        if verdict.accepted:
+            return "the plan"
+        accepted = {each.concurrency for each in self.verdicts if each.accepted}
+        chosen = [(f.concurrency, p) for f in self.fronts for p in f.points if p.chosen]
+        if self.keep is not None and chosen:
+            return "the experts kept"
+        prompts = (rule for load, point in chosen if load in accepted for rule in point.prompt)
+        return "prompt rules alone" if any(rule != Rule() for rule in prompts) else "full model"
+
 
 def percent(share: float, digits: int = 2) -> str:
     """0.0123 -> "+1.23%": relative changes keep their sign."""

@@ -242,7 +242,7 @@ def verdict_on(
     if ratio.low <= 1.0:
         reason = (
             f"throughput is not surely higher ({ratio.low:.3f} to {ratio.high:.3f} times): "
-            "the full model stays"
+            "no rules for decoding at this load"
         )
     elif points[-1].verdict.accepted:
         reason = "the fastest plan tried is within the margin"

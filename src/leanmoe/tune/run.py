@@ -178,5 +178,8 @@ def _notes(
     refused = [str(verdict.concurrency) for verdict in verdicts if not verdict.accepted]
     if refused:
         where = ", ".join(refused)
-        notes.append(f"No gain is claimed at concurrency {where}: the band stays empty.")
+        notes.append(
+            f"No gain is claimed at concurrency {where}: the band stays empty. A plan's rules "
+            "for prompts are at work there all the same."
+        )
     return notes
