@@ -69,7 +69,29 @@ _V4_FLASH: dict[str, Any] = {
     "topk_method": "noaux_tc",
     "routed_scaling_factor": 1.5,
     "tie_word_embeddings": False,
+    "expert_dtype": "fp4",
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
 }
+
+
+def packed(kind: str, form: str) -> Mapping[str, Any]:
+    """Kimi's settings of compressed-tensors: experts alone, in groups of 32."""
+    weights = {"num_bits": 4, "type": kind, "strategy": "group", "group_size": 32}
+    ignored = ["re:.*self_attn.*", "re:.*shared_experts.*", "re:.*lm_head.*"]
+    ignored += [r"re:.*mlp\.(gate|up|gate_up|down)_proj.*", "re:.*vision_tower.*"]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ignored,
+    }
+
+
 _K3_FULL = [*range(4, 93, 4), 93]
 _QWEN3_5: dict[str, Any] = {
     "model_type": "qwen3_5_moe",
@@ -401,6 +423,7 @@ MODELS: dict[str, Published] = {
                 "moe_renormalize": True,
                 "routed_scaling_factor": 1.0,
                 "attn_res_block_size": 12,
+                "quantization_config": packed("float", "mxfp4-pack-quantized"),
                 "linear_attn_config": {
                     "full_attn_layers": _K3_FULL,
                     "kda_layers": [n for n in range(1, 94) if n not in _K3_FULL],
@@ -589,6 +612,12 @@ MODELS: dict[str, Published] = {
             "num_local_experts": 256,
             "num_experts_per_tok": 8,
             "tie_word_embeddings": False,
+            "quantization_config": {
+                "quant_method": "fp8",
+                "fmt": "float8_e4m3fn",
+                "weight_block_size": [128, 128],
+                "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+            },
         },
         "230",
         "10",

@@ -36,6 +36,8 @@ def test_json(capsys: pytest.CaptureFixture[str], deepseek: str) -> None:
     assert found["label"] == "modelled"
     assert found["expert_width"] == 2048
     assert found["total_parameters"] == shape.total_parameters()
+    assert found["total_bytes"] == shape.total_bytes()
+    assert found["active_bytes"] == shape.decode_bytes(8) == found["steps"][0]["bytes"]
     one, some, many = found["steps"]
     assert one["distinct"] == pytest.approx(8)
     assert one["tokens_an_expert"] == pytest.approx(1)

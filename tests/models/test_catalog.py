@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from leanmoe.models.shape import read_shape
-from tests.published import MODELS
+from tests.published_bytes import CHECKPOINTS
 
 
 def is_stated(billions: float, stated: str, tolerance: float) -> bool:
@@ -16,9 +16,9 @@ def is_stated(billions: float, stated: str, tolerance: float) -> bool:
     return abs(billions - float(stated)) <= max(half, tolerance * float(stated))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_parameters_are_those_the_makers_state(name: str) -> None:
-    published = MODELS[name]
+    published = CHECKPOINTS[name]
     shape = read_shape(published.config)
     total = shape.total_parameters() / 1e9 + published.beside
     assert is_stated(total, published.total, published.tolerance)

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.families import family_of
 from leanmoe.models.hf_config import HfConfig
-from leanmoe.models.modules import Module, Part
-from leanmoe.models.quantisation import UnknownFormatError, rule_of
+from leanmoe.models.modules import Module, Part, UnknownFormatError, modules
+from leanmoe.models.quantisation import rule_of
+from tests.published import MODELS
 
 LAYER = "model.layers.3"
 EXPERT = Module("expert", (f"{LAYER}.mlp.experts.0.down_proj", f"{LAYER}.mlp.experts.down_proj"), 1)
@@ -163,6 +165,7 @@ def test_quark_has_one_setting_and_others_by_layer() -> None:
         {"bits": 4, "mode": "new"},
         {"quant_method": "auto-round", "data_type": "nf"},
         {"quant_method": "fp8", "modules_to_not_convert": ["model.(layers"]},
+        {"quant_method": "fp8", "expert_dtype": "fp6"},
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_named(settings: Any) -> None:
@@ -179,3 +182,28 @@ def test_a_list_that_is_none_is_named(value: Any) -> None:
 def test_a_block_of_no_width_has_no_scales() -> None:
     form = rule_of(HfConfig({"quant_method": "fp8", "weight_block_size": [0, 128]}))(EXPERT)
     assert form == ("fp8", 1.0)
+
+
+def test_deepseek_v4_stores_experts_in_half_a_byte_and_a_scale_in_one() -> None:
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    rule = rule_of(HfConfig({**fp8, "expert_dtype": "fp4"}))
+    assert rule(EXPERT) == ("mxfp4", 0.5 + 1 / 32)
+    assert rule(QUERY) == rule_of(HfConfig(fp8))(EXPERT) == ("fp8", 1 + 1 / 128**2)
+    assert (rule(HEAD), rule(ROUTER)) == (None, None)
+
+
+def test_mxfp8_has_a_scale_for_32_weights() -> None:
+    rule = rule_of(HfConfig({"quant_method": "mxfp8", "ignored_layers": ["shared_experts"]}))
+    assert (rule(EXPERT), rule(SHARED)) == (("mxfp8", 1 + 1 / 32), None)
+
+
+def test_a_pattern_for_dense_layers_leaves_no_expert_out() -> None:
+    """Kimi-K2-Thinking's: MLX's name of the experts, switch_mlp, ends as that of a dense layer."""
+    ignored = [r"re:.*mlp\.(gate|up|gate_up|down)_proj.*", "re:.*self_attn.*", "re:.*shared_ex.*"]
+    config = MODELS["Qwen/Qwen3-30B-A3B"].config
+    settings = HfConfig(config)
+    names = [m for m in modules(settings, family_of("qwen3_moe"), (0,)) if m.part == "expert"]
+    group = {"targets": ["Linear"], "weights": INT4}
+    rule = rule_of(HfConfig({"quant_method": "compressed-tensors", "ignore": ignored,
+                             "config_groups": {"group_0": group}}))  # fmt: skip
+    assert {rule(module) for module in names} == {("int4", 0.5 + 2 / 32)}

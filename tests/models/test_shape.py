@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import Fingerprint, distinct_grouped, distinct_uniform, read_shape
 from tests.published import MODELS
+from tests.published_bytes import CHECKPOINTS, STORED, predicts_ahead
 
 DEEPSEEK = MODELS["deepseek-ai/DeepSeek-V3"].config
 
@@ -47,6 +48,19 @@ def test_decode_bytes_grow_with_distinct_experts_and_leave_out_the_embedding() -
     assert every - shape.decode_bytes(shape.experts - 1) == 48 * shape.expert_bytes
     tied = read_shape({**QWEN3, "tie_word_embeddings": True})
     assert tied.decode_bytes(1) == shape.decode_bytes(1)  # the table is read as the head
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_bytes_are_those_of_the_published_checkpoint(name: str) -> None:
+    shape, stored = read_shape(CHECKPOINTS[name].config), STORED[name]
+    size = shape.total_bytes() + stored.beside
+    if stored.copies is not None:
+        size += predicts_ahead(shape, stored.copies)
+    assert size == pytest.approx(stored.size, rel=0.01)
+
+
+def test_forty_checkpoints_have_published_parameters_and_bytes() -> None:
+    assert sum(CHECKPOINTS[name].active is not None for name in STORED) >= 40
 
 
 @pytest.mark.parametrize(

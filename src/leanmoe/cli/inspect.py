@@ -86,6 +86,8 @@ def _facts(shape: MoEShape) -> dict[str, Any]:
         "expert_parameters": shape.expert_parameters,
         "expert_bytes": shape.expert_bytes if is_known else None,
         "always_bytes": shape.always_bytes() if is_known else None,
+        "total_bytes": shape.total_bytes() if is_known else None,
+        "active_bytes": shape.decode_bytes(shape.top_k) if is_known else None,
         "total_parameters": shape.total_parameters(),
         "active_parameters": shape.active_parameters(),
         "parameters": asdict(shape.parameters),
@@ -154,6 +156,10 @@ def _summary(name: str, shape: MoEShape) -> Table:
         ),
         "parameters": f"{_count(shape.total_parameters())}, "
         f"{_count(shape.active_parameters())} active",
+        "bytes": f"{_bytes(shape.total_bytes())}, {_bytes(shape.decode_bytes(shape.top_k))} read "
+        "by a step of one token"
+        if is_known
+        else "not known",
         "always read": (f"{_bytes(shape.always_bytes())} a step: " if is_known else "")
         + "parameters of "
         + ", ".join(f"{part} {_count(count)}" for part, count in read.items() if count),

@@ -5,11 +5,14 @@ Quantisation settings speak of modules by name; what they say is decided for the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import translate
 from types import MappingProxyType
 from typing import Literal
 
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.attention import attends, attention_of
 from leanmoe.models.family import Family
 from leanmoe.models.hf_config import HfConfig
@@ -57,6 +60,15 @@ class Module:
     weights: int
 
 
+class UnknownFormatError(LeanMoeError):
+    """Quantisation settings that are not understood: bytes of weights cannot be told from them."""
+
+
+Matches = Callable[[Module], bool]
+PATTERN = re.compile(r"[*+?^$()\[\]{}|\\]")
+"""A name with one of these is a pattern."""
+
+
 def modules(settings: HfConfig, family: Family, moe_layers: tuple[int, ...]) -> Iterator[Module]:
     """Every matrix of each decoder layer, and embedding and head; one expert stands for a layer's.
 
@@ -99,7 +111,7 @@ def _feed_forward(settings: HfConfig, layer: int, has_experts: bool) -> Iterator
     yield Module("routers", _of_layer(layer, f"{block}.gate", f"{block}.router"), 1)
     for name in names:
         stacked = "down_proj" if name in ("down_proj", "w2") else "gate_up_proj"
-        routed = [f"experts.0.{name}", f"experts.{stacked}", f"switch_mlp.{name}"]
+        routed = [f"experts.0.{name}", f"experts.{stacked}"]
         routed += [name] if block == "moe" else []
         yield Module("expert", _of_layer(layer, *(f"{block}.{each}" for each in routed)), 1)
         shared = [f"{block}.{each}.{name}" for each in SHARED]
@@ -139,3 +151,45 @@ def _attention(settings: HfConfig, layer: int) -> dict[str, int]:
         "kv_b_proj": kind.latent * kind.heads * (kind.width - kind.rotary + kind.value_width),
         "o_proj": values * hidden,
     }
+
+
+def named(patterns: tuple[str, ...]) -> Matches:
+    """Transformers' rule: a name, a part of it between dots, or a pattern that ends at a dot."""
+    whole = frozenset(name for name in patterns if not PATTERN.search(name))
+    several = [compiled(rf"(?:{name})(?:\.|$)") for name in patterns if name not in whole]
+
+    def matches(module: Module) -> bool:
+        return any(
+            not whole.isdisjoint(_between_dots(name)) or any(each.match(name) for each in several)
+            for name in module.names
+        )
+
+    return matches
+
+
+def _between_dots(name: str) -> set[str]:
+    words = name.split(".")
+    count = len(words)
+    return {".".join(words[a:b]) for a in range(count) for b in range(a + 1, count + 1)}
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern of names; raises UnknownFormatError where it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UnknownFormatError(f"{pattern!r} is no pattern of module names: {error}") from error
+
+
+def within(patterns: tuple[str, ...]) -> Matches:
+    """AutoAWQ's rule: a part of the name."""
+    return lambda module: any(part in name for name in module.names for part in patterns)
+
+
+def wildcards(patterns: tuple[str, ...]) -> Matches:
+    """ModelOpt's and Quark's rule: the name with wildcards; a name leaves out what it contains."""
+    patterned = [re.compile(translate(name)) for name in patterns if "*" in name]
+    plain = named(tuple(name for name in patterns if "*" not in name))
+    return lambda module: (
+        plain(module) or any(each.match(name) for name in module.names for each in patterned)
+    )

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from fnmatch import translate
+from math import prod
 from typing import Any, NamedTuple
 
-from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.hf_config import HfConfig
-from leanmoe.models.modules import Module
+from leanmoe.models.modules import (
+    PATTERN,
+    Matches,
+    Module,
+    UnknownFormatError,
+    compiled,
+    named,
+    wildcards,
+    within,
+)
 
 SCALE_BYTES = 2
 """Bytes of a group's scale in the integer formats, and of MLX's offset beside it."""
 BLOCK_SCALE_BYTES = 4
 LINEAR = ("expert", "mixers", "dense", "shared")
 """Parts whose matrices every method quantises unless it is told to leave them alone."""
-PATTERN = re.compile(r"[*+?^$()\[\]{}|\\]")
-"""A name with one of these is a pattern."""
 
 
 class Format(NamedTuple):
@@ -31,13 +37,8 @@ class Format(NamedTuple):
     stored: float
 
 
-class UnknownFormatError(LeanMoeError):
-    """Quantisation settings that are not understood: bytes of weights cannot be told from them."""
-
-
 Rule = Callable[[Module], Format | None]
 """The format of a module's weights; None where they are left as the model's dtype."""
-Matches = Callable[[Module], bool]
 FLOATS = {
     (8, None): Format("fp8", 1.0),
     (8, 32): Format("mxfp8", 1 + 1 / 32),
@@ -92,47 +93,6 @@ def _plain(left_out: Matches, stored: Format, parts: tuple[str, ...] = LINEAR) -
     return lambda module: stored if module.part in parts and not left_out(module) else None
 
 
-def _named(patterns: tuple[str, ...]) -> Matches:
-    """Transformers' rule: a name, a part of it between dots, or a pattern that ends at a dot."""
-    whole = frozenset(name for name in patterns if not PATTERN.search(name))
-    compiled = [_compiled(rf"(?:{name})(?:\.|$)") for name in patterns if name not in whole]
-
-    def matches(module: Module) -> bool:
-        return any(
-            not whole.isdisjoint(_between_dots(name)) or any(each.match(name) for each in compiled)
-            for name in module.names
-        )
-
-    return matches
-
-
-def _between_dots(name: str) -> set[str]:
-    words = name.split(".")
-    count = len(words)
-    return {".".join(words[a:b]) for a in range(count) for b in range(a + 1, count + 1)}
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UnknownFormatError(f"{pattern!r} is no pattern of module names: {error}") from error
-
-
-def _within(patterns: tuple[str, ...]) -> Matches:
-    """AutoAWQ's rule: a part of the name."""
-    return lambda module: any(part in name for name in module.names for part in patterns)
-
-
-def _wildcards(patterns: tuple[str, ...]) -> Matches:
-    """ModelOpt's and Quark's rule: the name with wildcards; a name leaves out what it contains."""
-    compiled = [re.compile(translate(name)) for name in patterns if "*" in name]
-    named = _named(tuple(name for name in patterns if "*" not in name))
-    return lambda module: (
-        named(module) or any(each.match(name) for name in module.names for each in compiled)
-    )
-
-
 def _integer(bits: int, group: int, offset_bytes: float = 0) -> Format:
     each = (SCALE_BYTES + offset_bytes) / group if group > 0 else 0.0
     return Format(f"int{bits}", bits / 8 + each)
@@ -146,33 +106,37 @@ def _float(bits: int, group: int) -> Format:
 
 
 def _fp8(quantised: HfConfig) -> Rule:
-    block = quantised.items("weight_block_size", int)
-    each = (
-        BLOCK_SCALE_BYTES / (block[0] * block[1])
-        if block and len(block) == 2 and all(block)
-        else 0.0
-    )
-    left_out = _names(quantised, "modules_to_not_convert", "ignored_layers")
-    return _plain(_named(left_out), Format("fp8", 1 + each))
+    """Blocks with a scale each; with `expert_dtype` "fp4" (DeepSeek-V4), experts of half a byte."""
+    block = quantised.items("weight_block_size", int) or ()
+    scale = 1 if quantised.raw("scale_fmt") == "ue8m0" else BLOCK_SCALE_BYTES
+    stored = Format("fp8", 1 + (scale / prod(block) if len(block) == 2 and all(block) else 0))
+    if quantised.raw("quant_method") == "mxfp8":
+        stored = FLOATS[8, 32]
+    if (kind := quantised.raw("expert_dtype")) not in (None, "fp8", "fp4"):
+        raise UnknownFormatError(f"expert_dtype {kind!r} is not known")
+    experts = Format("mxfp4", 0.5 + scale / 32) if kind == "fp4" else stored
+    left_out = named(_names(quantised, "modules_to_not_convert", "ignored_layers"))
+    rest = _plain(left_out, stored)
+    return lambda each: rest(each) and (experts if each.part == "expert" else stored)
 
 
 def _mxfp4(quantised: HfConfig) -> Rule:
     """gpt-oss: routed experts alone."""
     left_out = _names(quantised, "modules_to_not_convert")
-    return _plain(_named(left_out), FLOATS[4, 32], ("expert",))
+    return _plain(named(left_out), FLOATS[4, 32], ("expert",))
 
 
 def _bitsandbytes(quantised: HfConfig) -> Rule:
     is_eight = quantised.flag("load_in_8bit") or quantised.flag("_load_in_8bit")
     scale = 1 + 4 / 256 if quantised.flag("bnb_4bit_use_double_quant") else 4
     stored = Format("int8", 1.0) if is_eight else Format("nf4", 0.5 + scale / 64)
-    return _plain(_named(_names(quantised, "llm_int8_skip_modules")), stored)
+    return _plain(named(_names(quantised, "llm_int8_skip_modules")), stored)
 
 
 def _awq(quantised: HfConfig) -> Rule:
     bits, group = _sizes(quantised, 4, 128)
     stored = _integer(quantised.whole("w_bit", bits, 1), quantised.whole("q_group_size", group, -1))
-    return _plain(_within(_names(quantised, "modules_to_not_convert")), stored)
+    return _plain(within(_names(quantised, "modules_to_not_convert")), stored)
 
 
 def _gptq(quantised: HfConfig) -> Rule:
@@ -181,7 +145,7 @@ def _gptq(quantised: HfConfig) -> Rule:
     dynamic = quantised.part("dynamic")
     rules = []
     for key in dynamic.values:
-        pattern = _compiled(key.removeprefix("-:").removeprefix("+:"))
+        pattern = compiled(key.removeprefix("-:").removeprefix("+:"))
         own = dynamic.part(key)
         is_left_out = key.startswith("-:")
         rules.append((pattern, None if is_left_out else _integer(*_sizes(own, bits, group))))
@@ -232,7 +196,7 @@ def _auto_round(quantised: HfConfig) -> Rule:
 def _auto_round_matches(key: str) -> Matches:
     if not PATTERN.search(key):
         return lambda module: any(f".{name}".endswith(f".{key}") for name in module.names)
-    pattern = _compiled(key)
+    pattern = compiled(key)
     return lambda module: any(pattern.search(name) for name in module.names)
 
 
@@ -268,7 +232,7 @@ def _compressed(quantised: HfConfig) -> Rule:
 
 def _target(target: str) -> Matches:
     if target.startswith("re:"):
-        pattern = _compiled(target.removeprefix("re:"))
+        pattern = compiled(target.removeprefix("re:"))
         return lambda module: any(pattern.match(name) for name in module.names)
     if target == "Linear":
         return lambda module: bool(module.names) and module.part in (*LINEAR, "head")
@@ -292,7 +256,7 @@ def _scheme(weights: HfConfig, form: str) -> Format | None:
 def _modelopt(quantised: HfConfig) -> Rule:
     """ModelOpt: one `quant_algo`, or one for each name in `quantized_layers`."""
     inner = quantised.part("quantization") if quantised.raw("quantization") else quantised
-    excluded = _wildcards(_names(inner, "exclude_modules", "ignore"))
+    excluded = wildcards(_names(inner, "exclude_modules", "ignore"))
     algorithm = str(inner.raw("quant_algo")).upper()
     if algorithm != "MIXED_PRECISION":
         return _plain(excluded, _algorithm(algorithm), (*LINEAR, "head"))
@@ -337,7 +301,8 @@ def _mlx(quantised: HfConfig) -> Rule:
             own[key] = None
 
     def rule(module: Module) -> Format | None:
-        exact = next((name for name in module.names if name in own), None)
+        renamed = (name.replace(".experts.0.", ".switch_mlp.") for name in module.names)
+        exact = next((name for name in (*module.names, *renamed) if name in own), None)
         return own[exact] if exact is not None else base if module.names else None
 
     return rule
@@ -355,10 +320,10 @@ def _mlx_format(own: HfConfig, outer: HfConfig) -> Format:
 
 def _quark(quantised: HfConfig) -> Rule:
     """Quark: one setting for all, and others by the names of layers."""
-    excluded = _wildcards(_names(quantised, "exclude"))
+    excluded = wildcards(_names(quantised, "exclude"))
     whole = _quark_format(quantised.part("global_quant_config"))
     layers = quantised.part("layer_quant_config")
-    own = [(_wildcards((key,)), _quark_format(layers.part(key))) for key in layers.values]
+    own = [(wildcards((key,)), _quark_format(layers.part(key))) for key in layers.values]
 
     def rule(module: Module) -> Format | None:
         if module.part not in (*LINEAR, "head") or excluded(module):
@@ -382,6 +347,7 @@ def _quark_format(part: HfConfig) -> Format | None:
 
 METHODS: Mapping[str, Callable[[Any], Rule]] = {
     "fp8": _fp8,
+    "mxfp8": _fp8,
     "fbgemm-fp8": _fp8,
     "mxfp4": _mxfp4,
     "bitsandbytes": _bitsandbytes,

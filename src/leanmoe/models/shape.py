@@ -133,6 +133,16 @@ class MoEShape:
         head = each.head * stored.head_bytes or each.embedding * stored.embedding_bytes
         return split + each.norms * stored.plain_bytes + head
 
+    def total_bytes(self) -> float:
+        """Bytes of all weights as they are stored: a checkpoint of the decoder alone.
+
+        What a checkpoint holds beside it (vision, layers that predict ahead) is not counted.
+        """
+        table = self.parameters.embedding * self.storage.embedding_bytes
+        table *= self.parameters.head > 0  # a table that is the head too counts there
+        experts = self.routed_layers * self.weighted_experts
+        return self.always_bytes() + table + experts * self.expert_bytes
+
     def decode_bytes(self, distinct: float, trained: float | None = None) -> float:
         """Bytes of weights a decode step reads when each MoE layer activates `distinct` experts.
 

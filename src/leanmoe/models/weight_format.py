@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from leanmoe.models.hf_config import HfConfig
-from leanmoe.models.modules import Module
-from leanmoe.models.quantisation import Format, UnknownFormatError, rule_of
+from leanmoe.models.modules import Module, UnknownFormatError
+from leanmoe.models.quantisation import Format, rule_of
 
 PLAIN = {
     "float32": 4.0, "float": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 2.0,
@@ -58,7 +58,8 @@ def storage(settings: HfConfig, modules: Iterable[Module]) -> Storage:
     formats: Mapping[str, Mapping[Format, int]] = {}
     if quantised.values:
         try:
-            formats = _formats(quantised, modules, plain)
+            whole = {"expert_dtype": settings.raw("expert_dtype")}  # DeepSeek-V4's stands outside
+            formats = _formats(HfConfig({**whole, **quantised.values}), modules, plain)
         except UnknownFormatError as error:
             unknown = f"quantization_config: {error}"
     bytes_of = {part: _mean(formats.get(part, {plain: 1})) for part in PARTS}
