@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.cpu.threads import openmp_functions
 from leanmoe.runtime import find_layers, release_threads, resume_from
-from leanmoe.runtime.model import batching_reason, check_tokens, keep_hidden
+from leanmoe.runtime.model import batching_reason, keep_hidden
 from tests.runtime.families import build
 from tests.runtime.test_apply import logits
 
@@ -64,20 +63,3 @@ def test_why_caches_cannot_be_held(
     model = SimpleNamespace(config=SimpleNamespace(**config), _is_stateful=is_stateful)
     found = batching_reason(model)
     assert found is None if reason is None else found is not None and found.endswith(reason)
-
-
-def test_a_tokenizer_beyond_the_embedding_is_named_before_the_run(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def tokenizer(added: dict[int, str]) -> SimpleNamespace:
-        return SimpleNamespace(
-            get_vocab=lambda: {str(number): number for number in range(12)},
-            added_tokens_decoder=added,
-        )
-
-    check_tokens(tokenizer({}), 12)
-    with pytest.raises(LeanMoeError, match="token ids up to 11, the model's embedding 8 rows"):
-        check_tokens(tokenizer({}), 8)
-    assert capsys.readouterr().err == ""
-    check_tokens(tokenizer({10: "<a>", 11: "<b>"}), 10)
-    assert "2 added tokens of the tokenizer (ids from 10)" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from torch.nn import functional
 from leanmoe.bench.measurement import Request, Timeline
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.quiet import quiet_loggers
-from leanmoe.runtime import batching_reason, partial_attention_reason, release_threads
+from leanmoe.runtime import partial_attention_reason, release_threads, require_batching
 
 PREFILL_TOKENS_A_STEP = 2048
 """A step takes as many whole prompts as fit in this, beside what decodes; a longer prompt is
@@ -101,8 +101,7 @@ def served(model: Any, room: Room, most_output: int) -> Iterator[Any]:
 
     Raises LeanMoeError where continuous batching cannot hold the model's caches.
     """
-    if reason := batching_reason(model):
-        raise LeanMoeError(f"{reason}: measure the model in the engine that serves it")
+    require_batching(model)
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     settings = ContinuousBatchingConfig(

@@ -90,10 +90,12 @@ def _in_process(settings: BenchSettings) -> tuple[Runner, Supply, str]:
     (name,) = settings.targets
     plans = _plans(settings)
     from leanmoe.bench.in_process import InProcess
-    from leanmoe.runtime import load_model
+    from leanmoe.runtime import load_model, require_batching
 
     quiet_transformers()
-    model, tokenizer = load_model(name, settings.dtype, settings.trust_remote_code)
+    model, tokenizer = load_model(
+        name, settings.dtype, settings.trust_remote_code, require_batching
+    )
     source, supply = make_supply(settings, tokenizer)
     return InProcess(model, name, plans, settings, supply), supply, source
 
