@@ -23,6 +23,7 @@ from leanmoe.models.shape import MoEShape
 from leanmoe.prune import checkpoint
 from leanmoe.prune.checkpoint import INDEX, RECORD, SINGLE, STATE, read_source, write_pruned
 from leanmoe.prune.criteria import Kept, as_plan
+from leanmoe.runtime import shape_of
 from tests import tiny
 
 NOT_BUILT = {"kimi_k2", "step3p5"}
@@ -290,3 +291,10 @@ def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
     write_pruned(source, sorted_kept(source.shape), tmp_path / "out", {}, lambda _: None)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < 24e6
+
+
+def test_counts_of_experts_that_are_lists_change_in_each_place() -> None:
+    config = {"moe_num_experts": [16, 8], "text_config": {"num_experts": [1, 16, 16]}}
+    shape = shape_of(tiny.build("glm4_moe"))
+    found = checkpoint.pruned_config(config, shape, 8, {})
+    assert found == {"moe_num_experts": [8, 8], "text_config": {"num_experts": [1, 8, 8]}}

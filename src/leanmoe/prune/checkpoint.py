@@ -109,12 +109,9 @@ def write_pruned(
     chosen = dict(zip(source.shape.moe_layers, kept, strict=True))
     state = {"kept": [list(experts) for experts in kept], "source": _fingerprint(source)}
     wanted = {file: _wanted(names, source, chosen) for file, names in source.shards.items()}
-    sizes = {
-        file: sum(_new_bytes(old, source, chosen) for old in renamed.values())
-        for file, renamed in wanted.items()
-    }
     config = pruned_config(source.config, source.shape, len(kept[0]), chosen)
     others = _quantisation_files(source.folder, chosen)
+    sizes = _sizes(wanted, source, chosen)
     _claim(output, state, source, sizes)
     weight_map: dict[str, str] = {}
     for file, renamed in wanted.items():
@@ -133,6 +130,31 @@ def write_pruned(
     (output / STATE).unlink()
 
 
+def check_writable(source: Source, count: int, output: Path) -> None:
+    """Raises LeanMoeError, before experts are ranked, where `count` of them cannot be written.
+
+    Whichever experts remain, the checkpoint has the same size, and a pattern that names some of
+    them in the quantisation settings cannot be renumbered.
+    """
+    check_output(output, source)
+    _check_family(source.shape)
+    chosen = dict.fromkeys(source.shape.moe_layers, tuple(range(count)))
+    pruned_config(source.config, source.shape, count, chosen)
+    _quantisation_files(source.folder, chosen)
+    wanted = {file: _wanted(names, source, chosen) for file, names in source.shards.items()}
+    _require_space(output, _sizes(wanted, source, chosen))
+
+
+def _sizes(
+    wanted: Mapping[str, Mapping[str, str]], source: Source, chosen: Chosen
+) -> dict[str, int]:
+    """Bytes of each shard to be written."""
+    return {
+        file: sum(_new_bytes(old, source, chosen) for old in renamed.values())
+        for file, renamed in wanted.items()
+    }
+
+
 def pruned_config(
     config: Mapping[str, Any], shape: MoEShape, kept: int, chosen: Chosen
 ) -> dict[str, Any]:
@@ -142,8 +164,11 @@ def pruned_config(
         if isinstance(found.get(part), Mapping):
             found[part] = pruned_config(found[part], shape, kept, chosen)
     for name in ("num_experts", *NAMES["num_experts"]):
-        if found.get(name) == shape.experts:
+        counts = found.get(name)
+        if counts == shape.experts:
             found[name] = kept
+        elif isinstance(counts, list):  # one number a layer, or one for text and one for images
+            found[name] = [kept if count == shape.experts else count for count in counts]
     for name in MTP_KEYS:
         if found.get(name):
             found[name] = False if found[name] is True else 0
@@ -197,13 +222,17 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
         raise LeanMoeError(f"shard {path.name} is truncated or damaged: {error}") from error
 
 
-def _check_kept(kept: Kept, shape: MoEShape) -> None:
+def _check_family(shape: MoEShape) -> None:
     if shape.hash_layers or shape.router.zero_experts:
         what = "experts that a table picks by token id" if shape.hash_layers else "identity experts"
         raise LeanMoeError(
             f"{shape.model_type} has {what}: a checkpoint with fewer experts cannot be written; "
             "set --as-plan"
         )
+
+
+def _check_kept(kept: Kept, shape: MoEShape) -> None:
+    _check_family(shape)
     if len(kept) != len(shape.moe_layers):
         raise LeanMoeError(f"{len(kept)} layers' experts for {len(shape.moe_layers)} MoE layers")
     counts = sorted({len(experts) for experts in kept})
@@ -250,6 +279,11 @@ def _claim(
         raise LeanMoeError(
             f"output {output} holds an unfinished run with other settings: remove it first"
         )
+    _require_space(output, sizes)
+    write_json(output / STATE, dict(state))
+
+
+def _require_space(output: Path, sizes: Mapping[str, int]) -> None:
     needed = sum(size for file, size in sizes.items() if not (output / file).is_file())
     existing = next(p for p in (output, *output.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
@@ -258,7 +292,6 @@ def _claim(
             f"the pruned checkpoint needs {size_text(needed)} in {output}, "
             f"where {size_text(free)} are free"
         )
-    write_json(output / STATE, dict(state))
 
 
 def _wanted(names: tuple[str, ...], source: Source, chosen: Chosen) -> dict[str, str]:

@@ -17,7 +17,7 @@ from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.text import read_corpus, split
 from leanmoe.models.reference import folder_of
 from leanmoe.models.shape import MoEShape, read_shape
-from leanmoe.prune.checkpoint import check_output, read_source, write_pruned
+from leanmoe.prune.checkpoint import check_writable, read_source, write_pruned
 from leanmoe.prune.criteria import (
     CRITERIA,
     Criterion,
@@ -45,7 +45,7 @@ def prune(settings: PruneSettings, output: Path, command: str) -> PruneResults:
     count = kept_count(settings.keep, shape)
     source = None if settings.as_plan else read_source(checkpoint_folder(settings.model))
     if source is not None:
-        check_output(output, source)
+        check_writable(source, count, output)
     elif (output / PLAN_FILE).exists():
         raise LeanMoeError(f"output {output} holds a {PLAN_FILE}: give another folder")
     ranked = _rank(settings, criterion, shape, count)

@@ -110,9 +110,7 @@ def by_expert(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def transformers_model() -> Any:
-    from leanmoe.runtime.model import (
-        load_model,
-    )
+    from leanmoe.runtime import load_model
 
     return load_model("reference", "float32")[0]
 
@@ -198,9 +196,7 @@ def test_likelihoods_in_bfloat16_are_within_its_noise(
 
     Without a plan it is 1.6 times: its router's logits are bfloat16, Transformers' float32.
     """
-    from leanmoe.runtime.model import (
-        load_model,
-    )
+    from leanmoe.runtime import load_model
 
     exact = likelihoods_in_transformers(transformers_model, PLANS[name])
     rounded = likelihoods_in_transformers(load_model("reference", "bfloat16")[0], PLANS[name])
