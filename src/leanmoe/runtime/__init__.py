@@ -6,11 +6,11 @@ slots a token, D hidden width, B independent forward steps.
 
 from leanmoe.runtime.apply import Applied, apply, has_kernel, served_experts
 from leanmoe.runtime.counts import RoutingCounts
-from leanmoe.runtime.loading import load_model
 from leanmoe.runtime.model import (
     MoELayer,
     batching_reason,
     find_layers,
+    load_model,
     partial_attention_reason,
     record,
     release_threads,
