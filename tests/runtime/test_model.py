@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.cpu.threads import openmp_functions
 from leanmoe.models.reference import path as reference
 from leanmoe.runtime import find_layers, load_model, release_threads, require_batching, resume_from

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import expert_rows
 from leanmoe.kernels.cpu.threads import openmp_functions
+from leanmoe.models.hf_config import FILE
 from leanmoe.models.reference import folder_of
 from leanmoe.models.routers import Router
 from leanmoe.models.shape import MoEShape, read_shape
@@ -32,7 +33,7 @@ def load_model(
     name: str,
     dtype: str | None = None,
     trust_remote_code: bool = False,
-    require: Callable[[Any], object] = find_layers,
+    require: Callable[[Any], object] | None = None,
 ) -> tuple[Any, Any]:
     """The model, ready to run, and its tokenizer.
 
@@ -49,15 +50,11 @@ def load_model(
     shape = read_shape(name)
     shape.fingerprint()
     if shape.not_loadable is not None:
-        raise LeanMoeError(
-            f"model {name} cannot be run here: {shape.not_loadable}; inspect, predict, export and "
-            "serve with vLLM read its config.json alone"
-        )
+        raise LeanMoeError(f"model {name} cannot be run in this process: {shape.not_loadable}")
     if dtype is not None and dtype not in DTYPES:
         raise LeanMoeError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
-    local = Path(name)
-    is_config = local.name == "config.json" and local.is_file()
-    source = str(local.parent) if is_config else folder_of(name)
+    is_config = Path(name).name == FILE and Path(name).is_file()
+    source = str(Path(name).parent) if is_config else folder_of(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted: Any = DTYPES[dtype] if dtype else (torch.float32 if device == "cpu" else "auto")
     code = {"trust_remote_code": trust_remote_code}
@@ -65,7 +62,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **code)
         check_tokens(tokenizer, shape.vocabulary)
         with torch.device("meta"):
-            require(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **code)))
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **code))
+            (require or find_layers)(empty)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=wanted, use_safetensors=True, **code
         )
@@ -74,9 +72,7 @@ def load_model(
     except Exception as error:  # safetensors, the hub and Transformers each raise their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LeanMoeError(f"model {name} cannot be loaded: {reason}") from error
-    model = model.to(device).eval()
-    find_layers(model)
-    return model, tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 def check_tokens(tokenizer: Any, rows: int) -> None:
