@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path(leanmoe.__file__).parent
 MODULES = [path for path in sorted(SOURCE.rglob("*.py")) if path.name != "__init__.py"]
 NAMES = [path.relative_to(SOURCE).as_posix() for path in MODULES]
-MOST_LINES, MOST_LINES_OF_ALL, MOST_LINES_OF_HALF = 400, 34_400, 150
+MOST_LINES, MOST_LINES_OF_ALL, MOST_LINES_OF_HALF = 400, 34_800, 150
 ONE_EACH_VERB = {"run.py", "settings.py"}
 """File names that every verb's folder has."""
 PROGRAM = "the text of a kernel, which the test of its launcher runs"
@@ -103,7 +103,7 @@ def test_the_package_grows_no_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "most"), [("leanmoe.tune.run:tune", 25), ("leanmoe.serve.vllm.plugin:activate", 20)]
+    ("entry", "most"), [("leanmoe.tune.run:tune", 26), ("leanmoe.serve.vllm.plugin:activate", 20)]
 )
 def test_a_reader_of_the_main_jobs_opens_few_files(entry: str, most: int) -> None:
     assert len(files_touched(entry)) <= most

@@ -7,11 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.pruning.speed import STEPS, Pair, Timed
-from leanmoe.stats.paired import (
-    Estimate,
-    Losses,
-    loss_difference,
-)
+from leanmoe.stats.losses import Losses
+from leanmoe.stats.paired import Estimate, loss_difference
 
 RIVALS = ("random", "activate-count")
 BY_OUTPUT = ("reap", "easy-ep", "output-sum", "output-error")

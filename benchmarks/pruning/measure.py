@@ -62,10 +62,8 @@ from leanmoe.prune.run import checkpoint_folder
 from leanmoe.runtime import load_model, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
-from leanmoe.stats.paired import (
-    Losses,
-    loss_increase,
-)
+from leanmoe.stats.losses import Losses
+from leanmoe.stats.paired import loss_increase
 
 KEEP = ("87.5%", "75%", "50%", "25%")
 SLOTS = (7, 6, 5, 4, 3)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from leanmoe.core.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.intervals import LossChange, LossGap, Margin, MeanChange, RatioOfRuns
 from leanmoe.core.schema import from_json, to_json
 from leanmoe.stats.paired import ratio_of_sums
 
@@ -25,3 +27,26 @@ def test_intervals_are_written_field_by_field() -> None:
     }
     assert to_json(MeanChange(0.1, 0.0, 0.2)) == {"mean": 0.1, "low": 0.0, "high": 0.2}
     assert to_json(LossGap(0.1, 0.0, 0.2)) == {"difference": 0.1, "low": 0.0, "high": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "in_nats", "shown"),
+    [
+        ("0.5%", 0.005, False, "0.50%"),
+        (0.005, 0.005, False, "0.50%"),
+        ("0.01 nats", 0.01, True, "0.01 nats"),
+    ],
+)
+def test_a_margin_is_a_share_or_nats(
+    words: str | float, value: float, in_nats: bool, shown: str
+) -> None:
+    margin = Margin.parse(words)
+    assert margin.value == pytest.approx(value)
+    assert (margin.in_nats, str(margin)) == (in_nats, shown)
+    assert margin.show(-0.002) == ("-0.0020 nats" if in_nats else "-0.20%")
+
+
+@pytest.mark.parametrize("words", ["x", "0", "-1%", "150%", "2", "1% nats", "nats", "nan"])
+def test_another_margin_is_refused(words: str) -> None:
+    with pytest.raises(LeanMoeError, match=r"--margin is .*: it must be a share like 0.5%"):
+        Margin.parse(words)

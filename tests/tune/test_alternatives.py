@@ -21,7 +21,7 @@ from leanmoe.tune import alternatives
 def test_only_ways_as_fast_are_compared(
     low: float, high: float, is_as_fast: bool, said: str
 ) -> None:
-    found = Estimate((low + high) / 2, low, high, high, 40, 0.1, 0.95)
+    found = Estimate((low + high) / 2, low, high, high, 40)
     assert alternatives.verdict(found, is_as_fast) == said
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from leanmoe.bench.measurement import ClosedLoop, Variant, same_prompts
-from leanmoe.core.intervals import RatioOfRuns
+from leanmoe.core.intervals import Margin, RatioOfRuns
 from leanmoe.plan import Rule
 from leanmoe.results.tune import LoadGain
 from leanmoe.runtime import load_model
@@ -33,11 +33,11 @@ def proved(
     shared: TuneContext, decode: int, accepted: bool = True, prompt: int | None = None
 ) -> Proved:
     """A point with the same top-k in every layer, and what its validation said."""
-    loss = Estimate(0.001, 0.0, 0.002, 0.002, 40, 0.1, 0.95)
+    loss = Estimate(0.001, 0.0, 0.002, 0.002, 40, sources=40)
     layers = len(shared.no_rules)
     rules = () if prompt is None else (Rule(top_k=prompt),) * layers
     point = FrontPoint(rules, (Rule(top_k=decode),) * layers, 0.001, 0.8)
-    return Proved(point, Verdict(accepted, loss, 0.005, "as tested"))
+    return Proved(point, Verdict(accepted, loss, loss, Margin(0.005), "as tested"))
 
 
 def gain(concurrency: int, low: float) -> LoadGain:

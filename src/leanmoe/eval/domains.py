@@ -25,7 +25,8 @@ from leanmoe.results.eval import DomainMatrix, DomainRow, EvaluatedDomain
 from leanmoe.runtime import apply, served_experts, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import WINDOW_TOKENS, Windows, cut
-from leanmoe.stats.paired import Losses, loss_increase, require_documents
+from leanmoe.stats.losses import Losses
+from leanmoe.stats.paired import loss_increase, require_documents
 
 FEWEST_DOCUMENTS = 60
 """A text of fewer is cut into passages, which are then what statistics are paired by."""

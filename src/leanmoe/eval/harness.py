@@ -22,8 +22,9 @@ from leanmoe.core.run_folder import RunFolder
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
+from leanmoe.stats.losses import Losses
 from leanmoe.stats.outcomes import Bools, forecast
-from leanmoe.stats.paired import MINIMUM_DOCUMENTS, Losses, loss_increase
+from leanmoe.stats.paired import MINIMUM_DOCUMENTS, loss_increase
 
 ROLLING = "loglikelihood_rolling"
 """The harness's kind of task that is a perplexity, as wikitext."""

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
 from leanmoe.scoring.windows import BATCH_TOKENS, WindowBatch, Windows
-from leanmoe.stats.paired import Counts, Divergence, Floats, Losses
+from leanmoe.stats.losses import Counts, Divergence, Floats, Losses
 
 SLICE_BYTES = 32 * 1024**2
 """Bytes of float32 logits that are held at once."""

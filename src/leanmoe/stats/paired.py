@@ -1,38 +1,45 @@
 """How sure we are of what a plan costs: paired statistics over documents. Needs no torch.
 
 The cost of a plan is the relative increase of next-token loss, Σ loss(plan) / Σ loss(full) − 1:
-sums over tokens, so long documents weigh more. Tokens of a document are alike and must not count
-as independent; documents do. Both models read the same tokens, so what varies is the difference
+sums over tokens, so long documents weigh more. Tokens of a document are alike, and so are documents
+of one source (a package, a book, a site): neither must count as independent. Sources do, so losses
+are summed by source first. Both models read the same tokens, so what varies is the difference
 alone. Two bounds are computed, and the worse one counts:
 
 - t: the linearised variance of a ratio (Cochran, Sampling Techniques, 3rd ed., section 6.4) with
-  each residual divided by 1 − its leverage (HC3; MacKinnon and White 1985), and as many degrees of
-  freedom as equally long documents would give the same concentration of tokens. This holds where a
-  few long documents make up much of the text.
-- bootstrap-t over documents (Efron and Tibshirani, An Introduction to the Bootstrap, section 12.5).
-  This holds where a few documents are harmed far more than the rest, where t is too sure.
+  each source's residual divided by 1 − its leverage: the jackknife over clusters (HC3 where a
+  source is one document, CR3 otherwise; MacKinnon and White 1985, Bell and McCaffrey 2002). It has
+  as many degrees of freedom as equally long sources would give the same concentration of tokens.
+  This holds where a few long sources make up much of the text.
+- bootstrap-t over sources (Efron and Tibshirani, An Introduction to the Bootstrap, section 12.5).
+  This holds where a few sources are harmed far more than the rest, where t is too sure.
+
+Where a plan's loss depends on who shares a batch, batches are drawn several times: the mean over
+draws counts, and the reach of a t interval over the draws is added to either bound, squared.
+
+What no sample can show is harm that it does not hold: `rarest_harm_seen`.
 
 Many plans are tested on the same text without letting the choice of the best bias the verdict:
 `fixed_sequence`.
 
 How much faster a plan ran is paired too, by repeat: `Ratio`.
 
-Letters: U documents, Z bootstrap replicates.
+Letters: U units (documents, then sources), Z random draws (batches, bootstrap replicates).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.intervals import LossChange, RatioOfRuns
+from leanmoe.core.intervals import LossChange, Margin, RatioOfRuns
+from leanmoe.stats.losses import Counts, Floats, Losses, require_paired
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -42,98 +49,16 @@ SMALLEST_ERROR = 1e-3
 """The least standard error of a replicate, as a share of the sample's own."""
 MINIMUM_DOCUMENTS = 20
 
-Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
 Candidate = TypeVar("Candidate")
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Next-token loss (negative log-likelihood, nats), summed per document."""
-
-    names: tuple[str, ...]
-    loss_U: Floats
-    tokens_U: Counts
-    """Tokens that were predicted, per document."""
-
-    @property
-    def mean(self) -> float:
-        """Nats per predicted token, over all documents."""
-        return float(self.loss_U.sum() / self.tokens_U.sum())
-
-    def __add__(self, other: Losses) -> Losses:
-        """The same documents, other tokens of them."""
-        _require_same(self.names, other.names)
-        return Losses(self.names, self.loss_U + other.loss_U, self.tokens_U + other.tokens_U)
-
-    def to_json(self) -> dict[str, Any]:
-        """The sums as JSON values."""
-        return {
-            "names": list(self.names),
-            "loss": self.loss_U.tolist(),
-            "tokens": self.tokens_U.tolist(),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str = "losses") -> Losses:
-        """Reads what `to_json` wrote."""
-        del where
-        return cls(
-            tuple(value["names"]),
-            np.asarray(value["loss"], dtype=np.float64),
-            np.asarray(value["tokens"], dtype=np.int64),
-        )
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """What changed from the full model: KL(full ‖ plan) and both losses (nats), per document."""
-
-    kl_U: Floats
-    plan: Losses
-    full: Losses
-
-    @property
-    def mean_kl(self) -> float:
-        """Nats per predicted token: how far the plan's next-token distribution is from the full."""
-        return float(self.kl_U.sum() / self.plan.tokens_U.sum())
-
-    @property
-    def loss_difference(self) -> float:
-        """Nats per predicted token that the plan loses to the full model."""
-        return self.plan.mean - self.full.mean
-
-    def __add__(self, other: Divergence) -> Divergence:
-        """The same documents, other tokens of them."""
-        return Divergence(self.kl_U + other.kl_U, self.plan + other.plan, self.full + other.full)
-
-
-def require_paired(first: Losses, second: Losses) -> None:
-    """Raises LeanMoeError unless both are sums over the same tokens of the same documents."""
-    _require_same(first.names, second.names)
-    if different := np.flatnonzero(first.tokens_U != second.tokens_U).tolist():
-        n = different[0]
-        raise LeanMoeError(
-            f"losses are not paired: document {first.names[n]!r} has {first.tokens_U[n]} predicted "
-            f"tokens in one and {second.tokens_U[n]} in the other"
-        )
-
-
-def _require_same(first: tuple[str, ...], second: tuple[str, ...]) -> None:
-    if first != second:
-        raise LeanMoeError(
-            f"losses are not paired: {len(first)} documents in one, {len(second)} in the other, "
-            "or others in another order; measure both on the same windows"
-        )
-
-
-@dataclass(frozen=True)
 class Estimate(LossChange):
-    """A ratio of sums over documents, and what a bound on it is judged by."""
+    """A ratio of sums over sources, and what a bound on it is judged by."""
 
-    spread: float
-    """Standard error times √documents: what one more document adds is judged by it."""
-    confidence: float
+    spread: float = 0.0
+    """Standard error times √sources: what one more source adds is judged by it."""
+    confidence: float = CONFIDENCE
 
     def to_json(self) -> dict[str, Any]:
         """The fields of `LossChange`, which results files hold."""
@@ -146,19 +71,29 @@ class Verdict:
 
     accepted: bool
     loss: Estimate
-    margin: float
+    nats: Estimate
+    margin: Margin
     reason: str
 
 
 def loss_increase(
-    full: Losses, plan: Losses, confidence: float = CONFIDENCE, seed: int = 0
+    full: Losses,
+    plan: Losses | Sequence[Losses],
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+    in_nats: bool = False,
 ) -> Estimate:
-    """Relative increase in next-token loss from `full` to `plan`.
+    """Relative increase in next-token loss from `full` to `plan`, or the increase in nats a token.
 
-    Raises LeanMoeError when the two are not of the same tokens, or documents are too few.
+    `plan` may be several: the same plan's losses, each with batches drawn anew. Raises LeanMoeError
+    when not all are of the same tokens, or sources are too few.
     """
-    require_paired(full, plan)
-    return ratio_of_sums(plan.loss_U - full.loss_U, full.loss_U, confidence, seed)
+    draws = [plan] if isinstance(plan, Losses) else plan
+    for each in draws:
+        require_paired(full, each)
+    change_ZU = np.stack([each.loss_U - full.loss_U for each in draws])
+    base_U = full.tokens_U.astype(np.float64) if in_nats else full.loss_U
+    return ratio_of_sums(change_ZU, base_U, confidence, seed, full.units())
 
 
 def loss_difference(
@@ -170,39 +105,65 @@ def loss_difference(
     """
     require_paired(full, first)
     require_paired(full, second)
-    return ratio_of_sums(first.loss_U - second.loss_U, full.loss_U, confidence, seed)
+    change_U = first.loss_U - second.loss_U
+    return ratio_of_sums(change_U, full.loss_U, confidence, seed, full.units())
 
 
 def non_inferior(
-    full: Losses, plan: Losses, margin: float, confidence: float = CONFIDENCE, seed: int = 0
+    full: Losses,
+    plan: Losses | Sequence[Losses],
+    margin: Margin,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
 ) -> Verdict:
-    """Accepts the plan only if, with `confidence`, its loss increase is at most `margin`."""
+    """Accepts the plan only if, with `confidence`, its loss increase is at most `margin`.
+
+    For `plan` as several draws see `loss_increase`.
+    """
     loss = loss_increase(full, plan, confidence, seed)
-    shown = f"loss {loss.ratio:+.2%}, at most {loss.upper_bound:+.2%} with {100 * confidence:g}%"
-    if loss.upper_bound <= margin:
-        return Verdict(True, loss, margin, f"{shown}: within the margin of {margin:.2%}")
-    reason = f"{shown}: above the margin of {margin:.2%}"
-    if loss.ratio < margin:
-        needed = documents_needed(loss.spread, margin, confidence, loss=max(loss.ratio, 0.0))
+    nats = loss_increase(full, plan, confidence, seed, in_nats=True)
+    judged = nats if margin.in_nats else loss
+    shown = (
+        f"loss {margin.show(judged.ratio)}, at most {margin.show(judged.upper_bound)} with "
+        f"{100 * confidence:g}%"
+    )
+    if judged.upper_bound <= margin.value:
+        return Verdict(True, loss, nats, margin, f"{shown}: within the margin of {margin}")
+    reason = f"{shown}: above the margin of {margin}"
+    if judged.ratio < margin.value:
+        true = max(judged.ratio, 0.0)
+        needed = documents_needed(judged.spread, margin.value, confidence, true)
         reason += (
-            f"; if it truly loses {loss.ratio:.2%}, about {needed:,} documents like these would "
-            f"show that it is within (there were {loss.documents})"
+            f"; if it truly loses {margin.show(judged.ratio)}, about {needed:,} independent "
+            "documents like these would show that it is within "
+            f"(there were {judged.sources})"
         )
-    return Verdict(False, loss, margin, reason)
+    return Verdict(False, loss, nats, margin, reason)
 
 
 def ratio_of_sums(
-    change_U: Floats, base_U: Floats, confidence: float = CONFIDENCE, seed: int = 0
+    change: Floats,
+    base_U: Floats,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+    units_U: Counts | None = None,
 ) -> Estimate:
-    """Σ change / Σ base with intervals; each document is a unit, drawn from many like it.
+    """Σ change / Σ base with intervals; each source is a unit, drawn from many like it.
 
-    Documents with base 0 (nothing predicted) are left out. Raises LeanMoeError when too few remain
-    or a sum is not a finite number.
+    `change` is [U] or, by batch draw, [Z,U]; `units_U` numbers each document's source (without: a
+    source each). Documents with base 0 (nothing predicted) are left out. Raises LeanMoeError when
+    too few sources remain or a sum is not a finite number.
     """
-    if not (np.isfinite(change_U).all() and np.isfinite(base_U).all()):
+    change_ZU = np.atleast_2d(change)
+    if not (np.isfinite(change_ZU).all() and np.isfinite(base_U).all()):
         raise LeanMoeError("losses hold NaN or infinity: they cannot be compared")
     measured_U = base_U > 0
-    change_U, base_U = change_U[measured_U], base_U[measured_U]
+    documents = int(measured_U.sum())
+    numbers_U = np.arange(len(base_U)) if units_U is None else units_U
+    of_unit_U = np.unique(numbers_U[measured_U], return_inverse=True)[1]
+    draws_Z = change_ZU[:, measured_U].sum(1) / base_U.sum()
+    change_U = np.bincount(of_unit_U, change_ZU.mean(0)[measured_U]).astype(np.float64)
+    base_U = np.bincount(of_unit_U, base_U[measured_U]).astype(np.float64)
     require_documents(len(base_U), confidence)
     share_U = base_U / base_U.sum()
     ratio = float(change_U.sum() / base_U.sum())
@@ -212,17 +173,24 @@ def ratio_of_sums(
     studentised_Z = _bootstrap_t(residual_U, share_U, seed)
     bootstrap_error = float(np.sqrt(np.square(residual_U).sum()))
 
+    def drawn(miss: float) -> float:
+        """What the mean over batch draws may be off by for their number."""
+        if len(draws_Z) < 2:
+            return 0.0
+        error = float(draws_Z.std(ddof=1)) / math.sqrt(len(draws_Z))
+        return float(stats.t.ppf(1 - miss, len(draws_Z) - 1)) * error
+
     def below(miss: float) -> float:
         """The ratio less what it may be too high by; the truth is lower with probability `miss`."""
         t = float(stats.t.ppf(1 - miss, freedom)) * t_error
         bootstrap = float(np.quantile(studentised_Z, 1 - miss)) * bootstrap_error
-        return ratio - max(t, bootstrap)
+        return ratio - math.hypot(max(t, bootstrap), drawn(miss))
 
     def above(miss: float) -> float:
         """The ratio plus what it may be too low by; the truth is higher with probability `miss`."""
         t = float(stats.t.ppf(1 - miss, freedom)) * t_error
         bootstrap = -float(np.quantile(studentised_Z, miss)) * bootstrap_error
-        return ratio + max(t, bootstrap)
+        return ratio + math.hypot(max(t, bootstrap), drawn(miss))
 
     miss = 1 - confidence
     return Estimate(
@@ -230,7 +198,8 @@ def ratio_of_sums(
         low=below(miss / 2),
         high=above(miss / 2),
         upper_bound=above(miss),
-        documents=len(base_U),
+        documents=documents,
+        sources=len(base_U),
         spread=t_error * math.sqrt(len(base_U)),
         confidence=confidence,
     )
@@ -262,8 +231,17 @@ def _bootstrap_t(residual_U: Floats, share_U: Floats, seed: int) -> Floats:
     return np.concatenate(parts)
 
 
+def rarest_harm_seen(sources: int, confidence: float = CONFIDENCE) -> float:
+    """The smallest share of harmed sources that a sample of so many surely holds one of.
+
+    Where all the harm is in a smaller share q, a sample without any has probability (1 − q)^sources
+    above 1 − confidence, and no test can tell it from no harm.
+    """
+    return 1 - float((1 - confidence) ** (1 / sources))
+
+
 def require_documents(documents: int, confidence: float = CONFIDENCE) -> None:
-    """Raises LeanMoeError, saying how many are needed, when the documents are too few to judge by.
+    """Raises LeanMoeError, saying how many are needed, when sources are too few to judge by.
 
     At least 20, and 1 / (1 - confidence): with fewer, documents as rare as the error that is
     allowed are more likely absent than there.
@@ -271,7 +249,8 @@ def require_documents(documents: int, confidence: float = CONFIDENCE) -> None:
     needed = max(MINIMUM_DOCUMENTS, math.ceil(1 / (1 - confidence) - 1e-9))
     if documents < needed:
         raise LeanMoeError(
-            f"too few documents for {confidence:.4g} confidence: {documents} found, {needed} needed"
+            f"too few documents for {confidence:.4g} confidence: {documents} independent ones "
+            f"(sources) found, {needed} needed"
         )
 
 

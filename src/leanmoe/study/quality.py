@@ -35,7 +35,8 @@ from leanmoe.results.tune import TextPart
 from leanmoe.runtime import apply, load_model, shape_of
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
-from leanmoe.stats.paired import CONFIDENCE, Losses, loss_increase
+from leanmoe.stats.losses import Losses
+from leanmoe.stats.paired import CONFIDENCE, loss_increase
 from leanmoe.study.settings import StudySettings
 
 FILE = "quality.json"

@@ -29,7 +29,8 @@ from leanmoe.results.tune import (
     StrategyRow,
     StrategyTable,
 )
-from leanmoe.stats.paired import Estimate, Losses, loss_difference, loss_increase
+from leanmoe.stats.losses import Losses
+from leanmoe.stats.paired import Estimate, loss_difference, loss_increase
 from leanmoe.tune.allocate import Offer, pareto
 from leanmoe.tune.context import EXPERTS_KEPT, STRATEGY, TOTAL_OR_ACTIVATED, TuneContext, digest
 from leanmoe.tune.layers import LayerTime, PhaseTimes

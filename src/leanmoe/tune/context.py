@@ -35,7 +35,8 @@ from leanmoe.runtime import (
 )
 from leanmoe.scoring.divergence import losses
 from leanmoe.scoring.windows import Windows, cut
-from leanmoe.stats.paired import Losses, require_documents
+from leanmoe.stats.losses import Losses
+from leanmoe.stats.paired import require_documents
 from leanmoe.tune.settings import TuneSettings
 
 BATCH_TOKENS = 8192

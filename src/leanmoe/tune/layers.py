@@ -34,7 +34,7 @@ from leanmoe.routing import count_distinct, count_slots
 from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, resume_from
 from leanmoe.runtime.model import keep_hidden
 from leanmoe.scoring.divergence import Reference, final_hidden, reference
-from leanmoe.stats.paired import Divergence
+from leanmoe.stats.losses import Divergence
 from leanmoe.tune.context import BATCH_TOKENS, LAYER_TIMES, SENSITIVITY, TuneContext
 
 

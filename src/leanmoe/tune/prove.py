@@ -25,13 +25,15 @@ from leanmoe.bench.measurement import (
     same_prompts,
     warm_up,
 )
+from leanmoe.core.intervals import Margin
 from leanmoe.core.progress import bar
 from leanmoe.core.schema import from_json
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.prune.criteria import Kept, restricted
 from leanmoe.results.tune import LoadGain, LoadVerdict, Sensitivity
 from leanmoe.runtime import apply, served_experts
-from leanmoe.stats.paired import Losses, Verdict, fixed_sequence, non_inferior
+from leanmoe.stats.losses import Losses
+from leanmoe.stats.paired import Verdict, fixed_sequence, non_inferior
 from leanmoe.tune.allocate import FrontPoint, points_for
 from leanmoe.tune.context import FULL_LOSSES, GAIN, VALIDATION, TuneContext, digest
 from leanmoe.tune.layers import PhaseTimes
@@ -76,7 +78,7 @@ class Proof:
             verdict = non_inferior(
                 self.full,
                 self._losses(point, decode_batch),
-                settings.margin,
+                Margin(settings.margin),
                 settings.confidence,
                 settings.seed,
             )
