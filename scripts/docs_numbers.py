@@ -9,9 +9,10 @@ says how each number follows from them (docs/developer/testing.md shows one):
     - costs {100 * d.rows(criterion="reap").increase.ratio:.0f}% of loss
     -->
 
-`column = template` fills a table's cells under a heading; `- template` must stand in the text as
-it is filled; `name := expression` names a value. Expressions are Python's over the file, named
-`d` (a second file is `e`, a third `f`). `python -m scripts.docs_numbers` prints what differs.
+`column = template` fills the cells with a digit under a heading, `!column` all cells; `- template`
+must stand in the text as it is filled; `name := expression` names a value. Expressions are Python's
+over the file, named `d` (a second file is `e`, a third `f`). `python -m scripts.docs_numbers`
+prints what differs.
 """
 
 from __future__ import annotations
@@ -317,33 +318,29 @@ def cells_of(line: str) -> list[str]:
 
 def _in_table(block: Block, mark: Mark) -> list[str]:
     head, rows = cells_of(block.lines[0]), [cells_of(line) for line in block.lines[2:]]
-    problems, above = [], [""] * len(head)
-    for offset, row in enumerate(rows):
-        above = [
-            cell or (old if n < 1 else "")
-            for n, (cell, old) in enumerate(zip(row, above, strict=True))
-        ]
+    problems, key = [], ""
+    for number, row in enumerate(rows, start=block.line + 2):
+        key = row[0] or key
         for column, cell in zip(head[1:], row[1:], strict=True):
-            if not re.search(r"\d", cell):
-                continue
-            place = f"{block.page.relative_to(ROOT)}:{block.line + 2 + offset}, {column!r}"
-            template = _template(mark, above[0], column)
-            if template is None:
-                problems.append(f"{place}: the mark says nothing about {cell!r}")
-            elif template != "given":
-                wanted = fill(template, names_of(mark, row=above, key=above[0], column=column))
-                if plain(wanted) != cell:
-                    problems.append(f"{place}: {cell!r} is {wanted!r} in the file")
+            known = {"row": [key, *row[1:]], "key": key, "column": column}
+            if problem := _problem_of_cell(mark, cell, known):
+                page = block.page.relative_to(ROOT)
+                problems.append(f"{page}:{number}, {column!r}: {cell!r} {problem}")
     return problems
 
 
-def _template(mark: Mark, key: str, column: str) -> str | None:
-    """The first template whose pattern, `column` or `row @ column`, fits the cell."""
+def _problem_of_cell(mark: Mark, cell: str, known: Mapping[str, Any]) -> str | None:
+    """What is wrong with a cell. One without a digit is compared where its column has a `!`."""
+    has_digit = re.search(r"\d", cell)
     for pattern, template in mark.columns:
-        row, _, name = pattern.rpartition(" @ ")
-        if fnmatchcase(column, name) and fnmatchcase(key, row or "*"):
-            return template
-    return None
+        row, _, column = pattern.rpartition(" @ ")
+        name, is_always = column.lstrip("!"), column.startswith("!")
+        if fnmatchcase(known["column"], name) and fnmatchcase(known["key"], row or "*"):
+            if template == "given" or not (has_digit or is_always):
+                return None
+            wanted = plain(fill(template, names_of(mark, **known)))
+            return None if wanted == cell else f"is {wanted!r} in the file"
+    return "has no template in the mark" if has_digit else None
 
 
 def main() -> int:

@@ -188,9 +188,9 @@ def test_the_study_without_quality(tmp_path: Path, capsys: pytest.CaptureFixture
     command = ["study", "--quality", "none", "-o", str(tmp_path / "out")]
     code, out, _ = run(capsys, *command)
     assert code == 0
-    assert "not confirmed" in " ".join(out.split())
+    assert "not tested" in " ".join(out.split())
     results = json.loads((tmp_path / "out/study.json").read_text())
-    assert {c["verdict"] for c in results["claims"]} <= {"confirmed", "partly", "not confirmed"}
+    assert {c["verdict"] for c in results["claims"]} <= {"confirmed", "partly", "not tested"}
     page = (tmp_path / "out/study.html").read_text()
     for part in ("The paper&#39;s claims", "The U: where a lower k gains", "cited"):
         assert part in page

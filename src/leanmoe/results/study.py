@@ -55,6 +55,7 @@ class Analysis:
     ridge: float
     """FLOP a byte above which the GPU is bound by products."""
     too_much: float
+    """Times the bytes of a token's experts, with the shared expert's width of Table 1."""
     compute_bound_from: dict[str, int]
     rows: tuple[AnalysedStep, ...]
 

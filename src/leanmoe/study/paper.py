@@ -22,8 +22,9 @@ BROKEN = frozenset({(16, 3), (32, 3), (32, 6)})
 """Concurrency and k of the points that break Table 9's own trend."""
 V2_LITE_GAINS: Mapping[int, float] = {2: 13.6, 8: 18.5, 32: 7.8, 128: 4.0, 256: 2.3, 512: 6.1}
 """Percent that k = 4 for 6 gains on DeepSeek-V2-Lite on 2 A800, by concurrency."""
-WRONG_WIDTH, RIGHT_WIDTH = 18432, 2048
-"""The dense layers' width that the paper's analysis takes for an expert's, and an expert's."""
+EXPERT_WIDTH, SHARED_WIDTH_OF_TABLE_1 = 2048, 18432
+"""Table 1's widths of DeepSeek-V3's experts: the first is right, and the shared expert's, too; the
+second is that of the three dense layers."""
 EXPERTS_KEPT = (64, 48, 32, 16)
 
 

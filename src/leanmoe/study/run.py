@@ -17,7 +17,7 @@ from leanmoe.results.study import (
     StudyResults,
 )
 from leanmoe.results.tune import TuneResults
-from leanmoe.study.claims import quality_claims, speed_claims
+from leanmoe.study.claims import claims_of
 from leanmoe.study.settings import StudySettings
 from leanmoe.study.simulated import U_SHAPES, analysis, banded, u_shape, v2_lite
 from leanmoe.study.table_9 import table_9, what_moves
@@ -48,9 +48,7 @@ def study(settings: StudySettings, output: Path, command: str) -> StudyResults:
         accuracy=accuracy(),
         claims=(),
     )
-    claims = speed_claims(results.table_9, results.v2_lite, results.banded, results.analysis)
-    claims += [] if quality is None else quality_claims(quality)
-    results = replace(results, claims=tuple(claims))
+    results = replace(results, claims=tuple(claims_of(results)))
     results.save(output / RESULTS)
     return results
 

@@ -47,12 +47,12 @@ LOWER = 0.5
 def analysis() -> Analysis:
     """Intensity and bytes of one MoE layer over load: fine-grained experts and coarse ones.
 
-    DeepSeek-V3's layer beside Mixtral 8x7B's, both with a byte a weight. `as_the_paper` takes the
-    dense layers' width for an expert's, as the paper's analysis does: nine times too many bytes and
-    products, so that a layer seems to take nine times as long; the intensity stays the same.
+    DeepSeek-V3's layer beside Mixtral 8x7B's, both with a byte a weight, routed experts alone.
+    `as_the_paper` adds the shared expert with the width that the paper's Table 1 gives it.
     """
     model, gpu = published_shape(paper.V3), GPUS["h200"]
-    wrong, ridge = paper.WRONG_WIDTH / paper.RIGHT_WIDTH, gpu.flops_fp8 / gpu.bandwidth
+    ridge, wrong = gpu.flops_fp8 / gpu.bandwidth, paper.SHARED_WIDTH_OF_TABLE_1
+    routed, shared = model.top_k * model.expert_width, 3 * model.hidden * wrong * model.weight_bytes
 
     def cost(tokens: int, experts: int, k: int, hidden: int, width: int) -> LayerCost:
         distinct = distinct_uniform(experts, k, tokens)
@@ -70,7 +70,7 @@ def analysis() -> Analysis:
         label="modelled",
         model=model.name,
         ridge=ridge,
-        too_much=wrong,
+        too_much=(routed + wrong) / (routed + model.expert_width),
         compute_bound_from={
             name: next(
                 tokens
@@ -80,7 +80,7 @@ def analysis() -> Analysis:
             for name, costs in (("fine", fine), ("coarse", coarse))
         },
         rows=tuple(
-            AnalysedStep(tokens, one, other, LayerCost(one.weight_bytes * wrong))
+            AnalysedStep(tokens, one, other, LayerCost(one.weight_bytes + shared))
             for tokens, one, other in zip(LOADS, fine, coarse, strict=True)
         ),
     )
