@@ -163,8 +163,8 @@ def read_mark(block: Block) -> Mark:
         elif match := re.match(r"(\w+) := (.+)", line):
             values[match[1]] = match[2]
         elif " = " in line:
-            column, _, template = line.partition(" = ")
-            columns.append((column, template))
+            at = line.rfind(" = ", 0, line.find("{"))  # a heading may be "k = 8"
+            columns.append((line[:at], line[at + 3 :]))
         else:
             raise DocsNumberError(f"{block.place}: the mark's line {line!r} is not understood")
     files = tuple(head.replace(",", " ").split()) if label is None else ()

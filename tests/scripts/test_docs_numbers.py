@@ -13,7 +13,7 @@ UNMEASURED = {"docs/reference", "docs/developer"}
 LATER = {
     *("concepts/plan", "guide/bench", "guide/first-plan", "guide/install", "guide/kernels"),
     *("results/engine-checks", "results/index", "results/kernels-cpu", "results/kernels-gpu"),
-    *("results/prediction", "results/pruning", "results/several-gpus", "results/study"),
+    *("results/prediction", "results/pruning", "results/several-gpus"),
     "results/vllm-one-gpu",
 }
 """Pages whose numbers do not all have a mark yet: the marks that are there are compared."""
