@@ -131,15 +131,15 @@ def test_only_what_is_right_or_wrong_is_compared() -> None:
         {"doc_id": 0, "filter": "b", "metrics": ["acc"], "acc": 0.0, "target": 1},
     ]
     scored = [{**sample, "filtered_resps": replies} for sample in samples]
-    assert judged("x", scored) == {
+    assert judged("x", scored, "acc") == {
         "right": [1, 0], "scores": [[-1.0, -2.5]] * 2, "loss": [1.0, 2.5],
     }  # fmt: skip
     unnumbered = [{**sample, "target": "a word"} for sample in scored]
-    assert judged("x", unnumbered)["loss"] is None
+    assert judged("x", unnumbered, "acc")["loss"] is None
     written = [{**sample, "filtered_resps": ["a reply"]} for sample in samples]
-    assert judged("x", written) == {"right": [1, 0], "scores": None, "loss": None}
+    assert judged("x", written, "acc") == {"right": [1, 0], "scores": None, "loss": None}
     with pytest.raises(LeanMoeError, match=r"judged by bleu, which is 0\.3"):
-        right_or_wrong("x", [{"doc_id": 0, "metrics": ["bleu"], "bleu": 0.3}])
+        right_or_wrong("x", [{"doc_id": 0, "bleu": 0.3}], "bleu")
 
 
 def answers(loss_U: np.ndarray) -> Answers:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from leanmoe.cli import main
-from leanmoe.eval import harness
+from leanmoe.eval import harness, harness_tasks
 from leanmoe.eval import run as run_module
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
@@ -241,8 +241,8 @@ def test_a_perplexity_task_is_left_out_and_the_rest_is_delivered(
     common = ("eval", "reference", "--rule", "top_k=4", "--include-path", str(data))
     alone = (*common, "--tasks", "pages", "-o", str(tmp_path / "alone"))
     assert leanmoe(*alone) == 1
-    line = "task pages is a perplexity of texts, no questions: give them as --domain"
-    assert f"{line} NAME=FILE" in capsys.readouterr().err
+    line = "task pages is a perplexity of texts, no questions: give them as --domain NAME=FILE"
+    assert line in capsys.readouterr().err
     assert leanmoe(*common, "--tasks", "pages,things", "-o", str(tmp_path / "both")) == 0
     assert f"{line}; it is left out" in capsys.readouterr().err
     assert {row["task"] for row in results_of(tmp_path / "both")["tasks"]} == {"things"}
@@ -251,7 +251,7 @@ def test_a_perplexity_task_is_left_out_and_the_rest_is_delivered(
 def test_without_the_harness_its_tasks_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "find_spec", lambda _name: None)
+    monkeypatch.setattr(harness_tasks, "find_spec", lambda _name: None)
     assert leanmoe("eval", "reference", "--rule", "top_k=4", "-o", str(tmp_path / "run")) == 1
     said = capsys.readouterr().err
     assert "arc_challenge" in said

@@ -6,7 +6,6 @@ Letters: U prompts, Z replies drawn of each, or batch draws, N positions of a re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from scipy import stats
 
 from leanmoe.core.intervals import MeanChange
 from leanmoe.core.run_folder import RunFolder
-from leanmoe.eval.prompts import Encoder, Prompt, read_prompts
+from leanmoe.eval.prompts import Prompt
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
@@ -43,15 +42,12 @@ Floats = NDArray[np.float64]
 def generation(
     model: Any,
     tokenizer: Any,
+    prompts: Sequence[Prompt],
     plans: Sequence[Named],
     settings: EvalSettings,
     folder: RunFolder,
 ) -> Replies:
     """Everything about replies, as results.json holds it."""
-    encoder = Encoder(model, tokenizer)
-    prompts = read_prompts(
-        Path(str(settings.prompts)), encoder, settings.output_len, settings.limit
-    )
     writer = _Writer(model, tokenizer, prompts, settings, folder)
     full = Named(FULL, Plan(plans[0].plan.model))
     replies = writer.greedy(full, 0)

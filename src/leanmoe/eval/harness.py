@@ -5,30 +5,26 @@ Letters: U questions.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from leanmoe.core.errors import LeanMoeError, unknown_name
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.intervals import LossChange
 from leanmoe.core.quiet import quiet_loggers
 from leanmoe.core.run_folder import RunFolder
+from leanmoe.eval.harness_tasks import LOGGERS, AskedTasks, task_manager
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, Named
 from leanmoe.stats.losses import Losses
-from leanmoe.stats.outcomes import Bools, forecast
+from leanmoe.stats.outcomes import Bools
 from leanmoe.stats.paired import MINIMUM_DOCUMENTS, loss_increase
 
-ROLLING = "loglikelihood_rolling"
-"""The harness's kind of task that is a perplexity, as wikitext."""
-LOGGERS = ("lm_eval", "lm-eval", "datasets", "huggingface_hub")
 Stored = dict[str, dict[str, Any]]
 """By task: "right", 1 or 0 by question; "scores", the log-likelihoods of each question's answers;
 "loss", that of the right one (nats). The last two are None where the task has none."""
@@ -59,36 +55,19 @@ def loss_changes(
     return loss_increase(before, after, settings.confidence, settings.seed)
 
 
-def require_harness(settings: EvalSettings) -> None:
-    """Raises LeanMoeError unless lm-evaluation-harness is there and knows the tasks."""
-    names = settings.tasks
-    if find_spec("lm_eval") is None:
-        raise LeanMoeError(
-            f"tasks {', '.join(names)} need lm-evaluation-harness: pip install 'leanmoe[eval]'; "
-            "or --tasks none"
-        )
-    if settings.engine == "vllm":
-        from leanmoe.eval.harness_vllm import require_engine
-
-        require_engine()
-    known = set(_manager(settings).all_tasks)
-    if unknown := [name for name in names if name not in known]:
-        own = " to lm-evaluation-harness; own task files go in --include-path FOLDER"
-        raise unknown_name("task", unknown[0], known, own)
-
-
 def answer_harness(
     model: Any,
     tokenizer: Any,
     plans: Sequence[Named],
-    settings: EvalSettings,
+    asked: AskedTasks,
     folder: RunFolder,
 ) -> dict[str, dict[str, list[Answers]]]:
     """By plan (the full model first) and task: the answers of each batch draw.
 
     A plan that is not batch-aware is asked once.
     """
-    settings = replace(settings, tasks=_announce(settings))
+    settings = asked.settings
+    judge = partial(_answers, metrics=asked.metrics)
     full = Named(FULL, Plan(plans[0].plan.model))
     found: dict[str, dict[str, list[Answers]]] = {}
     for each in (full, *plans):
@@ -102,9 +81,9 @@ def answer_harness(
             if settings.engine == "vllm":
                 from leanmoe.eval.harness_vllm import in_vllm
 
-                run = in_vllm(each, settings, folder, _answers)
+                run = in_vllm(each, settings, folder, judge)
             else:
-                run = _in_process(model, tokenizer, each, settings, draw)
+                run = _in_process(model, tokenizer, each, draw, settings, judge)
             stored = folder.step(f"harness-{settings.engine}-{key}-{draw}", run)
             for task, judged in stored.items():
                 found[each.name].setdefault(task, []).append(_as_answers(judged))
@@ -117,80 +96,29 @@ def _as_answers(judged: dict[str, Any]) -> Answers:
     return Answers(np.array(judged["right"], dtype=bool), loss_U)
 
 
-def _manager(settings: EvalSettings) -> Any:
-    """The harness's index of tasks: of your own folder alone where that has all, which is quick."""
-    made, own = import_module("lm_eval.tasks").TaskManager, settings.include_path
-    if own is None:
-        return _index_of_the_harness()
-    with quiet_loggers(*LOGGERS):
-        index = made(include_path=own, include_defaults=False)
-        has_all = set(settings.tasks) <= set(index.all_subtasks)
-        return index if has_all else made(include_path=own)
-
-
-@cache
-def _index_of_the_harness() -> Any:
-    with quiet_loggers(*LOGGERS):
-        return import_module("lm_eval.tasks").TaskManager()
-
-
-def _announce(settings: EvalSettings) -> tuple[str, ...]:
-    """Loads the tasks' data and says what so many questions can show; the tasks that can run.
-
-    Raises LeanMoeError where data cannot be fetched, and where nothing that was asked for can run.
-    """
-    manager = _manager(settings)
-    count = 0
-    able = []
-    for name in settings.tasks:
-        try:
-            with quiet_loggers(*LOGGERS):
-                tasks = manager.load([name])["tasks"]
-                sizes = {task: len(value.eval_docs) for task, value in tasks.items()}
-        except Exception as error:  # datasets, the hub and task code each raise their own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise LeanMoeError(
-                f"the data set of task {name} could not be fetched ({reason}); without a network "
-                "set HF_HOME to a filled cache, or describe files of yours in task files: "
-                "--include-path FOLDER"
-            ) from error
-        if any(value.OUTPUT_TYPE == ROLLING for value in tasks.values()):
-            line = f"task {name} is a perplexity of texts, no questions: give them as --domain"
-            if len(settings.tasks) == 1 and not (settings.domain or settings.prompts):
-                raise LeanMoeError(f"{line} NAME=FILE")
-            print(f"leanmoe: {line}; it is left out", file=sys.stderr)
-            continue
-        able.append(name)
-        for task, size in sizes.items():
-            asked = min(size, settings.limit or size)
-            count += asked
-            line = forecast(task, asked, settings.margin, settings.confidence)
-            print(line, file=sys.stderr)
-    if len(able) > 1:
-        print(
-            forecast("all questions", count, settings.margin, settings.confidence), file=sys.stderr
-        )
-    return tuple(able)
-
-
 def _in_process(
-    model: Any, tokenizer: Any, each: Named, settings: EvalSettings, draw: int
+    model: Any,
+    tokenizer: Any,
+    each: Named,
+    draw: int,
+    settings: EvalSettings,
+    judge: Callable[[Any, EvalSettings], Stored],
 ) -> Callable[[], Stored]:
     def compute() -> Stored:
         from leanmoe.eval.harness_model import planned_model
 
-        return _answers(planned_model(model, tokenizer, each, settings, draw), settings)
+        return judge(planned_model(model, tokenizer, each, settings, draw), settings)
 
     return compute
 
 
-def _answers(made: Any, settings: EvalSettings) -> Stored:
+def _answers(made: Any, settings: EvalSettings, metrics: Mapping[str, str]) -> Stored:
     """What is stored of each task, in the questions' order."""
     with quiet_loggers(*LOGGERS):
         done = import_module("lm_eval").simple_evaluate(
             model=made,
             tasks=list(settings.tasks),
-            task_manager=_manager(settings),
+            task_manager=task_manager(settings),
             num_fewshot=settings.num_fewshot,
             limit=settings.limit,
             bootstrap_iters=0,
@@ -200,11 +128,11 @@ def _answers(made: Any, settings: EvalSettings) -> Stored:
             torch_random_seed=settings.seed,
             fewshot_random_seed=settings.seed,
         )
-    return {task: judged(task, samples) for task, samples in done["samples"].items()}
+    return {task: judged(task, samples, metrics[task]) for task, samples in done["samples"].items()}
 
 
-def judged(task: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Each question by the first metric and the first filter, and how likely its answers were.
+def judged(task: str, samples: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """Each question by the metric and the first filter, and how likely its answers were.
 
     Raises LeanMoeError for a task that is not right or wrong.
     """
@@ -216,15 +144,14 @@ def judged(task: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     scores = [_log_likelihoods(sample) for sample in mine]
     loss = [_loss(sample, each) for sample, each in zip(mine, scores, strict=True)]
     return {
-        "right": right_or_wrong(task, mine),
+        "right": right_or_wrong(task, mine, metric),
         "scores": None if None in scores else scores,
         "loss": None if None in loss else loss,
     }
 
 
-def right_or_wrong(task: str, samples: Sequence[dict[str, Any]]) -> list[int]:
-    """Each question's first metric. Raises LeanMoeError unless 0 or 1."""
-    metric = samples[0]["metrics"][0]
+def right_or_wrong(task: str, samples: Sequence[dict[str, Any]], metric: str) -> list[int]:
+    """Each question's metric. Raises LeanMoeError unless 0 or 1."""
     values = [float(sample[metric]) for sample in samples]
     if bad := [value for value in values if value not in (0.0, 1.0)]:
         raise LeanMoeError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json_lines
+from leanmoe.eval.settings import EvalSettings
 from leanmoe.stats.replies import NUMBER, answer_in, compiled
 
 FEWEST_PROMPTS = 10
@@ -47,6 +48,12 @@ class Prompt:
     def is_right(self, reply: str) -> bool:
         """Whether the last answer in the reply is the right one."""
         return answer_in(reply, compiled(self.pattern)) == self.answer
+
+
+def prompts_of(model: Any, tokenizer: Any, settings: EvalSettings) -> tuple[Prompt, ...]:
+    """The run's prompts; raises LeanMoeError as `read_prompts` does."""
+    path = Path(str(settings.prompts))
+    return read_prompts(path, Encoder(model, tokenizer), settings.output_len, settings.limit)
 
 
 def read_prompts(

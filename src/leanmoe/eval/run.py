@@ -16,7 +16,9 @@ from leanmoe.core.run_folder import RunFolder
 from leanmoe.core.schema import all_fields
 from leanmoe.eval.domains import domain_matrix, read_domains
 from leanmoe.eval.generate import generation
-from leanmoe.eval.harness import Answers, answer_harness, loss_changes, require_harness
+from leanmoe.eval.harness import Answers, answer_harness, loss_changes
+from leanmoe.eval.harness_tasks import askable_tasks, require_harness
+from leanmoe.eval.prompts import prompts_of
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
@@ -52,16 +54,18 @@ def evaluate(
         raise LeanMoeError("nothing to compare with the full model: give --plan or --rule")
     if settings.tasks:
         require_harness(settings)
-    folder = RunFolder.open(output, settings, overwrite, "eval")
     quiet_transformers()
+    asked = askable_tasks(settings) if plans and settings.tasks else None
+    folder = RunFolder.open(output, settings, overwrite, "eval")
     model, tokenizer = _load(settings)
     texts = read_domains(tokenizer, settings)
+    prompts = prompts_of(model, tokenizer, settings) if settings.prompts is not None else ()
     tasks: tuple[TaskRow, ...] = ()
-    if plans and settings.tasks:
-        tasks = compared(answer_harness(model, tokenizer, plans, settings, folder), settings)
+    if asked is not None and asked.metrics:
+        tasks = compared(answer_harness(model, tokenizer, plans, asked, folder), settings)
     replies = domains = None
-    if plans and settings.prompts is not None:
-        replies = generation(model, tokenizer, plans, settings, folder)
+    if plans and prompts:
+        replies = generation(model, tokenizer, prompts, plans, settings, folder)
     if settings.domain:
         domains = domain_matrix(model, tokenizer, texts, plans, settings, folder)
     results = EvalResults(
