@@ -126,3 +126,37 @@ def test_what_would_end_the_server_is_that_requests_error(
 def test_a_missing_package_is_named_and_not_transformers_version() -> None:
     assert "needs opentelemetry" in str(server._missing("opentelemetry.trace"))
     assert "has no server" in str(server._missing("transformers.cli.serve"))
+
+
+def test_a_request_longer_than_the_cache_is_that_requests_error() -> None:
+    exceptions = pytest.importorskip("fastapi").HTTPException
+
+    class Manager:
+        def __init__(self) -> None:
+            cache = SimpleNamespace(max_tokens_read=64)
+            self._cb = SimpleNamespace(batch_processor=SimpleNamespace(cache=cache))
+
+        def generate_streaming(self, *_: Any, request_id: str) -> str:
+            return request_id
+
+        generate_non_streaming = generate_streaming
+
+    def ask(prompt: int, reply: int | None, limit: int | None = None) -> Any:
+        text = SimpleNamespace(max_position_embeddings=limit)
+        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+        asked = (model, None, {"input_ids": [1] * prompt}, SimpleNamespace(max_new_tokens=reply))
+        return Manager().generate_streaming(*asked, request_id="its own")
+
+    with server._replaced(*server._length_changes(Manager)):
+        assert ask(60, 4) == ask(64, None) == "its own"
+        with pytest.raises(exceptions, match="this server takes 64 together"):
+            ask(60, 5)
+        with pytest.raises(exceptions, match="this server takes 32 together"):
+            ask(30, 4, 32)
+
+
+def test_a_cache_that_could_not_be_made_is_an_error() -> None:
+    status = SimpleNamespace(fatal_error=RuntimeError("out of memory"))
+    batching = SimpleNamespace(batch_processor=None, background_thread_status=status)
+    with pytest.raises(LeanMoeError, match="did not start: out of memory"):
+        server.longest_request(None, batching)

@@ -8,7 +8,8 @@ Letters: T tokens (rows of a step), K slots of a token.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from leanmoe.serve.metrics import exposition
 PACKAGES = "fastapi, uvicorn, openai and accelerate: pip install 'transformers[serving]' accelerate"
 NO_END = -1
 """An end-of-sequence id that no token has: continuous batching takes it for "never stop"."""
+CACHE_SECONDS = 60.0
+"""At most so long the first request waits for the cache to be made."""
 CPU_CACHE_BYTES = 1 << 30
 """Memory for keys and values on a CPU; `leanmoe serve` gives vLLM as much there."""
 
@@ -130,7 +133,7 @@ def serve(model: str, name: str, plan: Plan, path: str, host: str, port: int) ->
         from transformers.cli.serve import Serve
         from transformers.cli.serving import server
         from transformers.cli.serving.model_manager import ModelManager
-        from transformers.cli.serving.utils import BaseHandler
+        from transformers.cli.serving.utils import BaseHandler, CBGenerateManager
         from transformers.utils.import_utils import is_serve_available
     except ImportError as error:
         raise _missing(error.name or "a package") from error
@@ -163,6 +166,7 @@ def serve(model: str, name: str, plan: Plan, path: str, host: str, port: int) ->
         (ModelManager, "get_gen_models", staticmethod(models)),
         (server, "build_server", build_server),
         *_request_changes(BaseHandler, model, name),
+        *_length_changes(CBGenerateManager),
     ):
         # A captured step would keep its first band, and its padding would ask for experts.
         Serve(
@@ -216,9 +220,7 @@ def _request_changes(handler: Any, model: str, name: str) -> list[tuple[Any, str
         found = resolve(self, body)
         processor = found[2]
         if reason := bad_request(body, getattr(processor, "tokenizer", processor)):
-            from fastapi import HTTPException
-
-            raise HTTPException(400, reason)
+            raise _refused(reason)
         return found
 
     def validate_request(self: Any, body: dict[str, Any]) -> None:
@@ -237,6 +239,53 @@ def _request_changes(handler: Any, model: str, name: str) -> list[tuple[Any, str
         (handler, "_validate_request", validate_request),
         (handler, "_build_generation_config", build_generation_config),
     ]
+
+
+def longest_request(model: Any, batching: Any) -> int | None:
+    """Tokens of prompt and reply that one request may have; None where nothing limits them.
+
+    `batching` is Transformers' running manager of continuous batching, which makes its cache in a
+    thread of its own. A request that the cache cannot hold ends that thread, and every request
+    after it. Raises LeanMoeError where the cache could not be made.
+    """
+    until = time.monotonic() + CACHE_SECONDS
+    while batching.batch_processor is None and time.monotonic() < until:
+        if (error := batching.background_thread_status.fatal_error) is not None:
+            raise LeanMoeError(f"continuous batching did not start: {error}")
+        time.sleep(0.05)
+    found = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    if batching.batch_processor is not None:
+        found.append(batching.batch_processor.cache.max_tokens_read)
+    return min((each for each in found if each is not None), default=None)
+
+
+def _length_changes(manager: Any) -> list[tuple[Any, str, Any]]:
+    """Changes by which a request that is too long is answered with HTTP 400."""
+
+    def checked(generate: Callable[..., Any]) -> Callable[..., Any]:
+        def checking(
+            self: Any, model: Any, processor: Any, inputs: Any, generation: Any, **keywords: Any
+        ) -> Any:
+            prompt, reply = len(inputs["input_ids"]), generation.max_new_tokens or 0
+            most = longest_request(model, self._cb)
+            if most is not None and prompt + reply > most:
+                raise _refused(
+                    f"the prompt has {prompt:,} tokens and max_tokens is {reply:,}: this server "
+                    f"takes {most:,} together"
+                )
+            return generate(self, model, processor, inputs, generation, **keywords)
+
+        return checking
+
+    names = ("generate_streaming", "generate_non_streaming")
+    return [(manager, name, checked(getattr(manager, name))) for name in names]
+
+
+def _refused(reason: str) -> Any:
+    """What FastAPI answers with HTTP 400."""
+    from fastapi import HTTPException
+
+    return HTTPException(400, reason)
 
 
 @contextmanager
