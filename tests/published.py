@@ -578,6 +578,8 @@ MODELS: dict[str, Published] = {
         "47",
         "model card",
         EMBEDDING,
+        note="Written from memory: of its config, widths and heads were compared with the shapes "
+        "of its tensors, and no other setting.",
     ),
     "tencent/Hunyuan-A13B-Instruct": Published(
         {
@@ -597,6 +599,7 @@ MODELS: dict[str, Published] = {
         "80",
         "13",
         "model card",
+        note="Written from memory: no copy of its config was to be had.",
     ),
     "MiniMaxAI/MiniMax-M2": Published(
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import CONFIG_MAPPING
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.families import FAMILIES, family_of
 from leanmoe.models.family import REFUSED
+from leanmoe.models.hf_config import COUNT_OF_EXPERTS
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Rule
 from leanmoe.routing import route
@@ -23,6 +25,9 @@ from leanmoe.runtime.model import decoder_layers
 from tests import tiny
 
 HERE = sorted(name for name in FAMILIES if name in CONFIG_MAPPING)
+
+
+NOT_TEXT = {"dots3_note_vision_encoder", "vitpose_backbone"}
 
 
 RUNNABLE = [name for name in HERE if FAMILIES[name].not_runnable is None]
@@ -133,6 +138,20 @@ def test_what_no_plan_can_run_on_says_why(model_type: str) -> None:
     with pytest.raises(LeanMoeError, match=f"no plan can run on {model_type}: "):
         read_shape({"model_type": "a model with images", "text_config": {"model_type": model_type}})
     assert model_type not in FAMILIES
+
+
+def test_every_mixture_that_transformers_has_is_known_or_refused_by_name() -> None:
+    """Each class of a config that counts experts, by the `model_type` it gives itself."""
+    there = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/configuration_*.py"):
+        for text in path.read_text(encoding="utf-8").split("\nclass ")[1:]:
+            keys = re.findall(r"^    (\w+): ", text, re.MULTILINE)
+            kind = re.search(r'^    model_type = "(.+)"', text, re.MULTILINE)
+            if kind and any(COUNT_OF_EXPERTS.search(key) for key in keys):
+                there.add(kind[1])
+    assert len(there) > 50
+    if Version(transformers.__version__) < Version("5.24"):  # a newer one may have others
+        assert there <= {*FAMILIES, *REFUSED, *NOT_TEXT}
 
 
 def test_every_name_asked_for_is_there() -> None:
