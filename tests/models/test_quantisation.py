@@ -207,3 +207,42 @@ def test_a_pattern_for_dense_layers_leaves_no_expert_out() -> None:
     rule = rule_of(HfConfig({"quant_method": "compressed-tensors", "ignore": ignored,
                              "config_groups": {"group_0": group}}))  # fmt: skip
     assert {rule(module) for module in names} == {("int4", 0.5 + 2 / 32)}
+
+
+def test_mixtrals_published_awq_leaves_its_router_alone_and_no_expert() -> None:
+    """`modules_to_not_convert` is ["gate"], of which gate_up_proj would be one more holder."""
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["gate"]}
+    config = MODELS["mistralai/Mixtral-8x7B-v0.1"].config
+    rule = rule_of(HfConfig(awq))
+    every = modules(HfConfig(config), family_of("mixtral"), tuple(range(32)))
+    assert {rule(each) for each in every if each.part == "expert"} == {("int4", 0.5 + 2 / 128)}
+
+
+def test_settings_about_attention_are_not_about_what_stands_in_its_place() -> None:
+    config = MODELS["Qwen/Qwen3-Next-80B-A3B-Instruct"].config
+    family = family_of("qwen3_next")
+    every = modules(HfConfig(config, family.defaults), family, tuple(range(48)))
+    rule = rule_of(HfConfig({"quant_method": "fp8", "modules_to_not_convert": ["self_attn"]}))
+    mixers = [each for each in every if each.part == "mixers" and each.names]
+    left_out = sum(each.weights for each in mixers if rule(each) is None)
+    assert 0 < left_out < sum(each.weights for each in mixers) / 2
+
+
+def test_gptq_may_name_the_modules_it_quantises() -> None:
+    inside = [["self_attn.k_proj", "self_attn.q_proj"], ["self_attn.o_proj"]]
+    gptq = {"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": inside}
+    assert _formats(**gptq) == {"mixers": "int4"}
+
+
+def test_a_block_may_be_a_word() -> None:
+    block = {**FP8, "strategy": "block", "block_structure": "128x128"}
+    group = {"group_0": {"targets": ["Linear"], "weights": block}}
+    rule = rule_of(HfConfig({"quant_method": "compressed-tensors", "config_groups": group}))
+    assert rule(EXPERT) == ("fp8", 1 + 4 / 128**2)
+
+
+def test_quarks_regular_expressions_begin_with_re() -> None:
+    quark = {"quant_method": "quark", "exclude": ["re:.*self_attn", "lm_head", "*gate"]}
+    weight = {"weight": {"dtype": "fp8_e4m3"}}
+    formats = _formats(**quark, global_quant_config=weight)
+    assert formats == {"expert": "fp8", "shared": "fp8", "dense": "fp8"}

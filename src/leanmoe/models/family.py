@@ -64,7 +64,10 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "dbrx": "it divides weights by their norm, not by their sum",
         "doge": "its experts are rows of two tables, looked up by product keys",
         "diffusion_gemma_text": "it writes a block of tokens at once, not one after the other",
-        "ernie4_5_vl_moe_text": "tokens of text and of images have routers of their own",
+        **dict.fromkeys(
+            ("ernie4_5_moe_vl", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text"),
+            "tokens of text and of images have routers of their own",
+        ),
         "inkling_text": "its shared experts share the routed ones' normalisation",
         "inkling2_loop_text": "it runs the same layers several times for a token",
         "jetmoe": "its attention has experts too",

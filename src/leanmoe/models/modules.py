@@ -44,11 +44,23 @@ BLOCKS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
 SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 REST = 0.01
 """The share of a mixer's weights up to which what has no name here is norms and biases."""
-OTHER_MIXERS = (
-    "linear_attn.in_proj_qkvz", "linear_attn.in_proj_qkv", "linear_attn.out_proj", "mamba.in_proj",
-    "mixer.in_proj", "conv.in_proj", "self_attn.q_proj", "self_attn.o_proj",
-)  # fmt: skip
-"""Projections of what stands in attention's place."""
+DELTA_NET = ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_qkv", "linear_attn.out_proj")
+OTHER_MIXERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "qwen3_next": DELTA_NET,
+        "qwen3_5_moe_text": DELTA_NET,
+        "jamba": ("mamba.in_proj", "mamba.out_proj"),
+        "granitemoehybrid": ("mamba.in_proj", "mamba.out_proj"),
+        "nemotron_h": ("mixer.in_proj", "mixer.out_proj"),
+        "lfm2_moe": ("conv.in_proj", "conv.out_proj"),
+    }
+)
+"""Projections of what stands in attention's place, by model type, where these are not self_attn's.
+
+Settings that speak of attention are not about these.
+"""
+STACKED = ("gpt_oss", "qwen3_vl_moe_text", "qwen3_omni_moe_text", "qwen3_5_moe_text")
+"""Model types whose checkpoints may keep a layer's experts in two tensors."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,8 @@ def _feed_forward(settings: HfConfig, layer: int, has_experts: bool) -> Iterator
 
     Their weights are shares of the part's: each of three, or two, is as large.
     """
-    block, names = BLOCKS.get(str(settings.raw("model_type")), ("mlp", PROJECTIONS))
+    kind = str(settings.raw("model_type"))
+    block, names = BLOCKS.get(kind, ("mlp", PROJECTIONS))
     if not has_experts:
         for name in names:
             known = {f"mlp.{name}", f"feed_forward.{name}", f"{block}.{name}"}
@@ -110,9 +123,9 @@ def _feed_forward(settings: HfConfig, layer: int, has_experts: bool) -> Iterator
         return
     yield Module("routers", _of_layer(layer, f"{block}.gate", f"{block}.router"), 1)
     for name in names:
-        stacked = "down_proj" if name in ("down_proj", "w2") else "gate_up_proj"
-        routed = [f"experts.0.{name}", f"experts.{stacked}"]
-        routed += [name] if block == "moe" else []
+        routed = [f"experts.0.{name}"] + ([name] if block == "moe" else [])
+        if kind in STACKED:
+            routed.append("experts." + ("down_proj" if name == "down_proj" else "gate_up_proj"))
         yield Module("expert", _of_layer(layer, *(f"{block}.{each}" for each in routed)), 1)
         shared = [f"{block}.{each}.{name}" for each in SHARED]
         yield Module("shared", _of_layer(layer, *shared, f"share_expert.{name}"), 1)
@@ -123,7 +136,9 @@ def _mixer(settings: HfConfig, layer: int, weights: int) -> Iterator[Module]:
     sizes = _attention(settings, layer) if attends(settings, layer) else {}
     rest = weights - sum(sizes.values())
     if not sizes or rest < 0:
-        names = tuple(f"self_attn.{name}" for name in sizes) or OTHER_MIXERS
+        names = tuple(f"self_attn.{name}" for name in sizes) or OTHER_MIXERS.get(
+            str(settings.raw("model_type")), ("self_attn.q_proj", "self_attn.o_proj")
+        )
         yield Module("mixers", _of_layer(layer, *names), weights)
         return
     for name, size in sizes.items():
@@ -187,9 +202,14 @@ def within(patterns: tuple[str, ...]) -> Matches:
 
 
 def wildcards(patterns: tuple[str, ...]) -> Matches:
-    """ModelOpt's and Quark's rule: the name with wildcards; a name leaves out what it contains."""
-    patterned = [re.compile(translate(name)) for name in patterns if "*" in name]
-    plain = named(tuple(name for name in patterns if "*" not in name))
+    """ModelOpt's and Quark's rule: the name with wildcards; a name leaves out what it contains.
+
+    Quark's regular expressions begin with "re:".
+    """
+    texts = [name for name in patterns if "*" in name and not name.startswith("re:")]
+    regular = [name.removeprefix("re:") for name in patterns if name.startswith("re:")]
+    patterned = [*map(re.compile, map(translate, texts)), *map(compiled, regular)]
+    plain = named(tuple({*patterns} - {*texts, *(f"re:{name}" for name in regular)}))
     return lambda module: (
         plain(module) or any(each.match(name) for name in module.names for each in patterned)
     )

@@ -129,7 +129,11 @@ def _mxfp4(quantised: HfConfig) -> Rule:
 def _bitsandbytes(quantised: HfConfig) -> Rule:
     is_eight = quantised.flag("load_in_8bit") or quantised.flag("_load_in_8bit")
     scale = 1 + 4 / 256 if quantised.flag("bnb_4bit_use_double_quant") else 4
-    stored = Format("int8", 1.0) if is_eight else Format("nf4", 0.5 + scale / 64)
+    stored = (
+        Format("int8", 1.0)
+        if is_eight
+        else Format(str(quantised.raw("bnb_4bit_quant_type") or "fp4"), 0.5 + scale / 64)
+    )
     return _plain(named(_names(quantised, "llm_int8_skip_modules")), stored)
 
 
@@ -150,9 +154,13 @@ def _gptq(quantised: HfConfig) -> Rule:
         is_left_out = key.startswith("-:")
         rules.append((pattern, None if is_left_out else _integer(*_sizes(own, bits, group))))
     has_head = quantised.flag("lm_head")
+    inside = _flat(quantised.raw("modules_in_block_to_quantize"))
+    is_inside = named(inside)
 
     def rule(module: Module) -> Format | None:
-        if module.part not in LINEAR and not (module.part == "head" and has_head):
+        if module.part == "head" and not has_head:
+            return None
+        if module.part not in (*LINEAR, "head") or (inside and not is_inside(module)):
             return None
         for pattern, stored in rules:
             if any(pattern.match(name) for name in module.names):
@@ -160,6 +168,13 @@ def _gptq(quantised: HfConfig) -> Rule:
         return _integer(bits, group)
 
     return rule
+
+
+def _flat(names: Any) -> tuple[str, ...]:
+    """The words in a list of lists."""
+    if isinstance(names, str):
+        return (names,)
+    return tuple(word for each in names for word in _flat(each)) if isinstance(names, list) else ()
 
 
 def _sizes(own: HfConfig, bits: int, group: int) -> tuple[int, int]:
@@ -244,12 +259,14 @@ def _scheme(weights: HfConfig, form: str) -> Format | None:
     if not weights.values or form == "dense":
         return None
     bits, group = weights.whole("num_bits", 8, least=1), weights.whole("group_size", 0, -1)
-    strategy, block = weights.raw("strategy"), weights.items("block_structure", int)
+    strategy, block = weights.raw("strategy"), weights.raw("block_structure")
+    if isinstance(block, str):  # "128x128"
+        block = [int(side) for side in block.split("x") if side.isdigit()]
     if weights.raw("type") != "float":
         offsets = 0.0 if weights.flag("symmetric", True) else bits / 8
         return _integer(bits, group, offsets)
-    if strategy == "block" and block and len(block) == 2 and all(block):
-        return Format("fp8", bits / 8 + BLOCK_SCALE_BYTES / (block[0] * block[1]))
+    if strategy == "block" and isinstance(block, list) and len(block) == 2 and all(block):
+        return Format("fp8", bits / 8 + BLOCK_SCALE_BYTES / prod(block))
     return _float(bits, group if strategy in ("group", "tensor_group") else 0)
 
 
@@ -355,7 +372,9 @@ METHODS: Mapping[str, Callable[[Any], Rule]] = {
     "gptq": _gptq,
     "auto-round": _auto_round,
     "intel/auto-round": _auto_round,
+    "inc": _auto_round,
     "compressed-tensors": _compressed,
+    "nvfp4": lambda own: _plain(named(_names(own, "modules_to_not_convert")), FLOATS[4, 16]),
     "modelopt": _modelopt,
     "modelopt-fp4": _modelopt,
     "modelopt-mixed": _modelopt,

@@ -32,6 +32,8 @@ MIXERS = re.compile(r"^(self_)?(attn|attention)|^(linear_attn|mamba|conv|mixer)(
 ROUTERS = re.compile(
     r"(^|\.)(gate|router|wg|e_score_correction_bias|expert_bias|moe_statics)(\.|$)"
 )
+EMBEDDING = re.compile(r"(^|\.)(embed|embed_tokens|word_embeddings|tok_embeddings|wte)\.")
+HEAD = re.compile(r"(^|\.)(lm_head|head|output)\.")
 EXPERTS = re.compile(r"(^|\.)(experts|switch_mlp)\.|^(block_sparse_moe|moe)\.")
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "fp8"}
 LFS = b"version https://git-lfs"
@@ -62,7 +64,7 @@ def from_shards(
     return replace(
         stored,
         name=stored.name if is_as_said else name,
-        expert_bytes=stored.expert_bytes if is_as_said else expert,
+        expert_bytes=expert,
         mixer_bytes=mean("mixers", parameters.mixers, stored.mixer_bytes),
         dense_bytes=mean("dense", parameters.dense, stored.dense_bytes),
         shared_bytes=mean("shared", parameters.shared, stored.shared_bytes),
@@ -133,7 +135,7 @@ def _part(name: str, layers: int) -> str | None:
         return None
     match = IN_LAYER.search(name)
     if match is None:
-        return "embedding" if "embed_tokens" in name else "head" if "lm_head" in name else None
+        return "embedding" if EMBEDDING.search(name) else "head" if HEAD.search(name) else None
     if int(match[1]) >= layers:  # layers that predict further tokens
         return None
     rest = match[2]
