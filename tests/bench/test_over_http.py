@@ -21,12 +21,14 @@ from tests.bench.mock_server import MockServer, serving
 pytest.importorskip("guidellm", reason="the extra leanmoe[bench] is not installed")
 
 OUTPUT = 12
-TTFT, ITL = 0.08, 0.02
+TTFT, ITL = 0.8, 0.02
+LAG = 0.5
+"""How late a busy machine may make a client, in seconds; it never makes it early."""
 
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[tuple[MockServer, MockServer]]:
-    with serving(ttft=TTFT, itl=ITL) as full, serving(ttft=TTFT / 2, itl=ITL / 2) as plan:
+    with serving(ttft=TTFT, itl=ITL) as full, serving(ttft=TTFT / 16, itl=ITL / 2) as plan:
         yield full, plan
 
 
@@ -68,19 +70,19 @@ def test_figures_are_what_the_servers_did(
         assert (run["completed"], run["failed"]) == (9, 0)
         assert run["total_output_tokens"] == 9 * OUTPUT, "tokens without text are tokens"
         assert run["total_input_tokens"] == sum(len(seen.prompt.split()) for seen in first)
-        ttft = statistics.mean(1e3 * (seen.tokens[0] - seen.received) for seen in first)
-        assert run["mean_ttft_ms"] == pytest.approx(ttft, abs=15)
-        tpot = statistics.mean(
-            1e3 * (seen.tokens[-1] - seen.tokens[0]) / (OUTPUT - 1) for seen in first
-        )
-        assert run["mean_tpot_ms"] == pytest.approx(tpot, abs=2)
-        assert run["mean_itl_ms"] == pytest.approx(tpot, abs=2)
+        ttft = statistics.mean(seen.tokens[0] - seen.received for seen in first)
+        assert 0 <= run["mean_ttft_ms"] / 1e3 - ttft < LAG
+        e2el = statistics.mean(seen.tokens[-1] - seen.received for seen in first)
+        assert 0 <= run["mean_e2el_ms"] / 1e3 - e2el < LAG
+        decoding = run["mean_e2el_ms"] - run["mean_ttft_ms"]
+        assert run["mean_tpot_ms"] == pytest.approx(decoding / (OUTPUT - 1), rel=1e-3)
+        assert run["mean_itl_ms"] == pytest.approx(run["mean_tpot_ms"], rel=1e-3)
         lasted = max(s.tokens[-1] for s in first) - min(s.received for s in first)
-        assert run["duration"] == pytest.approx(lasted, abs=0.05)
-        assert run["output_throughput"] == pytest.approx(9 * OUTPUT / lasted, rel=0.1)
+        assert 0 <= run["duration"] - lasted < LAG
+        assert run["output_throughput"] == pytest.approx(9 * OUTPUT / run["duration"])
     assert entry["runs"]["full"][0]["request_goodput"] == 0
     good = entry["runs"]["plan"][0]
-    assert good["request_goodput"] == pytest.approx(good["request_throughput"], rel=0.2)
+    assert good["request_goodput"] == pytest.approx(good["request_throughput"])
     assert entry["gain"]["plan"]["output_throughput"]["median"] > 1.4
     prompts = [{seen.prompt for seen in server.timed()} for server in servers]
     assert prompts[0] == prompts[1], "both servers get the same requests"
@@ -152,28 +154,20 @@ def test_a_servers_key_comes_from_the_environment(
     assert "secret" not in (tmp_path / "results.json").read_text()
 
 
-LATE_MS = 25
-"""Half of a mean gap of the test below: requests that late tell nothing of the rate."""
-
-
 @pytest.mark.slow
 def test_an_open_loop_arrives_at_its_rate(tmp_path: Path) -> None:
-    for attempt in range(4):  # a busy machine may start the client too late: it then says so
-        with serving(ttft=0.01, itl=0.001) as server:
-            folder = tmp_path / str(attempt)
-            open_loop = {"concurrency": (), "request_rate": (20.0,)}
-            (entry,) = bench(folder, server.url, **open_loop, num_prompts=60, repeats=1)["loads"]
-            received = sorted(seen.received for seen in server.timed())
-        (run,) = entry["runs"][next(iter(entry["runs"]))]
-        if run["median_delay_ms"] < LATE_MS:
-            break
+    with serving(ttft=0.01, itl=0.001) as server:
+        open_loop = {"concurrency": (), "request_rate": (20.0,)}
+        (entry,) = bench(tmp_path, server.url, **open_loop, num_prompts=60, repeats=1)["loads"]
+        received = sorted(seen.received for seen in server.timed())
+    (run,) = entry["runs"][next(iter(entry["runs"]))]
     assert len(received) == 60
-    rate = 59 / (received[-1] - received[0])
-    # Of 59 exponential gaps the mean has a standard error of 13%.
-    assert 20 * 0.6 < rate < 20 * 1.6
+    # Of 59 exponential gaps the mean has a standard error of 13%. A client that a busy machine
+    # starts late sends its first requests at once, and says how late they were.
+    late = LAG + run["p99_delay_ms"] / 1e3
+    assert 59 / (20 * 1.6) - late < received[-1] - received[0] < 59 / (20 * 0.6) + late
     gaps = [b - a for a, b in pairwise(received)]
     assert statistics.stdev(gaps) > 0.5 * statistics.mean(gaps), "not evenly spaced"
-    assert run["median_delay_ms"] < LATE_MS
 
 
 @pytest.mark.slow
