@@ -31,7 +31,7 @@ from leanmoe.bench.run import load_tokenizer, make_supply
 from leanmoe.bench.servers import Server, ask, read_address
 from leanmoe.bench.settings import BenchSettings, Lengths, ServiceLoad
 from leanmoe.bench.sweep import few_requests, measured
-from leanmoe.stats.paired import Ratio
+from leanmoe.stats.runs import Ratio
 
 OURS = "leanmoe bench"
 CLIENTS: dict[str, dict[str, bool]] = {

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 from dataclasses import fields
 
 import pytest
 
 from leanmoe.bench.measurement import (
-    ClosedLoop,
     Measurement,
     Timeline,
-    interleaved,
-    same_prompts,
-    warm_up,
 )
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.results.tune import MeasuredRun
@@ -95,29 +90,3 @@ def test_the_results_of_tune_know_every_figure() -> None:
 def test_nothing_completed_is_no_measurement() -> None:
     with pytest.raises(LeanMoeError, match="no request was completed, 3 failed"):
         Measurement.of([], failed=3)
-
-
-def test_a_short_prompt_is_refused_by_length() -> None:
-    load = ClosedLoop(1, 16, 4, 1)
-    with pytest.raises(LeanMoeError, match="a prompt of 3 tokens was given"):
-        same_prompts([[1, 2, 3]], load)
-    with pytest.raises(LeanMoeError, match="no prompt was given"):
-        same_prompts([], load)
-
-
-def test_every_repeat_runs_each_variant_that_still_takes_part() -> None:
-    order = list(interleaved({"full": 8, "plan": 8, "stock": 2}, random.Random(0)))
-    for repeat in range(8):
-        names = sorted(name for number, name in order if number == repeat)
-        assert names == ["full", "plan", "stock"][: 3 if repeat < 2 else 2]
-    assert [number for number, _ in order] == sorted(number for number, _ in order)
-    firsts = {next(n for r, n in order if r == repeat) for repeat in range(8)}
-    assert len(firsts) > 1, "one order for all repeats favours whoever comes first"
-
-
-def test_a_supply_of_the_same_prompts_takes_them_in_turn() -> None:
-    load = ClosedLoop(2, 2, 3, 5)
-    supply = same_prompts([[1, 2, 9], [3, 4]], load)
-    assert [request.prompt for request in supply(0, 3)] == [(1, 2), (3, 4), (1, 2)]
-    assert supply("warm", 2) == supply(1, 2)
-    assert [request.output_tokens for request in warm_up(supply, 2)] == [3, 3]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from leanmoe.bench.run import bench as run_bench
-from leanmoe.bench.run import busy_machine
 from leanmoe.bench.settings import BenchSettings, Lengths
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import read_shape
@@ -71,13 +69,6 @@ def test_an_open_loop_in_process(tmp_path: Path) -> None:
     (entry,) = bench(tmp_path, concurrency=(), request_rate=(50.0,))["loads"]
     assert entry["request_rate"] == 50.0
     assert "median_delay_ms" in entry["runs"]["full"][0]
-
-
-def test_a_busy_machine_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "getloadavg", lambda: (100.0 * (os.cpu_count() or 1), 0.0, 0.0))
-    assert "The machine was busy" in busy_machine()[0]
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
-    assert busy_machine() == []
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ class Fake:
 
     def __init__(self, restarts: bool = False, breaks_at: int | None = None) -> None:
         self.restarts, self.breaks_at = restarts, breaks_at
+        self.beside: frozenset[str] = frozenset()
         self.calls: list[tuple[str, str]] = []
         self.prompts: dict[tuple[str, str], list[tuple[int, ...]]] = {}
         self.is_closed = False
@@ -133,9 +134,9 @@ def test_what_was_measured_stays_and_says_why_it_ended(tmp_path: Path) -> None:
 
 
 def test_a_killed_bench_left_a_file_that_says_so(tmp_path: Path) -> None:
-    record = Record(tmp_path / "results.json", SETTINGS, [{"name": "full"}], {})
-    record.save()
-    stored = json.loads(record.path.read_text())
+    path = tmp_path / "results.json"
+    Record(path, SETTINGS, [{"name": "full"}], {}).save()
+    stored = json.loads(path.read_text())
     assert stored["complete"] is False
     assert "killed" in stored["stopped"]
 

@@ -15,7 +15,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.intervals import Margin
 from leanmoe.stats import paired
 from leanmoe.stats.losses import Losses
-from leanmoe.stats.paired import Ratio, fixed_sequence
+from leanmoe.stats.paired import fixed_sequence
 
 Floats = NDArray[np.float64]
 TRIALS = 600
@@ -309,12 +309,3 @@ def test_errs_as_often_as_one_test_while_picking_the_best_does_not() -> None:
         best_of += bool(passes.any())
     assert in_order < 0.065 * 2000
     assert best_of > 0.35 * 2000
-
-
-def test_the_interval_is_of_paired_ratios() -> None:
-    first, other = [100.0, 200.0, 50.0], [110.0, 218.0, 55.5]
-    found = Ratio.of(first, other)
-    assert found.low < found.median < found.high
-    assert found.low > 1.05, "repeats that differ twofold do not widen an interval of pairs"
-    with pytest.raises(LeanMoeError, match="at least 2"):
-        Ratio.of([1.0], [1.0])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from leanmoe.bench.measurement import ClosedLoop, Variant, same_prompts
 from leanmoe.core.intervals import Margin, RatioOfRuns
 from leanmoe.plan import Rule
 from leanmoe.results.tune import LoadGain
-from leanmoe.runtime import load_model
 from leanmoe.stats.paired import Estimate, Verdict
 from leanmoe.tune import prove
 from leanmoe.tune.allocate import FrontPoint
@@ -21,7 +19,6 @@ from leanmoe.tune.prove import (
     Proof,
     Proved,
     assemble,
-    compare,
     last_accepted,
     verdict_on,
     verdict_without_gain,
@@ -50,6 +47,14 @@ def test_the_last_point_within_the_margin_is_the_fastest(tmp_path: Path) -> None
     points = [proved(shared, 6), proved(shared, 5), proved(shared, 4, accepted=False)]
     assert last_accepted(points) is points[1]
     assert last_accepted(points[2:]) is None
+
+
+def test_a_verdict_says_what_other_work_took(tmp_path: Path) -> None:
+    shared = context(tmp_path)
+    noted = replace(gain(8, 1.02), notes=("Other work took 1.0 of 2 cores",))
+    verdict = verdict_on(shared, {8: [proved(shared, 5)]}, noted)
+    assert verdict.accepted
+    assert verdict.reason.endswith("is within the margin. Other work took 1.0 of 2 cores")
 
 
 def test_a_load_without_a_point_gets_an_empty_band(tmp_path: Path) -> None:
@@ -120,18 +125,3 @@ def test_the_largest_load_chooses_the_prompt_rules_of_all_from_those_that_hold_a
     assert fixed[1] is not None
     assert {rule.top_k for rule in fixed[1]} == {5}
     assert len(outcome[8]) == 1, "the point whose prompt rules do not hold alone is gone"
-
-
-def test_variants_are_compared_in_turn_and_their_times_are_in_order() -> None:
-    model, tokenizer = load_model("reference")
-    ids = tokenizer("import this " * 30)["input_ids"][:32]
-    load = ClosedLoop(2, 16, 4, 4)
-    variants = [Variant("one", nullcontext), Variant("other", nullcontext)]
-    found = compare(model, same_prompts([ids[:16], ids[16:32]], load), load, variants, repeats=3)
-    for runs in found.runs.values():
-        assert len(runs) == 3
-        assert all(run.output_throughput > 0 for run in runs)
-    ratio = found.ratio("other")
-    assert ratio.low <= ratio.median <= ratio.high
-    stored = found.to_json()
-    assert stored["variants"]["one"]["runs"] == [r.output_throughput for r in found.runs["one"]]

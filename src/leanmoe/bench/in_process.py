@@ -51,9 +51,11 @@ class InProcess:
         self._plans = {FULL: Plan(fingerprint), **plans}
         experts = served_experts(model)
         self._experts = dict.fromkeys(self._plans, experts)
+        self.beside: frozenset[str] = frozenset()
         if settings.stock and experts != "stock":
             stock = f"transformers {model.config._experts_implementation}"
             self._plans[stock], self._experts[stock] = Plan(fingerprint), "stock"
+            self.beside = frozenset({stock})
         self._check_lengths()
         self._manager: Any = None
 

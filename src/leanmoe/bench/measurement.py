@@ -1,27 +1,15 @@
-"""Throughput and latency from token timestamps; and variants compared in interleaved runs.
-
-Names are those of `vllm bench serve`. A machine grows warm and slow over minutes: runs of one
-variant after the other would call that a gain. So each repeat runs every variant once, in a new
-order, and ratios are of runs of the same repeat. `tune` compares plans in this process
-(`tune.prove`); `leanmoe bench` sweeps loads over any engine (`sweep`). Both take `interleaved`'s
-order, and warm every variant up by `warm_up`'s requests.
-"""
+"""Throughput and latency from token timestamps, under the names of `vllm bench serve`."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.stats.paired import Ratio
 
-WARM_UP_OUTPUT = 4
-"""Tokens of a reply that only warms up."""
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 """In the order `vllm bench serve` prints them."""
 
@@ -37,27 +25,6 @@ class Request:
     def tokens(self) -> int:
         """Tokens of prompt and reply."""
         return len(self.prompt) + self.output_tokens
-
-
-@dataclass(frozen=True)
-class ClosedLoop:
-    """A closed loop: so many requests at once, each followed by the next as soon as it ends."""
-
-    concurrency: int
-    input_tokens: int
-    output_tokens: int
-    requests: int
-
-    def check(self) -> None:
-        """Raises LeanMoeError for the first number out of range."""
-        for name, least in (("concurrency", 1), ("input_tokens", 1), ("output_tokens", 2)):
-            if getattr(self, name) < least:
-                raise LeanMoeError(f"{name} is {getattr(self, name)}: it must be {least} or more")
-        if self.requests < self.concurrency:
-            raise LeanMoeError(
-                f"requests is {self.requests}: it must be at least the concurrency, "
-                f"{self.concurrency}"
-            )
 
 
 @dataclass(frozen=True)
@@ -200,87 +167,3 @@ class Measurement:
 
 def _keeps(timeline: Timeline, limits: Mapping[str, float]) -> bool:
     return all(1e3 * float(getattr(timeline, name)) <= most for name, most in limits.items())
-
-
-PromptSupply = Callable[[int | str, int], Sequence[Request]]
-"""Gives the requests of a repeat, or of "warm", and so many of them: the same for every variant."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Something to run the load on: a context that sets the model up, and what to call it."""
-
-    name: str
-    context: Callable[[], AbstractContextManager[Any]]
-    repeats: int | None = None
-    """The repeats it takes part in, the first ones; None for all. For what takes long."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The same load on several variants, interleaved."""
-
-    load: ClosedLoop
-    runs: Mapping[str, tuple[Measurement, ...]]
-
-    def ratio(self, name: str, confidence: float = 0.95) -> Ratio:
-        """Output throughput of variant `name` over the first variant's."""
-        first = next(iter(self.runs.values()))
-        return Ratio.of(
-            [run.output_throughput for run in first],
-            [run.output_throughput for run in self.runs[name]],
-            confidence,
-        )
-
-    def median_run(self, name: str) -> Measurement:
-        """The run of median throughput."""
-        runs = sorted(self.runs[name], key=lambda run: run.output_throughput)
-        return runs[len(runs) // 2]
-
-    def to_json(self) -> dict[str, Any]:
-        """The load, each variant's median run and all its throughputs."""
-        return {
-            "concurrency": self.load.concurrency,
-            "input_tokens": self.load.input_tokens,
-            "output_tokens": self.load.output_tokens,
-            "requests": self.load.requests,
-            "variants": {
-                name: {
-                    **self.median_run(name).to_json(),
-                    "runs": [run.output_throughput for run in runs],
-                }
-                for name, runs in self.runs.items()
-            },
-            "label": "measured",
-        }
-
-
-def interleaved(repeats: Mapping[str, int], rng: random.Random) -> Iterator[tuple[int, str]]:
-    """Each repeat's number and a variant's name: all that take part in the repeat, shuffled."""
-    for repeat in range(max(repeats.values(), default=0)):
-        taking_part = [name for name, count in repeats.items() if repeat < count]
-        for name in rng.sample(taking_part, len(taking_part)):
-            yield repeat, name
-
-
-def warm_up(supply: PromptSupply, count: int) -> list[Request]:
-    """`count` requests with short replies, which are run before anything is timed."""
-    return [
-        Request(request.prompt, min(WARM_UP_OUTPUT, request.output_tokens))
-        for request in supply("warm", count)
-    ]
-
-
-def same_prompts(prompts: Sequence[Sequence[int]], load: ClosedLoop) -> PromptSupply:
-    """A supply that sends the same prompts in every repeat, cut to the load's input length.
-
-    Raises LeanMoeError when there is no prompt, or one is shorter than the load's.
-    """
-    cut = [tuple(prompt[: load.input_tokens]) for prompt in prompts]
-    shortest = min(map(len, cut), default=0)
-    if shortest < load.input_tokens:
-        given = f"a prompt of {shortest} tokens" if cut else "no prompt"
-        raise LeanMoeError(f"{given} was given: the load needs prompts of {load.input_tokens}")
-    return lambda _repeat, count: [
-        Request(cut[n % len(cut)], load.output_tokens) for n in range(count)
-    ]

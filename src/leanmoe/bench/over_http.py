@@ -41,6 +41,7 @@ class OverHTTP:
     """Runs loads against OpenAI-compatible servers."""
 
     restarts = False
+    beside: frozenset[str] = frozenset()
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from leanmoe.plan.named_plans import read_plans
 from leanmoe.results.bench import BenchResults
 
 RESULTS = "results.json"
-BUSY_SHARE = 0.75
-"""Of the cores, as load average over a minute. Loading the model itself makes about half of one."""
 SMALLEST_VOCABULARY_SAMPLE = "leanmoe"
 
 
@@ -58,7 +55,6 @@ def bench(
         "text": settings.dataset_path or source,
     }
     record = Record(path, settings, runner.variants(), about)
-    record.notes += busy_machine()
     record.save()
 
     def load_done(load: ServiceLoad) -> None:
@@ -72,18 +68,6 @@ def bench(
     finally:
         closed()
     return BenchResults.from_json(record.to_json())
-
-
-def busy_machine() -> list[str]:
-    """A note where other work keeps this machine's cores busy before the bench begins."""
-    cores = os.cpu_count() or 1
-    load = os.getloadavg()[0]
-    if load < BUSY_SHARE * cores:
-        return []
-    return [
-        f"The machine was busy when this began: load average {load:.1f} on {cores} cores. "
-        "Times are longer and intervals wider than on an idle one."
-    ]
 
 
 def _in_process(settings: BenchSettings) -> tuple[Runner, Supply, str]:

@@ -8,7 +8,7 @@ import shlex
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leanmoe.bench.servers import is_server
 from leanmoe.core.errors import LeanMoeError
@@ -20,8 +20,12 @@ from leanmoe.core.options import (
     argument,
     numbers_text,
     option,
+    percent_text,
 )
-from leanmoe.core.parsing import parse_numbers, parse_range, require
+from leanmoe.core.parsing import parse_numbers, parse_range, parse_share, require
+
+if TYPE_CHECKING:
+    from leanmoe.stats.runs import Looks
 
 GOODPUT_LIMITS = ("ttft", "tpot", "e2el")
 """What `vllm bench serve --goodput` takes."""
@@ -31,8 +35,12 @@ MOST_REQUESTS = 100_000
 MOST_TOKENS = 1_000_000
 MOST_RATE = 10_000.0
 MOST_SECONDS = 6 * 3600.0
-FEWEST_REQUESTS = 24
-"""With one request at a time; as the square root of the load above it, and two rounds at least."""
+PRECISION = 0.02
+PRECISION_HELP = "Repeats end once every gain's interval reaches at most this far to each side."
+FEWEST_REQUESTS = 8
+"""With one request at a time; as the square root of the load above it, and two rounds at least.
+Many short runs, which take turns, tell more of a gain than few long ones."""
+OPEN_LOOP_REQUESTS = 96
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,8 @@ class BenchSettings:
     num_prompts: int | None = option(
         None, "Requests of one run; by default two rounds of the load, or more."
     )
-    repeats: int = option(5, "Runs of each load; full model and plans take turns in each.")
+    repeats: int = option(16, "Runs of each load at most; full model and plans take turns in each.")
+    precision: float = option(PRECISION, PRECISION_HELP, parse=parse_share, text=percent_text)
     max_seconds: float = option(600.0, "No run sends requests for longer than this.")
     max_concurrency: int = option(
         256, "Requests under way in an open loop at most; what arrives beyond them waits."
@@ -196,6 +205,7 @@ class BenchSettings:
         if self.engine not in ENGINES:
             raise LeanMoeError(f"--engine is {self.engine!r}: it must be {' or '.join(ENGINES)}")
         require(1 <= self.repeats <= 100, "--repeats", self.repeats, "1 to 100")
+        require(0 < self.precision < 1, "--precision", self.precision, "above 0% and below 100%")
         require(
             0 < self.max_seconds <= MOST_SECONDS,
             "--max-seconds",
@@ -256,12 +266,19 @@ class BenchSettings:
     def loads(self) -> tuple[ServiceLoad, ...]:
         """The loads in the order they run."""
         if self.request_rate:
-            count = self.num_prompts or 4 * FEWEST_REQUESTS
+            count = self.num_prompts or OPEN_LOOP_REQUESTS
             return tuple(ServiceLoad(count, rate=rate) for rate in self.request_rate)
         return tuple(
             ServiceLoad(self.num_prompts or requests_for(load), concurrency=load)
             for load in self.concurrency
         )
+
+    @property
+    def looks(self) -> Looks:
+        """When the repeats of a load are looked at."""
+        from leanmoe.stats.runs import Looks
+
+        return Looks(self.repeats, self.precision, self.confidence)
 
     def goodput_limits(self) -> dict[str, float]:
         """Milliseconds by name."""

@@ -13,14 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from leanmoe.bench.measurement import Measurement, Request, Timeline, interleaved, warm_up
+from leanmoe.bench.comparison import Comparison, busy_machine, interleaved
+from leanmoe.bench.measurement import Measurement, Request, Timeline
 from leanmoe.bench.prompts import Supply
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.core.files import write_json
 from leanmoe.core.progress import bar
 from leanmoe.plan import Plan
 from leanmoe.results.bench import BenchResults
-from leanmoe.stats.paired import Ratio
+from leanmoe.stats.runs import Ratio
 
 COMPARED = (
     "output_throughput",
@@ -31,6 +32,10 @@ COMPARED = (
     "median_e2el_ms",
 )
 """What a variant is compared with the first one in, paired by repeat."""
+MOST_BESIDE = 3
+"""Repeats that a variant takes part in which only stands beside the others."""
+WARM_UP_OUTPUT = 4
+"""Tokens of a reply that only warms up."""
 MOST_WARM_UP = 64
 """Requests that warm an open loop up, at most."""
 LENGTH_TOLERANCE = 0.01
@@ -56,6 +61,8 @@ class Runner(Protocol):
 
     restarts: bool
     """Whether a change of variant is so slow that variants alternate by repeat, not by run."""
+    beside: frozenset[str]
+    """Variants whose gain need not be precise: a few of the repeats are enough."""
 
     def describe(self) -> dict[str, Any]:
         """What runs, on what."""
@@ -79,11 +86,11 @@ class Runner(Protocol):
 
 
 class Record:
-    """Gathers runs and writes them under `path` as they come."""
+    """Gathers runs and writes them under `path` as they come; without one it only gathers."""
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         settings: BenchSettings,
         variants: Sequence[Mapping[str, Any]],
         about: Mapping[str, Any],
@@ -93,7 +100,7 @@ class Record:
         self.names = tuple(str(variant["name"]) for variant in variants)
         self._settings, self._about = settings, dict(about)
         self._variants = [dict(variant) for variant in variants]
-        self._runs: dict[ServiceLoad, dict[str, dict[int, dict[str, Any]]]] = {}
+        self._runs: dict[ServiceLoad, dict[str, dict[int, Measurement]]] = {}
         self._routing: dict[ServiceLoad, dict[str, Any]] = {}
         self._stopped: str | None = "the bench is still running, or was killed"
         self.notes: list[str] = []
@@ -101,7 +108,7 @@ class Record:
     def add(self, load: ServiceLoad, name: str, repeat: int, measured: Measurement) -> None:
         """Stores one run and writes the file."""
         runs = self._runs.setdefault(load, {each: {} for each in self.names})
-        runs[name][repeat] = measured.to_vllm_json()
+        runs[name][repeat] = measured
         self.save()
 
     def add_routing(self, load: ServiceLoad, routing: Mapping[str, Any]) -> None:
@@ -130,7 +137,19 @@ class Record:
 
     def save(self) -> None:
         """Writes the file, whole or not at all."""
-        write_json(self.path, self.to_json())
+        if self.path is not None:
+            write_json(self.path, self.to_json())
+
+    def comparison(self, load: ServiceLoad) -> Comparison:
+        """The runs of one load so far."""
+        return Comparison(load, self._runs[load], self._settings.looks)
+
+    def is_precise(self, load: ServiceLoad, repeats: int, names: Sequence[str]) -> bool:
+        """Whether the load needs no more than so many repeats, by the gains of `names`."""
+        gains = [self.entry(load)["gain"].get(name, {}) for name in names]
+        figure = "output_throughput" if load.rate is None else "median_tpot_ms"
+        ratios = [Ratio(**gain[figure]) for gain in gains if figure in gain]
+        return self._settings.looks.are_enough(repeats, ratios)
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -147,7 +166,10 @@ class Record:
 
     def entry(self, load: ServiceLoad) -> dict[str, Any]:
         """One load: every run, the medians over repeats, and the gain over the first variant."""
-        runs = self._runs[load]
+        runs = {
+            name: {repeat: each.to_vllm_json() for repeat, each in found.items()}
+            for name, found in self._runs[load].items()
+        }
         return {
             **load.to_json(),
             "label": "measured",
@@ -176,10 +198,8 @@ class Record:
         for figure in COMPARED:
             pairs = [(first[n].get(figure), other[n].get(figure)) for n in both]
             if all(a and b for a, b in pairs):
-                ratio = Ratio.of(
-                    [float(a) for a, _ in pairs if a],
-                    [float(b) for _, b in pairs if b],
-                    self._settings.confidence,
+                ratio = self._settings.looks.ratio(
+                    [float(a) for a, _ in pairs if a], [float(b) for _, b in pairs if b]
                 )
                 found[figure] = ratio.to_json()
         return found
@@ -227,7 +247,7 @@ def sweep(
     when a load is done. Whatever ends the sweep early is written into the record as the reason, and
     raised.
     """
-    run = _Sweep(runner, supply, settings, record, random.Random(settings.seed))
+    run = Sweep(runner, supply, settings, record, random.Random(settings.seed))
     try:
         if runner.restarts:
             run.restarting()
@@ -235,7 +255,7 @@ def sweep(
                 shown(load)
         else:
             for load in settings.loads():
-                run.one_load(load)
+                run.one_load(load, is_watched=True)
                 shown(load)
     except BaseException as error:
         record.stop(reason_for(error))
@@ -246,7 +266,7 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class _Sweep:
+class Sweep:
     """What every run of a sweep needs."""
 
     runner: Runner
@@ -255,26 +275,32 @@ class _Sweep:
     record: Record
     rng: random.Random
 
-    def one_load(self, load: ServiceLoad) -> None:
-        """All runs of a load, then what its router does."""
-        names, record = self._repeats(), self.record
-        total = len(names) * (self.settings.repeats + 1)
+    def one_load(self, load: ServiceLoad, is_watched: bool = False) -> None:
+        """All runs of a load; then, if it is watched, what its router does."""
+        repeats, record = self._repeats(), self.record
+        if busy := busy_machine(f"before the load of {load.name}"):
+            record.note(busy)
+        total = len(repeats) + sum(repeats.values())
         with self.runner.at(load) as run_one, bar(f"Load, {load.name}", total, "runs") as advance:
-            for name in names:  # memory, kernels and connections of every variant are warm
+            for name in repeats:  # memory, kernels and connections of every variant are warm
                 self._warm_up(run_one, load, name)
                 advance(1)
-            for repeat, name in interleaved(names, self.rng):
+            for repeat, name in interleaved(repeats, self.rng, partial(self._is_precise, load)):
                 self._timed(run_one, load, name, repeat)
                 advance(1)
-            record.add_routing(load, self.runner.routing(load, run_one))
-            record.save()
+            if is_watched:
+                record.add_routing(load, self.runner.routing(load, run_one))
+                record.save()
 
     def restarting(self) -> None:
         """All loads on a variant, then on the next one."""
-        names, loads = self._repeats(), self.settings.loads()
-        total = self.settings.repeats * len(names) * len(loads)
-        with bar("Loads, restarting", total, "runs") as advance:
-            for repeat, name in interleaved(names, self.rng):
+        repeats, loads = self._repeats(), self.settings.loads()
+
+        def are_precise(count: int) -> bool:
+            return all(self._is_precise(load, count) for load in loads)
+
+        with bar("Loads, restarting", sum(repeats.values()) * len(loads), "runs") as advance:
+            for repeat, name in interleaved(repeats, self.rng, are_precise):
                 for load in loads:
                     with self.runner.at(load) as run_one:
                         self._warm_up(run_one, load, name)
@@ -282,7 +308,13 @@ class _Sweep:
                     advance(1)
 
     def _repeats(self) -> dict[str, int]:
-        return dict.fromkeys(self.record.names, self.settings.repeats)
+        most, beside = self.settings.repeats, self.runner.beside
+        few = min(most, MOST_BESIDE)
+        return {name: few if name in beside else most for name in self.record.names}
+
+    def _is_precise(self, load: ServiceLoad, repeats: int) -> bool:
+        names = [name for name in self.record.names[1:] if name not in self.runner.beside]
+        return self.record.is_precise(load, repeats, names)
 
     def _warm_up(self, run_one: RunOne, load: ServiceLoad, name: str) -> None:
         few = few_requests(self.supply, load)
@@ -309,7 +341,11 @@ def measured(outcome: Outcome, load: ServiceLoad, settings: BenchSettings) -> Me
 
 def few_requests(supply: Supply, load: ServiceLoad) -> list[Request]:
     """The requests of a warm-up: as many as run at the same time, with short replies."""
-    return warm_up(partial(supply.draw, load), min(load.concurrency or MOST_WARM_UP, load.requests))
+    count = min(load.concurrency or MOST_WARM_UP, load.requests)
+    return [
+        Request(request.prompt, min(WARM_UP_OUTPUT, request.output_tokens))
+        for request in supply.draw(load, "warm", count)
+    ]
 
 
 def reason_for(error: BaseException) -> str:

@@ -38,6 +38,7 @@ class VLLMServer(OverHTTP):
     """Runs loads on a server of vLLM, which is started by a variant's first run."""
 
     restarts = True
+    beside: frozenset[str] = frozenset()
 
     def __init__(
         self,

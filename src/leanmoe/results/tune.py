@@ -254,6 +254,7 @@ class LoadGain:
     variants: dict[str, MeasuredRun]
     label: str
     ratio: RatioOfRuns
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

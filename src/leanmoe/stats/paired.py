@@ -22,8 +22,6 @@ What no sample can show is harm that it does not hold: `rarest_harm_seen`.
 Many plans are tested on the same text without letting the choice of the best bias the verdict:
 `fixed_sequence`.
 
-How much faster a plan ran is paired too, by repeat: `Ratio`.
-
 Letters: U units (documents, then sources), Z random draws (batches, bootstrap replicates).
 """
 
@@ -31,14 +29,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
 from scipy import stats
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.intervals import LossChange, Margin, RatioOfRuns
+from leanmoe.core.intervals import LossChange, Margin
 from leanmoe.stats.losses import Counts, Floats, Losses, require_paired
 
 CONFIDENCE = 0.95
@@ -307,34 +305,3 @@ def fixed_sequence(
             break
         accepted.append(candidate)
     return tuple(accepted)
-
-
-@dataclass(frozen=True)
-class Ratio(RatioOfRuns):
-    """A variant's figure over the first variant's, paired by repeat."""
-
-    @classmethod
-    def of(cls, first: Sequence[float], other: Sequence[float], confidence: float = 0.95) -> Ratio:
-        """Student's t interval on the logarithms of the paired ratios, r_i = other_i / first_i.
-
-            exp(mean(log r) ± t(1 − (1 − confidence) / 2; n − 1) · std(log r) / √n)
-
-        Logarithms, because a ratio and its inverse must get the same verdict. Raises LeanMoeError
-        for fewer than 2 repeats, which have no spread.
-        """
-        logs = np.log(np.asarray(other) / np.asarray(first))
-        count = len(logs)
-        if count < 2:
-            raise LeanMoeError(f"{count} repeat: at least 2 are needed for an interval")
-        reach = stats.t.ppf(0.5 + confidence / 2, count - 1) * logs.std(ddof=1) / math.sqrt(count)
-        centre = float(logs.mean())
-        return cls(
-            float(np.exp(np.median(logs))),
-            float(math.exp(centre - reach)),
-            float(math.exp(centre + reach)),
-            count,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The numbers under their names."""
-        return asdict(self)

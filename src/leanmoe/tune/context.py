@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from leanmoe.bench.prompts import stream_of
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.run_folder import RunFolder
@@ -84,8 +85,8 @@ class TuneWindows:
     """Held-out text; the search never sees it."""
     compared: Windows
     """Part of it, for the table of strategies."""
-    prompts: list[list[int]]
-    """Held-out prompts for throughput runs."""
+    prompts: list[int]
+    """Held-out text that prompts of throughput runs are cut from, as token ids."""
     calibration_documents: int
 
 
@@ -217,7 +218,7 @@ def _cut_text(
         searched=searched.after_prompt(prompt, reply),
         proved=proved.after_prompt(prompt, reply),
         compared=compared.after_prompt(prompt, reply),
-        prompts=_prompts(heldout, tokenizer, settings.input_len, 2 * concurrency),
+        prompts=stream_of(heldout, tokenizer),
         calibration_documents=len(calibration),
     )
 
@@ -250,21 +251,3 @@ def full_windows(
         tuple(pieces.names[number] for number in used),
         settings.seed,
     )
-
-
-def _prompts(
-    documents: tuple[Document, ...], tokenizer: Any, length: int, wanted: int
-) -> list[list[int]]:
-    prompts: list[list[int]] = []
-    for document in documents:
-        ids: list[int] = tokenizer(document.text, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        prompts += [ids[n : n + length] for n in range(0, len(ids) - length + 1, length)]
-        if len(prompts) >= wanted:
-            return prompts[:wanted]
-    if not prompts:
-        raise LeanMoeError(
-            f"the text is too short: no held-out document has the {length} tokens of a prompt"
-        )
-    return prompts

@@ -5,44 +5,26 @@ Plans are validated on text that the search never saw, safest first, up to the f
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from leanmoe.bench.continuous import Arrivals, Room, run, served
-from leanmoe.bench.measurement import (
-    ClosedLoop,
-    Comparison,
-    Measurement,
-    PromptSupply,
-    Request,
-    Variant,
-    interleaved,
-    same_prompts,
-    warm_up,
-)
+from leanmoe.bench.in_process import InProcess
+from leanmoe.bench.prompts import Supply
+from leanmoe.bench.settings import BenchSettings, Lengths
+from leanmoe.bench.sweep import Record, Sweep
 from leanmoe.core.intervals import Margin
-from leanmoe.core.progress import bar
 from leanmoe.core.schema import from_json
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.prune.criteria import Kept, restricted
 from leanmoe.results.tune import LoadGain, LoadVerdict, Sensitivity
-from leanmoe.runtime import apply, served_experts
 from leanmoe.stats.losses import Losses
 from leanmoe.stats.paired import Verdict, fixed_sequence, non_inferior
 from leanmoe.tune.allocate import FrontPoint, points_for
 from leanmoe.tune.context import FULL_LOSSES, GAIN, VALIDATION, TuneContext, digest
 from leanmoe.tune.layers import PhaseTimes
-
-REQUESTS = 24
-"""In a throughput run at concurrency 1; as the square root of the concurrency above it, so that a
-run lasts for more than a moment and for no more than a few seconds at any."""
-STOCK_REPEATS = 3
-"""Transformers' own experts stand beside; the gain is not measured against them."""
 
 
 @dataclass(frozen=True)
@@ -172,64 +154,42 @@ def assemble(
 
 
 def measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> LoadGain:
-    """Full model, plan and Transformers' own experts in turn, on held-out prompts."""
+    """Full model, plan and Transformers' own experts in turn, on held-out text, as bench does."""
     rules = [rule for band in plan.bands for rule in band.rules]
     key = digest([*rules, *plan.prompt])
     compute = partial(_measure_gain, context, plan, concurrency)
     return context.take(GAIN, LoadGain, compute, concurrency, key)
 
 
-def compare(
-    model: Any,
-    supply: PromptSupply,
-    load: ClosedLoop,
-    variants: Sequence[Variant],
-    repeats: int = 5,
-    seed: int = 0,
-) -> Comparison:
-    """Runs `load` on every variant `repeats` times through continuous batching in this process.
-
-    Decoding is greedy and never stops early, so that every variant makes the same number of
-    tokens. Raises LeanMoeError when the model cannot be served this way, or a request fails.
-    """
-    load.check()
-    wanted = {v.name: repeats if v.repeats is None else min(v.repeats, repeats) for v in variants}
-    contexts = {variant.name: variant.context for variant in variants}
-    runs: dict[str, list[Measurement]] = {name: [] for name in wanted}
-    room = Room(load.concurrency, load.input_tokens, load.input_tokens + load.output_tokens)
-    title, total = f"Load, concurrency {load.concurrency}", len(wanted) + sum(wanted.values())
-    with served(model, room, load.output_tokens) as manager, bar(title, total, "runs") as advance:
-
-        def run_one(name: str, requests: Sequence[Request]) -> Measurement:
-            with contexts[name]():
-                timelines = run(manager, requests, Arrivals(load.concurrency))
-            advance(1)
-            return Measurement.of(timelines)
-
-        for name in wanted:  # memory, kernels and caches of every variant are warm
-            run_one(name, warm_up(supply, load.concurrency))
-        for repeat, name in interleaved(wanted, random.Random(seed)):
-            runs[name].append(run_one(name, supply(repeat, load.requests)))
-    return Comparison(load, {name: tuple(measured) for name, measured in runs.items()})
-
-
 def _measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> LoadGain:
-    settings, model = context.settings, context.model
-    requests = max(2 * concurrency, math.ceil(REQUESTS * concurrency**0.5))
-    wanted = ClosedLoop(concurrency, settings.input_len, settings.output_len, requests)
-
-    def running(plan: Plan, experts: str) -> Callable[[], AbstractContextManager[Any]]:
-        return lambda: apply(model, plan, experts=experts)
-
-    experts, empty = served_experts(model), Plan(context.fingerprint)
-    variants = [Variant("full", running(empty, experts)), Variant("plan", running(plan, experts))]
-    if experts != "stock":
-        stock = f"transformers {model.config._experts_implementation}"
-        variants.append(Variant(stock, running(empty, "stock"), STOCK_REPEATS))
-    supply = same_prompts(context.text.prompts, wanted)
-    measured = compare(model, supply, wanted, variants, settings.repeats, settings.seed)
-    ratio = measured.ratio("plan", settings.confidence).to_json()
-    return from_json(LoadGain, {**measured.to_json(), "ratio": ratio}, "gain")
+    tuned = context.settings
+    settings = BenchSettings(
+        targets=(tuned.model,),
+        concurrency=(concurrency,),
+        input_len=Lengths(tuned.input_len, tuned.input_len),
+        output_len=Lengths(tuned.output_len, tuned.output_len),
+        repeats=tuned.repeats,
+        precision=tuned.precision,
+        confidence=tuned.confidence,
+        stock=True,
+        seed=tuned.seed,
+    )
+    (load,) = settings.loads()
+    supply = Supply(context.text.prompts, settings.input_len, settings.output_len, seed=tuned.seed)
+    runner = InProcess(context.model, tuned.model, {"plan": plan}, settings, supply)
+    record = Record(None, settings, runner.variants(), {})
+    Sweep(runner, supply, settings, record, random.Random(tuned.seed)).one_load(load)
+    compared = record.comparison(load)
+    entry = {
+        **compared.to_json(),
+        "concurrency": concurrency,
+        "input_tokens": tuned.input_len,
+        "output_tokens": tuned.output_len,
+        "requests": load.requests,
+        "ratio": compared.ratio("plan").to_json(),
+        "notes": record.notes,
+    }
+    return from_json(LoadGain, entry, "gain")
 
 
 def verdict_on(
@@ -250,6 +210,7 @@ def verdict_on(
         reason = "the fastest plan tried is within the margin"
     else:
         reason = "the next faster plan is not within the margin"
+    reason = ". ".join([reason, *gain.notes])
     return LoadVerdict(concurrency, up_to, ratio.low > 1.0, chosen.verdict.loss, ratio, reason)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from leanmoe.bench.settings import PRECISION, PRECISION_HELP
 from leanmoe.core.options import (
     DTYPE_HELP,
     MODEL_HELP,
@@ -49,7 +50,10 @@ class TuneSettings:
     )
     input_len: int = option(256, "Prompt tokens of the load to tune for.")
     output_len: int = option(32, "Reply tokens of the load to tune for.")
-    repeats: int = option(5, "Runs of each throughput measurement, full model and plan in turn.")
+    repeats: int = option(
+        32, "Runs of each throughput measurement at most, full model and plan in turn."
+    )
+    precision: float = option(PRECISION, PRECISION_HELP, parse=parse_share, text=percent_text)
     profile_tokens: int = option(200_000, "Tokens of calibration text that the profile reads.")
     sensitivity_tokens: int = option(
         20_000, "Tokens of calibration text that each candidate rule is measured on."
@@ -74,6 +78,7 @@ class TuneSettings:
         require(0 < self.margin < 1, "--margin", self.margin, "above 0 and below 1")
         require(0.5 < self.confidence < 1, "--confidence", self.confidence, "above 0.5 and below 1")
         require(self.repeats >= 3, "--repeats", self.repeats, "at least 3, for an interval")
+        require(0 < self.precision < 1, "--precision", self.precision, "above 0% and below 100%")
         require(0 < self.heldout_share < 1, "--heldout-share", self.heldout_share, "0 to 1")
         for name in (
             "input_len",
