@@ -5,8 +5,8 @@
 Calls are followed as text, nothing is run: names through imports, methods through annotations of
 parameters, fields and return values, and functions that are handed on as values. A file counts when
 a function or class of it is entered; re-exports do not, nor does `core`, which everything uses.
-`models`, `routing`, `kernels` and `runtime` are seams: a file called there counts, what stands
-behind it does not. `--behind` follows and counts all of it.
+`models`, `routing`, `kernels`, `runtime` and `bench` are seams: a file called there counts, what
+stands behind it does not. `--behind` follows and counts all of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src"
-SEAMS = tuple(f"leanmoe.{each}." for each in ("models", "routing", "kernels", "runtime"))
+SEAMS = tuple(f"leanmoe.{each}." for each in ("models", "routing", "kernels", "runtime", "bench"))
 CORE = SOURCE / "leanmoe" / "core"
 ENTRIES = ("leanmoe.tune.run:tune", "leanmoe.serve.vllm.plugin:activate")
 Definition = ast.FunctionDef | ast.ClassDef

@@ -11,42 +11,9 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
-
-from leanmoe.bench.measurement import Measurement
-from leanmoe.bench.settings import ServiceLoad
-from leanmoe.stats.runs import Looks, Ratio
 
 BUSY_SHARE = 0.15
 """Of the cores, in use by others for half a second, from which on a machine is called busy."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One load on several variants, each with its runs by repeat; the first is compared with."""
-
-    load: ServiceLoad
-    runs: Mapping[str, Mapping[int, Measurement]]
-    looks: Looks
-
-    def ratio(self, name: str) -> Ratio:
-        """Output throughput of variant `name` over the first variant's."""
-        first = next(iter(self.runs.values()))
-        both = sorted(first.keys() & self.runs[name].keys())
-        return self.looks.ratio(
-            [first[repeat].output_throughput for repeat in both],
-            [self.runs[name][repeat].output_throughput for repeat in both],
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Each variant's run of median throughput, and the throughputs of all."""
-        found = {}
-        for name, runs in self.runs.items():
-            ordered = sorted(runs.values(), key=lambda run: run.output_throughput)
-            throughputs = [runs[repeat].output_throughput for repeat in sorted(runs)]
-            found[name] = {**ordered[len(ordered) // 2].to_json(), "runs": throughputs}
-        return {"variants": found, "label": "measured"}
 
 
 def interleaved(

@@ -2,25 +2,76 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from leanmoe.bench.continuous import Arrivals, Room, run, served
-from leanmoe.bench.measurement import Request
+from leanmoe.bench.measurement import Measurement, Request
 from leanmoe.bench.prompts import Supply
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
-from leanmoe.bench.sweep import Outcome, RunOne, plan_sha256
+from leanmoe.bench.sweep import Outcome, Record, RunOne, Sweep, plan_sha256
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Plan, Rule
 from leanmoe.runtime import apply, served_experts, shape_of
+from leanmoe.stats.runs import Looks, Ratio
 
 FULL = "full"
 WATCHED_OUTPUT = 8
 """Tokens of each reply while the router is watched, after what is timed."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One load on several variants, each with its runs by repeat; the first is compared with."""
+
+    load: ServiceLoad
+    runs: Mapping[str, Mapping[int, Measurement]]
+    looks: Looks
+    notes: tuple[str, ...]
+
+    def ratio(self, name: str) -> Ratio:
+        """Output throughput of variant `name` over the first variant's."""
+        first = next(iter(self.runs.values()))
+        both = sorted(first.keys() & self.runs[name].keys())
+        return self.looks.ratio(
+            [first[repeat].output_throughput for repeat in both],
+            [self.runs[name][repeat].output_throughput for repeat in both],
+        )
+
+    def to_json(self, name: str) -> dict[str, Any]:
+        """Each variant's run of median throughput, the throughputs of all, and `name`'s ratio."""
+        found = {}
+        for name, runs in self.runs.items():
+            ordered = sorted(runs.values(), key=lambda run: run.output_throughput)
+            throughputs = [runs[repeat].output_throughput for repeat in sorted(runs)]
+            found[name] = {**ordered[len(ordered) // 2].to_json(), "runs": throughputs}
+        return {
+            "variants": found,
+            "ratio": self.ratio(name).to_json(),
+            "requests": self.load.requests,
+            "label": "measured",
+            "notes": list(self.notes),
+        }
+
+
+def compare_plans(
+    model: Any, plans: Mapping[str, Plan], settings: BenchSettings, stream: Sequence[int]
+) -> Comparison:
+    """Full model and plans in turn at the one load of `settings`, on prompts cut from `stream`.
+
+    Raises LeanMoeError when the model cannot be served this way, or a request fails.
+    """
+    (load,) = settings.loads()
+    supply = Supply(stream, settings.input_len, settings.output_len, seed=settings.seed)
+    runner = InProcess(model, settings.targets[0], plans, settings, supply)
+    record = Record(None, settings, runner.variants(), {})
+    Sweep(runner, supply, settings, record, random.Random(settings.seed)).one_load(load)
+    return Comparison(load, record.runs(load), settings.looks, tuple(record.notes))
 
 
 class InProcess:

@@ -18,7 +18,7 @@ from leanmoe.bench.settings import MOST_TOKENS, Lengths, ServiceLoad
 from leanmoe.core.errors import LeanMoeError, shown
 from leanmoe.core.files import read_json_lines
 from leanmoe.core.progress import bar
-from leanmoe.core.text import Document, read_corpus
+from leanmoe.core.text import read_corpus
 
 ENOUGH_TOKENS = 400_000
 """Of text to draw prompts from; more is not tokenised."""
@@ -101,20 +101,15 @@ class Supply:
 def read_stream(source: str | None, tokenizer: Any) -> tuple[str, list[int]]:
     """Where the text comes from, and its token ids, documents one after the other."""
     corpus = read_corpus(source)
-    return corpus.source, stream_of(corpus.documents, tokenizer)
-
-
-def stream_of(documents: Sequence[Document], tokenizer: Any) -> list[int]:
-    """Token ids of the documents one after the other, in a drawn order, as many as are needed."""
     stream: list[int] = []
-    order = list(documents)
+    order = list(corpus.documents)
     random.Random(0).shuffle(order)
     with bar("Reading text", len(order), "documents") as advance:
         for document in order:
             if len(stream) < ENOUGH_TOKENS:
                 stream += encode(tokenizer, document.text)
             advance(1)
-    return stream
+    return corpus.source, stream
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from leanmoe.bench.comparison import Comparison, busy_machine, interleaved
+from leanmoe.bench.comparison import busy_machine, interleaved
 from leanmoe.bench.measurement import Measurement, Request, Timeline
 from leanmoe.bench.prompts import Supply
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
@@ -140,9 +140,9 @@ class Record:
         if self.path is not None:
             write_json(self.path, self.to_json())
 
-    def comparison(self, load: ServiceLoad) -> Comparison:
-        """The runs of one load so far."""
-        return Comparison(load, self._runs[load], self._settings.looks)
+    def runs(self, load: ServiceLoad) -> Mapping[str, Mapping[int, Measurement]]:
+        """The runs of one load so far, by variant and repeat."""
+        return self._runs[load]
 
     def is_precise(self, load: ServiceLoad, repeats: int, names: Sequence[str]) -> bool:
         """Whether the load needs no more than so many repeats, by the gains of `names`."""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from leanmoe.bench.prompts import stream_of
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.run_folder import RunFolder
@@ -85,8 +84,6 @@ class TuneWindows:
     """Held-out text; the search never sees it."""
     compared: Windows
     """Part of it, for the table of strategies."""
-    prompts: list[int]
-    """Held-out text that prompts of throughput runs are cut from, as token ids."""
     calibration_documents: int
 
 
@@ -218,7 +215,6 @@ def _cut_text(
         searched=searched.after_prompt(prompt, reply),
         proved=proved.after_prompt(prompt, reply),
         compared=compared.after_prompt(prompt, reply),
-        prompts=stream_of(heldout, tokenizer),
         calibration_documents=len(calibration),
     )
 

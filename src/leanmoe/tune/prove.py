@@ -5,16 +5,13 @@ Plans are validated on text that the search never saw, safest first, up to the f
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from leanmoe.bench.in_process import InProcess
-from leanmoe.bench.prompts import Supply
+from leanmoe.bench.in_process import compare_plans
 from leanmoe.bench.settings import BenchSettings, Lengths
-from leanmoe.bench.sweep import Record, Sweep
 from leanmoe.core.intervals import Margin
 from leanmoe.core.schema import from_json
 from leanmoe.plan import Band, Plan, Rule
@@ -174,20 +171,13 @@ def _measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> LoadGai
         stock=True,
         seed=tuned.seed,
     )
-    (load,) = settings.loads()
-    supply = Supply(context.text.prompts, settings.input_len, settings.output_len, seed=tuned.seed)
-    runner = InProcess(context.model, tuned.model, {"plan": plan}, settings, supply)
-    record = Record(None, settings, runner.variants(), {})
-    Sweep(runner, supply, settings, record, random.Random(tuned.seed)).one_load(load)
-    compared = record.comparison(load)
+    stream = context.text.proved.ids_SN.flatten().tolist()
+    compared = compare_plans(context.model, {"plan": plan}, settings, stream)
     entry = {
-        **compared.to_json(),
+        **compared.to_json("plan"),
         "concurrency": concurrency,
         "input_tokens": tuned.input_len,
         "output_tokens": tuned.output_len,
-        "requests": load.requests,
-        "ratio": compared.ratio("plan").to_json(),
-        "notes": record.notes,
     }
     return from_json(LoadGain, entry, "gain")
 
