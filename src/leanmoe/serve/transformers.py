@@ -187,18 +187,12 @@ def _missing(module: str) -> LeanMoeError:
 
 
 def bad_request(body: dict[str, Any], tokenizer: Any) -> str | None:
-    """What is wrong with a request that Transformers' server would fail on; None for a good one.
-
-    A prompt without tokens ends its continuous batching, for every request after it too.
-    """
+    """What is wrong with a request that Transformers' server would fail on; None for a good one."""
     if "messages" in body or "input" in body:
         if getattr(tokenizer, "chat_template", None) is None:
             return "the model's tokenizer has no chat template: send prompts to /v1/completions"
         if body.get("messages") == [] or body.get("input") in ([], ""):
             return "the request holds no message"
-    prompt = body.get("prompt")
-    if isinstance(prompt, str) and not tokenizer(prompt)["input_ids"]:
-        return "the prompt has no tokens"
     most = body.get("max_tokens", body.get("max_completion_tokens"))
     if most is not None and (not isinstance(most, int) or most < 1):
         return f"max_tokens is {shown(most)}: it must be a whole number, 1 or more"
@@ -245,8 +239,7 @@ def longest_request(model: Any, batching: Any) -> int | None:
     """Tokens of prompt and reply that one request may have; None where nothing limits them.
 
     `batching` is Transformers' running manager of continuous batching, which makes its cache in a
-    thread of its own. A request that the cache cannot hold ends that thread, and every request
-    after it. Raises LeanMoeError where the cache could not be made.
+    thread of its own. Raises LeanMoeError where the cache could not be made.
     """
     until = time.monotonic() + CACHE_SECONDS
     while batching.batch_processor is None and time.monotonic() < until:
@@ -260,13 +253,18 @@ def longest_request(model: Any, batching: Any) -> int | None:
 
 
 def _length_changes(manager: Any) -> list[tuple[Any, str, Any]]:
-    """Changes by which a request that is too long is answered with HTTP 400."""
+    """Changes by which a request without tokens, or with too many, is answered with HTTP 400.
+
+    Either ends Transformers' continuous batching, for every request after it too.
+    """
 
     def checked(generate: Callable[..., Any]) -> Callable[..., Any]:
         def checking(
             self: Any, model: Any, processor: Any, inputs: Any, generation: Any, **keywords: Any
         ) -> Any:
             prompt, reply = len(inputs["input_ids"]), generation.max_new_tokens or 0
+            if not prompt:
+                raise _refused("the prompt has no tokens")
             most = longest_request(model, self._cb)
             if most is not None and prompt + reply > most:
                 raise _refused(
