@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from leanmoe.models.hf_config import read_config
 from leanmoe.models.shape import read_shape
 from leanmoe.stats.paired import Estimate
 from leanmoe.tune import alternatives
@@ -26,8 +27,10 @@ def test_only_ways_as_fast_are_compared(
 
 
 def test_memory_falls_by_the_bytes_of_the_experts_that_go() -> None:
-    shape = read_shape("reference")
-    everything = shape.total_parameters() * shape.weight_bytes
+    four_bits = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "mlp.gate"]}
+    shape = read_shape({**read_config("reference"), "quantization_config": four_bits})
+    assert shape.storage.expert_bytes < shape.storage.mixer_bytes
+    everything = shape.total_bytes()
     one_less = 1 - alternatives.memory_share(shape, shape.experts - 1)
     assert alternatives.memory_share(shape, shape.experts) == 1
     assert one_less * everything == pytest.approx(len(shape.moe_layers) * shape.expert_bytes)

@@ -59,7 +59,7 @@ def prune(settings: PruneSettings, output: Path, command: str) -> PruneResults:
         provenance=collect(command, settings.seed),
     ).to_json()
     if source is None:
-        before = int(shape.total_parameters() * shape.weight_bytes)
+        before = int(shape.total_bytes())
         write_json(output / PLAN_FILE, as_plan(kept, shape, record_of).to_json())
         return PruneResults(output / PLAN_FILE, shape.experts, kept, protected, before, before)
     with bar("Writing shards", len(source.shards), "shards") as advance:

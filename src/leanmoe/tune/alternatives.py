@@ -224,9 +224,8 @@ def verdict(against: Estimate, is_as_fast: bool = True) -> str:
 
 def memory_share(shape: MoEShape, kept: int) -> float:
     """Bytes of all weights with so many experts a layer, as a share of the model's."""
-    everything = shape.total_parameters() * shape.weight_bytes
     gone = (shape.experts - kept) * len(shape.moe_layers) * shape.expert_bytes
-    return float(1 - gone / everything)
+    return 1 - gone / shape.total_bytes()
 
 
 def _total_losses(context: TuneContext, rules: Sequence[Rule], decode_batch: int | None) -> Losses:
