@@ -67,6 +67,9 @@ def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
     assert read_json(path, "config") == {"a": 1}
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n')
     assert [value for _, value in read_json_lines(path, "rows")] == [{"a": 1}, {"a": 2}]
+    for encoding, mark in (("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")):
+        path.write_bytes(mark + '{"a": "\N{GRINNING FACE}"}'.encode(encoding))
+        assert read_json(path, "config") == {"a": "\N{GRINNING FACE}"}
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:

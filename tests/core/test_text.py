@@ -66,7 +66,7 @@ def test_json_lines_are_read_under_any_name(tmp_path: Path, name: str) -> None:
     assert [d.text for d in read_corpus(str(path)).documents] == ["one", "two"]
 
 
-@pytest.mark.parametrize("start", ["{ is a brace", "[see] it", "[1] Smith", "{a: b}"])
+@pytest.mark.parametrize("start", ["{ is a brace", "[see] it", "[1] Smith", "{a: b}", '"said" he'])
 def test_prose_that_starts_with_a_bracket_is_prose(tmp_path: Path, start: str) -> None:
     path = tmp_path / "a.txt"
     path.write_text(start + " word")
@@ -78,9 +78,14 @@ def test_prose_that_starts_with_a_bracket_is_prose(tmp_path: Path, start: str) -
     [
         ("a.json", b'[{"text": "one"}]', "line 1 is a list: .* one object a line"),
         ("a.txt", b'[\n {"text": "one"}\n]', "line 1 is not JSON: .* one object a line"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1 has no text"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 .* has no text"),
         ("a.jsonl", b"{oops\n", "line 1 is not JSON"),
-        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.txt", b"caf\xe9", "not UTF-8 text: byte 3 is invalid"),
+        ("a.txt", b"\xff\xfex", "not UTF-8"),
+        ("a.txt", "one two".encode("utf-16-le"), "not UTF-8 text: it holds zeros"),
+        ("a.txt", b'["one", "two"]', "line 1 is a list: .* one object a line"),
+        ("a.jsonl", b'{"messages": []}', r"\(fields 'messages'\) has no text"),
+        ("a.jsonl", b'{"text": "half \\ud83d of one"}', "line 1 holds half of a character"),
         ("a.txt", b"  \n", "holds no words"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,14 +63,23 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def read_text(path: Path, what: str) -> str:
-    """Reads UTF-8, with a byte order mark in front or none; `what` names the file in the error."""
+    """Reads UTF-8, or UTF-16 with its byte order mark; `what` names the file in the error.
+
+    Raises LeanMoeError for what is no text: other bytes, and zeros as binary files have them.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        reason = f"it is not UTF-8 text: byte {error.start} is invalid"
-        raise LeanMoeError(f"cannot read {what} {path}: {reason}") from error
+        with path.open("rb") as file:
+            is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
+        text = path.read_text(encoding="utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeError as error:
+        where = getattr(error, "start", None)
+        reason = "it ends too early" if where is None else f"byte {where} is invalid"
+        raise LeanMoeError(f"cannot read {what} {path}: it is not UTF-8 text: {reason}") from error
     except OSError as error:
         raise LeanMoeError(f"cannot read {what} {path}: {error.strerror or error}") from error
+    if "\0" in text:
+        raise LeanMoeError(f"cannot read {what} {path}: it is not UTF-8 text: it holds zeros")
+    return text
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -97,6 +107,10 @@ def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]
         where = f"{what} {path} line {number}"
         try:
             value = json.loads(line)
+            if "\\u" in line:
+                json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise LeanMoeError(f"{where} holds half of a character, a lone surrogate") from error
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", str(error))
             hint = "" if number > 1 else f"; {JSON_LINES}"

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError, shown
 from leanmoe.core.files import read_json_lines, read_text
 
 SEPARATOR = "<|endoftext|>"
@@ -153,7 +153,7 @@ def _local(path: Path) -> Iterator[Document]:
 def _holds_json_lines(path: Path) -> bool:
     """Whether a file of another name starts with JSON: it is not prose, which a model may read."""
     start = read_text(path, "text").lstrip()[:PROBED_CHARACTERS]
-    if re.match(r"\[\s*\{\s*\"", start):
+    if re.match(r"\[\s*(?:\{\s*)?\"", start):
         return True
     first = start.split("\n", 1)[0]
     return re.match(r"\{\s*\"[^\"]*\"\s*:", first) is not None
@@ -188,6 +188,7 @@ def _text_of(row: object, where: str) -> str:
         for field in TEXT_FIELDS:
             if isinstance(row.get(field), str):
                 return str(row[field])
+        where += f" (fields {shown(', '.join(map(str, row)))})"
     raise LeanMoeError(f"{where} has no text: one of {', '.join(TEXT_FIELDS)} must be a string")
 
 
