@@ -246,7 +246,7 @@ FUNCTIONS: Mapping[str, object] = {
             round,
         )
     },
-    **{f.__name__: f for f in (set, sorted, str, sum, zip, range, next, iter)},
+    **{f.__name__: f for f in (set, sorted, str, dict, sum, zip, range, next, iter)},
     "median": statistics.median,
     "mean": statistics.fmean,
 }

@@ -12,7 +12,7 @@ UNMEASURED = {"docs/reference", "docs/developer"}
 """Folders of settings and versions: only what is marked there is compared."""
 LATER = {
     *("concepts/plan", "guide/bench", "guide/first-plan", "guide/install", "guide/kernels"),
-    *("results/engine-checks", "results/index", "results/prediction", "results/several-gpus"),
+    *("results/engine-checks", "results/index", "results/prediction"),
 }
 """Pages whose numbers do not all have a mark yet: the marks that are there are compared."""
 NO_FILE = 1
