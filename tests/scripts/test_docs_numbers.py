@@ -10,11 +10,6 @@ from scripts.docs_numbers import PAGES, ROOT, blocks_of, problems_of, read_mark
 
 UNMEASURED = {"docs/reference", "docs/developer"}
 """Folders of settings and versions: only what is marked there is compared."""
-LATER = {
-    *("concepts/plan", "guide/bench", "guide/first-plan", "guide/install", "guide/kernels"),
-    *("results/engine-checks", "results/index", "results/prediction"),
-}
-"""Pages whose numbers do not all have a mark yet: the marks that are there are compared."""
 NO_FILE = 1
 """Blocks whose results file was not kept. This number only falls."""
 HEAD = "<!-- numbers: processor-demo.json\n"
@@ -28,8 +23,8 @@ def problems(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_number_is_its_file_s(page: Path) -> None:
     name = page.relative_to(ROOT)
-    is_open = str(name.parent) in UNMEASURED or f"{name.parent.name}/{page.stem}" in LATER
-    blocks = [block for block in blocks_of(page) if block.mark or not is_open]
+    is_measured = str(name.parent) not in UNMEASURED
+    blocks = [block for block in blocks_of(page) if block.mark or is_measured]
     assert not [problem for block in blocks for problem in problems_of(block)]
 
 
