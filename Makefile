@@ -20,7 +20,7 @@ IN_PROCESS := $(addprefix tests/engines/vllm/,test_vllm.py test_quantised.py tes
 OTHER_VLLM := 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
 OLDEST_VLLM := 0.30.0
 
-.PHONY: demo check test test-engines test-engines-oldest test-engines-all lint docs clean
+.PHONY: demo check test test-others test-engines test-engines-oldest test-engines-all lint docs clean
 
 demo: .venv/ready  ## tune the reference model on this machine, prove the cost, write the page
 	$(BIN)/leanmoe tune reference --output $(RUN) --overwrite --output-len 8
@@ -30,7 +30,10 @@ demo: .venv/ready  ## tune the reference model on this machine, prove the cost, 
 check: .venv/ready lint  ## style, types and the fast tests, in three minutes
 	$(PYTEST) -m "not slow"
 
-test: .venv/ready lint docs test-engines test-engines-oldest  ## style, types, the documentation and every test
+test: .venv/ready  ## style, types, the documentation and every test; engines run beside the others
+	$(MAKE) --jobs=2 test-others lint docs test-engines test-engines-oldest
+
+test-others: .venv/ready  ## every test that needs no engine
 	$(PYTEST)
 
 test-engines: .venv-vllm/ready  ## the tests that need vLLM, which has an environment of its own
