@@ -81,6 +81,15 @@ _GRANITE: dict[str, Any] = {
     "num_attention_heads": 16, "num_key_value_heads": 8, "num_local_experts": 32,
     "num_experts_per_tok": 8, "tie_word_embeddings": True,
 }  # fmt: skip
+_LING: dict[str, Any] = {
+    "model_type": "bailing_moe", "architectures": ["BailingMoeV2ForCausalLM"],
+    "vocab_size": 157184, "hidden_size": 2048, "intermediate_size": 5120,
+    "moe_intermediate_size": 512, "num_hidden_layers": 20, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 256, "num_experts_per_tok": 8,
+    "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 8, "topk_group": 4,
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "score_function": "sigmoid",
+    "use_qk_norm": True, "use_qkv_bias": False, "tie_word_embeddings": False,
+}  # fmt: skip
 _NEXT = "Qwen/Qwen3-Next-80B-A3B-Instruct"
 
 CHECKPOINTS: Mapping[str, Published] = {
@@ -238,6 +247,56 @@ CHECKPOINTS: Mapping[str, Published] = {
         "21",
         "model card; sizes as Transformers' HYV3Config has them for it",
     ),
+    "inclusionAI/Ling-mini-2.0": Published(_LING, "16", "1.4", "model card", tolerance=0.03,
+        note="1.43 active by its own config."),
+    "inclusionAI/Ling-flash-2.0": Published(
+        {**_LING, "hidden_size": 4096, "intermediate_size": 9216, "moe_intermediate_size": 1024,
+         "num_hidden_layers": 32, "num_attention_heads": 32},
+        "103", "6.1", "model card",
+    ),
+    "deepseek-ai/deepseek-moe-16b-base": Published(
+        {
+            "model_type": "deepseek", "architectures": ["DeepseekForCausalLM"],
+            "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
+            "moe_intermediate_size": 1408, "num_hidden_layers": 28, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "n_routed_experts": 64, "n_shared_experts": 2,
+            "num_experts_per_tok": 6, "first_k_dense_replace": 1, "norm_topk_prob": False,
+            "tie_word_embeddings": False,
+        },
+        "16.4", "2.8", "arXiv 2401.06066, table 3",
+        tolerance=0.011, note="2.83 active by its own config.",
+    ),
+    "ibm-granite/granite-4.0-h-small": Published(
+        {
+            "model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"],
+            "vocab_size": 100352, "hidden_size": 4096, "intermediate_size": 768,
+            "shared_intermediate_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "num_local_experts": 72, "num_experts_per_tok": 10,
+            "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_head": 64, "mamba_d_state": 128,
+            "mamba_d_conv": 4, "mamba_expand": 2, "tie_word_embeddings": True,
+            "layer_types": [
+                "attention" if n in (5, 15, 25, 35) else "mamba" for n in range(40)
+            ],
+        },
+        "32", "9", "model card",
+    ),
+    "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B": Published(
+        {
+            "model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
+            "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 5376,
+            "moe_intermediate_size": 2688, "moe_latent_size": 1024,
+            "moe_shared_expert_intermediate_size": 5376, "num_hidden_layers": 88,
+            "hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*"
+            "EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+            "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
+            "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128,
+            "conv_kernel": 4, "use_conv_bias": True, "n_routed_experts": 512,
+            "num_experts_per_tok": 22, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+            "norm_topk_prob": True, "routed_scaling_factor": 5.0, "tie_word_embeddings": False,
+        },
+        "120", "12", "its name", tolerance=0.07,
+        note="120.7 and 12.8 by its own config: the name is rounded.",
+    ),
     "poolside/Laguna-XS-2.1": Published(
         {
             "model_type": "laguna", "architectures": ["LagunaForCausalLM"], "vocab_size": 100352,
@@ -257,6 +316,9 @@ CHECKPOINTS: Mapping[str, Published] = {
 
 _STEP_AHEAD = 4096 * 96 * 128 * 2 + 2 * 4096 * 8 * 128 + 4096 * 96 + 2 * 128  # attention
 _STEP_AHEAD += 3 * 4096 * 11264 + 2 * 4096**2 + 5 * 4096 + 4096 * 128896  # dense, and a head
+
+_SUPER_AHEAD = 4096 * (2 * 4096 + 2 * 256) + 2 * 4096**2  # attention and what joins
+_SUPER_AHEAD += 512 * (2 * 1024 * 2688 + 4096) + 2 * 4096 * (5376 + 1024)  # experts
 
 STORED: Mapping[str, Stored] = {
     "deepseek-ai/DeepSeek-V3": Stored(688586727753, FILES, 2),
@@ -323,6 +385,13 @@ STORED: Mapping[str, Stored] = {
     "ai21labs/Jamba-v0.1": Stored(103140646656, INDEX),
     "LiquidAI/LFM2-8B-A1B": Stored(
         2 * 8339929856 + 4 * 704, "the hub's count of elements by dtype: BF16 and F32"
+    ),
+    "inclusionAI/Ling-mini-2.0": Stored(2 * 16255643392, COUNT),
+    "inclusionAI/Ling-flash-2.0": Stored(2 * 102889705216, COUNT),
+    "deepseek-ai/deepseek-moe-16b-base": Stored(2 * 16375728128, COUNT),
+    "ibm-granite/granite-4.0-h-small": Stored(2 * 32207337984, COUNT),
+    "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B": Stored(
+        2 * 123611012096, COUNT, beside=2 * _SUPER_AHEAD
     ),
     "poolside/Laguna-XS-2.1": Stored(2 * 33442617088, COUNT),
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.models.hf_config import HfConfig
 from leanmoe.models.shape import read_shape
 from tests.published import MODELS
 
@@ -102,3 +103,8 @@ def test_hub_failures_are_one_line(
     assert "fetching config.json of nobody/nothing from https://" in capsys.readouterr().err
     assert not shown.buffer  # the client's lines about each try
     assert logger.getEffectiveLevel() == level
+
+
+def test_openais_own_key_and_mimos_second_one_are_read() -> None:
+    assert HfConfig({"experts_per_token": 4}).whole("num_experts_per_tok") == 4
+    assert HfConfig({"sliding_window_size": 128}).whole("sliding_window") == 128

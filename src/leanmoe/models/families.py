@@ -50,6 +50,7 @@ from leanmoe.models.routers import (
     Router,
     ScoreDtype,
     Scoring,
+    bailing,
     cohere,
     deepseek_v2,
     lfm2,
@@ -126,7 +127,15 @@ _M3 = replace(
     shared_width="shared_intermediate_size",
 )
 
+_OLMOE = Family(SOFTMAX, attention(norm="full", output_bias=True), width="intermediate_size")
+_MINIMAX = replace(
+    _MIXTRAL,
+    mixer=hybrid(attention(bias=False), lightning_attention),
+    defaults=_defaults(attn_layer_period=2),
+)
+
 FAMILIES: Mapping[str, Family] = {
+    "deepseek": Family(SOFTMAX, attention()),
     "deepseek_v2": replace(_V3, router=deepseek_v2, defaults=_defaults(n_shared_experts=2)),
     "deepseek_v3": _V3,
     "deepseek_v32": replace(_V3, mixer=latent_attention(indexer)),
@@ -150,11 +159,7 @@ FAMILIES: Mapping[str, Family] = {
         mixer=latent_attention(),
         defaults=_defaults(**{**_GLM.defaults, "routed_scaling_factor": 1.8}),
     ),
-    "glm_moe_dsa": replace(
-        _GLM,
-        mixer=latent_attention(indexer),
-        defaults=_ONE_GROUP,
-    ),
+    "glm_moe_dsa": replace(_GLM, mixer=latent_attention(indexer), defaults=_ONE_GROUP),
     "glm5_next_text": replace(
         _V3,
         mixer=plus(hybrid(latent_attention(indexer), kimi_delta()), _MHC),
@@ -216,6 +221,11 @@ FAMILIES: Mapping[str, Family] = {
         mixer=plus(hybrid(latent_attention(), kimi_delta()), attention_residuals),
         further=lambda settings: attention_residuals(settings, 0) // 2,
         defaults=_defaults(**{**_GLM.defaults, "routed_scaling_factor": 2.446}),
+    ),
+    "bailing_moe": Family(
+        bailing,
+        attention(bias="use_qkv_bias", norm="head", norm_flag="use_qk_norm"),
+        defaults=_defaults(norm_topk_prob=True, use_qk_norm=True),
     ),
     "bailing_hybrid": replace(
         _V3,
@@ -290,10 +300,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_next": _QWEN3_NEXT,
     "qwen3_5_moe_text": _QWEN3_5,
     "mellum": replace(_QWEN3, defaults=_defaults(norm_topk_prob=True)),
-    "olmoe": Family(SOFTMAX, attention(norm="full", output_bias=True), width="intermediate_size"),
-    "flex_olmo": Family(
-        SOFTMAX, attention(norm="full", output_bias=True), width="intermediate_size"
-    ),
+    "olmoe": _OLMOE,
+    "flex_olmo": _OLMOE,
     "jamba": Family(
         routing(Router()),
         hybrid(attention(bias=False), mamba),
@@ -316,11 +324,9 @@ FAMILIES: Mapping[str, Family] = {
         shared_width="intermediate_size",
     ),
     "mixtral": _MIXTRAL,
-    "minimax": replace(
-        _MIXTRAL,
-        mixer=hybrid(attention(bias=False), lightning_attention),
-        defaults=_defaults(attn_layer_period=2),
-    ),
+    "minimax": _MINIMAX,
+    "minimax_text_01": _MINIMAX,
+    "minimax_m1": _MINIMAX,
     "minimax_m2": replace(
         _MIXTRAL,
         router=routing(replace(SIGMOID_NORMALISED, sorted_top_k=False)),

@@ -82,8 +82,9 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 """Model types with experts of which nothing here holds, and why. No plan can run on them."""
 WITHOUT_TEXT_CLASS = frozenset(
     {
-        "glm4v_moe_text", "glm5_next_text", "kimi_k2", "mistral4", "qwen3_omni_moe_text",
-        "qwen3_vl_moe_text", "sarvam_mla", "sarvam_moe", "step3p5",
+        "bailing_moe", "deepseek", "glm4v_moe_text", "glm5_next_text", "kimi_k2", "minimax_m1",
+        "minimax_text_01", "mistral4", "qwen3_omni_moe_text", "qwen3_vl_moe_text", "sarvam_mla",
+        "sarvam_moe", "step3p5",
     }
 )  # fmt: skip
 """Families that no class of Transformers 5.23 loads as a language model by itself."""

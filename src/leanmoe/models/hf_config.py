@@ -40,6 +40,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "num_experts_per_tok": (
         "num_experts_per_token",
+        "experts_per_token",
         "moe_k",
         "moe_topk",
         "moe_top_k",
@@ -59,6 +60,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "share_expert_dim": ("share_expert_dims",),
     "layer_types": ("layers_block_type",),
     "sliding_window_pattern": ("global_attn_every_n_layers",),
+    "sliding_window": ("sliding_window_size",),
     "full_attention_interval": ("layer_group_size",),
     "linear_conv_kernel_dim": ("short_conv_kernel_size",),
     "quantization_config": ("quantization", "compression_config"),

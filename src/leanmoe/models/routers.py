@@ -110,6 +110,14 @@ def cohere(settings: HfConfig) -> Router:
     return routing(Router("sigmoid", score_dtype="logits"), "norm_topk_prob")(settings)
 
 
+def bailing(settings: HfConfig) -> Router:
+    """Ling 2's is DeepSeek-V3's; before it, softmax."""
+    function = settings.word("score_function", "softmax", ("softmax", "sigmoid"))
+    if function == "softmax":
+        return SOFTMAX(settings)
+    return replace(DEEPSEEK_V3(settings), ranking_bias="expert_bias")
+
+
 def longcat(settings: HfConfig) -> Router:
     """Softmax over experts and identities, of which a bias picks (arXiv 2509.01322, section 2)."""
     zero = settings.whole("zero_expert_num", 0)
