@@ -19,7 +19,6 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
 from leanmoe.models.reference import NAME, folder_of
 
-"""The name of the model that ships with leanmoe."""
 FILE = "config.json"
 MODELOPT_FILE = "hf_quant_config.json"
 """ModelOpt's settings; its older versions write nothing in config.json."""
@@ -33,27 +32,16 @@ INHERITED = (
 NAMES: Mapping[str, tuple[str, ...]] = {
     "num_hidden_layers": ("num_layers",),
     "num_experts": (
-        "n_routed_experts",
-        "num_local_experts",
-        "moe_num_experts",
-        "num_routed_experts",
+        "n_routed_experts", "num_local_experts", "moe_num_experts", "num_routed_experts",
     ),
     "num_experts_per_tok": (
-        "num_experts_per_token",
-        "experts_per_token",
-        "moe_k",
-        "moe_topk",
-        "moe_top_k",
+        "num_experts_per_token", "experts_per_token", "moe_k", "moe_topk", "moe_top_k",
         "top_k_experts",
     ),
     "moe_latent_size": ("routed_expert_hidden_size", "moe_hidden_size"),
     "n_shared_experts": ("num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
     "norm_topk_prob": ("moe_renormalize",),
-    "routed_scaling_factor": (
-        "route_scale",
-        "router_scaling_factor",
-        "moe_router_scaling_factor",
-    ),
+    "routed_scaling_factor": ("route_scale", "router_scaling_factor", "moe_router_scaling_factor"),
     "n_group": ("num_expert_group",),
     "first_k_dense_replace": ("num_dense_layers", "moe_layer_start_index"),
     "num_key_value_heads": ("num_attention_groups",),
@@ -64,7 +52,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "full_attention_interval": ("layer_group_size",),
     "linear_conv_kernel_dim": ("short_conv_kernel_size",),
     "quantization_config": ("quantization", "compression_config"),
-}
+}  # fmt: skip
 """One setting, and the names it goes by in one family or another."""
 LAYER_LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 """Nemotron-H's published pattern of layers, one letter each."""

@@ -87,11 +87,6 @@ class MoEShape:
         )
 
     @property
-    def weight_bytes(self) -> float:
-        """Bytes of one routed-expert weight as stored."""
-        return self.storage.expert_bytes
-
-    @property
     def routed_layers(self) -> int:
         """Layers with routed experts, however these are picked."""
         return len(self.moe_layers) + len(self.hash_layers)

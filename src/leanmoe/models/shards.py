@@ -17,7 +17,7 @@ from typing import Any
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
 from leanmoe.models.parameters import Parameters
-from leanmoe.models.weight_format import Storage
+from leanmoe.models.weight_format import FIELDS, Storage
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -56,21 +56,14 @@ def from_shards(
     if expert < LEAST_BYTES:
         return stored
 
-    def mean(part: str, weights: int, otherwise: float) -> float:
-        return sizes[part] / weights if weights and sizes[part] else otherwise
-
     is_as_said = stored.unknown is None and abs(expert / stored.expert_bytes - 1) < CLOSE
     name = DTYPES.get(dtypes.most_common(1)[0][0], f"{8 * expert:.3g} bits")
+    weights = {part: getattr(parameters, part) for part in sizes}
+    own = {FIELDS[part]: sizes[part] / count for part, count in weights.items() if count}
     return replace(
         stored,
+        **{**own, "expert_bytes": expert},
         name=stored.name if is_as_said else name,
-        expert_bytes=expert,
-        mixer_bytes=mean("mixers", parameters.mixers, stored.mixer_bytes),
-        dense_bytes=mean("dense", parameters.dense, stored.dense_bytes),
-        shared_bytes=mean("shared", parameters.shared, stored.shared_bytes),
-        head_bytes=mean("head", parameters.head, stored.head_bytes),
-        embedding_bytes=mean("embedding", parameters.embedding, stored.embedding_bytes),
-        router_bytes=mean("routers", parameters.routers, stored.router_bytes),
         unknown=None,
         source="headers of the shards",
     )

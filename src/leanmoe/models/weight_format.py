@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from leanmoe.models.hf_config import HfConfig
+from leanmoe.models.hf_config import FILE, HfConfig
 from leanmoe.models.modules import Module, UnknownFormatError
 from leanmoe.models.quantisation import Format, rule_of
 
@@ -41,8 +41,16 @@ class Storage:
     unknown: str | None = None
     """Why none of these bytes can be told; they stand as those of the dtype then, and what depends
     on them is not shown."""
-    source: str = "config.json"
+    source: str = FILE
     """What the bytes were read from."""
+
+
+FIELDS: Mapping[str, str] = {
+    "expert": "expert_bytes", "mixers": "mixer_bytes", "dense": "dense_bytes",
+    "shared": "shared_bytes", "head": "head_bytes", "embedding": "embedding_bytes",
+    "routers": "router_bytes",
+}  # fmt: skip
+"""Where the bytes of each part of `Parameters` stand in `Storage`."""
 
 
 def storage(settings: HfConfig, modules: Iterable[Module]) -> Storage:
@@ -62,23 +70,14 @@ def storage(settings: HfConfig, modules: Iterable[Module]) -> Storage:
             formats = _formats(HfConfig({**whole, **quantised.values}), modules, plain)
         except UnknownFormatError as error:
             unknown = f"quantization_config: {error}"
-    bytes_of = {part: _mean(formats.get(part, {plain: 1})) for part in PARTS}
     names = sorted(formats.get("expert", {plain: 1}).items(), key=lambda pair: -pair[1])
     return Storage(
         name="not known" if unknown else " and ".join(dict.fromkeys(f.name for f, _ in names)),
-        expert_bytes=bytes_of["expert"],
-        mixer_bytes=bytes_of["mixers"],
-        dense_bytes=bytes_of["dense"],
-        shared_bytes=bytes_of["shared"],
-        head_bytes=bytes_of["head"],
-        embedding_bytes=bytes_of["embedding"],
-        router_bytes=bytes_of["routers"],
         plain_bytes=plain.stored,
         unknown=unknown,
+        source=FILE,
+        **{FIELDS[part]: _mean(formats.get(part, {plain: 1})) for part in FIELDS},
     )
-
-
-PARTS = ("expert", "mixers", "dense", "shared", "head", "embedding", "routers")
 
 
 def _formats(

@@ -52,11 +52,14 @@ def analysis() -> Analysis:
     """
     model, gpu = published_shape(paper.V3), GPUS["h200"]
     ridge, wrong = gpu.flops_fp8 / gpu.bandwidth, paper.SHARED_WIDTH_OF_TABLE_1
-    routed, shared = model.top_k * model.expert_width, 3 * model.hidden * wrong * model.weight_bytes
+    routed, shared = (
+        model.top_k * model.expert_width,
+        3 * model.hidden * wrong * model.storage.expert_bytes,
+    )
 
     def cost(tokens: int, experts: int, k: int, hidden: int, width: int) -> LayerCost:
         distinct = distinct_uniform(experts, k, tokens)
-        weights = distinct * 3 * hidden * width * model.weight_bytes
+        weights = distinct * 3 * hidden * width * model.storage.expert_bytes
         products = 2 * tokens * k * 3 * hidden * width
         passed = 2.0 * tokens * (2 * hidden + k * width)
         return LayerCost(weights, distinct, passed, products, products / (weights + passed))
