@@ -25,7 +25,7 @@ def test_few_documents_are_cut_into_passages_of_which_none_is_in_both_halves(
 
 
 def test_sections_of_a_plain_file_are_dealt_to_both_halves(tmp_path: Path) -> None:
-    paragraphs = (f"paragraph {n}. " + "word " * 400 for n in range(60))
+    paragraphs = (" ".join(f"word{n}x{m}" for m in range(250)) for n in range(60))
     (tmp_path / "plain.txt").write_text("\n\n".join(paragraphs))
     found = read_domain("plain", tmp_path / "plain.txt")
     assert abs(len(found.calibration) - len(found.heldout)) <= 1
@@ -35,7 +35,9 @@ def test_sections_of_a_plain_file_are_dealt_to_both_halves(tmp_path: Path) -> No
 def test_a_domain_too_short_is_refused_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "short.txt").write_text("\n\n".join(f"{n} " + "word " * 400 for n in range(12)))
+    (tmp_path / "short.txt").write_text(
+        "\n\n".join(" ".join(f"{n}x{m} word" for m in range(250)) for n in range(12))
+    )
     short = ["--domain", f"short={tmp_path / 'short.txt'}", "--tasks", "none"]
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once"}\n' * 10)
     prompts = ["--prompts", str(tmp_path / "prompts.jsonl")]

@@ -73,7 +73,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [{"prompt": f"The {n} and the", "answer": n, "pattern": r"\w+"} for n in NOUNS],
     )
     for name, words in (("old", "thou hast seen the "), ("new", "call the function with a ")):
-        lines = [{"text": f"{k} {n}: " + (words + f"{n} and {NOUNS[k % 12]}. ") * 12}
+        lines = [{"text": f"{k} {n}: " + (words + f"{n} and {NOUNS[k % 12]} {k}. ") * 12}
                  for k, n in enumerate(NOUNS * 8)]  # fmt: skip
         write_lines(folder / f"{name}.jsonl", lines)
     return folder

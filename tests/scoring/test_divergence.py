@@ -70,6 +70,12 @@ def test_divergence_is_that_of_the_models_own_logits(family: str) -> None:
     np.testing.assert_allclose(found.full.loss_U, sums_by_hand(windows, full, full)[1], rtol=1e-5)
     assert found.plan.tokens_U.tolist() == [46, 39, 27]
     assert found.plan.names == windows.names
+    with apply(model, uniform(model, Rule(top_k=2))):
+        likeliest = [log.argmax(-1)[:-1] for log in by_hand(model, windows)]
+    changed = [
+        int((now != p.argmax(-1)[:-1]).sum()) for now, p in zip(likeliest, full, strict=True)
+    ]
+    assert found.flips_U.tolist() == [changed[n] + changed[n + 1] for n in (0, 2, 4)]
 
 
 def test_the_full_model_does_not_diverge_from_itself() -> None:

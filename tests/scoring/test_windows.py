@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,3 +142,12 @@ def test_full_windows_need_no_attention_mask() -> None:
     (padded,) = mixed.batches()
     assert padded.attention_mask is not None
     assert padded.attention_mask.sum().item() == 52
+
+
+def test_windows_of_several_texts_are_joined_with_their_sources() -> None:
+    one = Windows.of_ids(torch.arange(40).reshape(2, 20), ["a", "b"])
+    other = replace(Windows.of_ids(torch.arange(60).reshape(3, 20)), sources=("s", "s", "t"))
+    both = Windows.joined([one, other])
+    assert both.documents_S.tolist() == [0, 1, 2, 3, 4]
+    assert both.sources == ("a", "b", "s", "s", "t")
+    assert (both.documents, both.units, both.tokens) == (5, 4, 100)

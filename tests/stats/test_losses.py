@@ -27,9 +27,20 @@ def test_losses_of_other_texts_are_not_compared() -> None:
 def test_sums_add_up_and_survive_json() -> None:
     full, plan = losses(3), losses(3, 1.01)
     assert Losses.from_json(plan.to_json()).loss_U.tolist() == plan.loss_U.tolist()
-    once = Divergence(np.array([1.0, 2.0, 3.0]), plan, full)
+    once = Divergence(np.array([1.0, 2.0, 3.0]), np.array([4.0, 0.0, 8.0]), plan, full)
     assert (once + once).mean_kl == pytest.approx(6.0 / 300)
     assert once.loss_difference == pytest.approx(plan.mean - full.mean)
+    assert (once + once).flips == pytest.approx(12 / 300)
+    assert Divergence.from_json(once.to_json()).to_json() == once.to_json()
+
+
+def test_the_worst_tenth_is_of_the_documents_that_lose_most() -> None:
+    full = losses(20)
+    harm_U = np.array([*[0.01] * 18, 0.2, 0.3])
+    plan = Losses(full.names, full.loss_U * (1 + harm_U), full.tokens_U)
+    worst = Divergence(np.zeros(20), np.zeros(20), plan, full).worst_tenth()
+    assert 0.2 < worst < 0.3
+    assert Divergence(np.zeros(20), np.zeros(20), full, full).worst_tenth() == 0
 
 
 def test_documents_are_numbered_by_their_source() -> None:

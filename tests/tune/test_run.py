@@ -151,7 +151,8 @@ def test_other_settings_do_not_mix_into_a_run(
 
 
 def _write(path: Path, documents: int, words: int) -> str:
-    lines = [json.dumps({"text": f"{n} " + "one two three " * words}) for n in range(documents)]
+    texts = [" ".join(f"{n}x{m} two three" for m in range(words)) for n in range(documents)]
+    lines = [json.dumps({"text": text}) for text in texts]
     path.write_text("\n".join(lines))
     return str(path)
 

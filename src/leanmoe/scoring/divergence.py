@@ -27,7 +27,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -181,14 +181,15 @@ class Head:
             normalisers.append(_log_sum_exp_in_place(logits_TV)[0])
         return torch.cat(normalisers), torch.cat(tokens)
 
-    def expected(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """(log Z [T], mean output vector [T, D] under the next-token distribution)."""
-        normalisers, means = [], []
+    def expected(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(log Z [T], likeliest token [T], mean output vector [T, D] under the distribution)."""
+        normalisers, tokens, means = [], [], []
         for logits_TV in self._slices(hidden_TD):
+            tokens.append(logits_TV.argmax(-1))
             normaliser_T, sums_T = _log_sum_exp_in_place(logits_TV)
             normalisers.append(normaliser_T)
             means.append(logits_TV @ self.weight_VD / sums_T[:, None])
-        return torch.cat(normalisers), torch.cat(means)
+        return torch.cat(normalisers), torch.cat(tokens), torch.cat(means)
 
     def crossed(self, expected_TD: Tensor, hidden_TD: Tensor) -> Tensor:
         """The mean logit [T], float64, short of the bias: under the distribution whose mean output
@@ -246,7 +247,7 @@ def _own_logits(model: Any, hidden_TD: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full model predicts on some windows: D + 4 numbers a token instead of V.
+    """What the full model predicts on some windows: D + 6 numbers a scored token instead of V.
 
     `compare` scores other final hidden states of the same windows against it; see `head`.
     """
@@ -254,11 +255,14 @@ class Reference:
     windows: Windows
     head: Head
     expected_SND: Tensor
-    """Mean output vector under the full model's next-token distribution; float32."""
+    """Mean output vector under the full model's next-token distribution; float32. This and what
+    follows starts at the first position that is scored."""
     mean_log_SN: Tensor
     """Mean log-probability under it (minus its entropy), short of the head's bias; float64."""
     loss_SN: Tensor
     """-log p of the token that follows; float64."""
+    likeliest_SN: Tensor
+    """The token with the largest logit."""
 
     @torch.inference_mode()
     def compare(self, batch: WindowBatch, hidden_SND: Tensor) -> Divergence:
@@ -267,34 +271,39 @@ class Reference:
         Raises LeanMoeError, naming the document, when a logit is not a finite number.
         """
         at = _Predicted(batch, self.windows, hidden_SND)
-        normaliser_T = at.require_finite(self.head.log_normaliser(at.hidden_TD))
+        log_normaliser_T, likeliest_T = self.head.log_normaliser_and_likeliest(at.hidden_TD)
+        normaliser_T = at.require_finite(log_normaliser_T)
         crossed_T = self.head.crossed(self.expected_SND[at.places], at.hidden_TD)
         kl_T = self.mean_log_SN[at.places] - crossed_T + normaliser_T
         loss_T = normaliser_T - self.head.logits_at(at.hidden_TD, at.following_T)
-        return Divergence(at.sums(kl_T), at.losses(loss_T), at.losses(self.loss_SN[at.places]))
+        flips_T = likeliest_T != self.likeliest_SN[at.places]
+        full = at.losses(self.loss_SN[at.places])
+        return Divergence(at.sums(kl_T), at.sums(flips_T), at.losses(loss_T), full)
 
 
 @torch.inference_mode()
 def reference(model: Any, windows: Windows, batch_tokens: int = BATCH_TOKENS) -> Reference:
     """One pass of the full model over `windows`, kept for `Reference.compare`.
 
-    Takes 4 (D + 4) bytes a token. Nothing may be applied to the model at the time.
+    Takes 4 (D + 6) bytes a scored token. Nothing may be applied to the model at the time.
     Raises LeanMoeError, naming the document, when a logit is not a finite number.
     """
     head = Head.of(model)
     rows, length = windows.ids_SN.shape
     device = head.weight_VD.device
-    expected_SND = torch.zeros((rows, length - 1, head.weight_VD.shape[1]), device=device)
-    mean_log_SN = torch.zeros((rows, length - 1), dtype=torch.float64, device=device)
-    loss_SN = torch.zeros_like(mean_log_SN)
+    read = length - 1 - windows.prompt_tokens
+    expected_SND = torch.zeros((rows, read, head.weight_VD.shape[1]), device=device)
+    mean_log_SN = torch.zeros((rows, read), dtype=torch.float64, device=device)
+    loss_SN, likeliest_SN = torch.zeros_like(mean_log_SN), torch.zeros_like(mean_log_SN).long()
     for batch, hidden_SND in hidden_of(model, windows, "Full model", batch_tokens):
         at = _Predicted(batch, windows, hidden_SND)
-        log_normaliser_T, expected_TD = head.expected(at.hidden_TD)
+        log_normaliser_T, likeliest_T, expected_TD = head.expected(at.hidden_TD)
         normaliser_T = at.require_finite(log_normaliser_T)
+        likeliest_SN[at.places] = likeliest_T
         expected_SND[at.places] = expected_TD
         mean_log_SN[at.places] = head.crossed(expected_TD, at.hidden_TD) - normaliser_T
         loss_SN[at.places] = normaliser_T - head.logits_at(at.hidden_TD, at.following_T)
-    return Reference(windows, head, expected_SND, mean_log_SN, loss_SN)
+    return Reference(windows, head, expected_SND, mean_log_SN, loss_SN, likeliest_SN)
 
 
 def divergence(
@@ -303,15 +312,18 @@ def divergence(
     what: str = "Plan",
     decode_batch: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    draw: int = 0,
 ) -> Divergence:
     """KL(full ‖ plan) and both losses per document, under whatever is applied to the model now.
 
-    `decode_batch` must be that of the `apply` at work; `what` names the progress bar.
-    Raises LeanMoeError, naming the document, when a logit is not a finite number.
+    `decode_batch` must be that of the `apply` at work; `what` names the progress bar. Another
+    `draw` puts the windows in batches with others. Raises LeanMoeError, naming the document, when
+    a logit is not a finite number.
     """
+    windows = replace(against.windows, seed=against.windows.seed + draw)
     first, *others = (
         against.compare(batch, hidden_SND)
-        for batch, hidden_SND in hidden_of(model, against.windows, what, batch_tokens, decode_batch)
+        for batch, hidden_SND in hidden_of(model, windows, what, batch_tokens, decode_batch)
     )
     return sum(others, start=first)
 
@@ -345,11 +357,11 @@ class _Predicted:
         device = hidden_SND.device
         rows_T, positions_T = batch.predicted.nonzero(as_tuple=True)
         numbers_T = batch.rows_S[rows_T]
-        self.names = windows.names
+        self.names, self.sources = windows.names, windows.sources
         self.documents_T = windows.documents_S[numbers_T]
         self.following_T = batch.ids_SN[rows_T, positions_T + 1].to(device)
-        self.places = (numbers_T.to(device), positions_T.to(device))
-        """Rows and positions in the windows."""
+        self.places = (numbers_T.to(device), (positions_T - windows.prompt_tokens).to(device))
+        """Rows of the windows, and positions from the first that is scored."""
         self.hidden_TD = hidden_SND[rows_T.to(device), positions_T.to(device)]
 
     def require_finite(self, normaliser_T: Tensor) -> Tensor:
@@ -372,4 +384,4 @@ class _Predicted:
     def losses(self, loss_T: Tensor) -> Losses:
         """The sums, with the tokens they are of."""
         tokens: Counts = np.bincount(self.documents_T.numpy(), minlength=len(self.names))
-        return Losses(self.names, self.sums(loss_T), tokens)
+        return Losses(self.names, self.sums(loss_T), tokens, self.sources)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ class Windows:
     """The first tokens of each window whose next-token prediction nobody reads: not scored."""
     reply_tokens: int = 0
     """Where above 0, what follows are replies of so many tokens to ever longer prompts."""
+    sources: tuple[str, ...] = ()
+    """What each document is from; without, each is a source of its own."""
 
     @classmethod
     def of_ids(cls, ids_SN: Tensor, names: Sequence[str] | None = None) -> Windows:
@@ -91,6 +94,26 @@ class Windows:
     def documents(self) -> int:
         """Documents the windows are from."""
         return len(self.names)
+
+    @property
+    def units(self) -> int:
+        """Sources the documents are from."""
+        return len(set(self.sources or self.names))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Windows]) -> Windows:
+        """The windows of several texts as those of one; all must be of one length."""
+        sources = [name for part in parts for name in part.sources or part.names]
+        starts = accumulate((part.documents for part in parts), initial=0)
+        numbers = [part.documents_S + start for part, start in zip(parts, starts, strict=False)]
+        return replace(
+            parts[0],
+            ids_SN=torch.cat([part.ids_SN for part in parts]),
+            lengths_S=torch.cat([part.lengths_S for part in parts]),
+            documents_S=torch.cat(numbers),
+            names=tuple(name for part in parts for name in part.names),
+            sources=tuple(sources),
+        )
 
     @property
     def mask(self) -> Tensor:
@@ -221,6 +244,7 @@ def cut(
         torch.tensor([renumbered[number] for number, _ in chosen]),
         tuple(shuffled[number].name for number in used),
         seed,
+        sources=tuple(shuffled[number].unit for number in used),
     )
 
 

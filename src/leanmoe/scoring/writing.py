@@ -149,7 +149,7 @@ def divergence_by_position(
 
 
 def _kl(head: Head, full_TD: Tensor, plan_TD: Tensor) -> NDArray[np.float64]:
-    log_full_T, expected_TD = head.expected(full_TD)
+    log_full_T, _, expected_TD = head.expected(full_TD)
     log_plan_T = head.log_normaliser(plan_TD)
     kl_T = (
         head.crossed(expected_TD, full_TD)

@@ -73,6 +73,8 @@ class Divergence:
     """What changed from the full model: KL(full ‖ plan) and both losses (nats), per document."""
 
     kl_U: Floats
+    flips_U: Floats
+    """Predicted tokens whose likeliest token is another than the full model's."""
     plan: Losses
     full: Losses
 
@@ -88,7 +90,44 @@ class Divergence:
 
     def __add__(self, other: Divergence) -> Divergence:
         """The same documents, other tokens of them."""
-        return Divergence(self.kl_U + other.kl_U, self.plan + other.plan, self.full + other.full)
+        return Divergence(
+            self.kl_U + other.kl_U,
+            self.flips_U + other.flips_U,
+            self.plan + other.plan,
+            self.full + other.full,
+        )
+
+    @property
+    def flips(self) -> float:
+        """The share of predicted tokens whose likeliest token changed."""
+        return float(self.flips_U.sum() / self.plan.tokens_U.sum())
+
+    def worst_tenth(self) -> float:
+        """The relative increase in loss over the tenth of the documents that it is largest in."""
+        scored_U = self.full.loss_U > 0
+        plan_U, full_U = self.plan.loss_U[scored_U], self.full.loss_U[scored_U]
+        count = max(1, round(len(full_U) / 10))
+        worst = np.argsort(plan_U / full_U)[-count:]
+        return float(plan_U[worst].sum() / full_U[worst].sum() - 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """The sums as JSON values."""
+        return {
+            "kl": self.kl_U.tolist(),
+            "flips": self.flips_U.tolist(),
+            "plan": self.plan.to_json(),
+            "full": self.full.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str = "divergence") -> Divergence:
+        """Reads what `to_json` wrote."""
+        return cls(
+            np.asarray(value["kl"], dtype=np.float64),
+            np.asarray(value["flips"], dtype=np.float64),
+            Losses.from_json(value["plan"], where),
+            Losses.from_json(value["full"], where),
+        )
 
 
 def require_paired(first: Losses, second: Losses) -> None:
