@@ -32,15 +32,13 @@ def test_intervals_are_written_field_by_field() -> None:
 @pytest.mark.parametrize(
     ("words", "value", "in_nats", "shown"),
     [
-        ("0.5%", 0.005, False, "0.50%"),
-        (0.005, 0.005, False, "0.50%"),
+        ("0.5%", 0.005, False, "0.5%"),
+        ("0.005", 0.005, False, "0.5%"),
         ("0.01 nats", 0.01, True, "0.01 nats"),
     ],
 )
-def test_a_margin_is_a_share_or_nats(
-    words: str | float, value: float, in_nats: bool, shown: str
-) -> None:
-    margin = Margin.parse(words)
+def test_a_margin_is_a_share_or_nats(words: str, value: float, in_nats: bool, shown: str) -> None:
+    margin = Margin.parse("--margin", words)
     assert margin.value == pytest.approx(value)
     assert (margin.in_nats, str(margin)) == (in_nats, shown)
     assert margin.show(-0.002) == ("-0.0020 nats" if in_nats else "-0.20%")
@@ -48,5 +46,7 @@ def test_a_margin_is_a_share_or_nats(
 
 @pytest.mark.parametrize("words", ["x", "0", "-1%", "150%", "2", "1% nats", "nats", "nan"])
 def test_another_margin_is_refused(words: str) -> None:
-    with pytest.raises(LeanMoeError, match=r"--margin is .*: it must be a share like 0.5%"):
-        Margin.parse(words)
+    with pytest.raises(
+        LeanMoeError, match=r"--margin is .*: it must be (a share like 0.5%|above 0 and below 1)"
+    ):
+        Margin.parse("--margin", words)

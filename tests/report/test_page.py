@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from leanmoe.core.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
+from leanmoe.core.intervals import LossChange, LossGap, Margin, MeanChange, RatioOfRuns
 from leanmoe.plan import Plan
 from leanmoe.report import plots
 from leanmoe.report.page import CONFIG, interval, number, plot, render, sure
@@ -55,7 +55,7 @@ def test_a_confidence_keeps_its_digits() -> None:
 
 def test_plots_stay_readable_in_a_narrow_window() -> None:
     """They are scrolled, and the buttons above them leave room for a legend."""
-    html = plot(plots.loss_front(example.tune_results().fronts[1], 0.005))
+    html = plot(plots.loss_front(example.tune_results().fronts[1], Margin(0.005)))
     assert html.startswith('<div class="scroll">')
     assert json.dumps({"modeBarButtons": CONFIG["modeBarButtons"]})[1:-1] in html
     assert CONFIG["modeBarButtons"] == [["toImage", "resetScale2d"]]

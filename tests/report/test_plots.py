@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from leanmoe.core.intervals import Margin
 from leanmoe.plan import Plan, Rule
 from leanmoe.report import plots
 from tests.report import example
@@ -15,13 +16,13 @@ from tests.report import example
 def test_ticks_of_times_that_lie_close_differ(times: list[float]) -> None:
     front = example.tune_results().fronts[1]
     points = tuple(replace(front.points[0], modelled_time=time) for time in times)
-    axis = plots.loss_front(replace(front, points=points), 0.005).layout.xaxis
+    axis = plots.loss_front(replace(front, points=points), Margin(0.005)).layout.xaxis
     assert axis.tickformat == "~%"
     assert 0.5 < axis.range[0] < min(times) <= max(times) < axis.range[1] < 0.6
 
 
 def test_the_chosen_plan_is_a_trace_of_its_own() -> None:
-    figure = plots.loss_front(example.tune_results().fronts[1], 0.005)
+    figure = plots.loss_front(example.tune_results().fronts[1], Margin(0.005))
     assert [trace.name for trace in figure.data] == ["validated", "chosen plan"]
     assert len(figure.data[1].x) == 1
 

@@ -39,7 +39,7 @@ def test_headline_names_gain_interval_and_bound() -> None:
     text = headline(example.tune_results())
     assert "+15.0%" in text
     assert "+10.0% to +20.0%" in text
-    assert "margin +0.5%" in text
+    assert "margin 0.5%" in text
 
 
 @pytest.mark.parametrize(("confidence", "shown"), [(0.8, "80%"), (0.975, "97.5%")])

@@ -244,7 +244,7 @@ def test_verdicts_follow_the_bound_and_say_why() -> None:
     full, plan = some_losses(60, 0.002)
     within = paired.non_inferior(full, plan, Margin(0.005))
     assert within.accepted
-    assert "within the margin of 0.50%" in within.reason
+    assert "within the margin of 0.5%" in within.reason
     short = paired.non_inferior(full, plan, Margin(within.loss.ratio + 1e-4))
     assert not short.accepted
     assert "independent documents like these would show" in short.reason

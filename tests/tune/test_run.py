@@ -19,7 +19,7 @@ from leanmoe.runtime import load_model, shape_of
 SMALL = [
     *("--concurrency", "1,2", "--margin", "5%", "--input-len", "32", "--output-len", "4"),
     *("--repeats", "3", "--profile-tokens", "2000", "--sensitivity-tokens", "400"),
-    *("--heldout-tokens", "2500"),
+    *("--heldout-tokens", "2500", "--text", "topics", "--text", "readmes"),
 ]
 
 

@@ -17,7 +17,8 @@ SETTINGS = TuneSettings(model="reference")
     [
         ({"concurrency": (8, 1)}, "concurrency is"),
         ({"concurrency": ()}, "concurrency is"),
-        ({"margin": 0.0}, "margin is 0.0"),
+        ({"batch_draws": 0}, "batch-draws is 0"),
+        ({"text": (("a", "x"), ("a", "y"))}, "two --text are of one kind"),
         ({"confidence": 1.0}, "confidence is 1.0"),
         ({"repeats": 1}, "repeats is 1"),
         ({"input_len": 4}, "input-len is 4"),

@@ -65,11 +65,32 @@ def show(results: TuneResults, folder: Path) -> None:
     console.print(table)
     if results.total_or_activated:
         console.print(_totals(results.total_or_activated))
+    if results.text.kinds:
+        console.print(_kinds(results))
     for verdict in results.verdicts:
         console.print(f"Concurrency {verdict.concurrency}: {verdict.reason}.")
     console.print()
     console.print(headline(results))
     console.print(f"Plan: {folder / 'plan.json'}   Page: {folder / 'report.html'}")
+
+
+def _kinds(results: TuneResults) -> Table:
+    table = Table(title=f"Loss by kind of text, margin {results.margin}", title_justify="left")
+    for name in ("concurrency", "kind", "loss", "at most", "KL", "tokens changed", "worst tenth"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for verdict in results.verdicts:
+        for each in verdict.kinds:
+            bound = percent(each.loss.upper_bound)
+            table.add_row(
+                str(verdict.concurrency),
+                each.kind,
+                percent(each.loss.ratio),
+                Text(bound, "" if each.accepted else "red"),
+                f"{each.divergence:.4f}",
+                f"{each.flips:.1%}",
+                percent(each.worst_tenth),
+            )
+    return table
 
 
 def _totals(rows: Sequence[PruneOrSkipRow]) -> Table:

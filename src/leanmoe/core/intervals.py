@@ -14,21 +14,24 @@ class Margin:
     value: float
     in_nats: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises LeanMoeError for a margin that is not above 0 and below 1."""
+        if not 0 < self.value < 1:
+            raise LeanMoeError(f"--margin is {self}: it must be above 0 and below 1 (100%)")
+
     @classmethod
-    def parse(cls, text: str | float, name: str = "--margin") -> Margin:
+    def parse(cls, name: str, text: str) -> Margin:
         """Reads "0.5%", "0.005" or "0.01 nats". Raises LeanMoeError for anything else."""
-        words = str(text).strip()
+        words = text.strip()
         number = words.removesuffix("nats").strip()
         in_nats = number != words
+        share = number if in_nats else number.removesuffix("%")
         try:
-            value = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
-        except ValueError:
-            value = 0.0
-        if not 0 < value < 1 or (in_nats and number.endswith("%")):
+            value = float(share) / (100 if share != number else 1)
+        except ValueError as error:
             raise LeanMoeError(
-                f"{name} is {words!r}: it must be a share like 0.5% or nats a token like "
-                "'0.01 nats', above 0 and below 1"
-            )
+                f"{name} is {words!r}: it must be a share like 0.5% or nats like '0.01 nats'"
+            ) from error
         return cls(value, in_nats)
 
     def show(self, change: float) -> str:
@@ -36,7 +39,7 @@ class Margin:
         return f"{change:+.4f} nats" if self.in_nats else f"{change:+.2%}"
 
     def __str__(self) -> str:
-        return f"{self.value:g} nats" if self.in_nats else f"{self.value:.2%}"
+        return f"{self.value:g} nats" if self.in_nats else f"{100 * self.value:g}%"
 
 
 @dataclass(frozen=True)

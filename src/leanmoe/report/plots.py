@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from leanmoe.core.intervals import LossChange, RatioOfRuns
+from leanmoe.core.intervals import LossChange, Margin, RatioOfRuns
 from leanmoe.plan import Plan
 from leanmoe.results.bench import THROUGHPUT, TPOT, BenchResults
 from leanmoe.results.predict import SweepResults
@@ -26,16 +26,17 @@ COLOURS = (OURS, "#d08c60", "#5b5ea6", "#a23b72", "#4f772d", "#3a86c8", "#8d6a9f
 Values = Sequence[float | None]
 
 
-def loss_front(front: LoadFront, margin: float) -> go.Figure:
+def loss_front(front: LoadFront, margin: Margin) -> go.Figure:
     """Next-token loss against MoE-layer time for the plans validated for one concurrency."""
     figure = _figure("MoE layer time, share of the full model's (less is faster)", _LOSS)
-    figure.add_hline(
-        y=100 * margin,
-        line={"color": LIMIT, "dash": "dash", "width": 1.5},
-        annotation_text=f"margin {100 * margin:g}%",
-        annotation_font_color=LIMIT,
-        annotation_position="top left",
-    )
+    if not margin.in_nats:
+        figure.add_hline(
+            y=100 * margin.value,
+            line={"color": LIMIT, "dash": "dash", "width": 1.5},
+            annotation_text=f"margin {margin}",
+            annotation_font_color=LIMIT,
+            annotation_position="top left",
+        )
     for chosen, colour, name in ((False, FULL, "validated"), (True, OURS, "chosen plan")):
         points = [point for point in front.points if point.chosen is chosen]
         if points:

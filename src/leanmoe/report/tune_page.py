@@ -23,7 +23,7 @@ def tune_page(results: TuneResults, plan: Plan) -> str:
 
 def headline(results: TuneResults) -> str:
     """The verdict in one sentence, losses and ties as plainly as wins."""
-    margin = percent(results.margin, 1)
+    margin = str(results.margin)
     accepted = [
         (verdict.gain, verdict.loss, verdict.concurrency)
         for verdict in results.verdicts

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from leanmoe.core.intervals import LossChange, LossGap, RatioOfRuns
+from leanmoe.core.intervals import LossChange, LossGap, Margin, RatioOfRuns
 from leanmoe.core.provenance import Provenance, StepsMadeWith
 from leanmoe.core.schema import StoredFile, stored_as
 from leanmoe.models.shape import Fingerprint
@@ -33,6 +34,21 @@ class TextPart:
 
     documents: int
     tokens: int
+    sources: int | None = None
+    """What the documents are from: the units of statistics. Not in files of before 0.2."""
+
+
+@dataclass(frozen=True)
+class KindOfText:
+    """Held-out text of one kind: what a proof is for."""
+
+    name: str
+    source: str
+    heldout: TextPart
+    overlap: float
+    """The share of its runs of 13 words that stand in calibration text of any kind."""
+    rarest_harm: float
+    """Harm in a smaller share of the sources may be in none of those that were drawn."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,31 @@ class TuneText:
     source: str
     calibration: TextPart
     heldout: TextPart
+    kinds: tuple[KindOfText, ...] = ()
+
+
+@dataclass(frozen=True)
+class KindLoss:
+    """What a plan costs on one kind of text."""
+
+    kind: str
+    loss: LossChange
+    nats: LossChange
+    """The increase in nats a token, not relative."""
+    divergence: float
+    """KL from the full model, nats a token."""
+    flips: float
+    """The share of tokens whose likeliest next token is another than the full model's."""
+    worst_tenth: float
+    """The relative increase in loss over the tenth of the documents that it is largest in."""
+    batch_draws: int
+    accepted: bool
+    reason: str
+
+    @property
+    def perplexity(self) -> float:
+        """The bound as a relative increase in perplexity."""
+        return math.expm1(self.nats.upper_bound)
 
 
 @dataclass(frozen=True)
@@ -148,6 +189,8 @@ class ValidatedPlan:
     chosen: bool
     rules: tuple[Rule, ...]
     prompt: tuple[Rule, ...]
+    kinds: tuple[KindLoss, ...] = ()
+    """On each kind of text; `loss` is that of the worst."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +310,8 @@ class LoadVerdict:
     loss: LossChange | None
     gain: RatioOfRuns | None
     reason: str
+    kinds: tuple[KindLoss, ...] = ()
+    """On each kind of text; `loss` is that of the worst."""
 
 
 @dataclass(frozen=True)
@@ -299,9 +344,10 @@ class TuneResults(StoredFile):
         return float(self.settings["confidence"])
 
     @property
-    def margin(self) -> float:
-        """The relative increase in loss that a plan may have at most."""
-        return float(self.settings["margin"])
+    def margin(self) -> Margin:
+        """The increase in loss that a plan may have at most."""
+        stored = self.settings["margin"]
+        return Margin(**stored) if isinstance(stored, dict) else Margin(float(stored))
 
     @property
     def keep(self) -> str | None:

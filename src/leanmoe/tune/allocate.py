@@ -126,7 +126,7 @@ def _chosen(
     return tuple(reversed(chosen))
 
 
-SHARES_OF_MARGIN = (0.5, 0.75, 1.0, 1.25, 1.5)
+SHARES_OF_MARGIN = (0.15, 0.3, 0.5, 0.75, 1.0, 1.5)
 """Predicted losses to aim at, as shares of the margin. Predictions miss both ways; the first plan
 that fails on held-out text ends the sequence."""
 
@@ -186,16 +186,14 @@ def points_for(
     sensitivities: Sequence[Sensitivity],
     decode_batch: int,
     times: PhaseTimes,
-    full_loss: float,
+    budgets: Sequence[float],
     prompt: tuple[Rule, ...] | None,
 ) -> list[FrontPoint]:
-    """The plans to validate at one concurrency, safest first; for `prompt` see `front`."""
+    """The plans to validate at one concurrency, safest first; for the others see `front`."""
     settings, prefill = context.settings, prefill_step(context.profile)
     workload = Workload(decode_batch, settings.input_len, settings.output_len, prefill, times)
-    budgets = [share * settings.margin * full_loss for share in SHARES_OF_MARGIN]
-    return front(
-        sensitivities, _full_activity(context, decode_batch, prefill), workload, budgets, prompt
-    )
+    full = _full_activity(context, decode_batch, prefill)
+    return front(sensitivities, full, workload, budgets, prompt)
 
 
 def _full_activity(

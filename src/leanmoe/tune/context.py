@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,12 +18,13 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.core.schema import from_json, to_json
-from leanmoe.core.text import Document, read_corpus, split
+from leanmoe.core.text import Corpus, Document, overlap, read_kinds, split
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Fingerprint, Plan, Rule
 from leanmoe.profile.record import Replay, replay
 from leanmoe.profile.record import profile as measure_profile
 from leanmoe.profile.saved import Profile
+from leanmoe.results.tune import KindOfText, TextPart
 from leanmoe.runtime import (
     IMPLEMENTATION,
     apply,
@@ -33,10 +34,10 @@ from leanmoe.runtime import (
     partial_attention_reason,
     shape_of,
 )
-from leanmoe.scoring.divergence import losses
+from leanmoe.scoring.divergence import Reference, divergence, losses, reference
 from leanmoe.scoring.windows import Windows, cut
-from leanmoe.stats.losses import Losses
-from leanmoe.stats.paired import require_documents
+from leanmoe.stats.losses import Divergence, Losses
+from leanmoe.stats.paired import rarest_harm_seen, require_documents
 from leanmoe.tune.settings import TuneSettings
 
 BATCH_TOKENS = 8192
@@ -76,15 +77,15 @@ GAIN = Stage("gain", timed=True)
 class TuneWindows:
     """The windows of text that each stage uses."""
 
-    source: str
     profiled: Windows
     searched: Windows
     """Calibration text for sensitivities; the first part of each window is its prompt."""
-    proved: Windows
-    """Held-out text; the search never sees it."""
+    proved: Mapping[str, Windows]
+    """Held-out text by kind; the search never sees it."""
     compared: Windows
     """Part of it, for the table of strategies."""
-    calibration_documents: int
+    kinds: tuple[KindOfText, ...]
+    calibration: TextPart
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class TuneContext:
     text: TuneWindows
     profile: Profile
     _replays: dict[tuple[int, Rule, int, int | None], Replay] = field(default_factory=dict)
+    _references: dict[str, Reference] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -131,6 +133,23 @@ class TuneContext:
         """The same for one rule per layer."""
         return [self.activity(n, rule, tokens_in_step) for n, rule in enumerate(rules)]
 
+    def divergence(
+        self, kind: str, plan: Plan, decode_batch: int, draw: int, what: str
+    ) -> Divergence:
+        """What changes under `plan` on the held-out text of a kind, in batches drawn anew."""
+        if kind not in self._references:
+            windows = self.text.proved[kind]
+            self._references[kind] = reference(self.model, windows, BATCH_TOKENS)
+        against = self._references[kind]
+        with apply(
+            self.model,
+            plan,
+            experts=IMPLEMENTATION,
+            decode_batch=decode_batch,
+            prompt_tokens=against.windows.prompt_in_call,
+        ):
+            return divergence(self.model, against, what, decode_batch, BATCH_TOKENS, draw)
+
     def losses(self, windows: Windows, plan: Plan, decode_batch: int | None, what: str) -> Losses:
         """Next-token loss per document under `plan`, `decode_batch` requests decoding at once."""
         with apply(
@@ -149,13 +168,12 @@ def prepare(settings: TuneSettings, folder: RunFolder, command: str) -> TuneCont
     Raises LeanMoeError for a model that cannot be run and for text that is too short.
     """
     quiet_transformers()
-    corpus = read_corpus(settings.text)
-    calibration, heldout = split(corpus.documents, settings.heldout_share, settings.seed)
+    kinds = read_kinds(settings.sources_of_text())
     model, tokenizer = load_model(settings.model, settings.dtype, settings.trust_remote_code)
     find_layers(model)
     if why := batching_reason(model):
         print(f"leanmoe: the gain will not be measured: {why}", file=sys.stderr)
-    text = _cut_text(corpus.source, calibration, heldout, tokenizer, settings, model)
+    text = _cut_text(kinds, tokenizer, settings, model)
     folder.step(PROFILE.name, lambda: _record(model, text, folder, settings, command))
     profile = Profile.load(folder.path)
     return TuneContext(settings, folder, command, model, shape_of(model), text, profile)
@@ -177,46 +195,102 @@ def _record(
     return {"tokens": measured.tokens, "documents": measured.documents}
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """How windows are cut: of a length, with a prompt and replies, and so many of each kind."""
+
+    tokenizer: Any
+    settings: TuneSettings
+    whole: int
+    prompt: int
+    reply: int
+    kinds: int
+
+    def windows(self, documents: Sequence[Document], tokens: int) -> Windows:
+        """Full windows of a kind's share of the tokens, scored behind their prompts."""
+        share = math.ceil(tokens / self.kinds)
+        cut = full_windows(tuple(documents), self.tokenizer, self.whole, share, self.settings)
+        return cut.after_prompt(self.prompt, self.reply)
+
+
 def _cut_text(
-    source: str,
-    calibration: tuple[Document, ...],
-    heldout: tuple[Document, ...],
-    tokenizer: Any,
-    settings: TuneSettings,
-    model: Any,
+    kinds: Mapping[str, Corpus], tokenizer: Any, settings: TuneSettings, model: Any
 ) -> TuneWindows:
     reason = partial_attention_reason(model.config)
     if reason:
         logger.info("every reply is scored in a row of its own: %s", reason)
-    whole, prompt, reply = settings.scored_window(reason is None)
-    searched = full_windows(calibration, tokenizer, whole, settings.sensitivity_tokens, settings)
-    proved = full_windows(heldout, tokenizer, whole, settings.heldout_tokens, settings)
+    shape = settings.scored_window(reason is None)
+    proved: dict[str, Windows] = {}
+    parts: dict[str, tuple[tuple[Document, ...], tuple[Document, ...]]] = {}
+    cut_by = _Cut(tokenizer, settings, *shape, len(kinds))
+    for kind, corpus in kinds.items():
+        try:
+            calibration, heldout = split(corpus.documents, settings.heldout_share, settings.seed)
+            windows = cut_by.windows(heldout, settings.heldout_tokens)
+            _require_enough(windows, settings)
+        except LeanMoeError as error:
+            if settings.text or (kind == list(kinds)[-1] and not parts):
+                raise LeanMoeError(f"text {kind}: {error}") from error
+            print(f"leanmoe: {kind} is no kind of the proof: {error}", file=sys.stderr)
+            continue
+        proved[kind], parts[kind] = windows, (calibration, heldout)
     some = int(settings.compared_share * settings.heldout_tokens)
-    some = min(max(some, FEWEST_COMPARED * whole), settings.heldout_tokens)
-    compared = full_windows(heldout, tokenizer, whole, some, settings)
-    require_documents(compared.documents, settings.confidence)
-    concurrency = max(settings.concurrency)
-    given = (
-        ("calibration", searched, settings.sensitivity_tokens, "--sensitivity-tokens"),
-        ("held-out", compared, some, "--heldout-tokens"),
-    )
-    for name, windows, tokens, option in given:
-        count = len(windows.lengths_S)
-        if count < concurrency:
-            # As many windows as the tokens make: there may be more text.
-            mend = f"more {option}" if count == math.ceil(tokens / whole) else "more text"
-            raise LeanMoeError(
-                f"the {name} text gives {count} windows of {whole} tokens: "
-                f"{concurrency} are needed for concurrency {concurrency}; give {mend}"
-            )
+    some = min(max(some, FEWEST_COMPARED * shape[0]), settings.heldout_tokens)
+    searched = [cut_by.windows(c, settings.sensitivity_tokens) for c, _ in parts.values()]
+    compared = Windows.joined([cut_by.windows(h, some) for _, h in parts.values()])
+    calibration = tuple(document for part, _ in parts.values() for document in part)
+    _require_windows(Windows.joined(searched), settings.sensitivity_tokens, settings)
     return TuneWindows(
-        source=source,
-        profiled=cut(calibration, tokenizer, whole, settings.profile_tokens, settings.seed),
-        searched=searched.after_prompt(prompt, reply),
-        proved=proved.after_prompt(prompt, reply),
-        compared=compared.after_prompt(prompt, reply),
-        calibration_documents=len(calibration),
+        profiled=Windows.joined(
+            [
+                cut(c, tokenizer, shape[0], settings.profile_tokens // len(parts), settings.seed)
+                for c, _ in parts.values()
+            ]
+        ),
+        searched=Windows.joined(searched),
+        proved=proved,
+        compared=compared,
+        kinds=tuple(
+            KindOfText(
+                kind,
+                kinds[kind].source,
+                text_part(windows),
+                overlap(parts[kind][1], calibration),
+                rarest_harm_seen(windows.units, settings.confidence),
+            )
+            for kind, windows in proved.items()
+        ),
+        calibration=text_part(Windows.joined(searched)),
     )
+
+
+def text_part(windows: Windows) -> TextPart:
+    """How much text some windows are of."""
+    return TextPart(windows.documents, windows.tokens, windows.units)
+
+
+def _require_enough(windows: Windows, settings: TuneSettings) -> None:
+    """Raises LeanMoeError where a kind's held-out text is too little to prove anything on."""
+    require_documents(windows.units, settings.confidence)
+    concurrency = max(settings.concurrency)
+    if len(windows.lengths_S) < concurrency:
+        raise LeanMoeError(
+            f"the held-out text gives {len(windows.lengths_S)} windows of "
+            f"{windows.ids_SN.shape[1]} tokens: {concurrency} are needed for concurrency "
+            f"{concurrency}; give more text or more --heldout-tokens"
+        )
+
+
+def _require_windows(searched: Windows, tokens: int, settings: TuneSettings) -> None:
+    count, concurrency = len(searched.lengths_S), max(settings.concurrency)
+    if count < concurrency:
+        # As many windows as the tokens make: there may be more text.
+        is_few = count >= math.ceil(tokens / searched.ids_SN.shape[1])
+        mend = "more --sensitivity-tokens" if is_few else "more text"
+        raise LeanMoeError(
+            f"the calibration text gives {count} windows of {searched.ids_SN.shape[1]} tokens: "
+            f"{concurrency} are needed for concurrency {concurrency}; give {mend}"
+        )
 
 
 def full_windows(
@@ -246,4 +320,5 @@ def full_windows(
         pieces.documents_S.new_tensor(numbers),
         tuple(pieces.names[number] for number in used),
         settings.seed,
+        sources=tuple(pieces.sources[number] for number in used),
     )

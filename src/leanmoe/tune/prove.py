@@ -1,6 +1,10 @@
 """From candidate plans to what is claimed at each concurrency: loss proven, throughput measured.
 
-Plans are validated on text that the search never saw, safest first, up to the first that fails.
+Plans are validated on text that the search never saw. Which, and in which order, is fixed on
+calibration text before any is scored: level by level from the safest, and in each its prompt rules
+alone, then its plan at each load. Testing stops at the first that is not within the margin on every
+kind of text. So the chance that any plan is accepted wrongly is that of one test (`fixed_sequence`
+says why), however many loads, levels and kinds there are.
 """
 
 from __future__ import annotations
@@ -12,113 +16,202 @@ from typing import Any
 
 from leanmoe.bench.in_process import compare_plans
 from leanmoe.bench.settings import BenchSettings, Lengths
-from leanmoe.core.intervals import Margin
 from leanmoe.core.schema import from_json
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.prune.criteria import Kept, restricted
-from leanmoe.results.tune import LoadGain, LoadVerdict, Sensitivity
-from leanmoe.stats.losses import Losses
-from leanmoe.stats.paired import Verdict, fixed_sequence, non_inferior
-from leanmoe.tune.allocate import FrontPoint, points_for
+from leanmoe.results.tune import KindLoss, LoadGain, LoadVerdict, Sensitivity
+from leanmoe.scoring.windows import Windows
+from leanmoe.stats.losses import Divergence, Losses
+from leanmoe.stats.paired import fixed_sequence, non_inferior
+from leanmoe.tune.allocate import SHARES_OF_MARGIN, FrontPoint, points_for
 from leanmoe.tune.context import FULL_LOSSES, GAIN, VALIDATION, TuneContext, digest
 from leanmoe.tune.layers import PhaseTimes
+from leanmoe.tune.settings import TuneSettings
 
 
 @dataclass(frozen=True)
 class Proved:
-    """A point of the front after validation on held-out text."""
+    """A point of the front after validation on held-out text of each kind."""
 
     point: FrontPoint
-    verdict: Verdict
+    kinds: tuple[KindLoss, ...]
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is within the margin on every kind."""
+        return all(each.accepted for each in self.kinds)
+
+    @property
+    def worst(self) -> KindLoss:
+        """The kind that it loses most on: a plan is as good as that."""
+        return max(self.kinds, key=lambda each: (not each.accepted, each.loss.upper_bound))
+
+    @property
+    def reason(self) -> str:
+        """Why it is accepted or not."""
+        return f"{self.worst.kind}: {self.worst.reason}"
 
 
-def full_losses(context: TuneContext) -> Losses:
-    """The full model's loss on the text that plans are proven on."""
+@dataclass(frozen=True)
+class Level:
+    """Plans that aim at one loss, by load: the prompt rules of all alone, and with decode rules."""
+
+    alone: Mapping[int, FrontPoint]
+    own: Mapping[int, FrontPoint]
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What was tested at each load, in order, and what was chosen of it."""
+
+    points: Mapping[int, Sequence[Proved]]
+    chosen: Mapping[int, Proved | None]
+    alone: Proved | None
+    """The chosen level's prompt rules alone: what a load without a band of its own runs."""
+
+
+def search_loss(context: TuneContext) -> float:
+    """The full model's loss on calibration text, nats a token: all that the search knows of it."""
     empty = Plan(context.fingerprint)
-    compute = partial(context.losses, context.text.proved, empty, None, "Full model")
-    return context.take(FULL_LOSSES, Losses, compute)
+    compute = partial(context.losses, context.text.searched, empty, None, "Full model")
+    return context.take(FULL_LOSSES, Losses, compute).mean
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Validates points at one concurrency after the other, on the same held-out text."""
+    """Validates points on the same held-out text."""
 
     context: TuneContext
-    full: Losses
     kept: Kept | None
     """The experts of the memory budget: every plan is restricted to them."""
 
-    def validate(self, points: Sequence[FrontPoint], decode_batch: int) -> list[Proved]:
-        """The points in their order, to the first that is not within the margin."""
-        proved: list[Proved] = []
-
-        def accepts(point: FrontPoint) -> bool:
-            settings = self.context.settings
-            verdict = non_inferior(
-                self.full,
-                self._losses(point, decode_batch),
-                Margin(settings.margin),
-                settings.confidence,
-                settings.seed,
-            )
-            proved.append(Proved(point, verdict))
-            return verdict.accepted
-
-        fixed_sequence(points, accepts)
-        return proved
-
-    def _losses(self, point: FrontPoint, decode_batch: int) -> Losses:
+    def validate(self, load: int, point: FrontPoint) -> Proved:
+        """The point on each kind of text, with `load` requests decoding at once."""
         plan = point_plan(self.context, point, self.kept)
-        what = f"Validate, concurrency {decode_batch}"
-        compute = partial(self.context.losses, self.context.text.proved, plan, decode_batch, what)
         rules = [*plan.bands[0].rules, *plan.prompt]
-        if all(rule.is_empty for rule in point.decode):  # the decode batch decides nothing then
-            return self.context.take(VALIDATION, Losses, compute, "prompt", digest(rules))
-        return self.context.take(VALIDATION, Losses, compute, decode_batch, digest(rules))
+        is_batch_aware = any(rule.is_batch_aware for rule in rules)
+        about = (load if is_batch_aware else "any", digest(rules))
+        kinds = []
+        for kind in self.context.text.proved:
+            draws = range(self.context.settings.batch_draws if is_batch_aware else 1)
+            compute = partial(self._drawn, kind, plan, load, draws)
+            drawn = self.context.take(VALIDATION, tuple[Divergence, ...], compute, kind, *about)
+            kinds.append(kind_loss(self.context.settings, kind, drawn))
+        return Proved(point, tuple(kinds))
+
+    def _drawn(
+        self, kind: str, plan: Plan, load: int, draws: Sequence[int]
+    ) -> tuple[Divergence, ...]:
+        what = f"Validate on {kind}, concurrency {load}"
+        return tuple(self.context.divergence(kind, plan, load, draw, what) for draw in draws)
 
 
-def prove_all(
-    proof: Proof, sensitivities: Sequence[Sensitivity], times: Mapping[int, PhaseTimes]
-) -> dict[int, list[Proved]]:
-    """Proven points by concurrency: the prompt rules of all are those of the largest one's best.
+def kind_loss(settings: TuneSettings, kind: str, drawn: Sequence[Divergence]) -> KindLoss:
+    """The verdict on one kind of text, from one divergence for each draw of the batches."""
+    verdict = non_inferior(
+        drawn[0].full,
+        [each.plan for each in drawn],
+        settings.margin,
+        settings.confidence,
+        settings.seed,
+    )
+    total = sum(drawn[1:], start=drawn[0])
+    return KindLoss(
+        kind,
+        loss=verdict.loss,
+        nats=verdict.nats,
+        divergence=total.mean_kl,
+        flips=total.flips,
+        worst_tenth=total.worst_tenth(),
+        batch_draws=len(drawn),
+        accepted=verdict.accepted,
+        reason=verdict.reason,
+    )
 
-    A plan has one set of prompt rules, at work at every concurrency. The largest concurrency, where
-    prompts cost most, chooses them together with its decode rules, from the fastest plan that holds
-    down; a smaller one then chooses its decode rules beside them. Prompt rules are taken only if
-    they hold alone too, since a concurrency may end without a band of its own.
+
+def levels(
+    proof: Proof, sensitivities: Sequence[Sensitivity], times: Mapping[int, PhaseTimes], loss: float
+) -> list[Level]:
+    """What to test, from calibration text alone, safest first; `loss` is the full model's there.
+
+    A plan has one set of prompt rules, at work at every load. The largest load, where prompts cost
+    most, chooses them together with its decode rules; the others choose theirs beside them.
     """
-    proved: dict[int, list[Proved]] = {}
-    prompt: tuple[Rule, ...] | None = None
-    for concurrency in reversed(proof.context.settings.concurrency):
-        points = _points(proof, sensitivities, concurrency, times[concurrency], prompt)
-        proved[concurrency] = proof.validate(points, concurrency)
-        while prompt is None and (best := last_accepted(proved[concurrency])) is not None:
-            alone = replace(best.point, decode=proof.context.no_rules)
-            if proof.validate([alone], concurrency)[0].verdict.accepted:
-                prompt = best.point.prompt
-            else:
-                proved[concurrency].remove(best)
-    return proved
-
-
-def _points(
-    proof: Proof,
-    sensitivities: Sequence[Sensitivity],
-    concurrency: int,
-    times: PhaseTimes,
-    prompt: tuple[Rule, ...] | None,
-) -> list[FrontPoint]:
-    context = proof.context
-    points = points_for(context, sensitivities, concurrency, times, proof.full.mean, prompt)
+    context, margin = proof.context, proof.context.settings.margin
+    loads = context.settings.concurrency
+    allowed = margin.value if margin.in_nats else margin.value * loss
+    made: list[Level] = []
     if proof.kept is not None:
-        points.insert(0, FrontPoint((), context.no_rules, 0.0, 1.0, "the experts kept alone"))
-    return points
+        kept = FrontPoint((), context.no_rules, 0.0, 1.0, "the experts kept alone")
+        made.append(Level(dict.fromkeys(loads, kept), {}))
+    for share in SHARES_OF_MARGIN:
+
+        def points(load: int, prompt: tuple[Rule, ...] | None) -> list[FrontPoint]:
+            budgets = [share * allowed]  # noqa: B023 - called in this round alone
+            return points_for(context, sensitivities, load, times[load], budgets, prompt)
+
+        prompt = points(loads[-1], None)[-1].prompt
+        both = {load: points(load, prompt) for load in loads}
+        alone = {load: replace(two[0], decode=context.no_rules) for load, two in both.items()}
+        level = Level(alone, {load: two[-1] for load, two in both.items()})
+        if not made or level != made[-1]:
+            made.append(level)
+    return made
 
 
-def last_accepted(points: Sequence[Proved]) -> Proved | None:
-    """The fastest point within the margin, if any."""
-    accepted = [point for point in points if point.verdict.accepted]
-    return accepted[-1] if accepted else None
+def prove_all(proof: Proof, ordered: Sequence[Level]) -> Proven:
+    """Tests the levels in their order to the first failure; takes the fastest that all loads can.
+
+    Of what is accepted any choice is as sure, so the level is taken whose experts need the least
+    modelled time over all loads. A load whose own plan is not accepted there runs the prompt rules
+    alone.
+    """
+    loads = proof.context.settings.concurrency
+    empty = proof.kept is None
+    tests = [
+        (load, point)
+        for level in ordered
+        for load, point in [(loads[0], level.alone[loads[0]]), *level.own.items()]
+        if not (empty and _is_empty(point))
+    ]
+    tested: dict[tuple[int, FrontPoint], Proved] = {}
+
+    def accepts(test: tuple[int, FrontPoint]) -> bool:
+        tested[test] = proof.validate(*test)
+        return tested[test].accepted
+
+    accepted = set(fixed_sequence(tests, accepts))
+
+    def at(level: Level, load: int) -> Proved | None:
+        own, alone = level.own.get(load), level.alone[load]
+        if own is not None and (load, own) in accepted:
+            return tested[load, own]
+        first = (loads[0], level.alone[loads[0]])
+        return Proved(alone, tested[first].kinds) if first in accepted else None
+
+    usable = [
+        {load: at(level, load) for load in loads}
+        for level in ordered
+        if (empty and _is_empty(level.alone[loads[0]]))
+        or (loads[0], level.alone[loads[0]]) in accepted
+    ]
+    best = min(usable, key=_time, default=dict.fromkeys(loads))
+    points = {load: [tested[t] for t in tests if t in tested and t[0] == load] for load in loads}
+    prompt = next((each.point.prompt for each in best.values() if each), ())
+    alone = [p for p in tested.values() if p.point.prompt == prompt and _has_no_decode(p.point)]
+    return Proven(points, best, alone[0] if alone else None)
+
+
+def _time(chosen: Mapping[int, Proved | None]) -> float:
+    return sum(1.0 if each is None else each.point.modelled_time for each in chosen.values())
+
+
+def _has_no_decode(point: FrontPoint) -> bool:
+    return all(rule.is_empty for rule in point.decode)
+
+
+def _is_empty(point: FrontPoint) -> bool:
+    return not point.prompt and _has_no_decode(point)
 
 
 def point_plan(context: TuneContext, point: FrontPoint, kept: Kept | None) -> Plan:
@@ -171,7 +264,8 @@ def _measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> LoadGai
         stock=True,
         seed=tuned.seed,
     )
-    stream = context.text.proved.ids_SN.flatten().tolist()
+    heldout = Windows.joined(list(context.text.proved.values()))
+    stream = heldout.ids_SN.flatten().tolist()
     compared = compare_plans(context.model, {"plan": plan}, settings, stream)
     entry = {
         **compared.to_json("plan"),
@@ -182,41 +276,44 @@ def _measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> LoadGai
     return from_json(LoadGain, entry, "gain")
 
 
-def verdict_on(
-    context: TuneContext, proved: Mapping[int, Sequence[Proved]], gain: LoadGain
-) -> LoadVerdict:
+def verdict_on(context: TuneContext, proven: Proven, gain: LoadGain) -> LoadVerdict:
     """Accepted if a plan's loss is within the margin and its throughput surely above full's."""
     ratio, concurrency = gain.ratio, gain.concurrency
     up_to = context.settings.band_ends()[concurrency]
-    points, chosen = proved[concurrency], last_accepted(proved[concurrency])
+    points, chosen = proven.points[concurrency], proven.chosen[concurrency]
     if chosen is None:
         return _none_within(points, concurrency, up_to)
-    if ratio.low <= 1.0:
+    accepted = ratio.low > 1.0
+    if not accepted:
         reason = (
             f"throughput is not surely higher ({ratio.low:.3f} to {ratio.high:.3f} times): "
             "no rules for decoding at this load"
         )
-    elif points[-1].verdict.accepted:
-        reason = "the fastest plan tried is within the margin"
+        chosen = proven.alone or chosen
+    elif points and points[-1].accepted:
+        reason = "the fastest plan tried is within the margin on every kind of text"
     else:
-        reason = "the next faster plan is not within the margin"
+        reason = "the next faster plan is not within the margin on every kind of text"
     reason = ". ".join([reason, *gain.notes])
-    return LoadVerdict(concurrency, up_to, ratio.low > 1.0, chosen.verdict.loss, ratio, reason)
+    loss, kinds = chosen.worst.loss, chosen.kinds
+    return LoadVerdict(concurrency, up_to, accepted, loss, ratio, reason, kinds)
 
 
 def verdict_without_gain(
-    context: TuneContext, proved: Mapping[int, Sequence[Proved]], concurrency: int, why: str
+    context: TuneContext, proven: Proven, concurrency: int, why: str
 ) -> LoadVerdict:
     """Accepted by its loss alone, where `why` the gain cannot be measured in this process."""
     up_to = context.settings.band_ends()[concurrency]
-    chosen = last_accepted(proved[concurrency])
+    chosen = proven.chosen[concurrency]
     if chosen is None:
-        return _none_within(proved[concurrency], concurrency, up_to)
+        return _none_within(proven.points[concurrency], concurrency, up_to)
     reason = f"the plan is within the margin; its gain was not measured: {why}"
-    return LoadVerdict(concurrency, up_to, True, chosen.verdict.loss, None, reason)
+    loss, kinds = chosen.worst.loss, chosen.kinds
+    return LoadVerdict(concurrency, up_to, True, loss, None, reason, kinds)
 
 
 def _none_within(points: Sequence[Proved], concurrency: int, up_to: int | None) -> LoadVerdict:
-    last = points[0].verdict.reason if points else "no plan was predicted to be within it"
+    last = points[0].reason if points else "none was tested at this load"
+    kinds = points[0].kinds if points else ()
     reason = f"no plan is within the margin: {last}"
-    return LoadVerdict(concurrency, up_to, False, None, None, reason)
+    return LoadVerdict(concurrency, up_to, False, None, None, reason, kinds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from leanmoe.core.provenance import collect, peak_memory
@@ -27,13 +27,13 @@ from leanmoe.tune.context import TuneContext, prepare
 from leanmoe.tune.layers import measure_sensitivities, time_layers
 from leanmoe.tune.prove import (
     Proof,
-    Proved,
+    Proven,
     assemble,
-    full_losses,
-    last_accepted,
+    levels,
     measure_gain,
     point_plan,
     prove_all,
+    search_loss,
     verdict_on,
     verdict_without_gain,
 )
@@ -54,40 +54,45 @@ def tune(
     # Measure the model: what its router does, what each rule loses, how long its layers take.
     context = prepare(settings, RunFolder.open(output, settings, overwrite), command)
     sensitivities = measure_sensitivities(context)
-    full = full_losses(context)
+    full = search_loss(context)
     times = time_layers(context)
 
     # A memory budget restricts every plan to the experts it keeps.
     kept, totals = within_memory(context, sensitivities, times)
 
     # Prove plans on held-out text, and show what other strategies would have lost.
-    proof = Proof(context, full, kept)
-    proved = prove_all(proof, sensitivities, times)
+    proof = Proof(context, kept)
+    proven = prove_all(proof, levels(proof, sensitivities, times, full))
     ends = sorted({loads[0], loads[-1]})
     strategies = [compare_strategies(context, sensitivities, load) for load in ends]
 
     # Measure what the proven plan gains; claim what both loss and throughput bear out.
-    chosen = {load: last_accepted(points) for load, points in proved.items()}
+    chosen = proven.chosen
     usable = kept if any(chosen.values()) else None  # the kept experts alone may lose too much
     proposal = assemble(context, chosen, usable)
-    gains, verdicts = _gains_and_verdicts(context, proved, proposal)
+    gains, verdicts = _gains_and_verdicts(context, proven, proposal)
     faster = {v.concurrency: chosen[v.concurrency] for v in verdicts if v.accepted}
     provenance = collect(command, settings.seed)
     assemble(context, faster, usable, provenance.to_json()).save(output / "plan.json")
 
-    text, heldout = context.text, context.text.proved
+    text, heldout = context.text, [kind.heldout for kind in context.text.kinds]
     results = TuneResults(
         provenance=provenance,
         model=_model(context),
         settings=all_fields(settings),
         text=TuneText(
-            text.source,
-            TextPart(text.calibration_documents, text.searched.tokens),
-            TextPart(heldout.documents, heldout.tokens),
+            "; ".join(f"{kind.name}: {kind.source}" for kind in text.kinds),
+            text.calibration,
+            TextPart(
+                sum(part.documents for part in heldout),
+                sum(part.tokens for part in heldout),
+                sum(part.sources or 0 for part in heldout),
+            ),
+            text.kinds,
         ),
         profile=from_json(ProfileSummary, context.profile.to_json(), "profile"),
         sensitivity=SensitivitySummary("measured", text.searched.tokens, tuple(sensitivities)),
-        fronts=tuple(_front(proof, load, proved[load], chosen[load]) for load in loads),
+        fronts=tuple(_front(proof, load, proven) for load in loads),
         strategies=tuple(strategies),
         total_or_activated=totals,
         gain=tuple(gains),
@@ -102,21 +107,24 @@ def tune(
 
 
 def _gains_and_verdicts(
-    context: TuneContext, proved: Mapping[int, Sequence[Proved]], proposal: Plan
+    context: TuneContext, proven: Proven, proposal: Plan
 ) -> tuple[list[LoadGain], list[LoadVerdict]]:
     """One of each for every load; no gains where this process cannot serve the model."""
     loads = context.settings.concurrency
     if why := batching_reason(context.model):
-        return [], [verdict_without_gain(context, proved, load, why) for load in loads]
+        return [], [verdict_without_gain(context, proven, load, why) for load in loads]
     gains = [measure_gain(context, proposal, load) for load in loads]
-    return gains, [verdict_on(context, proved, gain) for gain in gains]
+    return gains, [verdict_on(context, proven, gain) for gain in gains]
 
 
-def _front(proof: Proof, load: int, points: Sequence[Proved], chosen: Proved | None) -> LoadFront:
+def _front(proof: Proof, load: int, proven: Proven) -> LoadFront:
     """What was validated at one concurrency, with what each plan activates."""
-    entries = []
+    entries, chosen = [], proven.chosen[load]
+    points = list(proven.points[load])
+    if chosen is not None and chosen not in points:  # prompt rules alone, tested for all loads
+        points.append(chosen)
     for proved in points:
-        point, verdict = proved.point, proved.verdict
+        point = proved.point
         rules = point_plan(proof.context, point, proof.kept).bands[0].rules
         activities = proof.context.activities(rules, load)
         slots = tuple(activity.slots for activity in activities)
@@ -129,12 +137,13 @@ def _front(proof: Proof, load: int, points: Sequence[Proved], chosen: Proved | N
                 slots=sum(slots) / len(slots),
                 slots_per_layer=slots,
                 distinct=sum(a.distinct for a in activities) / len(activities),
-                loss=verdict.loss,
-                accepted=verdict.accepted,
-                reason=verdict.reason,
-                chosen=proved is chosen,
+                loss=proved.worst.loss,
+                accepted=proved.accepted,
+                reason=proved.reason,
+                chosen=proved == chosen,
                 rules=point.decode,
                 prompt=point.prompt,
+                kinds=proved.kinds,
             )
         )
     return LoadFront(load, tuple(entries))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from leanmoe.bench.settings import PRECISION, PRECISION_HELP
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.intervals import Margin
 from leanmoe.core.options import (
     DTYPE_HELP,
     MODEL_HELP,
@@ -18,6 +20,7 @@ from leanmoe.core.options import (
     percent_text,
 )
 from leanmoe.core.parsing import flag, parse_counts, parse_share, require
+from leanmoe.core.text import KINDS, kind_of_text
 
 PROMPT_SPREAD = 64
 """Replies are scored after prompts up to this many tokens shorter or longer than the load's."""
@@ -28,18 +31,24 @@ class TuneSettings:
     """The settings of one run; a run folder belongs to exactly one of them."""
 
     model: str = argument(MODEL_HELP)
-    text: str | None = option(None, TEXT_HELP)
+    text: tuple[tuple[str, str], ...] = option(
+        (),
+        f"{TEXT_HELP} KIND=SOURCE names its kind; may be repeated: the proof holds for each kind. "
+        f"Without, four that are on every machine: {', '.join(KINDS)}.",
+        parse=kind_of_text,
+        repeats=True,
+    )
     concurrency: tuple[int, ...] = option(
         (1, 8, 32),
         "Numbers of requests at once, comma separated; each becomes a band of the plan.",
         parse=parse_counts,
         text=numbers_text,
     )
-    margin: float = option(
-        0.005,
-        "Largest relative increase in next-token loss to accept.",
-        parse=parse_share,
-        text=percent_text,
+    margin: Margin = option(
+        Margin(0.01),
+        "Largest increase in next-token loss to accept on any kind of text: a share like 1% of the "
+        "full model's, or '0.01 nats' a token.",
+        parse=Margin.parse,
     )
     confidence: float = option(0.95, "Confidence of every interval and verdict.")
     keep: str | None = option(
@@ -59,12 +68,16 @@ class TuneSettings:
         20_000, "Tokens of calibration text that each candidate rule is measured on."
     )
     heldout_tokens: int = option(
-        80_000,
-        "Tokens of held-out text that plans are proven on; about 40% of them are scored.",
+        160_000,
+        "Tokens of held-out text that plans are proven on, shared by the kinds; about 40% of them "
+        "are scored.",
     )
-    heldout_share: float = 0.4
-    """Share of the documents that the search never sees."""
-    compared_share: float = 0.3
+    batch_draws: int = option(
+        3, "Random batches that a plan with batch-aware rules is proven in: who decodes with whom."
+    )
+    heldout_share: float = 0.5
+    """Share of the sources that the search never sees."""
+    compared_share: float = 0.2
     """Share of the held-out text that the table of strategies is measured on."""
     seed: int = option(0, SEED_HELP)
     dtype: str | None = option(None, DTYPE_HELP)
@@ -73,9 +86,11 @@ class TuneSettings:
     def check(self) -> None:
         """Raises LeanMoeError for the first setting out of range."""
         loads = list(self.concurrency)
+        if len(dict(self.text)) < len(self.text):
+            raise LeanMoeError("two --text are of one kind: name them, like docs=FILE")
         rising = bool(loads) and loads == sorted(set(loads)) and loads[0] >= 1
         require(rising, "--concurrency", loads, "rising numbers of requests, from 1 up")
-        require(0 < self.margin < 1, "--margin", self.margin, "above 0 and below 1")
+        require(self.batch_draws >= 1, "--batch-draws", self.batch_draws, "at least 1")
         require(0.5 < self.confidence < 1, "--confidence", self.confidence, "above 0.5 and below 1")
         require(self.repeats >= 3, "--repeats", self.repeats, "at least 3, for an interval")
         require(0 < self.precision < 1, "--precision", self.precision, "above 0% and below 100%")
@@ -95,6 +110,10 @@ class TuneSettings:
             CRITERIA[self.criterion]
             kept_count(self.keep, read_shape(self.model))
         require(self.output_len >= 2, "--output-len", self.output_len, "at least 2")
+
+    def sources_of_text(self) -> dict[str, str]:
+        """The source of each kind of text."""
+        return dict(self.text) or {kind: kind for kind in KINDS}
 
     def scored_window(self, can_branch: bool) -> tuple[int, int, int]:
         """Tokens of a window that is scored, of its shortest prompt, and of each of its replies.
