@@ -35,8 +35,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARK = re.compile(r"^<!-- numbers: (.*?)\s*-->[ \t]*\n", re.MULTILINE | re.DOTALL)
-LABELS = ("cited", "modelled", "arithmetic", "settings", "no file")
-"""What a block may say in place of a file: `<!-- numbers: cited, SOURCE -->`."""
+LABELS = ("cited", "modelled", "settings", "rough", "no file")
+"""What a block may say in place of a file: `<!-- numbers: cited, SOURCE -->`. "rough" is how long
+something takes or how large it is, for a reader to plan by; "no file" a measurement whose file is
+lost."""
+UNMEASURED = ("docs/reference/", "docs/developer/dependencies", "docs/developer/releasing")
+"""Pages of settings and versions: only what is marked there is compared."""
 FIGURE = re.compile(
     r"(?<![\w.:-])(?:[-+](?=\d))?\d[\d,]*"
     r"(?:\.\d+(?:%|x\b)?|%|x\b| (?:ms|us|s|kB|MB|GB|TB/s|points|nats|times|seconds|minutes)\b)"
@@ -344,9 +348,16 @@ def _problem_of_cell(mark: Mark, cell: str, known: Mapping[str, Any]) -> str | N
     return "has no template in the mark" if has_digit else None
 
 
+def problems_on(page: Path) -> list[str]:
+    """Every problem of a page's blocks."""
+    is_measured = not str(page.relative_to(ROOT)).startswith(UNMEASURED)
+    blocks = [block for block in blocks_of(page) if block.mark or is_measured]
+    return [problem for block in blocks for problem in problems_of(block)]
+
+
 def main() -> int:
     """Prints every difference; the exit status says whether there is one."""
-    problems = [text for page in PAGES for block in blocks_of(page) for text in problems_of(block)]
+    problems = [problem for page in PAGES for problem in problems_on(page)]
     print("\n".join(problems) or "Every number is its file's.")
     return min(1, len(problems))
 

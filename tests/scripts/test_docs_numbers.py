@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.docs_numbers import PAGES, ROOT, blocks_of, problems_of, read_mark
+from scripts.docs_numbers import PAGES, ROOT, blocks_of, problems_of, problems_on, read_mark
 
-UNMEASURED = {"docs/reference", "docs/developer"}
-"""Folders of settings and versions: only what is marked there is compared."""
 NO_FILE = 1
 """Blocks whose results file was not kept. This number only falls."""
 HEAD = "<!-- numbers: processor-demo.json\n"
@@ -22,10 +20,7 @@ def problems(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_number_is_its_file_s(page: Path) -> None:
-    name = page.relative_to(ROOT)
-    is_measured = str(name.parent) not in UNMEASURED
-    blocks = [block for block in blocks_of(page) if block.mark or is_measured]
-    assert not [problem for block in blocks for problem in problems_of(block)]
+    assert not problems_on(page)
 
 
 def test_few_numbers_have_no_file() -> None:
