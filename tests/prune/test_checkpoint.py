@@ -293,6 +293,14 @@ def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
     assert grown < 24e6
 
 
+def test_whatever_counts_heads_that_are_left_out_says_none() -> None:
+    shape = shape_of(tiny.build("glm4_moe"))
+    counts = {"num_nextn_predict_layers": 1, "mtp_num_layers": 2, "num_mtp_layers": 1}
+    others = {"mtp_loss_scaling_factor": 0.1, "num_experts_per_tok": 4}
+    found = checkpoint.pruned_config({**counts, **others, "use_mtp": True}, shape, 8, {})
+    assert found == {**dict.fromkeys(counts, 0), **others, "use_mtp": False}
+
+
 def test_counts_of_experts_that_are_lists_change_in_each_place() -> None:
     config = {"moe_num_experts": [16, 8], "text_config": {"num_experts": [1, 16, 16]}}
     shape = shape_of(tiny.build("glm4_moe"))

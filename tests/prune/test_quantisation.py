@@ -54,6 +54,16 @@ def test_a_name_without_a_layer_is_renumbered_where_layers_keep_the_same() -> No
     assert renumbered_settings(settings, SAME) == {"modules_to_not_convert": ["experts.1.down"]}
 
 
+def test_a_list_of_every_expert_of_a_block_names_those_that_remain() -> None:
+    every = ["mlp.gate", *(f"mlp.experts.{expert}.up_proj" for expert in range(4))]
+    settings = {"modules_in_block_to_quantize": [["self_attn.q_proj"], every]}
+    assert renumbered_settings(settings, CHOSEN) == {
+        "modules_in_block_to_quantize": [["self_attn.q_proj"], every[:3]]
+    }
+    with pytest.raises(LeanMoeError, match="cannot be given"):
+        renumbered_settings({"names": every[:3]}, CHOSEN)
+
+
 def test_files_of_settings_are_known_by_their_names() -> None:
     assert is_settings_file("hf_quant_config.json")
     assert is_settings_file("quantize_config.json")

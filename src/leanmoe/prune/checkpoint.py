@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,14 +44,8 @@ STATE = ".leanmoe-prune.json"
 """In an output folder that is not finished."""
 RECORD = "leanmoe_prune.json"
 """In a finished one: what was kept, and why."""
-MTP_KEYS = (
-    "num_nextn_predict_layers",
-    "mtp_num_hidden_layers",
-    "mtp_num_layers",
-    "num_mtp_modules",
-    "use_mtp",
-)
-"""Layers beyond the decoder's, which predict several tokens ahead, are left out."""
+HEADS = re.compile(r"num_(?:mtp|nextn)_\w+|(?:mtp|nextn)_num_\w+|(?:use|with)_mtp")
+"""Settings that count layers beyond the decoder's, which predict ahead: these are left out."""
 
 Progress = Callable[[int], None]
 """Called with the number of shards just done."""
@@ -169,9 +164,9 @@ def pruned_config(
             found[name] = kept
         elif isinstance(counts, list):  # one number a layer, or one for text and one for images
             found[name] = [kept if count == shape.experts else count for count in counts]
-    for name in MTP_KEYS:
-        if found.get(name):
-            found[name] = False if found[name] is True else 0
+    for name in filter(HEADS.fullmatch, found):
+        if isinstance(found[name], int):
+            found[name] = type(found[name])(0)
     for name in SETTINGS:
         if name in found:
             found[name] = renumbered_settings(found[name], chosen)

@@ -292,7 +292,10 @@ def kept_count(text: str, shape: MoEShape) -> int:
     groups = shape.router.groups
     kept = int(wanted / groups + 1e-9) * groups if 0 < wanted <= shape.experts else 0
     if not kept:
-        raise LeanMoeError(f"keep is {text!r}: it must leave 1 to {shape.experts} experts a layer")
+        whole = "" if groups == 1 else f", as many in each of {groups} groups"
+        raise LeanMoeError(
+            f"keep is {text!r}: it must leave {groups} to {shape.experts} experts a layer{whole}"
+        )
     check_count(kept, shape)
     return kept
 

@@ -39,9 +39,28 @@ def renumbered_settings(value: Any, chosen: Chosen) -> Any:
         pairs = ((_renamed(key, chosen), each) for key, each in value.items())
         return {key: renumbered_settings(each, chosen) for key, each in pairs if key is not None}
     if isinstance(value, list):
+        if (first := _first_of_all(value, chosen)) is not None:
+            return first
         found = (_renamed(e, chosen) if isinstance(e, str) else e for e in value)
         return [renumbered_settings(each, chosen) for each in found if each is not None]
     return value
+
+
+def _first_of_all(names: list[Any], chosen: Chosen) -> list[Any] | None:
+    """The list with as many experts as remain, where it names them all, of no layer in particular.
+
+    Whichever remain are named then (AutoGPTQ's `modules_in_block_to_quantize`). Else None.
+    """
+    matches = {name: _NUMBER.search(name) for name in names if isinstance(name, str)}
+    numbers = {name: int(match[1]) for name, match in matches.items() if match}
+    most = max((max(experts) for experts in chosen.values()), default=-1)
+    is_all = set(numbers.values()) == set(range(max(numbers.values(), default=-1) + 1))
+    if len(set(numbers.values())) <= most or not is_all:
+        return None
+    if any(stack_and_layer(name)[1] >= 0 for name in numbers):
+        return None
+    kept = max(map(len, chosen.values()))
+    return [name for name in names if not isinstance(name, str) or numbers.get(name, 0) < kept]
 
 
 def _renamed(name: Any, chosen: Chosen) -> Any:
