@@ -155,6 +155,6 @@ def _models(server: Server) -> list[dict[str, Any]]:
     except ValueError as error:
         raise LeanMoeError(f"{none} /v1/models is not JSON") from error
     models = value.get("data") if isinstance(value, dict) else None
-    if not models or not all(isinstance(each, dict) and "id" in each for each in models):
+    if not models or not all(isinstance(each, dict) and each.get("id") for each in models):
         raise LeanMoeError(f"{server.url} lists no model at /v1/models: it has none to measure")
     return list(models)

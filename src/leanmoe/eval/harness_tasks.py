@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cache
@@ -131,7 +130,8 @@ def _scores_of_made_up_replies(task: Any) -> dict[str, list[Any]]:
     by_question: dict[int, list[Any]] = defaultdict(list)
     for number, request in enumerate(task.instances):
         score = (-1.0 - 0.7 * (number % 5), False)
-        text = f"{_target(task, request.doc)} and so on"
+        target = task.doc_to_target(request.doc)
+        text = f"{target[0] if isinstance(target, list) and target else target} and so on"
         request.resps = [text if request.request_type == "generate_until" else score]
         request.resps *= request.repeats
         by_question[request.doc_id].append(request)
@@ -144,14 +144,6 @@ def _scores_of_made_up_replies(task: Any) -> dict[str, list[Any]]:
         for metric, value in task.process_results(ordered[0].doc, replies).items():
             found[metric].append(value.item() if hasattr(value, "item") else value)
     return found
-
-
-def _target(task: Any, doc: Any) -> str:
-    """The right reply as text, or some text where the task names none."""
-    target = task.doc_to_target(doc)
-    if isinstance(target, Sequence) and not isinstance(target, str) and target:
-        target = target[0]
-    return str(target)
 
 
 def task_manager(settings: EvalSettings) -> Any:

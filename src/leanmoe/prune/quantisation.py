@@ -51,16 +51,13 @@ def _first_of_all(names: list[Any], chosen: Chosen) -> list[Any] | None:
 
     Whichever remain are named then (AutoGPTQ's `modules_in_block_to_quantize`). Else None.
     """
-    matches = {name: _NUMBER.search(name) for name in names if isinstance(name, str)}
-    numbers = {name: int(match[1]) for name, match in matches.items() if match}
-    most = max((max(experts) for experts in chosen.values()), default=-1)
-    is_all = set(numbers.values()) == set(range(max(numbers.values(), default=-1) + 1))
-    if len(set(numbers.values())) <= most or not is_all:
-        return None
-    if any(stack_and_layer(name)[1] >= 0 for name in numbers):
+    words = [name for name in names if isinstance(name, str) and stack_and_layer(name)[1] < 0]
+    numbers = {name: int(match[1]) for name in words if (match := _NUMBER.search(name))}
+    used, highest = set(numbers.values()), max(map(max, chosen.values()), default=-1)
+    if len(used) <= highest or used != set(range(len(used))):
         return None
     kept = max(map(len, chosen.values()))
-    return [name for name in names if not isinstance(name, str) or numbers.get(name, 0) < kept]
+    return [name for name in names if name not in words or numbers.get(name, 0) < kept]
 
 
 def _renamed(name: Any, chosen: Chosen) -> Any:
