@@ -16,7 +16,7 @@ with TemporaryDirectory() as name:
     model = AutoModelForCausalLM.from_pretrained(pruned.output, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(pruned.output)
     # Tokens that decode use six of eight experts, which weigh what they weigh beside all eight.
-    plan = Plan.uniform(str(pruned.output), Rule(top_k=6, keep_weights=True))
+    plan = Plan.uniform(str(pruned.output), Rule(top_k=6, renormalise=0.0))
 
 inputs = tokenizer("A dictionary maps keys to", return_tensors="pt")
 inputs.pop("token_type_ids", None)

@@ -12,7 +12,7 @@ from leanmoe import Plan, Rule
 with TemporaryDirectory() as name:
     # Each token keeps its best three experts, and takes the rest from those that others keep.
     plan = Path(name) / "shared.json"
-    Plan.uniform("reference", Rule(top_k=8, guaranteed=3, keep_weights=True)).save(plan)
+    Plan.uniform("reference", Rule(top_k=8, guaranteed=3, renormalise=0.0)).save(plan)
     results = leanmoe.bench(
         "reference",
         plan=plan,

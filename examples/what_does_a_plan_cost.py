@@ -16,7 +16,7 @@ with TemporaryDirectory() as folder:
     text.write_text("\n".join(json.dumps({"text": topic}) for topic in topics.values()))
     results = leanmoe.evaluate(
         "reference",
-        rule=["top_k=6,keep_weights", "top_k=6"],
+        rule=["top_k=6,renormalise=0", "top_k=6"],
         tasks="none",
         domain=f"python={text}",
         output=f"{folder}/eval",

@@ -172,7 +172,7 @@ def skipping(shape: MoEShape) -> dict[str, Plan]:
     found = {}
     for slots in SLOTS:
         for keep, words in ((None, ""), (True, ", weights kept")):
-            rule = Rule(top_k=slots, keep_weights=keep)
+            rule = Rule(top_k=slots, renormalise=0.0 if keep else 1.0)
             found[f"k={slots}{words}"] = Plan.uniform(shape.fingerprint(), rule)
     return found
 

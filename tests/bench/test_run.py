@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Path:
-    rule = Rule(top_k=8, guaranteed=2, keep_weights=True)
+    rule = Rule(top_k=8, guaranteed=2, renormalise=0.0)
     path = tmp_path / "shared.json"
     Plan.uniform(read_shape("reference").fingerprint(), rule).save(path)
     return path

@@ -23,7 +23,7 @@ def test_the_page_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (code, json.loads(out)["report"]) == (0, str(tmp_path / "report.html"))
     page = (tmp_path / "report.html").read_text()
     assert "What plans cost: reference" in page
-    assert "top_k=6,keep_weights" in page
+    assert "top_k=6,renormalise=0" in page
 
 
 def test_results_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,7 @@ def rules(draw: st.DrawFn, experts: int, top_k: int, scope: bool | None) -> Rule
     budget = None if scope is False else maybe(st.integers(1, kept))
     if scope and guaranteed is None and budget is None:
         guaranteed = draw(st.integers(1, slots))
-    keep = draw(st.sampled_from((None, False, True)))
-    rule = Rule(fewer, maybe(share), maybe(share), guaranteed, budget, remain, keep)
+    renormalise = draw(st.sampled_from((1.0, 0.0, 0.25, 0.5)))
+    rule = Rule(fewer, maybe(share), maybe(share), guaranteed, budget, remain, renormalise)
     rule.check(Fingerprint("Model", 1, 1, experts, top_k))
     return rule

@@ -88,11 +88,13 @@ def by_loops(case: Case) -> Routing:
     for b, step in enumerate(steps):
         for t, experts in enumerate(step.experts):
             if experts:
-                whole = experts
-                if rule.keep_weights:
-                    ranked, best = ranking_BTE[b, t].topk(min(case.top_k, case.experts))
-                    whole = best[ranked > float("-inf")].tolist()
-                total = float(masses_BTE[b, t, whole].sum()) + router.normalise_epsilon
+                ranked, best = ranking_BTE[b, t].topk(min(case.top_k, case.experts))
+                whole = best[ranked > float("-inf")].tolist()
+                kept_sum, whole_sum = (
+                    float(masses_BTE[b, t, ids].sum()) + router.normalise_epsilon
+                    for ids in (experts, whole)
+                )
+                total = kept_sum**rule.renormalise * whole_sum ** (1 - rule.renormalise)
                 own = masses_BTE[b, t, experts] / (total if normalise and total > 0 else 1.0)
                 ids_BTK[b, t, : len(experts)] = torch.tensor(experts)
                 weights_BTK[b, t, : len(experts)] = (own * router.scaling).float()

@@ -16,7 +16,7 @@ from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
 from leanmoe.routing import Routing, score
 from leanmoe.routing.gate_weights import weigh
-from leanmoe.routing.route import full_gates
+from leanmoe.routing.route import whole_top_k
 from tests.conformance.cases import ROUTERS, Case, cases
 from tests.conformance.implementations import (
     IMPLEMENTATIONS,
@@ -35,7 +35,7 @@ FIELDS: dict[str, Any] = {
     "budget": 5,
     "budget_per_rank": 3,
     "experts": tuple(range(1, 24)),
-    "keep_weights": True,
+    "renormalise": 0.5,
 }
 """Every field of a rule, with a value that changes what 9 tokens get of 32 experts."""
 PAIRS = [*((name,) for name in FIELDS), *combinations(FIELDS, 2)]
@@ -108,12 +108,12 @@ def check_promises(name: str, case: Case) -> None:
 def check_weights(case: Case, routed: Routing, used_BTK: Tensor) -> None:
     """The used slots weigh what their gates say, whichever of equal experts they are."""
     rule, router = case.rule, case.router
-    if rule.keep_weights and (case.bias_E is not None or router.limits_groups):
+    if rule.renormalise < 1 and (case.bias_E is not None or router.limits_groups):
         return  # experts that rank equally, in a top-k or a group, may have different gates
     scores = score(case.logits_BTE, router, case.bias_E, rule.experts)
     gates_BTK = scores.gates_BTE.gather(-1, routed.ids_BTK.clamp(max=case.experts - 1))
-    full_BTK = full_gates(scores, case.top_k, router) if rule.keep_weights else None
-    wanted_BTK = weigh(gates_BTK, router, used_BTK, full_BTK)
+    whole = whole_top_k(scores, case.top_k, router, rule.renormalise)
+    wanted_BTK = weigh(gates_BTK, router, used_BTK, whole)
     is_sure_BT = gates_BTK.masked_fill(~used_BTK, 0).abs().sum(dim=-1) > 1e-30  # no underflow
     torch.testing.assert_close(
         routed.weights_BTK[is_sure_BT], wanted_BTK[is_sure_BT], atol=1e-5, rtol=1e-3
@@ -194,6 +194,25 @@ def test_every_field_and_every_pair_of_fields(name: str, fields: tuple[str, ...]
             check_same(name, case)
     if None not in reasons:
         pytest.skip(str(reasons[0]))
+
+
+@EVERY
+@pytest.mark.parametrize("router", ["softmax, normalised", "softmax after top-k", "V3 groups"])
+@pytest.mark.parametrize("renormalise", [0.0, 0.25, 0.5, 1.0])
+def test_weights_are_shares_of_what_renormalise_says(
+    name: str, router: str, renormalise: float
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits_TE = torch.randn(4, EXPERTS, generator=generator)
+    bias_E = torch.randn(EXPERTS, generator=generator) * 0.1
+    has_bias = ROUTERS[router].ranking_bias is not None
+    for shares in ({"guaranteed": 1}, {"threshold": 0.317}):
+        rule = Rule(3, renormalise=renormalise, **shares)
+        case = Case(router, logits_TE[None], bias_E if has_bias else None, None, TOP_K, rule)
+        case = case if IMPLEMENTATIONS[name].takes_steps else one_step(case)
+        if reason := IMPLEMENTATIONS[name].unsupported(case):
+            pytest.skip(reason)
+        check_same(name, case)
 
 
 MANY_EXPERTS = 896

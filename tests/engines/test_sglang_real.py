@@ -52,7 +52,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
 RULES = {
     "top_k": Rule(top_k=2),
     "threshold": Rule(threshold=0.4),
-    "threshold, weights kept": Rule(threshold=0.4, keep_weights=True),
+    "threshold, weights kept": Rule(threshold=0.4, renormalise=0.0),
     "top_p": Rule(top_p=0.6),
     "guaranteed": Rule(guaranteed=1),
     "budget": Rule(budget=6),

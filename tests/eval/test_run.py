@@ -80,7 +80,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = ("--tasks", "things,replies", "--margin", "5", "--concurrency", "4")
-PLANS = ("--rule", "top_k=4,keep_weights", "--rule", "guaranteed=2", "--batch-draws", "2")
+PLANS = ("--rule", "top_k=4,renormalise=0", "--rule", "guaranteed=2", "--batch-draws", "2")
 
 
 def asked(data: Path, output: Path) -> list[str]:
@@ -131,7 +131,7 @@ def test_every_task_is_paired_and_pooled(run: Path) -> None:
         assert row["low"] <= row["lower_bound"] <= row["difference"] <= row["high"]
         assert row["verdict"]["accepted"] == (row["lower_bound"] >= -0.05)
     assert rows["guaranteed=2", "things"]["mixes"] == 2
-    assert rows["top_k=4,keep_weights", "things"]["mixes"] == 1
+    assert rows["top_k=4,renormalise=0", "things"]["mixes"] == 1
 
 
 def test_replies_are_judged(run: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_matrix_has_a_row_for_each_plan_and_each_domain_calibrated_on(run: P
     found = results_of(run)["domains"]
     assert [domain["name"] for domain in found["domains"]] == ["old", "new"]
     names = [row["plan"] for row in found["rows"]]
-    assert names[:2] == ["top_k=4,keep_weights", "guaranteed=2"]
+    assert names[:2] == ["top_k=4,renormalise=0", "guaranteed=2"]
     assert names[2:] == [f"activate-count 50%, calibrated on {name}" for name in ("old", "new")]
     for row in found["rows"]:
         assert set(row["loss"]) == {"old", "new"}

@@ -21,7 +21,7 @@ def saved(path: Path, plan: Plan | None = None) -> Path:
 
 
 def test_rules_in_words() -> None:
-    assert parse_rule("top_k=6, keep_weights") == Rule(top_k=6, keep_weights=True)
+    assert parse_rule("top_k=6, renormalise=0") == Rule(top_k=6, renormalise=0.0)
     assert parse_rule("threshold=0.2") == Rule(threshold=0.2)
     with pytest.raises(LeanMoeError, match="did you mean top_k"):
         parse_rule("topk=6")

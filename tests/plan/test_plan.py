@@ -123,6 +123,10 @@ def test_json_holds_only_what_is_set() -> None:
         (Rule(budget_per_rank=0), "budget_per_rank is 0: it must be 1 to 16"),
         (Rule(budget_per_rank=3, experts=(1, 2)), "budget_per_rank is 3: it must be 1 to 2"),
         (Rule(budget_per_rank=True), "budget_per_rank is True: it must be a whole number"),
+        (Rule(renormalise=1.5), r"renormalise is 1\.5: it must be 0 to 1"),
+        (Rule(renormalise=-0.25), r"renormalise is -0\.25: it must be 0 to 1"),
+        (Rule(renormalise=float("nan")), "renormalise is nan: it must be 0 to 1"),
+        (Rule(renormalise=True), "renormalise is True: it must be a number"),
         (Rule(experts=()), "experts is empty: at least one expert must remain"),
         (Rule(experts=(), top_k=2), "experts is empty"),
         (Rule(experts=(3, 3)), "experts names an expert twice"),
@@ -133,6 +137,14 @@ def test_json_holds_only_what_is_set() -> None:
 def test_rules_out_of_range_are_named(rule: Rule, message: str) -> None:
     with pytest.raises(LeanMoeError, match=message):
         rule.check(MODEL)
+
+
+def test_kept_weights_of_older_files_are_read() -> None:
+    assert Rule.from_json({"top_k": 3, "keep_weights": True}) == Rule(top_k=3, renormalise=0.0)
+    assert Rule.from_json({"top_k": 3, "keep_weights": False}) == Rule(top_k=3)
+    assert Rule(top_k=3, renormalise=0.0).to_json() == {"top_k": 3, "renormalise": 0.0}
+    with pytest.raises(LeanMoeError, match="unknown field 'keep_weights'"):
+        Rule.from_json({"keep_weights": 1})
 
 
 def test_where_a_rule_stands_is_named() -> None:
@@ -319,7 +331,7 @@ def test_prompt_rules_may_be_left_out() -> None:
     ("content", "message"),
     [
         (b"{", r"plan .*plan\.json is not JSON"),
-        (b"\xff\xfe", "cannot read plan"),
+        (b"\xff\xff", "cannot read plan"),
         (b"", "not JSON"),
     ],
 )

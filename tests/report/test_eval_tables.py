@@ -14,7 +14,7 @@ from leanmoe.results.eval import EvalResults
 INTERVAL = {"mean": 0.1277, "low": -0.1419, "high": 0.3973}
 CHANGE = {"full": 1.0, "plan": 1.0, "mean": -0.0705, "low": -0.2442, "high": 0.1032}
 LOSS = {"ratio": 0.0344, "low": 0.0317, "high": 0.0372, "upper_bound": 0.037, "documents": 53}
-PLANS = ("top_k=6,keep_weights", "top_k=6")
+PLANS = ("top_k=6,renormalise=0", "top_k=6")
 PROVENANCE = {
     "hardware": "a CPU",
     "cores": 2,

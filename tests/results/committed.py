@@ -14,6 +14,11 @@ def committed(kind: str) -> list[Path]:
     return [path for path in sorted(FOLDER.glob("*.json")) if kind in json.loads(path.read_text())]
 
 
+def content(path: Path) -> Any:
+    """A file's JSON; a rule's `keep_weights`, of before `renormalise`, by its name of today."""
+    return json.loads(path.read_text().replace('"keep_weights": true', '"renormalise": 0.0'))
+
+
 def without_nulls(value: Any) -> Any:
     """JSON values without the fields that are null: an optional field may be absent or null."""
     if isinstance(value, dict):

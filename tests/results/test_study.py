@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from leanmoe.results.study import StudyResults
-from tests.results.committed import committed, without_nulls
+from tests.results.committed import committed, content, without_nulls
 
 
 @pytest.mark.parametrize("path", committed("leanmoe_study"), ids=lambda path: path.name)
 def test_committed_results_are_read_and_written_alike(path: Path) -> None:
     results = StudyResults.load(path)
-    assert without_nulls(results.to_json()) == without_nulls(json.loads(path.read_text()))
+    assert without_nulls(results.to_json()) == without_nulls(content(path))

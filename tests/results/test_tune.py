@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,15 +10,15 @@ from leanmoe.core.intervals import Margin
 from leanmoe.core.provenance import MadeWith, StepsMadeWith
 from leanmoe.plan import Rule
 from leanmoe.results.tune import TuneResults, describe_rule
-from tests.results.committed import committed
+from tests.results.committed import committed, content
 
 
 def test_committed_results_are_read_and_written_alike() -> None:
     for path in committed("leanmoe_results"):
-        assert TuneResults.load(path).to_json() == json.loads(path.read_text())
+        assert TuneResults.load(path).to_json() == content(path)
     results = TuneResults.load(committed("leanmoe_results")[0])
     assert results.verdicts[2].accepted
-    assert results.sensitivity.candidates[0].rule == Rule(top_k=7, keep_weights=True)
+    assert results.sensitivity.candidates[0].rule == Rule(top_k=7, renormalise=0.0)
     assert (results.confidence, results.keep) == (0.95, None)
     assert results.margin == Margin(0.005)
 
@@ -47,6 +46,7 @@ def test_steps_say_what_they_were_made_with() -> None:
         ({"top_k": 6, "guaranteed": 3}, "top_k 6, guaranteed 3"),
         ({"experts": [1, 2]}, "2 experts"),
         ({"top_k": 6, "keep_weights": True}, "top_k 6, weights kept"),
+        ({"top_k": 6, "renormalise": 0.5}, "top_k 6, weights renormalised by 0.5"),
     ],
 )
 def test_rules_in_words(rule: dict[str, object], words: str) -> None:

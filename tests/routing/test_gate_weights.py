@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from leanmoe.models.routers import Router
-from leanmoe.routing.gate_weights import votes, weigh
+from leanmoe.routing.gate_weights import WholeTopK, votes, weigh
 
 GATES_TK = torch.tensor([[0.4, 0.2, 0.1]])
 TWO_TK = torch.tensor([[True, True, False]])
@@ -29,13 +29,28 @@ def test_kept_slots_are_normalised_and_scaled_as_the_router_says(
 
 
 def test_the_whole_top_k_may_divide_the_kept_slots() -> None:
-    kept = weigh(GATES_TK, Router(normalise=True), TWO_TK, full_BTK=GATES_TK)
+    whole = WholeTopK(GATES_TK, 0.0)
+    kept = weigh(GATES_TK, Router(normalise=True), TWO_TK, whole)
     torch.testing.assert_close(kept, torch.tensor([[4 / 7, 2 / 7, 0.0]]))
-    after = weigh(GATES_TK, AFTER, TWO_TK, full_BTK=GATES_TK)
+    after = weigh(GATES_TK, AFTER, TWO_TK, whole)
     torch.testing.assert_close(after, GATES_TK.softmax(-1).masked_fill(~TWO_TK, 0.0))
 
 
-@pytest.mark.parametrize("router", [Router(normalise=True), AFTER], ids=["before", "after"])
+NORMALISING = pytest.mark.parametrize(
+    "router", [Router(normalise=True), AFTER], ids=["before", "after"]
+)
+
+
+@NORMALISING
+def test_between_the_two_sums_weights_are_between_in_their_logarithms(router: Router) -> None:
+    kept, anew, between = (
+        weigh(GATES_TK, router, TWO_TK, whole)[TWO_TK].log()
+        for whole in (WholeTopK(GATES_TK, 0.0), None, WholeTopK(GATES_TK, 0.25))
+    )
+    torch.testing.assert_close(between, 0.25 * anew + 0.75 * kept)
+
+
+@NORMALISING
 def test_a_token_without_slots_weighs_nothing(router: Router) -> None:
     weights = weigh(GATES_TK, router, torch.zeros(1, 3, dtype=torch.bool))
     assert weights.tolist() == [[0.0, 0.0, 0.0]]

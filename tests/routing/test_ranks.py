@@ -32,7 +32,7 @@ EXPERTS, TOP_K, WIDTH = 32, 4, 6
 RULES = (
     Rule(guaranteed=1),
     Rule(budget=9),
-    Rule(guaranteed=2, budget=7, keep_weights=True),
+    Rule(guaranteed=2, budget=7, renormalise=0.0),
     Rule(threshold=0.3, budget=12, budget_per_rank=4),
     Rule(budget_per_rank=3, experts=tuple(range(0, 30))),
 )

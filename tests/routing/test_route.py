@@ -188,14 +188,14 @@ def test_weights_are_the_gates_normalised_as_the_model_does_it(case: Case) -> No
             weights = routing.weights_BTK[number, token]
             assert (weights[~used] == 0).all()
             own = gates[number, token, routing.ids_BTK[number, token, used]]
-            whole = own
-            if case.rule.keep_weights and experts:
-                ranked, best = ranking(case)[number, token].topk(case.top_k)
-                whole = gates[number, token, best[ranked > float("-inf")]]
-            if case.router.scoring == "softmax_after_top_k":
-                own = (own - whole.logsumexp(dim=-1)).exp() if experts else own
+            a = case.rule.renormalise
+            ranked, best = ranking(case)[number, token].topk(case.top_k)
+            whole = gates[number, token, best[ranked > float("-inf")]] if a < 1 else own
+            if case.router.scoring == "softmax_after_top_k" and experts:
+                own = (own - a * own.logsumexp(-1) - (1 - a) * whole.logsumexp(-1)).exp()
             elif case.router.normalise and experts:
-                total = whole.sum() + case.router.normalise_epsilon
+                epsilon = case.router.normalise_epsilon
+                total = (own.sum() + epsilon) ** a * (whole.sum() + epsilon) ** (1 - a)
                 own = own / total if total > 0 else own
             torch.testing.assert_close(weights[used], own * case.router.scaling)
 
@@ -203,7 +203,7 @@ def test_weights_are_the_gates_normalised_as_the_model_does_it(case: Case) -> No
 def test_kept_weights_are_those_beside_the_whole_top_k() -> None:
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
     full = route(logits, Router(normalise=True), 3, Rule()).weights_BTK
-    fewer = route(logits, Router(normalise=True), 3, Rule(top_k=2, keep_weights=True)).weights_BTK
+    fewer = route(logits, Router(normalise=True), 3, Rule(top_k=2, renormalise=0.0)).weights_BTK
     torch.testing.assert_close(fewer, full[:, :2])
     anew = route(logits, Router(normalise=True), 3, Rule(top_k=2)).weights_BTK
     assert (anew > fewer).all()

@@ -311,7 +311,7 @@ def test_generate_under_a_plan_is_greedy_decoding_of_the_planned_model() -> None
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 GPU_FAMILIES = ("deepseek_v3", "qwen3_moe", "olmoe", "mixtral", "gpt_oss")
-GPU_RULES = (Rule(), Rule(top_k=2, keep_weights=True), Rule(guaranteed=1), Rule(budget=3))
+GPU_RULES = (Rule(), Rule(top_k=2, renormalise=0.0), Rule(guaranteed=1), Rule(budget=3))
 
 
 @needs_gpu

@@ -56,7 +56,7 @@ def test_a_router_that_chooses_otherwise_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [Rule(top_k=2, keep_weights=True), Rule(threshold=0.5), Rule(guaranteed=1)], ids=str
+    "rule", [Rule(top_k=2, renormalise=0.0), Rule(threshold=0.5), Rule(guaranteed=1)], ids=str
 )
 def test_prompt_and_reply_parts_are_joined_as_by_the_reference(rule: Rule) -> None:
     """Most tokens are prompt: they are routed with the rest and the rest put over them."""

@@ -206,7 +206,7 @@ def test_one_pass_scores_every_reply_as_if_alone(family: str) -> None:
     layers = fingerprint.moe_layers
     plan = Plan(
         fingerprint,
-        Plan.uniform(fingerprint, Rule(top_k=3, keep_weights=True)).bands,
+        Plan.uniform(fingerprint, Rule(top_k=3, renormalise=0.0)).bands,
         (Rule(top_k=1),) * layers,
     )
     scored = reply_windows()

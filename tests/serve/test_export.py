@@ -35,7 +35,7 @@ def test_llama_cpp_takes_the_name_of_an_architecture_it_does_not_list() -> None:
     ("plan", "reason"),
     [
         (SHARED, "guaranteed"),
-        (Plan.uniform(QWEN, Rule(top_k=6, keep_weights=True)), "keep_weights"),
+        (Plan.uniform(QWEN, Rule(top_k=6, renormalise=0.0)), "renormalise"),
         (Plan.per_layer(QWEN, (Rule(top_k=6), Rule(top_k=7))), "other layers"),
         (Plan(QWEN, (Band(8, (Rule(top_k=6),) * 2),)), "bands"),
         (PROMPT, "prompt"),

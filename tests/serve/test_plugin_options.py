@@ -46,7 +46,7 @@ def test_a_part_that_an_engine_cannot_run_is_refused_by_name() -> None:
 def test_a_rule_of_top_k_alone_is_an_engines_own_routing() -> None:
     assert is_plain(Rule())
     assert is_plain(Rule(top_k=2))
-    assert not is_plain(Rule(top_k=2, keep_weights=True))
+    assert not is_plain(Rule(top_k=2, renormalise=0.0))
     assert not is_plain(Rule(top_k=2, threshold=0.1))
 
 

@@ -38,8 +38,8 @@ def test_batch_aware_rules_are_tried_for_every_concurrency_and_others_once() -> 
 def test_weights_are_kept_where_the_router_normalises_them() -> None:
     normalising = candidates(MODEL, (8,), Router("softmax", normalise=True))
     plain = candidates(MODEL, (8,), Router("softmax", normalise=False))
-    assert all(c.rule.keep_weights or c.rule.top_k == 0 for c in normalising)
-    assert not any(c.rule.keep_weights for c in plain)
+    assert all(c.rule.renormalise == 0 or c.rule.top_k == 0 for c in normalising)
+    assert not any(c.rule.renormalise < 1 for c in plain)
 
 
 def test_what_is_stored_is_read_as_it_was() -> None:

@@ -20,7 +20,7 @@ def eval(
     ] = None,
     rule: Annotated[
         list[str] | None,
-        typer.Option(help="A rule for every layer, like top_k=6,keep_weights; may be repeated."),
+        typer.Option(help="A rule for every layer, like top_k=6,renormalise=0; may be repeated."),
     ] = None,
     output: Output = Path("runs/eval"),
     overwrite: Overwrite = False,

@@ -172,13 +172,15 @@ def _summary(name: str, shape: MoEShape) -> Table:
     return table
 
 
+NOT_NORMALISED = "weights not normalised (renormalise in a rule has no effect)"
+
+
 def _router(shape: MoEShape) -> str:
     router = shape.router
     words = [router.scoring.replace("_", " ").replace("top k", "top-k")]
     if router.ranking_bias:
         words.append("a bias ranks")
-    if router.normalise:
-        words.append("weights normalised")
+    words.append("weights normalised" if router.normalises else NOT_NORMALISED)
     if router.scaling != 1:
         words.append(f"times {router.scaling:g}")
     return ", ".join(words)

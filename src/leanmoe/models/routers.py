@@ -55,6 +55,11 @@ class Router:
     """How many of the last experts are the identity: they compute nothing and have no weights."""
 
     @property
+    def normalises(self) -> bool:
+        """Whether what an expert weighs depends on which others are picked beside it."""
+        return self.normalise or self.scoring == "softmax_after_top_k"
+
+    @property
     def limits_groups(self) -> bool:
         """Whether a token may use the experts of some groups only."""
         return self.groups_used < self.groups

@@ -71,7 +71,7 @@ def require_at_work(plans: Sequence[Named], decode_batch: int) -> None:
 
 
 def parse_rule(text: str) -> Rule:
-    """ "top_k=6,keep_weights" as a rule. Raises LeanMoeError naming the part that is wrong."""
+    """ "top_k=6,renormalise=0" as a rule. Raises LeanMoeError naming the part that is wrong."""
     known = [field.name for field in fields(Rule) if field.name != "experts"]
     value: dict[str, Any] = {}
     for part in text.split(","):

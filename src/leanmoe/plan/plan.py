@@ -150,9 +150,10 @@ class Rule:
     """Distinct experts in the step at most, every token's best kept (XShare, 2602.07265)."""
     experts: tuple[int, ...] | None = None
     """The experts that remain; the others are pruned."""
-    keep_weights: bool | None = None
-    """True: experts weigh what they weigh beside all of the token's own top-k, although fewer run.
-    Not set: weights are normalised anew over those that run, as the model does with so few."""
+    renormalise: float = 1.0
+    """a, 0 to 1: the weights of the slots that run are divided by (their own sum)^a x (the sum of
+    the token's whole top-k)^(1 - a). 1 is what the model does with so few experts; 0 keeps each
+    weight as it is beside the whole top-k. No effect where a router does not normalise."""
     budget_per_rank: int | None = None
     """Distinct experts in the step at most on each rank of expert parallelism, where the most
     loaded one decides the time; every token's best kept. On one rank it is a `budget`."""
@@ -160,7 +161,7 @@ class Rule:
     @property
     def is_empty(self) -> bool:
         """Whether the rule leaves the layer as it was trained."""
-        return replace(self, keep_weights=None) == Rule()
+        return replace(self, renormalise=1.0) == Rule()
 
     @property
     def is_batch_aware(self) -> bool:
@@ -204,10 +205,13 @@ class Rule:
         _require_whole(where, "budget_per_rank", self.budget_per_rank, 1, kept, "")
         _require_share(where, "threshold", self.threshold)
         _require_share(where, "top_p", self.top_p)
-        if self.keep_weights and (self.top_k or 0) > model.top_k:
+        _require_number(where, "renormalise", self.renormalise)
+        if not 0 <= self.renormalise <= 1:
+            raise LeanMoeError(f"{where}.renormalise is {self.renormalise}: it must be 0 to 1")
+        if self.renormalise < 1 and (self.top_k or 0) > model.top_k:
             raise LeanMoeError(
-                f"{where}.keep_weights is true with top_k {self.top_k}: there are no weights to "
-                f"keep beyond the model's own {model.top_k}"
+                f"{where}.renormalise is {self.renormalise} with top_k {self.top_k}: there are no "
+                f"weights beyond the model's own {model.top_k} to share in; it must be 1"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -216,7 +220,13 @@ class Rule:
 
     @classmethod
     def from_json(cls, value: Any, where: str = "rule") -> Rule:
-        """Reads what `to_json` wrote; unknown fields and wrong types are refused by name."""
+        """Reads what `to_json` wrote; unknown fields and wrong types are refused by name.
+
+        Files that were written before `renormalise` may hold `keep_weights`: true is 0, false 1.
+        """
+        if isinstance(value, dict) and isinstance(value.get("keep_weights"), bool):
+            value = {"renormalise": 1.0 - value["keep_weights"], **value}
+            del value["keep_weights"]
         return fields_from_json(cls, value, where)
 
 
@@ -234,10 +244,14 @@ def _require_whole(
 def _require_share(where: str, name: str, value: float | None) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise LeanMoeError(f"{where}.{name} is {shown(value)}: it must be a number")
+    _require_number(where, name, value)
     if not 0 < value <= 1:
         raise LeanMoeError(f"{where}.{name} is {value}: it must be above 0 and at most 1")
+
+
+def _require_number(where: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise LeanMoeError(f"{where}.{name} is {shown(value)}: it must be a number")
 
 
 def _require_experts(where: str, experts: tuple[int, ...], count: int) -> None:

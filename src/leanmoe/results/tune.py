@@ -385,6 +385,7 @@ def describe_rule(rule: Rule) -> str:
     ):
         if (value := getattr(rule, name)) is not None:
             parts.append(text.format(value))
-    if rule.keep_weights:
-        parts.append("weights kept")
+    if rule.renormalise < 1:
+        between = f"weights renormalised by {rule.renormalise:g}"
+        parts.append(between if rule.renormalise else "weights kept")
     return ", ".join(parts) or "full"

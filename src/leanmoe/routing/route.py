@@ -17,7 +17,7 @@ from leanmoe.routing.batch_rules import (
     count_demand,
     select_active_experts,
 )
-from leanmoe.routing.gate_weights import votes, weigh
+from leanmoe.routing.gate_weights import WholeTopK, votes, weigh
 from leanmoe.routing.scores import (
     NEVER,
     NOT_USABLE,
@@ -78,39 +78,46 @@ def route(
        and the budget prevails over all of a token's guaranteed experts but its best. Equal
        rankings: lower id first.
     5. Weights of the slots that remain, normalised and scaled as the family does it; with
-       `keep_weights` over the token's own best `top_k` slots, all of the model's, whichever run.
+       `renormalise` below 1 by a sum that the token's own best `top_k` slots, all of the model's,
+       have their part in, whichever run. A router that does not normalise knows no such sum.
     """
     slots = top_k if rule.top_k is None else rule.top_k
     if slots == 0:
         return _nothing(logits_BTE)
     scores = score(logits_BTE, router, bias_E, rule.experts)
-    full = full_gates(scores, top_k, router) if rule.keep_weights else None
+    whole = whole_top_k(scores, top_k, router, rule.renormalise)
     kept: Tensor | None
     over_budget = None
     if rule.is_batch_aware:
         has_bias = bias_E is not None
         ids, kept, over_budget = _shared(scores, slots, rule, router, has_bias, padding_BT, scope)
-        weights = weigh(scores.gates_BTE.gather(-1, ids), router, kept, full)
+        weights = weigh(scores.gates_BTE.gather(-1, ids), router, kept, whole)
     elif rule.threshold is None and rule.top_p is None:
-        ids, weights, kept = _best(scores, slots, rule, router, padding_BT, full)
+        ids, weights, kept = _best(scores, slots, rule, router, padding_BT, whole)
     else:
         ranked, ids = scores.ranking_BTE.topk(slots, dim=-1)
         kept = _without_padding(ranked > NEVER, padding_BT)
         kept = _wanted(scores, ids, kept, rule, router)
         if bias_E is not None:
             ids, kept = _kept_first(ids, kept)
-        weights = weigh(scores.gates_BTE.gather(-1, ids), router, kept, full)
+        weights = weigh(scores.gates_BTE.gather(-1, ids), router, kept, whole)
     if kept is not None:
         ids = ids.masked_fill(~kept, logits_BTE.shape[-1])
     return Routing(ids, weights, over_budget)
 
 
-def full_gates(scores: Scores, top_k: int, router: Router) -> Tensor:
-    """Gates of a token's best `top_k` experts among those it may use; nothing for the missing."""
+def whole_top_k(scores: Scores, top_k: int, router: Router, renormalise: float) -> WholeTopK | None:
+    """The token's best `top_k` experts among those it may use, nothing for missing ones.
+
+    None where the weights of the slots that run do not depend on them.
+    """
+    if renormalise == 1 or not router.normalises:
+        return None
     slots = min(top_k, scores.ranking_BTE.shape[-1])
     ranked, ids = scores.ranking_BTE.topk(slots, dim=-1)
     nothing = NEVER if router.scoring == "softmax_after_top_k" else 0.0
-    return scores.gates_BTE.gather(-1, ids).masked_fill(ranked == NEVER, nothing)
+    gates_BTK = scores.gates_BTE.gather(-1, ids).masked_fill(ranked == NEVER, nothing)
+    return WholeTopK(gates_BTK, renormalise)
 
 
 def _best(
@@ -119,7 +126,7 @@ def _best(
     rule: Rule,
     router: Router,
     padding_BT: Tensor | None,
-    full: Tensor | None,
+    whole: WholeTopK | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids and weights of `top_k` alone, by the family's own calls, and what is kept of them."""
     all_usable = _all_usable(slots, scores.ranking_BTE.shape[-1], rule, router)
@@ -128,13 +135,13 @@ def _best(
     plain = scores.ranking_BTE is scores.gates_BTE
     gates = ranked if plain else scores.gates_BTE.gather(-1, ids)
     if all_usable:
-        weights = weigh(gates, router, None, full)
+        weights = weigh(gates, router, None, whole)
         if padding_BT is None:
             return ids, weights, None
         padding_BT1 = padding_BT.unsqueeze(-1)
         return ids, weights.masked_fill(padding_BT1, 0.0), (~padding_BT1).expand_as(ids)
     kept = _without_padding(ranked > NEVER, padding_BT)
-    return ids, weigh(gates, router, kept, full), kept
+    return ids, weigh(gates, router, kept, whole), kept
 
 
 def _all_usable(slots: int, experts: int, rule: Rule, router: Router) -> bool:

@@ -50,7 +50,7 @@ def without(plan: Plan, parts: Sequence[str]) -> Plan:
 def is_plain(rule: Rule) -> bool:
     """Whether an engine's own routing does what the rule says, once it is given the rule's top-k.
 
-    With fewer experts and `keep_weights` it does not: it normalises the weights anew.
+    With fewer experts and `renormalise` below 1 it does not: it normalises the weights anew.
     """
     return rule.is_empty or rule == Rule(top_k=rule.top_k)
 

@@ -146,7 +146,7 @@ def _cases(
     every = range(shape.top_k - 1, 0, -1) if not settings.quick else (shape.top_k * 3 // 4,)
     for k in every:
         yield Case("k", f"k={k}", k, 1.0, Plan.uniform(print_, Rule(top_k=k)))
-        kept = Rule(top_k=k, keep_weights=True)
+        kept = Rule(top_k=k, renormalise=0.0)
         yield Case("k, weights kept", f"k={k}", k, 1.0, Plan.uniform(print_, kept))
     for name, values in SHAPES.items():
         rules = shape_rules(print_, values)

@@ -183,8 +183,8 @@ def banded(overhead: float) -> Banded:
     place, loads = Deployment(GPUS["h200"], 8), tuple(paper.TABLE_9)
     service = Service.of(paper.V3, place, overhead)
     model = service.step.model.fingerprint()
-    shared = (Rule(guaranteed=4, keep_weights=True),) * model.moe_layers
-    prompt = (Rule(top_k=6, keep_weights=True),) * (model.moe_layers - 1) + (Rule(top_k=0),)
+    shared = (Rule(guaranteed=4, renormalise=0.0),) * model.moe_layers
+    prompt = (Rule(top_k=6, renormalise=0.0),) * (model.moe_layers - 1) + (Rule(top_k=0),)
     plans = {
         "uniform k = 6 (the paper's)": Plan.uniform(model, Rule(top_k=6)),
         "uniform k = 4 (the paper's)": Plan.uniform(model, Rule(top_k=4)),

@@ -38,33 +38,33 @@ from leanmoe.stats.losses import Divergence
 from leanmoe.tune.context import BATCH_TOKENS, LAYER_TIMES, SENSITIVITY, TuneContext
 
 
-def prompt_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
+def prompt_rules(top_k: int, a: float = 1.0) -> tuple[Rule, ...]:
     """Fewer experts for prompt tokens, down to none: the last layer's feed nothing that is read."""
     steps = sorted({0, 1, 2, 3, top_k // 2, (3 * top_k) // 4}, reverse=True)
-    fewer = tuple(Rule(top_k=k, keep_weights=keep if k else None) for k in steps if k < top_k)
-    return (*fewer, *(Rule(threshold=share, keep_weights=keep) for share in (0.5, 0.7)))
+    fewer = tuple(Rule(top_k=k, renormalise=a if k else 1.0) for k in steps if k < top_k)
+    return (*fewer, *(Rule(threshold=share, renormalise=a) for share in (0.5, 0.7)))
 
 
-def per_token_rules(top_k: int, keep: bool | None = None) -> tuple[Rule, ...]:
+def per_token_rules(top_k: int, a: float = 1.0) -> tuple[Rule, ...]:
     """Rules by which a token looks at its own gates only."""
     counts = range(top_k - 1, max(5 * top_k // 8, 1) - 1, -1)
-    fewer = tuple(Rule(top_k=k, keep_weights=keep) for k in counts)
-    gated = tuple(Rule(threshold=share, keep_weights=keep) for share in (0.15, 0.25))
-    mass = tuple(Rule(top_p=share, keep_weights=keep) for share in (0.95, 0.9))
+    fewer = tuple(Rule(top_k=k, renormalise=a) for k in counts)
+    gated = tuple(Rule(threshold=share, renormalise=a) for share in (0.15, 0.25))
+    mass = tuple(Rule(top_p=share, renormalise=a) for share in (0.95, 0.9))
     return (*fewer, *gated, *mass)
 
 
 def batch_aware_rules(
-    top_k: int, experts: int, decode_batch: int, keep: bool | None = None
+    top_k: int, experts: int, decode_batch: int, a: float = 1.0
 ) -> tuple[Rule, ...]:
     """Rules by which the tokens of a step share experts; none for a token on its own."""
     if decode_batch < 2:
         return ()
     counts = range(top_k - 3, max(top_k // 4, 0), -1)
-    kept = tuple(Rule(guaranteed=k, keep_weights=keep) for k in counts)
+    kept = tuple(Rule(guaranteed=k, renormalise=a) for k in counts)
     expected = experts * (1 - (1 - top_k / experts) ** decode_batch)
     budgets = sorted({max(1, round(expected * share)) for share in (0.8, 0.65)}, reverse=True)
-    return (*kept, *(Rule(budget=budget, keep_weights=keep) for budget in budgets))
+    return (*kept, *(Rule(budget=budget, renormalise=a) for budget in budgets))
 
 
 def candidates(
@@ -76,21 +76,16 @@ def candidates(
     whole top-k: normalising anew over fewer loses several times as much (docs/concepts/plan.md).
     """
     layers = range(model.moe_layers)
-    keep = True if router is not None and normalises(router) else None
-    prompt = [Candidate("prompt", n, r, 1) for n in layers for r in prompt_rules(model.top_k, keep)]
-    own = [Candidate("decode", n, r, 1) for n in layers for r in per_token_rules(model.top_k, keep)]
+    a = 0.0 if router is not None and router.normalises else 1.0
+    prompt = [Candidate("prompt", n, r, 1) for n in layers for r in prompt_rules(model.top_k, a)]
+    own = [Candidate("decode", n, r, 1) for n in layers for r in per_token_rules(model.top_k, a)]
     shared = [
         Candidate("decode", n, rule, decode_batch)
         for decode_batch in concurrency
         for n in layers
-        for rule in batch_aware_rules(model.top_k, model.experts, decode_batch, keep)
+        for rule in batch_aware_rules(model.top_k, model.experts, decode_batch, a)
     ]
     return (*prompt, *own, *shared)
-
-
-def normalises(router: Router) -> bool:
-    """Whether what an expert weighs depends on which others are picked beside it."""
-    return router.normalise or router.scoring == "softmax_after_top_k"
 
 
 LEAST_RATE = 0.1

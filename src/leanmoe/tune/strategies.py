@@ -159,7 +159,7 @@ def leanmoe(setting: Setting) -> tuple[Rule, ...]:
 
 def kept(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """The same rules with the weights of the whole top-k."""
-    return tuple(replace(rule, keep_weights=True) for rule in rules)
+    return tuple(replace(rule, renormalise=0.0) for rule in rules)
 
 
 def _whole_numbers(

@@ -25,7 +25,7 @@ PROMPTS = [[5, 6, 7, 8 + number, 30 * number + 9] for number in range(4)]
 REPLY = 12
 BFLOAT16 = 2**-8
 """Its rounding, of a weight of at most 1."""
-RULES = (Rule(guaranteed=1, keep_weights=True), Rule(budget=6), Rule(top_k=2))
+RULES = (Rule(guaranteed=1, renormalise=0.0), Rule(budget=6), Rule(top_k=2))
 
 
 @pytest.fixture(scope="module")

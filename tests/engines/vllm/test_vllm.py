@@ -31,7 +31,7 @@ PROMPTS = (
 )
 TOKENS = 12
 REPLY = 8
-FEW = Rule(guaranteed=3, threshold=0.2, keep_weights=True)
+FEW = Rule(guaranteed=3, threshold=0.2, renormalise=0.0)
 SEARCHED = Plan(
     MODEL,
     (
@@ -39,8 +39,8 @@ SEARCHED = Plan(
         Band(
             64,
             (
-                Rule(top_k=6, keep_weights=True),
-                Rule(budget=40, keep_weights=True),
+                Rule(top_k=6, renormalise=0.0),
+                Rule(budget=40, renormalise=0.0),
                 Rule(top_p=0.8),
                 Rule(threshold=0.5),
                 Rule(top_k=7, guaranteed=4, budget=30),

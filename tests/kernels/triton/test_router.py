@@ -48,12 +48,12 @@ RULES = [
     Rule(top_k=3),
     Rule(threshold=0.4),
     Rule(top_p=0.7),
-    Rule(threshold=0.2, top_p=0.8, keep_weights=True),
+    Rule(threshold=0.2, top_p=0.8, renormalise=0.0),
     Rule(guaranteed=1),
     Rule(guaranteed=2, threshold=0.3),
     Rule(budget=6),
     Rule(top_k=3, guaranteed=2, budget=5),
-    Rule(experts=tuple(range(1, 24)), guaranteed=1, keep_weights=True),
+    Rule(experts=tuple(range(1, 24)), guaranteed=1, renormalise=0.0),
 ]
 
 
@@ -230,7 +230,7 @@ def test_ids_for_engines_pass_over_the_same_slots(drawn: Case) -> None:
         Rule(budget_per_rank=4),
         Rule(budget_per_rank=3, budget=7),
         Rule(budget_per_rank=5, guaranteed=2, threshold=0.2),
-        Rule(budget_per_rank=3, experts=tuple(range(2, 30)), keep_weights=True),
+        Rule(budget_per_rank=3, experts=tuple(range(2, 30)), renormalise=0.0),
         Rule(budget_per_rank=32),
     ],
     ids=str,

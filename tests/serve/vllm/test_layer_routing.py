@@ -37,7 +37,7 @@ from tests.serve.stand_ins import (
 )
 
 MODEL = Fingerprint("Model", 3, 2, 16, 4)
-SHARED = Rule(guaranteed=2, threshold=0.3, keep_weights=True)
+SHARED = Rule(guaranteed=2, threshold=0.3, renormalise=0.0)
 BANDED = Plan(
     MODEL,
     (

@@ -22,11 +22,12 @@ from leanmoe.kernels.cpu.llvm_microkernel import LANES, bytes_at, floats_at, int
     FIELDS,
 ) = range(28)  # fmt: skip
 """BIAS, ALLOWED, PADDING and OVER are 0 where there is none; so are GUARANTEED and BUDGET. FULL is
-the model's own top-k where its weights are kept, else 0; LISTED the larger of FULL and SLOTS."""
+the model's own top-k where the weights depend on all of it, else 0; LISTED the larger of FULL
+and SLOTS."""
 
 SOFTMAX, SIGMOID, SOFTMAX_AFTER, SQRT_SOFTPLUS = range(4)
 """What SCORING may be."""
-THRESHOLD, TOP_P, EPSILON, SCALING = range(4)
+THRESHOLD, TOP_P, EPSILON, SCALING, RENORMALISE, NUMBERS_HELD = range(6)
 """Places in NUMBERS; a threshold or top_p below zero is none."""
 
 

@@ -142,7 +142,7 @@ def insert(ids, ranks, count, most, expert, rank):
 @njit(**COMPILE)
 def keep(field, ids, gates, count):
     """Drops what threshold and top_p drop, in place; how many are left."""
-    numbers = carray(floats_at(field[at.NUMBERS]), 4)
+    numbers = carray(floats_at(field[at.NUMBERS]), at.NUMBERS_HELD)
     threshold, top_p = numbers[at.THRESHOLD], numbers[at.TOP_P]
     if count == 0 or (threshold < 0 and top_p < 0):
         return count
@@ -182,8 +182,18 @@ def whole_of(field, gates, count):
     total = np.float32(0.0)
     for k in range(count):
         total += gates[k]
-    total += carray(floats_at(field[at.NUMBERS]), 4)[at.EPSILON]
+    total += carray(floats_at(field[at.NUMBERS]), at.NUMBERS_HELD)[at.EPSILON]
     return TINY if total < TINY else total
+
+
+@njit(**COMPILE)
+def between(field, kept, full):
+    """What the shares are taken of where both the kept slots and the whole top-k count."""
+    a = carray(floats_at(field[at.NUMBERS]), at.NUMBERS_HELD)[at.RENORMALISE]
+    one = np.float32(1.0)
+    if field[at.SCORING] == at.SOFTMAX_AFTER:  # both are logarithms
+        return a * kept + (one - a) * full
+    return kept**a * full ** (one - a)
 
 
 @njit(**COMPILE)
@@ -201,11 +211,13 @@ def share(field, gates, kept, whole, shares):
 def write(field, token, ids, gates, kept, whole, is_number):
     """The token's ids and weights; slots beyond `kept` are skipped ones."""
     slots, experts = field[at.SLOTS], field[at.EXPERTS]
-    numbers = carray(floats_at(field[at.NUMBERS]), 4)
+    numbers = carray(floats_at(field[at.NUMBERS]), at.NUMBERS_HELD)
     out_ids = carray(longs_at(field[at.IDS] + token * slots * 8), slots)
     weights = carray(floats_at(field[at.WEIGHTS] + token * slots * 4), slots)
     if field[at.FULL] == 0:
         whole = whole_of(field, gates, kept)
+    elif numbers[at.RENORMALISE] > 0:
+        whole = between(field, whole_of(field, gates, kept), whole)
     share(field, gates, kept, whole, weights)
     for k in range(kept):
         out_ids[k] = ids[k]

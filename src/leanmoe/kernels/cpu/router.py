@@ -52,7 +52,7 @@ def route_cpu(
     logits = logits_BTE.to(torch.float32).contiguous()
     bias = None if bias_E is None else bias_E.to(torch.float32).contiguous()
     padding = None if padding_BT is None else padding_BT.contiguous()
-    full = top_k if rule.keep_weights else 0
+    full = top_k if rule.renormalise < 1 and router.normalises else 0
     listed = max(slots, full)
     constants = _constants(router, rule, experts)
     ids = torch.empty((*leading, tokens, slots), dtype=torch.int64)
@@ -91,7 +91,8 @@ class _Constants(NamedTuple):
 @lru_cache(maxsize=1024)
 def _constants(router: Router, rule: Rule, experts: int) -> _Constants:
     shares = [-1.0 if share is None else share for share in (rule.threshold, rule.top_p)]
-    numbers = np.array([*shares, router.normalise_epsilon, router.scaling], np.float32)
+    others = [router.normalise_epsilon, router.scaling, rule.renormalise]
+    numbers = np.array([*shares, *others], np.float32)
     allowed = None
     if rule.experts is not None:
         allowed = np.zeros(experts, np.uint8)

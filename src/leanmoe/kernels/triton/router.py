@@ -131,7 +131,7 @@ def _call(
         None if padding_T is None else padding_T.contiguous().view(torch.int8),
         rank_E,
         list(_integers(router, rule, top_k, ranks, output)),
-        [rule.threshold or 0.0, rule.top_p or 0.0, router.normalise_epsilon, router.scaling],
+        _floats(router, rule),
         ids_dtype,
     )
     if not rule.is_batch_aware:
@@ -155,7 +155,7 @@ class RouteIntegers(NamedTuple):
     """Whether a group is as good as its best expert, not as its best two."""
     slots: int
     full: int
-    """Slots whose sum divides the weights, with `keep_weights`; else 0."""
+    """Slots of the whole top-k where its sum divides the weights; else 0."""
     has_threshold: int
     has_top_p: int
     guaranteed: int
@@ -179,7 +179,7 @@ def _integers(
         router.groups_used if router.limits_groups else 1,
         router.group_score == "max",
         top_k if rule.top_k is None else rule.top_k,
-        top_k if rule.keep_weights else 0,
+        top_k if rule.renormalise < 1 and router.normalises else 0,
         rule.threshold is not None,
         rule.top_p is not None,
         rule.guaranteed or 0,
@@ -188,6 +188,21 @@ def _integers(
         ranks,
         *output,
     )
+
+
+def _floats(router: Router, rule: Rule) -> list[float]:
+    """Threshold, top_p, the epsilon of the normalisation, the scaling, and `renormalise`."""
+    shares = [rule.threshold or 0.0, rule.top_p or 0.0]
+    return [*shares, router.normalise_epsilon, router.scaling, float(rule.renormalise)]
+
+
+def _whole(full: int, renormalise: float) -> int:
+    """Whose sum divides the weights, as the programs number it."""
+    from leanmoe.kernels.triton.router_token_program import BOTH, KEPT_SLOTS, WHOLE_TOP_K
+
+    if not full:
+        return int(KEPT_SLOTS.value)
+    return int((BOTH if renormalise > 0 else WHOLE_TOP_K).value)
 
 
 @lru_cache(maxsize=1024)
@@ -214,7 +229,7 @@ class RouteCall:
         padding_T: Tensor | None, rank_E: Tensor | None, integers: RouteIntegers,
         floats: list[float], outputs: tuple[Tensor, ...], exchange: Exchange | None = None,
     ) -> None:  # fmt: skip
-        """`floats` are threshold, top_p, the epsilon of the normalisation, and the scaling."""
+        """`floats` are those of `_floats`."""
         self._rank_E, self._exchange = rank_E, exchange
         self.tokens, self.experts = logits_TE.shape
         self._inputs = (logits_TE, bias_E, allowed_E, padding_T)
@@ -228,7 +243,7 @@ class RouteCall:
             "BY_BEST": bool(integers.by_best), "SLOTS": power_of_two(max(integers.slots, full)),
             "SCORING": integers.scoring, "NORMALISE": bool(integers.normalise),
             "HAS_BIAS": bias_E is not None, "HAS_ALLOWED": allowed_E is not None,
-            "HAS_PADDING": padding_T is not None, "KEEP_WEIGHTS": full > 0,
+            "HAS_PADDING": padding_T is not None, "WHOLE": _whole(full, floats[-1]),
             "HAS_THRESHOLD": bool(integers.has_threshold), "HAS_TOP_P": bool(integers.has_top_p),
             "num_warps": 1,
         }

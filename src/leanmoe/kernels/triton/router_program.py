@@ -25,6 +25,7 @@ from leanmoe.kernels.triton.router_token_program import (
     own_keys,
     own_slots,
     shares_of,
+    weights_of,
     whole_of,
 )
 
@@ -45,23 +46,22 @@ def _write(
     # rows and places
     ids_K, gates_K, place_K, kept, whole, is_number, filler, token,
     # sizes and numbers
-    tokens, scaling, epsilon, slots,
+    tokens, scaling, epsilon, renormalise, slots,
     # pointers
     ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
     # compile-time
     E: tl.constexpr, SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_PADDING: tl.constexpr,
-    KEEP_WEIGHTS: tl.constexpr, HAS_BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr, HAS_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A token's ids and weights, kept slots first, and its rows in the expert blocks.
 
     `place_K` is where a slot is written, `filler` the id of a skipped one. Returns what the
-    experts' counters answered; without blocks the ids, which are known no earlier than what
-    they were chosen by.
+    experts' counters answered; without blocks the ids, known no earlier than their choice.
     """
     is_kept = place_K < kept
-    if not KEEP_WEIGHTS:
-        whole = whole_of(gates_K, is_kept, epsilon, SCORING, NORMALISE)
-    weights_K = shares_of(gates_K, is_kept, whole, SCORING) * scaling
+    weights_K = weights_of(
+        gates_K, is_kept, whole, epsilon, renormalise, scaling, SCORING, NORMALISE, WHOLE
+    )
     is_nan = ~is_number
     if HAS_PADDING:
         is_nan = is_nan & (tl.load(padding_ptr + token) == 0)
@@ -134,13 +134,13 @@ def route_alone(
     logits_ptr, bias_ptr, allowed_ptr, padding_ptr, ids_ptr, weights_ptr, counts_ptr, rows_ptr,
     blocks_ptr, used_ptr,
     # sizes and numbers
-    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling,
+    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling, renormalise,
     # compile-time
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, REPEAT: tl.constexpr,
+    HAS_TOP_P: tl.constexpr, WHOLE: tl.constexpr, REPEAT: tl.constexpr,
     SKIPPED: tl.constexpr, HAS_BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     POWER_E: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +154,7 @@ def route_alone(
     most = tl.maximum(slots, full)
     ids_K, gates_K, kept, whole = own_slots(
         logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
-        E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
+        E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, WHOLE,
     )  # fmt: skip
     place_K = tl.arange(0, SLOTS)
     filler = _filler(
@@ -164,8 +164,8 @@ def route_alone(
     )  # fmt: skip
     answers = _write(
         ids_K, gates_K, place_K, kept, whole, is_number, filler, token, tokens, scaling, epsilon,
-        slots, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
-        E, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_BLOCKS,
+        renormalise, slots, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
+        E, SCORING, NORMALISE, HAS_PADDING, WHOLE, HAS_BLOCKS,
     )  # fmt: skip
     if HAS_BLOCKS:  # noqa: SIM102, constexpr: nothing is counted without it
         if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
@@ -269,7 +269,7 @@ def route_activate(
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
+    HAS_TOP_P: tl.constexpr, WHOLE: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
     HAS_BUDGET: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """First of two launches: each token marks the experts it wants.
@@ -289,7 +289,7 @@ def route_activate(
     most = slots if LOOKS_AT_ALL or HAS_BUDGET else guaranteed
     ids_K, gates_K, kept, _whole = own_slots(
         logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
-        E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
+        E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, WHOLE,
     )  # fmt: skip
     is_kept = k < kept
     if HAS_BUDGET:
@@ -316,14 +316,14 @@ def route_fill(
     logits_ptr, bias_ptr, allowed_ptr, padding_ptr, ids_ptr, weights_ptr, counts_ptr, rows_ptr,
     blocks_ptr, used_ptr, marks_ptr, over_ptr, rank_ptr,
     # sizes and numbers
-    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling, guaranteed, budget,
-    per_rank, ranks, low_bits,
+    tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling, renormalise,
+    guaranteed, budget, per_rank, ranks, low_bits,
     # compile-time
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    HAS_TOP_P: tl.constexpr, KEEP_WEIGHTS: tl.constexpr, REPEAT: tl.constexpr,
+    HAS_TOP_P: tl.constexpr, WHOLE: tl.constexpr, REPEAT: tl.constexpr,
     SKIPPED: tl.constexpr, HAS_BLOCKS: tl.constexpr, BEST: tl.constexpr,
     HAS_GUARANTEED: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_PER_RANK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, POWER_E: tl.constexpr, USE_PDL: tl.constexpr,
@@ -334,7 +334,7 @@ def route_fill(
     than to wait for one that writes them down, and the latter is done while the first launch runs.
     The last makes the marks zero again. `BEST` is the bit of a mark where tokens' best begin.
     """
-    LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P
+    LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P or WHOLE > 0
     HAS_BUDGET: tl.constexpr = HAS_TOTAL or HAS_PER_RANK
     token = tl.program_id(0)
     keys, e, is_expert, top, total, is_number = own_keys(
@@ -345,11 +345,11 @@ def route_fill(
     k = tl.arange(0, SLOTS)
     whole = 1.0
     # A budget may drop any of its own; without one those it is guaranteed are all active.
-    if LOOKS_AT_ALL or KEEP_WEIGHTS:
+    if LOOKS_AT_ALL:
         most = tl.maximum(slots, full)
         ids_K, _gates_K, wanted, whole = own_slots(
             logits_ptr, token, keys, e, top, total, threshold, top_p, epsilon, slots, full, most,
-            E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, KEEP_WEIGHTS,
+            E, SLOTS, SCORING, NORMALISE, HAS_BIAS, HAS_THRESHOLD, HAS_TOP_P, WHOLE,
         )  # fmt: skip
         own, slot = wanted if HAS_BUDGET else tl.minimum(guaranteed, wanted), 0
         # A threshold keeps by gate, a bias ranks otherwise: then what it keeps comes before others.
@@ -391,8 +391,8 @@ def route_fill(
     )  # fmt: skip
     answers = _write(
         ids_K, gates_K, place_K, filled, whole, is_number, filler, token, tokens, scaling, epsilon,
-        slots, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
-        E, SCORING, NORMALISE, HAS_PADDING, KEEP_WEIGHTS, HAS_BLOCKS,
+        renormalise, slots, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
+        E, SCORING, NORMALISE, HAS_PADDING, WHOLE, HAS_BLOCKS,
     )  # fmt: skip
     if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
         tl.store(marks_ptr + e, tl.zeros_like(marks), mask=is_expert)

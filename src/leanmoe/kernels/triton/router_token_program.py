@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 SOFTMAX, SIGMOID, SOFTMAX_AFTER, SQRT_SOFTPLUS = (tl.constexpr(i) for i in range(4))
+KEPT_SLOTS, WHOLE_TOP_K, BOTH = (tl.constexpr(i) for i in range(3))
+"""What `WHOLE`, of which a slot's weight is a share, is the sum of."""
 INACTIVE = tl.constexpr(-(1 << 31))
 """A key below that of any expert that can be used."""
 FIRST = tl.constexpr((1 << 31) - 1)
@@ -177,6 +179,23 @@ def shares_of(gates_K, is_kept, whole, SCORING: tl.constexpr):
 
 
 @triton.jit
+def weights_of(
+    gates_K, is_kept, full, epsilon, renormalise, scaling,
+    SCORING: tl.constexpr, NORMALISE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What each kept slot weighs; `full` is what shares are taken of where that is the top-k's."""
+    whole = full
+    if WHOLE != WHOLE_TOP_K:
+        whole = whole_of(gates_K, is_kept, epsilon, SCORING, NORMALISE)
+    if WHOLE == BOTH:
+        if SCORING == SOFTMAX_AFTER:  # both are logarithms
+            whole = renormalise * whole + (1.0 - renormalise) * full
+        elif NORMALISE:
+            whole = tl.exp(renormalise * tl.log(whole) + (1.0 - renormalise) * tl.log(full))
+    return shares_of(gates_K, is_kept, whole, SCORING) * scaling
+
+
+@triton.jit
 def own_keys(
     # pointers
     logits_ptr, bias_ptr, allowed_ptr, padding_ptr,
@@ -229,7 +248,7 @@ def own_slots(
     # compile-time
     E: tl.constexpr, SLOTS: tl.constexpr, SCORING: tl.constexpr, NORMALISE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_TOP_P: tl.constexpr,
-    KEEP_WEIGHTS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A token's own slots under all fields of a rule but those that look at other tokens.
 
@@ -240,7 +259,7 @@ def own_slots(
     ids_K, filled, _others = best_slots(keys, e, most, SLOTS)
     gates_K = gates_of(logits_ptr, token, ids_K, k < filled, top, total, E, SCORING)
     whole = 1.0
-    if KEEP_WEIGHTS:
+    if WHOLE != KEPT_SLOTS:
         whole = whole_of(gates_K, k < tl.minimum(filled, full), epsilon, SCORING, NORMALISE)
     is_kept = k < tl.minimum(filled, slots)
     if HAS_THRESHOLD or HAS_TOP_P:

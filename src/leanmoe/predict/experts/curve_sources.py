@@ -124,7 +124,7 @@ def _rules_of(plan: Plan | None) -> set[Rule]:
 
 
 def _is_simple(rule: Rule) -> bool:
-    return rule == Rule(top_k=rule.top_k, keep_weights=rule.keep_weights)
+    return rule == Rule(top_k=rule.top_k, renormalise=rule.renormalise)
 
 
 def _replayed(
