@@ -38,3 +38,36 @@ def test_a_token_without_text_counts_where_usage_comes_with_each() -> None:
 
 def test_a_token_that_only_the_last_usage_tells_of_came_with_it() -> None:
     assert arrivals(piece("a"), piece("", 2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ([piece("a"), 'error: {"code": 500, "message": "context is full"}'], "context is full"),
+        ([piece("a"), "event: error", 'data: {"message": "engine died"}'], "engine died"),
+        ([piece("a"), 'data: {"error": {"message": "out of memory"}}'], "out of memory"),
+    ],
+)
+def test_a_servers_error_in_its_stream_is_raised(lines: list[str], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        arrivals(*lines)
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (['{"error": {"message": "soft failure"}}'], "no token came, but soft failure"),
+        (["<html>", "<h1>Sign in</h1>"], "no token came, but <html><h1>Sign in"),
+        (['data: {"choices": [{"delta": {"content": "a"}}]}'], "no token came, but nothing that"),
+    ],
+)
+def test_a_body_that_is_no_stream_of_tokens_is_shown(lines: list[str], reason: str) -> None:
+    client = TimedCompletions()
+    for line in lines:
+        client.add_streaming_line(line)
+    with pytest.raises(ValueError, match=reason):
+        client.post_validation(None)
+
+
+def test_events_and_comments_are_no_errors() -> None:
+    assert arrivals(": ping", "event: message", "id: 3", piece("a"), "data: [DONE]") == 1

@@ -31,6 +31,12 @@ COUNTED, ASKED = "counted", "asked"
 """Where it holds the reply's tokens by the server's usage (None without one) and as asked for."""
 
 
+FIELDS = ("data", "event", "id", "retry", "")
+"""Of server-sent events; a comment has none."""
+MOST_STRAY = 10_000
+"""Characters kept of a body that is no stream."""
+
+
 @BackendArgs.register(KIND)
 class TimedArgs(OpenAIHTTPBackendArgs):  # type: ignore[misc]
     """Arguments of the backend: GuideLLM's, with our request handler."""
@@ -67,10 +73,13 @@ class TimedCompletions(TextCompletionsRequestHandler):  # type: ignore[misc]
         super().__init__()
         self._arrivals: list[float] = []
         self._counted = 0
+        self._is_error = False
+        self._stray = ""
 
     def add_streaming_line(self, line: str) -> int | None:
         """1 for a piece that brought a token, 0 for another, None at the end."""
         now = time.time()
+        self._note_stray(line)
         found: int | None = super().add_streaming_line(line)
         if found is None:
             return None
@@ -83,6 +92,25 @@ class TimedCompletions(TextCompletionsRequestHandler):  # type: ignore[misc]
             self._arrivals.append(now)
             return 1
         return 0
+
+    def _note_stray(self, line: str) -> None:
+        """Keeps what is no event of a stream: a body that is no stream at all.
+
+        Raises ValueError for errors that have no `data:` or an event's name: llama.cpp's and TGI's.
+        """
+        field, _, rest = line.strip().partition(":")
+        if field == "error" or (field == "data" and self._is_error):
+            raise ValueError(reason_in(rest.strip()))
+        self._is_error = field == "event" and rest.strip() == "error"
+        if field not in FIELDS and len(self._stray) < MOST_STRAY:
+            self._stray += line
+
+    def post_validation(self, response: Any) -> None:
+        """Raises ValueError, with what came instead, where no token came."""
+        if not self._arrivals:
+            said = reason_in(self._stray) or "nothing that /v1/completions answers with"
+            raise ValueError(f"no token came, but {said}")
+        super().post_validation(response)
 
     def compile_streaming(self, request: Any, arguments: Any) -> Any:
         """GuideLLM's response, with the arrivals."""
@@ -97,7 +125,8 @@ class TimedCompletions(TextCompletionsRequestHandler):  # type: ignore[misc]
 async def _raise_reason(response: httpx.Response) -> None:
     if response.is_error:
         await response.aread()
-        raise ValueError(f"HTTP {response.status_code}: {reason_in(response.text)}")
+        reason = reason_in(response.text) or response.reason_phrase
+        raise ValueError(f"HTTP {response.status_code}: {reason}")
 
 
 def _completion_tokens(usage: Any) -> int:
