@@ -10,6 +10,7 @@ import pytest
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import read_shape
+from leanmoe.models.shards import _part
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 64,
@@ -98,3 +99,23 @@ def test_a_damaged_shard_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(LeanMoeError, match=r"model\.safetensors is damaged"):
         read_shape(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("layers.1.ffn.experts.0.w1.scale", "expert"),  # DeepSeek-V4's own names
+        ("layers.1.ffn.gate.weight", "routers"),
+        ("layers.1.attn.wq_a.weight", "mixers"),
+        ("embed.weight", "embedding"),
+        ("head.weight", "head"),
+        ("mtp.0.ffn.experts.0.w1.weight", None),
+        ("language_model.model.layers.1.mlp.experts.0.up_proj.weight_packed", "expert"),
+        ("model.layers.1.mlp.switch_mlp.up_proj.scales", "expert"),  # MLX
+        ("model.layers.1.block_sparse_moe.gate.weight", "routers"),
+        ("vision_tower.encoder.layers.1.mlp.up_proj.weight", None),
+        ("model.word_embeddings.weight", "embedding"),  # Ling
+    ],
+)
+def test_tensors_are_told_apart_by_their_published_names(name: str, part: str | None) -> None:
+    assert _part(name, 2) == part

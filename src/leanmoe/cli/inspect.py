@@ -22,7 +22,7 @@ NOTE = (
     "Modelled: tokens choose experts independently and evenly, each weight is read once a step, "
     "and reading it is all that takes time; KV cache and activations are left out. It stops "
     "holding where an active expert has hundreds of tokens (about {ridge} on an H200; shown as "
-    "–): there time falls with k itself. Real tokens agree on experts and wake fewer of them, "
+    "–): there time falls with k itself. Real tokens agree on experts and activate fewer, "
     "which leanmoe tune measures."
 )
 GROUPS_NOTE = " 'groups agree': every token of a step uses the same groups, the lower end."
