@@ -20,6 +20,7 @@ from leanmoe.eval.harness import Answers, answer_harness, loss_changes
 from leanmoe.eval.harness_tasks import askable_tasks, require_harness
 from leanmoe.eval.prompts import prompts_of
 from leanmoe.eval.settings import EvalSettings
+from leanmoe.eval.transfer import read_run, transfer, transfer_windows
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.plan.named_plans import FULL, read_plans, require_at_work
@@ -50,15 +51,23 @@ def evaluate(
     settings.check()
     plans = read_plans(plan_files, rules, read_shape(settings.model).fingerprint())
     require_at_work(plans, settings.concurrency)
-    if not plans and settings.calibrate is None:
+    if not plans and settings.calibrate is None and settings.transfer is None:
         raise LeanMoeError("nothing to compare with the full model: give --plan or --rule")
+    finished = None
+    if settings.transfer is not None:
+        finished = read_run(Path(settings.transfer), read_shape(settings.model).fingerprint())
     if settings.tasks:
         require_harness(settings)
     quiet_transformers()
     asked = askable_tasks(settings) if plans and settings.tasks else None
     folder = RunFolder.open(output, settings, overwrite, "eval")
     model, tokenizer = _load(settings)
-    texts = read_domains(tokenizer, settings)
+    is_matrix = bool(plans or settings.calibrate)
+    texts = read_domains(tokenizer, settings) if is_matrix else []
+    moved = None
+    if finished is not None:
+        windows = transfer_windows(finished, model, tokenizer, settings)
+        moved = transfer(model, finished, windows, folder)
     prompts = prompts_of(model, tokenizer, settings) if settings.prompts is not None else ()
     tasks: tuple[TaskRow, ...] = ()
     if asked is not None and asked.metrics:
@@ -66,7 +75,7 @@ def evaluate(
     replies = domains = None
     if plans and prompts:
         replies = generation(model, tokenizer, prompts, plans, settings, folder)
-    if settings.domain:
+    if texts:
         domains = domain_matrix(model, tokenizer, texts, plans, settings, folder)
     results = EvalResults(
         provenance=collect(command, settings.seed),
@@ -77,6 +86,7 @@ def evaluate(
         tasks=tasks,
         generation=replies,
         domains=domains,
+        transfer=moved,
         made_with=folder.made_with(),
         seconds=folder.seconds(),
     )

@@ -80,6 +80,10 @@ class EvalSettings:
     domain: tuple[tuple[str, str], ...] = option(
         (), "A text to test on, as NAME=FILE; may be repeated.", parse=parse_domain, repeats=True
     )
+    transfer: str | None = option(
+        None,
+        "A folder of a finished tune run: its plan is put to the run's own test on each --domain.",
+    )
     calibrate: str | None = option(
         None, "CRITERION:KEEP, like easy-ep:75%: adds a plan ranked on each --domain."
     )
@@ -105,6 +109,8 @@ class EvalSettings:
             raise LeanMoeError(f"engine is {self.engine!r}: it must be {' or '.join(ENGINES)}")
         if self.engine == "vllm":
             self._check_vllm()
+        if self.transfer is not None and not self.domain:
+            raise LeanMoeError("--transfer proves a plan on each --domain: none is given")
         if self.calibrate is not None and not self.domain:
             raise LeanMoeError("--calibrate ranks experts on each --domain: none is given")
         if self.include_path is not None and not Path(self.include_path).is_dir():

@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from leanmoe.core.intervals import LossChange, MeanChange
-from leanmoe.results.eval import DomainMatrix, EvalResults, PassAt, Replies, ReplyRow, TaskRow
+from leanmoe.results.eval import (
+    DomainMatrix,
+    EvalResults,
+    PassAt,
+    Replies,
+    ReplyRow,
+    TaskRow,
+    Transfer,
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,8 @@ def sheets(results: EvalResults) -> list[Sheet]:
             )
     if results.domains is not None:
         tables.append(_domains(results.domains, confidence))
+    if results.transfer is not None:
+        tables.append(_transfer(results.transfer))
     return tables
 
 
@@ -190,6 +200,37 @@ def _domains(matrix: DomainMatrix, confidence: str) -> Sheet:
         tuple(
             (row.plan, *(_change_in_percent(row.loss[name]) for name in names))
             for row in matrix.rows
+        ),
+    )
+
+
+def _transfer(moved: Transfer) -> Sheet:
+    return Sheet(
+        f"A finished plan on other text, margin {moved.margin}",
+        "By the test of the run that made it, at its loads. Perplexity is the bound's.",
+        (
+            "load and text",
+            "verdict",
+            "loss",
+            "at most",
+            "perplexity",
+            "KL",
+            "changed",
+            "worst tenth",
+        ),
+        tuple(
+            (
+                f"{row.concurrency}, {each.kind}",
+                "within" if each.accepted else "not shown to be within",
+                f"{each.loss.ratio:+.2%}",
+                f"{each.loss.upper_bound:+.2%}",
+                f"{each.perplexity:+.2%}",
+                f"{each.divergence:.4f}",
+                f"{each.flips:.1%}",
+                f"{each.worst_tenth:+.2%}",
+            )
+            for row in moved.rows
+            for each in row.kinds
         ),
     )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from leanmoe.core.intervals import LossChange, MeanChange
+from leanmoe.core.intervals import LossChange, Margin, MeanChange
 from leanmoe.core.provenance import Provenance, StepsMadeWith
 from leanmoe.core.schema import StoredFile, stored_as
 from leanmoe.plan import Plan
+from leanmoe.results.tune import KindLoss
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,23 @@ class DomainMatrix:
 
 
 @dataclass(frozen=True)
+class TransferRow:
+    """What a finished plan costs on each domain at one load of its run."""
+
+    concurrency: int
+    kinds: tuple[KindLoss, ...]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A finished plan on text that it was not made for, by the test and the margin of its run."""
+
+    plan: Plan
+    margin: Margin
+    rows: tuple[TransferRow, ...]
+
+
+@dataclass(frozen=True)
 class EvalResults(StoredFile):
     """The results.json of an evaluation."""
 
@@ -183,6 +201,7 @@ class EvalResults(StoredFile):
     tasks: tuple[TaskRow, ...] = ()
     generation: Replies | None = None
     domains: DomainMatrix | None = None
+    transfer: Transfer | None = None
     made_with: tuple[StepsMadeWith, ...] = ()
 
     @property

@@ -220,20 +220,8 @@ def _cut_text(
     if reason:
         logger.info("every reply is scored in a row of its own: %s", reason)
     shape = settings.scored_window(reason is None)
-    proved: dict[str, Windows] = {}
-    parts: dict[str, tuple[tuple[Document, ...], tuple[Document, ...]]] = {}
     cut_by = _Cut(tokenizer, settings, *shape, len(kinds))
-    for kind, corpus in kinds.items():
-        try:
-            calibration, heldout = split(corpus.documents, settings.heldout_share, settings.seed)
-            windows = cut_by.windows(heldout, settings.heldout_tokens)
-            _require_enough(windows, settings)
-        except LeanMoeError as error:
-            if settings.text or (kind == list(kinds)[-1] and not parts):
-                raise LeanMoeError(f"text {kind}: {error}") from error
-            print(f"leanmoe: {kind} is no kind of the proof: {error}", file=sys.stderr)
-            continue
-        proved[kind], parts[kind] = windows, (calibration, heldout)
+    parts, proved = _kinds_that_suffice(kinds, cut_by)
     some = int(settings.compared_share * settings.heldout_tokens)
     some = min(max(some, FEWEST_COMPARED * shape[0]), settings.heldout_tokens)
     searched = [cut_by.windows(c, settings.sensitivity_tokens) for c, _ in parts.values()]
@@ -264,12 +252,42 @@ def _cut_text(
     )
 
 
+Halves = tuple[tuple[Document, ...], tuple[Document, ...]]
+
+
+def _kinds_that_suffice(
+    kinds: Mapping[str, Corpus], cut_by: _Cut
+) -> tuple[dict[str, Halves], dict[str, Windows]]:
+    """Both halves of each kind, and the windows of its held-out half.
+
+    A built-in kind that this machine has too little of is left out, and said; raises LeanMoeError
+    for one that was asked for, and where none is left.
+    """
+    settings = cut_by.settings
+    parts: dict[str, Halves] = {}
+    proved: dict[str, Windows] = {}
+    for kind, corpus in kinds.items():
+        try:
+            halves = split(corpus.documents, settings.heldout_share, settings.seed)
+            windows = cut_by.windows(halves[1], settings.heldout_tokens)
+            require_enough(windows, settings)
+        except LeanMoeError as error:
+            if settings.text or (kind == list(kinds)[-1] and not parts):
+                raise LeanMoeError(f"text {kind}: {error}") from error
+            print(f"leanmoe: {kind} is no kind of the proof: {error}", file=sys.stderr)
+            continue
+        parts[kind], proved[kind] = halves, windows
+    return parts, proved
+
+
 def text_part(windows: Windows) -> TextPart:
     """How much text some windows are of."""
     return TextPart(windows.documents, windows.tokens, windows.units)
 
 
-def _require_enough(windows: Windows, settings: TuneSettings) -> None:
+def require_enough(
+    windows: Windows, settings: TuneSettings, mend: str = "--heldout-tokens"
+) -> None:
     """Raises LeanMoeError where a kind's held-out text is too little to prove anything on."""
     require_documents(windows.units, settings.confidence)
     concurrency = max(settings.concurrency)
@@ -277,7 +295,7 @@ def _require_enough(windows: Windows, settings: TuneSettings) -> None:
         raise LeanMoeError(
             f"the held-out text gives {len(windows.lengths_S)} windows of "
             f"{windows.ids_SN.shape[1]} tokens: {concurrency} are needed for concurrency "
-            f"{concurrency}; give more text or more --heldout-tokens"
+            f"{concurrency}; give more text or more {mend}"
         )
 
 

@@ -1,0 +1,107 @@
+"""A finished plan on text that it was not made for, put to the test that accepted it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.run_folder import RunFolder
+from leanmoe.core.schema import from_json, to_json
+from leanmoe.core.text import read_kinds
+from leanmoe.eval.settings import EvalSettings
+from leanmoe.models.shape import Fingerprint
+from leanmoe.plan.named_plans import Named, read_plans
+from leanmoe.results.eval import Transfer, TransferRow
+from leanmoe.results.tune import TuneResults
+from leanmoe.runtime import IMPLEMENTATION, apply, partial_attention_reason
+from leanmoe.scoring.divergence import Reference, divergence, reference
+from leanmoe.scoring.windows import Windows
+from leanmoe.stats.losses import Divergence
+from leanmoe.tune.context import BATCH_TOKENS, full_windows, require_enough
+from leanmoe.tune.prove import kind_loss
+from leanmoe.tune.settings import TuneSettings
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run of `tune`: its plan, and how that was proven."""
+
+    plan: Named
+    settings: TuneSettings
+
+
+def read_run(folder: Path, model: Fingerprint) -> FinishedRun:
+    """Reads the run in `folder`.
+
+    Raises LeanMoeError where there is none, for an empty plan, and for a plan of another model.
+    """
+    results = TuneResults.load(folder / "results.json")
+    settings = from_json(TuneSettings, results.settings, f"settings of {folder}")
+    (plan,) = read_plans([folder / "plan.json"], [], model)
+    if plan.plan.is_empty:
+        raise LeanMoeError(f"the plan of {folder} is empty: there is nothing to prove")
+    return FinishedRun(plan, settings)
+
+
+def transfer_windows(
+    run: FinishedRun, model: Any, tokenizer: Any, settings: EvalSettings
+) -> dict[str, Windows]:
+    """The windows of each domain, cut as the run cut its own text.
+
+    Raises LeanMoeError for a domain that is too little to prove anything on.
+    """
+    whole, prompt, reply = run.settings.scored_window(
+        partial_attention_reason(model.config) is None
+    )
+    windows = {}
+    for name, corpus in read_kinds(dict(settings.domain)).items():
+        try:
+            documents, tokens = corpus.documents, settings.domain_tokens
+            cut = full_windows(documents, tokenizer, whole, tokens, run.settings)
+            require_enough(cut, run.settings, "--domain-tokens")
+        except LeanMoeError as error:
+            raise LeanMoeError(f"domain {name}: {error}") from error
+        windows[name] = cut.after_prompt(prompt, reply)
+    return windows
+
+
+def transfer(
+    model: Any, run: FinishedRun, windows: Mapping[str, Windows], folder: RunFolder
+) -> Transfer:
+    """The plan's loss on every domain at each load of its run, with the run's margin."""
+    references: dict[str, Reference] = {}
+
+    def drawn(name: str, load: int) -> list[Any]:
+        if name not in references:
+            references[name] = reference(model, windows[name], BATCH_TOKENS)
+        draws = range(run.settings.batch_draws if load > 1 and run.plan.is_batch_aware(load) else 1)
+        return [to_json(_once(model, run, references[name], load, draw)) for draw in draws]
+
+    rows = []
+    for load in run.settings.concurrency:
+        kinds = []
+        for name in windows:
+            stored = folder.step(
+                f"transfer-{name}-{load}-{run.plan.digest}", partial(drawn, name, load)
+            )
+            draws = [Divergence.from_json(each) for each in stored]
+            kinds.append(kind_loss(run.settings, name, draws))
+        rows.append(TransferRow(load, tuple(kinds)))
+    return Transfer(run.plan.plan, run.settings.margin, tuple(rows))
+
+
+def _once(model: Any, run: FinishedRun, against: Reference, load: int, draw: int) -> Divergence:
+    prompt = against.windows.prompt_in_call
+    with apply(
+        model,
+        run.plan.plan,
+        experts=IMPLEMENTATION,
+        decode_batch=load,
+        prompt_tokens=prompt,
+    ):
+        what = f"Transfer, concurrency {load}"
+        return divergence(model, against, what, load, BATCH_TOKENS, draw)
