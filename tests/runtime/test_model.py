@@ -16,7 +16,7 @@ from leanmoe.kernels.cpu.threads import openmp_functions
 from leanmoe.models.reference import path as reference
 from leanmoe.runtime import find_layers, load_model, release_threads, require_batching, resume_from
 from leanmoe.runtime import model as module
-from leanmoe.runtime.model import batching_reason, check_tokens, keep_hidden
+from leanmoe.runtime.model import batching_reason, check_tokens, keep_hidden, require_rows
 from tests.runtime.families import build
 from tests.runtime.test_apply import logits
 
@@ -75,18 +75,34 @@ def test_why_caches_cannot_be_held(
 def test_a_tokenizer_beyond_the_embedding_is_named_before_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def tokenizer(added: dict[int, str]) -> SimpleNamespace:
-        return SimpleNamespace(
-            get_vocab=lambda: {str(number): number for number in range(12)},
-            added_tokens_decoder=added,
-        )
+    class Numbers:
+        bos_token_id = 1
 
-    check_tokens(tokenizer({}), 12)
+        def __init__(self, added: dict[int, str], starts: int = 1) -> None:
+            self.added_tokens_decoder, self.starts = added, starts
+
+        def get_vocab(self) -> dict[str, int]:
+            return {str(number): number for number in range(12)}
+
+        def __call__(self, _text: str) -> dict[str, list[int]]:
+            return {"input_ids": [1] * self.starts + [2]}
+
+    check_tokens(Numbers({}), 12)
     with pytest.raises(LeanMoeError, match="token ids up to 11, the model's embedding 8 rows"):
-        check_tokens(tokenizer({}), 8)
+        check_tokens(Numbers({}), 8)
     assert capsys.readouterr().err == ""
-    check_tokens(tokenizer({10: "<a>", 11: "<b>"}), 10)
+    check_tokens(Numbers({10: "<a>", 11: "<b>"}), 10)
     assert "2 added tokens of the tokenizer (ids from 10)" in capsys.readouterr().err
+    check_tokens(Numbers({}, 2), 12)
+    assert "puts its start token in front of a text twice" in capsys.readouterr().err
+
+
+def test_an_added_token_beyond_the_embedding_is_named_where_a_text_holds_it() -> None:
+    table = torch.nn.Embedding(10, 2)
+    table.register_forward_pre_hook(require_rows)
+    assert table(torch.tensor([[9]])).shape == (1, 1, 2)
+    with pytest.raises(LeanMoeError, match="the text has token id 10, an added token beyond"):
+        table(torch.tensor([[3, 10]]))
 
 
 VOCABULARY = 8192

@@ -4,6 +4,7 @@ Shape suffixes: S sequences, N tokens of each in a forward call, T = S x N token
 slots a token, D hidden width, B independent forward steps.
 """
 
+from leanmoe.kernels.cpu.threads import release_threads
 from leanmoe.runtime.apply import Applied, apply, has_kernel, served_experts
 from leanmoe.runtime.counts import RoutingCounts
 from leanmoe.runtime.model import (
@@ -13,7 +14,6 @@ from leanmoe.runtime.model import (
     load_model,
     partial_attention_reason,
     record,
-    release_threads,
     require_batching,
     resume_from,
     shape_of,

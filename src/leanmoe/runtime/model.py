@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import expert_rows
-from leanmoe.kernels.cpu.threads import openmp_functions
 from leanmoe.models.hf_config import FILE
 from leanmoe.models.reference import folder_of
 from leanmoe.models.routers import Router
@@ -72,6 +71,8 @@ def load_model(
     except Exception as error:  # safetensors, the hub and Transformers each raise their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LeanMoeError(f"model {name} cannot be loaded: {reason}") from error
+    if max(getattr(tokenizer, "added_tokens_decoder", ()), default=0) >= shape.vocabulary:
+        model.get_input_embeddings().register_forward_pre_hook(require_rows)
     return model.to(device).eval(), tokenizer
 
 
@@ -94,22 +95,19 @@ def check_tokens(tokenizer: Any, rows: int) -> None:
             f"no row in the model's embedding of {rows:,}: text that holds them cannot be run",
             file=sys.stderr,
         )
+    start = tokenizer.bos_token_id
+    if start is not None and tokenizer("a")["input_ids"][:2] == [start, start]:
+        line = "leanmoe: the tokenizer puts its start token in front of a text twice"
+        print(line, file=sys.stderr)
 
 
-PAUSE_SOFT = 1
-"""omp_pause_soft of OpenMP 5.0: free what threads hold, keep what programs set."""
-
-
-def release_threads() -> bool:
-    """Ends the worker threads that torch keeps for the calling thread; whether there was a way.
-
-    They come back with the caller's next parallel operation. Call it before another thread takes
-    over the model: GNU's OpenMP counts the workers of both, finds more than cores, and puts every
-    worker to sleep after every operation, which makes a small model half as fast
-    (docs/results/throughput.md).
-    """
-    pause = openmp_functions("omp_pause_resource_all")
-    return bool(pause) and pause[0](PAUSE_SOFT) == 0
+def require_rows(table: nn.Embedding, inputs: tuple[Tensor, ...]) -> None:
+    """Before an embedding's forward: raises LeanMoeError for token ids that it has no row for."""
+    if inputs and int(inputs[0].max()) >= table.num_embeddings:
+        raise LeanMoeError(
+            f"the text has token id {int(inputs[0].max()):,}, an added token beyond the model's "
+            f"embedding of {table.num_embeddings:,} rows: take it out of the text"
+        )
 
 
 ROUTER_NAMES = ("gate", "router")

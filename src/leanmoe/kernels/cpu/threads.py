@@ -41,3 +41,19 @@ def openmp_functions(*names: str) -> tuple[Any, ...]:
         except (OSError, AttributeError):
             continue
     return ()
+
+
+PAUSE_SOFT = 1
+"""omp_pause_soft of OpenMP 5.0: free what threads hold, keep what programs set."""
+
+
+def release_threads() -> bool:
+    """Ends the worker threads that torch keeps for the calling thread; whether there was a way.
+
+    They come back with the caller's next parallel operation. Call it before another thread takes
+    over the model: GNU's OpenMP counts the workers of both, finds more than cores, and puts every
+    worker to sleep after every operation, which makes a small model half as fast
+    (docs/results/throughput.md).
+    """
+    pause = openmp_functions("omp_pause_resource_all")
+    return bool(pause) and pause[0](PAUSE_SOFT) == 0
