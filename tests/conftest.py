@@ -28,6 +28,7 @@ SLOW = (
     "tests/conformance",
     "tests/eval/test_harness.py",
     "tests/eval/test_run.py",
+    "tests/fuzz",
     "tests/kernels/triton",
     "tests/prune",
     "tests/reference_model",

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("guidellm", reason="the extra leanmoe[bench] is not installed")
 
 from leanmoe.bench.guidellm_client import TimedCompletions
+from leanmoe.bench.over_http import _reason
 
 
 def piece(text: str | None, tokens: int | None = None) -> str:
@@ -71,3 +72,16 @@ def test_a_body_that_is_no_stream_of_tokens_is_shown(lines: list[str], reason: s
 
 def test_events_and_comments_are_no_errors() -> None:
     assert arrivals(": ping", "event: message", "id: 3", piece("a"), "data: [DONE]") == 1
+
+
+@pytest.mark.parametrize("tokens", [-5, 10**400, True])
+def test_a_count_that_no_reply_has_is_none(tokens: int) -> None:
+    client = TimedCompletions()
+    client.add_streaming_line(piece("a", tokens))
+    assert client._counted == 0
+
+
+def test_a_reason_is_one_line() -> None:
+    assert _reason(repr(ValueError("HTTP 400: no"))) == "HTTP 400: no"
+    assert _reason(repr(ValueError(" "))) == "ValueError(' ')"
+    assert _reason("two\nlines") == "two lines"

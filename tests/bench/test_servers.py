@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 
+import httpx
 import pytest
 
 from leanmoe.bench.servers import Server, answers, ask, is_server, read_address
@@ -61,6 +62,18 @@ def test_what_a_server_serves() -> None:
     assert not answers(found)
 
 
+@pytest.mark.parametrize(("said", "kept"), [(16, 16), (-1, None), (True, None), ("16", None)])
+def test_a_length_that_is_none_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, said: object, kept: int | None
+) -> None:
+    listed = {"data": [{"id": "a", "max_model_len": said}]}
+    request = httpx.Request("GET", "http://127.0.0.1")
+    monkeypatch.setattr(
+        httpx, "get", lambda *_, **__: httpx.Response(200, json=listed, request=request)
+    )
+    assert ask(read_address("http://127.0.0.1")).max_tokens == kept
+
+
 def test_a_server_that_is_down_is_one_line() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -75,6 +88,8 @@ def test_a_server_that_is_down_is_one_line() -> None:
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "gives HTTP 404"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "is not JSON"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"data":[]}', "lists no model"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + b"[" * 5000, "is not JSON"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"data": 64}', "lists no model"),
         (b"SSH-2.0-OpenSSH_9.6\r\n", "does not speak HTTP"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leanmoe.core.errors import did_you_mean, unknown_name
+from leanmoe.core.errors import LeanMoeError, did_you_mean, unknown_name
 
 
 def test_near_names_come_first_then_all_of_them() -> None:
@@ -20,3 +20,9 @@ def test_where_nothing_is_near_nothing_is_suggested() -> None:
 def test_thousands_are_counted_not_listed() -> None:
     error = str(unknown_name("task", "taks", ["task", *map(str, range(1999))], " here"))
     assert error == "task 'taks' is not known: did you mean task? 2,000 are known here"
+
+
+def test_a_message_is_one_line_that_can_be_printed() -> None:
+    """Keys of a file may hold what ends a line, and halves of characters."""
+    assert str(LeanMoeError("a\u2028b\nc\ud800")) == "a b c\\ud800"
+    assert str(LeanMoeError(f"k is {'x' * 9999}: no")) == f"k is {'x' * 500}...x: no"

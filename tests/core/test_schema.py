@@ -87,3 +87,9 @@ def test_a_missing_field_is_named() -> None:
 def test_true_is_no_number() -> None:
     with pytest.raises(LeanMoeError, match="share is True: it must be a number"):
         from_json(Part, {"name": "a", "share": True, "together": 1}, "part")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
+def test_a_number_is_finite(value: float) -> None:
+    with pytest.raises(LeanMoeError, match=r"share is .*: it must be a finite number"):
+        from_json(Part, {"name": "a", "share": value, "together": 1}, "part")

@@ -52,6 +52,11 @@ def test_an_unknown_task_and_data_out_of_reach_are_said(
         "    test: /nowhere.jsonl\ntest_split: test\ndoc_to_text: q\ndoc_to_target: q\n"
         "output_type: generate_until\nmetric_list:\n  - metric: exact_match\n"
     )
+    (tasks / "unnamed.yaml").write_text("task: null\n")
+    own = ["--include-path", str(tasks), "--overwrite", *run]
+    assert leanmoe("eval", "reference", "--tasks", "nothing", *own) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    (tasks / "unnamed.yaml").unlink()
     given = ["--tasks", "gone", "--include-path", str(tasks), "--overwrite", *run]
     assert leanmoe("eval", "reference", *given) == 1
     said = capsys.readouterr().err

@@ -104,6 +104,11 @@ def test_which_layers_have_experts(changes: dict[str, Any], moe_layers: tuple[in
         ({"model_type": "llama", "num_experts": None}, "'llama' has no routed experts"),
         ({"model_type": ["x"]}, r"model_type is \['x'\]: it must be a word"),
         ({"quantization_config": 4}, "quantization_config is 4: it must be an object"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: .* at most 10,000"),
+        ({"hidden_size": 10**400}, r"hidden_size is 10+\.\.\.: it must be .* at most 1,000,000,0"),
+        ({"mlp_only_layers": [-1]}, "mlp_only_layers is -1: .* each from 0 to"),
+        ({"tie_word_embeddings": "x" * 5000}, r"is 'x{100,119}\.\.\.: it must be true or false"),
+        ({"model_type": "x" * 5000}, r"model_type 'x{499}\.\.\. is not known"),
     ],
 )
 def test_values_out_of_range_are_named(changes: dict[str, Any], message: str) -> None:

@@ -91,8 +91,11 @@ def test_modelopts_own_file_counts_where_config_json_is_silent(tmp_path: Path) -
     assert read_shape(str(tmp_path)).storage.name == "nvfp4"
 
 
+DEEP = (5000).to_bytes(8, "little") + b"[" * 5000
+
+
 @pytest.mark.parametrize(
-    "content", [b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{{"]
+    "content", [b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{{", DEEP]
 )
 def test_a_damaged_shard_is_named(tmp_path: Path, content: bytes) -> None:
     folder = _write(tmp_path, {})

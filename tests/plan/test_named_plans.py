@@ -25,6 +25,9 @@ def test_rules_in_words() -> None:
     assert parse_rule("threshold=0.2") == Rule(threshold=0.2)
     with pytest.raises(LeanMoeError, match="did you mean top_k"):
         parse_rule("topk=6")
+    for words in ("top_k=" + "[" * 5000, "top_k=" + "9" * 5000):
+        with pytest.raises(LeanMoeError, match=r"sets top_k to .*give a number"):
+            parse_rule(words)
     with pytest.raises(LeanMoeError, match="sets top_k to 'six': give a number"):
         parse_rule("top_k=six")
 

@@ -20,8 +20,9 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.families import FAMILIES
 from leanmoe.models.hf_config import FILE
 from leanmoe.models.shape import MoEShape
+from leanmoe.models.shards import INDEX, SINGLE
 from leanmoe.prune import checkpoint
-from leanmoe.prune.checkpoint import INDEX, RECORD, SINGLE, STATE, read_source, write_pruned
+from leanmoe.prune.checkpoint import RECORD, STATE, read_source, write_pruned
 from leanmoe.prune.criteria import Kept, as_plan
 from leanmoe.runtime import shape_of
 from tests import tiny

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from leanmoe.models.hf_config import FILE
-from leanmoe.prune.checkpoint import SINGLE, read_source, write_pruned
+from leanmoe.models.shards import SINGLE
+from leanmoe.prune.checkpoint import read_source, write_pruned
 from leanmoe.prune.criteria import Kept
 from tests import tiny
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.hf_config import FILE
-from leanmoe.prune.checkpoint import SINGLE
+from leanmoe.models.shards import SINGLE
 from leanmoe.prune.trial import run_once
 from tests import tiny
 

@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +85,37 @@ def test_results_of_another_form_are_refused(
     (run / "results.json").write_text(json.dumps(results))
     with pytest.raises(LeanMoeError, match=message):
         write_page(run)
+
+
+def no_name(value: Any) -> None:
+    value["model"] = {}
+
+
+def no_figure(value: Any) -> None:
+    for runs in value["loads"][0]["runs"].values():
+        runs[0].pop("output_throughput")
+
+
+def odd_confidence(value: Any) -> None:
+    value["settings"]["confidence"] = {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_name, "no page shows results of bench: .* do not fit together .*name"),
+        (no_figure, "do not fit together .*output_throughput"),
+        (odd_confidence, r"do not fit together \(TypeError: float"),
+    ],
+)
+def test_results_that_do_not_fit_together_are_refused(
+    tmp_path: Path, damage: Callable[[Any], None], message: str
+) -> None:
+    value = json.loads(committed("leanmoe_bench")[0].read_text())
+    damage(value)
+    (tmp_path / "results.json").write_text(json.dumps(value))
+    with pytest.raises(LeanMoeError, match=message):
+        write_page(tmp_path)
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.name)

@@ -22,6 +22,7 @@ from guidellm.schemas.backends import BackendArgs, OpenAIHTTPBackendArgs
 from pydantic import Field
 
 from leanmoe.bench.servers import reason_in
+from leanmoe.bench.settings import MOST_TOKENS
 
 KIND: Literal["leanmoe_http"] = "leanmoe_http"
 FORMAT: Literal["leanmoe_completions"] = "leanmoe_completions"
@@ -130,5 +131,6 @@ async def _raise_reason(response: httpx.Response) -> None:
 
 
 def _completion_tokens(usage: Any) -> int:
+    """What a server counted; 0 where it counted nothing, or what no reply has."""
     counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return counted if isinstance(counted, int) else 0
+    return counted if type(counted) is int and 0 < counted <= MOST_TOKENS else 0

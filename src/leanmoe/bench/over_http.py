@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 from leanmoe.bench.measurement import Request, Timeline
 from leanmoe.bench.prompts import Supply
-from leanmoe.bench.servers import Server, answers, api_key
+from leanmoe.bench.servers import MOST_OF_A_REASON, Server, answers, api_key
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, RunOne
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError, first_line
 
 FAILED_SHARE = 0.1
 """A run ends early when more of its requests fail."""
@@ -221,8 +221,7 @@ def run_scenario(wanted: Any, server: Server, most_seconds: float) -> Outcome:
             f"the load on {server.url} did not end within {most_seconds:.0f} seconds"
         ) from error
     except (RuntimeError, ValueError, OSError, EOFError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LeanMoeError(f"the load on {server.url} failed: {reason}") from error
+        raise LeanMoeError(f"the load on {server.url} failed: {first_line(error)}") from error
     requests = report.benchmarks[0].requests
     return Outcome(
         [timeline for each in requests.successful if (timeline := timeline_of(each))],
@@ -237,7 +236,8 @@ def _reason(error: str) -> str:
     GuideLLM's own words before an error of the stream are left out.
     """
     match = re.fullmatch(r"\w+\((['\"])(.*)\1,?\)", error, re.DOTALL)
-    return (match[2] if match else error).removeprefix("Streaming response returned an error: ")
+    words = (match[2] if match else error).removeprefix("Streaming response returned an error: ")
+    return " ".join((words.strip() or error).split())[:MOST_OF_A_REASON]
 
 
 def timeline_of(stats: Any) -> Timeline | None:

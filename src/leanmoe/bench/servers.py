@@ -90,7 +90,7 @@ def ask(server: Server, model: str | None = None) -> Server:
         server,
         model=str(chosen["id"]),
         root=str(root) if root else None,
-        max_tokens=most if isinstance(most, int) else None,
+        max_tokens=most if type(most) is int and most > 0 else None,
     )
 
 
@@ -152,9 +152,10 @@ def _models(server: Server) -> list[dict[str, Any]]:
         raise LeanMoeError(
             f"{server.url} does not answer: {error}; start the server first"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LeanMoeError(f"{none} /v1/models is not JSON") from error
     models = value.get("data") if isinstance(value, dict) else None
+    models = models if isinstance(models, list) else []
     if not models or not all(isinstance(each, dict) and each.get("id") for each in models):
         raise LeanMoeError(f"{server.url} lists no model at /v1/models: it has none to measure")
-    return list(models)
+    return models

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 MOST_LISTED = 200
 MOST_SHOWN = 120
 """Characters of a value."""
+LONG_WORD = re.compile(r"(\S{500})\S+(?=\S\S)")
 
 
 class LeanMoeError(Exception):
@@ -15,11 +17,21 @@ class LeanMoeError(Exception):
     The command line prints the message alone and exits with status 1; `--debug` adds the traceback.
     """
 
+    def __str__(self) -> str:
+        """Keys and values of somebody's file may end lines, never end, or be no characters."""
+        line = LONG_WORD.sub(r"\1...", " ".join(super().__str__().splitlines()))
+        return line.encode("utf-8", "backslashreplace").decode()
+
 
 def shown(value: object) -> str:
     """A value of somebody's file as an error shows it: a file may be one long value."""
     text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ left out where it equals its default. `stored_as` gives a field another name in 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from functools import cache
@@ -178,6 +179,8 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         raise LeanMoeError(f"{where} is {shown(value)}: it must be {_WORDS[kind]}")
+    if kind in (int, float) and not abs(value) <= sys.float_info.max:
+        raise LeanMoeError(f"{where} is {shown(value)}: it must be a finite number")
     return value
 
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from leanmoe.core.errors import LeanMoeError, shown
+from leanmoe.core.errors import LeanMoeError, first_line, shown
 from leanmoe.core.files import read_json_lines, read_text
 
 SEPARATOR = "<|endoftext|>"
@@ -378,9 +378,8 @@ def _hub_dataset(source: str) -> Iterator[Document]:
     try:
         rows = load_dataset(name, config or None, split=part or "test")
     except Exception as error:  # the hub client raises errors of many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise LeanMoeError(
-            f"text {source} is neither a file nor a data set that can be loaded: {reason[0]}"
+            f"text {source} is no file and no data set that can be loaded: {first_line(error)}"
         ) from error
     for number, row in enumerate(rows):
         text = _text_of(row, f"{source} row {number}")

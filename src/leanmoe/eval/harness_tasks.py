@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from io import StringIO
 from typing import Any
 
-from leanmoe.core.errors import LeanMoeError, unknown_name
+from leanmoe.core.errors import LeanMoeError, first_line, unknown_name
 from leanmoe.core.quiet import quiet_loggers
 from leanmoe.eval.settings import EvalSettings
 from leanmoe.stats.outcomes import forecast
@@ -46,7 +46,7 @@ def require_harness(settings: EvalSettings) -> None:
         from leanmoe.eval.harness_vllm import require_engine
 
         require_engine()
-    known = set(task_manager(settings).all_tasks)
+    known = set(map(str, task_manager(settings).all_tasks))
     if unknown := [name for name in names if name not in known]:
         own = " to lm-evaluation-harness; own task files go in --include-path FOLDER"
         raise unknown_name("task", unknown[0], known, own)
@@ -116,8 +116,7 @@ def _metric(task: Any) -> tuple[str | None, str]:
         with quiet_loggers(*LOGGERS), redirect_stderr(StringIO()):  # its bars of progress
             scored = _scores_of_made_up_replies(task)
     except Exception as error:  # task code raises what it likes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return None, f"does not score a reply: {reason}"
+        return None, f"does not score a reply: {first_line(error)}"
     for metric, values in scored.items():
         if all(isinstance(v, int | float) and v in (0, 1) for v in values):
             return metric, ""
@@ -151,10 +150,13 @@ def task_manager(settings: EvalSettings) -> Any:
     made, own = import_module("lm_eval.tasks").TaskManager, settings.include_path
     if own is None:
         return _index_of_the_harness()
-    with quiet_loggers(*LOGGERS):
-        index = made(include_path=own, include_defaults=False)
-        has_all = set(settings.tasks) <= set(index.all_subtasks)
-        return index if has_all else made(include_path=own)
+    try:
+        with quiet_loggers(*LOGGERS):
+            index = made(include_path=own, include_defaults=False)
+            has_all = set(settings.tasks) <= set(index.all_subtasks)
+            return index if has_all else made(include_path=own)
+    except Exception as error:  # a name that is no text, a file that cannot be read, ...
+        raise LeanMoeError(f"task files in {own} cannot be read: {first_line(error)}") from error
 
 
 @cache

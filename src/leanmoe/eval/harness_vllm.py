@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from leanmoe.core.environment import PLAN, STATISTICS
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError, first_line
 from leanmoe.core.files import write_json
 from leanmoe.core.installed_vllm import require_vllm
 from leanmoe.core.run_folder import RunFolder
@@ -79,8 +79,9 @@ def in_vllm(
             except LeanMoeError:
                 raise
             except Exception as error:  # whatever vLLM and the harness raise; said in one line
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise LeanMoeError(f"vLLM could not answer for {each.name}: {reason}") from error
+                raise LeanMoeError(
+                    f"vLLM could not answer for {each.name}: {first_line(error)}"
+                ) from error
 
     return compute
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError, first_line, shown
 from leanmoe.core.files import read_json
 from leanmoe.models.reference import NAME, folder_of
 
@@ -54,6 +54,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "quantization_config": ("quantization", "compression_config"),
 }  # fmt: skip
 """One setting, and the names it goes by in one family or another."""
+MOST = 10**12
+"""Above any setting of a model; beyond it sizes are no longer numbers that a computer adds up."""
 LAYER_LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 """Nemotron-H's published pattern of layers, one letter each."""
 
@@ -78,20 +80,22 @@ class HfConfig:
         named = self.named(name)
         return self.values[named] if named in self.values else self.defaults.get(name)
 
-    def whole(self, name: str, default: int | None = None, least: int = 0) -> int:
-        """A whole number of at least `least`; without `default` the setting is required."""
-        value = self._one(name)
-        value = default if value is None else value
+    def whole(self, name: str, default: int | None = None, least: int = 0, most: int = MOST) -> int:
+        """A whole number from `least` to `most`; without `default` the setting is required."""
+        given = self._one(name)
+        value: Any = default if given is None else given
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self._wrong(name, value, f"a whole number, {least} or more")
+        if value > most:
+            raise self._wrong(name, value, f"a whole number, at most {most:,}")
         return value
 
     def number(self, name: str, default: float) -> float:
         """A number above 0."""
         value = self._one(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise self._wrong(name, value, "a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:
+            raise self._wrong(name, value, f"a number above 0, at most {MOST:,}")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -118,6 +122,8 @@ class HfConfig:
         wanted = f"a list of {'words' if kind is str else 'whole numbers'}"
         if not isinstance(value, list | tuple) or not all(isinstance(v, kind) for v in value):
             raise self._wrong(name, value, wanted)
+        if kind is int and (out := [v for v in value if not 0 <= v <= MOST]):
+            raise self._wrong(name, out[0], f"{wanted}, each from 0 to {MOST:,}")
         if length is not None and len(value) < length:
             raise self._wrong(name, value, f"{wanted}, one for each of {length} layers")
         return tuple(value if length is None else value[:length])
@@ -141,13 +147,13 @@ class HfConfig:
         if any(one != each[0] for one in each):
             raise LeanMoeError(
                 f"{FILE}: {self.named(name)} differs from layer to layer "
-                f"({each[0]!r}, {next(one for one in each if one != each[0])!r}, ...): "
+                f"({shown(each[0])}, {shown(next(one for one in each if one != each[0]))}, ...): "
                 "it must be the same in all layers"
             )
         return each[0]
 
     def _wrong(self, name: str, value: Any, wanted: str) -> LeanMoeError:
-        found = "missing" if value is None else repr(value)
+        found = "missing" if value is None else shown(value)
         others = f" (or {', '.join(NAMES[name])})" if value is None and name in NAMES else ""
         return LeanMoeError(f"{FILE}: {self.named(name)}{others} is {found}: it must be {wanted}")
 
@@ -254,7 +260,7 @@ def _from_hub(name: str) -> Path:
                 "and HF_HUB_OFFLINE forbids the network"
             ) from error
     except Exception as error:  # an invalid name: the client raises its own kind
-        raise LeanMoeError(f"model {name}: {_first_line(error)}") from error
+        raise LeanMoeError(f"model {name}: {first_line(error)}") from error
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     print(
         f"leanmoe: fetching {FILE} of {name} from {endpoint} (without a network: half a minute)",
@@ -270,7 +276,7 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # not found, gated, no network: the client raises many kinds
         raise LeanMoeError(
             f"model {name} is no local folder and its {FILE} could not be fetched: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -284,7 +290,3 @@ def _no_warnings(library: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from leanmoe.models.family import Family
 from leanmoe.models.hf_config import HfConfig
 
+MOST_LAYERS = 10_000
+"""Each is looked at; no model has a tenth as many."""
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -46,7 +49,7 @@ def layer_count(settings: HfConfig, family: Family) -> int:
     """Decoder layers: where a layer is a mixer or experts, as many as are listed."""
     if family.single and (kinds := settings.items("layer_types", str)) is not None:
         return len(kinds)
-    return settings.whole("num_hidden_layers", least=1)
+    return settings.whole("num_hidden_layers", least=1, most=MOST_LAYERS)
 
 
 def dense_width(settings: HfConfig, family: Family) -> int:

@@ -64,11 +64,6 @@ class Router:
         """Whether a token may use the experts of some groups only."""
         return self.groups_used < self.groups
 
-    @property
-    def limiting_groups(self) -> int:
-        """The groups that a token may use some of only; 1 where it may use every expert."""
-        return self.groups if self.limits_groups else 1
-
 
 def routing(
     base: Router, normalise: str | None = None, scaling: str | None = None, groups: bool = False

@@ -74,7 +74,7 @@ def _sizes(folder: Path, layers: int) -> tuple[Mapping[str, int], Counter[str]]:
     sizes: dict[str, int] = defaultdict(int)
     dtypes: Counter[str] = Counter()
     for path in _shards(folder):
-        for name, tensor in _header(path).items():
+        for name, tensor in read_header(path)[0].items():
             part = _part(name, layers)
             if part is None:
                 continue
@@ -104,22 +104,24 @@ def _is_pointer(path: Path) -> bool:
         return file.read(len(LFS)) == LFS
 
 
-def _header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MOST_HEADER_BYTES:
-            raise LeanMoeError(f"shard {path} is damaged: its header has {length} bytes")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise LeanMoeError(f"shard {path} is damaged: its header is no JSON") from error
-    tensors = dict(header) if isinstance(header, dict) else {"header": None}
-    tensors.pop("__metadata__", None)
-    for name, tensor in tensors.items():
-        ends = tensor.get("data_offsets") if isinstance(tensor, dict) else None
-        if not (isinstance(ends, list) and [type(end) for end in ends] == [int, int]):
-            raise LeanMoeError(f"shard {path} is damaged: its header has no offsets of {name}")
-    return tensors
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A shard's tensors by name, and where in the file their bytes begin.
+
+    Raises LeanMoeError for a header that is none.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MOST_HEADER_BYTES:
+                raise ValueError(f"its header has {length} bytes")
+            tensors = json.loads(file.read(length))
+        tensors.pop("__metadata__", None)
+        for name, tensor in tensors.items():
+            if [type(end) for end in tensor["data_offsets"]] != [int, int]:
+                raise ValueError(f"its header has no offsets of {name}")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise LeanMoeError(f"shard {path} is damaged: {error}") from error
+    return tensors, 8 + length
 
 
 def _part(name: str, layers: int) -> str | None:

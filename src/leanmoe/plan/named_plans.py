@@ -80,7 +80,7 @@ def parse_rule(text: str) -> Rule:
             raise unknown_name(f"rule {text!r}: the field", name, known)
         try:
             value[name] = json.loads(given) if given else True
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise LeanMoeError(f"rule {text!r} sets {name} to {given!r}: give a number") from error
     return Rule.from_json(value, f"rule {text!r}")
 

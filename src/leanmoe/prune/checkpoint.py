@@ -8,7 +8,6 @@ everything is there.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json, size_text, write_json, write_with
 from leanmoe.models.hf_config import FILE, NAMES, TEXT_PARTS
 from leanmoe.models.shape import MoEShape, read_shape
+from leanmoe.models.shards import INDEX, SINGLE, read_header
 from leanmoe.prune.criteria import Kept, check_count
 from leanmoe.prune.quantisation import SETTINGS, Chosen, is_settings_file, renumbered_settings
 from leanmoe.prune.tensor_names import (
@@ -38,8 +38,6 @@ from leanmoe.prune.tensor_names import (
     stack_and_layer,
 )
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 STATE = ".leanmoe-prune.json"
 """In an output folder that is not finished."""
 RECORD = "leanmoe_prune.json"
@@ -199,22 +197,17 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
     """Size and bytes of each tensor of a shard, in the file's own order."""
     if not path.is_file():
         raise LeanMoeError(f"shard {path.name} of the checkpoint is missing")
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= path.stat().st_size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if path.stat().st_size != 8 + length + end:
-            raise ValueError(f"{path.stat().st_size} bytes where {8 + length + end} are announced")
-        return {
-            str(name): (tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0])
-            for name, e in header.items()
-        }
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise LeanMoeError(f"shard {path.name} is truncated or damaged: {error}") from error
+    tensors, start = read_header(path)
+    size = path.stat().st_size
+    end = max((each["data_offsets"][1] for each in tensors.values()), default=0)
+    if size != start + end:
+        raise LeanMoeError(
+            f"shard {path.name} is truncated or damaged: {size} bytes where {start + end} are said"
+        )
+    return {
+        name: (tuple(each["shape"]), each["data_offsets"][1] - each["data_offsets"][0])
+        for name, each in tensors.items()
+    }
 
 
 def _check_family(shape: MoEShape) -> None:

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError, first_line
 from leanmoe.core.files import write_json
 from leanmoe.core.progress import bar
 from leanmoe.core.provenance import collect
@@ -89,8 +89,7 @@ def checkpoint_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # not found, gated, no network: the client raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LeanMoeError(f"model {name} could not be fetched: {reason}") from error
+        raise LeanMoeError(f"model {name} could not be fetched: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError, first_line
 from leanmoe.core.files import read_json, size_text
 from leanmoe.models.hf_config import FILE
 from leanmoe.models.shape import read_shape
@@ -41,7 +41,7 @@ def run_once(folder: Path, weight_bytes: int, trust_remote_code: bool = False) -
     except RuntimeError as error:  # sizes that differ from the config's
         raise _does_not_run(folder, error) from error
     except Exception as error:  # classes and packages that are not there raise their own
-        return f"It was not run: Transformers cannot load it ({_first_line(error)})"
+        return f"It was not run: Transformers cannot load it ({first_line(error)})"
     if missing := sorted(about["missing_keys"]):
         raise LeanMoeError(f"the checkpoint in {folder} does not run: it lacks {missing[0]}")
     _run(model.eval(), folder)
@@ -75,8 +75,4 @@ def _not_here(folder: Path, weight_bytes: int) -> str | None:
 
 
 def _does_not_run(folder: Path, error: Exception) -> LeanMoeError:
-    return LeanMoeError(f"the checkpoint in {folder} does not run: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return LeanMoeError(f"the checkpoint in {folder} does not run: {first_line(error)}")

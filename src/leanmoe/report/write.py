@@ -49,21 +49,30 @@ def read_any(folder: Path) -> Shown:
 
 
 def page_of(results: Shown, folder: Path) -> str:
-    """The page of results as HTML; that of a tune run also shows the plan in its folder."""
-    # Pages with plots need plotly, which comes with leanmoe[tune]; the page of eval has none.
-    if isinstance(results, TuneResults):
-        from leanmoe.report.tune_page import tune_page
+    """The page of results as HTML; that of a tune run also shows the plan in its folder.
 
-        return tune_page(results, Plan.load(folder / "plan.json"))
-    if isinstance(results, BenchResults):
-        from leanmoe.report.bench_page import bench_page
+    Raises LeanMoeError for results that no run writes: a name that no row has, no figure of a run.
+    """
+    from jinja2 import TemplateError  # only where a page is asked for
 
-        return bench_page(results)
-    if isinstance(results, StudyResults):
-        from leanmoe.report.study_page import study_page
+    try:
+        # Pages with plots need plotly, which comes with leanmoe[tune]; the page of eval has none.
+        if isinstance(results, TuneResults):
+            from leanmoe.report.tune_page import tune_page
 
-        return study_page(results)
-    if isinstance(results, EvalResults):
-        title = f"leanmoe eval: {results.settings['model']}"
-        return render("eval.html.j2", title=title, results=results, sheets=sheets(results))
-    return render("predict.html.j2", title=f"leanmoe: {results.model}", results=results)
+            return tune_page(results, Plan.load(folder / "plan.json"))
+        if isinstance(results, BenchResults):
+            from leanmoe.report.bench_page import bench_page
+
+            return bench_page(results)
+        if isinstance(results, StudyResults):
+            from leanmoe.report.study_page import study_page
+
+            return study_page(results)
+        if isinstance(results, EvalResults):
+            title = f"leanmoe eval: {results.settings['model']}"
+            return render("eval.html.j2", title=title, results=results, sheets=sheets(results))
+        return render("predict.html.j2", title=f"leanmoe: {results.model}", results=results)
+    except (ArithmeticError, LookupError, TypeError, ValueError, TemplateError) as error:
+        reason = f"{folder} do not fit together ({type(error).__name__}: {error})"
+        raise LeanMoeError(f"no page shows {results.WHAT}: those in {reason}") from error

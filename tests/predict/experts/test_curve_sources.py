@@ -38,3 +38,33 @@ def test_a_saved_profiles_curve_needs_no_torch_and_its_own_model() -> None:
     assert "measured" in full.origin
     with pytest.raises(LeanMoeError, match="traces replayed"):
         curve_of(0, Rule(guaranteed=1))
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        (None, r"damaged \("),
+        ({"layers": []}, "not all of 2 layers have numbers"),
+        ({"layers": [{"distinct": []}] * 2}, "not all of 2 layers have numbers"),
+        ({"layers": [{"distinct": 7}] * 2}, r"damaged \("),
+        (
+            {"layers": [{"distinct": [{"tokens": 0, "measured": 4}]}] * 2},
+            "0 tokens activate 4 experts",
+        ),
+        ({"layers": [{"distinct": [{"tokens": 1, "measured": 17}]}] * 2}, "1 tokens activate 17"),
+        ({"layers": [{"distinct": [{"tokens": 1, "measured": float("nan")}]}] * 2}, "activate nan"),
+    ],
+)
+def test_a_damaged_profile_is_refused(profile: object, message: str) -> None:
+    model = read_shape(
+        {
+            **CONFIGS["Qwen/Qwen3-30B-A3B"],
+            "num_hidden_layers": 2,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+        }
+    )
+    with pytest.raises(LeanMoeError, match=message):
+        saved_curves({"model": asdict(model.fingerprint()), "profile": profile}, model)
+    with pytest.raises(LeanMoeError, match="the profile's model is 3: it must be an object"):
+        saved_curves({"model": 3, "profile": profile}, model)

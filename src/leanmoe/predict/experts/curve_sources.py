@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import read_json
 from leanmoe.core.progress import bar
+from leanmoe.core.schema import from_json
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Fingerprint, Plan, Rule
 from leanmoe.plan.placement import Placement
@@ -38,20 +40,18 @@ def assumed_curves(model: MoEShape, assumed: Assumed, scope: RankLayout = ALONE)
     return lambda _layer, rule: of_rule(rule)
 
 
-def saved_curves(saved: Mapping[str, object], model: MoEShape) -> CurveOf:
+def saved_curves(saved: Mapping[str, Any], model: MoEShape) -> CurveOf:
     """Curves of `profile.json` (its `distinct`), which holds the full model's; needs no torch.
 
     A rule that lowers `top_k` alone scales every expert's use; any other rule needs its traces
     replayed (`leanmoe predict --profile` does that where torch is installed). Raises LeanMoeError
     for a profile of another model.
     """
-    theirs = saved.get("model")
     mine = model.fingerprint()
-    if not isinstance(theirs, dict) or Fingerprint(**theirs).difference(mine) is not None:
+    theirs = from_json(Fingerprint, saved.get("model"), "the profile's model")
+    if theirs.difference(mine) is not None:
         raise LeanMoeError(f"the profile is of another model: {theirs}, this one is {mine}")
-    shown = saved["profile"]
-    assert isinstance(shown, dict)
-    layers = shown["layers"]
+    layers = _saved_points(saved, model)
 
     @cache
     def curve_of(layer: int, rule: Rule) -> Curve:
@@ -60,7 +60,25 @@ def saved_curves(saved: Mapping[str, object], model: MoEShape) -> CurveOf:
     return curve_of
 
 
-def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: MoEShape) -> Curve:
+def _saved_points(saved: Mapping[str, Any], model: MoEShape) -> list[list[tuple[float, float]]]:
+    """By layer: tokens of a step and the distinct experts that were counted with so many."""
+    try:
+        layers = [
+            [(float(point["tokens"]), float(point["measured"])) for point in layer["distinct"]]
+            for layer in saved["profile"]["layers"]
+        ]
+        if len(layers) != len(model.moe_layers) or not all(layers):
+            raise ValueError(f"not all of {len(model.moe_layers)} layers have numbers")
+        for tokens, measured in (point for layer in layers for point in layer):
+            if not (1 <= tokens < math.inf and 0 <= measured <= model.experts):
+                raise ValueError(f"{tokens:g} tokens activate {measured:g} experts")
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise LeanMoeError(f"the profile is damaged ({reason}); profile again") from error
+    return layers
+
+
+def _saved_curve(layer: Sequence[tuple[float, float]], rule: Rule, model: MoEShape) -> Curve:
     experts, top_k = model.experts, model.top_k
     if not _is_simple(rule):
         raise LeanMoeError(
@@ -70,10 +88,10 @@ def _saved_curve(layer: dict[str, list[dict[str, float]]], rule: Rule, model: Mo
     slots = top_k if rule.top_k is None else rule.top_k
     share = slots / top_k
     points = []
-    for point in layer["distinct"]:
+    for tokens, measured in layer:
         # A token activates `share` as many; so do 1/share tokens as many as one did before.
-        active = experts * (1 - (1 - point["measured"] / experts) ** share)
-        points.append((point["tokens"], min(active, slots * point["tokens"]), float(slots)))
+        active = experts * (1 - (1 - measured / experts) ** share)
+        points.append((tokens, min(active, slots * tokens), float(slots)))
     origin = "measured: the profile's tokens"
     if slots != top_k:
         origin += ", scaled to a lower top_k"
@@ -94,7 +112,9 @@ def find_curves(
     if profile is None:
         assumed.check()
         return partial(assumed_curves, model, assumed)
-    saved: Any = read_json(profile / PROFILE, "profile")
+    saved = read_json(profile / PROFILE, "profile")
+    if not isinstance(saved, dict):
+        raise LeanMoeError(f"profile {profile / PROFILE} is not a JSON object")
     simple = saved_curves(saved, model)
     rules = {rule for rule in _rules_of(plan) if not _is_simple(rule)}
     if not rules or plan is None:
