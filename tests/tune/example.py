@@ -9,7 +9,7 @@ from typing import cast
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Fingerprint, Rule
-from leanmoe.results.tune import Candidate, Sensitivity, StrategyBudget
+from leanmoe.results.tune import Candidate, Phase, Sensitivity, StrategyBudget
 from leanmoe.tune.context import TuneContext, TuneWindows
 from leanmoe.tune.layers import candidates
 from leanmoe.tune.settings import TuneSettings
@@ -17,6 +17,11 @@ from leanmoe.tune.strategies import Setting
 from tests.profile.example import made_up_profile
 
 MODEL = Fingerprint("Model", 7, 6, 64, 8)
+
+
+def anew(_phase: Phase, _decode_batch: int) -> float:
+    """Weights as a model normalises them."""
+    return 1.0
 
 
 def cost(layer: int, rule: Rule) -> float:
@@ -42,7 +47,7 @@ def sensitivity(candidate: Candidate) -> Sensitivity:
 
 
 def setting(budget: float, decode_batch: int = 1) -> Setting:
-    tried = [sensitivity(c) for c in candidates(MODEL, (1, decode_batch))]
+    tried = [sensitivity(c) for c in candidates(MODEL, (1, decode_batch), anew)]
     moved = {(n, k): (8 - k) * (6 - n) / 10 for n in range(6) for k in range(1, 9)}
     return Setting(MODEL, decode_batch, StrategyBudget("slots", budget), cost, tried, moved)
 

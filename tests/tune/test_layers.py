@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from leanmoe.core.schema import from_json, to_json
-from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.results.tune import Sensitivity
 from leanmoe.tune.layers import (
@@ -14,7 +13,7 @@ from leanmoe.tune.layers import (
     candidates,
     loss_rates,
 )
-from tests.tune.example import MODEL, setting
+from tests.tune.example import MODEL, anew, setting
 
 
 def test_rates_put_divergence_in_nats_of_loss() -> None:
@@ -26,20 +25,13 @@ def test_rates_put_divergence_in_nats_of_loss() -> None:
 
 
 def test_batch_aware_rules_are_tried_for_every_concurrency_and_others_once() -> None:
-    tried = candidates(MODEL, (1, 8, 32))
+    tried = candidates(MODEL, (1, 8, 32), anew)
     assert len(set(tried)) == len(tried)
     shared = [c for c in tried if c.rule.is_batch_aware]
     assert {c.decode_batch for c in shared} == {8, 32}
     assert {c.decode_batch for c in tried if c not in shared} == {1}
     for candidate in tried:
         candidate.plan(MODEL).check(MODEL)
-
-
-def test_weights_are_kept_where_the_router_normalises_them() -> None:
-    normalising = candidates(MODEL, (8,), Router("softmax", normalise=True))
-    plain = candidates(MODEL, (8,), Router("softmax", normalise=False))
-    assert all(c.rule.renormalise == 0 or c.rule.top_k == 0 for c in normalising)
-    assert not any(c.rule.renormalise < 1 for c in plain)
 
 
 def test_what_is_stored_is_read_as_it_was() -> None:

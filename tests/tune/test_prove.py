@@ -204,11 +204,18 @@ def test_the_order_of_tests_is_fixed_on_calibration_text(
         own = proved(shared, 8 - load // 4, prompt=5).point
         return [own] if prompt is None else [replace(own, decode=shared.no_rules), own]
 
+    def refined(*given: Any) -> tuple[Rule, ...]:
+        _, _, decode, load = given
+        return tuple(replace(rule, renormalise=1 / load) for rule in decode)
+
     monkeypatch.setattr(prove, "points_for", points)
+    monkeypatch.setattr(prove, "refined", refined)
     made = levels(Proof(shared, None), (), {1: {}, 8: {}}, 2.0)
     assert len(made) == 1, "levels that are the same stand once"
     assert made[0].own[1].prompt == made[0].own[8].prompt
     assert max(budgets) == pytest.approx(1.5 * 0.01 * 2.0)
+    assert {rule.renormalise for rule in made[0].own[8].decode} == {1 / 8}
+    assert all(rule.is_empty for rule in made[0].alone[8].decode)
 
 
 def test_the_losses_of_several_draws_make_one_verdict() -> None:

@@ -34,6 +34,7 @@ from leanmoe.stats.paired import Estimate, loss_difference, loss_increase
 from leanmoe.tune.allocate import Offer, pareto
 from leanmoe.tune.context import EXPERTS_KEPT, STRATEGY, TOTAL_OR_ACTIVATED, TuneContext, digest
 from leanmoe.tune.layers import LayerTime, PhaseTimes
+from leanmoe.tune.renormalise import chosen
 from leanmoe.tune.strategies import (
     STRATEGIES,
     Setting,
@@ -108,6 +109,7 @@ def _setting(
         tuple(sensitivities),
         perturbation(context.model),
         measure,
+        chosen(context, "decode", decode_batch),
     )
 
 

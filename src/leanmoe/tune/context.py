@@ -64,6 +64,7 @@ class Stage:
 
 PROFILE = Stage("profiling")
 SENSITIVITY = Stage("sensitivity")
+RENORMALISE = Stage("renormalise")
 FULL_LOSSES = Stage("full")
 LAYER_TIMES = Stage("layer-times", timed=True)
 EXPERTS_KEPT = Stage("experts-kept")

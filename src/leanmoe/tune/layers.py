@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,6 @@ import torch
 from leanmoe.bench.continuous import PREFILL_TOKENS_A_STEP
 from leanmoe.core.progress import Advance, bar
 from leanmoe.kernels.dispatch import fast_route
-from leanmoe.models.routers import Router
 from leanmoe.plan import Fingerprint, Rule
 from leanmoe.profile.record import draw_steps
 from leanmoe.profile.saved import Profile
@@ -36,6 +35,7 @@ from leanmoe.runtime.model import keep_hidden
 from leanmoe.scoring.divergence import Reference, final_hidden, reference
 from leanmoe.stats.losses import Divergence
 from leanmoe.tune.context import BATCH_TOKENS, LAYER_TIMES, SENSITIVITY, TuneContext
+from leanmoe.tune.renormalise import chosen
 
 
 def prompt_rules(top_k: int, a: float = 1.0) -> tuple[Rule, ...]:
@@ -68,22 +68,23 @@ def batch_aware_rules(
 
 
 def candidates(
-    model: Fingerprint, concurrency: tuple[int, ...], router: Router | None = None
+    model: Fingerprint, concurrency: tuple[int, ...], value: Callable[[Phase, int], float]
 ) -> tuple[Candidate, ...]:
     """Every candidate of a run; those that serve at several concurrencies stand once.
 
-    Where `router` normalises the weights of those it picks, the rules keep the weights of the
-    whole top-k: normalising anew over fewer loses several times as much (docs/concepts/plan.md).
+    `value` says from which `renormalise` the rules of a phase and a decode batch start.
     """
-    layers = range(model.moe_layers)
-    a = 0.0 if router is not None and router.normalises else 1.0
-    prompt = [Candidate("prompt", n, r, 1) for n in layers for r in prompt_rules(model.top_k, a)]
-    own = [Candidate("decode", n, r, 1) for n in layers for r in per_token_rules(model.top_k, a)]
+    layers, top_k = range(model.moe_layers), model.top_k
+    prompts = prompt_rules(top_k, value("prompt", 1))
+    alone = per_token_rules(top_k, value("decode", 1))
+    prompt = [Candidate("prompt", n, rule, 1) for n in layers for rule in prompts]
+    own = [Candidate("decode", n, rule, 1) for n in layers for rule in alone]
     shared = [
         Candidate("decode", n, rule, decode_batch)
         for decode_batch in concurrency
+        for a in (value("decode", decode_batch),)
         for n in layers
-        for rule in batch_aware_rules(model.top_k, model.experts, decode_batch, a)
+        for rule in batch_aware_rules(top_k, model.experts, decode_batch, a)
     ]
     return (*prompt, *own, *shared)
 
@@ -112,7 +113,8 @@ def loss_rates(sensitivities: Sequence[Sensitivity]) -> dict[tuple[Phase, int], 
 
 def measure_sensitivities(context: TuneContext) -> list[Sensitivity]:
     """Every candidate on calibration text, stored group by group of phase and decode batch."""
-    tried = candidates(context.fingerprint, context.settings.concurrency, context.shape.router)
+    value = partial(chosen, context)
+    tried = candidates(context.fingerprint, context.settings.concurrency, value)
     sensitivities: list[Sensitivity] = []
     for decode_batch, phase in sorted({(c.decode_batch, c.phase) for c in tried}):
         group = [c for c in tried if (c.decode_batch, c.phase) == (decode_batch, phase)]

@@ -26,6 +26,7 @@ from leanmoe.stats.paired import fixed_sequence, non_inferior
 from leanmoe.tune.allocate import SHARES_OF_MARGIN, FrontPoint, points_for
 from leanmoe.tune.context import FULL_LOSSES, GAIN, VALIDATION, TuneContext, digest
 from leanmoe.tune.layers import PhaseTimes
+from leanmoe.tune.renormalise import refined, with_values_of
 from leanmoe.tune.settings import TuneSettings
 
 
@@ -156,7 +157,16 @@ def levels(
         level = Level(alone, {load: two[-1] for load, two in both.items()})
         if not made or level != made[-1]:
             made.append(level)
-    return made
+    return [_renormalised(level, context, made[-1].own) for level in made]
+
+
+def _renormalised(level: Level, context: TuneContext, fastest: Mapping[int, FrontPoint]) -> Level:
+    """The level with weights that count, layer by layer, as each load's fastest plan wants it."""
+    own = {}
+    for load, point in level.own.items():
+        values = refined(context, fastest[load].prompt, fastest[load].decode, load)
+        own[load] = replace(point, decode=with_values_of(point.decode, values))
+    return replace(level, own=own)
 
 
 def prove_all(proof: Proof, ordered: Sequence[Level]) -> Proven:

@@ -44,6 +44,8 @@ class Setting:
     """LExI's: how much layer l's output moves on random input with k experts, by (l, k)."""
     measure: Callable[[tuple[Rule, ...]], float] | None = None
     """Next-token loss under one rule per layer, on calibration text."""
+    renormalise: float = 0.0
+    """What loses least at this load with one rule for all layers."""
 
     def mean_cost(self, rules: Sequence[Rule]) -> float:
         """Mean cost of one rule per layer."""
@@ -140,14 +142,14 @@ def leanmoe(setting: Setting) -> tuple[Rule, ...]:
 
     Rules of every kind compete in every layer: an own top-k here, shared experts there. Losses of
     single layers do not simply add, so the knapsack's choice is measured on calibration text
-    beside the simple ways to keep the weights of the whole top-k, and the best of them is taken.
+    beside the simple ways with the load's own `renormalise`, and the best of them is taken.
     """
     simple = [uniform]
     if setting.decode_batch > 1:
         simple.append(guaranteed)
     else:
         simple += [threshold, top_p]
-    tried = [kept(method(setting)) for method in simple]
+    tried = [renormalised(method(setting), setting.renormalise) for method in simple]
     try:
         tried.insert(0, knapsack(setting))
     except LeanMoeError:
@@ -157,9 +159,9 @@ def leanmoe(setting: Setting) -> tuple[Rule, ...]:
     return min(dict.fromkeys(tried), key=setting.measure)
 
 
-def kept(rules: Sequence[Rule]) -> tuple[Rule, ...]:
-    """The same rules with the weights of the whole top-k."""
-    return tuple(replace(rule, renormalise=0.0) for rule in rules)
+def renormalised(rules: Sequence[Rule], value: float = 0.0) -> tuple[Rule, ...]:
+    """The same rules with another `renormalise`; with 0 the weights of the whole top-k are kept."""
+    return tuple(replace(rule, renormalise=value) for rule in rules)
 
 
 def _whole_numbers(
@@ -282,13 +284,13 @@ STRATEGIES = Registry(
             "uniform_kept",
             "the same top-k, weights of the whole top-k kept",
             "leanmoe",
-            lambda setting: kept(uniform(setting)),
+            lambda setting: renormalised(uniform(setting)),
         ),
         Strategy(
             "guaranteed_kept",
             "guaranteed, weights of the whole top-k kept",
             "leanmoe",
-            lambda setting: kept(guaranteed(setting)),
+            lambda setting: renormalised(guaranteed(setting)),
             needs_batch=True,
         ),
         Strategy("leanmoe", "rules per layer by measured loss", "leanmoe", leanmoe),
