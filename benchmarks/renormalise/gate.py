@@ -35,7 +35,7 @@ class Routed:
     """Tokens of a sequence."""
 
 
-class RuleGate(DeepseekV3TopkRouter):
+class RuleGate(DeepseekV3TopkRouter):  # type: ignore[misc]
     """DeepSeek-V3's gate with another scoring function and a rule."""
 
     routed: Routed

@@ -41,6 +41,8 @@ LEFT = 6
 FACTORS = tuple(round(0.8 + 0.02 * n, 2) for n in range(21))
 """On the logits, for their calibration."""
 MOST_PASSES = 3.0
+WIDTH = 150
+"""Of the tables that are printed."""
 GROUPS = 1
 ROUTERS: tuple[Scoring, ...] = ("sigmoid", "softmax")
 
@@ -94,7 +96,8 @@ def losses(trainer: Trainer, factors: Sequence[float] = (1.0,)) -> tuple[Floats,
         before = int(numbers_X[-1])
         documents.append(numbers_X)
     numbers_X, loss_FX = np.concatenate(documents), np.concatenate(each, axis=1)
-    return np.stack([np.bincount(numbers_X, row) for row in loss_FX]), np.bincount(numbers_X)
+    loss_FU = np.stack([np.bincount(numbers_X, row) for row in loss_FX])
+    return loss_FU, np.bincount(numbers_X).astype(np.float64)
 
 
 def measured(variant: Variant, trainer: Trainer, routed: Routed) -> dict[str, Any]:
@@ -103,6 +106,7 @@ def measured(variant: Variant, trainer: Trainer, routed: Routed) -> dict[str, An
     loss_FU, tokens_U = losses(trainer, (1.0, *FACTORS))
     means_F = loss_FU.sum(1) / tokens_U.sum()
     calibration = dict(zip(FACTORS, means_F[1:].tolist(), strict=True))
+    projection = projections(trainer.model, trainer.dev[0][0], routed, LEFT)
     lost: dict[str, dict[str, list[float]]] = {}
     for name, rule in rules_of(trainer.settings.model).items():
         lost[name] = {}
@@ -116,13 +120,20 @@ def measured(variant: Variant, trainer: Trainer, routed: Routed) -> dict[str, An
         "seed": variant.seed,
         "trained_tokens": trainer.tokens,
         "passes": trainer.tokens / trainer.windows.ids.numel(),
+        "busiest_over_mean": _last(trainer.out / "log.jsonl")["max_over_mean_load"],
         "full": loss_FU[0].tolist(),
         "tokens": tokens_U.tolist(),
         "calibration": calibration,
         "best_factor": min(calibration, key=calibration.__getitem__),
-        "projection": projections(trainer.model, trainer.dev[0][0], routed, LEFT),
+        "projection": projection,
         "loss": lost,
     }
+
+
+def _last(log: Path) -> dict[str, Any]:
+    """The last line of a log."""
+    line: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
+    return line
 
 
 def show(models: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> None:
@@ -142,7 +153,7 @@ def show(models: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> None:
         between = ", ".join(f"{100 * x:+.2f}% (a = {a:g})" for a, x in cell.between_less_end)
         p_values = f"{cell.p_kept:.2g}", f"{cell.p_between:.2g}"
         tests.add_row(cell.model, cell.rule, kept, p_values[0], between, p_values[1])
-    console = Console()
+    console = Console(width=WIDTH)
     console.print(table)
     console.print(tests)
 
