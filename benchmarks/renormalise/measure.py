@@ -96,7 +96,7 @@ def losses(trainer: Trainer, factors: Sequence[float] = (1.0,)) -> tuple[Floats,
         before = int(numbers_X[-1])
         documents.append(numbers_X)
     numbers_X, loss_FX = np.concatenate(documents), np.concatenate(each, axis=1)
-    loss_FU = np.stack([np.bincount(numbers_X, row) for row in loss_FX])
+    loss_FU = np.stack([np.bincount(numbers_X, row).astype(np.float64) for row in loss_FX])
     return loss_FU, np.bincount(numbers_X).astype(np.float64)
 
 
