@@ -34,7 +34,7 @@ def test_a_calibration_is_a_criterion_and_a_share() -> None:
         ({"engine": "sglang"}, "engine is 'sglang'"),
         ({"engine": "vllm", "prompts": "p.jsonl"}, "--prompts needs --engine transformers"),
         ({"calibrate": "easy-ep:75%"}, "none is given"),
-        ({"transfer": "runs/demo"}, "--transfer proves a plan on each --domain: none is given"),
+        ({"transfer": "runs/demo"}, "--transfer works on each --domain: none is given"),
         ({"domain": (("a", "."), ("a", "."))}, "domain 'a' is given twice"),
         ({"domain": (("a", "."),), "calibrate": "easy-ep"}, "--calibrate is 'easy-ep'"),
         ({"domain": (("a", "."),), "calibrate": "easyep:9"}, "did you mean easy-ep"),

@@ -109,10 +109,9 @@ class EvalSettings:
             raise LeanMoeError(f"engine is {self.engine!r}: it must be {' or '.join(ENGINES)}")
         if self.engine == "vllm":
             self._check_vllm()
-        if self.transfer is not None and not self.domain:
-            raise LeanMoeError("--transfer proves a plan on each --domain: none is given")
-        if self.calibrate is not None and not self.domain:
-            raise LeanMoeError("--calibrate ranks experts on each --domain: none is given")
+        for name in ("transfer", "calibrate"):
+            if getattr(self, name) is not None and not self.domain:
+                raise LeanMoeError(f"--{name} works on each --domain: none is given")
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise LeanMoeError(f"{self.include_path} is no folder")
         if self.calibrate is not None:
@@ -143,9 +142,7 @@ class EvalSettings:
                 "--engine transformers"
             )
         if not self.tasks:
-            raise LeanMoeError(
-                "--engine vllm runs lm-evaluation-harness's tasks: none is asked for"
-            )
+            raise LeanMoeError("--engine vllm runs the harness's tasks: none is asked for")
 
 
 def _require_once(what: str, names: Sequence[str]) -> None:

@@ -45,7 +45,7 @@ class TuneSettings:
         text=numbers_text,
     )
     margin: Margin = option(
-        Margin(0.01),
+        Margin(0.005),
         "Largest increase in next-token loss to accept on any kind of text: a share like 1% of the "
         "full model's, or '0.01 nats' a token.",
         parse=Margin.parse,
