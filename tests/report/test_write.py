@@ -96,6 +96,10 @@ def no_figure(value: Any) -> None:
         runs[0].pop("output_throughput")
 
 
+def list_of_limits(value: Any) -> None:
+    value["settings"]["goodput"] = [1]
+
+
 def odd_confidence(value: Any) -> None:
     value["settings"]["confidence"] = {}
 
@@ -105,6 +109,7 @@ def odd_confidence(value: Any) -> None:
     [
         (no_name, "no page shows results of bench: .* do not fit together .*name"),
         (no_figure, "do not fit together .*output_throughput"),
+        (list_of_limits, r"do not fit together \(AttributeError: "),
         (odd_confidence, r"do not fit together \(TypeError: float"),
     ],
 )

@@ -73,6 +73,13 @@ def page_of(results: Shown, folder: Path) -> str:
             title = f"leanmoe eval: {results.settings['model']}"
             return render("eval.html.j2", title=title, results=results, sheets=sheets(results))
         return render("predict.html.j2", title=f"leanmoe: {results.model}", results=results)
-    except (ArithmeticError, LookupError, TypeError, ValueError, TemplateError) as error:
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        TemplateError,
+    ) as error:
         reason = f"{folder} do not fit together ({type(error).__name__}: {error})"
         raise LeanMoeError(f"no page shows {results.WHAT}: those in {reason}") from error
