@@ -12,7 +12,7 @@ from typing import Any
 import leanmoe
 
 tiny: dict[str, Any] = {"concurrency": 2, "input_len": 16, "output_len": 4, "repeats": 3}
-tiny |= {"profile_tokens": 1024, "sensitivity_tokens": 64, "heldout_tokens": 1024}
+tiny |= {"profile_tokens": 1024, "sensitivity_tokens": 64, "heldout_tokens": 4096}
 
 with TemporaryDirectory() as folder:
     results = leanmoe.tune("reference", output=folder, margin="5%", **tiny)

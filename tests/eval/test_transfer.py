@@ -59,7 +59,7 @@ def test_a_plan_is_put_to_its_own_test_on_each_text(
     assert all(each.divergence > 0.01 and each.flips > 0 for each in of_two.values())
     assert all(each.loss.sources == 24 for each in of_two.values())
     assert moved.rows[0].kinds[0].batch_draws == 1, "alone in its step, a request meets nobody"
-    assert "A finished plan on other text, margin 1%" in capsys.readouterr().out
+    assert "A finished plan on other text, margin 0.5%" in capsys.readouterr().out
     assert "A finished plan on other text" in (out / "report.html").read_text()
 
 

@@ -225,7 +225,7 @@ def test_bad_sources_are_named(sharded: Path) -> None:
     with pytest.raises(LeanMoeError, match=f"{shards[1].name} is truncated"):
         read_source(sharded)
     shards[1].write_bytes(b"12")
-    with pytest.raises(LeanMoeError, match=f"{shards[1].name} is truncated"):
+    with pytest.raises(LeanMoeError, match=f"{shards[1].name} is damaged"):
         read_source(sharded)
     shards[1].unlink()
     with pytest.raises(LeanMoeError, match=f"{shards[1].name} of the checkpoint is missing"):

@@ -213,7 +213,7 @@ def test_the_order_of_tests_is_fixed_on_calibration_text(
     made = levels(Proof(shared, None), (), {1: {}, 8: {}}, 2.0)
     assert len(made) == 1, "levels that are the same stand once"
     assert made[0].own[1].prompt == made[0].own[8].prompt
-    assert max(budgets) == pytest.approx(1.5 * 0.01 * 2.0)
+    assert max(budgets) == pytest.approx(1.5 * 0.005 * 2.0)
     assert {rule.renormalise for rule in made[0].own[8].decode} == {1 / 8}
     assert all(rule.is_empty for rule in made[0].alone[8].decode)
 

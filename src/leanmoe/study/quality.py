@@ -46,7 +46,7 @@ GRID_CRITERION = "reap"
 GRID_KEEP = ("75%", "50%")
 CALIBRATION_TOKENS, HELDOUT_TOKENS = 32768, 16384
 """That experts are ranked on, and that losses are measured on."""
-QUICK_TOKENS = 6144
+QUICK_TOKENS = 12_288
 """Of either, for a quick study: enough documents for an interval, and no more."""
 QUICK_CRITERIA = ("random", "activate-count", "reap")
 SHAPES = {
