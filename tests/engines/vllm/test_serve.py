@@ -126,5 +126,6 @@ def test_a_bench_measures_it_over_http(server: tuple[str, str], tmp_path: Path) 
     # Each token keeps its best three, and of its others those that are active anyway.
     assert 3 <= seen["experts_a_token"] <= MODEL.top_k
     most = 3 * seen["rows_a_step"]
-    assert seen["experts_a_token"] <= seen["distinct_experts_a_step"] <= most
+    distinct, rounding = seen["distinct_experts_a_step"], 1e-9
+    assert seen["experts_a_token"] <= distinct + rounding <= most + 2 * rounding
     assert "Distinct experts a step:" in done.stdout
