@@ -90,6 +90,10 @@ def test_a_server_that_is_down_is_one_line() -> None:
         (b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"data":[]}', "lists no model"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + b"[" * 5000, "is not JSON"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"data": 64}', "lists no model"),
+        (
+            b'HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n{"data":[{"id": "\\ud800odd"}]}',
+            r"lists a model '.ud800odd': no name has such characters",
+        ),
         (b"SSH-2.0-OpenSSH_9.6\r\n", "does not speak HTTP"),
     ],
 )

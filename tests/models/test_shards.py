@@ -92,10 +92,12 @@ def test_modelopts_own_file_counts_where_config_json_is_silent(tmp_path: Path) -
 
 
 DEEP = (5000).to_bytes(8, "little") + b"[" * 5000
+FAR = b'{"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 1' + b"0" * 400 + b"]}}"
+FAR = len(FAR).to_bytes(8, "little") + FAR
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{{", DEEP]
+    "content", [b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{{", DEEP, FAR]
 )
 def test_a_damaged_shard_is_named(tmp_path: Path, content: bytes) -> None:
     folder = _write(tmp_path, {})

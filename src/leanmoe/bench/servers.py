@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.errors import LeanMoeError, shown
 
 ANSWER_SECONDS = 10.0
 KEY = "OPENAI_API_KEY"
@@ -158,4 +158,6 @@ def _models(server: Server) -> list[dict[str, Any]]:
     models = models if isinstance(models, list) else []
     if not models or not all(isinstance(each, dict) and each.get("id") for each in models):
         raise LeanMoeError(f"{server.url} lists no model at /v1/models: it has none to measure")
+    if odd := next((each["id"] for each in models if not str(each["id"]).isprintable()), None):
+        raise LeanMoeError(f"{server.url} lists a model {shown(odd)}: no name has such characters")
     return models

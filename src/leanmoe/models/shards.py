@@ -117,7 +117,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             tensors = json.loads(file.read(length))
         tensors.pop("__metadata__", None)
         for name, tensor in tensors.items():
-            if [type(end) for end in tensor["data_offsets"]] != [int, int]:
+            first, end = tensor["data_offsets"]
+            if type(first) is not int or type(end) is not int or not 0 <= first <= end < 1 << 63:
                 raise ValueError(f"its header has no offsets of {name}")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise LeanMoeError(f"shard {path} is damaged: {error}") from error
