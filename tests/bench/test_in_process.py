@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from leanmoe.bench.continuous import Room
-from leanmoe.bench.in_process import InProcess, cache_bytes, require_memory
+from leanmoe.bench.in_process import Comparison, InProcess, cache_bytes, require_memory
+from leanmoe.bench.measurement import Measurement, Timeline
 from leanmoe.bench.prompts import Supply
 from leanmoe.bench.settings import BenchSettings, Lengths
 from leanmoe.core.errors import LeanMoeError
@@ -35,6 +36,21 @@ def test_any_family_is_served() -> None:
     assert len(outcome.timelines) == 5
     assert routing["two"]["experts_a_token"] == 2
     assert routing["full"]["experts_a_token"] == 4
+
+
+def run_of(throughput: float) -> Measurement:
+    tokens = tuple((n + 1) / throughput for n in range(8))
+    return Measurement.of([Timeline(0.0, tokens, 4, 8)])
+
+
+def test_the_ratio_is_of_the_variant_that_is_named() -> None:
+    speeds = {"full": 100.0, "plan": 110.0, "stock": 50.0}
+    runs = {name: {n: run_of(v + n) for n in range(3)} for name, v in speeds.items()}
+    found = Comparison(SETTINGS.loads()[0], runs, SETTINGS.looks, ()).to_json("plan")
+    assert found["ratio"]["median"] == pytest.approx(1.1, rel=0.01)
+    for name, speed in speeds.items():
+        assert found["variants"][name]["output_throughput"] == pytest.approx(speed + 1)
+        assert found["variants"][name]["runs"] == pytest.approx([speed, speed + 1, speed + 2])
 
 
 def test_a_cache_that_cannot_fit_is_refused() -> None:

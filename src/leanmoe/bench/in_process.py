@@ -46,10 +46,10 @@ class Comparison:
     def to_json(self, name: str) -> dict[str, Any]:
         """Each variant's run of median throughput, the throughputs of all, and `name`'s ratio."""
         found = {}
-        for name, runs in self.runs.items():
+        for variant, runs in self.runs.items():
             ordered = sorted(runs.values(), key=lambda run: run.output_throughput)
             throughputs = [runs[repeat].output_throughput for repeat in sorted(runs)]
-            found[name] = {**ordered[len(ordered) // 2].to_json(), "runs": throughputs}
+            found[variant] = {**ordered[len(ordered) // 2].to_json(), "runs": throughputs}
         return {
             "variants": found,
             "ratio": self.ratio(name).to_json(),

@@ -109,9 +109,12 @@ def tune(
 def _gains_and_verdicts(
     context: TuneContext, proven: Proven, proposal: Plan
 ) -> tuple[list[LoadGain], list[LoadVerdict]]:
-    """One of each for every load; no gains where this process cannot serve the model."""
+    """One of each for every load; no gains without a plan, or where this process cannot serve."""
     loads = context.settings.concurrency
-    if why := batching_reason(context.model):
+    why = batching_reason(context.model)
+    if not any(proven.chosen.values()):
+        why = "there is no plan"
+    if why:
         return [], [verdict_without_gain(context, proven, load, why) for load in loads]
     gains = [measure_gain(context, proposal, load) for load in loads]
     return gains, [verdict_on(context, proven, gain) for gain in gains]
