@@ -103,6 +103,7 @@ def test_which_layers_have_experts(changes: dict[str, Any], moe_layers: tuple[in
         ({"model_type": "llama"}, "mixture-of-experts model_type 'llama' is not known"),
         ({"model_type": "llama", "num_experts": None}, "'llama' has no routed experts"),
         ({"model_type": ["x"]}, r"model_type is \['x'\]: it must be a word"),
+        ({"model_type": ["x"] * 999}, r"model_type is \['x', .{60,120}\.\.\.: it must be a word"),
         ({"quantization_config": 4}, "quantization_config is 4: it must be an object"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: .* at most 10,000"),
         ({"hidden_size": 10**400}, r"hidden_size is 10+\.\.\.: it must be .* at most 1,000,000,0"),

@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from leanmoe.core.errors import LeanMoeError, unknown_name
+from leanmoe.core.errors import LeanMoeError, shown, unknown_name
 from leanmoe.models.attention import (
     attention,
     attention_residuals,
@@ -74,7 +74,7 @@ def family_of(model_type: object) -> Family:
     if model_type is None:
         raise LeanMoeError("config.json has no model_type: it is not a model's config")
     if not isinstance(model_type, str):
-        raise LeanMoeError(f"config.json: model_type is {model_type!r}: it must be a word")
+        raise LeanMoeError(f"config.json: model_type is {shown(model_type)}: it must be a word")
     raise unknown_name("mixture-of-experts model_type", model_type, sorted(FAMILIES))
 
 
