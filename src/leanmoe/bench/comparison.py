@@ -44,5 +44,5 @@ def busy_machine(when: str) -> str | None:
         return None
     return (
         f"Other work took {share * cores:.1f} of this machine's {cores} cores {when}: "
-        "times are longer, and more repeats were needed for the same interval"
+        "times are longer, and intervals wider or of more repeats"
     )

@@ -20,7 +20,7 @@ from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.core.files import write_json
 from leanmoe.core.progress import bar
 from leanmoe.plan import Plan
-from leanmoe.results.bench import BenchResults
+from leanmoe.results.bench import THROUGHPUT, TPOT, BenchResults
 from leanmoe.stats.runs import Ratio
 
 COMPARED = (
@@ -146,10 +146,12 @@ class Record:
 
     def is_precise(self, load: ServiceLoad, repeats: int, names: Sequence[str]) -> bool:
         """Whether the load needs no more than so many repeats, by the gains of `names`."""
-        gains = [self.entry(load)["gain"].get(name, {}) for name in names]
-        figure = "output_throughput" if load.rate is None else "median_tpot_ms"
-        ratios = [Ratio(**gain[figure]) for gain in gains if figure in gain]
-        return self._settings.looks.are_enough(repeats, ratios)
+        looks = self._settings.looks
+        if repeats not in looks.numbers:
+            return False
+        figure, gains = THROUGHPUT if load.rate is None else TPOT, self.entry(load)["gain"]
+        ratios = [Ratio(**gains[name][figure]) for name in names if figure in gains.get(name, {})]
+        return looks.are_enough(repeats, ratios)
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
