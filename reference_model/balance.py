@@ -1,7 +1,9 @@
-"""Expert load balancing as in the DeepSeek-V3 report (arXiv 2412.19437, section 2.1.2).
+"""Expert load balancing: by bias where a router has one, else by a loss alone.
 
-The bias moves by a fixed step toward even load after every training step; a very small
-sequence-wise loss keeps single sequences from extremes.
+As in the DeepSeek-V3 report (arXiv 2412.19437, section 2.1.2) the bias moves by a fixed step toward
+even load after every training step; a very small sequence-wise loss keeps single sequences from
+extremes. A router without bias is balanced by the same loss over the whole batch, which leaves
+experts free to specialise (arXiv 2501.11873, as Qwen3 does it).
 """
 
 from __future__ import annotations
@@ -10,6 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from leanmoe.models.routers import BIAS
+
+BATCH_ALPHA = 1e-2
+"""Factor of a balance loss that no bias helps (Switch Transformers, arXiv 2101.03961, 2.2)."""
 
 
 class LoadBalancer:
@@ -31,25 +38,29 @@ class LoadBalancer:
             if not gate.training:
                 return
             logits_TE, _weights_TK, ids_TK = outputs
-            counts_SE, loss = sequence_balance(logits_TE, ids_TK, self.sequence_tokens)
+            has_bias = hasattr(gate, BIAS)
+            tokens = self.sequence_tokens if has_bias else logits_TE.shape[0]
+            scores_TE = logits_TE.sigmoid() if has_bias else logits_TE.float().softmax(dim=-1)
+            counts_SE, loss = balance_loss(scores_TE, ids_TK, tokens)
             self.load_LE[layer] += counts_SE.sum(dim=0)
             self._losses.append(loss)
 
         return observe
 
     def take_loss(self) -> Tensor:
-        """The sequence-wise balance loss of the last forward pass, summed over layers."""
+        """The balance loss of the last forward pass, summed over layers."""
         loss = torch.stack(self._losses).sum()
         self._losses.clear()
         return loss
 
     @torch.no_grad()
     def update_biases(self, gamma: float) -> Tensor:
-        """Moves every bias by gamma toward even load; returns max/mean load per layer (L)."""
+        """Moves the biases by gamma toward even load; returns max/mean load per layer (L)."""
         mean_L1 = self.load_LE.mean(dim=1, keepdim=True)
         steps_LE = gamma * torch.sign(mean_L1 - self.load_LE)
         for gate, step_E in zip(self.gates, steps_LE, strict=True):
-            gate.e_score_correction_bias += step_E
+            if hasattr(gate, BIAS):
+                gate.e_score_correction_bias += step_E
         violation_L = self.load_LE.amax(dim=1) / mean_L1.squeeze(1)
         self.load_LE.zero_()
         return violation_L
@@ -60,18 +71,17 @@ class LoadBalancer:
             handle.remove()
 
 
-def sequence_balance(logits_TE: Tensor, ids_TK: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Slots per sequence and expert (S,E), and the sequence-wise loss before its factor.
+def balance_loss(scores_TE: Tensor, ids_TK: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Slots per expert of each `tokens` tokens (S,E), and the balance loss before its factor.
 
     Equations 17 to 20 of the report: sum over experts of f x P, where f is an expert's share of
     the slots times E (1 when even) and P its mean share of the normalised scores; mean over
     sequences. 1 when perfectly even.
     """
-    experts, slots = logits_TE.shape[1], ids_TK.shape[1]
+    experts, slots = scores_TE.shape[1], ids_TK.shape[1]
     ids_SX = ids_TK.reshape(-1, tokens * slots)
-    counts_SE = torch.zeros(ids_SX.shape[0], experts, device=logits_TE.device)
+    counts_SE = torch.zeros(ids_SX.shape[0], experts, device=scores_TE.device)
     counts_SE.scatter_add_(1, ids_SX, torch.ones_like(ids_SX, dtype=counts_SE.dtype))
-    scores_TE = logits_TE.sigmoid()
     shares_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
     shares_SE = shares_TE.view(-1, tokens, experts).mean(dim=1)
     fractions_SE = counts_SE * (experts / (slots * tokens))

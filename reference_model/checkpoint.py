@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.files import write_with
-from reference_model.architecture import correction_bias, routers
+from reference_model.architecture import biased_routers, correction_bias
 from reference_model.optimiser import MasterAdamW
 
 CHECKPOINT_SCHEMA = 1
@@ -28,7 +28,7 @@ CHECKPOINT_SCHEMA = 1
 def save(path: Path, model: PreTrainedModel, adam: MasterAdamW, record: dict[str, Any]) -> None:
     """Writes everything that `restore` needs to go on bit for bit."""
     tensors = dict(adam.state())
-    for layer, gate in enumerate(routers(model)):
+    for layer, gate in enumerate(biased_routers(model)):
         tensors[f"bias.{layer}"] = correction_bias(gate)
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -56,7 +56,7 @@ def restore(path: Path, model: PreTrainedModel, adam: MasterAdamW) -> None:
         tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
         adam.load(tensors)
-        for layer, gate in enumerate(routers(model)):
+        for layer, gate in enumerate(biased_routers(model)):
             correction_bias(gate).copy_(tensors[f"bias.{layer}"])
     except KeyError as error:
         raise LeanMoeError(f"checkpoint {path} lacks {error}: another model's") from error

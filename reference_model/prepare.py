@@ -1,6 +1,6 @@
 """Text to tokens: trains a byte-level BPE, packs every document, holds some back.
 
-    python -m reference_model.prepare TEXT --out DATA [--vocab-size 7936]
+    python -m reference_model.prepare TEXT --out DATA [--vocab-size 7936 | --tokenizer FILE]
 
 `TEXT` is one UTF-8 file; each document ends with a line that reads `<|endoftext|>`. `DATA` gets
 
@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,17 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer that exists; refused if its separator is not the one documents begin with."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises this class itself
+        raise LeanMoeError(f"cannot read tokenizer {path}: {error}") from error
+    if tokenizer.token_to_id(SEPARATOR) != SEPARATOR_ID:
+        raise LeanMoeError(f"{SEPARATOR} is not id {SEPARATOR_ID} in the tokenizer {path}")
+    return tokenizer
+
+
 def pack(tokenizer: Tokenizer, documents: Sequence[str], batch: int) -> list[Ids]:
     """Each document's ids, `<|endoftext|>` in front."""
     packed: list[Ids] = []
@@ -122,8 +133,14 @@ def choose_dev(
     return chosen
 
 
-def prepare(text_file: Path, out: Path, settings: PrepareSettings) -> dict[str, Any]:
-    """Writes the whole data folder; returns what prepared.json says."""
+def prepare(
+    text_file: Path, out: Path, settings: PrepareSettings, tokenizer_file: Path | None = None
+) -> dict[str, Any]:
+    """Writes the whole data folder; returns what prepared.json says.
+
+    `tokenizer_file` is the tokenizer.json of another model, so that losses can be compared; not
+    set, one is trained.
+    """
     try:
         text = text_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -132,8 +149,12 @@ def prepare(text_file: Path, out: Path, settings: PrepareSettings) -> dict[str, 
     del text
     if not documents:
         raise LeanMoeError(f"{text_file} holds no documents")
-    print(f"{len(documents)} documents; training the tokenizer", file=sys.stderr, flush=True)
-    tokenizer = train_tokenizer(documents, settings.vocab_size)
+    print(f"{len(documents)} documents", file=sys.stderr, flush=True)
+    if tokenizer_file is None:
+        tokenizer = train_tokenizer(documents, settings.vocab_size)
+    else:
+        tokenizer = read_tokenizer(tokenizer_file)
+        settings = replace(settings, vocab_size=tokenizer.get_vocab_size())
     write_tokenizer(tokenizer, out)
     print("packing", file=sys.stderr, flush=True)
     packed = pack(tokenizer, documents, settings.batch)
@@ -182,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, default=defaults.vocab_size)
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use; not set: train one")
     parser.add_argument("--dev-tokens", type=int, default=defaults.dev_tokens)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     given = parser.parse_args(arguments)
@@ -189,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vocab_size=given.vocab_size, dev_tokens=given.dev_tokens, seed=given.seed
     )
     try:
-        print(prepare(given.text, given.out, settings))
+        print(prepare(given.text, given.out, settings, given.tokenizer))
     except LeanMoeError as error:
         sys.exit(f"error: {error}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class Scorer:
         Padding is not counted.
         """
         gates = routers(self.model)
-        experts = int(self.model.config.n_routed_experts)
+        experts = int(cast(Tensor, gates[0].weight).shape[0])
         counts_LE = torch.zeros(len(gates), experts, dtype=torch.long)
 
         def counter(layer: int) -> Any:

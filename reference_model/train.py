@@ -1,7 +1,7 @@
 """Trains the reference model on a prepared folder of tokens.
 
     python -m reference_model.train --data DATA --out RUN --tokens 1500000000 \
-        [--max-seconds 540] [--resume]
+        [--architecture qwen3_moe] [--max-seconds 540] [--resume]
 
 `RUN` gets checkpoint.safetensors, log.jsonl (one line every few steps) and model/ (bf16).
 With --max-seconds it stops in time, saves, and goes on with --resume; --tokens may then differ
@@ -29,6 +29,8 @@ from transformers import PreTrainedModel
 from leanmoe.core.errors import LeanMoeError
 from reference_model import checkpoint, experts
 from reference_model.architecture import (
+    ARCHITECTURES,
+    DeepseekV3Settings,
     ModelSettings,
     build,
     count_flops,
@@ -36,7 +38,7 @@ from reference_model.architecture import (
     routers,
     to_bf16,
 )
-from reference_model.balance import LoadBalancer
+from reference_model.balance import BATCH_ALPHA, LoadBalancer
 from reference_model.optimiser import MasterAdamW, OptimiserSettings, rate_at
 from reference_model.stream import Windows, dev_batches, load_stream
 
@@ -61,11 +63,11 @@ class TrainSettings:
     gamma_off_share: float = 0.05
     """The last share of tokens, trained with biases fixed."""
     alpha: float = 1e-4
-    """Factor of the sequence-wise balance loss."""
+    """Factor of the balance loss; a router without bias needs `BATCH_ALPHA`."""
     seed: int = 0
     log_every: int = 20
     dev_every: int = 400
-    model: ModelSettings = field(default_factory=ModelSettings)
+    model: ModelSettings = field(default_factory=DeepseekV3Settings)
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
 
 
@@ -358,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the reference model.")
     parser.add_argument("--data", type=Path, required=True, help="folder made by prepare")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="deepseek_v3")
     parser.add_argument("--tokens", type=int, default=d.tokens)
     parser.add_argument("--sequences", type=int, default=d.sequences)
     parser.add_argument("--learning-rate", type=float, default=d.optimiser.learning_rate)
@@ -370,6 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     settings = replace(
         d,
+        model=ARCHITECTURES[given.architecture](),
+        alpha=d.alpha if given.architecture == "deepseek_v3" else BATCH_ALPHA,
         tokens=given.tokens,
         sequences=given.sequences,
         experts=given.experts,

@@ -29,9 +29,11 @@ from torch.nn.functional import cross_entropy
 from benchmarks.common.results import collect, file_of, parser_of, write
 from benchmarks.renormalise.cells import Cell, cells_of
 from benchmarks.renormalise.gate import Routed, install, projections
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.files import read_json
 from leanmoe.models.routers import Scoring
 from leanmoe.plan import Rule
-from reference_model.architecture import ModelSettings
+from reference_model.architecture import DeepseekV3Settings, ModelSettings
 from reference_model.train import Log, Trainer, TrainSettings, loop
 
 Floats = NDArray[np.float64]
@@ -64,11 +66,11 @@ def rules_of(settings: ModelSettings) -> dict[str, Rule]:
     return rules | {f"{3 * k // 8} guaranteed": Rule(guaranteed=3 * k // 8)}
 
 
-def trained(variant: Variant, given: argparse.Namespace, settings: TrainSettings) -> Trainer:
-    """A model of the variant after its share of seconds or passes, whichever ends first."""
-    sizes = replace(
-        settings.model, shared_experts=variant.shared, groups=GROUPS, groups_used=GROUPS
-    )
+def trained(
+    variant: Variant, given: argparse.Namespace, sizes: DeepseekV3Settings, settings: TrainSettings
+) -> Trainer:
+    """A model of the variant after its tokens or passes, whichever ends first."""
+    sizes = replace(sizes, shared_experts=variant.shared, groups=GROUPS, groups_used=GROUPS)
     settings = replace(settings, model=sizes, seed=variant.seed)
     out = Path(tempfile.mkdtemp(prefix="renormalise-"))
     trainer = Trainer(given.data, out, settings, given.device)
@@ -163,22 +165,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder made by prepare")
     parser.add_argument("--tokens", type=int, default=170_000_000, help="of training, a model")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--join", type=Path, help="results of other seeds: tested together")
     parser.add_argument("--dev-batches", type=int, help="batches of the dev slice; not set: all")
     parser.add_argument("--tiny", action="store_true", help="very small models: tries the program")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
     made = collect(seed=0)
     settings = TrainSettings(tokens=given.tokens, compile=not given.tiny)
+    sizes = DeepseekV3Settings()
     if given.tiny:
-        settings = tiny(settings, given.data)
-    models = []
+        sizes = tiny(given.data)
+        settings = replace(settings, sequences=16, log_every=50)
+    models = joined(given.join, given.seeds, sizes) if given.join else []
     for scoring in ROUTERS:
         for shared in (1, 0):
-            for seed in range(given.seeds):
+            for seed in given.seeds:
                 variant = Variant(scoring, shared, seed)
-                trainer = trained(variant, given, settings)
-                routed = install(trainer.model, scoring, trainer.settings.model.context)
+                trainer = trained(variant, given, sizes, settings)
+                routed = install(trainer.model, scoring, sizes.context)
                 trainer.dev = trainer.dev[: given.dev_batches]
                 routed.decode_batch = min(32, trainer.dev[0][0].shape[0])
                 models.append(measured(variant, trainer, routed))
@@ -190,14 +195,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show(models, cells)
 
 
-def tiny(settings: TrainSettings, data: Path) -> TrainSettings:
+def joined(path: Path, seeds: Sequence[int], sizes: ModelSettings) -> list[dict[str, Any]]:
+    """The models of another run of this program; refused where they are not beside this one's."""
+    models: list[dict[str, Any]] = read_json(path, "results")["models"]
+    if both := {model["seed"] for model in models} & set(seeds):
+        raise LeanMoeError(f"{path} holds seed {min(both)} already: name the others by --seeds")
+    if set(models[0]["loss"]) != set(rules_of(sizes)):
+        raise LeanMoeError(f"{path} has the rules {', '.join(models[0]['loss'])}: another size's")
+    return models
+
+
+def tiny(data: Path) -> DeepseekV3Settings:
     """Sizes that a CPU trains in seconds."""
     vocabulary = json.loads((data / "prepared.json").read_text())["settings"]["vocab_size"]
-    sizes = ModelSettings(
+    return DeepseekV3Settings(
         vocab_size=vocabulary, hidden=64, layers=3, dense_intermediate=128, experts=16,
         expert_intermediate=32, heads=2, kv_rank=32, qk_nope=16, qk_rope=16, v_head=32, context=64,
     )  # fmt: skip
-    return replace(settings, model=sizes, sequences=16, log_every=50)
 
 
 if __name__ == "__main__":

@@ -3,39 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from reference_model.architecture import ModelSettings
+from reference_model.architecture import DeepseekV3Settings, Qwen3MoeSettings
+from reference_model.balance import BATCH_ALPHA
 from reference_model.optimiser import OptimiserSettings
 from reference_model.train import TrainSettings
 
+TINY_DEEPSEEK = DeepseekV3Settings(
+    vocab_size=64,
+    hidden=32,
+    layers=2,
+    dense_intermediate=48,
+    experts=16,
+    expert_intermediate=16,
+    top_k=4,
+    groups=4,
+    groups_used=2,
+    heads=2,
+    kv_rank=16,
+    qk_nope=8,
+    qk_rope=8,
+    v_head=16,
+    context=32,
+)
 TINY = TrainSettings(
     tokens=32 * 4 * 16,
     sequences=4,
     log_every=4,
     dev_every=8,
-    model=ModelSettings(
+    model=TINY_DEEPSEEK,
+    optimiser=OptimiserSettings(learning_rate=5e-3, warmup_tokens=512),
+)
+
+TINY_SOFTMAX = replace(
+    TINY,
+    alpha=BATCH_ALPHA,
+    model=Qwen3MoeSettings(
         vocab_size=64,
         hidden=32,
         layers=2,
-        dense_intermediate=48,
         experts=16,
         expert_intermediate=16,
         top_k=4,
-        groups=4,
-        groups_used=2,
         heads=2,
-        kv_rank=16,
-        qk_nope=8,
-        qk_rope=8,
-        v_head=16,
+        key_value_heads=1,
+        head=16,
         context=32,
     ),
-    optimiser=OptimiserSettings(learning_rate=5e-3, warmup_tokens=512),
 )
 
 

@@ -57,6 +57,10 @@ def test_prepare_writes_a_folder_that_transformers_reads(tmp_path: Path) -> None
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert ids == (0, 0, 0)
     assert tokenizer.decode(tokenizer.encode(DOCUMENTS[3])) == DOCUMENTS[3]
+    again = prepare(text, tmp_path / "again", settings, tmp_path / "out" / "tokenizer.json")
+    assert again == report
+    with pytest.raises(LeanMoeError, match="cannot read tokenizer"):
+        prepare(text, tmp_path / "again", settings, tmp_path / "none.json")
 
 
 def test_errors_name_the_value(tmp_path: Path) -> None:

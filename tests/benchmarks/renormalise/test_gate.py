@@ -10,14 +10,14 @@ import torch
 from benchmarks.renormalise.gate import install, projections
 from leanmoe.plan import Rule
 from leanmoe.routing import route
-from reference_model.architecture import ModelSettings, build, correction_bias, routers
-from tests.reference_model.conftest import TINY
+from reference_model.architecture import DeepseekV3Settings, build, correction_bias, routers
+from tests.reference_model.conftest import TINY_DEEPSEEK
 
-SIZES = replace(TINY.model, groups=1, groups_used=1)
+SIZES = replace(TINY_DEEPSEEK, groups=1, groups_used=1)
 IDS_SN = torch.arange(4 * 8).reshape(4, 8) % SIZES.vocab_size
 
 
-def drawn(sizes: ModelSettings = SIZES) -> Any:
+def drawn(sizes: DeepseekV3Settings = SIZES) -> Any:
     model = build(sizes, seed=0)
     for gate in routers(model):
         torch.nn.init.normal_(gate.weight)  # type: ignore[arg-type]
