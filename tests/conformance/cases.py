@@ -12,6 +12,7 @@ from torch import Tensor
 from leanmoe.models.families import Router
 from leanmoe.plan import Fingerprint, Rule
 from leanmoe.plan.placement import Placement
+from leanmoe.routing import RuleTable
 
 ROUTERS = {
     "softmax": Router(),
@@ -52,6 +53,15 @@ class Case:
     @property
     def slots(self) -> int:
         return self.top_k if self.rule.top_k is None else self.rule.top_k
+
+
+@dataclass(frozen=True)
+class TableCase:
+    """One call of `route_rows`; the rule of `case` has no part in it."""
+
+    case: Case
+    table: RuleTable
+    rule_rows_BT: Tensor
 
 
 @st.composite
@@ -116,3 +126,21 @@ def rules(draw: st.DrawFn, experts: int, top_k: int, scope: bool | None) -> Rule
     rule = Rule(fewer, maybe(share), maybe(share), guaranteed, budget, remain, renormalise)
     rule.check(Fingerprint("Model", 1, 1, experts, top_k))
     return rule
+
+
+@st.composite
+def table_cases(draw: st.DrawFn, scope: bool | None = None, hostile: bool = True) -> TableCase:
+    """A table of one or two levels and a step whose tokens are of any rows, or all of one."""
+    case = draw(cases(scope=False, hostile=hostile))
+    levels = []
+    for _ in range(draw(st.integers(1, 2))):
+        reply = draw(rules(case.experts, case.top_k, scope))
+        prompt = draw(st.none() | rules(case.experts, case.top_k, False))
+        if prompt is not None and draw(st.booleans()):
+            prompt = replace(prompt, top_k=0)
+        levels.append((reply, prompt))
+    table = RuleTable.of(case.top_k, levels)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = case.logits_BTE.shape[:2]
+    rule_rows_BT = torch.randint(len(table.rows), shape, generator=generator)
+    return TableCase(case, table, rule_rows_BT)

@@ -11,18 +11,23 @@ from leanmoe.routing.route import (
     count_distinct_by_rank,
     count_slots,
     route,
+    route_rows,
 )
+from leanmoe.routing.rule_table import RowRule, RuleTable
 from leanmoe.routing.scores import Scores, check_logits, score
 
 __all__ = [
     "ALONE",
     "BatchScope",
     "Routing",
+    "RowRule",
+    "RuleTable",
     "Scores",
     "check_logits",
     "count_distinct",
     "count_distinct_by_rank",
     "count_slots",
     "route",
+    "route_rows",
     "score",
 ]

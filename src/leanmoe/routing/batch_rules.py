@@ -22,8 +22,8 @@ from leanmoe.plan.placement import Placement
 from leanmoe.routing.scores import lower_first
 
 BEST, GUARANTEED, VOTES = range(3)
-"""Rows of the demand (B,3,E), int64: tokens whose best an expert is, tokens that guarantee it, and
-the sum of its votes."""
+"""Rows of the demand (B,3,E), int64: tokens that must have an expert (whose best it is), tokens
+that guarantee it, and the sum of its votes."""
 _UNIT = 1 << 32
 """Votes are added as whole numbers of 1/_UNIT: the order of the tokens cannot change a sum."""
 _BEST = 1 << 62
@@ -56,11 +56,13 @@ def count_demand(
     experts: int,
     guaranteed: int | None = None,
     votes_BTK: Tensor | None = None,
+    must: int = 1,
 ) -> Tensor:
     """The demand (B,3,E) of a step's tokens, with the rows `BEST`, `GUARANTEED` and `VOTES`.
 
-    `votes_BTK`, 0 to 1, are how much a slot matters to its token. Rows that are not asked for stay
-    0: the shape is the same for any rule, and for no tokens.
+    `must` of a token's first slots count as its best. `votes_BTK`, 0 to 1, are how much a slot
+    matters to its token. Rows that are not asked for stay 0: the shape is the same for any rule,
+    and for no tokens.
     """
     demand_B3E = ids_BTK.new_zeros((*ids_BTK.shape[:-2], 3, experts))
     count_BTK = torch.ones_like(ids_BTK) if kept_BTK is None else kept_BTK.long()
@@ -69,7 +71,7 @@ def count_demand(
         ids_BX, values_BX = (x[..., :slots].flatten(-2) for x in (ids_BTK, values_BTK))
         demand_B3E[..., row, :].scatter_add_(-1, ids_BX, values_BX)
 
-    add(BEST, 1, count_BTK)
+    add(BEST, must, count_BTK)
     if guaranteed is not None:
         add(GUARANTEED, guaranteed, count_BTK)
     if votes_BTK is not None:

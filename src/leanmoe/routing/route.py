@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
@@ -18,6 +20,7 @@ from leanmoe.routing.batch_rules import (
     select_active_experts,
 )
 from leanmoe.routing.gate_weights import WholeTopK, votes, weigh
+from leanmoe.routing.rule_table import TRAINED, RowRule, RuleTable
 from leanmoe.routing.scores import (
     NEVER,
     NOT_USABLE,
@@ -26,6 +29,7 @@ from leanmoe.routing.scores import (
     order_keys,
     put_first,
     score,
+    score_dtype,
 )
 from leanmoe.routing.token_rules import wanted
 
@@ -81,29 +85,111 @@ def route(
        `renormalise` below 1 by a sum that the token's own best `top_k` slots, all of the model's,
        have their part in, whichever run. A router that does not normalise knows no such sum.
     """
-    slots = top_k if rule.top_k is None else rule.top_k
-    if slots == 0:
+    row = RowRule.reply(rule, top_k)
+    if row.slots == 0:
         return _nothing(logits_BTE)
-    scores = score(logits_BTE, router, bias_E, rule.experts)
-    whole = whole_top_k(scores, top_k, router, rule.renormalise)
-    kept: Tensor | None
-    over_budget = None
-    if rule.is_batch_aware:
-        has_bias = bias_E is not None
-        ids, kept, over_budget = _shared(scores, slots, rule, router, has_bias, padding_BT, scope)
-        weights = weigh(scores.gates_BTE.gather(-1, ids), router, kept, whole)
-    elif rule.threshold is None and rule.top_p is None:
-        ids, weights, kept = _best(scores, slots, rule, router, padding_BT, whole)
-    else:
-        ranked, ids = scores.ranking_BTE.topk(slots, dim=-1)
-        kept = _without_padding(ranked > NEVER, padding_BT)
-        kept = _wanted(scores, ids, kept, rule, router)
-        if bias_E is not None:
-            ids, kept = _kept_first(ids, kept)
-        weights = weigh(scores.gates_BTE.gather(-1, ids), router, kept, whole)
-    if kept is not None:
-        ids = ids.masked_fill(~kept, logits_BTE.shape[-1])
-    return Routing(ids, weights, over_budget)
+    step = _Step(logits_BTE, router, top_k, bias_E, padding_BT, scope)
+    [(ids_BTK, weights_BTK)], over_budget_B = _route(step, RuleTable((row,)), [None])
+    return Routing(ids_BTK, weights_BTK, over_budget_B)
+
+
+def route_rows(
+    logits_BTE: Tensor, router: Router, top_k: int, table: RuleTable, rule_rows_BT: Tensor,
+    bias_E: Tensor | None = None, padding_BT: Tensor | None = None, scope: BatchScope = ALONE,
+) -> Routing:  # fmt: skip
+    """As `route`, each token under the row of `table` that `rule_rows_BT` (integers) names.
+
+    A number that is no row of the table means row 0. Every token has as many slots (K) as the
+    widest row. The rule of a row applies as in `route`, but for step 4, which all tokens share:
+
+    - A token's first `marks` slots are candidates; without a budget all candidates are active. A
+      token with `marks` votes, with every slot it wants.
+    - The budgets are those of `RuleTable.step_rule`. The experts of a token's first `must` slots
+      are active whatever the budget, and count against it.
+    - A token keeps its first `own` slots whatever is active. Under a batch-aware rule it fills the
+      others with active experts; under any other rule it keeps its own.
+
+    So a step of one row's tokens is what `route` makes of their rule, with the table's budgets,
+    and a token under a rule of tokens alone gets what it would get alone.
+    """
+    step = _Step(logits_BTE, router, top_k, bias_E, padding_BT, scope)
+    is_known_BT = (rule_rows_BT >= 0) & (rule_rows_BT < len(table.rows))
+    rows_BT1 = rule_rows_BT.where(is_known_BT, TRAINED).unsqueeze(-1)
+    is_row = [rows_BT1 == number for number in range(len(table.rows))]
+    chosen, over_budget_B = _route(step, table, is_row)
+    experts, slots = logits_BTE.shape[-1], max(table.slots, 1)
+    shape = (*logits_BTE.shape[:-1], slots)
+    ids_BTK = torch.full(shape, experts, dtype=torch.int64, device=logits_BTE.device)
+    weights_BTK = torch.zeros(
+        shape, device=logits_BTE.device, dtype=score_dtype(router, logits_BTE)
+    )
+    for is_row_BT1, (ids, weights) in zip(is_row, chosen, strict=True):
+        more = (0, slots - ids.shape[-1])
+        ids_BTK = torch.where(is_row_BT1, functional.pad(ids, more, value=experts), ids_BTK)
+        weights_BTK = torch.where(is_row_BT1, functional.pad(weights, more), weights_BTK)
+    return Routing(ids_BTK, weights_BTK, over_budget_B)
+
+
+class _Step(NamedTuple):
+    """What is routed."""
+
+    logits_BTE: Tensor
+    router: Router
+    top_k: int
+    bias_E: Tensor | None
+    padding_BT: Tensor | None
+    scope: BatchScope
+
+
+class _Own(NamedTuple):
+    """The slots of every token under one rule, before any other token is looked at."""
+
+    ids_BTK: Tensor
+    kept_BTK: Tensor | None
+    """None for every slot."""
+    keys_BTE: Tensor | None
+    """The order in which it fills slots with active experts; None under a rule of tokens alone."""
+
+
+def _route(
+    step: _Step, table: RuleTable, is_row: Sequence[Tensor | None]
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    """Ids and weights as if all tokens were of each row in turn, and where a budget is exceeded.
+
+    `is_row` (B,T,1) says which are: only these have a demand. None for all.
+    """
+    masks = {row.rule.experts for row in table.rows}
+    scores = {
+        experts: score(step.logits_BTE, step.router, step.bias_E, experts) for experts in masks
+    }
+    by_row = [scores[row.rule.experts] for row in table.rows]
+    owns = [_own(step, scored, row) for scored, row in zip(by_row, table.rows, strict=True)]
+    active_BE = over_budget_B = None
+    if table.is_batch_aware:
+        step_rule = table.step_rule
+        demand_B3E = torch.stack(
+            [
+                _demand(step.router, scored, own, row, is_row_BT1, step_rule.has_budget)
+                for scored, own, row, is_row_BT1 in zip(
+                    by_row, owns, table.rows, is_row, strict=True
+                )
+            ]
+        ).sum(dim=0)
+        if step.scope.exchange is not None:
+            demand_B3E = step.scope.exchange(demand_B3E)
+        active_BE, over_budget_B = select_active_experts(
+            demand_B3E, step_rule, step.scope.placement, step.router.zero_experts
+        )
+    chosen = []
+    for scored, own, row in zip(by_row, owns, table.rows, strict=True):
+        ids_BTK, kept_BTK = _filled(own, row, active_BE)
+        whole = whole_top_k(scored, step.top_k, step.router, row.rule.renormalise)
+        gates_BTK = scored.gates_BTE.gather(-1, ids_BTK)
+        weights_BTK = weigh(gates_BTK, step.router, kept_BTK, whole)
+        if kept_BTK is not None:
+            ids_BTK = ids_BTK.masked_fill(~kept_BTK, step.logits_BTE.shape[-1])
+        chosen.append((ids_BTK, weights_BTK))
+    return chosen, over_budget_B
 
 
 def whole_top_k(scores: Scores, top_k: int, router: Router, renormalise: float) -> WholeTopK | None:
@@ -120,28 +206,32 @@ def whole_top_k(scores: Scores, top_k: int, router: Router, renormalise: float) 
     return WholeTopK(gates_BTK, renormalise)
 
 
-def _best(
-    scores: Scores,
-    slots: int,
-    rule: Rule,
-    router: Router,
-    padding_BT: Tensor | None,
-    whole: WholeTopK | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids and weights of `top_k` alone, by the family's own calls, and what is kept of them."""
-    all_usable = _all_usable(slots, scores.ranking_BTE.shape[-1], rule, router)
-    in_order = router.sorted_top_k or not all_usable
-    ranked, ids = scores.ranking_BTE.topk(slots, dim=-1, sorted=in_order)
-    plain = scores.ranking_BTE is scores.gates_BTE
-    gates = ranked if plain else scores.gates_BTE.gather(-1, ids)
-    if all_usable:
-        weights = weigh(gates, router, None, whole)
-        if padding_BT is None:
-            return ids, weights, None
-        padding_BT1 = padding_BT.unsqueeze(-1)
-        return ids, weights.masked_fill(padding_BT1, 0.0), (~padding_BT1).expand_as(ids)
-    kept = _without_padding(ranked > NEVER, padding_BT)
-    return ids, weigh(gates, router, kept, whole), kept
+def _own(step: _Step, scores: Scores, row: RowRule) -> _Own:
+    """Steps 1 to 3: by the family's own calls, or, where tokens share, in one definite order."""
+    rule, padding_BT = row.rule, step.padding_BT
+    experts = scores.ranking_BTE.shape[-1]
+    drops = row.slots > 0 and (rule.threshold is not None or rule.top_p is not None)
+    all_usable = _all_usable(row.slots, experts, rule, step.router)
+    keys_BTE = kept_BTK = None
+    if rule.is_batch_aware:
+        keys_BTE = order_keys(scores.ranking_BTE)
+        ranked_BTK, ids_BTK = keys_BTE.topk(row.slots, dim=-1)
+        if padding_BT is not None or not all_usable:
+            kept_BTK = _without_padding(is_usable(ranked_BTK, experts), padding_BT)
+    else:
+        in_order = step.router.sorted_top_k or drops or not all_usable
+        ranked_BTK, ids_BTK = scores.ranking_BTE.topk(row.slots, dim=-1, sorted=in_order)
+        if drops or not all_usable:
+            kept_BTK = _without_padding(ranked_BTK > NEVER, padding_BT)
+        elif padding_BT is not None:
+            kept_BTK = (~padding_BT).unsqueeze(-1).expand_as(ids_BTK)
+    if drops:
+        kept_BTK = _wanted(scores, ids_BTK, kept_BTK, rule, step.router)
+        if step.bias_E is not None:
+            if keys_BTE is not None:
+                keys_BTE = put_first(keys_BTE, ids_BTK, kept_BTK)
+            ids_BTK, kept_BTK = _kept_first(ids_BTK, kept_BTK)
+    return _Own(ids_BTK, kept_BTK, keys_BTE)
 
 
 def _all_usable(slots: int, experts: int, rule: Rule, router: Router) -> bool:
@@ -151,44 +241,39 @@ def _all_usable(slots: int, experts: int, rule: Rule, router: Router) -> bool:
     return slots <= (experts if rule.experts is None else len(rule.experts))
 
 
-def _shared(
-    scores: Scores,
-    slots: int,
-    rule: Rule,
-    router: Router,
-    has_bias: bool,
-    padding_BT: Tensor | None,
-    scope: BatchScope,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids of the slots a token fills from the active experts of its step, and which of them."""
+def _demand(
+    router: Router, scores: Scores, own: _Own, row: RowRule, is_row_BT1: Tensor | None,
+    has_budget: bool,
+) -> Tensor:  # fmt: skip
+    """Step 4, first half: what a row's tokens ask for (B,3,E)."""
+    kept_BTK, votes_BTK = own.kept_BTK, None
+    if is_row_BT1 is not None:
+        everything = torch.ones_like(own.ids_BTK, dtype=torch.bool)
+        kept_BTK = (everything if kept_BTK is None else kept_BTK) & is_row_BT1
+    if has_budget and row.marks > 0 and row.must < row.slots:  # else no vote decides anything
+        votes_BTK = votes(scores.gates_BTE.gather(-1, own.ids_BTK), router, kept_BTK)
     experts = scores.ranking_BTE.shape[-1]
-    keys_BTE = order_keys(scores.ranking_BTE)
-    first_BTK, ids_BTK = keys_BTE.topk(slots, dim=-1)
-    kept_BTK = None  # every slot
-    if padding_BT is not None or not _all_usable(slots, experts, rule, router):
-        kept_BTK = _without_padding(is_usable(first_BTK, experts), padding_BT)
-    if rule.threshold is not None or rule.top_p is not None:
-        kept_BTK = _wanted(scores, ids_BTK, kept_BTK, rule, router)
-        if has_bias:
-            keys_BTE = put_first(keys_BTE, ids_BTK, kept_BTK)
-            ids_BTK, kept_BTK = _kept_first(ids_BTK, kept_BTK)
+    return count_demand(own.ids_BTK, kept_BTK, experts, row.marks, votes_BTK, row.must)
 
-    votes_BTK = None
-    if rule.has_budget:
-        votes_BTK = votes(scores.gates_BTE.gather(-1, ids_BTK), router, kept_BTK)
-    demand_B3E = count_demand(ids_BTK, kept_BTK, experts, rule.guaranteed, votes_BTK)
-    if scope.exchange is not None:
-        demand_B3E = scope.exchange(demand_B3E)
-    active_BE, over_budget = select_active_experts(
-        demand_B3E, rule, scope.placement, router.zero_experts
-    )
-    usable_BTE = keys_BTE.masked_fill(~active_BE.unsqueeze(-2), NOT_USABLE)
-    filled_keys_BTK, filled_ids_BTK = usable_BTE.topk(slots, dim=-1)
-    filled_BTK = is_usable(filled_keys_BTK, experts)
+
+def _filled(own: _Own, row: RowRule, active_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Step 4, second half: the ids of a row's tokens, and which of them are kept."""
+    ids_BTK, kept_BTK, keys_BTE = own
+    if keys_BTE is None or active_BE is None:
+        return ids_BTK, kept_BTK
+    is_out_BTE = ~active_BE.unsqueeze(-2)
+    if row.own > row.must:  # what it must have is active anyway
+        everything_BTK = torch.ones_like(ids_BTK, dtype=torch.bool)
+        own_BTK = (everything_BTK if kept_BTK is None else kept_BTK)[..., : row.own]
+        nothing_BTE = torch.zeros_like(keys_BTE, dtype=torch.bool)
+        is_out_BTE = is_out_BTE & ~nothing_BTE.scatter(-1, ids_BTK[..., : row.own], own_BTK)
+    usable_BTE = keys_BTE.masked_fill(is_out_BTE, NOT_USABLE)
+    filled_keys_BTK, filled_ids_BTK = usable_BTE.topk(row.slots, dim=-1)
+    filled_BTK = is_usable(filled_keys_BTK, keys_BTE.shape[-1])
     if kept_BTK is not None:
-        place_K = torch.arange(slots, device=ids_BTK.device)
+        place_K = torch.arange(row.slots, device=ids_BTK.device)
         filled_BTK = filled_BTK & (place_K < kept_BTK.sum(dim=-1, keepdim=True))
-    return filled_ids_BTK, filled_BTK, over_budget
+    return filled_ids_BTK, filled_BTK
 
 
 def _wanted(
