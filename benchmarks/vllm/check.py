@@ -154,7 +154,7 @@ def plan_of(run: str) -> Any:
     rules |= {SKIPPING: skipping, ONE_KEPT: Rule(guaranteed=1), BLIND: Rule(guaranteed=1)}
     if run == MIXED:
         layers = (Rule(budget=24), skipping, Rule(threshold=0.5), Rule(top_k=6, top_p=0.7))
-        return Plan(model, (Band(None, layers),))
+        return Plan.banded(model, (Band(None, layers),))
     return Plan.uniform(model, rules[run]) if run in rules else None
 
 

@@ -169,7 +169,7 @@ class Run:
                 bands.pop()
             bands.append(Band(up_to, rules))
             self.say(f"fastest at {load}: {fastest}")
-        plan = Plan(self.shape.fingerprint(), tuple(bands))
+        plan = Plan.banded(self.shape.fingerprint(), tuple(bands))
         self._add(engine, Variant(BANDED, plan, self.small_steps[0]))
 
     def _point(self, engine: Any, routing: str, load: int, number: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.vllm.layout import SINGLE, Layout
+from leanmoe.core.schema import to_json
 from leanmoe.models.shape import MoEShape
 from leanmoe.plan import Plan, Rule
 from leanmoe.serve.plugin_options import is_plain
@@ -80,7 +81,7 @@ class Variant:
         if self.cross_rank:
             found["batch_scope"] = "all"
         if self.plan is not None:
-            bands = self.plan.to_json()["bands"]
+            bands = to_json(self.plan.bands)
             for band in bands:
                 band["rules"] = band["rules"][:1]
             found["bands"] = bands

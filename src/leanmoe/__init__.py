@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.plan import Band, Plan, Rule
+from leanmoe.plan import Band, Level, Plan, Rule
 
 if TYPE_CHECKING:
     from leanmoe.api import bench, evaluate, predict, prune, tune
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Band",
     "LeanMoeError",
+    "Level",
     "Plan",
     "Rule",
     "apply",

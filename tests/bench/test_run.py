@@ -46,7 +46,7 @@ def test_full_model_and_plan_in_the_same_run(tmp_path: Path, plan: Path) -> None
     assert found == BenchResults.from_json(stored).to_json()
     assert found["complete"]
     assert [v["name"] for v in found["variants"]] == ["full", "shared"]
-    assert found["variants"][1]["plan"]["bands"][0]["rules"][0]["guaranteed"] == 2
+    assert found["variants"][1]["plan"]["levels"][0]["bands"][0]["rules"][0]["guaranteed"] == 2
     assert all("leanmoe" in v["experts_implementation"] for v in found["variants"])
     assert found["provenance"]["commit"]
     for entry in found["loads"]:

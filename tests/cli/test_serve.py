@@ -83,7 +83,7 @@ def test_what_cannot_run_is_one_line(
     pretend(monkeypatch, ("vllm", "0.24.0"))
     other, prompt = tmp_path / "other.json", tmp_path / "prompt.json"
     Plan(Fingerprint("Qwen3MoeForCausalLM", 48, 48, 128, 8)).save(other)
-    Plan(MODEL, prompt=(Rule(top_k=2),) * MODEL.moe_layers).save(prompt)
+    Plan.banded(MODEL, prompt=(Rule(top_k=2),) * MODEL.moe_layers).save(prompt)
     for words_, message in (
         (("--plan", other), "made for another model"),
         (("--plan", prompt), "--drop prompt"),

@@ -100,7 +100,7 @@ def patched() -> Iterator[Any]:
 
     def patch(rule: Rule, up_to: int | None = None) -> sglang_patch.SglangPlan:
         model = Fingerprint("Model", 1, 1, EXPERTS, TOP_K)
-        planned = sglang_patch.SglangPlan(Plan(model, (Band(up_to, (rule,)),)), "plan.json")
+        planned = sglang_patch.SglangPlan(Plan.banded(model, (Band(up_to, (rule,)),)), "plan.json")
         planned.shape = SimpleNamespace(moe_layers=(0,))  # type: ignore[assignment]
         sglang_patch.patch(planned, topk, runner.ModelRunner)
         return planned

@@ -191,7 +191,7 @@ def _wrong_plan(tmp: Path) -> tuple[str, ...]:
 def _idle_plan(tmp: Path) -> tuple[str, ...]:
     fingerprint = read_shape("reference").fingerprint()
     rules = (Rule(top_k=4),) * fingerprint.moe_layers
-    Plan(fingerprint, (Band(8, rules),)).save(tmp / "p.json")
+    Plan.banded(fingerprint, (Band(8, rules),)).save(tmp / "p.json")
     return ("--plan", str(tmp / "p.json"), "--concurrency", "32")
 
 

@@ -95,7 +95,7 @@ def plans() -> Seeds:
     every = tuple(rules[n % len(rules)] for n in range(layers))
     bands = (Band(4, (Rule(),) * layers), Band(64, every), Band(None, every[::-1]))
     made: list[Any] = [Plan.uniform(model, rule).to_json() for rule in rules]
-    made += [Plan(model, bands, every, {"note": "made up"}).to_json(), Plan(model).to_json()]
+    made += [Plan.banded(model, bands, every).to_json(), Plan(model).to_json()]
     made += [json.loads(path.read_text()) for path in committed("leanmoe_plan")]
     return sequence_of([*made, tuned_plan()])
 

@@ -53,7 +53,7 @@ def test_a_plan_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_plan_must_change_the_steps_it_is_measured_in() -> None:
     rules = (Rule(guaranteed=1),) * 2
-    named = Named("small steps", Plan(MODEL, (Band(4, rules),)))
+    named = Named("small steps", Plan.banded(MODEL, (Band(4, rules),)))
     require_at_work([named], 4)
     assert named.is_batch_aware(4)
     with pytest.raises(LeanMoeError, match="runs the full model in steps of 8 tokens"):

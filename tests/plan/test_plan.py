@@ -12,18 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.core.intervals import Margin
+from leanmoe.plan import Band, Fingerprint, Level, Plan, Rule
+from tests.plan.test_proof import proof
 
 MODEL = Fingerprint("DeepseekV3ForCausalLM", layers=3, moe_layers=2, experts=16, top_k=4)
-PLAN = Plan(
-    MODEL,
+MADE = {"date": "2026-01-01", "documents": 12}
+LAST = Level(
+    "0.5%",
     (
         Band(4, (Rule(top_k=3), Rule(threshold=0.25, top_p=0.9))),
         Band(None, (Rule(), Rule(guaranteed=2, budget=9, experts=(0, 3, 5, *range(7, 16))))),
     ),
     prompt=(Rule(top_k=0), Rule(top_k=1)),
-    provenance={"date": "2026-01-01", "documents": 12},
 )
+PLAN = Plan(MODEL, (LAST,), MADE)
+CAREFUL = Level("0.2%", (Band(8, (Rule(top_k=3), Rule())),), proof=proof(Margin(0.002)))
+TWO = Plan(MODEL, (CAREFUL, LAST), MADE)
 SHARES = st.floats(0, 1, exclude_min=True)
 
 
@@ -54,7 +59,8 @@ def plans(draw: st.DrawFn) -> Plan:
         ends.append(None)
     bands = tuple(Band(end, draw(layers_of_rules())) for end in ends)
     prompt = draw(st.just(()) | layers_of_rules(fewest=0))
-    return Plan(MODEL, bands, prompt, draw(st.dictionaries(st.text(), st.integers())))
+    plan = Plan.banded(MODEL, bands, prompt)
+    return replace(plan, provenance=draw(st.dictionaries(st.text(), st.integers())))
 
 
 @given(plans())
@@ -76,7 +82,7 @@ def test_a_file_may_be_named_by_a_word(tmp_path: Path) -> None:
 
 def test_json_holds_only_what_is_set() -> None:
     assert PLAN.to_json() == {
-        "leanmoe_plan": 1,
+        "leanmoe_plan": 2,
         "model": {
             "architecture": "DeepseekV3ForCausalLM",
             "layers": 3,
@@ -84,19 +90,99 @@ def test_json_holds_only_what_is_set() -> None:
             "experts": 16,
             "top_k": 4,
         },
-        "bands": [
-            {"up_to": 4, "rules": [{"top_k": 3}, {"threshold": 0.25, "top_p": 0.9}]},
+        "levels": [
             {
-                "up_to": None,
-                "rules": [
-                    {},
-                    {"guaranteed": 2, "budget": 9, "experts": [0, 3, 5, *range(7, 16)]},
+                "name": "0.5%",
+                "bands": [
+                    {"up_to": 4, "rules": [{"top_k": 3}, {"threshold": 0.25, "top_p": 0.9}]},
+                    {
+                        "up_to": None,
+                        "rules": [
+                            {},
+                            {"guaranteed": 2, "budget": 9, "experts": [0, 3, 5, *range(7, 16)]},
+                        ],
+                    },
                 ],
-            },
+                "prompt": [{"top_k": 0}, {"top_k": 1}],
+            }
         ],
-        "prompt": [{"top_k": 0}, {"top_k": 1}],
         "provenance": {"date": "2026-01-01", "documents": 12},
     }
+
+
+def first_schema() -> dict[str, Any]:
+    """The plan as a file of schema 1 holds it."""
+    content = PLAN.to_json()
+    (level,) = content.pop("levels")
+    return {**content, "leanmoe_plan": 1, "bands": level["bands"], "prompt": level["prompt"]}
+
+
+def test_a_file_of_schema_1_is_a_plan_with_one_level() -> None:
+    read = Plan.from_json(first_schema())
+    assert read == replace(PLAN, levels=(replace(LAST, name="lean"),))
+    assert read.to_json()["leanmoe_plan"] == 2
+    less = {key: value for key, value in first_schema().items() if key != "prompt"}
+    assert Plan.from_json(less).prompt == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("bands", None, r"plan\.bands is None: it must be a list"),
+        ("prompt", [{"top_k": -1}, {}], r"prompt\[0\]\.top_k is -1: it must be 0 to 16"),
+        ("levels", [], "plan has levels: a file of schema 1"),
+        ("extra", 1, "plan has an unknown field 'extra'"),
+    ],
+)
+def test_malformed_files_of_schema_1_are_named(field: str, value: Any, message: str) -> None:
+    with pytest.raises(LeanMoeError, match=message):
+        Plan.from_json({**first_schema(), field: value})
+
+
+def test_several_levels_and_their_proofs_are_read_back() -> None:
+    assert Plan.from_json(json.loads(json.dumps(TWO.to_json()))) == TWO
+
+
+def test_one_of_several_levels_must_be_chosen() -> None:
+    several = "the plan has the levels 0.2%, 0.5%: choose one"
+    for ask in (lambda: TWO.bands, lambda: TWO.prompt, lambda: TWO.rules_for(3)):
+        with pytest.raises(LeanMoeError, match=several):
+            ask()
+    with pytest.raises(LeanMoeError, match=several):
+        TWO.at(None)
+    assert TWO.at("0.5%") == PLAN
+    assert TWO.at("0.2%").level == CAREFUL
+    assert PLAN.at(None) is PLAN
+    with pytest.raises(LeanMoeError, match=r"level '0\.3%' is not known: .*known are 0\.2%, 0\.5%"):
+        TWO.at("0.3%")
+
+
+def test_a_changed_level_is_proven_no_more() -> None:
+    changed = TWO.at("0.2%").with_level(prompt=(Rule(top_k=1), Rule()))
+    assert changed.level == replace(CAREFUL, prompt=(Rule(top_k=1), Rule()), proof=None)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "..", "-x", "%2", "a" * 33, "é", "a\n"])
+def test_names_that_no_url_could_hold(name: str) -> None:
+    with pytest.raises(LeanMoeError, match="a name is 1 to 32 letters, digits"):
+        Level(name)
+
+
+@pytest.mark.parametrize("name", ["full", "Strict", "stock", "trained"])
+def test_names_of_the_model_as_it_was_trained(name: str) -> None:
+    with pytest.raises(LeanMoeError, match="mean the model as it was trained"):
+        Level(name)
+
+
+def test_levels_are_in_order_and_have_names_of_their_own() -> None:
+    with pytest.raises(LeanMoeError, match=r"two levels are called 0\.2%"):
+        Plan(MODEL, (CAREFUL, CAREFUL)).check(MODEL)
+    least = replace(CAREFUL, name="least", proof=proof(Margin(0.001)))
+    with pytest.raises(LeanMoeError, match=r"level least was proven within 0\.1%, level 0\.2% bef"):
+        Plan(MODEL, (CAREFUL, LAST, least)).check(MODEL)
+    Plan(MODEL, (least, CAREFUL, LAST)).check(MODEL)
+    with pytest.raises(LeanMoeError, match=r"level least: prompt has 1 rules"):
+        Plan(MODEL, (replace(least, prompt=(Rule(),)), CAREFUL)).check(MODEL)
 
 
 @pytest.mark.parametrize(
@@ -148,11 +234,11 @@ def test_kept_weights_of_older_files_are_read() -> None:
 
 
 def test_where_a_rule_stands_is_named() -> None:
-    plan = Plan(MODEL, (Band(2, (Rule(), Rule())), Band(None, (Rule(), Rule(top_k=9)))))
+    plan = Plan.banded(MODEL, (Band(2, (Rule(), Rule())), Band(None, (Rule(), Rule(top_k=9)))))
     with pytest.raises(LeanMoeError, match=r"bands\[1\]\.rules\[1\]\.top_k is 9"):
         plan.check(MODEL)
     with pytest.raises(LeanMoeError, match=r"prompt\[0\]\.budget is 99"):
-        Plan(MODEL, prompt=(Rule(budget=99), Rule())).check(MODEL)
+        Plan.banded(MODEL, prompt=(Rule(budget=99), Rule())).check(MODEL)
 
 
 def test_more_experts_than_trained_only_where_asked_for() -> None:
@@ -165,7 +251,7 @@ def test_more_experts_than_trained_only_where_asked_for() -> None:
 
 
 def test_no_expert_at_all_is_for_prompt_tokens_only() -> None:
-    Plan(MODEL, prompt=(Rule(top_k=0),) * 2).check(MODEL)
+    Plan.banded(MODEL, prompt=(Rule(top_k=0),) * 2).check(MODEL)
     with pytest.raises(LeanMoeError, match="top_k is 0"):
         Plan.uniform(MODEL, Rule(top_k=0)).check(MODEL)
 
@@ -199,19 +285,19 @@ def test_another_models_plan_is_refused_by_name(field: str, value: Any) -> None:
     ],
 )
 def test_bands_out_of_order_or_short(bands: list[tuple[int | None, int]], message: str) -> None:
-    plan = Plan(MODEL, tuple(Band(end, (Rule(),) * count) for end, count in bands))
+    plan = Plan.banded(MODEL, tuple(Band(end, (Rule(),) * count) for end, count in bands))
     with pytest.raises(LeanMoeError, match=message):
         plan.check(MODEL)
 
 
 def test_too_few_prompt_rules() -> None:
     with pytest.raises(LeanMoeError, match="prompt has 1 rules: the model has 2 MoE layers"):
-        Plan(MODEL, prompt=(Rule(),)).check(MODEL)
+        Plan.banded(MODEL, prompt=(Rule(),)).check(MODEL)
 
 
 def test_a_step_falls_into_the_first_band_that_holds_it() -> None:
     small, large = (Rule(top_k=1),) * 2, (Rule(top_k=2),) * 2
-    plan = Plan(MODEL, (Band(4, small), Band(32, large)))
+    plan = Plan.banded(MODEL, (Band(4, small), Band(32, large)))
     assert [plan.rules_for(tokens) for tokens in (1, 4)] == [small, small]
     assert [plan.rules_for(tokens) for tokens in (5, 32)] == [large, large]
     assert plan.band_for(33) is None
@@ -232,7 +318,7 @@ def test_what_counts_as_empty() -> None:
     assert not Rule(experts=(0,)).is_empty
     assert Plan(MODEL).is_empty
     assert Plan.uniform(MODEL, Rule()).is_empty
-    assert not Plan(MODEL, prompt=(Rule(), Rule(top_k=1))).is_empty
+    assert not Plan.banded(MODEL, prompt=(Rule(), Rule(top_k=1))).is_empty
     assert not PLAN.is_empty
 
 
@@ -278,27 +364,32 @@ def changed(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
     return plan
 
 
-FIRST_RULE = ("bands", 0, "rules", 0)
+LEVEL = ("levels", 0)
+FIRST_RULE = (*LEVEL, "bands", 0, "rules", 0)
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("leanmoe_plan",), 2, "schema version 2: this leanmoe reads 1"),
+        (("leanmoe_plan",), 3, "schema version 3: this leanmoe reads 2"),
         (("leanmoe_plan",), ..., "schema version None"),
-        (("extra",), 1, "plan has an unknown field 'extra': allowed are model, bands, "),
+        (("extra",), 1, "plan has an unknown field 'extra': allowed are model, levels, "),
         (("model",), ..., "plan.model is missing"),
         (("model", "experts"), ..., r"plan\.model\.experts is missing"),
         (("model", "experts"), "16", r"plan\.model\.experts is '16': it must be a whole number"),
         (("model", "architecture"), 3, r"plan\.model\.architecture is 3: it must be text"),
         (("model", "heads"), 3, r"plan\.model has an unknown field 'heads'"),
-        (("bands",), None, r"plan\.bands is None: it must be a list"),
-        (("bands",), {}, r"plan\.bands is {}: it must be a list"),
-        (("bands", 0), [], r"bands\[0\] is \[\]: it must be an object"),
-        (("bands", 0, "up_to"), "4", r"bands\[0\]\.up_to is '4': it must be a whole number"),
-        (("bands", 0, "up_to"), 4.5, r"bands\[0\]\.up_to is 4\.5"),
-        (("bands", 0, "rules"), ..., r"bands\[0\]\.rules is missing"),
-        (("bands", 1, "rules", 0), 5, r"bands\[1\]\.rules\[0\] is 5: it must be an object"),
+        ((*LEVEL, "bands"), None, r"levels\[0\]\.bands is None: it must be a list"),
+        ((*LEVEL, "bands"), {}, r"bands is {}: it must be a list"),
+        ((*LEVEL, "bands", 0), [], r"bands\[0\] is \[\]: it must be an object"),
+        (
+            (*LEVEL, "bands", 0, "up_to"),
+            "4",
+            r"bands\[0\]\.up_to is '4': it must be a whole number",
+        ),
+        ((*LEVEL, "bands", 0, "up_to"), 4.5, r"bands\[0\]\.up_to is 4\.5"),
+        ((*LEVEL, "bands", 0, "rules"), ..., r"bands\[0\]\.rules is missing"),
+        ((*LEVEL, "bands", 1, "rules", 0), 5, r"bands\[1\]\.rules\[0\] is 5: it must be an object"),
         ((*FIRST_RULE, "topk"), 3, r"bands\[0\]\.rules\[0\] has an unknown field 'topk'"),
         ((*FIRST_RULE, "top_k"), 3.0, r"rules\[0\]\.top_k is 3\.0: it must be a whole number"),
         ((*FIRST_RULE, "top_k"), True, r"rules\[0\]\.top_k is True"),
@@ -307,8 +398,12 @@ FIRST_RULE = ("bands", 0, "rules", 0)
         ((*FIRST_RULE, "threshold"), "a", r"threshold is 'a': it must be a number"),
         ((*FIRST_RULE, "experts"), "all", r"experts is 'all': it must be a list"),
         ((*FIRST_RULE, "experts"), [0, 1.5], r"experts\[1\] is 1\.5: it must be a whole number"),
-        (("prompt",), {}, r"plan\.prompt is {}: it must be a list"),
-        (("prompt", 0, "top_k"), -1, r"prompt\[0\]\.top_k is -1: it must be 0 to 16"),
+        ((*LEVEL, "prompt"), {}, r"levels\[0\]\.prompt is {}: it must be a list"),
+        ((*LEVEL, "prompt", 0, "top_k"), -1, r"prompt\[0\]\.top_k is -1: it must be 0 to 16"),
+        ((*LEVEL, "name"), ..., r"plan\.levels\[0\]\.name is missing"),
+        ((*LEVEL, "name"), "a b", r"plan\.levels\[0\]: a level is called 'a b'"),
+        ((*LEVEL, "proof"), 1, r"levels\[0\]\.proof is 1: it must be an object"),
+        ((*LEVEL, "margin"), 1, r"levels\[0\] has an unknown field 'margin'"),
         (("provenance",), [], r"plan\.provenance is \[\]: it must be an object"),
     ],
 )
@@ -324,7 +419,8 @@ def test_what_is_no_plan_at_all(value: Any) -> None:
 
 
 def test_prompt_rules_may_be_left_out() -> None:
-    assert Plan.from_json(changed(("prompt",), ...)) == replace(PLAN, prompt=())
+    without = replace(PLAN, levels=(replace(LAST, prompt=()),))
+    assert Plan.from_json(changed((*LEVEL, "prompt"), ...)) == without
 
 
 @pytest.mark.parametrize(
@@ -357,6 +453,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
                     [
                         "leanmoe_plan",
                         "model",
+                        "levels",
+                        "proof",
                         "bands",
                         "up_to",
                         "rules",
@@ -377,7 +475,9 @@ def test_anything_else_is_refused_without_a_traceback(value: Any) -> None:
 
 
 @given(
-    st.sampled_from([("bands",), ("prompt",), ("model",), FIRST_RULE, (*FIRST_RULE, "top_k")]),
+    st.sampled_from(
+        [LEVEL, (*LEVEL, "prompt"), ("levels",), ("model",), FIRST_RULE, (*FIRST_RULE, "top_k")]
+    ),
     st.recursive(
         st.none() | st.integers(-2, 20) | st.floats() | st.text(max_size=3),
         lambda inner: (

@@ -239,7 +239,7 @@ def test_as_a_plan(plain: MoEShape) -> None:
 def test_a_plan_restricted_to_experts_uses_no_others_at_any_load(plain: MoEShape) -> None:
     kept = ((0, 1, 2, 3, 9), (4, 5, 6, 7, 8)) * 2
     rules = (Rule(top_k=3, renormalise=0.0), Rule(budget=7, budget_per_rank=6)) * 2
-    plan = Plan(plain.fingerprint(), (Band(8, rules),), (Rule(top_k=0), Rule()) * 2)
+    plan = Plan.banded(plain.fingerprint(), (Band(8, rules),), (Rule(top_k=0), Rule()) * 2)
     found = restricted(plan, kept)
     found.check(plain.fingerprint())
     assert found.rules_for(4)[:2] == (

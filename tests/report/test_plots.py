@@ -34,7 +34,7 @@ def test_the_best_strategy_stands_at_the_top() -> None:
 
 def test_the_heat_map_has_a_column_for_each_band_and_for_prompts() -> None:
     plan = Plan.from_json(example.plan())
-    plan = replace(plan, prompt=(Rule(top_k=0),) * plan.model.moe_layers)
+    plan = plan.with_level(prompt=(Rule(top_k=0),) * plan.model.moe_layers)
     (heat,) = plots.plan_heat_map(plan, {1: [6.0] * 6}).data
     assert list(heat.x) == ["prompt tokens", "1 to 2", "3 to 16", "17+"]
     assert list(heat.z[0]) == [0.0, 8.0, 6.0, 8.0]

@@ -268,7 +268,7 @@ def test_prompt_rules_spare_the_tokens_that_are_read() -> None:
     model = build("deepseek_v3")
     fingerprint = shape_of(model).fingerprint()
     last_only = (Rule(), Rule(top_k=0))
-    plan = Plan(fingerprint, prompt=last_only)
+    plan = Plan.banded(fingerprint, prompt=last_only)
     with apply(model, plan, count=True) as applied:
         kept = logits(model, logits_to_keep=1)
         everything = logits(model)
@@ -283,7 +283,7 @@ def test_prompt_rules_spare_the_tokens_that_are_read() -> None:
 @pytest.mark.parametrize("implementation", ["stock", "leanmoe"])
 def test_what_is_observed_is_what_the_step_ran(implementation: str) -> None:
     model = build("deepseek_v3")
-    plan = Plan(shape_of(model).fingerprint(), prompt=(Rule(guaranteed=1), Rule(top_k=2)))
+    plan = Plan.banded(shape_of(model).fingerprint(), prompt=(Rule(guaranteed=1), Rule(top_k=2)))
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def observe(layer: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:

@@ -62,7 +62,9 @@ def test_prompt_and_reply_parts_are_joined_as_by_the_reference(rule: Rule) -> No
     """Most tokens are prompt: they are routed with the rest and the rest put over them."""
     model = build("deepseek_v3")
     fingerprint = shape_of(model).fingerprint()
-    plan = Plan(fingerprint, Plan.uniform(fingerprint, rule).bands, (Rule(top_k=1), Rule(top_k=0)))
+    plan = Plan.banded(
+        fingerprint, Plan.uniform(fingerprint, rule).bands, (Rule(top_k=1), Rule(top_k=0))
+    )
     with apply(model, plan):
         expected = logits(model, input_ids=ids(2, 12), logits_to_keep=2)
     with apply(model, plan, experts="leanmoe"):

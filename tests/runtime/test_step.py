@@ -11,7 +11,7 @@ from leanmoe.runtime.step import scoring_parts, served_parts
 
 MODEL = Fingerprint("Model", 1, 1, 8, 4)
 FEW, MANY, PROMPT = (Rule(top_k=1),), (Rule(top_k=3),), (Rule(top_k=2),)
-PLAN = Plan(MODEL, (Band(2, FEW), Band(None, MANY)), PROMPT)
+PLAN = Plan.banded(MODEL, (Band(2, FEW), Band(None, MANY)), PROMPT)
 
 
 def test_a_served_call_whose_predictions_are_all_read_is_one_step() -> None:

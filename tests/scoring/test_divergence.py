@@ -116,7 +116,7 @@ def test_company_of_the_decode_batch_matters_and_size_of_the_call_does_not() -> 
 def test_scoring_reads_every_prediction_so_no_token_is_a_prompt() -> None:
     model, windows = build("deepseek_v3"), some_windows()
     fingerprint = shape_of(model).fingerprint()
-    prompt = Plan(fingerprint, prompt=(Rule(top_k=1),) * fingerprint.moe_layers)
+    prompt = Plan.banded(fingerprint, prompt=(Rule(top_k=1),) * fingerprint.moe_layers)
     full = losses(model, windows)
     with apply(model, prompt):
         np.testing.assert_allclose(losses(model, windows).loss_U, full.loss_U, rtol=1e-6)
@@ -204,7 +204,7 @@ def test_one_pass_scores_every_reply_as_if_alone(family: str) -> None:
     model = build(family)
     fingerprint = shape_of(model).fingerprint()
     layers = fingerprint.moe_layers
-    plan = Plan(
+    plan = Plan.banded(
         fingerprint,
         Plan.uniform(fingerprint, Rule(top_k=3, renormalise=0.0)).bands,
         (Rule(top_k=1),) * layers,

@@ -68,7 +68,7 @@ def test_prompts_are_under_the_rules_for_prompts() -> None:
     rows, questions = some_rows(1)
     fingerprint = shape_of(model).fingerprint()
     rules = (Rule(top_k=1),) * fingerprint.moe_layers
-    plan = Plan(fingerprint, (Band(None, (Rule(),) * fingerprint.moe_layers),), rules)
+    plan = Plan.banded(fingerprint, (Band(None, (Rule(),) * fingerprint.moe_layers),), rules)
 
     def applying(prompt: int) -> Any:
         return apply(model, plan, decode_batch=1, prompt_tokens=prompt)

@@ -14,8 +14,10 @@ from leanmoe.serve.export import export, uniform_top_k
 
 QWEN = Fingerprint("Qwen3MoeForCausalLM", 48, 2, 128, 8)
 SIX = Plan.uniform(QWEN, Rule(top_k=6))
-SHARED = Plan(QWEN, (Band(30, (Rule(guaranteed=3),) * 2), Band(None, (Rule(), Rule(top_k=6)))))
-PROMPT = Plan(QWEN, SHARED.bands, (Rule(top_k=2), Rule()))
+SHARED = Plan.banded(
+    QWEN, (Band(30, (Rule(guaranteed=3),) * 2), Band(None, (Rule(), Rule(top_k=6))))
+)
+PROMPT = Plan.banded(QWEN, SHARED.bands, (Rule(top_k=2), Rule()))
 PATH = Path("plan.json")
 
 
@@ -37,7 +39,7 @@ def test_llama_cpp_takes_the_name_of_an_architecture_it_does_not_list() -> None:
         (SHARED, "guaranteed"),
         (Plan.uniform(QWEN, Rule(top_k=6, renormalise=0.0)), "renormalise"),
         (Plan.per_layer(QWEN, (Rule(top_k=6), Rule(top_k=7))), "other layers"),
-        (Plan(QWEN, (Band(8, (Rule(top_k=6),) * 2),)), "bands"),
+        (Plan.banded(QWEN, (Band(8, (Rule(top_k=6),) * 2),)), "bands"),
         (PROMPT, "prompt"),
     ],
 )
@@ -119,7 +121,7 @@ def test_an_unknown_engine_is_refused() -> None:
 def test_only_one_top_k_everywhere_is_uniform() -> None:
     assert uniform_top_k(SIX) == 6
     assert uniform_top_k(SHARED) is None
-    assert uniform_top_k(Plan(QWEN, (Band(8, (Rule(top_k=6),) * 2),))) is None
+    assert uniform_top_k(Plan.banded(QWEN, (Band(8, (Rule(top_k=6),) * 2),))) is None
     assert uniform_top_k(Plan(QWEN)) is None
 
 
@@ -135,7 +137,7 @@ def test_a_budget_per_rank_runs_in_vllm_alone(engine: str) -> None:
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_what_lies_beyond_the_last_band_is_said(engine: str) -> None:
     def notes_of(end: int | None) -> str:
-        plan = Plan(QWEN, (Band(end, (Rule(guaranteed=3),) * QWEN.moe_layers),))
+        plan = Plan.banded(QWEN, (Band(end, (Rule(guaranteed=3),) * QWEN.moe_layers),))
         return export(plan, PATH, engine).text()
 
     assert "steps of more than 64 rows run the full model" in notes_of(64)

@@ -22,8 +22,10 @@ from leanmoe.serve.plugin_options import (
 
 QWEN = Fingerprint("Qwen3MoeForCausalLM", 48, 2, 128, 8)
 SIX = Plan.uniform(QWEN, Rule(top_k=6))
-SHARED = Plan(QWEN, (Band(30, (Rule(guaranteed=3),) * 2), Band(None, (Rule(), Rule(top_k=6)))))
-PROMPT = Plan(QWEN, SHARED.bands, (Rule(top_k=2), Rule()))
+SHARED = Plan.banded(
+    QWEN, (Band(30, (Rule(guaranteed=3),) * 2), Band(None, (Rule(), Rule(top_k=6))))
+)
+PROMPT = Plan.banded(QWEN, SHARED.bands, (Rule(top_k=2), Rule()))
 
 
 def test_only_prompt_rules_can_be_dropped() -> None:
@@ -125,7 +127,7 @@ def test_what_an_engine_cannot_do_is_refused() -> None:
 
 def test_a_plan_is_read_less_what_may_be_left_out(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    Plan(MODEL, prompt=(Rule(top_k=1),)).save(path)
+    Plan.banded(MODEL, prompt=(Rule(top_k=1),)).save(path)
     with pytest.raises(LeanMoeError, match="LEANMOE_DROP=prompt runs the bands without them"):
         PluginOptions(str(path)).load_plan("vLLM")
-    assert PluginOptions(str(path), ("prompt",)).load_plan("vLLM") == Plan(MODEL)
+    assert PluginOptions(str(path), ("prompt",)).load_plan("vLLM") == Plan.banded(MODEL)

@@ -26,7 +26,7 @@ def served(plan_of: Any) -> tuple[PlannedServer, Any]:
 
 def test_metrics_say_what_the_last_step_ran() -> None:
     planned, model = served(
-        lambda shape: Plan(shape, (Band(8, (Rule(top_k=2),) * shape.moe_layers),))
+        lambda shape: Plan.banded(shape, (Band(8, (Rule(top_k=2),) * shape.moe_layers),))
     )
     before = planned.metrics()
     assert 'leanmoe_plan{plan="plan.json",engine="transformers"} 1' in before
@@ -43,7 +43,9 @@ def test_metrics_say_what_the_last_step_ran() -> None:
 def test_rows_that_nobody_reads_do_not_decide_the_band_under_prompt_rules() -> None:
     def plan(shape: Any) -> Plan:
         rules = (Rule(top_k=2),) * shape.moe_layers
-        return Plan(shape, (Band(2, rules), Band(64, rules)), (Rule(top_k=1),) * shape.moe_layers)
+        return Plan.banded(
+            shape, (Band(2, rules), Band(64, rules)), (Rule(top_k=1),) * shape.moe_layers
+        )
 
     planned, model = served(plan)
     with torch.no_grad():

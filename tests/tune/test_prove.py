@@ -18,7 +18,7 @@ from leanmoe.tune import prove
 from leanmoe.tune.allocate import FrontPoint
 from leanmoe.tune.context import TuneContext
 from leanmoe.tune.prove import (
-    Level,
+    Aim,
     Proof,
     Proved,
     Proven,
@@ -129,10 +129,10 @@ def test_a_load_without_a_gain_shows_what_its_prompt_rules_cost(tmp_path: Path) 
     assert verdict_on(shared, of_all, gain(8, 1.1)).loss == kind("code", 0.002).loss
 
 
-def level(shared: TuneContext, prompt: int, decode: int) -> Level:
+def level(shared: TuneContext, prompt: int, decode: int) -> Aim:
     points = {load: proved(shared, decode, prompt=prompt).point for load in (1, 8)}
     alone = {load: replace(each, decode=shared.no_rules) for load, each in points.items()}
-    return Level(alone, points)
+    return Aim(alone, points)
 
 
 def proven_unless(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -203,7 +203,7 @@ class InProcess:
 def _with_prompt_apart(plan: Plan) -> Plan:
     """The plan with rules for prompt tokens that change nothing, if it has none of its own."""
     nothing = Rule(top_k=plan.model.top_k)
-    return replace(plan, prompt=plan.prompt or (nothing,) * plan.model.moe_layers)
+    return plan.with_level(prompt=plan.prompt or (nothing,) * plan.model.moe_layers)
 
 
 def require_memory(model: Any, room: Room) -> None:

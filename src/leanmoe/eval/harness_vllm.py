@@ -55,7 +55,7 @@ def every_step(plan: Plan, decode_batch: int) -> Plan:
     """
     if plan.is_empty:
         return plan
-    return Plan(plan.model, (Band(None, plan.rules_for(decode_batch)),), (), plan.provenance)
+    return plan.with_level(bands=(Band(None, plan.rules_for(decode_batch)),), prompt=())
 
 
 def in_vllm(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError, unknown_name
+from leanmoe.core.schema import to_json
 from leanmoe.plan import Fingerprint, Plan, Rule
 
 FULL = "full model"
@@ -25,8 +26,7 @@ class Named:
     @property
     def digest(self) -> str:
         """The digest of its rules: results under equal rules are the same."""
-        value = self.plan.to_json()
-        text = json.dumps([value["bands"], value["prompt"]])
+        text = json.dumps(to_json([self.plan.bands, self.plan.prompt]))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def is_batch_aware(self, tokens: int) -> bool:

@@ -1,19 +1,29 @@
 """The one artefact: what a model may activate, per load band and MoE layer, as a small JSON file.
 
-Needs no torch. A plan is a list of bands, each for a range of tokens in a forward step, each
-holding one rule per MoE layer, and rules of their own for prompt tokens. Nothing set means the
-model as it was trained.
+Needs no torch. A plan is a list of levels, from the most careful to the fastest. A level is a list
+of bands, each for a range of tokens in a forward step, each holding one rule per MoE layer, and
+rules of their own for prompt tokens. Nothing set means the model as it was trained.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
-from leanmoe.core.errors import LeanMoeError, shown
+from leanmoe.core.errors import LeanMoeError, shown, unknown_name
 from leanmoe.core.schema import ALWAYS_STORED, StoredFile, fields_from_json, fields_to_json
 from leanmoe.models.shape import Fingerprint, read_shape
+from leanmoe.plan.proof import LevelProof
+
+ONLY = "lean"
+"""The name of a plan's only level where nobody named it, as in files of schema 1."""
+AS_TRAINED = ("full", "stock", "strict", "trained")
+"""What level 0, the model as it was trained, is called in places: no name for another."""
+LEVEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.%_-]{0,31}")
+""" "." and ".." are paths, and "-x" is an option."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,8 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Plan(StoredFile):
-    """What a model may activate, by tokens in a forward step. Empty bands: the model itself.
+class Level:
+    """What a model may activate at one loss, by tokens in a forward step, and what proves the loss.
 
     Bands are ordered by `up_to`; a step larger than the last band runs the full model.
 
@@ -41,13 +51,84 @@ class Plan(StoredFile):
     under the bands like any other token; where it is not, they do not count towards a band.
     """
 
+    name: str
+    bands: tuple[Band, ...] = field(default=(), metadata=ALWAYS_STORED)
+    prompt: tuple[Rule, ...] = field(default=(), metadata=ALWAYS_STORED)
+    proof: LevelProof | None = None
+
+    def __post_init__(self) -> None:
+        """Raises LeanMoeError for a name that no URL, label or option could hold."""
+        if not LEVEL_NAME.fullmatch(self.name):
+            raise LeanMoeError(
+                f"a level is called {shown(self.name)}: a name is 1 to 32 letters, digits, '.', "
+                "'%', '-' or '_', a letter or digit first"
+            )
+        if self.name.lower() in AS_TRAINED:
+            raise LeanMoeError(
+                f"a level is called {self.name!r}: {', '.join(AS_TRAINED)} mean the model as it "
+                "was trained; give it another name"
+            )
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Every rule of every band, then those for prompts."""
+        return (*(rule for band in self.bands for rule in band.rules), *self.prompt)
+
+    def check(self, model: Fingerprint, more_experts: bool = False) -> None:
+        """Raises LeanMoeError unless bands are in order and every rule is in range for `model`."""
+        self._check_bands(model.moe_layers)
+        for number, band in enumerate(self.bands):
+            for layer, rule in enumerate(band.rules):
+                rule.check(model, f"bands[{number}].rules[{layer}]", more_experts)
+        if self.prompt and len(self.prompt) != model.moe_layers:
+            raise LeanMoeError(
+                f"prompt has {len(self.prompt)} rules: the model has {model.moe_layers} MoE layers"
+            )
+        for layer, rule in enumerate(self.prompt):
+            rule.check(model, f"prompt[{layer}]", more_experts, fewest=0)
+
+    def _check_bands(self, layers: int) -> None:
+        previous = 0
+        for number, band in enumerate(self.bands):
+            if band.up_to is None and number != len(self.bands) - 1:
+                raise LeanMoeError(
+                    f"bands[{number}].up_to is null: only the last band may be without an end"
+                )
+            if band.up_to is not None and band.up_to <= previous:
+                raise LeanMoeError(
+                    f"bands[{number}].up_to is {band.up_to}: it must be above {previous}"
+                )
+            previous = band.up_to or previous
+            if len(band.rules) != layers:
+                raise LeanMoeError(
+                    f"bands[{number}] has {len(band.rules)} rules: "
+                    f"the model has {layers} MoE layers"
+                )
+
+
+@dataclass(frozen=True)
+class Plan(StoredFile):
+    """What a model may activate: levels from the most careful to the fastest.
+
+    Level 0 is always the model as it was trained and is not written: a plan without levels is the
+    model itself. What asks for `bands`, `prompt` or the rules of a step needs a plan of one level;
+    `at` makes it of a plan of several.
+    """
+
     KIND: ClassVar[str] = "leanmoe_plan"
+    VERSION: ClassVar[int] = 2
     WHAT: ClassVar[str] = "plan"
 
     model: Fingerprint
-    bands: tuple[Band, ...] = field(default=(), metadata=ALWAYS_STORED)
-    prompt: tuple[Rule, ...] = field(default=(), metadata=ALWAYS_STORED)
+    levels: tuple[Level, ...] = field(default=(), metadata=ALWAYS_STORED)
     provenance: Mapping[str, Any] = field(default_factory=dict, metadata=ALWAYS_STORED)
+
+    @classmethod
+    def banded(
+        cls, model: Fingerprint, bands: tuple[Band, ...] = (), prompt: tuple[Rule, ...] = ()
+    ) -> Plan:
+        """A plan of one level, unproven."""
+        return cls(model, (Level(ONLY, bands, prompt),))
 
     @classmethod
     def uniform(cls, model: Fingerprint | str, rule: Rule) -> Plan:
@@ -57,23 +138,60 @@ class Plan(StoredFile):
         """
         if isinstance(model, str):
             model = read_shape(model).fingerprint()
-        return cls(model, (Band(None, (rule,) * model.moe_layers),))
+        return cls.per_layer(model, (rule,) * model.moe_layers)
 
     @classmethod
     def per_layer(cls, model: Fingerprint, rules: tuple[Rule, ...]) -> Plan:
         """One rule per MoE layer, the same at every load."""
-        return cls(model, (Band(None, rules),))
+        return cls.banded(model, (Band(None, rules),))
+
+    @property
+    def level(self) -> Level:
+        """The plan's only level, an empty one where it has none.
+
+        Raises LeanMoeError where there are several: which one is the user's choice.
+        """
+        if len(self.levels) > 1:
+            names = ", ".join(level.name for level in self.levels)
+            raise LeanMoeError(f"the plan has the levels {names}: choose one (--level)")
+        return self.levels[0] if self.levels else Level(ONLY)
+
+    def at(self, name: str | None) -> Plan:
+        """The plan with the level of that name alone; None is for a plan of at most one.
+
+        Raises LeanMoeError for a name that no level has, and for None where there are several.
+        """
+        if name is None:
+            self.level  # noqa: B018 - refuses where there are several
+            return self
+        for level in self.levels:
+            if level.name == name:
+                return replace(self, levels=(level,))
+        raise unknown_name("the plan's level", name, [level.name for level in self.levels])
+
+    def with_level(self, **changes: Any) -> Plan:
+        """The plan with its only level changed; what was proven of it is proven no more."""
+        return replace(self, levels=(replace(self.level, proof=None, **changes),))
+
+    @property
+    def bands(self) -> tuple[Band, ...]:
+        """Those of the only level; see `level`."""
+        return self.level.bands
+
+    @property
+    def prompt(self) -> tuple[Rule, ...]:
+        """The rules for prompts of the only level; see `level`."""
+        return self.level.prompt
 
     @property
     def is_empty(self) -> bool:
         """Whether the plan runs the model as it was trained at every load."""
-        bands = all(band.is_empty for band in self.bands)
-        return bands and all(rule.is_empty for rule in self.prompt)
+        return all(rule.is_empty for level in self.levels for rule in level.rules)
 
     @property
     def has_budget_per_rank(self) -> bool:
         """Whether some rule needs to know on which rank an expert is."""
-        rules = [*self.prompt, *(rule for band in self.bands for rule in band.rules)]
+        rules = (rule for level in self.levels for rule in level.rules)
         return any(rule.budget_per_rank is not None for rule in rules)
 
     def band_for(self, tokens: int) -> Band | None:
@@ -92,40 +210,44 @@ class Plan(StoredFile):
                 f"this plan was made for another model: its {name} is "
                 f"{getattr(self.model, name)}, this model's is {getattr(model, name)}"
             )
-        self._check_bands()
-        for number, band in enumerate(self.bands):
-            for layer, rule in enumerate(band.rules):
-                rule.check(model, f"bands[{number}].rules[{layer}]", more_experts)
-        if self.prompt and len(self.prompt) != self.model.moe_layers:
-            raise LeanMoeError(
-                f"prompt has {len(self.prompt)} rules: "
-                f"the model has {self.model.moe_layers} MoE layers"
-            )
-        for layer, rule in enumerate(self.prompt):
-            rule.check(model, f"prompt[{layer}]", more_experts, fewest=0)
+        self._check_order()
+        for level in self.levels:
+            try:
+                level.check(model, more_experts)
+            except LeanMoeError as error:
+                if len(self.levels) == 1:
+                    raise
+                raise LeanMoeError(f"level {level.name}: {error}") from error
 
-    def _check_bands(self) -> None:
-        previous = 0
-        for number, band in enumerate(self.bands):
-            if band.up_to is None and number != len(self.bands) - 1:
+    def _check_order(self) -> None:
+        names = [level.name for level in self.levels]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise LeanMoeError(f"two levels are called {twice[0]}: each needs a name of its own")
+        proofs = [(level.name, level.proof.margin) for level in self.levels if level.proof]
+        for (careful, least), (name, margin) in pairwise(proofs):
+            if margin.in_nats == least.in_nats and margin.value < least.value:
                 raise LeanMoeError(
-                    f"bands[{number}].up_to is null: only the last band may be without an end"
-                )
-            if band.up_to is not None and band.up_to <= previous:
-                raise LeanMoeError(
-                    f"bands[{number}].up_to is {band.up_to}: it must be above {previous}"
-                )
-            previous = band.up_to or previous
-            if len(band.rules) != self.model.moe_layers:
-                raise LeanMoeError(
-                    f"bands[{number}] has {len(band.rules)} rules: "
-                    f"the model has {self.model.moe_layers} MoE layers"
+                    f"level {name} was proven within {margin}, level {careful} before it within "
+                    f"{least}: levels go from the most careful to the fastest"
                 )
 
     @classmethod
     def from_json(cls, value: Any, name: str = "") -> Plan:
-        """Reads what `to_json` wrote; anything malformed is a LeanMoeError naming the place."""
+        """Reads what `to_json` wrote; anything malformed is a LeanMoeError naming the place.
+
+        A file of schema 1 holds the bands and prompt rules of one level at its top.
+        """
+        levels: tuple[Level, ...] = ()
+        if isinstance(value, dict) and value.get(cls.KIND) == 1:
+            where, joint = (f"{cls.WHAT} {name}", ": ") if name else (cls.WHAT, ".")
+            if "levels" in value:
+                raise LeanMoeError(f"{where} has levels: a file of schema 1 has bands and prompt")
+            own = {key: value[key] for key in ("bands", "prompt") if key in value}
+            levels = (fields_from_json(Level, {"name": ONLY, **own}, where, joint),)
+            rest = {key: each for key, each in value.items() if key not in own}
+            value = {**rest, "levels": [], cls.KIND: cls.VERSION}
         plan = super().from_json(value, name)
+        plan = replace(plan, levels=levels or plan.levels)
         plan.check(plan.model, more_experts=True)
         return plan
 

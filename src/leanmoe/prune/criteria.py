@@ -367,7 +367,7 @@ def restricted(plan: Plan, kept: Kept) -> Plan:
     if not bands or bands[-1].up_to is not None:
         bands.append(Band(None, rules([Rule()] * len(kept))))
     prompt = rules(plan.prompt) if plan.prompt else ()
-    return Plan(plan.model, tuple(bands), prompt, plan.provenance)
+    return plan.with_level(bands=tuple(bands), prompt=prompt)
 
 
 def _restricted(rule: Rule, kept: tuple[int, ...]) -> Rule:

@@ -140,7 +140,7 @@ class Candidate:
         rules = [Rule()] * model.moe_layers
         rules[self.layer] = self.rule
         if self.phase == "prompt":
-            return Plan(model, prompt=tuple(rules))
+            return Plan.banded(model, prompt=tuple(rules))
         return Plan.per_layer(model, tuple(rules))
 
     def serves(self, decode_batch: int) -> bool:

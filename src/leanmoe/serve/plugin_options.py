@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from leanmoe.core.environment import (
@@ -44,7 +44,7 @@ def without(plan: Plan, parts: Sequence[str]) -> Plan:
     for part in parts:
         if part not in DROPPABLE:
             raise LeanMoeError(f"cannot drop {part!r}: it must be {' or '.join(DROPPABLE)}")
-    return replace(plan, prompt=()) if PROMPT in parts else plan
+    return plan.with_level(prompt=()) if PROMPT in parts and plan.prompt else plan
 
 
 def is_plain(rule: Rule) -> bool:

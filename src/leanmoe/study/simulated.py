@@ -188,7 +188,7 @@ def banded(overhead: float) -> Banded:
     plans = {
         "uniform k = 6 (the paper's)": Plan.uniform(model, Rule(top_k=6)),
         "uniform k = 4 (the paper's)": Plan.uniform(model, Rule(top_k=4)),
-        "banded: 4 guaranteed to 96 tokens, prompts k = 6": Plan(
+        "banded: 4 guaranteed to 96 tokens, prompts k = 6": Plan.banded(
             model, (Band(96, shared),), prompt
         ),
     }

@@ -54,7 +54,7 @@ class Proved:
 
 
 @dataclass(frozen=True)
-class Level:
+class Aim:
     """Plans that aim at one loss, by load: the prompt rules of all alone, and with decode rules."""
 
     alone: Mapping[int, FrontPoint]
@@ -132,7 +132,7 @@ def kind_loss(settings: TuneSettings, kind: str, drawn: Sequence[Divergence]) ->
 
 def levels(
     proof: Proof, sensitivities: Sequence[Sensitivity], times: Mapping[int, PhaseTimes], loss: float
-) -> list[Level]:
+) -> list[Aim]:
     """What to test, from calibration text alone, safest first; `loss` is the full model's there.
 
     A plan has one set of prompt rules, at work at every load. The largest load, where prompts cost
@@ -141,10 +141,10 @@ def levels(
     context, margin = proof.context, proof.context.settings.margin
     loads = context.settings.concurrency
     allowed = margin.value if margin.in_nats else margin.value * loss
-    made: list[Level] = []
+    made: list[Aim] = []
     if proof.kept is not None:
         kept = FrontPoint((), context.no_rules, 0.0, 1.0, "the experts kept alone")
-        made.append(Level(dict.fromkeys(loads, kept), {}))
+        made.append(Aim(dict.fromkeys(loads, kept), {}))
     for share in SHARES_OF_MARGIN:
 
         def points(load: int, prompt: tuple[Rule, ...] | None) -> list[FrontPoint]:
@@ -154,13 +154,13 @@ def levels(
         prompt = points(loads[-1], None)[-1].prompt
         both = {load: points(load, prompt) for load in loads}
         alone = {load: replace(two[0], decode=context.no_rules) for load, two in both.items()}
-        level = Level(alone, {load: two[-1] for load, two in both.items()})
+        level = Aim(alone, {load: two[-1] for load, two in both.items()})
         if not made or level != made[-1]:
             made.append(level)
     return [_renormalised(level, context, made[-1].own) for level in made]
 
 
-def _renormalised(level: Level, context: TuneContext, fastest: Mapping[int, FrontPoint]) -> Level:
+def _renormalised(level: Aim, context: TuneContext, fastest: Mapping[int, FrontPoint]) -> Aim:
     """The level with weights that count, layer by layer, as each load's fastest plan wants it."""
     own = {}
     for load, point in level.own.items():
@@ -169,7 +169,7 @@ def _renormalised(level: Level, context: TuneContext, fastest: Mapping[int, Fron
     return replace(level, own=own)
 
 
-def prove_all(proof: Proof, ordered: Sequence[Level]) -> Proven:
+def prove_all(proof: Proof, ordered: Sequence[Aim]) -> Proven:
     """Tests the levels in their order to the first failure; takes the fastest that all loads can.
 
     Of what is accepted any choice is as sure, so the level is taken whose experts need the least
@@ -192,7 +192,7 @@ def prove_all(proof: Proof, ordered: Sequence[Level]) -> Proven:
 
     accepted = set(fixed_sequence(tests, accepts))
 
-    def at(level: Level, load: int) -> Proved | None:
+    def at(level: Aim, load: int) -> Proved | None:
         own, alone = level.own.get(load), level.alone[load]
         if own is not None and (load, own) in accepted:
             return tested[load, own]
@@ -227,7 +227,7 @@ def _is_empty(point: FrontPoint) -> bool:
 def point_plan(context: TuneContext, point: FrontPoint, kept: Kept | None) -> Plan:
     """The point's rules at every concurrency, with the experts of the memory budget alone."""
     bands = Plan.per_layer(context.fingerprint, point.decode).bands
-    plan = Plan(context.fingerprint, bands, point.prompt)
+    plan = Plan.banded(context.fingerprint, bands, point.prompt)
     return plan if kept is None else restricted(plan, kept)
 
 
@@ -249,14 +249,14 @@ def assemble(
         bands.append(Band(up_to, proved.point.decode if proved else context.no_rules))
         if proved is not None:
             prompt = proved.point.prompt
-    plan = Plan(context.fingerprint, tuple(bands), prompt, dict(provenance or {}))
+    plan = Plan.banded(context.fingerprint, tuple(bands), prompt)
+    plan = replace(plan, provenance=dict(provenance or {}))
     return plan if kept is None else restricted(plan, kept)
 
 
 def measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> LoadGain:
     """Full model, plan and Transformers' own experts in turn, on held-out text, as bench does."""
-    rules = [rule for band in plan.bands for rule in band.rules]
-    key = digest([*rules, *plan.prompt])
+    key = digest(plan.level.rules)
     compute = partial(_measure_gain, context, plan, concurrency)
     return context.take(GAIN, LoadGain, compute, concurrency, key)
 

@@ -53,7 +53,7 @@ def chosen(context: TuneContext, phase: Phase, decode_batch: int) -> float:
         rules = (replace(rule, renormalise=a),) * context.fingerprint.moe_layers
         plan = Plan.per_layer(context.fingerprint, rules)
         if phase == "prompt":
-            plan = Plan(context.fingerprint, prompt=rules)
+            plan = Plan.banded(context.fingerprint, prompt=rules)
         return _losses(context, plan, decode_batch).mean
 
     compute = partial(best_value, measure)
@@ -90,7 +90,7 @@ def refined(
 
     def measure(rules: tuple[Rule, ...]) -> Losses:
         bands = Plan.per_layer(context.fingerprint, rules).bands
-        return _losses(context, Plan(context.fingerprint, bands, prompt), decode_batch)
+        return _losses(context, Plan.banded(context.fingerprint, bands, prompt), decode_batch)
 
     def compute() -> tuple[Rule, ...]:
         return by_layer(decode, measure)

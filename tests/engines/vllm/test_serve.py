@@ -22,7 +22,7 @@ from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
 
 MODEL = read_shape("reference").fingerprint()
-PLAN = Plan(MODEL, (Band(8, (Rule(guaranteed=3),) * 6), Band(None, (Rule(top_k=6),) * 6)))
+PLAN = Plan.banded(MODEL, (Band(8, (Rule(guaranteed=3),) * 6), Band(None, (Rule(top_k=6),) * 6)))
 PATIENCE = 240
 """Seconds until a server on two busy cores must answer."""
 

@@ -32,7 +32,7 @@ PROMPTS = (
 TOKENS = 12
 REPLY = 8
 FEW = Rule(guaranteed=3, threshold=0.2, renormalise=0.0)
-SEARCHED = Plan(
+SEARCHED = Plan.banded(
     MODEL,
     (
         Band(8, (FEW, Rule(budget=14), Rule(), Rule(top_k=6), Rule(guaranteed=2), FEW)),

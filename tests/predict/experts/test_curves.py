@@ -34,7 +34,7 @@ def parts(
 
 def test_prompt_rules_spare_prompt_tokens_alone() -> None:
     place, layers = Deployment(H200, 8), len(V3.moe_layers)
-    plan = Plan(V3.fingerprint(), (), (Rule(top_k=2),) * layers)
+    plan = Plan.banded(V3.fingerprint(), (), (Rule(top_k=2),) * layers)
     batch = StepBatch(16, 1000, prompt=4096)
     assert parts(place, batch, plan).experts < 0.7 * parts(place, batch).experts
     decode = StepBatch(16, 1000)
@@ -43,7 +43,7 @@ def test_prompt_rules_spare_prompt_tokens_alone() -> None:
 
 def test_a_band_ends_where_it_says() -> None:
     place, layers = Deployment(H200, 8), len(V3.moe_layers)
-    plan = Plan(V3.fingerprint(), (Band(32, (Rule(top_k=2),) * layers),))
+    plan = Plan.banded(V3.fingerprint(), (Band(32, (Rule(top_k=2),) * layers),))
     assert parts(place, StepBatch(32, 100), plan).experts < parts(place, StepBatch(32, 100)).experts
     assert (
         parts(place, StepBatch(33, 100), plan).experts == parts(place, StepBatch(33, 100)).experts
@@ -53,7 +53,7 @@ def test_a_band_ends_where_it_says() -> None:
 def test_prompt_tokens_join_a_step_that_is_shared() -> None:
     layers = len(QWEN.moe_layers)
     bands = Plan.uniform(QWEN.fingerprint(), Rule(guaranteed=3)).bands
-    plan = Plan(QWEN.fingerprint(), bands, prompt=(Rule(),) * layers)
+    plan = Plan.banded(QWEN.fingerprint(), bands, prompt=(Rule(),) * layers)
     curves = assumed_curves(QWEN, Assumed())
     (active,) = Activation(QWEN, plan, curves).layers(2, 1)
     assert active.is_shared

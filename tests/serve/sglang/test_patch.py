@@ -27,7 +27,7 @@ CONFIG = {
     "decoder_sparse_step": 1, "mlp_only_layers": [],
 }  # fmt: skip
 MODEL = read_shape(CONFIG).fingerprint()
-PLAN = Plan(MODEL, (Band(8, (Rule(guaranteed=2), Rule(top_k=2))),))
+PLAN = Plan.banded(MODEL, (Band(8, (Rule(guaranteed=2), Rule(top_k=2))),))
 
 
 @dataclass

@@ -31,8 +31,8 @@ def test_a_config_without_its_routing_method_is_completed() -> None:
 
 
 def test_ends_of_bands_that_are_no_usual_sizes_are_captured() -> None:
-    assert capture_sizes(Plan(QWEN, (Band(32, (Rule(),) * 2),))) == []
-    sizes = capture_sizes(Plan(QWEN, (Band(30, (Rule(),) * 2), Band(1000, (Rule(),) * 2))))
+    assert capture_sizes(Plan.banded(QWEN, (Band(32, (Rule(),) * 2),))) == []
+    sizes = capture_sizes(Plan.banded(QWEN, (Band(30, (Rule(),) * 2), Band(1000, (Rule(),) * 2))))
     assert 30 in sizes
     assert 1000 not in sizes, "larger steps are not captured"
     assert sizes == sorted(sizes)

@@ -38,7 +38,7 @@ from tests.serve.stand_ins import (
 
 MODEL = Fingerprint("Model", 3, 2, 16, 4)
 SHARED = Rule(guaranteed=2, threshold=0.3, renormalise=0.0)
-BANDED = Plan(
+BANDED = Plan.banded(
     MODEL,
     (
         Band(4, (Rule(), Rule(top_k=2))),
@@ -167,7 +167,7 @@ def test_every_launch_is_made_before_vllm_serves(monkeypatch: pytest.MonkeyPatch
         return route_ids(logits, *arguments, **others)
 
     monkeypatch.setattr("leanmoe.serve.vllm.layer_routing.route_ids", noting)
-    plan = Plan(MODEL, (Band(4, (SHARED,) * 2), Band(None, (Rule(threshold=0.5),) * 2)))
+    plan = Plan.banded(MODEL, (Band(4, (SHARED,) * 2), Band(None, (Rule(threshold=0.5),) * 2)))
     routing = VllmLayerRouting(FusedTopKRouter(), plan, 0, padding=StepPadding(PaddingSource.NONE))
     routing.skipping = Skipping(small=Skipped.MINUS_ONE)
     routing.warm_up()

@@ -27,7 +27,7 @@ from tests.serve.stand_ins import (
 )
 
 MODEL = read_shape(MODEL_CONFIG).fingerprint()
-PLAN = Plan(MODEL, (Band(6, (Rule(guaranteed=2),) * 2),))
+PLAN = Plan.banded(MODEL, (Band(6, (Rule(guaranteed=2),) * 2),))
 OPTIONS = PluginOptions("plan.json")
 FUSED = "vllm.model_executor.layers.fused_moe"
 

@@ -53,7 +53,9 @@ def test_the_middleware_adds_to_metrics_and_to_nothing_else(path: str) -> None:
 def test_a_worker_names_the_band_of_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_plugin(), "model", None)
     assert PlanWorker().leanmoe_statistics() is None
-    plan = Plan(Fingerprint("Model", 1, 1, 8, 2), (Band(4, (Rule(),)), Band(16, (Rule(top_k=1),))))
+    plan = Plan.banded(
+        Fingerprint("Model", 1, 1, 8, 2), (Band(4, (Rule(),)), Band(16, (Rule(top_k=1),)))
+    )
     statistics = RoutingStatistics(1, 8)
     statistics.note(0, torch.tensor([[3, 1]] * 5), torch.tensor([[0.7, 0.3]] * 5), None)
     model: Any = SimpleNamespace(plan=plan, statistics=statistics)

@@ -204,7 +204,7 @@ def test_bands_that_end_between_captured_sizes_are_named() -> None:
     config.compilation_config = SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4, 8, 16])
 
     def between(*ends: int) -> str | None:
-        plan = Plan(MODEL, tuple(Band(end, (Rule(top_k=2),) * 2) for end in ends))
+        plan = Plan.banded(MODEL, tuple(Band(end, (Rule(top_k=2),) * 2) for end in ends))
         return planned(plan, config).uncaptured_bands()
 
     assert between(4, 16) is None

@@ -18,6 +18,7 @@ from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import RAN, check_version
+from leanmoe.core.schema import to_json
 from leanmoe.plan import Plan
 from leanmoe.serve.plugin_options import PluginOptions
 from leanmoe.serve.vllm.installation import check_hooks, files_of_vllm, naming, version
@@ -204,5 +205,5 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
 def _tell_compile_cache(config: Any, plan: Plan) -> None:
     """Lets vLLM keep what it compiled under a plan apart from what it compiles without one."""
     if isinstance(config.additional_config, dict):
-        text = json.dumps(plan.to_json()["bands"], sort_keys=True)
+        text = json.dumps(to_json(plan.bands), sort_keys=True)
         config.additional_config["leanmoe"] = hashlib.sha256(text.encode()).hexdigest()
