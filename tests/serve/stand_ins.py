@@ -203,6 +203,7 @@ class VllmConfig:
         self.device_config = SimpleNamespace(device="cpu")
         self.compilation_config: Any = None
         self.speculative_config: Any = None
+        self.cache_config: Any = None
         self.additional_config: dict[str, Any] = {}
 
 

@@ -99,10 +99,12 @@ def test_what_is_not_set_or_empty_is_the_default() -> None:
 
 
 def test_every_variable_of_the_plugin_is_read() -> None:
-    options = read(DROP="prompt, other", BATCH_SCOPE="all", EXPERTS="leanmoe", STATISTICS="1")
-    assert options == PluginOptions("plan.json", ("prompt", "other"), True, True, LEANMOE)
+    options = read(
+        DROP="prompt, other", BATCH_SCOPE="all", EXPERTS="leanmoe", STATISTICS="1", CHECK_ROWS="1"
+    )
+    assert options == PluginOptions("plan.json", ("prompt", "other"), True, True, True, LEANMOE)
     assert read(EXPERTS="vllm") == PluginOptions("plan.json", experts=VLLM)
-    assert len(VARIABLES) == 7, "the two others are not the plugin's"
+    assert len(VARIABLES) == 8, "the two others are not the plugin's"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ DROP = "LEANMOE_DROP"
 BATCH_SCOPE = "LEANMOE_BATCH_SCOPE"
 EXPERTS = "LEANMOE_EXPERTS"
 STATISTICS = "LEANMOE_STATISTICS"
+CHECK_ROWS = "LEANMOE_CHECK_ROWS"
 TUNED = "LEANMOE_TUNED"
 COMMIT = "LEANMOE_COMMIT"
 
@@ -62,6 +63,13 @@ VARIABLES = (
         "0, 1",
         "1 keeps each step's expert ids in vLLM, so that /metrics and PlanWorker can say what "
         "ran. `leanmoe serve` sets it.",
+    ),
+    Variable(
+        CHECK_ROWS,
+        "0",
+        "0, 1",
+        "1 compares in vLLM, in each step, which rows are a prompt's with the positions on the "
+        "device, row by row. It is slow, and ends the engine where one differs.",
     ),
     Variable(
         TUNED,

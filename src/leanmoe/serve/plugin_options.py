@@ -14,6 +14,7 @@ from pathlib import Path
 
 from leanmoe.core.environment import (
     BATCH_SCOPE,
+    CHECK_ROWS,
     DROP,
     EXPERTS,
     PLAN,
@@ -55,12 +56,17 @@ def is_plain(rule: Rule) -> bool:
     return rule.is_empty or rule == Rule(top_k=rule.top_k)
 
 
+def has_prompt_rules(plan: Plan) -> bool:
+    """Whether some prompt row is under another rule than the bands say."""
+    return any(not rule.is_empty for rule in plan.prompt)
+
+
 def check_parts(plan: Plan, engine: str, consent: str) -> None:
     """Raises LeanMoeError if `engine`, vLLM or SGLang, cannot run a part of the plan.
 
     `consent` is what the user can write to leave that part out.
     """
-    if any(not rule.is_empty for rule in plan.prompt):
+    if has_prompt_rules(plan):
         raise LeanMoeError(f"{engine}: {PROMPT_REASON}; {consent} runs the bands without them")
     if engine not in KNOW_RANKS:
         check_placed(plan, engine)
@@ -128,6 +134,8 @@ class PluginOptions:
     """Parts of the plan that may be left out: `DROPPABLE`."""
     collect_stats: bool = False
     """Keeps each step's expert ids, so that one can ask what ran."""
+    check_rows: bool = False
+    """Compares in each step which rows are a prompt's with the positions on the device."""
     cross_rank: bool = False
     """A batch-aware rule sees the tokens of all data-parallel ranks, not its own rank's alone."""
     experts: str | None = None
@@ -156,6 +164,7 @@ class PluginOptions:
             path,
             tuple(part.strip() for part in environ.get(DROP, "").split(",") if part.strip()),
             collect_stats=_one_of(environ, STATISTICS, ("0", "1")) == "1",
+            check_rows=_one_of(environ, CHECK_ROWS, ("0", "1")) == "1",
             cross_rank=scope == ALL,
             experts=experts,
         )

@@ -77,7 +77,9 @@ def load() -> Iterator[Any]:
         if plan is None:
             process_plugin().stop()
         else:
-            options = PluginOptions("of the test", collect_stats=True, experts=experts)
+            options = PluginOptions(
+                "of the test", collect_stats=True, check_rows=True, experts=experts
+            )
             process_plugin().start(plan, options)
         llm = LLM(
             **{

@@ -245,7 +245,8 @@ def refusals() -> list[tuple[str, str]]:
 REMEDIES = ("set ", "remove ", "use ", "install ", "start the engine", "{refusal[1]}")
 AT_STEPS = (
     "layer_routing._skipped_id", "padding.rows", "padding._compare",
-    "padding.prove", "patch._adopt", "patch._patch", "installation.check_hooks",
+    "padding.prove", "rule_rows.rows", "rule_rows._write", "rule_rows.check",
+    "installation.check_rows", "patch._adopt", "patch._patch", "installation.check_hooks",
     "installed_vllm.check_version",
 )  # fmt: skip
 """What `VllmPlugin` does not give vLLM's version to, since it is not within the load of a model."""
@@ -260,3 +261,22 @@ def test_every_refusal_is_one_line_that_says_what_to_set() -> None:
         assert any(remedy in words for remedy in REMEDIES), (where, words)
         if where in AT_STEPS:
             assert "vLLM {" in words or "vLLM is {" in words, (where, words)
+
+
+def test_settings_that_move_the_rows_of_a_step_are_refused_with_prompt_rules() -> None:
+    parallel = SimpleNamespace(prefill_context_parallel_size=1, use_ubatching=False)
+    cache, drafts = SimpleNamespace(kv_sharing_fast_prefill=False), SimpleNamespace()
+    config = SimpleNamespace(
+        parallel_config=parallel, cache_config=cache, speculative_config=drafts
+    )
+    checks.check_row_classes(config)
+    for owner, field, value, named in (
+        (parallel, "prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
+        (parallel, "use_ubatching", True, "--enable-dbo"),
+        (cache, "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
+        (drafts, "enable_adaptive_verification", True, "enable_adaptive_verification"),
+    ):
+        with pytest.MonkeyPatch.context() as changed:
+            changed.setattr(owner, field, value, raising=False)
+            with pytest.raises(LeanMoeError, match=f"cannot run with {named}, .*LEANMOE_DROP"):
+                checks.check_row_classes(config)

@@ -15,10 +15,12 @@ from leanmoe.serve.vllm.installation import (
     EQUAL,
     EXPERTS,
     OPTIONAL,
+    ROWS,
     RUNNERS,
     SYMBOLS,
     THERE,
     check_hooks,
+    check_rows,
     known_signatures,
     naming,
     nearest,
@@ -108,7 +110,7 @@ def test_only_what_is_tried_at_load_changed_since_0_24() -> None:
         for symbol in SYMBOLS
         if len({signatures[symbol] for signatures in known.values()} - {ABSENT}) > 1
     }
-    assert changed <= set(symbols_of(EXPERTS, RUNNERS))
+    assert changed <= set(symbols_of(EXPERTS, RUNNERS, ROWS))
     assert known["0.24.0"][COMPUTE] == known["0.33.0"][COMPUTE] != ABSENT
 
 
@@ -170,3 +172,11 @@ def test_the_version_is_without_the_build(monkeypatch: pytest.MonkeyPatch) -> No
     module.__version__ = "0.32.0+cpu"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
     assert version() == "0.32.0"
+
+
+def test_a_vllm_that_cannot_tell_prompt_rows_apart_is_refused(signatures: dict[str, str]) -> None:
+    check_rows("0.31.9", read)
+    last = symbols_of(ROWS)[-1]
+    signatures[last] = ABSENT
+    with pytest.raises(LeanMoeError, match=rf"^vLLM 0\.31\.9 has no {last}, .*LEANMOE_DROP=prompt"):
+        check_rows("0.31.9", read)

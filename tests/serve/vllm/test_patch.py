@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from leanmoe.plan import Band, Plan, Rule
 from leanmoe.serve.plugin_options import PluginOptions
 from leanmoe.serve.vllm import patch
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
+from leanmoe.serve.vllm.padding import RUNNERS
 from leanmoe.serve.vllm.patch import VllmPlugin, is_draft, process_plugin
 from leanmoe.serve.vllm.planned_model import PlannedModel
 from tests.serve.stand_ins import (
@@ -222,3 +224,31 @@ def test_kernels_are_compiled_once_the_model_ran_its_first_step(
     plugin.stop()
     sys.modules["vllm.v1.worker.gpu_model_runner"].GPUModelRunner().profile_run()
     assert len(warmed) == 2
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_the_runner_at_work_fills_rule_rows_where_the_plan_has_prompt_rules(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, v2: bool
+) -> None:
+    asked: list[str] = []
+    followed: list[Any] = []
+    follow = ("follow_v1", "follow_v2")[v2]
+    monkeypatch.setattr(patch, follow, lambda runner, current: followed.append((runner, current)))
+    monkeypatch.setattr(patch, "files_of_vllm", lambda: None)
+    monkeypatch.setattr(patch, "check_rows", lambda number, _: asked.append(number))
+    engine.config.use_v2_model_runner = v2
+    plugin = VllmPlugin()
+    plugin.start(PLAN, OPTIONS)
+    engine.build()
+    assert not asked
+    assert not followed
+    for _ in range(2):
+        plugin.start(replace(PLAN, prompt=(Rule(top_k=0),) * MODEL.moe_layers), OPTIONS)
+        engine.build()
+    ((runner, current),) = followed
+    assert runner is sys.modules[RUNNERS[v2]].GPUModelRunner
+    assert plugin.model is not None
+    assert current() is plugin.model.rule_rows is not None
+    assert asked == ["0.32.0"] * 2
+    plugin.stop()
+    assert current() is None

@@ -291,6 +291,23 @@ def check_placement(runner: Any, name: str) -> None:
         )
 
 
+def check_row_classes(config: Any) -> None:
+    """Refuses settings of vLLM's under which the rows of a prompt cannot be told apart."""
+    parallel, drafts = config.parallel_config, config.speculative_config
+    moving: tuple[tuple[str, Any, str, int], ...] = (
+        ("--prefill-context-parallel-size", parallel, "prefill_context_parallel_size", 1),
+        ("--enable-dbo", parallel, "use_ubatching", False),
+        ("--kv-sharing-fast-prefill", config.cache_config, "kv_sharing_fast_prefill", False),
+        ("enable_adaptive_verification", drafts, "enable_adaptive_verification", False),
+    )
+    given = [name for name, at, field, usual in moving if getattr(at, field, usual) != usual]
+    if given:
+        raise LeanMoeError(
+            f"prompt rules cannot run with {given[0]}, which moves a step's rows: remove it, or "
+            "set LEANMOE_DROP=prompt to run the bands without them"
+        )
+
+
 def check_layers(built: list[int], planned: list[int]) -> None:
     """Refuses a model of which vLLM built other MoE layers than the plan has rules for."""
     if built != planned:

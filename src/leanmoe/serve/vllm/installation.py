@@ -83,6 +83,27 @@ RUNNERS = {
 }
 """What starts a server and runs a step. Parameters come and go, but those that leanmoe uses are
 there; real steps try them when a model is loaded."""
+ROWS = {
+    "v1.worker.gpu_model_runner:GPUModelRunner": (
+        "_prepare_inputs _dummy_run input_batch positions query_start_loc device"
+    ),
+    "v1.worker.gpu_input_batch:InputBatch": (
+        "num_reqs req_ids num_prompt_tokens num_computed_tokens_cpu"
+    ),
+    "v1.worker.gpu.model_runner:GPUModelRunner": "prepare_inputs req_states device",
+    "v1.worker.gpu.input_batch:InputBatch": (
+        "num_reqs req_ids idx_mapping_np num_scheduled_tokens num_computed_tokens_np positions "
+        "query_start_loc"
+    ),
+    "v1.worker.gpu.states:RequestState": "prompt_len",
+    "v1.core.sched.output:SchedulerOutput": (
+        "scheduled_new_reqs finished_req_ids num_scheduled_tokens"
+    ),
+    "v1.core.sched.output:NewRequestData": "req_id sampling_params",
+    "sampling_params:SamplingParams": "prompt_logprobs",
+}
+"""By what the rows of a step are told apart (`rule_rows`). They must be there where a plan has
+rules for prompt rows; the debug mode compares what they say."""
 EXPERTS = {
     f"{_MOE}.modular_kernel:FusedMoEKernel": "impl",
     f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl": "fused_experts",
@@ -115,7 +136,7 @@ def symbols_of(*groups: dict[str, str]) -> tuple[str, ...]:
     )
 
 
-SYMBOLS = symbols_of(ROUTING, LAYERS, STEPS, RUNNERS, EXPERTS, OPTIONAL)
+SYMBOLS = symbols_of(ROUTING, LAYERS, STEPS, RUNNERS, ROWS, EXPERTS, OPTIONAL)
 """All of them."""
 
 Read = Callable[[str], str | None]
@@ -275,6 +296,17 @@ def check_hooks(number: str, read: Read) -> str:
             f"{like}: install one of {', '.join(RAN)}, or unset LEANMOE_PLAN"
         )
     return f"vLLM {number} was never run with leanmoe, but is as {like} in what leanmoe touches"
+
+
+def check_rows(number: str, read: Read) -> None:
+    """Raises LeanMoeError for a vLLM that lacks something by which prompt rows are told apart."""
+    asked = symbols_of(ROWS)
+    found = read_signatures(read, asked)
+    if missing := [symbol for symbol in asked if found[symbol] == ABSENT]:
+        raise LeanMoeError(
+            f"vLLM {number} has no {missing[0]}, by which prompt rows are told apart: "
+            "set LEANMOE_DROP=prompt to run the bands without prompt rules"
+        )
 
 
 def nearest(read: Read) -> tuple[str, list[str]]:

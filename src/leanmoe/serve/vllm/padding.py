@@ -327,9 +327,10 @@ class StepPadding:
         return mask_T[:rows]
 
 
-def rank_share(mask_T: Tensor, rank: int, ranks: int) -> Tensor:
-    """This rank's part of a mask whose rows are divided evenly; rows added for that are padding."""
-    padded_T = functional.pad(mask_T, (0, -mask_T.shape[0] % ranks), value=True)
+def rank_share(rows_T: Tensor, rank: int, ranks: int, added: int = True) -> Tensor:
+    """This rank's part of rows that are divided evenly, a mask's or others; those that are added
+    for that are `added`: padding."""
+    padded_T = functional.pad(rows_T, (0, -rows_T.shape[0] % ranks), value=added)
     size = padded_T.shape[0] // ranks
     return padded_T[rank * size : (rank + 1) * size]
 

@@ -20,10 +20,11 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import RAN, check_version
 from leanmoe.core.schema import to_json
 from leanmoe.plan import Plan
-from leanmoe.serve.plugin_options import PluginOptions
-from leanmoe.serve.vllm.installation import check_hooks, files_of_vllm, naming, version
+from leanmoe.serve.plugin_options import PluginOptions, has_prompt_rules
+from leanmoe.serve.vllm.installation import check_hooks, check_rows, files_of_vllm, naming, version
 from leanmoe.serve.vllm.padding import RUNNERS, is_v2, watch_runner
 from leanmoe.serve.vllm.planned_model import PlannedModel
+from leanmoe.serve.vllm.rule_rows import follow_v1, follow_v2
 
 logger = logging.getLogger("vllm.leanmoe")
 """Its name is below vLLM's own, so that vLLM shows what it says."""
@@ -39,6 +40,7 @@ class VllmPlugin:
         self._options = PluginOptions()
         self._is_patched = False
         self._attended: set[Any] = set()
+        self._followed: set[Any] = set()
         self._is_building = False
         self._target: PlannedModel | None = None
         """The model that is being built under the plan; None in between, and for a draft."""
@@ -56,6 +58,8 @@ class VllmPlugin:
         if not self._is_patched:
             logger.info("leanmoe: %s", check_hooks(version(), files_of_vllm()))
             self._patch()
+        if has_prompt_rules(plan):
+            check_rows(version(), files_of_vllm())
         self._plan, self._options, self.model = plan, options, None
         logger.info("leanmoe: plan %s read in process %d", options.path, os.getpid())
 
@@ -132,6 +136,7 @@ class VllmPlugin:
         model.check()
         model.settle()
         self._attend(model.config())
+        self._follow(model)
         logger.info("leanmoe: plan %s at work, %s", self._options.path, model.describe())
         if warning := model.uncaptured_bands():
             logger.warning("leanmoe: %s", warning)
@@ -139,6 +144,15 @@ class VllmPlugin:
     def _warm_up(self, _runner: Any) -> None:
         if self.model is not None:
             self.model.warm_up()
+
+    def _follow(self, model: PlannedModel) -> None:
+        """Has the model runner at work fill the rule rows, where the plan needs them."""
+        config = model.config()
+        runner = import_module(RUNNERS[is_v2(config)]).GPUModelRunner
+        if model.rule_rows is not None and runner not in self._followed:
+            self._followed.add(runner)
+            follow = follow_v2 if is_v2(config) else follow_v1
+            follow(runner, lambda: None if self.model is None else self.model.rule_rows)
 
     def _attend(self, config: Any) -> None:
         """Has the model runner at work compare its padding, and compile all before it serves."""

@@ -13,7 +13,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.dispatch import choose_router
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
-from leanmoe.serve.plugin_options import LEANMOE, PluginOptions, is_plain
+from leanmoe.serve.plugin_options import LEANMOE, PluginOptions, has_prompt_rules, is_plain
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm import checks
 from leanmoe.serve.vllm.checks import GATHERING, experts_class, scope_of
@@ -27,6 +27,7 @@ from leanmoe.serve.vllm.leanmoe_experts import (
     warm_up,
 )
 from leanmoe.serve.vllm.padding import PaddingSource, PaddingWatch, StepPadding, padding_source
+from leanmoe.serve.vllm.rule_rows import RuleRows
 from leanmoe.serve.vllm.skipped_slots import all_sizes_unsupported_reason
 from leanmoe.serve.vllm.small_steps import (
     LayerSteps,
@@ -56,6 +57,12 @@ class PlannedModel:
             self.statistics = RoutingStatistics(plan.model.moe_layers, plan.model.experts)
         rules = [rule for band in plan.bands for rule in band.rules]
         self.padding = StepPadding(padding_source(config, rules, version()))
+        self.rule_rows: RuleRows | None = None
+        """Which rows of a step are a prompt's; None where the plan has no rules for them."""
+        if has_prompt_rules(plan):
+            checks.check_row_classes(config)
+            most = config.scheduler_config.max_num_batched_tokens
+            self.rule_rows = RuleRows(plan, most, options.check_rows)
         self.layers: dict[int, VllmLayerRouting] = {}
         self.runners: dict[int, Any] = {}
         self._computed: list[Any] = []

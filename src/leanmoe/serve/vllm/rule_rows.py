@@ -1,0 +1,275 @@
+"""The rule row of each row of a step: whose rule it is under, as data that captured steps read.
+
+A row's rule row follows from its request and its position alone. A plan's level i has two: 2i - 1
+for reply rows, 2i for prompt rows. A row is a prompt row where nobody reads its own prediction: its
+position is before the last of the prompt, and its request asks for no prompt logprobs. Chunks of a
+prompt, prefix hits and preemption change nothing of that: the prompt's own length counts, not that
+of what is computed again, which after a preemption holds replies, too. Rows of padding, of dummy
+steps and of requests that nobody told of have row 0: the model as it was trained.
+
+Both of vLLM's runners prepare a step outside of what graphs capture (V1: `_prepare_inputs`, V2:
+`prepare_inputs`; read in 0.24.0 to 0.33.0). Right after that the rows are computed on the host and
+copied, in one copy on the step's own stream, into memory that captured steps read. The host knows
+all it needs: the positions of a prompt's rows are exact there, and those of replies, which may be
+estimates while steps overlap, are never before the prompt's end.
+
+The band of a step is data, too: it follows the reply rows that are really there, padding and prompt
+rows not counted. With data parallelism ranks know of each other's padded rows alone, before a step;
+there the sum of those picks the band, for a rank with as for one without requests.
+
+Letters: T tokens (rows of a step), S requests (sequences) of a step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leanmoe.core.errors import LeanMoeError
+from leanmoe.plan import Plan
+from leanmoe.serve.vllm.installation import version
+from leanmoe.serve.vllm.padding import rank_share
+
+TRAINED = 0
+"""The rule row, and the level, of the model as it was trained."""
+HEAD = 4
+"""Words before the rows in the buffer, the first is the band; so the rows lie at 16 bytes."""
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What decides a request's rule rows, beside its prompt's length."""
+
+    level: int
+    reads_prompt: bool
+    """Whether somebody reads the predictions of the prompt's own rows."""
+
+
+UNKNOWN = Served(TRAINED, reads_prompt=True)
+
+
+@dataclass(frozen=True)
+class StepRequests:
+    """The requests of one step, in the order of its rows, as the host knows them."""
+
+    names: Sequence[str]
+    scheduled_S: Ints
+    """Rows of each."""
+    computed_S: Ints
+    """The position of each one's first row."""
+    prompt_S: Ints
+    """The length of each one's prompt."""
+
+
+def level_of(sampling_params: Any) -> int:
+    """The plan's level that a request is served at: the first, the plan's own."""
+    del sampling_params
+    return 1
+
+
+def served(sampling_params: Any) -> Served:
+    """What a request's parameters say; one that pools (None) reads every row."""
+    reads = sampling_params is None or sampling_params.prompt_logprobs is not None
+    return Served(level_of(sampling_params), reads)
+
+
+def reply_row(level: int) -> int:
+    """The rule row of a level's replies; its prompt rows have the next."""
+    return max(0, 2 * level - 1)
+
+
+def row_of(position: int, prompt: int, request: Served) -> int:
+    """One row's rule row, said plainly: what `Step` computes for all rows at once."""
+    is_prompt = position < prompt - 1 and not request.reads_prompt
+    return reply_row(request.level) + (is_prompt and request.level != TRAINED)
+
+
+def step_rows_of(step: StepRequests, requests: Sequence[Served]) -> tuple[Ints, Ints]:
+    """The rule rows [T] of a step, and how many prompt rows each request has [S]."""
+    may_skip_S = np.array([not each.reads_prompt and each.level != TRAINED for each in requests])
+    unread_S = np.where(may_skip_S, step.prompt_S - 1, 0)
+    prompt_rows_S = np.clip(unread_S - step.computed_S, 0, step.scheduled_S).astype(np.int32)
+    first_S = np.cumsum(step.scheduled_S) - step.scheduled_S
+    place_T = np.arange(int(step.scheduled_S.sum())) - np.repeat(first_S, step.scheduled_S)
+    replies_S = np.array([reply_row(each.level) for each in requests], dtype=np.int32)
+    is_prompt_T = place_T < np.repeat(prompt_rows_S, step.scheduled_S)
+    return np.repeat(replies_S, step.scheduled_S) + is_prompt_T.astype(np.int32), prompt_rows_S
+
+
+class RuleRows:
+    """The rule rows and the band of the step that runs; one for all layers of a model."""
+
+    def __init__(self, plan: Plan, most_rows: int, is_checked: bool = False) -> None:
+        """A step has at most `most_rows` rows; with `is_checked` each step's are compared."""
+        self._ends = [band.up_to for band in plan.bands if band.up_to is not None]
+        self._prompts_apart = bool(plan.prompt)
+        self._most, self._is_checked = most_rows, is_checked
+        self._requests: dict[str, Served] = {}
+        self._buffer: Tensor | None = None
+        self._filled = 0
+
+    def hear(self, scheduled: Any) -> None:
+        """Learns of the requests that begin and end with a step (vLLM's SchedulerOutput)."""
+        for name in scheduled.finished_req_ids:
+            self._requests.pop(name, None)
+        for request in scheduled.scheduled_new_reqs:
+            self._requests[request.req_id] = served(request.sampling_params)
+
+    def fill(self, step: StepRequests, device: torch.device) -> None:
+        """Writes a real step's rows and band; what lies behind them is the trained model's."""
+        requests = [self._requests.get(name, UNKNOWN) for name in step.names]
+        rows_T, prompt_rows_S = step_rows_of(step, requests)
+        replies = len(rows_T) - (int(prompt_rows_S.sum()) if self._prompts_apart else 0)
+        self._write(rows_T, self.band_of(replies), device)
+
+    def reset(self, device: torch.device) -> None:
+        """Before a step without requests: every row is the trained model's."""
+        self._write(np.zeros(0, dtype=np.int32), 0, device)
+
+    def band_of(self, replies: int) -> int:
+        """The number of the band of so many reply rows; that of the bands where it is beyond."""
+        return sum(end < max(1, replies) for end in self._ends)
+
+    def _write(self, rows_T: Ints, band: int, device: torch.device) -> None:
+        if len(rows_T) > self._most:
+            raise LeanMoeError(
+                f"vLLM {version()} runs a step of {len(rows_T)} rows: rule rows are kept for "
+                f"{self._most}: set --max-num-batched-tokens to as many"
+            )
+        if self._buffer is None:
+            # Made late: what lies in memory that a model is loaded into is lost to sleep mode.
+            with torch.inference_mode(False):
+                self._buffer = torch.zeros(HEAD + self._most, dtype=torch.int32, device=device)
+        words = torch.zeros(HEAD + max(self._filled, len(rows_T)), dtype=torch.int32)
+        words[0] = band
+        words[HEAD : HEAD + len(rows_T)] = torch.from_numpy(rows_T)
+        if device.type == "cuda":
+            words = words.pin_memory()  # torch keeps it until the copy is done
+        self._buffer[: len(words)].copy_(words, non_blocking=True)
+        self._filled = len(rows_T)
+
+    def rows(self, rows: int, sequence_parallel: tuple[int, int] | None = None) -> Tensor:
+        """The rule rows [T] of a layer's rows, where captured steps find them, int32.
+
+        `sequence_parallel` is (rank, ranks) where each rank has a share of the step's rows.
+        """
+        whole = rows
+        if sequence_parallel is not None:  # the last ranks may have rows that were added
+            whole = min(rows * sequence_parallel[1], max(rows, self._most))
+        if self._buffer is None or whole > self._most:
+            raise LeanMoeError(
+                f"a MoE layer computes {whole} rows, but vLLM {version()} prepared no step of so "
+                "many: prompt rules cannot run there; set LEANMOE_DROP=prompt"
+            )
+        rows_T = self._buffer[HEAD : HEAD + whole]
+        if sequence_parallel is None:
+            return rows_T
+        return rank_share(rows_T, *sequence_parallel, added=TRAINED)
+
+    @property
+    def band_1(self) -> Tensor:
+        """The band of the step that runs, int32, where captured steps find it."""
+        assert self._buffer is not None  # `rows` was asked first
+        return self._buffer[:1]
+
+    def check(self, step: StepRequests, starts_S: Tensor, positions_T: Tensor) -> None:
+        """Compares what was written with what the device's own positions say, row by row.
+
+        `starts_S` has each request's first row, and the end of the last one's. Raises LeanMoeError
+        for a row that differs, or for one behind them that is not the trained model's.
+        """
+        if not self._is_checked:
+            return
+        assert self._buffer is not None
+        starts, positions = starts_S.tolist(), positions_T.tolist()
+        found = self._buffer[HEAD:].tolist()
+        wanted = [TRAINED] * self._most
+        for number, name in enumerate(step.names):
+            request = self._requests.get(name, UNKNOWN)
+            for row in range(starts[number], starts[number + 1]):
+                wanted[row] = row_of(positions[row], int(step.prompt_S[number]), request)
+        for row, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            if one != other:
+                raise LeanMoeError(
+                    f"vLLM {version()}: row {row} of a step of {starts[-1]} has rule row {one}, "
+                    f"but should have {other}: set LEANMOE_DROP=prompt and report it"
+                )
+
+
+def follow_v1(runner_class: Any, current: Callable[[], RuleRows | None]) -> None:
+    """Has vLLM's V1 runner fill the rule rows; `current` gives those of the model, or None."""
+    prepare, dummy = runner_class._prepare_inputs, runner_class._dummy_run
+    _hear(runner_class, current)
+
+    @functools.wraps(prepare)
+    def prepare_inputs(self: Any, scheduler_output: Any, *more: Any, **others: Any) -> Any:
+        prepared = prepare(self, scheduler_output, *more, **others)
+        if (rules := current()) is not None:
+            batch = self.input_batch
+            count = batch.num_reqs
+            names = batch.req_ids[:count]
+            scheduled = scheduler_output.num_scheduled_tokens
+            step = StepRequests(
+                names,
+                np.array([scheduled[name] for name in names], dtype=np.int32),
+                batch.num_computed_tokens_cpu[:count].copy(),
+                batch.num_prompt_tokens[:count].copy(),
+            )
+            rules.fill(step, self.device)
+            rules.check(step, self.query_start_loc.gpu[: count + 1], self.positions)
+        return prepared
+
+    @functools.wraps(dummy)
+    def dummy_run(self: Any, *arguments: Any, **others: Any) -> Any:
+        if (rules := current()) is not None:
+            rules.reset(self.device)
+        return dummy(self, *arguments, **others)
+
+    runner_class._prepare_inputs, runner_class._dummy_run = prepare_inputs, dummy_run
+
+
+def follow_v2(runner_class: Any, current: Callable[[], RuleRows | None]) -> None:
+    """The same for vLLM's V2 runner."""
+    prepare = runner_class.prepare_inputs
+    _hear(runner_class, current)
+
+    @functools.wraps(prepare)
+    def prepare_inputs(self: Any, *arguments: Any, **others: Any) -> Any:
+        batch = prepare(self, *arguments, **others)
+        if (rules := current()) is not None:
+            count = batch.num_reqs
+            step = StepRequests(
+                batch.req_ids[:count],
+                np.asarray(batch.num_scheduled_tokens[:count], dtype=np.int32),
+                np.asarray(batch.num_computed_tokens_np[:count], dtype=np.int32),
+                self.req_states.prompt_len.np[batch.idx_mapping_np[:count]],
+            )
+            rules.fill(step, self.device)
+            rules.check(step, batch.query_start_loc[: count + 1], batch.positions)
+        return batch
+
+    runner_class.prepare_inputs = prepare_inputs
+
+
+def _hear(runner_class: Any, current: Callable[[], RuleRows | None]) -> None:
+    """Tells of each step's new and ended requests; a dummy step of the V2 runner has none."""
+    execute = runner_class.execute_model
+
+    @functools.wraps(execute)
+    def execute_model(self: Any, scheduler_output: Any, *more: Any, **others: Any) -> Any:
+        if (rules := current()) is not None:
+            if others.get("dummy_run") or any(more[1:2]):
+                rules.reset(self.device)
+            else:
+                rules.hear(scheduler_output)
+        return execute(self, scheduler_output, *more, **others)
+
+    runner_class.execute_model = execute_model
