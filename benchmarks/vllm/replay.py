@@ -29,8 +29,11 @@ from benchmarks.vllm.variants import AUTO, DROP, GROUP, LEANMOE, REPEAT, SKIP, S
 from leanmoe.plan.placement import Placement
 from leanmoe.serve.vllm.checks import scope_of
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
-from leanmoe.serve.vllm.leanmoe_experts import LeanmoeExperts, kernels_unsupported_reason
-from leanmoe.serve.vllm.skipped_slots import all_sizes_unsupported_reason
+from leanmoe.serve.vllm.skipped_slots import (
+    LeanmoeExperts,
+    all_sizes_unsupported_reason,
+    kernels_unsupported_reason,
+)
 from leanmoe.serve.vllm.small_steps import (
     LayerSteps,
     grouping_unsupported_reason,

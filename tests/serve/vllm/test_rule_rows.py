@@ -17,7 +17,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.serve.vllm.rule_rows import (
     RuleRows,
-    Served,
+    ServedRequest,
     StepRequests,
     follow_v1,
     follow_v2,
@@ -61,8 +61,8 @@ def test_what_nobody_reads_before_the_prompts_last_token_is_a_prompt_row() -> No
     assert [row_of(position, 4, served(PLAIN)) for position in range(6)] == [2, 2, 2, 1, 1, 1]
     assert [row_of(position, 4, served(READING)) for position in range(6)] == [1] * 6
     assert [row_of(position, 4, served(None)) for position in range(6)] == [1] * 6
-    assert [row_of(position, 4, Served(3, False)) for position in (2, 3)] == [6, 5]
-    assert {row_of(position, 4, Served(0, False)) for position in range(6)} == {0}
+    assert [row_of(position, 4, ServedRequest(3, False)) for position in (2, 3)] == [6, 5]
+    assert {row_of(position, 4, ServedRequest(0, False)) for position in range(6)} == {0}
     assert level_of(PLAIN) == 1
     assert [reply_row(level) for level in range(4)] == [0, 1, 3, 5]
 
@@ -80,7 +80,7 @@ def test_all_rows_of_a_step_are_each_rows_own(
     requests: list[tuple[int, int, int, int, bool]],
 ) -> None:
     """Chunks, replies and what a preemption computes anew are all rows at some position."""
-    who = [Served(level, reads) for *_, level, reads in requests]
+    who = [ServedRequest(level, reads) for *_, level, reads in requests]
     rows_T, prompt_rows_S = step_rows_of(step(*(("", *one[:3]) for one in requests)), who)
     wanted = [
         [row_of(at + place, prompt, request) for place in range(rows)]

@@ -19,16 +19,16 @@ from leanmoe.serve.vllm import checks
 from leanmoe.serve.vllm.checks import GATHERING, experts_class, scope_of
 from leanmoe.serve.vllm.installation import version
 from leanmoe.serve.vllm.layer_routing import OneCopy, VllmLayerRouting
-from leanmoe.serve.vllm.leanmoe_experts import (
+from leanmoe.serve.vllm.padding import PaddingSource, PaddingWatch, StepPadding, padding_source
+from leanmoe.serve.vllm.rule_rows import RuleRows
+from leanmoe.serve.vllm.skipped_slots import (
     LeanmoeExperts,
+    all_sizes_unsupported_reason,
     check_experts,
     kernels_for,
     kernels_unsupported_reason,
     warm_up,
 )
-from leanmoe.serve.vllm.padding import PaddingSource, PaddingWatch, StepPadding, padding_source
-from leanmoe.serve.vllm.rule_rows import RuleRows
-from leanmoe.serve.vllm.skipped_slots import all_sizes_unsupported_reason
 from leanmoe.serve.vllm.small_steps import (
     LayerSteps,
     Skipped,

@@ -45,7 +45,7 @@ Ints = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedRequest:
     """What decides a request's rule rows, beside its prompt's length."""
 
     level: int
@@ -53,7 +53,7 @@ class Served:
     """Whether somebody reads the predictions of the prompt's own rows."""
 
 
-UNKNOWN = Served(TRAINED, reads_prompt=True)
+UNKNOWN = ServedRequest(TRAINED, reads_prompt=True)
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def level_of(sampling_params: Any) -> int:
     return 1
 
 
-def served(sampling_params: Any) -> Served:
+def served(sampling_params: Any) -> ServedRequest:
     """What a request's parameters say; one that pools (None) reads every row."""
     reads = sampling_params is None or sampling_params.prompt_logprobs is not None
-    return Served(level_of(sampling_params), reads)
+    return ServedRequest(level_of(sampling_params), reads)
 
 
 def reply_row(level: int) -> int:
@@ -86,13 +86,13 @@ def reply_row(level: int) -> int:
     return max(0, 2 * level - 1)
 
 
-def row_of(position: int, prompt: int, request: Served) -> int:
+def row_of(position: int, prompt: int, request: ServedRequest) -> int:
     """One row's rule row, said plainly: what `Step` computes for all rows at once."""
     is_prompt = position < prompt - 1 and not request.reads_prompt
     return reply_row(request.level) + (is_prompt and request.level != TRAINED)
 
 
-def step_rows_of(step: StepRequests, requests: Sequence[Served]) -> tuple[Ints, Ints]:
+def step_rows_of(step: StepRequests, requests: Sequence[ServedRequest]) -> tuple[Ints, Ints]:
     """The rule rows [T] of a step, and how many prompt rows each request has [S]."""
     may_skip_S = np.array([not each.reads_prompt and each.level != TRAINED for each in requests])
     unread_S = np.where(may_skip_S, step.prompt_S - 1, 0)
@@ -112,7 +112,7 @@ class RuleRows:
         self._ends = [band.up_to for band in plan.bands if band.up_to is not None]
         self._prompts_apart = bool(plan.prompt)
         self._most, self._is_checked = most_rows, is_checked
-        self._requests: dict[str, Served] = {}
+        self._requests: dict[str, ServedRequest] = {}
         self._buffer: Tensor | None = None
         self._filled = 0
 
