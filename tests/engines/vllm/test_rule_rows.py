@@ -18,7 +18,7 @@ from leanmoe.plan import Band, Plan, Rule
 
 MODEL = read_shape("reference").fingerprint()
 LAYERS = MODEL.moe_layers
-PLAN = Plan(
+PLAN = Plan.banded(
     MODEL,
     (Band(2, (Rule(top_k=6),) * LAYERS), Band(8, (Rule(top_k=5),) * LAYERS)),
     prompt=(Rule(top_k=4), Rule(top_k=0)) * (LAYERS // 2),

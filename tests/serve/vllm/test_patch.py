@@ -6,7 +6,6 @@ import copy
 import logging
 import re
 import sys
-from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -243,7 +242,7 @@ def test_the_runner_at_work_fills_rule_rows_where_the_plan_has_prompt_rules(
     assert not asked
     assert not followed
     for _ in range(2):
-        plugin.start(replace(PLAN, prompt=(Rule(top_k=0),) * MODEL.moe_layers), OPTIONS)
+        plugin.start(PLAN.with_level(prompt=(Rule(top_k=0),) * MODEL.moe_layers), OPTIONS)
         engine.build()
     ((runner, current),) = followed
     assert runner is sys.modules[RUNNERS[v2]].GPUModelRunner

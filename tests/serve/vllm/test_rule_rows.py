@@ -31,7 +31,7 @@ from tests.serve.stand_ins import install_context
 
 MODEL = Fingerprint("Model", 2, 2, 16, 4)
 RULES = (Rule(top_k=2), Rule(top_k=3))
-PLAN = Plan(MODEL, (Band(2, RULES), Band(4, RULES)), prompt=(Rule(top_k=0), Rule(top_k=1)))
+PLAN = Plan.banded(MODEL, (Band(2, RULES), Band(4, RULES)), prompt=(Rule(top_k=0), Rule(top_k=1)))
 CPU = torch.device("cpu")
 READING = SimpleNamespace(prompt_logprobs=0)
 PLAIN = SimpleNamespace(prompt_logprobs=None)
@@ -119,7 +119,7 @@ def test_the_reply_rows_that_are_there_pick_the_band() -> None:
     assert bands == [0, 0, 1, 1, 2], "2 is beyond the last band"
     rows.fill(step(("a", 9, 0, 20)), CPU)
     assert int(rows.band_1) == 0
-    alike = RuleRows(Plan(MODEL, PLAN.bands), 32)
+    alike = RuleRows(Plan.banded(MODEL, PLAN.bands), 32)
     alike.hear(scheduled(("a", PLAIN)))
     alike.fill(step(("a", 9, 0, 20)), CPU)
     assert int(alike.band_1) == 2, "without rules of their own prompt rows count"

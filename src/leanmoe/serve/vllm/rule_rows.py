@@ -69,6 +69,12 @@ class StepRequests:
     """The length of each one's prompt."""
 
 
+def band_ends(plan: Plan) -> tuple[int, ...]:
+    """Where a band of any level ends: a step of more rows is in the next, one beyond the last."""
+    bands = [band for level in plan.levels for band in level.bands]
+    return tuple(sorted({band.up_to for band in bands if band.up_to is not None}))
+
+
 def level_of(sampling_params: Any) -> int:
     """The plan's level that a request is served at: the first, the plan's own."""
     del sampling_params
@@ -109,8 +115,9 @@ class RuleRows:
 
     def __init__(self, plan: Plan, most_rows: int, is_checked: bool = False) -> None:
         """A step has at most `most_rows` rows; with `is_checked` each step's are compared."""
-        self._ends = [band.up_to for band in plan.bands if band.up_to is not None]
-        self._prompts_apart = bool(plan.prompt)
+        self._ends = band_ends(plan)
+        # By level. A level's prompt rows count for a band where it has no rules for them.
+        self._counts_prompts = np.array([True, *(not level.prompt for level in plan.levels)])
         self._most, self._is_checked = most_rows, is_checked
         self._requests: dict[str, ServedRequest] = {}
         self._buffer: Tensor | None = None
@@ -127,16 +134,17 @@ class RuleRows:
         """Writes a real step's rows and band; what lies behind them is the trained model's."""
         requests = [self._requests.get(name, UNKNOWN) for name in step.names]
         rows_T, prompt_rows_S = step_rows_of(step, requests)
-        replies = len(rows_T) - (int(prompt_rows_S.sum()) if self._prompts_apart else 0)
-        self._write(rows_T, self.band_of(replies), device)
+        counts_S = self._counts_prompts[[request.level for request in requests]]
+        counted = len(rows_T) - int(prompt_rows_S[~counts_S].sum())
+        self._write(rows_T, self.band_of(counted), device)
 
     def reset(self, device: torch.device) -> None:
         """Before a step without requests: every row is the trained model's."""
         self._write(np.zeros(0, dtype=np.int32), 0, device)
 
-    def band_of(self, replies: int) -> int:
-        """The number of the band of so many reply rows; that of the bands where it is beyond."""
-        return sum(end < max(1, replies) for end in self._ends)
+    def band_of(self, counted: int) -> int:
+        """The number of the band of a step of which so many rows count."""
+        return sum(end < max(1, counted) for end in self._ends)
 
     def _write(self, rows_T: Ints, band: int, device: torch.device) -> None:
         if len(rows_T) > self._most:
