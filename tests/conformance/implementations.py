@@ -18,7 +18,7 @@ from leanmoe.kernels.dispatch import route_on_cpu, route_on_gpu
 from leanmoe.plan import Fingerprint, Plan
 from leanmoe.routing import BatchScope, Routing, route, score
 from leanmoe.serve.plugin_options import is_plain
-from leanmoe.serve.sglang.patch import planned_config
+from leanmoe.serve.sglang.routing import planned_config
 from leanmoe.serve.vllm.layer_routing import VllmLayerRouting
 from leanmoe.serve.vllm.padding import PaddingSource, StepPadding
 from tests.conformance import loops

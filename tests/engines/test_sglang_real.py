@@ -6,6 +6,7 @@ packages that its `topk` file imports.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module, metadata
@@ -21,11 +22,16 @@ from leanmoe.kernels.dispatch import repeat_best
 from leanmoe.models.routers import Router
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
 from leanmoe.routing import route
+from leanmoe.serve.sglang import padding
 from leanmoe.serve.sglang import patch as sglang_patch
+from leanmoe.serve.sglang.planned_model import SglangPlan
+from leanmoe.serve.sglang.routing import read_router
 
 try:
     topk: Any = import_module("sglang.srt.layers.moe.topk")
     runner: Any = import_module("sglang.srt.model_executor.model_runner")
+    batches: Any = import_module("sglang.srt.model_executor.forward_batch_info")
+    context: Any = import_module("sglang.srt.runtime_context")
 except ImportError as error:
     pytest.skip(f"SGLang cannot be imported here: {error}", allow_module_level=True)
 
@@ -98,9 +104,9 @@ def patched() -> Iterator[Any]:
     stock, bind = topk.select_experts, topk.TopK.bind_runner_backend
     load, bypass = runner.ModelRunner.load_model, getattr(topk, sglang_patch.BYPASS)
 
-    def patch(rule: Rule, up_to: int | None = None) -> sglang_patch.SglangPlan:
+    def patch(rule: Rule, up_to: int | None = None) -> SglangPlan:
         model = Fingerprint("Model", 1, 1, EXPERTS, TOP_K)
-        planned = sglang_patch.SglangPlan(Plan.banded(model, (Band(up_to, (rule,)),)), "plan.json")
+        planned = SglangPlan(Plan.banded(model, (Band(up_to, (rule,)),)), "plan.json")
         planned.shape = SimpleNamespace(moe_layers=(0,))  # type: ignore[assignment]
         sglang_patch.patch(planned, topk, runner.ModelRunner)
         return planned
@@ -119,9 +125,7 @@ def test_the_version_is_the_one_named() -> None:
 def test_what_is_read_of_a_router_is_how_sglang_routes(name: str) -> None:
     settings = config(name)
     ids, weights = select(settings)
-    wanted = route(
-        logits(), sglang_patch.read_router(settings), TOP_K, Rule(), settings.correction_bias
-    )
+    wanted = route(logits(), read_router(settings), TOP_K, Rule(), settings.correction_bias)
     assert sorted_rows(ids) == sorted_rows(wanted.ids_BTK)
     torch.testing.assert_close(dense(ids, weights), dense(wanted.ids_BTK, wanted.weights_BTK))
 
@@ -130,7 +134,7 @@ def test_what_is_read_of_a_router_is_how_sglang_routes(name: str) -> None:
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_rule_routes_as_the_reference_does(name: str, rule: str, patched: Any) -> None:
     settings = config(name)
-    router: Router = sglang_patch.read_router(settings)
+    router: Router = read_router(settings)
     patched(RULES[rule])
     ids, weights = select(settings)
     wanted = route(logits(), router, TOP_K, RULES[rule], settings.correction_bias)
@@ -159,6 +163,60 @@ def test_padding_asks_for_no_expert(patched: Any) -> None:
         dense(ids[:5], weights[:5]),
         dense(repeat_best(wanted.ids_BTK, EXPERTS), wanted.weights_BTK),
     )
+
+
+@pytest.fixture
+def counting() -> Iterator[None]:
+    """SGLang counts real rows, until the test ends."""
+    stock = padding.make_count()
+    yield
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(padding.NAME) is padding.always_counts:
+            setattr(module, padding.NAME, stock)
+
+
+def counted_rows() -> Tensor | None:
+    """What a batch of five tokens says of its real rows."""
+    batch = SimpleNamespace(input_ids=torch.arange(5), global_num_token_non_padded=None)
+    with context.get_parallel().override(moe_ep_size=1):
+        batches.ForwardBatch._init_num_token_non_padded(batch, device="cpu", is_draft_worker=False)
+    counted: Tensor | None = batch.global_num_token_non_padded
+    return counted
+
+
+def test_on_one_gpu_sglang_does_not_count_real_rows_of_itself() -> None:
+    assert counted_rows() is None
+
+
+@pytest.mark.usefixtures("counting")
+def test_real_rows_are_counted_under_a_plan_that_needs_them() -> None:
+    counted = counted_rows()
+    assert counted is not None
+    assert int(counted) == 5
+    for name in ("base_runner", "decode_cuda_graph_runner", "prefill_cuda_graph_runner"):
+        asks = import_module(f"sglang.srt.model_executor.runner.{name}")
+        assert asks.enable_num_token_non_padded()
+    padding.check_counts()
+
+
+@pytest.mark.parametrize("real", [9, 10, 11])
+def test_real_rows_pick_the_band_of_a_captured_step(patched: Any, real: int) -> None:
+    planned = patched(Rule(top_k=1), up_to=10)
+    planned.captured_sizes = (8, ROWS)
+    ids, weights = select(config("softmax"), num_token_non_padded=torch.tensor([real]))
+    used = (weights[:real] != 0).sum(dim=1)
+    assert used.tolist() == [1 if real <= 10 else TOP_K] * real
+    assert ids[real:].unique().tolist() == [-1]
+
+
+def test_skipped_slots_are_minus_one_where_experts_pass_over_them(patched: Any) -> None:
+    planned = patched(Rule(guaranteed=1))
+    planned.skipped_id = -1
+    ids, weights = select(config("softmax"), rows=3)
+    assert (ids == -1).any()
+    assert not weights[ids == -1].any()
+    wanted = route(logits(3), Router(normalise=True), TOP_K, Rule(guaranteed=1))
+    assert sorted_rows(ids) == sorted_rows(wanted.ids_BTK.where(wanted.ids_BTK < EXPERTS, -1))
 
 
 def test_scaling_is_sglangs(patched: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ from leanmoe.models.routers import Router
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
 from leanmoe.routing import route
-from leanmoe.serve.sglang import patch
+from leanmoe.serve.sglang import patch, planned_model
+from leanmoe.serve.sglang.planned_model import SglangPlan
 
 CONFIG = {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 32,
@@ -87,21 +89,51 @@ class TopK:
         self.topk_config.output_format = SimpleNamespace(name=self.form)
 
 
-def build(layers: int = 2, form: str = "STANDARD", config: dict[str, Any] = CONFIG) -> Any:
-    """The stand-in with the plan in it, and a model loaded."""
+REASON = "its experts are no kernels of SGLang's"
+
+
+class Model(torch.nn.Module):
+    """A loaded model: `layers` are the modules that name a layer, beside its TopKs."""
+
+    def __init__(self, *layers: torch.nn.Module) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+
+def build(
+    layers: Iterable[int] = (0, 1),
+    form: str = "STANDARD",
+    config: dict[str, Any] = CONFIG,
+    model: Any = None,
+    planned: SglangPlan | None = None,
+    drafts: int = 0,
+) -> Any:
+    """The stand-in with the plan in it, and a model loaded; then a draft of so many layers."""
     module = SimpleNamespace(select_experts=select_experts, TopKConfig=TopKConfig)
     module.TopK = type("TopK", (TopK,), {"bind_runner_backend": TopK.bind_runner_backend})
+    module.draft = []
 
     class ModelRunner:
-        is_draft_worker = False
         model_config = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: config))
+        device, server_args = "cpu", SimpleNamespace(enable_metrics=False)
+
+        def __init__(self, is_draft_worker: bool = False) -> None:
+            self.is_draft_worker = is_draft_worker
+            self.model = model or Model()
 
         def load_model(self) -> None:
-            for layer in range(layers):
-                module.TopK(layer, form).bind_runner_backend(None)
+            for layer in range(drafts) if self.is_draft_worker else layers:
+                topk = module.TopK(layer, form)
+                topk.bind_runner_backend(None)
+                if self.is_draft_worker:
+                    module.draft.append(topk)
 
-    patch.patch(patch.SglangPlan(PLAN, "plan.json"), module, ModelRunner)
-    ModelRunner().load_model()
+    patch.patch(planned or SglangPlan(PLAN, "plan.json"), module, ModelRunner)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(planned_model, "not_minus_one_reason", lambda *_: REASON)
+        ModelRunner().load_model()
+    if drafts:
+        ModelRunner(is_draft_worker=True).load_model()
     return module
 
 
@@ -155,12 +187,87 @@ def test_a_plain_top_k_and_other_layers_run_sglangs_own_routing() -> None:
 
 
 def test_what_cannot_run_is_refused() -> None:
-    with pytest.raises(LeanMoeError, match="SGLang built"):
-        build(layers=1)
+    with pytest.raises(LeanMoeError, match=r"SGLang built \[0\]: layer 1 chooses"):
+        build(layers=[0])
     with pytest.raises(LeanMoeError, match="--moe-runner-backend triton"):
         build(form="BYPASSED")
     with pytest.raises(LeanMoeError, match="its experts is 16, this model's is 8"):
         build(config={**CONFIG, "num_experts": 8})
     module = SimpleNamespace(select_experts=lambda _a, _b: None, TopKConfig=TopKConfig, TopK=TopK)
     with pytest.raises(LeanMoeError, match="hidden_states"):
-        patch.patch(patch.SglangPlan(PLAN, ""), module, None)
+        patch.patch(SglangPlan(PLAN, ""), module, None)
+
+
+def test_a_process_of_a_pipeline_has_the_layers_of_its_own_stage() -> None:
+    stage = Model()
+    stage.start_layer, stage.end_layer = 1, 2  # type: ignore[assignment]
+    weights, _ = build(layers=[1], model=stage).select_experts(
+        torch.empty(6, 1), logits(6), TopKConfig(), layer_id=1
+    )
+    assert weights.shape[1] == 2
+    with pytest.raises(LeanMoeError, match=r"MoE layers \[1\], SGLang built \[\]"):
+        build(layers=[], model=stage)
+
+
+def test_a_draft_runs_as_trained_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "sglang.leanmoe"):
+        module = build(drafts=1)
+    assert "1 MoE layers of a draft model run as trained" in caplog.text
+    draft = module.draft[0].topk_config
+    ours, _ = module.select_experts(torch.empty(6, 1), logits(6), draft, layer_id=0)
+    stock, _ = select_experts(torch.empty(6, 1), logits(6), TopKConfig())
+    assert torch.equal(ours, stock)
+    planned, _ = module.select_experts(torch.empty(6, 1), logits(6), TopKConfig(), layer_id=0)
+    assert not torch.equal(planned, stock)
+
+
+def test_a_count_that_was_made_stays_out_of_experts_that_do_not_skip() -> None:
+    """SGLang itself would not count here: the plan hears of padding, SGLang runs as it would."""
+    planned = SglangPlan(PLAN, "plan.json", stock_count=lambda: False)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(planned_model, "not_counted_reason", lambda: None)
+        monkeypatch.setattr(planned_model, "check_counts", lambda: None)
+        module = build(planned=planned)
+    _, ids = module.select_experts(
+        torch.empty(6, 1), logits(6), TopKConfig(), layer_id=0,
+        num_token_non_padded=torch.tensor(4),
+    )  # fmt: skip
+    wanted = route(logits(6)[:4], Router(normalise=True), 4, Rule(guaranteed=2))
+    wanted_ids = repeat_best(wanted.ids_BTK, 16)
+    assert ids[:4].tolist() == wanted_ids.tolist()
+    assert ids[4:].tolist() == [[int(wanted_ids[0, 0])] * 4] * 2
+
+
+def test_skipped_slots_are_minus_one_where_experts_pass_over_them() -> None:
+    planned = SglangPlan(PLAN, "plan.json")
+    module = build(planned=planned)
+    planned.skipped_id = -1
+    wanted = route(logits(2), Router(normalise=True), 4, Rule(guaranteed=2))
+    call = (torch.empty(2, 1), logits(2), TopKConfig())
+    _, ids = module.select_experts(*call, layer_id=0)
+    assert (ids == -1).any()
+    assert ids.tolist() == wanted.ids_BTK.masked_fill(wanted.ids_BTK >= 16, -1).tolist()
+    _, placed = module.select_experts(*call, layer_id=0, expert_location_dispatch_info=object())
+    assert placed.tolist() == repeat_best(wanted.ids_BTK, 16).tolist()
+
+
+class GraphRunner:
+    """Captures steps of `capture_bs` requests, two rows each."""
+
+    captured_req_width, capture_bs = 2, (8, 2, 4)
+
+    def capture_one_shape(self, planned: SglangPlan) -> object:
+        return planned.captured_sizes
+
+
+def test_captured_sizes_are_known_while_a_step_is_captured() -> None:
+    planned = SglangPlan(PLAN, "plan.json")
+    runner = type("Runner", (GraphRunner,), {})
+    patch.watch_captures(planned, [runner])
+    assert runner().capture_one_shape(planned) == (4, 8, 16)
+    assert planned.captured_sizes is None
+    prefill = type("Prefill", (GraphRunner,), {"capture_num_tokens": [64, 32]})
+    patch.watch_captures(planned, [prefill])
+    assert prefill().capture_one_shape(planned) == (32, 64)
+    with pytest.raises(LeanMoeError, match="object has no capture_one_shape"):
+        patch.watch_captures(planned, [object])

@@ -1,5 +1,7 @@
 """SGLang 0.5.23 under a plan: switched on by LEANMOE_PLAN=plan.json.
 
-`plugin` is the entry point, `patch` puts the plan around SGLang's `select_experts`. It was run in
-that function on a CPU, in no SGLang server.
+`plugin` is the entry point; `patch` puts the plan around SGLang's `select_experts`, and
+`planned_model` checks the model that SGLang loads. `routing` is one call under a rule, `padding`
+and `skipped_slots` are what SGLang does with rows and slots that are left out, and `launch` is the
+server's command. It was run in that function on a CPU, in no SGLang server on a GPU.
 """
