@@ -37,6 +37,7 @@ class SglangPlan:
         """`stock_count` is SGLang's own function that says whether it counts real rows; None where
         it was left in its place."""
         self.plan, self.path, self._stock_count = plan, path, stock_count
+        self._bands, self._is_batch_aware = plan.bands, is_batch_aware(plan)
         self.shape: MoEShape | None = None
         self.topks: dict[int, Any] = {}
         """SGLang's TopK of each planned layer, by the layer's number."""
@@ -133,7 +134,7 @@ class SglangPlan:
         check_counts()
         if (reason := not_counted_reason()) is None:
             return "by SGLang's count of real rows"
-        if is_batch_aware(self.plan):
+        if self._is_batch_aware:
             raise LeanMoeError(f"padding would take part in rules that share experts: {reason}")
         return f"not told, so that padded rows pick a band ({reason})"
 
@@ -165,7 +166,7 @@ class SglangPlan:
         layer = self._layer(layer_id)
         if layer is None or any(config is draft for draft in self.drafts):
             return [BandRule(None, Rule())]
-        if is_batch_aware(self.plan) and self.captured_sizes is not None and not counts:
+        if self._is_batch_aware and self.captured_sizes is not None and not counts:
             raise LeanMoeError(
                 f"layer {layer_id}: SGLang does not say how many of {rows} captured rows are real: "
                 "set --disable-cuda-graph-padding and --cuda-graph-backend-prefill disabled"
@@ -175,7 +176,7 @@ class SglangPlan:
             below = bisect_left(self.captured_sizes, rows)
             fewest = 1 + (self.captured_sizes[below - 1] if below else 0)
         found = []
-        for band in self.plan.bands:
+        for band in self._bands:
             if band.up_to is None or band.up_to >= fewest:
                 found.append(BandRule(band.up_to, band.rules[layer]))
                 if band.up_to is None or band.up_to >= rows:
@@ -183,7 +184,7 @@ class SglangPlan:
         return [*found, BandRule(None, Rule())]
 
     def _rules(self) -> list[Rule]:
-        return [rule for band in self.plan.bands for rule in band.rules]
+        return [rule for band in self._bands for rule in band.rules]
 
     def _planned(self) -> set[int]:
         """Numbers of the layers that have a rule in any band."""
@@ -192,7 +193,7 @@ class SglangPlan:
         return {
             number
             for n, number in enumerate(self.shape.moe_layers)
-            if any(not band.rules[n].is_empty for band in self.plan.bands)
+            if any(not band.rules[n].is_empty for band in self._bands)
         }
 
     def _layer(self, layer_id: int | None) -> int | None:
