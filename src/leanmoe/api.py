@@ -43,6 +43,7 @@ def evaluate(
     model: str,
     *,
     plan: Sequence[Path | str] = (),
+    level: Sequence[str] = (),
     rule: Sequence[str] = (),
     output: Path | str = "runs/eval",
     overwrite: bool = False,
@@ -53,8 +54,9 @@ def evaluate(
     from leanmoe.eval.settings import EvalSettings
 
     made = make_settings(EvalSettings, {"model": model, **settings})
-    command = _call("evaluate", model, {"plan": plan, "rule": rule, **settings})
-    return run(made, [Path(each) for each in plan], rule, Path(output), command, overwrite)
+    command = _call("evaluate", model, {"plan": plan, "level": level, "rule": rule, **settings})
+    plans = ([Path(each) for each in plan], level, rule)
+    return run(made, *plans, Path(output), command, overwrite)
 
 
 def bench(

@@ -19,6 +19,8 @@ from leanmoe.bench.sweep import Outcome
 from leanmoe.bench.vllm_server import VLLMServer
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import VllmInstall
+from leanmoe.plan import Plan, Rule
+from leanmoe.plan.named_plans import Named
 
 pytest.importorskip("guidellm", reason="the extra leanmoe[bench] is not installed")
 
@@ -69,7 +71,9 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_each_variant_has_a_server_of_its_own_with_its_plan(
     started: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    runner = VLLMServer("reference", {"mine": started / "mine.json"}, None, SETTINGS, SUPPLY)
+    plan = Plan.uniform("reference", Rule(top_k=2))
+    mine = Named("mine", plan, started / "mine.json")
+    runner = VLLMServer("reference", {"mine": mine}, None, SETTINGS, SUPPLY)
 
     def run_one(self: OverHTTP, name: str, *_: Any) -> Outcome:
         assert ask(self._servers[name]).model == "reference"
@@ -85,6 +89,7 @@ def test_each_variant_has_a_server_of_its_own_with_its_plan(
     assert [line[0] for line in seen] == ["None"] * 3, "the shell's plan is nobody's"
     plans = [line[line.index("--plan") + 1] if "--plan" in line else None for line in seen]
     assert plans == [None, str(started / "mine.json"), None]
+    assert ["--level" in line for line in seen] == [False, True, False], "the file may hold more"
     for line in seen:
         assert line[1:4] == ["reference", "--engine", "vllm"]
         assert "--max-model-len 11 --max-num-seqs 2" in " ".join(line)

@@ -13,7 +13,7 @@ from leanmoe.cli import main
 from leanmoe.core import installed_vllm
 from leanmoe.core.installed_vllm import VllmInstall
 from leanmoe.models.shape import read_shape
-from leanmoe.plan import Fingerprint, Plan, Rule
+from leanmoe.plan import Fingerprint, Level, Plan, Rule
 
 MODEL = read_shape("reference").fingerprint()
 
@@ -95,6 +95,38 @@ def test_what_cannot_run_is_one_line(
         assert message in error
         assert len(error.strip().splitlines()) == 1
     assert run(capsys, *words, "--plan", prompt, "--drop", "prompt")[0] == 0
+
+
+def test_of_several_levels_one_is_chosen(
+    port: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretend(monkeypatch, ("vllm", "0.24.0"))
+    bands = Plan.uniform(MODEL, Rule(top_k=4)).bands
+    path = tmp_path / "two.json"
+    Plan(MODEL, (Level("0.2%", bands), Level("1%", bands))).save(path)
+    for words in (
+        ("serve", "reference", "--plan", path, "--dry-run", "--port", port, "--json"),
+        ("export", path, "--json"),
+        ("predict", "reference", "--plan", path, "--concurrency", "8"),
+        ("bench", "reference", "--plan", path, "-o", tmp_path / "bench"),
+        ("eval", "reference", "--plan", path, "-o", tmp_path / "eval"),
+    ):
+        code, _, error = run(capsys, *words)
+        assert code == 1
+        assert "the plan has the levels 0.2%, 1%: choose one (--level" in error
+        code, _, error = run(capsys, *words, "--level", "2%")
+        assert code == 1
+        assert "level '2%' is not known" in error
+        if words[0] in ("serve", "export"):
+            chosen = json.loads(run(capsys, *words, "--level", "1%")[1])
+            assert chosen["environment"]["LEANMOE_LEVEL"] == "1%"
+    assert run(capsys, "predict", "reference", "--plan", path, "--level", "1%")[0] == 0
+    none = ("--level", "1%")
+    assert "--level 1% is one of a plan's" in run(capsys, "predict", "reference", *none)[2]
+    assert "--level 1% is one of a plan's" in run(capsys, "serve", "reference", *none)[2]
 
 
 def test_a_port_that_is_taken_is_said_so(

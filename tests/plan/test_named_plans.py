@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.plan import Band, Fingerprint, Level, Plan, Rule
 from leanmoe.plan.named_plans import Named, parse_rule, read_plans, require_at_work
 
 MODEL = Fingerprint("Model", 3, 2, 8, 4)
@@ -43,6 +43,23 @@ def test_two_plans_of_one_name_are_refused(tmp_path: Path) -> None:
     file = saved(tmp_path / "careful.json")
     with pytest.raises(LeanMoeError, match="careful"):
         read_plans([file, file], (), MODEL)
+
+
+def test_of_a_plan_with_several_levels_one_or_more_are_chosen(tmp_path: Path) -> None:
+    levels = [
+        Level(name, Plan.uniform(MODEL, Rule(top_k=k)).bands) for name, k in (("a", 3), ("b", 2))
+    ]
+    two = saved(tmp_path / "two.json", Plan(MODEL, tuple(levels)))
+    one = saved(tmp_path / "one.json")
+    with pytest.raises(LeanMoeError, match=r"plan two: the plan has the levels a, b: choose one"):
+        read_plans([two], (), MODEL)
+    (chosen,) = read_plans([two], (), MODEL, levels=["b"])
+    assert (chosen.name, chosen.plan.level, chosen.file) == ("two", levels[1], two)
+    both = read_plans([two, one], (), MODEL, levels=["a", "b"])
+    assert [each.name for each in both] == ["two a", "two b", "one"]
+    for files in ([two], [one]):
+        with pytest.raises(LeanMoeError, match="'c' is not known"):
+            read_plans(files, (), MODEL, levels=["c"])
 
 
 def test_a_plan_of_another_model_is_refused_by_name(tmp_path: Path) -> None:

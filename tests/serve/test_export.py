@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.plan import Band, Fingerprint, Level, Plan, Rule
 from leanmoe.serve.export import export, uniform_top_k
 
 QWEN = Fingerprint("Qwen3MoeForCausalLM", 48, 2, 128, 8)
@@ -111,6 +111,16 @@ def test_transformers_runs_all_of_a_plan() -> None:
     assert 'Plan.load("plan.json")' in export(PROMPT, PATH, "transformers", "m").text()
     with pytest.raises(LeanMoeError, match="runs all"):
         export(PROMPT, PATH, "transformers", drop=["prompt"])
+
+
+def test_a_level_is_named_where_one_is_chosen() -> None:
+    two = Plan(QWEN, (Level("0.2%", SIX.bands), Level("1%", SHARED.bands)))
+    assert export(two, PATH, "vllm", level="1%").environment["LEANMOE_LEVEL"] == "1%"
+    code = export(two, PATH, "transformers", "m", level="0.2%").text()
+    assert 'Plan.load("plan.json").at("0.2%")' in code
+    assert export(two, PATH, "llama.cpp", level="0.2%").command[-1].endswith("int:6")
+    with pytest.raises(LeanMoeError, match=r"the levels 0\.2%, 1%: choose one"):
+        export(two, PATH, "vllm")
 
 
 def test_an_unknown_engine_is_refused() -> None:

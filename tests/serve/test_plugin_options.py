@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.plan import Band, Fingerprint, Plan, Rule
+from leanmoe.plan import Band, Fingerprint, Level, Plan, Rule
 from leanmoe.serve.plugin_options import (
     LEANMOE,
     VARIABLES,
@@ -96,6 +96,7 @@ def test_what_is_not_set_or_empty_is_the_default() -> None:
     assert read() == PluginOptions("plan.json")
     assert read(DROP="", BATCH_SCOPE="", EXPERTS="", STATISTICS="") == PluginOptions("plan.json")
     assert read(BATCH_SCOPE="rank", STATISTICS="0") == PluginOptions("plan.json")
+    assert read(LEVEL="") == PluginOptions("plan.json")
 
 
 def test_every_variable_of_the_plugin_is_read() -> None:
@@ -104,7 +105,8 @@ def test_every_variable_of_the_plugin_is_read() -> None:
     )
     assert options == PluginOptions("plan.json", ("prompt", "other"), True, True, True, LEANMOE)
     assert read(EXPERTS="vllm") == PluginOptions("plan.json", experts=VLLM)
-    assert len(VARIABLES) == 8, "the two others are not the plugin's"
+    assert read(LEVEL="1%") == PluginOptions("plan.json", level="1%")
+    assert len(VARIABLES) == 9, "the two others are not the plugin's"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,14 @@ def test_what_an_engine_cannot_do_is_refused() -> None:
         read("SGLang", BATCH_SCOPE="all")
     with pytest.raises(LeanMoeError, match="leanmoe's kernels cannot run in SGLang"):
         read("SGLang", EXPERTS="leanmoe")
+
+
+def test_of_several_levels_one_is_read(tmp_path: Path) -> None:
+    path, levels = tmp_path / "plan.json", (Level("0.2%", SIX.bands), Level("1%", SHARED.bands))
+    Plan(QWEN, levels).save(path)
+    with pytest.raises(LeanMoeError, match=r"has the levels 0\.2%, 1%: choose one.*LEANMOE_LEVEL"):
+        PluginOptions(str(path)).load_plan("SGLang")
+    assert PluginOptions(str(path), level="1%").load_plan("SGLang").level == levels[1]
 
 
 def test_a_plan_is_read_less_what_may_be_left_out(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from leanmoe.core.provenance import collect
 from leanmoe.core.quiet import quiet_transformers
 from leanmoe.models.reference import folder_of
 from leanmoe.models.shape import read_shape
-from leanmoe.plan import Plan
-from leanmoe.plan.named_plans import read_plans
+from leanmoe.plan.named_plans import Named, read_plans
 from leanmoe.results.bench import BenchResults
 
 RESULTS = "results.json"
@@ -81,7 +80,8 @@ def _in_process(settings: BenchSettings) -> tuple[Runner, Supply, str]:
         name, settings.dtype, settings.trust_remote_code, require_batching
     )
     source, supply = make_supply(settings, tokenizer)
-    return InProcess(model, name, plans, settings, supply), supply, source
+    rules = {variant: each.plan for variant, each in plans.items()}
+    return InProcess(model, name, rules, settings, supply), supply, source
 
 
 def _http(settings: BenchSettings) -> tuple[Runner, Supply, str]:
@@ -115,15 +115,14 @@ def _vllm(settings: BenchSettings) -> tuple[Runner, Supply, str]:
     require_vllm(bool(plans))
     tokenizer = load_tokenizer(settings, [])
     source, supply = make_supply(settings, tokenizer)
-    files = dict(zip(plans, settings.plan, strict=True))
-    return VLLMServer(settings.targets[0], files, tokenizer, settings, supply), supply, source
+    return VLLMServer(settings.targets[0], plans, tokenizer, settings, supply), supply, source
 
 
-def _plans(settings: BenchSettings) -> dict[str, Plan]:
+def _plans(settings: BenchSettings) -> dict[str, Named]:
     """The plans by their files' names, checked from the model's config.json alone."""
     model = read_shape(settings.targets[0]).fingerprint()
-    plans = read_plans(settings.plan, (), model, by_folder=False)
-    return {each.name: each.plan for each in plans}
+    plans = read_plans(settings.plan, (), model, by_folder=False, levels=settings.level)
+    return {each.name: each for each in plans}
 
 
 def make_supply(settings: BenchSettings, tokenizer: Any) -> tuple[str, Supply]:

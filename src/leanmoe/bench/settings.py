@@ -129,6 +129,9 @@ class BenchSettings:
     plan: tuple[Path, ...] = option(
         (), "A plan to run beside the full model; may be repeated.", repeats=True
     )
+    level: tuple[str, ...] = option(
+        (), "A level to run, of a plan that has several; may be repeated.", repeats=True
+    )
     concurrency: tuple[int, ...] = option(
         (1, 2, 4, 8, 16, 32),
         "Numbers of requests at once, comma separated: each is a closed loop.",

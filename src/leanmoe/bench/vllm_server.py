@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from leanmoe.bench.measurement import Request
@@ -22,11 +21,11 @@ from leanmoe.bench.prompts import Supply
 from leanmoe.bench.servers import Server, answers
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, plan_sha256
-from leanmoe.core.environment import PLAN
+from leanmoe.core.environment import LEVEL, PLAN
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import require_vllm
 from leanmoe.models.reference import folder_of
-from leanmoe.plan import Plan
+from leanmoe.plan.named_plans import Named
 
 FULL = "full"
 SERVE = (sys.executable, "-m", "leanmoe", "serve")
@@ -43,7 +42,7 @@ class VLLMServer(OverHTTP):
     def __init__(
         self,
         model: str,
-        plans: Mapping[str, Path],
+        plans: Mapping[str, Named],
         tokenizer: Any,
         settings: BenchSettings,
         supply: Supply,
@@ -74,8 +73,8 @@ class VLLMServer(OverHTTP):
     def variants(self) -> list[dict[str, Any]]:
         """Each variant with its plan's digest."""
         return [
-            {"name": name, "plan_sha256": None if path is None else plan_sha256(Plan.load(path))}
-            for name, path in self._plans.items()
+            {"name": name, "plan_sha256": None if each is None else plan_sha256(each.plan)}
+            for name, each in self._plans.items()
         ]
 
     def close(self) -> None:
@@ -97,9 +96,11 @@ class VLLMServer(OverHTTP):
             self._running.check()  # what ended the server tells more than that it stopped answering
             raise
 
-    def _command(self, plan: Path | None) -> list[str]:
+    def _command(self, variant: Named | None) -> list[str]:
         served = [self._model, "--engine", "vllm", "--port", str(self._port)]
-        served += [] if plan is None else ["--plan", str(plan)]
+        if variant is not None:
+            served += ["--plan", str(variant.file)]
+            served += [word for each in variant.plan.levels for word in ("--level", each.name)]
         return [*SERVE, *served, "--", *self._arguments()]
 
     def _arguments(self) -> list[str]:
@@ -120,7 +121,7 @@ class _Process:
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        environment = {key: value for key, value in os.environ.items() if key != PLAN}
+        environment = {key: value for key, value in os.environ.items() if key not in (PLAN, LEVEL)}
         self._process = subprocess.Popen(
             command, stdout=self._log, stderr=subprocess.STDOUT, env=environment
         )

@@ -18,6 +18,10 @@ def eval(
     plan: Annotated[
         list[Path] | None, typer.Option(help="The file of a plan; may be repeated.")
     ] = None,
+    level: Annotated[
+        list[str] | None,
+        typer.Option(help="A level to run, of a plan that has several; may be repeated."),
+    ] = None,
     rule: Annotated[
         list[str] | None,
         typer.Option(help="A rule for every layer, like top_k=6,renormalise=0; may be repeated."),
@@ -36,7 +40,8 @@ def eval(
     from leanmoe.eval.run import evaluate
     from leanmoe.report.write import write_page
 
-    results = evaluate(settings, plan or [], rule or [], output, command_line(), overwrite)
+    plans = (plan or [], level or [], rule or [])
+    results = evaluate(settings, *plans, output, command_line(), overwrite)
     write_page(output)
     if as_json:
         print_json({"run": str(output), **results.to_json()})

@@ -30,7 +30,13 @@ def export(
 
     plan = Plan.load(settings.plan)
     recipe = recipe_for(
-        plan, settings.plan, settings.engine, settings.model, settings.drop, settings.gguf_arch
+        plan,
+        settings.plan,
+        settings.engine,
+        settings.model,
+        settings.drop,
+        settings.gguf_arch,
+        settings.level,
     )
     if output is not None:
         write_text(output, recipe.text() + "\n")

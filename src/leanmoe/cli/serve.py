@@ -48,7 +48,7 @@ def serve(
     shape = read_shape(settings.model).fingerprint()
     plan = Plan(shape)
     if settings.plan is not None:
-        plan = without(Plan.load(settings.plan), settings.drop)
+        plan = without(Plan.load(settings.plan).at(settings.level), settings.drop)
     plan.check(shape)
     _check_port(settings.host, settings.port)
     engine = settings.engine
@@ -76,7 +76,9 @@ def serve(
 def _serve_vllm(settings: ServeSettings, plan: Plan, dry_run: bool, as_json: bool) -> None:
     """Becomes vLLM's server, so that signals and the exit code are its own."""
     install = require_vllm(with_plans=settings.plan is not None)
-    variables = launch.environment(settings.model, settings.plan, settings.drop, install)
+    variables = launch.environment(
+        settings.model, settings.plan, settings.drop, install, settings.level
+    )
     command = launch.command(
         settings.model,
         settings.host,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PLAN = "LEANMOE_PLAN"
+LEVEL = "LEANMOE_LEVEL"
 DROP = "LEANMOE_DROP"
 BATCH_SCOPE = "LEANMOE_BATCH_SCOPE"
 EXPERTS = "LEANMOE_EXPERTS"
@@ -35,6 +36,12 @@ VARIABLES = (
         "the full model runs",
         "the path of a plan.json",
         "The plan that vLLM and SGLang run. Their processes read it as they start.",
+    ),
+    Variable(
+        LEVEL,
+        "the plan's only level",
+        "a level's name",
+        "Names the level to run, of a plan that has several. Without it such a plan is refused.",
     ),
     Variable(
         DROP,

@@ -39,6 +39,7 @@ POOLED, MEAN = "all questions", "mean of tasks"
 def evaluate(
     settings: EvalSettings,
     plan_files: Sequence[Path],
+    levels: Sequence[str],
     rules: Sequence[str],
     output: Path,
     command: str,
@@ -46,16 +47,18 @@ def evaluate(
 ) -> EvalResults:
     """Runs everything asked for into folder `output`, taking up what an earlier run left.
 
+    Compared are the `levels` of the plans in `plan_files`, and `rules` in words.
     Raises LeanMoeError before any expensive work where it can.
     """
     settings.check()
-    plans = read_plans(plan_files, rules, read_shape(settings.model).fingerprint())
+    model_asked = read_shape(settings.model).fingerprint()
+    plans = read_plans(plan_files, rules, model_asked, levels=levels)
     require_at_work(plans, settings.concurrency)
     if not plans and settings.calibrate is None and settings.transfer is None:
         raise LeanMoeError("nothing to compare with the full model: give --plan or --rule")
     finished = None
     if settings.transfer is not None:
-        finished = read_run(Path(settings.transfer), read_shape(settings.model).fingerprint())
+        finished = read_run(Path(settings.transfer), model_asked)
     if settings.tasks:
         require_harness(settings)
     quiet_transformers()

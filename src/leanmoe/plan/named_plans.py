@@ -22,6 +22,8 @@ class Named:
 
     name: str
     plan: Plan
+    file: Path | None = None
+    """Where it was read from; it may hold other levels, too."""
 
     @property
     def digest(self) -> str:
@@ -35,14 +37,23 @@ class Named:
 
 
 def read_plans(
-    files: Sequence[Path], rules: Sequence[str], model: Fingerprint, by_folder: bool = True
+    files: Sequence[Path],
+    rules: Sequence[str],
+    model: Fingerprint,
+    by_folder: bool = True,
+    levels: Sequence[str] = (),
 ) -> tuple[Named, ...]:
     """The plans of `files`, then a plan for each of `rules`, checked against the model.
 
     A file is called by its own name, or `by_folder` by its folder's where that says nothing
-    (plan.json). Raises LeanMoeError for a plan of another model and for two variants of one name.
+    (plan.json). Of a plan with several levels each of `levels` is a variant; where those are more
+    than one, its name follows the file's. Raises LeanMoeError for a plan of another model, for two
+    variants of one name, and for a plan with several levels where none was chosen.
     """
-    plans = [Named(_file_name(path, by_folder), Plan.load(path)) for path in files]
+    plans = [each for path in files for each in _read(path, _file_name(path, by_folder), levels)]
+    known = {level.name for each in plans for level in each.plan.levels}
+    if unknown := [name for name in levels if name not in known]:
+        raise unknown_name("--level", unknown[0], sorted(known))
     plans += [Named(text, Plan.uniform(model, parse_rule(text))) for text in rules]
     taken = {"full", FULL}
     for each in plans:
@@ -83,6 +94,18 @@ def parse_rule(text: str) -> Rule:
         except (ValueError, RecursionError) as error:
             raise LeanMoeError(f"rule {text!r} sets {name} to {given!r}: give a number") from error
     return Rule.from_json(value, f"rule {text!r}")
+
+
+def _read(path: Path, name: str, levels: Sequence[str]) -> list[Named]:
+    plan = Plan.load(path)
+    if len(plan.levels) < 2:
+        return [Named(name, plan, path)]
+    try:
+        chosen = [plan.at(level) for level in levels or (None,)]
+    except LeanMoeError as error:
+        raise LeanMoeError(f"plan {name}: {error}") from error
+    several = len(chosen) > 1
+    return [Named(f"{name} {p.level.name}" if several else name, p, path) for p in chosen]
 
 
 def _file_name(path: Path, by_folder: bool) -> str:

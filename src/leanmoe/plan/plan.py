@@ -153,7 +153,9 @@ class Plan(StoredFile):
         """
         if len(self.levels) > 1:
             names = ", ".join(level.name for level in self.levels)
-            raise LeanMoeError(f"the plan has the levels {names}: choose one (--level)")
+            raise LeanMoeError(
+                f"the plan has the levels {names}: choose one (--level; in an engine LEANMOE_LEVEL)"
+            )
         return self.levels[0] if self.levels else Level(ONLY)
 
     def at(self, name: str | None) -> Plan:

@@ -71,6 +71,8 @@ def find_plan(settings: PredictSettings, model: MoEShape) -> Plan | None:
     """A saved plan, or a uniform one; raises LeanMoeError where both are asked for or none fits."""
     rule = Rule(top_k=settings.top_k, guaranteed=settings.guaranteed)
     fingerprint = model.fingerprint()
+    if settings.level is not None and settings.plan is None:
+        raise LeanMoeError(f"--level {settings.level} is one of a plan's: give one with --plan")
     if settings.plan is None:
         if rule.is_empty:
             return None
@@ -79,7 +81,7 @@ def find_plan(settings: PredictSettings, model: MoEShape) -> Plan | None:
         return plan
     if not rule.is_empty:
         raise LeanMoeError("give --plan, or --top-k and --guaranteed, not both")
-    plan = Plan.load(settings.plan)
+    plan = Plan.load(settings.plan).at(settings.level)
     plan.check(fingerprint, more_experts=True)
     return plan
 

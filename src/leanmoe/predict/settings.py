@@ -25,6 +25,7 @@ class PredictSettings:
 
     model: str = argument(MODEL_HELP)
     plan: Path | None = option(None, "A plan.json, as leanmoe tune writes it.")
+    level: str | None = option(None, "The level of the plan, where it has several.")
     top_k: int | None = option(None, "Experts a token uses at most, in place of a plan.")
     guaranteed: int | None = option(
         None,

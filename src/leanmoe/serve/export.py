@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from leanmoe.core.environment import DROP, PLAN
+from leanmoe.core.environment import DROP, LEVEL, PLAN
 from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.models.hf_config import read_config, setting_path
 from leanmoe.plan import Plan, Rule
@@ -72,24 +72,29 @@ def export(
     model: str = "MODEL",
     drop: Sequence[str] = (),
     gguf: str | None = None,
+    level: str | None = None,
 ) -> Recipe:
     """What `engine` needs to run the plan at `path`; `gguf` is llama.cpp's name for such models.
 
-    Raises LeanMoeError for a plan that the engine cannot run, unless the user drops that part.
+    Raises LeanMoeError for a plan that the engine cannot run, unless the user drops that part, and
+    for one with several levels where none is chosen.
     """
     if engine not in ENGINES:
         raise unknown_name("engine", engine, ENGINES)
-    whole, plan = plan, without(plan, drop)
+    whole = plan.at(level)
+    plan = without(whole, drop)
     left_out = tuple(part for part in drop if whole != plan)
     if engine == "transformers":
         if drop:
             raise LeanMoeError("transformers runs all of a plan: leave --drop away")
-        return Recipe(engine, code=_code(path, model))
+        return Recipe(engine, code=_code(path, model, level))
     if engine == "llama.cpp":
         return _llama_cpp(plan, model, gguf, left_out)
     name = {"vllm": "vLLM", "sglang": "SGLang"}[engine]
     check_parts(plan, name, f"--drop {PROMPT}")
     variables = {PLAN: str(path.resolve())}
+    if level is not None:
+        variables[LEVEL] = level
     if drop:
         variables[DROP] = ",".join(drop)
     recipe = Recipe(engine, variables, notes=notes(plan, name), left_out=left_out)
@@ -184,12 +189,13 @@ def _reason(plan: Plan) -> str:
     return "other values of top_k in other layers"
 
 
-def _code(path: Path, model: str) -> str:
+def _code(path: Path, model: str, level: str | None) -> str:
+    at = "" if level is None else f'.at("{level}")'
     return (
         "import leanmoe\n"
         "from leanmoe import Plan\n"
         "from transformers import AutoModelForCausalLM\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({model!r})\n"
-        f'with leanmoe.apply(model, Plan.load("{path}"), experts="leanmoe"):\n'
+        f'with leanmoe.apply(model, Plan.load("{path}"){at}, experts="leanmoe"):\n'
         "    model.generate(...)"
     )

@@ -17,6 +17,7 @@ from leanmoe.core.environment import (
     CHECK_ROWS,
     DROP,
     EXPERTS,
+    LEVEL,
     PLAN,
     STATISTICS,
     VARIABLES,
@@ -141,6 +142,8 @@ class PluginOptions:
     experts: str | None = None
     """Whose kernels compute the experts, VLLM or LEANMOE; None: leanmoe's in layers that skip slots
     and whose own kernels cannot, where leanmoe's can compute them."""
+    level: str | None = None
+    """The level to run, of a plan that has several."""
 
     @classmethod
     def from_environ(
@@ -167,11 +170,12 @@ class PluginOptions:
             check_rows=_one_of(environ, CHECK_ROWS, ("0", "1")) == "1",
             cross_rank=scope == ALL,
             experts=experts,
+            level=environ.get(LEVEL) or None,
         )
 
     def load_plan(self, engine: str) -> Plan:
         """The plan less what may be left out; raises LeanMoeError if `engine` cannot run it."""
-        plan = without(Plan.load(Path(self.path)), self.drop)
+        plan = without(Plan.load(Path(self.path)).at(self.level), self.drop)
         check_parts(plan, engine, f"{DROP}={PROMPT}")
         return plan
 

@@ -10,6 +10,7 @@ from leanmoe.core.options import MODEL_HELP, argument, option
 from leanmoe.core.parsing import require
 
 SERVERS = ("auto", "vllm", "transformers")
+LEVEL_HELP = "The level of the plan to run, where it has several."
 DROP_HELP = "A part of the plan to leave out: prompt. May be repeated."
 
 
@@ -25,12 +26,15 @@ class ServeSettings:
     host: str = option("127.0.0.1", "The address to listen at.")
     port: int = option(8000, "The port to listen at.")
     engine: str = option("auto", "vllm, transformers, or auto: vLLM where it is installed.")
+    level: str | None = option(None, LEVEL_HELP)
     drop: tuple[str, ...] = option((), DROP_HELP, repeats=True)
 
     def check(self) -> None:
         """Raises LeanMoeError for a setting that is not allowed."""
         known = self.engine in SERVERS
         require(known, "--engine", repr(self.engine), f"one of {', '.join(SERVERS)}")
+        if self.level and self.plan is None:
+            raise LeanMoeError(f"--level {self.level} is one of a plan's: give one with --plan")
         if self.drop and self.plan is None:
             raise LeanMoeError(
                 f"--drop {self.drop[0]} leaves out a part of a plan: give one with --plan"
@@ -45,6 +49,7 @@ class ExportSettings:
     plan: Path = argument("The file of a plan.")
     engine: str = option("vllm", "The engine: vllm, sglang, llama.cpp or transformers.")
     model: str = option("MODEL", "A folder or a Hub name, for the command that is printed.")
+    level: str | None = option(None, LEVEL_HELP)
     drop: tuple[str, ...] = option((), DROP_HELP, repeats=True)
     gguf_arch: str | None = option(None, "llama.cpp's name of the model's architecture.")
 

@@ -56,6 +56,7 @@ def test_variables_are_those_of_the_plan_and_of_a_cpu(monkeypatch: pytest.Monkey
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_MLA_DISABLE": "1",
     }  # fmt: skip
     assert environment("reference", None, [], ON_GPU) == {}
+    assert environment("reference", path, [], ON_GPU, "0.5%")["LEANMOE_LEVEL"] == "0.5%"
 
 
 def test_what_the_user_adds_comes_last_and_prevails() -> None:

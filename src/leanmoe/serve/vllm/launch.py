@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanmoe.core.environment import DROP, PLAN, STATISTICS
+from leanmoe.core.environment import DROP, LEVEL, PLAN, STATISTICS
 from leanmoe.core.installed_vllm import VllmInstall
 from leanmoe.models.hf_config import read_config
 from leanmoe.models.reference import folder_of
@@ -20,10 +20,16 @@ MLA_WIDTHS = (320, 576)
 
 
 def environment(
-    model: str, plan: Path | None, drop: Sequence[str], install: VllmInstall
+    model: str,
+    plan: Path | None,
+    drop: Sequence[str],
+    install: VllmInstall,
+    level: str | None = None,
 ) -> dict[str, str]:
     """Variables that the server needs besides those it is given; without a plan it is stock."""
     variables = {} if plan is None else {PLAN: str(plan.resolve()), STATISTICS: "1"}
+    if level is not None:
+        variables[LEVEL] = level
     if drop:
         variables[DROP] = ",".join(drop)
     if install.is_for_cpus and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
