@@ -41,6 +41,7 @@ EXCEPTIONS = {
     "kernels/triton/experts_program.py": PROGRAM,
     "kernels/triton/fp8_program.py": PROGRAM,
     "kernels/triton/product_program.py": PROGRAM,
+    "kernels/triton/router_budget_program.py": PROGRAM,
     "kernels/triton/router_program.py": PROGRAM,
     "kernels/triton/router_token_program.py": PROGRAM,
     "kernels/triton/tile_program.py": PROGRAM,

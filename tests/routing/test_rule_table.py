@@ -63,5 +63,5 @@ def test_the_budget_of_a_step_is_the_largest_that_a_row_asks_for() -> None:
 
 def test_on_one_rank_the_budget_per_rank_is_a_budget() -> None:
     table = RuleTable.of(8, [(Rule(budget_per_rank=3), None)])
-    assert table.on(1).step_rule == Rule(guaranteed=1, budget=3)
+    assert table.on(1).step_rule == Rule(budget=3)
     assert table.on(2) == table

@@ -10,22 +10,24 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 import psutil
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from leanmoe.kernels.cpu.experts import experts_cpu, experts_cpu_unsupported, prepare
 from leanmoe.kernels.cpu.router import route_cpu, route_cpu_unsupported
 from leanmoe.kernels.reference import experts_reference
+from leanmoe.kernels.rule_words import TokenRules, needed
 from leanmoe.kernels.triton.experts import experts_gpu, experts_gpu_unsupported
 from leanmoe.kernels.triton.router import route_gpu, route_gpu_ids, route_gpu_unsupported
 from leanmoe.kernels.triton.tuned_tiles import describe
 from leanmoe.kernels.weights import ExpertWeights
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routing import ALONE, BatchScope, Routing, route
+from leanmoe.routing import ALONE, BatchScope, Routing, route, route_rows
 
 Experts = Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]
 """`(hidden_TD, ids_TK, weights_TK, weights) -> out_TD`."""
 Route = Callable[
-    [Tensor, Router, int, Rule, Tensor | None, Tensor | None, BatchScope],
+    [Tensor, Router, int, Rule | TokenRules, Tensor | None, Tensor | None, BatchScope],
     Routing,
 ]
 """`(logits_BTE, router, top_k, rule, bias_E, padding_BT, scope) -> Routing`."""
@@ -80,16 +82,17 @@ def _lacks_memory(weights: ExpertWeights) -> str | None:
 def choose_router(
     logits_BTE: Tensor,
     router: Router,
-    rule: Rule,
+    rule: Rule | TokenRules,
     scope: BatchScope = ALONE,
     device: torch.device | str | None = None,
 ) -> Choice[Route]:
-    """The fastest function that routes such logits as `leanmoe.routing.route` does.
+    """The fastest function that routes such logits as `leanmoe.routing.route` does, or, where each
+    token has a rule row of its own, as `leanmoe.routing.route_rows` does.
 
     A GPU's kernel routes one step; many steps at once, which only scoring has, are the reference's.
     `device` is where the logits are, unless they are stand-ins of their shape and dtype.
     """
-    rule = rule.on(scope.ranks)
+    rule = _on_ranks(rule, scope.ranks)
     if torch.device(device or logits_BTE.device).type == "cuda":
         reason: str | None = "triton is not installed"
         if _is_installed("triton"):
@@ -100,16 +103,24 @@ def choose_router(
         reason = "numba is not installed"
         if _is_installed("numba"):
             reason = route_cpu_unsupported(logits_BTE, router, rule)
-        if reason is None and scope.exchange is not None and rule.is_batch_aware:
+        if reason is None and scope.exchange is not None and needed(rule).is_batch_aware:
             reason = "ranks exchange what their tokens ask for"
         if reason is None:
             return Choice("cpu", route_on_cpu, "logits on a CPU")
-    return Choice("reference", route, reason)
+    return Choice("reference", route_by_reference, reason)
+
+
+def _on_ranks(rule: Rule | TokenRules, ranks: int) -> Rule | TokenRules:
+    """A table is made for its number of ranks, a rule for any."""
+    if isinstance(rule, TokenRules):
+        rule.rules.check_ranks(ranks)
+        return rule
+    return rule.on(ranks)
 
 
 def fast_route(
-    logits_BTE: Tensor, router: Router, top_k: int, rule: Rule, bias_E: Tensor | None = None,
-    padding_BT: Tensor | None = None, scope: BatchScope = ALONE,
+    logits_BTE: Tensor, router: Router, top_k: int, rule: Rule | TokenRules,
+    bias_E: Tensor | None = None, padding_BT: Tensor | None = None, scope: BatchScope = ALONE,
 ) -> Routing:  # fmt: skip
     """What `leanmoe.routing.route` gives, by the function that `choose_router` chooses."""
     if scope.placement is not None:
@@ -128,22 +139,40 @@ def _one_step(logits_BTE: Tensor) -> Tensor:
     return logits_BTE[0] if logits_BTE.dim() == 3 and logits_BTE.shape[0] == 1 else logits_BTE
 
 
+def route_by_reference(
+    logits_BTE: Tensor, router: Router, top_k: int, rule: Rule | TokenRules,
+    bias_E: Tensor | None, padding_BT: Tensor | None, scope: BatchScope,
+) -> Routing:  # fmt: skip
+    """`leanmoe.routing.route`, or `route_rows` as wide as the kernels write it."""
+    if isinstance(rule, Rule):
+        return route(logits_BTE, router, top_k, rule, bias_E, padding_BT, scope)
+    rules, rows_BT = rule
+    step = (logits_BTE, router, top_k, rules.table, rows_BT, bias_E, padding_BT, scope)
+    ids_BTK, weights_BTK, over_budget_B = route_rows(*step)
+    more = (0, rules.needs.slots - ids_BTK.shape[-1])
+    ids_BTK = functional.pad(ids_BTK, more, value=logits_BTE.shape[-1])
+    return Routing(ids_BTK, functional.pad(weights_BTK, more), over_budget_B)
+
+
 def route_on_cpu(
-    logits_BTE: Tensor, router: Router, top_k: int, rule: Rule, bias_E: Tensor | None,
+    logits_BTE: Tensor, router: Router, top_k: int, rule: Rule | TokenRules, bias_E: Tensor | None,
     padding_BT: Tensor | None, scope: BatchScope,
 ) -> Routing:  # fmt: skip
     """`route_cpu` in the place of `leanmoe.routing.route`; all experts are on one rank."""
+    assert isinstance(rule, Rule), "tables are the reference's"
     return route_cpu(logits_BTE, router, top_k, rule.on(scope.ranks), bias_E, padding_BT)
 
 
 def route_on_gpu(
-    logits_BTE: Tensor, router: Router, top_k: int, rule: Rule, bias_E: Tensor | None,
+    logits_BTE: Tensor, router: Router, top_k: int, rule: Rule | TokenRules, bias_E: Tensor | None,
     padding_BT: Tensor | None, scope: BatchScope,
 ) -> Routing:  # fmt: skip
     """`route_gpu` in the place of `leanmoe.routing.route`, for one step: (T,E) or (1,T,E)."""
     logits_TE = _one_step(logits_BTE)
     has_steps = logits_TE.dim() < logits_BTE.dim()
     padding_T = padding_BT[0] if has_steps and padding_BT is not None else padding_BT
+    if has_steps and isinstance(rule, TokenRules):
+        rule = rule._replace(rule_rows_BT=rule.rule_rows_BT[0])
     routed = route_gpu(
         logits_TE, router, top_k, rule, bias_E, padding_T, scope.placement, scope.exchange
     )
@@ -157,7 +186,7 @@ def route_ids(
     logits_TE: Tensor,
     router: Router,
     top_k: int,
-    rule: Rule,
+    rule: Rule | TokenRules,
     bias_E: Tensor | None = None,
     padding_T: Tensor | None = None,
     scope: BatchScope = ALONE,
@@ -170,7 +199,7 @@ def route_ids(
     `skipped_id` is the id of every skipped slot, for kernels that pass over it. For kernels that
     want an expert in every slot it is None: a skipped slot repeats as `repeat_best` says.
     """
-    experts, rule = logits_TE.shape[1], rule.on(scope.ranks)
+    experts, rule = logits_TE.shape[1], _on_ranks(rule, scope.ranks)
     bias_E = None if bias_E is None else bias_E.detach()
     choice = choose_router(logits_TE, router, rule, scope)
     step = (logits_TE, router, top_k, rule, bias_E, padding_T)

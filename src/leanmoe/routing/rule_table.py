@@ -106,7 +106,8 @@ class RuleTable:
 
     @property
     def step_rule(self) -> Rule:
-        """What limits the experts that a step activates: marked ones, within these budgets.
+        """What limits the experts that a step activates: its budgets, and whether a vote is not
+        enough but some token must guarantee an expert (then `guaranteed` is set).
 
         The budget is the largest that a row asks for, whichever rows are in the step: so nobody
         has fewer active experts than among its like. One row without a budget of the kind, beside
@@ -115,7 +116,8 @@ class RuleTable:
         budgeted = [row.rule for row in self.rows if row.rule.has_budget]
         total = _largest([rule.budget for rule in budgeted])
         per_rank = _largest([rule.budget_per_rank for rule in budgeted])
-        return Rule(guaranteed=1, budget=total, budget_per_rank=per_rank)
+        needs_mark = any(row.rule.guaranteed is not None for row in self.rows)
+        return Rule(guaranteed=1 if needs_mark else None, budget=total, budget_per_rank=per_rank)
 
 
 def _largest(budgets: Sequence[int | None]) -> int | None:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from leanmoe.kernels.dispatch import Route, fast_route
+from leanmoe.kernels.dispatch import Route, fast_route, route_by_reference
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routing import ALONE, BatchScope, Routing, route
+from leanmoe.routing import ALONE, BatchScope, Routing
 from leanmoe.runtime.counts import RoutingCounts
 from leanmoe.runtime.model import MoELayer, forward_parameters
 from leanmoe.runtime.step import StepPart
@@ -90,7 +90,7 @@ class LayerRouting:
         return ids, weights
 
     def _route(self, logits: Tensor, rule: Rule, padding: Tensor | None) -> Routing:
-        function: Route = fast_route if self.is_fast else route
+        function: Route = fast_route if self.is_fast else route_by_reference
         routing = function(logits, self.router, self.top_k, rule, self.bias_E, padding, self.scope)
         if self.scale_E is None:
             return routing

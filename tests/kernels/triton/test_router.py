@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -9,9 +11,10 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels.dispatch import repeat_best, write_skipped
+from leanmoe.kernels.rule_words import DeviceRules, TokenRules
+from leanmoe.kernels.triton.route_call import MOST_TOKENS_OF_ALL
 from leanmoe.kernels.triton.router import (
     MOST_EXPERTS,
-    MOST_TOKENS_OF_ALL,
     RoutedGpu,
     route_gpu,
     route_gpu_ids,
@@ -20,7 +23,7 @@ from leanmoe.kernels.triton.router import (
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.routing import BatchScope, route
+from leanmoe.routing import BatchScope, RuleTable, route, route_rows
 from tests.conformance.cases import ROUTERS, Case, cases
 from tests.kernels.triton.routed import (
     DEVICE,
@@ -362,3 +365,46 @@ def test_a_placement_of_another_number_of_experts() -> None:
     rule, placement = Rule(budget_per_rank=2), Placement.linear(6, 2)
     with pytest.raises(LeanMoeError, match="placement is of 6 experts: the model has 8"):
         route_here(torch.randn(2, 8), Router(), 4, rule, None, None, placement)
+
+
+LEVELS = [(Rule(guaranteed=2, threshold=0.3, budget=9), Rule(top_k=0))]
+
+
+def test_slots_that_repeat_in_a_table_activate_nothing_more() -> None:
+    logits, _ = draw(6, 32)
+    table, router = RuleTable.of(4, LEVELS), Router(normalise=True)
+    padding = torch.tensor([False] * 5 + [True])
+    for rows in ([0, 1, 2, 1, 0, 0], [2, 1, 0, 1, 2, 0]):
+        rules = DeviceRules([table], router, 4, 32, DEVICE)
+        tokens = TokenRules(rules, torch.tensor(rows, device=DEVICE))
+        wanted = route_here(logits, router, 4, tokens, None, padding)
+        ids, weights = repeating_here(logits, router, 4, tokens, None, padding)
+        assert ids.tolist() == repeat_best(wanted.ids_TK, 32, padding).tolist()
+        assert weights.tolist() == wanted.weights_TK.tolist()
+
+
+def test_tokens_of_other_ranks_count_under_a_table_too() -> None:
+    logits, _ = draw(12, 32)
+    placement, router = PLACEMENTS[0], ROUTERS["softmax, normalised"]
+    table = RuleTable.of(
+        4, [(Rule(budget_per_rank=3, guaranteed=2), Rule(top_k=1)), (Rule(), None)]
+    )
+    rows_T = torch.arange(12) % 5
+    wanted = route_rows(logits, router, 4, table, rows_T, scope=BatchScope(placement))
+    demands: list[Tensor] = []
+
+    def listen(demand_3E: Tensor) -> Tensor:
+        demands.append(demand_3E.clone())
+        return demand_3E
+
+    def call(half: slice, exchange: Any) -> RoutedGpu:
+        rules = DeviceRules([table], router, 4, 32, DEVICE, ranks=2)
+        tokens = TokenRules(rules, rows_T[half].to(DEVICE))
+        return route_here(logits[half], router, 4, tokens, None, None, placement, exchange)
+
+    halves = (slice(0, 5), slice(5, 12))
+    for half in halves:
+        call(half, listen)
+    for half in halves:
+        found = call(half, lambda _: demands[0] + demands[1])
+        assert found.ids_TK.tolist() == wanted.ids_BTK[half].tolist()

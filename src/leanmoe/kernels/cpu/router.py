@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.kernels.cpu.threads import find_team
+from leanmoe.kernels.rule_words import TokenRules
 from leanmoe.models.routers import SCORINGS, Router
 from leanmoe.plan import Rule
 from leanmoe.routing import Routing
@@ -19,10 +20,14 @@ from leanmoe.routing import Routing
 MOST_GROUPS = 64
 
 
-def route_cpu_unsupported(logits_BTE: Tensor, router: Router, rule: Rule) -> str | None:
+def route_cpu_unsupported(
+    logits_BTE: Tensor, router: Router, rule: Rule | TokenRules
+) -> str | None:
     """Why `route_cpu` cannot route these tokens; None if it can."""
     if logits_BTE.device.type != "cpu":
         return f"the logits are on {logits_BTE.device}"
+    if isinstance(rule, TokenRules):
+        return "tables of rules are the reference's alone"
     if router.score_dtype == "logits" and logits_BTE.dtype is not torch.float32:
         return f"the family scores in {logits_BTE.dtype}"
     if rule.top_k == 0:

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from leanmoe.kernels.triton.expert_blocks_program import is_last_answered, write_blocks
+from leanmoe.kernels.triton.router_budget_program import GUARANTEED_BIT, afford
 from leanmoe.kernels.triton.router_token_program import (
     FIRST,
     INACTIVE,
@@ -24,6 +25,7 @@ from leanmoe.kernels.triton.router_token_program import (
     more_slots,
     own_keys,
     own_slots,
+    rule_row,
     shares_of,
     weights_of,
     whole_of,
@@ -34,9 +36,9 @@ COUNTER_STRIDE = tl.constexpr(8)
 
 VOTE_UNIT = tl.constexpr(4294967296.0)
 """Votes are added as whole numbers: the order of the tokens cannot change a sum."""
-BEST_BIT, GUARANTEED_BIT = tl.constexpr(47), tl.constexpr(62)
-"""Of an expert's word. Below: the votes of 2^14 tokens; between: how many have it as their best.
-One word for all of it, since every program reads every expert's."""
+BEST_BIT = tl.constexpr(47)
+"""Of an expert's word. Below: the votes of 2^14 tokens; from here to `GUARANTEED_BIT`: how many
+have it as their best. One word for all of it, since every program reads every expert's."""
 BEST_BIT_OF_ALL = tl.constexpr(61)
 """Where ranks told each other, whether any token has it as its best; below, votes of all ranks."""
 
@@ -46,12 +48,12 @@ def _write(
     # rows and places
     ids_K, gates_K, place_K, kept, whole, is_number, filler, token,
     # sizes and numbers
-    tokens, scaling, epsilon, renormalise, slots,
+    tokens, scaling, epsilon, renormalise, slots, width,
     # pointers
     ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
     # compile-time
     E: tl.constexpr, SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_PADDING: tl.constexpr,
-    WHOLE: tl.constexpr, HAS_BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr, HAS_BLOCKS: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """A token's ids and weights, kept slots first, and its rows in the expert blocks.
 
@@ -60,17 +62,20 @@ def _write(
     """
     is_kept = place_K < kept
     weights_K = weights_of(
-        gates_K, is_kept, whole, epsilon, renormalise, scaling, SCORING, NORMALISE, WHOLE
+        gates_K, is_kept, whole, epsilon, renormalise, scaling, SCORING, NORMALISE, WHOLE, TABLE
     )
     is_nan = ~is_number
     if HAS_PADDING:
         is_nan = is_nan & (tl.load(padding_ptr + token) == 0)
     # NaN in, NaN out: whoever looks at the result must see it.
-    weights_K = tl.where(is_nan, float("nan"), weights_K)
+    if TABLE:
+        weights_K = tl.where(is_nan & (place_K < slots), float("nan"), weights_K)
+    else:
+        weights_K = tl.where(is_nan, float("nan"), weights_K)
     # No scalar is spread as a mask: Triton 3.9's interpreter makes integers of it.
     is_kept = place_K < tl.where(is_nan, slots, kept)
     ids_K = tl.where(is_nan, place_K % E, ids_K)
-    at, is_slot = token * slots + place_K, place_K < slots
+    at, is_slot = token * width + place_K, place_K < width
     written_K = tl.where(is_kept, ids_K, filler).to(ids_ptr.dtype.element_ty)
     tl.store(ids_ptr + at, written_K, mask=is_slot)
     tl.store(weights_ptr + at, weights_K, mask=is_slot)
@@ -97,6 +102,8 @@ def _filler(
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SCORING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr,
     REPEAT: tl.constexpr, SKIPPED: tl.constexpr,
+    # the rule table
+    words_ptr, band_ptr, rule_rows_ptr, rows, TABLE: tl.constexpr,
 ):  # fmt: skip
     """The id of a token's skipped slots: `SKIPPED`, or with `REPEAT` that of an expert that is
     active anyway: the token's best; for padding, that of the first token.
@@ -106,12 +113,18 @@ def _filler(
         filler = tl.sum(tl.where(place_K == 0, ids_K, 0), axis=0)
         if HAS_PADDING:  # noqa: SIM102, constexpr: there is a pointer only with it
             if tl.load(padding_ptr + token) != 0:
+                if TABLE:
+                    slots, _f, _o, _m, _u, allowed_ptr, _b, _r, _t, _p, _n = rule_row(
+                        words_ptr, band_ptr, rule_rows_ptr, allowed_ptr, 0, rows, E
+                    )
                 keys, e, _is_expert, _top, _total, _is_number = own_keys(
                     logits_ptr, bias_ptr, allowed_ptr, padding_ptr, 0,
                     E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
                     HAS_BIAS, HAS_ALLOWED, False,
                 )  # fmt: skip
                 filler = tl.min(tl.where(keys == tl.max(keys, axis=0), e, E - 1), axis=0)
+                if TABLE:  # a first token without slots has no best
+                    filler = tl.where(slots > 0, filler, 0)
     return filler
 
 
@@ -128,13 +141,15 @@ def _finish(
     write_blocks(counts_1E, e * tokens, blocks_ptr, used_ptr, most_blocks, BLOCK_ROWS, POWER_E)
 
 
-@triton.jit(do_not_specialize=["tokens", "most_blocks", "slots", "full"])
+@triton.jit(do_not_specialize=["tokens", "most_blocks", "slots", "full", "rows"])
 def route_alone(
     # pointers
     logits_ptr, bias_ptr, allowed_ptr, padding_ptr, ids_ptr, weights_ptr, counts_ptr, rows_ptr,
     blocks_ptr, used_ptr,
     # sizes and numbers
     tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling, renormalise,
+    # the rule table, None without one
+    words_ptr, band_ptr, rule_rows_ptr, rows,
     # compile-time
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
@@ -142,10 +157,15 @@ def route_alone(
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     HAS_TOP_P: tl.constexpr, WHOLE: tl.constexpr, REPEAT: tl.constexpr,
     SKIPPED: tl.constexpr, HAS_BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    POWER_E: tl.constexpr,
+    POWER_E: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Rules under which a token's experts are its own business: everything, in one launch."""
     token = tl.program_id(0)
+    width, masks_ptr = slots, allowed_ptr
+    if TABLE:
+        slots, full, _o, _m, _u, allowed_ptr, _b, _r, threshold, top_p, renormalise = rule_row(
+            words_ptr, band_ptr, rule_rows_ptr, masks_ptr, token, rows, E
+        )
     keys, e, _is_expert, top, total, is_number = own_keys(
         logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
@@ -158,119 +178,36 @@ def route_alone(
     )  # fmt: skip
     place_K = tl.arange(0, SLOTS)
     filler = _filler(
-        ids_K, place_K, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+        ids_K, place_K, logits_ptr, bias_ptr, masks_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
         HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT, SKIPPED,
+        words_ptr, band_ptr, rule_rows_ptr, rows, TABLE,
     )  # fmt: skip
     answers = _write(
         ids_K, gates_K, place_K, kept, whole, is_number, filler, token, tokens, scaling, epsilon,
-        renormalise, slots, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
-        E, SCORING, NORMALISE, HAS_PADDING, WHOLE, HAS_BLOCKS,
+        renormalise, slots, width, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
+        E, SCORING, NORMALISE, HAS_PADDING, WHOLE, HAS_BLOCKS, TABLE,
     )  # fmt: skip
     if HAS_BLOCKS:  # noqa: SIM102, constexpr: nothing is counted without it
         if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
             _finish(counts_ptr, blocks_ptr, used_ptr, tokens, most_blocks, E, BLOCK_ROWS, POWER_E)
 
 
-@triton.jit
-def _least_of_best(keys, number):
-    """A whole number that `number` of the keys reach, and how many do: more where keys are equal.
-
-    Found bit by bit, the highest first, until it is so many: two bits a step took as long. Keys
-    have 31 bits; negative ones are none.
-    """
-    least, reached = 0, tl.sum((keys >= 0).to(tl.int32), axis=0)
-    highest = tl.maximum(tl.max(keys, axis=0), 1).to(tl.float32)  # its exponent: where to begin
-    bit = 1 << tl.minimum((highest.to(tl.int32, bitcast=True) >> 23) - 127, 30)
-    bit = tl.where(number > 0, bit, 0)
-    while (bit > 0) & (reached > number):
-        count = tl.sum((keys >= least + bit).to(tl.int32), axis=0)
-        is_enough = count >= number
-        reached = tl.where(is_enough, count, reached)
-        least = tl.where(is_enough, least + bit, least)
-        bit >>= 1
-    return least, reached
-
-
-@triton.jit
-def _most_voted(upper, votes, e, number, low_bits, E: tl.constexpr, POWER_E: tl.constexpr):
-    """The `number` experts of most votes, equal ones by lower id, or all where they are fewer.
-
-    Those with `upper` at all: it is their votes without the `low_bits`, 30 bits, and -1 for others.
-    What is left of the votes, and the id, is searched only among equals in these.
-    """
-    least, reached = _least_of_best(upper, number)
-    is_in = upper >= least
-    if (reached > number) & (number > 0):
-        rest = votes.to(tl.int32) & ((1 << low_bits) - 1)
-        lower = tl.where(upper == least, rest * POWER_E + (E - 1 - e), -1)
-        is_in = upper > least
-        missing = number - tl.sum(is_in.to(tl.int32), axis=0)
-        least, _reached = _least_of_best(lower, missing)
-        is_in = is_in | (lower >= least)
-    return is_in & (number > 0)
-
-
-@triton.jit
-def _afford(
-    # rows and places
-    marks, is_expert, e,
-    # pointers
-    rank_ptr,
-    # sizes and numbers
-    budget, per_rank, ranks, low_bits,
-    # compile-time
-    E: tl.constexpr, POWER_E: tl.constexpr, BEST: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
-    HAS_TOTAL: tl.constexpr, HAS_PER_RANK: tl.constexpr,
-):  # fmt: skip
-    """Every token's best stay active, and the most voted-for while the budgets last.
-
-    Whole numbers in order: votes, then the lower id. A rank's budget comes first, one after the
-    other, and that of all ranks among those that are left. Returns also whether the best alone
-    are more than a budget.
-    """
-    one = tl.zeros_like(marks) + 1
-    votes = marks & ((one << BEST) - 1)
-    is_best = (marks & ((one << GUARANTEED_BIT) - (one << BEST))) != 0
-    is_out = is_best | (votes == 0)
-    if HAS_GUARANTEED:
-        is_out = is_out | ((marks >> GUARANTEED_BIT) == 0)
-    upper = tl.where(is_out, -1, (votes >> low_bits).to(tl.int32))
-    beyond = 0
-    if HAS_PER_RANK:
-        rank_E = tl.load(rank_ptr + e, mask=is_expert, other=-1)
-        is_in = is_expert & (rank_E < 0)  # nobody, in the type of what follows
-        rank = 0
-        while rank < ranks:
-            is_here = rank_E == rank
-            best = tl.sum((is_best & is_here).to(tl.int32), axis=0)
-            left = tl.maximum(per_rank - best, 0)
-            here = tl.where(is_here, upper, -1)
-            is_in = is_in | _most_voted(here, votes, e, left, low_bits, E, POWER_E)
-            beyond = tl.maximum(beyond, best - per_rank)
-            rank += 1
-        upper = tl.where(is_in, upper, -1)
-    if HAS_TOTAL:
-        best = tl.sum(is_best.to(tl.int32), axis=0)
-        left = tl.maximum(budget - best, 0)
-        is_in = _most_voted(upper, votes, e, left, low_bits, E, POWER_E)
-        beyond = tl.maximum(beyond, best - budget)
-    return is_best | is_in, beyond > 0
-
-
-@triton.jit(do_not_specialize=["slots", "full", "guaranteed"])
+@triton.jit(do_not_specialize=["slots", "full", "guaranteed", "rows"])
 def route_activate(
     # pointers
     logits_ptr, bias_ptr, allowed_ptr, padding_ptr, marks_ptr,
     # sizes and numbers
     slots, full, guaranteed, threshold, top_p, epsilon,
+    # the rule table, None without one
+    words_ptr, band_ptr, rule_rows_ptr, rows,
     # compile-time
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
     SCORING: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     HAS_TOP_P: tl.constexpr, WHOLE: tl.constexpr, HAS_GUARANTEED: tl.constexpr,
-    HAS_BUDGET: tl.constexpr, USE_PDL: tl.constexpr,
+    HAS_BUDGET: tl.constexpr, USE_PDL: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """First of two launches: each token marks the experts it wants.
 
@@ -281,6 +218,11 @@ def route_activate(
         gdc_launch_dependents()
     k = tl.arange(0, SLOTS)
     token = tl.program_id(0)
+    if TABLE:
+        slots, full, _o, guaranteed, must, allowed_ptr, _b, _r, threshold, top_p, _n = rule_row(
+            words_ptr, band_ptr, rule_rows_ptr, allowed_ptr, token, rows, E
+        )
+        slots = tl.where(guaranteed > 0, slots, 0)  # a token that marks nothing has no vote
     keys, e, _is_expert, top, total, _is_number = own_keys(
         logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
@@ -296,7 +238,10 @@ def route_activate(
         whole = whole_of(gates_K, is_kept, epsilon, SCORING, NORMALISE)
         shares_K = shares_of(gates_K, is_kept, whole, SCORING)
         votes_K = (shares_K * VOTE_UNIT).to(tl.int64) + 1  # a slot counts, however small its gate
-        votes_K += (k == 0).to(tl.int64) << BEST_BIT
+        if TABLE:
+            votes_K += (k < must).to(tl.int64) << BEST_BIT
+        else:
+            votes_K += (k == 0).to(tl.int64) << BEST_BIT
         tl.atomic_add(marks_ptr + ids_K, votes_K, mask=is_kept, sem="relaxed")
     if HAS_GUARANTEED:
         mark = tl.zeros_like(ids_K).to(marks_ptr.dtype.element_ty) + 1
@@ -308,7 +253,7 @@ def route_activate(
 @triton.jit(
     do_not_specialize=[
         "tokens", "most_blocks", "slots", "full", "guaranteed", "budget", "per_rank", "ranks",
-        "low_bits",
+        "low_bits", "rows",
     ]
 )  # fmt: skip
 def route_fill(
@@ -318,6 +263,8 @@ def route_fill(
     # sizes and numbers
     tokens, most_blocks, slots, full, threshold, top_p, epsilon, scaling, renormalise,
     guaranteed, budget, per_rank, ranks, low_bits,
+    # the rule table, None without one
+    words_ptr, band_ptr, rule_rows_ptr, rows,
     # compile-time
     E: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, GROUPS: tl.constexpr,
     PADDED_E: tl.constexpr, USED: tl.constexpr, BY_BEST: tl.constexpr, SLOTS: tl.constexpr,
@@ -326,7 +273,7 @@ def route_fill(
     HAS_TOP_P: tl.constexpr, WHOLE: tl.constexpr, REPEAT: tl.constexpr,
     SKIPPED: tl.constexpr, HAS_BLOCKS: tl.constexpr, BEST: tl.constexpr,
     HAS_GUARANTEED: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_PER_RANK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, POWER_E: tl.constexpr, USE_PDL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, POWER_E: tl.constexpr, USE_PDL: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Second of two launches: each token's slots from its own active experts, then from the others.
 
@@ -337,6 +284,12 @@ def route_fill(
     LOOKS_AT_ALL: tl.constexpr = HAS_THRESHOLD or HAS_TOP_P or WHOLE > 0
     HAS_BUDGET: tl.constexpr = HAS_TOTAL or HAS_PER_RANK
     token = tl.program_id(0)
+    width, masks_ptr = slots, allowed_ptr
+    if TABLE:  # here the slots it keeps whatever is active are those it is guaranteed
+        (
+            slots, full, guaranteed, _m, _u, allowed_ptr, budget, per_rank,
+            threshold, top_p, renormalise,
+        ) = rule_row(words_ptr, band_ptr, rule_rows_ptr, masks_ptr, token, rows, E)  # fmt: skip
     keys, e, is_expert, top, total, is_number = own_keys(
         logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
@@ -369,13 +322,15 @@ def route_fill(
     marks = tl.load(marks_ptr + e, mask=is_expert, other=0)
     place_K = k
     if HAS_BUDGET:
-        is_active, is_over = _afford(
+        is_active, is_over = afford(
             marks, is_expert, e, rank_ptr, budget, per_rank, ranks, low_bits,
             E, POWER_E, BEST, HAS_GUARANTEED, HAS_TOTAL, HAS_PER_RANK,
         )  # fmt: skip
         tl.store(over_ptr, is_over.to(tl.int8), mask=token == 0)
         at_K = ids_K // SIZE * PADDED_SIZE + ids_K % SIZE  # where its expert lies in e
         is_own_K = (k < own) & (tl.gather(is_active.to(tl.int32), at_K, axis=0) > 0)
+        if TABLE:
+            is_own_K = is_own_K | (k < tl.minimum(guaranteed, own))
         before_K = tl.cumsum(is_own_K.to(tl.int32), axis=0) - is_own_K.to(tl.int32)
         own = tl.sum(is_own_K.to(tl.int32), axis=0)
         place_K = tl.where(is_own_K, before_K, own + k - before_K)
@@ -385,14 +340,15 @@ def route_fill(
     ids_K, filled, _others = more_slots(others, e, ids_K, place_K, own, wanted)
     gates_K = gates_of(logits_ptr, token, ids_K, place_K < filled, top, total, E, SCORING)
     filler = _filler(
-        ids_K, place_K, logits_ptr, bias_ptr, allowed_ptr, padding_ptr, token,
+        ids_K, place_K, logits_ptr, bias_ptr, masks_ptr, padding_ptr, token,
         E, SIZE, PADDED_SIZE, GROUPS, PADDED_E, USED, BY_BEST, SCORING,
         HAS_BIAS, HAS_ALLOWED, HAS_PADDING, REPEAT, SKIPPED,
+        words_ptr, band_ptr, rule_rows_ptr, rows, TABLE,
     )  # fmt: skip
     answers = _write(
         ids_K, gates_K, place_K, filled, whole, is_number, filler, token, tokens, scaling, epsilon,
-        renormalise, slots, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
-        E, SCORING, NORMALISE, HAS_PADDING, WHOLE, HAS_BLOCKS,
+        renormalise, slots, width, ids_ptr, weights_ptr, counts_ptr, rows_ptr, padding_ptr,
+        E, SCORING, NORMALISE, HAS_PADDING, WHOLE, HAS_BLOCKS, TABLE,
     )  # fmt: skip
     if is_last_answered(counts_ptr + E * COUNTER_STRIDE, tokens, answers):
         tl.store(marks_ptr + e, tl.zeros_like(marks), mask=is_expert)

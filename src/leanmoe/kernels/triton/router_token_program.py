@@ -14,6 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from leanmoe.kernels import rule_words
+
+(
+    SLOTS_AT, OWN_AT, MARKS_AT, MUST_AT, FULL_AT, MASK_AT, BUDGET_AT, PER_RANK_AT,
+    THRESHOLD_AT, TOP_P_AT, RENORMALISE_AT,
+) = (tl.constexpr(int(word)) for word in rule_words.Word)  # fmt: skip
+WORDS = tl.constexpr(rule_words.WORDS)
 SOFTMAX, SIGMOID, SOFTMAX_AFTER, SQRT_SOFTPLUS = (tl.constexpr(i) for i in range(4))
 KEPT_SLOTS, WHOLE_TOP_K, BOTH = (tl.constexpr(i) for i in range(3))
 """What `WHOLE`, of which a slot's weight is a share, is the sum of."""
@@ -24,6 +31,24 @@ FIRST = tl.constexpr((1 << 31) - 1)
 NOBODY = tl.constexpr(1 << 30)
 TINY = tl.constexpr(1.1754943508222875e-38)
 NEVER = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def rule_row(words_ptr, band_ptr, rule_rows_ptr, allowed_ptr, token, rows, E: tl.constexpr):
+    """The fields of a token's rule row, see `rule_words`; a number that is no row means row 0."""
+    number = tl.load(rule_rows_ptr + token)
+    row = tl.where((number >= 0) & (number < rows), number, 0).to(tl.int32)
+    row_ptr = words_ptr + (tl.load(band_ptr) * rows + row) * WORDS
+    slots, full = tl.load(row_ptr + SLOTS_AT), tl.load(row_ptr + FULL_AT)
+    own, marks = tl.load(row_ptr + OWN_AT), tl.load(row_ptr + MARKS_AT)
+    must, allowed_ptr = tl.load(row_ptr + MUST_AT), allowed_ptr + tl.load(row_ptr + MASK_AT) * E
+    budget, per_rank = tl.load(row_ptr + BUDGET_AT), tl.load(row_ptr + PER_RANK_AT)
+    threshold = tl.load(row_ptr + THRESHOLD_AT).to(tl.float32, bitcast=True)
+    top_p = tl.load(row_ptr + TOP_P_AT).to(tl.float32, bitcast=True)
+    renormalise = tl.load(row_ptr + RENORMALISE_AT).to(tl.float32, bitcast=True)
+    return (
+        slots, full, own, marks, must, allowed_ptr, budget, per_rank, threshold, top_p, renormalise
+    )  # fmt: skip
 
 
 @triton.jit
@@ -181,17 +206,20 @@ def shares_of(gates_K, is_kept, whole, SCORING: tl.constexpr):
 @triton.jit
 def weights_of(
     gates_K, is_kept, full, epsilon, renormalise, scaling,
-    SCORING: tl.constexpr, NORMALISE: tl.constexpr, WHOLE: tl.constexpr,
+    SCORING: tl.constexpr, NORMALISE: tl.constexpr, WHOLE: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """What each kept slot weighs; `full` is what shares are taken of where that is the top-k's."""
     whole = full
     if WHOLE != WHOLE_TOP_K:
         whole = whole_of(gates_K, is_kept, epsilon, SCORING, NORMALISE)
+    kept_whole = whole
     if WHOLE == BOTH:
         if SCORING == SOFTMAX_AFTER:  # both are logarithms
             whole = renormalise * whole + (1.0 - renormalise) * full
         elif NORMALISE:
             whole = tl.exp(renormalise * tl.log(whole) + (1.0 - renormalise) * tl.log(full))
+        if TABLE:  # of its rows some have no whole top-k
+            whole = tl.where(renormalise < 1.0, whole, kept_whole)
     return shares_of(gates_K, is_kept, whole, SCORING) * scaling
 
 

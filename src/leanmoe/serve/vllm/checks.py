@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.kernels.triton.router import MOST_TOKENS_OF_ALL
+from leanmoe.kernels.triton.route_call import MOST_TOKENS_OF_ALL
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
