@@ -1,0 +1,1 @@
+"""SGLang under plans on one GPU: tokens, padding and times."""
