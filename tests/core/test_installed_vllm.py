@@ -9,7 +9,14 @@ import pytest
 
 from leanmoe.core import installed_vllm
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.core.installed_vllm import VllmInstall, check_version, find_vllm, require_vllm
+from leanmoe.core.installed_vllm import (
+    OURS,
+    VllmInstall,
+    check_plugin,
+    check_version,
+    find_vllm,
+    require_vllm,
+)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, distribution: str | None, version: str = "") -> None:
@@ -68,9 +75,15 @@ def test_without_the_plugin_no_plan_is_claimed(monkeypatch: pytest.MonkeyPatch) 
     assert require_vllm(with_plans=False).version == "0.24.0"
     with pytest.raises(LeanMoeError, match="would run the full model and call it the plan"):
         require_vllm(with_plans=True)
-    plugin = SimpleNamespace(value="leanmoe.serve.vllm.plugin:activate")
-    monkeypatch.setattr(metadata, "entry_points", lambda **_: (plugin,))
+    both = [SimpleNamespace(name=name, value="leanmoe.serve.vllm.plugin:activate") for name in OURS]
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: both[:1])
+    with pytest.raises(LeanMoeError, match="not all among vLLM's"):
+        require_vllm(with_plans=True)
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: both)
     assert require_vllm(with_plans=True).version == "0.24.0"
+    check_plugin({"VLLM_PLUGINS": "other,leanmoe,leanmoe_control"})
+    with pytest.raises(LeanMoeError, match="VLLM_PLUGINS is 'leanmoe': it must name leanmoe and"):
+        check_plugin({"VLLM_PLUGINS": "leanmoe"})
 
 
 def test_a_vllm_too_old_for_plans_runs_without_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from leanmoe.serve.plugin_options import (
     check_parts,
     is_plain,
     notes,
+    plan_paths,
     without,
 )
 
@@ -106,7 +107,9 @@ def test_every_variable_of_the_plugin_is_read() -> None:
     assert options == PluginOptions("plan.json", ("prompt", "other"), True, True, True, LEANMOE)
     assert read(EXPERTS="vllm") == PluginOptions("plan.json", experts=VLLM)
     assert read(LEVEL="1%") == PluginOptions("plan.json", level="1%")
-    assert len(VARIABLES) == 9, "the two others are not the plugin's"
+    options = read(TIERS="1", SLO="tpot=30ms")
+    assert options == PluginOptions("plan.json", tiers=True, slo="tpot=30ms")
+    assert len(VARIABLES) == 11, "the two others are not the plugin's"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,7 @@ def test_every_variable_of_the_plugin_is_read() -> None:
         ("BATCH_SCOPE", "world", "LEANMOE_BATCH_SCOPE is 'world': it must be rank or all"),
         ("EXPERTS", "fast", "LEANMOE_EXPERTS is 'fast': it must be vllm or leanmoe"),
         ("STATISTICS", "yes", "LEANMOE_STATISTICS is 'yes': it must be 0 or 1"),
+        ("TIERS", "all", "LEANMOE_TIERS is 'all': it must be 0 or 1"),
     ],
 )
 def test_other_values_are_refused_by_name(name: str, value: str, message: str) -> None:
@@ -127,6 +131,8 @@ def test_what_an_engine_cannot_do_is_refused() -> None:
         read("SGLang", BATCH_SCOPE="all")
     with pytest.raises(LeanMoeError, match="leanmoe's kernels cannot run in SGLang"):
         read("SGLang", EXPERTS="leanmoe")
+    with pytest.raises(LeanMoeError, match="SGLang serves one level of one plan"):
+        read("SGLang", SLO="tpot=30ms")
 
 
 def test_of_several_levels_one_is_read(tmp_path: Path) -> None:
@@ -143,3 +149,16 @@ def test_a_plan_is_read_less_what_may_be_left_out(tmp_path: Path) -> None:
     with pytest.raises(LeanMoeError, match="LEANMOE_DROP=prompt runs the bands without them"):
         PluginOptions(str(path)).load_plan("vLLM")
     assert PluginOptions(str(path), ("prompt",)).load_plan("vLLM") == Plan.banded(MODEL)
+
+
+def test_several_plans_are_named_with_commas() -> None:
+    assert plan_paths("a.json, b.json") == [Path("a.json"), Path("b.json")]
+    with pytest.raises(LeanMoeError, match=r"a\.json is given twice"):
+        plan_paths("a.json,a.json")
+
+
+def test_tiers_are_asked_for_or_follow_from_what_needs_them() -> None:
+    assert not PluginOptions("a.json", level="fast").has_tiers
+    assert PluginOptions("a.json", tiers=True).has_tiers
+    assert PluginOptions("a.json", slo="tpot=30ms").has_tiers
+    assert PluginOptions("a.json,b.json").has_tiers

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 PLAN = "LEANMOE_PLAN"
 LEVEL = "LEANMOE_LEVEL"
 DROP = "LEANMOE_DROP"
+TIERS = "LEANMOE_TIERS"
+SLO = "LEANMOE_SLO"
 BATCH_SCOPE = "LEANMOE_BATCH_SCOPE"
 EXPERTS = "LEANMOE_EXPERTS"
 STATISTICS = "LEANMOE_STATISTICS"
@@ -35,7 +37,9 @@ VARIABLES = (
         PLAN,
         "the full model runs",
         "the path of a plan.json",
-        "The plan that vLLM and SGLang run. Their processes read it as they start.",
+        "The plan that vLLM and SGLang run. Their processes read it as they start. Of "
+        "several, with commas between, vLLM runs one at a time, the first at start. That "
+        "includes tiers.",
     ),
     Variable(
         LEVEL,
@@ -49,6 +53,20 @@ VARIABLES = (
         "prompt",
         "Names the parts of the plan that may be left out, separated by commas. Without it an "
         "engine refuses a plan that it cannot run whole.",
+    ),
+    Variable(
+        TIERS,
+        "0",
+        "0, 1",
+        "1 lets requests in vLLM name the level that they are served at. LEANMOE_LEVEL is then "
+        "that of requests that name none, which is the most careful one where it is not set.",
+    ),
+    Variable(
+        SLO,
+        "load changes no level",
+        "like tpot=30ms,ttft=500ms",
+        "Limits the time per output token, the time to the first token, or both. While a limit is "
+        "in danger vLLM then serves replies at a faster level of the plan. It includes tiers.",
     ),
     Variable(
         BATCH_SCOPE,

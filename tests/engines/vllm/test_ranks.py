@@ -196,6 +196,7 @@ def test_the_plan_reaches_the_workers_that_vllm_starts(tmp_path: Path) -> None:
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: leanmoe\nVersion: 0\n")
     (installed / "entry_points.txt").write_text(
         "[vllm.general_plugins]\nleanmoe = leanmoe.serve.vllm.plugin:activate\n"
+        "leanmoe_control = leanmoe.serve.vllm.plugin:control\n"
     )
     OWN.save(tmp_path / "plan.json")
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))

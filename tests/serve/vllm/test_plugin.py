@@ -11,7 +11,14 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Fingerprint, Plan
 from leanmoe.serve.plugin_options import PluginOptions
 from leanmoe.serve.vllm import plugin
+from leanmoe.serve.vllm.control_hooks import ControlHooks
 from leanmoe.serve.vllm.patch import VllmPlugin
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanmoe.core.installed_vllm.check_plugin", lambda: None)
+
 
 PLAN = Plan(Fingerprint("Model", 1, 1, 8, 2))
 
@@ -44,3 +51,20 @@ def test_the_plan_and_the_options_reach_the_plugin(
     plugin.activate()
     options = PluginOptions(str(tmp_path / "plan.json"), collect_stats=True)
     assert started == [(PLAN, options)]
+
+
+def test_both_start_with_the_options_and_the_plan_of_tiers_is_the_controls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(ControlHooks, "start", lambda _self, *given: started.append(given))
+    monkeypatch.delenv("LEANMOE_PLAN", raising=False)
+    plugin.control()
+    assert not started
+    monkeypatch.setenv("LEANMOE_PLAN", str(tmp_path / "plan.json"))
+    plugin.control()
+    assert started == [(PluginOptions(str(tmp_path / "plan.json")),)]
+    monkeypatch.setenv("LEANMOE_TIERS", "1")
+    plugin.activate()  # leaves a plan that is not there unread
+    with pytest.raises(LeanMoeError, match="do not tell levels apart yet"):
+        plugin.control()
