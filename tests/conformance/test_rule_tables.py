@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 
-from leanmoe.kernels.dispatch import Route, route_by_reference, route_on_gpu
+from leanmoe.kernels.cpu.router import route_cpu_unsupported
+from leanmoe.kernels.dispatch import Route, route_by_reference, route_on_cpu, route_on_gpu
 from leanmoe.kernels.rule_words import DeviceRules, TokenRules
 from leanmoe.kernels.triton.router import route_gpu_unsupported
 from leanmoe.plan import Rule
@@ -36,6 +37,7 @@ class TableImplementation:
 
 
 IMPLEMENTATIONS = {
+    "cpu": TableImplementation(route_on_cpu, route_cpu_unsupported, 150, True, "cpu"),
     "triton": TableImplementation(
         route_on_gpu, route_gpu_unsupported, 8 if IS_INTERPRETED else 100, False, DEVICE
     ),

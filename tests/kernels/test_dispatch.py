@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.kernels import (
     ExpertWeights,
     choose_experts,
@@ -18,9 +19,11 @@ from leanmoe.kernels import (
     experts_reference,
 )
 from leanmoe.kernels.dispatch import repeat_best, route_ids, write_skipped
+from leanmoe.kernels.rule_words import DeviceRules, TokenRules
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routing import ALONE, route
+from leanmoe.plan.placement import Placement
+from leanmoe.routing import ALONE, BatchScope, RuleTable, route, route_rows
 from tests.conformance.cases import Case, cases
 from tests.kernels.layers import in_float64, random_layer
 from tests.kernels.triton.test_experts import DEVICE, on_device
@@ -127,3 +130,31 @@ def test_the_kernel_is_chosen_and_says_how_it_is_tuned() -> None:
     assert "a guess" in choice.reason
     odd = ExpertWeights(weights.gate_up.double(), weights.down.double())
     assert choose_experts(odd, "cuda").name == "reference"
+
+
+@pytest.mark.parametrize("skipped_id", [None, -1])
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_table_of_rules_is_routed_by_who_can(name: str, skipped_id: int | None) -> None:
+    """Where a family scores in bfloat16 that is the reference, and it says why."""
+    logits = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    table = RuleTable.of(4, [(Rule(guaranteed=1), Rule(top_k=0)), (Rule(top_k=2), None)])
+    router = Router(normalise=True)
+    if name == "reference":
+        router, logits = Router("softmax_after_top_k", score_dtype="logits"), logits.bfloat16()
+    rows_T = torch.arange(6)
+    tokens = TokenRules(DeviceRules([table], router, 4, 32), rows_T)
+    choice = choose_router(logits, router, tokens)
+    assert choice.name == name
+    assert name == "cpu" or "bfloat16" in choice.reason
+    wanted = route_rows(logits, router, 4, table, rows_T)
+    ids, weights = route_ids(logits, router, 4, tokens, skipped_id=skipped_id)
+    assert ids.tolist() == write_skipped(wanted.ids_BTK, 32, None, skipped_id).tolist()
+    torch.testing.assert_close(weights, wanted.weights_BTK.float(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_table_is_for_its_number_of_ranks() -> None:
+    table = RuleTable.of(4, [(Rule(budget_per_rank=2), None)])
+    tokens = TokenRules(DeviceRules([table], Router(), 4, 8), torch.zeros(2, dtype=torch.int64))
+    scope = BatchScope(Placement.linear(8, 2))
+    with pytest.raises(LeanMoeError, match="for 1 ranks: the experts are on 2"):
+        choose_router(torch.randn(2, 8), Router(), tokens, scope)

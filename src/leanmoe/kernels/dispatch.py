@@ -159,8 +159,8 @@ def route_on_cpu(
     padding_BT: Tensor | None, scope: BatchScope,
 ) -> Routing:  # fmt: skip
     """`route_cpu` in the place of `leanmoe.routing.route`; all experts are on one rank."""
-    assert isinstance(rule, Rule), "tables are the reference's"
-    return route_cpu(logits_BTE, router, top_k, rule.on(scope.ranks), bias_E, padding_BT)
+    rule = _on_ranks(rule, scope.ranks)
+    return route_cpu(logits_BTE, router, top_k, rule, bias_E, padding_BT)
 
 
 def route_on_gpu(

@@ -66,7 +66,7 @@ class TableNeeds:
         return cls(
             rows=max(len(table.rows) for table in tables),
             slots=max(1, *(table.slots for table in tables)),
-            full=max(_full(rule.renormalise, router, top_k) for rule in rules),
+            full=max(full_slots(rule, router, top_k) for rule in rules),
             masks=len(_masks(tables)),
             has_threshold=any(rule.threshold is not None for rule in rules),
             has_top_p=any(rule.top_p is not None for rule in rules),
@@ -167,7 +167,7 @@ class DeviceRules:
             Word.OWN: row.own,
             Word.MARKS: row.marks,
             Word.MUST: row.must,
-            Word.FULL: _full(rule.renormalise, self._router, self._top_k),
+            Word.FULL: full_slots(rule, self._router, self._top_k),
             Word.MASK: masks.index(rule.experts),
             Word.BUDGET: limits.budget or NO_BUDGET,
             Word.PER_RANK: limits.budget_per_rank or NO_BUDGET,
@@ -178,8 +178,9 @@ class DeviceRules:
         return [fields[Word(place)] if place in fields else 0 for place in range(WORDS)]
 
 
-def _full(renormalise: float, router: Router, top_k: int) -> int:
-    return top_k if renormalise < 1 and router.normalises else 0
+def full_slots(rule: Rule, router: Router, top_k: int) -> int:
+    """Slots of the whole top-k where its sum divides a token's weights; else 0."""
+    return top_k if rule.renormalise < 1 and router.normalises else 0
 
 
 def _masks(tables: Sequence[RuleTable]) -> list[tuple[int, ...] | None]:

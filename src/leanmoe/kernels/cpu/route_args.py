@@ -16,19 +16,25 @@ from leanmoe.kernels.cpu.gemm import padded
 from leanmoe.kernels.cpu.llvm_microkernel import LANES, bytes_at, floats_at, ints_at, longs_at
 
 (
-    LOGITS, BIAS, ALLOWED, PADDING, IDS, WEIGHTS, OVER, NUMBERS, SCRATCH,
-    STEPS, TOKENS, EXPERTS, SLOTS, FULL, LISTED, SCORING, NORMALISE, GROUPS, GROUPS_USED, GROUP_MAX,
-    GUARANTEED, BUDGET, THREADS, TEAM, THREAD_NUMBER, ENTRY, TASK,
+    LOGITS, BIAS, PADDING, IDS, WEIGHTS, OVER, RULES, RULE_ROWS, SCRATCH,
+    STEPS, TOKENS, EXPERTS, SLOTS, LISTED, SCORING, NORMALISE, GROUPS, GROUPS_USED, GROUP_MAX,
+    ROWS, SHARES, BUDGET, THREADS, TEAM, THREAD_NUMBER, ENTRY, TASK,
     FIELDS,
 ) = range(28)  # fmt: skip
-"""BIAS, ALLOWED, PADDING and OVER are 0 where there is none; so are GUARANTEED and BUDGET. FULL is
-the model's own top-k where the weights depend on all of it, else 0; LISTED the larger of FULL
-and SLOTS."""
+"""BIAS, PADDING and OVER are 0 where there is none; so is BUDGET. RULES has ROWS rules, RULE_ROWS
+the number (int64) of each token's, 0 where all are under the first. SHARES is 1 where a token's
+experts depend on others. LISTED is the most slots that any rule looks at."""
+
+(
+    ROW_SLOTS, ROW_OWN, ROW_MARKS, ROW_MUST, ROW_FULL, ROW_ALLOWED, ROW_NUMBERS, ROW_FIELDS,
+) = range(8)  # fmt: skip
+"""What a rule says, see `leanmoe.routing.RowRule`. ROW_FULL is the model's own top-k where weights
+depend on all of it, else 0; ROW_ALLOWED is 0 where no expert is pruned."""
 
 SOFTMAX, SIGMOID, SOFTMAX_AFTER, SQRT_SOFTPLUS = range(4)
 """What SCORING may be."""
 THRESHOLD, TOP_P, EPSILON, SCALING, RENORMALISE, NUMBERS_HELD = range(6)
-"""Places in NUMBERS; a threshold or top_p below zero is none."""
+"""Places in ROW_NUMBERS; a threshold or top_p below zero is none."""
 
 
 def scratch_bytes(tokens, experts, listed, threads, is_batch_aware):
@@ -36,6 +42,16 @@ def scratch_bytes(tokens, experts, listed, threads, is_batch_aware):
     rows = tokens if is_batch_aware else threads
     lines = 2 * rows * padded(experts, LANES) * 4 + 2 * tokens * listed * 4
     return lines + 2 * tokens * 4 + 10 * padded(experts, LANES) + 256
+
+
+@register_jitable
+def rule_of(field, token):
+    """The rule that a token is under; a number that is no row's means row 0."""
+    row = 0
+    if field[RULE_ROWS] != 0:
+        row = carray(longs_at(field[RULE_ROWS]), field[STEPS] * field[TOKENS])[token]
+        row = row if 0 <= row < field[ROWS] else 0
+    return carray(longs_at(field[RULES] + row * ROW_FIELDS * 8), ROW_FIELDS)
 
 
 @register_jitable

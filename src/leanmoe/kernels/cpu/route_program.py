@@ -19,7 +19,7 @@ from leanmoe.kernels.cpu import llvm_microkernel
 from leanmoe.kernels.cpu import route_args as at
 from leanmoe.kernels.cpu.llvm_microkernel import bytes_at
 from leanmoe.kernels.cpu.numba_compile import COMPILE, compile_program, stamp_of
-from leanmoe.kernels.cpu.route_args import lists_at, scores_at
+from leanmoe.kernels.cpu.route_args import lists_at, rule_of, scores_at
 from leanmoe.kernels.cpu.route_token import (
     NEVER,
     insert,
@@ -42,8 +42,8 @@ VOTE_UNIT = 4294967296.0
 @njit(**COMPILE)
 def _own(field, part, parts):
     """Every token's own experts; written out where tokens do not share."""
-    experts, slots, tokens = field[at.EXPERTS], field[at.SLOTS], field[at.STEPS] * field[at.TOKENS]
-    shares = field[at.GUARANTEED] > 0 or field[at.BUDGET] > 0
+    experts, tokens = field[at.EXPERTS], field[at.STEPS] * field[at.TOKENS]
+    shares = field[at.SHARES] != 0
     rows = tokens if shares else field[at.THREADS]
     own, own_gates, counts, wholes, _votes, _active = lists_at(field, rows)
     listed = field[at.LISTED]
@@ -51,32 +51,34 @@ def _own(field, part, parts):
     ranks = np.empty(listed, np.float32)
     for token in range(tokens * part // parts, tokens * (part + 1) // parts):
         ids, picked = own[token * listed :], own_gates[token * listed :]
-        if field[at.PADDING] != 0 and padding[token] != 0:
+        rule = rule_of(field, token)
+        slots, full = rule[at.ROW_SLOTS], rule[at.ROW_FULL]
+        if slots == 0 or (field[at.PADDING] != 0 and padding[token] != 0):
             counts[token] = 0
             if not shares:
-                write(field, token, ids, picked, 0, np.float32(1.0), True)
+                write(field, rule, token, ids, picked, 0, np.float32(1.0), True)
             continue
         gates, ranking = scores_at(field, token if shares else part)
-        is_number = score(field, token, gates, ranking)
+        is_number = score(field, rule, token, gates, ranking)
         if field[at.GROUPS] > 1:
             limit_groups(field, ranking)
-        count = 0
+        count, most = 0, max(slots, full)
         for e in range(experts):
             if ranking[e] > NEVER:
-                count = insert(ids, ranks, count, listed, e, ranking[e])
+                count = insert(ids, ranks, count, most, e, ranking[e])
         for k in range(count):
             picked[k] = gates[ids[k]]
-        if field[at.FULL] > 0:
-            wholes[token] = whole_of(field, picked, min(count, field[at.FULL]))
-        kept = keep(field, ids, picked, min(count, slots))
+        if full > 0:
+            wholes[token] = whole_of(field, rule, picked, min(count, full))
+        kept = keep(field, rule, ids, picked, min(count, slots))
         counts[token] = kept if is_number else -1
         if not shares:
-            write(field, token, ids, picked, kept, wholes[token], is_number)
+            write(field, rule, token, ids, picked, kept, wholes[token], is_number)
 
 
 @njit(**COMPILE)
 def _activates(field, step):
-    """Adds up a step's guaranteed experts and votes: active is 1 for guaranteed, 2 for a best."""
+    """Adds up a step's marks and votes: active is 1 for a marked expert, 2 for one that must be."""
     listed, tokens = field[at.LISTED], field[at.TOKENS]
     own, own_gates, counts, _wholes, votes, active = lists_at(field, field[at.STEPS] * tokens)
     shares = np.empty(listed, np.float32)
@@ -87,11 +89,15 @@ def _activates(field, step):
         kept = counts[token]
         if kept <= 0:
             continue
-        for k in range(min(kept, field[at.GUARANTEED])):
+        rule = rule_of(field, token)
+        for k in range(min(kept, rule[at.ROW_MARKS])):
             active[ids[k]] |= 1
-        active[ids[0]] |= 2
-        if field[at.BUDGET] > 0:
-            share(field, gates, kept, whole_of(field, gates, kept), shares)
+        if field[at.BUDGET] == 0 or rule[at.ROW_MARKS] == 0:
+            continue
+        for k in range(min(kept, rule[at.ROW_MUST])):
+            active[ids[k]] |= 2
+        if rule[at.ROW_MUST] < rule[at.ROW_SLOTS]:  # else no vote decides anything
+            share(field, gates, kept, whole_of(field, rule, gates, kept), shares)
             for k in range(kept):
                 votes[ids[k]] += np.int64(np.float32(shares[k]) * VOTE_UNIT) + 1
 
@@ -103,7 +109,7 @@ def _afford(field, step):
     votes, active = lists_at(field, field[at.STEPS] * field[at.TOKENS])[4:]
     spent = 0
     for e in range(experts):
-        if field[at.GUARANTEED] > 0 and active[e] == 0:
+        if active[e] == 0:
             votes[e] = 0
         spent += active[e] >= 2
         active[e] = 1 if active[e] >= 2 else 0
@@ -130,13 +136,14 @@ def _fill(field, step):
     picked = np.empty(slots, np.float32)
     for token in range(step * tokens, (step + 1) * tokens):
         kept = counts[token]
+        rule = rule_of(field, token)
         if kept < 0:
-            write(field, token, ids, picked, 0, wholes[token], False)
+            write(field, rule, token, ids, picked, 0, wholes[token], False)
             continue
         count = 0
         for k in range(kept):
             expert = own[token * listed + k]
-            if active[expert] != 0:
+            if active[expert] != 0 or k < rule[at.ROW_OWN]:
                 ids[count] = expert
                 picked[count] = own_gates[token * listed + k]
                 count += 1
@@ -153,7 +160,7 @@ def _fill(field, step):
             for k in range(count, count + more):
                 picked[k] = gates[ids[k]]
             count += more
-        write(field, token, ids, picked, count, wholes[token], True)
+        write(field, rule, token, ids, picked, count, wholes[token], True)
 
 
 @njit(**COMPILE)
@@ -166,7 +173,7 @@ def _whole_call(field):
         _own(field, 0, 1)
     else:
         llvm_microkernel.call_team(field[at.TEAM], field[at.ENTRY], field.ctypes.data, threads)
-    if field[at.GUARANTEED] == 0 and field[at.BUDGET] == 0:
+    if field[at.SHARES] == 0:
         return 0
     for step in range(field[at.STEPS]):
         _activates(field, step)

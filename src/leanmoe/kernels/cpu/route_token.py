@@ -24,14 +24,14 @@ TINY = np.float32(np.finfo(np.float32).tiny)
 
 
 @njit(**COMPILE)
-def _softmax(field, gates):
+def _softmax(field, rule, gates):
     """The softmax of logits in their place; it knows nothing of the experts that are pruned.
 
     These are left out by passes of their own: asked for in each loop, they cost every model 7%.
     """
     experts = field[at.EXPERTS]
-    allowed = carray(bytes_at(field[at.ALLOWED]), experts)
-    if field[at.ALLOWED] != 0:
+    allowed = carray(bytes_at(rule[at.ROW_ALLOWED]), experts)
+    if rule[at.ROW_ALLOWED] != 0:
         for e in range(experts):
             gates[e] = gates[e] if allowed[e] != 0 else NEVER
     best = NEVER
@@ -42,7 +42,7 @@ def _softmax(field, gates):
     for e in range(experts, gates.size):
         gates[e] = 0.0
     llvm_microkernel.exponential(gates.ctypes.data, gates.size // LANES)
-    if field[at.ALLOWED] != 0:
+    if rule[at.ROW_ALLOWED] != 0:
         for e in range(experts):
             gates[e] = gates[e] if allowed[e] != 0 else 0.0
     total = np.float32(0.0)
@@ -53,7 +53,7 @@ def _softmax(field, gates):
 
 
 @njit(**COMPILE)
-def score(field, token, gates, ranking):
+def score(field, rule, token, gates, ranking):
     """Fills in a token's gates and ranking; whether they are numbers."""
     experts, width = field[at.EXPERTS], padded(field[at.EXPERTS], LANES)
     logits = carray(floats_at(field[at.LOGITS] + token * experts * 4), experts)
@@ -78,7 +78,7 @@ def score(field, token, gates, ranking):
     else:
         for e in range(experts):
             gates[e] = logits[e]
-        _softmax(field, gates)
+        _softmax(field, rule, gates)
     not_numbers = 0
     for e in range(experts):
         not_numbers += not np.abs(gates[e]) < INFINITE
@@ -87,8 +87,8 @@ def score(field, token, gates, ranking):
         bias = carray(floats_at(field[at.BIAS]), experts)
         for e in range(experts):
             ranking[e] += bias[e]
-    if field[at.ALLOWED] != 0:
-        allowed = carray(bytes_at(field[at.ALLOWED]), experts)
+    if rule[at.ROW_ALLOWED] != 0:
+        allowed = carray(bytes_at(rule[at.ROW_ALLOWED]), experts)
         for e in range(experts):
             if allowed[e] == 0:
                 ranking[e] = NEVER
@@ -140,9 +140,9 @@ def insert(ids, ranks, count, most, expert, rank):
 
 
 @njit(**COMPILE)
-def keep(field, ids, gates, count):
+def keep(field, rule, ids, gates, count):
     """Drops what threshold and top_p drop, in place; how many are left."""
-    numbers = carray(floats_at(field[at.NUMBERS]), at.NUMBERS_HELD)
+    numbers = carray(floats_at(rule[at.ROW_NUMBERS]), at.NUMBERS_HELD)
     threshold, top_p = numbers[at.THRESHOLD], numbers[at.TOP_P]
     if count == 0 or (threshold < 0 and top_p < 0):
         return count
@@ -168,7 +168,7 @@ def keep(field, ids, gates, count):
 
 
 @njit(**COMPILE)
-def whole_of(field, gates, count):
+def whole_of(field, rule, gates, count):
     """What the shares of these slots are taken of: their sum, or that of their exponentials."""
     if field[at.SCORING] == at.SOFTMAX_AFTER:
         best, total = NEVER, np.float32(0.0)
@@ -182,14 +182,14 @@ def whole_of(field, gates, count):
     total = np.float32(0.0)
     for k in range(count):
         total += gates[k]
-    total += carray(floats_at(field[at.NUMBERS]), at.NUMBERS_HELD)[at.EPSILON]
+    total += carray(floats_at(rule[at.ROW_NUMBERS]), at.NUMBERS_HELD)[at.EPSILON]
     return TINY if total < TINY else total
 
 
 @njit(**COMPILE)
-def between(field, kept, full):
+def between(field, rule, kept, full):
     """What the shares are taken of where both the kept slots and the whole top-k count."""
-    a = carray(floats_at(field[at.NUMBERS]), at.NUMBERS_HELD)[at.RENORMALISE]
+    a = carray(floats_at(rule[at.ROW_NUMBERS]), at.NUMBERS_HELD)[at.RENORMALISE]
     one = np.float32(1.0)
     if field[at.SCORING] == at.SOFTMAX_AFTER:  # both are logarithms
         return a * kept + (one - a) * full
@@ -208,16 +208,16 @@ def share(field, gates, kept, whole, shares):
 
 
 @njit(**COMPILE)
-def write(field, token, ids, gates, kept, whole, is_number):
+def write(field, rule, token, ids, gates, kept, whole, is_number):
     """The token's ids and weights; slots beyond `kept` are skipped ones."""
     slots, experts = field[at.SLOTS], field[at.EXPERTS]
-    numbers = carray(floats_at(field[at.NUMBERS]), at.NUMBERS_HELD)
+    numbers = carray(floats_at(rule[at.ROW_NUMBERS]), at.NUMBERS_HELD)
     out_ids = carray(longs_at(field[at.IDS] + token * slots * 8), slots)
     weights = carray(floats_at(field[at.WEIGHTS] + token * slots * 4), slots)
-    if field[at.FULL] == 0:
-        whole = whole_of(field, gates, kept)
+    if rule[at.ROW_FULL] == 0:
+        whole = whole_of(field, rule, gates, kept)
     elif numbers[at.RENORMALISE] > 0:
-        whole = between(field, whole_of(field, gates, kept), whole)
+        whole = between(field, rule, whole_of(field, rule, gates, kept), whole)
     share(field, gates, kept, whole, weights)
     for k in range(kept):
         out_ids[k] = ids[k]
@@ -226,6 +226,6 @@ def write(field, token, ids, gates, kept, whole, is_number):
         out_ids[k] = experts
         weights[k] = 0.0
     if not is_number:  # NaN in, NaN out: whoever looks at the result must see it
-        for k in range(slots):
+        for k in range(rule[at.ROW_SLOTS]):
             out_ids[k] = k % experts
             weights[k] = np.float32(np.nan)
