@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from leanmoe.profile.saved import Profile
 from leanmoe.results.tune import KindOfText, TextPart
 from leanmoe.runtime import (
     IMPLEMENTATION,
+    Applied,
     apply,
     batching_reason,
     find_layers,
@@ -138,10 +140,7 @@ class TuneContext:
         self, kind: str, plan: Plan, decode_batch: int, draw: int, what: str
     ) -> Divergence:
         """What changes under `plan` on the held-out text of a kind, in batches drawn anew."""
-        if kind not in self._references:
-            windows = self.text.proved[kind]
-            self._references[kind] = reference(self.model, windows, BATCH_TOKENS)
-        against = self._references[kind]
+        against = self.reference(kind, self.text.proved[kind])
         with apply(
             self.model,
             plan,
@@ -150,6 +149,17 @@ class TuneContext:
             prompt_tokens=against.windows.prompt_in_call,
         ):
             return divergence(self.model, against, what, decode_batch, BATCH_TOKENS, draw)
+
+    def reference(self, name: str, windows: Windows) -> Reference:
+        """What the full model predicts on the text of that name, by the experts plans run with."""
+        if name not in self._references:
+            with self.full():
+                self._references[name] = reference(self.model, windows, BATCH_TOKENS)
+        return self._references[name]
+
+    def full(self) -> AbstractContextManager[Applied]:
+        """The full model, computed by the same kernels as any plan."""
+        return apply(self.model, Plan(self.fingerprint), experts=IMPLEMENTATION)
 
     def losses(self, windows: Windows, plan: Plan, decode_batch: int | None, what: str) -> Losses:
         """Next-token loss per document under `plan`, `decode_batch` requests decoding at once."""

@@ -32,7 +32,7 @@ from leanmoe.results.tune import Candidate, Phase, Sensitivity
 from leanmoe.routing import count_distinct, count_slots
 from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, resume_from
 from leanmoe.runtime.model import keep_hidden
-from leanmoe.scoring.divergence import Reference, final_hidden, reference
+from leanmoe.scoring.divergence import Reference, final_hidden
 from leanmoe.stats.losses import Divergence
 from leanmoe.tune.context import BATCH_TOKENS, LAYER_TIMES, SENSITIVITY, TuneContext
 from leanmoe.tune.renormalise import chosen
@@ -129,7 +129,7 @@ def _measured(
     context: TuneContext, group: Sequence[Candidate], what: str
 ) -> tuple[Sensitivity, ...]:
     """Candidates of one phase and one decode batch share their batches of windows."""
-    against = reference(context.model, context.text.searched, BATCH_TOKENS)
+    against = context.reference(SENSITIVITY.name, context.text.searched)
     with bar(what, len(group) * context.text.searched.tokens, "tokens") as advance:
         return _measure(context, against, group, advance)
 
@@ -143,7 +143,7 @@ def _measure(
     sums: dict[Candidate, list[Divergence]] = {candidate: [] for candidate in group}
     counted: dict[Candidate, list[tuple[int, int, float, int]]] = {c: [] for c in group}
     for batch in against.windows.batches(BATCH_TOKENS, decode_batch):
-        with keep_hidden(model, [layer.decoder_index for layer in layers]) as kept:
+        with context.full(), keep_hidden(model, [each.decoder_index for each in layers]) as kept:
             final_hidden(model, batch)
         hidden = dict(kept)
         for candidate in group:
