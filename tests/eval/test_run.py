@@ -129,7 +129,8 @@ def test_every_task_is_paired_and_pooled(run: Path) -> None:
     for row in rows.values():
         assert row["difference"] == pytest.approx(row["accuracy"] - row["full"])
         assert row["low"] <= row["lower_bound"] <= row["difference"] <= row["high"]
-        assert row["verdict"]["accepted"] == (row["lower_bound"] >= -0.05)
+        assert row["verdict"]["sharing"] > 1, "verdicts of a run share the error"
+        assert row["lower_bound"] >= -0.05 or not row["verdict"]["accepted"]
     assert rows["guaranteed=2", "things"]["mixes"] == 2
     assert rows["top_k=4,renormalise=0", "things"]["mixes"] == 1
 

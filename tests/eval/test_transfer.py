@@ -18,6 +18,8 @@ from leanmoe.tune.settings import TuneSettings
 from tests.eval.test_run import leanmoe
 from tests.report import example
 
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
+DEMO = "2026-11-23-intel-r-xeon-r-processor-demo"
 FINGERPRINT = read_shape("reference").fingerprint()
 
 
@@ -59,8 +61,22 @@ def test_a_plan_is_put_to_its_own_test_on_each_text(
     assert all(each.divergence > 0.01 and each.flips > 0 for each in of_two.values())
     assert all(each.loss.sources == 24 for each in of_two.values())
     assert moved.rows[0].kinds[0].batch_draws == 1, "alone in its step, a request meets nobody"
-    assert "A finished plan on other text, margin 0.5%" in capsys.readouterr().out
-    assert "A finished plan on other text" in (out / "report.html").read_text()
+    assert moved.sharing == 4
+    shown = capsys.readouterr().out
+    assert "A finished plan on other text, margin 0.5%" in shown
+    page = (out / "report.html").read_text()
+    assert "A finished plan on other text" in page
+    assert "The 4 verdicts are corrected (Holm): all hold together with 95%." in page
+
+
+def test_a_run_of_0_1_0_is_read_by_its_names_of_then(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes((COMMITTED / f"{DEMO}-plan.json").read_bytes())
+    (tmp_path / "results.json").write_bytes((COMMITTED / f"{DEMO}.json").read_bytes())
+    read = read_run(tmp_path, FINGERPRINT)
+    assert read.settings.concurrency == (1, 8, 32)
+    assert (read.settings.input_len, read.settings.output_len) == (256, 8)
+    assert str(read.settings.margin) == "0.5%"
+    assert not read.plan.plan.is_empty
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -76,11 +77,22 @@ def test_intervals_hold_as_often_as_they_say() -> None:
 
 
 def test_nothing_changed_is_not_proven_to_be_nothing() -> None:
-    found = difference(*answers(0, 0, 60, 40))
+    at = partial(difference, *answers(0, 0, 60, 40))
+    found = at(0.95)
     assert (found.difference, found.mcnemar) == (0.0, 1.0)
     assert -0.04 < found.low < 0 < found.high < 0.04
-    assert non_inferior_accuracy(found, 0.04).accepted
-    assert not non_inferior_accuracy(found, 0.01).accepted
+    assert non_inferior_accuracy(at, 0.04).accepted
+    assert not non_inferior_accuracy(at, 0.01).accepted
+
+
+def test_a_verdict_that_shares_the_error_needs_more_and_says_so() -> None:
+    at = partial(difference, *answers(0, 0, 60, 40))
+    margin = -at(0.95).lower_bound + 1e-6
+    assert non_inferior_accuracy(at, margin).accepted
+    shared = non_inferior_accuracy(at, margin, sharing=6)
+    assert not shared.accepted
+    assert f"{100 * at(1 - 0.05 / 6).lower_bound:+.2f} where 6 verdicts share" in shared.reason
+    assert f"at least {100 * at(0.95).lower_bound:+.2f} with 95%" in shared.reason
 
 
 def test_counts_and_accuracies() -> None:

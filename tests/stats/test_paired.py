@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.intervals import Margin
 from leanmoe.stats import paired
 from leanmoe.stats.losses import Losses
-from leanmoe.stats.paired import fixed_sequence
+from leanmoe.stats.paired import fixed_sequence, holm
 
 Floats = NDArray[np.float64]
 TRIALS = 600
@@ -309,3 +312,52 @@ def test_errs_as_often_as_one_test_while_picking_the_best_does_not() -> None:
         best_of += bool(passes.any())
     assert in_order < 0.065 * 2000
     assert best_of > 0.35 * 2000
+
+
+@dataclass(frozen=True)
+class ByItsP:
+    """A verdict that accepts where its p is within its part of 5%."""
+
+    p: float
+    sharing: int
+
+    @property
+    def accepted(self) -> bool:
+        return self.p <= 0.05 / self.sharing
+
+
+def holms(ps: Sequence[float]) -> list[bool]:
+    return [each.accepted for each in holm([partial(ByItsP, p) for p in ps])]
+
+
+def test_holm_is_that_of_the_paper() -> None:
+    """The smallest p at a third of the error, the next at half: Holm 1979, section 3."""
+    assert holms([0.02, 0.01, 0.04]) == [True, True, True]
+    assert holms([0.026, 0.01, 0.04]) == [False, True, False]
+    assert holms([0.02, 0.02, 0.02]) == [False, False, False]
+    assert holms([0.04]) == [True]
+    assert holms([]) == []
+
+
+def test_holm_accepts_any_wrongly_as_rarely_as_one_test() -> None:
+    draw = np.random.default_rng(4)
+    alone = together = 0
+    for _ in range(TRIALS):
+        bad = draw.random(8)  # eight plans at the margin, and two that are surely good
+        alone += bool((bad <= 0.05).any())
+        together += any(holms([0.0, *bad, 0.0])[1:-1])
+    assert alone / TRIALS > 0.25
+    assert together / TRIALS <= 0.07
+
+
+def test_a_bound_that_shares_the_error_is_that_of_a_smaller_one() -> None:
+    full, plan = some_losses(100, TRUE_LOSS)
+    alone = paired.non_inferior(full, plan, Margin(0.0062))
+    bound = paired.loss_increase(full, plan, confidence=1 - 0.05 / 4).upper_bound
+    margin = Margin((alone.loss.upper_bound + bound) / 2)
+    assert paired.non_inferior(full, plan, margin).accepted
+    shared = paired.non_inferior(full, plan, margin, sharing=4)
+    assert not shared.accepted
+    assert shared.loss.judged == pytest.approx(bound)
+    assert shared.loss.upper_bound == alone.loss.upper_bound
+    assert f"{bound:+.2%} where 4 verdicts share the error" in shared.reason

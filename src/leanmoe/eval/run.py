@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ from leanmoe.stats.outcomes import (
     mean_of_tasks,
     non_inferior_accuracy,
 )
+from leanmoe.stats.paired import holm
 
 RESULTS = "results.json"
 POOLED, MEAN = "all questions", "mean of tasks"
+Change = Callable[[float], AccuracyChange]
+"""A change in accuracy, given the confidence of its interval and bound."""
 
 
 def evaluate(
@@ -100,49 +104,55 @@ def evaluate(
 def compared(
     answers: Mapping[str, Mapping[str, Sequence[Answers]]], settings: EvalSettings
 ) -> tuple[TaskRow, ...]:
-    """Each plan on each task, on all questions pooled, and on the mean of tasks, with verdicts."""
+    """Each plan on each task, on all questions pooled, and on the mean of tasks, with verdicts.
+
+    All verdicts of the run share the error.
+    """
     full = answers[FULL]
-    rows: list[TaskRow] = []
+    changes: dict[tuple[str, str], Change] = {}
+    losses: dict[tuple[str, str], LossChange | None] = {}
     for name, by_task in answers.items():
         if name == FULL:
             continue
-        differences: list[AccuracyChange] = []
+        alone: list[Change] = []
         for task, batch_draws in by_task.items():
             draws_ZU = np.stack([each.right_U for each in batch_draws])
-            each = difference(full[task][0].right_U, draws_ZU, settings.confidence)
-            differences.append(each)
-            loss = loss_changes(full[task][0], batch_draws, settings)
-            rows.append(_row(name, task, each, settings, loss))
-        if len(differences) > 1:
-            rows.append(_row(name, POOLED, _pooled(full, by_task, settings), settings))
-            rows.append(_row(name, MEAN, mean_of_tasks(differences), settings))
+            alone.append(partial(difference, full[task][0].right_U, draws_ZU))
+            changes[name, task] = alone[-1]
+            losses[name, task] = loss_changes(full[task][0], batch_draws, settings)
+        if len(alone) > 1:
+            changes[name, POOLED] = _pooled(full, by_task)
+            changes[name, MEAN] = partial(_mean, alone)
+    verdicts = holm(
+        [
+            partial(non_inferior_accuracy, change, settings.margin, settings.confidence)
+            for change in changes.values()
+        ]
+    )
+    rows = []
+    for (name, task), verdict in zip(changes, verdicts, strict=True):
+        change = changes[name, task](settings.confidence)
+        values = {**vars(change), "plan": name, "accuracy": change.plan}
+        loss = losses.get((name, task))
+        rows.append(TaskRow(**values, task=task, verdict=verdict, loss=loss))
     return tuple(rows)
+
+
+def _mean(alone: Sequence[Change], confidence: float) -> AccuracyChange:
+    return mean_of_tasks([change(confidence) for change in alone])
 
 
 def _pooled(
     full: Mapping[str, Sequence[Answers]],
     by_task: Mapping[str, Sequence[Answers]],
-    settings: EvalSettings,
-) -> AccuracyChange:
+) -> Change:
     """The difference over the questions of all tasks, in as many draws as every task has."""
     right_U = np.concatenate([full[task][0].right_U for task in by_task])
     draws = range(min(map(len, by_task.values())))
     draws_ZU = np.stack(
         [np.concatenate([each[draw].right_U for each in by_task.values()]) for draw in draws]
     )
-    return difference(right_U, draws_ZU, settings.confidence)
-
-
-def _row(
-    plan: str,
-    task: str,
-    change: AccuracyChange,
-    settings: EvalSettings,
-    loss: LossChange | None = None,
-) -> TaskRow:
-    verdict = non_inferior_accuracy(change, settings.margin, settings.confidence)
-    values = {**vars(change), "plan": plan, "accuracy": change.plan}
-    return TaskRow(**values, task=task, verdict=verdict, loss=loss)
+    return partial(difference, right_U, draws_ZU)
 
 
 def _load(settings: EvalSettings) -> tuple[Any, Any]:

@@ -1,4 +1,8 @@
-"""A finished plan on text that it was not made for, put to the test that accepted it."""
+"""A finished plan on text that it was not made for, put to the test that accepted it.
+
+A claim holds for each kind of text by itself. Many kinds are many chances of a wrong one, so the
+verdicts of all loads and kinds share the error: `holm`.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,15 @@ from leanmoe.runtime import IMPLEMENTATION, apply, partial_attention_reason
 from leanmoe.scoring.divergence import Reference, divergence, reference
 from leanmoe.scoring.windows import Windows
 from leanmoe.stats.losses import Divergence
+from leanmoe.stats.paired import holm
 from leanmoe.tune.context import BATCH_TOKENS, full_windows, require_enough
 from leanmoe.tune.prove import kind_loss
 from leanmoe.tune.settings import TuneSettings
+
+OLD_NAMES = {"loads": "concurrency", "input_tokens": "input_len", "output_tokens": "output_len"}
+"""What files of 0.1.0 call settings of today."""
+GONE = ("strategy",)
+"""Settings of 0.1.0 that only the search was by."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,13 @@ def read_run(folder: Path, model: Fingerprint) -> FinishedRun:
     Raises LeanMoeError where there is none, for an empty plan, and for a plan of another model.
     """
     results = TuneResults.load(folder / "results.json")
-    settings = from_json(TuneSettings, results.settings, f"settings of {folder}")
+    stored = {
+        OLD_NAMES.get(name, name): value
+        for name, value in results.settings.items()
+        if name not in GONE
+    }
+    stored |= {"margin": to_json(results.margin), "text": stored["text"] or []}
+    settings = from_json(TuneSettings, stored, f"settings of {folder}")
     (plan,) = read_plans([folder / "plan.json"], [], model)
     if plan.plan.is_empty:
         raise LeanMoeError(f"the plan of {folder} is empty: there is nothing to prove")
@@ -72,7 +88,10 @@ def transfer_windows(
 def transfer(
     model: Any, run: FinishedRun, windows: Mapping[str, Windows], folder: RunFolder
 ) -> Transfer:
-    """The plan's loss on every domain at each load of its run, with the run's margin."""
+    """The plan's loss on every domain at each load of its run, with the run's margin.
+
+    The verdicts share the error.
+    """
     references: dict[str, Reference] = {}
 
     def drawn(name: str, load: int) -> list[Any]:
@@ -81,17 +100,18 @@ def transfer(
         draws = range(run.settings.batch_draws if load > 1 and run.plan.is_batch_aware(load) else 1)
         return [to_json(_once(model, run, references[name], load, draw)) for draw in draws]
 
-    rows = []
-    for load in run.settings.concurrency:
-        kinds = []
+    loads = run.settings.concurrency
+    verdicts = []
+    for load in loads:
         for name in windows:
             stored = folder.step(
                 f"transfer-{name}-{load}-{run.plan.digest}", partial(drawn, name, load)
             )
             draws = [Divergence.from_json(each) for each in stored]
-            kinds.append(kind_loss(run.settings, name, draws))
-        rows.append(TransferRow(load, tuple(kinds)))
-    return Transfer(run.plan.plan, run.settings.margin, tuple(rows))
+            verdicts.append(partial(kind_loss, run.settings, name, draws))
+    found = iter(holm(verdicts))
+    rows = tuple(TransferRow(load, tuple(next(found) for _ in windows)) for load in loads)
+    return Transfer(run.plan.plan, run.settings.margin, run.settings.confidence, rows)
 
 
 def _once(model: Any, run: FinishedRun, against: Reference, load: int, draw: int) -> Divergence:

@@ -104,7 +104,8 @@ def _accuracy(results: EvalResults, confidence: str) -> Sheet:
     within = f"within {100 * results.margin:g}"
     return Sheet(
         f"Tasks: accuracy in percent, plan less full model in points [{confidence}]",
-        f"Paired by question; {_decoding(results.concurrency)}.",
+        f"Paired by question; {_decoding(results.concurrency)}. Intervals are {confidence} each. "
+        f"{_sharing(max(row.verdict.sharing for row in results.tasks), confidence)}",
         ("plan", "task", "questions", "full", "plan's", "difference", within),
         tuple(rows),
     )
@@ -204,10 +205,20 @@ def _domains(matrix: DomainMatrix, confidence: str) -> Sheet:
     )
 
 
+def _sharing(verdicts: int, confidence: str) -> str:
+    """How verdicts are corrected for their number."""
+    if verdicts == 1:
+        return f"Each verdict holds with {confidence} by itself: none is corrected for others."
+    return f"The {verdicts} verdicts are corrected (Holm): all hold together with {confidence}."
+
+
 def _transfer(moved: Transfer) -> Sheet:
+    confidence = f"{100 * moved.confidence:g}%"
     return Sheet(
         f"A finished plan on other text, margin {moved.margin}",
-        "By the test of the run that made it, at its loads. Perplexity is the bound's.",
+        "By the test of the run that made it, at its loads; a claim holds for its kind alone. "
+        f"{_sharing(moved.sharing, confidence)} Bounds are {confidence} each. Perplexity is the "
+        "bound's.",
         (
             "load and text",
             "verdict",

@@ -27,6 +27,8 @@ class TaskVerdict:
     accepted: bool
     margin: float
     reason: str
+    sharing: int = 1
+    """Verdicts that shared the error when it was made (Holm); 1 in files of before 0.2."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,13 @@ class Transfer:
 
     plan: Plan
     margin: Margin
+    confidence: float
     rows: tuple[TransferRow, ...]
+
+    @property
+    def sharing(self) -> int:
+        """The verdicts, which share the error (Holm)."""
+        return sum(len(row.kinds) for row in self.rows)
 
 
 @dataclass(frozen=True)

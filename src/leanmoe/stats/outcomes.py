@@ -108,19 +108,30 @@ def mean_of_tasks(found: Sequence[AccuracyChange]) -> AccuracyChange:
 
 
 def non_inferior_accuracy(
-    found: AccuracyChange, margin: float, confidence: float = CONFIDENCE
+    at: Callable[[float], AccuracyChange],
+    margin: float,
+    confidence: float = CONFIDENCE,
+    sharing: int = 1,
 ) -> TaskVerdict:
-    """Accepts only if, with `confidence`, accuracy is at most `margin` below the full model's."""
+    """Accepts only if, with `confidence`, accuracy is at most `margin` below the full model's.
+
+    `at` gives the change with a confidence; `sharing` verdicts share the error (`holm`).
+    """
+    found = at(confidence)
     shown = (
         f"accuracy {100 * found.difference:+.2f} points, at least "
         f"{100 * found.lower_bound:+.2f} with {100 * confidence:g}%"
     )
-    if found.lower_bound >= -margin:
-        return TaskVerdict(True, margin, f"{shown}: within {100 * margin:g} points")
+    bound = found.lower_bound
+    if sharing > 1:
+        bound = at(1 - (1 - confidence) / sharing).lower_bound
+        shown += f", {100 * bound:+.2f} where {sharing} verdicts share the error"
+    if bound >= -margin:
+        return TaskVerdict(True, margin, f"{shown}: within {100 * margin:g} points", sharing)
     reason = f"{shown}: not shown to be within {100 * margin:g} points"
     if found.difference > -margin:
         reason += f"; {found.items:,} questions like these show {100 * found.smallest_seen:.2f}"
-    return TaskVerdict(False, margin, reason)
+    return TaskVerdict(False, margin, reason, sharing)
 
 
 def mcnemar(lost: int, gained: int) -> float:

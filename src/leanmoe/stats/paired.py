@@ -20,7 +20,7 @@ draws counts, and the reach of a t interval over the draws is added to either bo
 What no sample can show is harm that it does not hold: `rarest_harm_seen`.
 
 Many plans are tested on the same text without letting the choice of the best bias the verdict:
-`fixed_sequence`.
+`fixed_sequence`; where there is no order, verdicts share the error: `holm`.
 
 Letters: U units (documents, then sources), Z random draws (batches, bootstrap replicates).
 """
@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from scipy import stats
@@ -50,6 +50,14 @@ MINIMUM_DOCUMENTS = 20
 Candidate = TypeVar("Candidate")
 
 
+class _Accepting(Protocol):
+    @property
+    def accepted(self) -> bool: ...
+
+
+Judged = TypeVar("Judged", bound=_Accepting)
+
+
 @dataclass(frozen=True)
 class Estimate(LossChange):
     """A ratio of sums over sources, and what a bound on it is judged by."""
@@ -57,6 +65,8 @@ class Estimate(LossChange):
     spread: float = 0.0
     """Standard error times √sources: what one more source adds is judged by it."""
     confidence: float = CONFIDENCE
+    judged: float = math.inf
+    """`upper_bound` with this verdict's part of the error; the same where it has all of it."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields of `LossChange`, which results files hold."""
@@ -80,18 +90,20 @@ def loss_increase(
     confidence: float = CONFIDENCE,
     seed: int = 0,
     in_nats: bool = False,
+    sharing: int = 1,
 ) -> Estimate:
     """Relative increase in next-token loss from `full` to `plan`, or the increase in nats a token.
 
-    `plan` may be several: the same plan's losses, each with batches drawn anew. Raises LeanMoeError
-    when not all are of the same tokens, or sources are too few.
+    `plan` may be several: the same plan's losses, each with batches drawn anew. For `sharing` see
+    `ratio_of_sums`. Raises LeanMoeError when not all are of the same tokens, or sources are too
+    few.
     """
     draws = [plan] if isinstance(plan, Losses) else plan
     for each in draws:
         require_paired(full, each)
     change_ZU = np.stack([each.loss_U - full.loss_U for each in draws])
     base_U = full.tokens_U.astype(np.float64) if in_nats else full.loss_U
-    return ratio_of_sums(change_ZU, base_U, confidence, seed, full.units())
+    return ratio_of_sums(change_ZU, base_U, confidence, seed, full.units(), sharing)
 
 
 def loss_difference(
@@ -113,19 +125,23 @@ def non_inferior(
     margin: Margin,
     confidence: float = CONFIDENCE,
     seed: int = 0,
+    sharing: int = 1,
 ) -> Verdict:
     """Accepts the plan only if, with `confidence`, its loss increase is at most `margin`.
 
-    For `plan` as several draws see `loss_increase`.
+    For `plan` as several draws see `loss_increase`. `sharing` verdicts share the error (`holm`).
     """
-    loss = loss_increase(full, plan, confidence, seed)
-    nats = loss_increase(full, plan, confidence, seed, in_nats=True)
+    loss = loss_increase(full, plan, confidence, seed, sharing=sharing)
+    nats = loss_increase(full, plan, confidence, seed, in_nats=True, sharing=sharing)
     judged = nats if margin.in_nats else loss
     shown = (
         f"loss {margin.show(judged.ratio)}, at most {margin.show(judged.upper_bound)} with "
         f"{100 * confidence:g}%"
     )
-    if judged.upper_bound <= margin.value:
+    if sharing > 1:
+        shown += f", {margin.show(judged.judged)} where {sharing} verdicts share the error"
+        confidence = 1 - (1 - confidence) / sharing
+    if judged.judged <= margin.value:
         return Verdict(True, loss, nats, margin, f"{shown}: within the margin of {margin}")
     reason = f"{shown}: above the margin of {margin}"
     if judged.ratio < margin.value:
@@ -145,12 +161,14 @@ def ratio_of_sums(
     confidence: float = CONFIDENCE,
     seed: int = 0,
     units_U: Counts | None = None,
+    sharing: int = 1,
 ) -> Estimate:
     """Σ change / Σ base with intervals; each source is a unit, drawn from many like it.
 
     `change` is [U] or, by batch draw, [Z,U]; `units_U` numbers each document's source (without: a
-    source each). Documents with base 0 (nothing predicted) are left out. Raises LeanMoeError when
-    too few sources remain or a sum is not a finite number.
+    source each). Documents with base 0 (nothing predicted) are left out. Where `sharing` verdicts
+    share the error, `judged` has that part of it. Raises LeanMoeError when too few sources remain
+    or a sum is not a finite number.
     """
     change_ZU = np.atleast_2d(change)
     if not (np.isfinite(change_ZU).all() and np.isfinite(base_U).all()):
@@ -196,6 +214,7 @@ def ratio_of_sums(
         low=below(miss / 2),
         high=above(miss / 2),
         upper_bound=above(miss),
+        judged=above(miss / sharing),
         documents=documents,
         sources=len(base_U),
         spread=t_error * math.sqrt(len(base_U)),
@@ -305,3 +324,21 @@ def fixed_sequence(
             break
         accepted.append(candidate)
     return tuple(accepted)
+
+
+def holm(verdicts: Sequence[Callable[[int], Judged]]) -> tuple[Judged, ...]:
+    """Each verdict, made so that the chance of any wrong acceptance is what one's would be.
+
+    A verdict is made from how many share the error: first all do, then those that are not accepted
+    yet, until no more are. This is Holm's procedure (Scandinavian Journal of Statistics 6, 1979),
+    by bounds instead of p values. It needs no order, and holds however verdicts hang together, as
+    those on the same questions do.
+    """
+    found: dict[int, Judged] = {}
+    left = list(range(len(verdicts)))
+    sharing = 0
+    while len(left) != sharing:
+        sharing = len(left)
+        found |= {number: verdicts[number](sharing) for number in left}
+        left = [number for number in left if not found[number].accepted]
+    return tuple(found[number] for number in range(len(verdicts)))

@@ -107,14 +107,20 @@ class Proof:
         return tuple(self.context.divergence(kind, plan, load, draw, what) for draw in draws)
 
 
-def kind_loss(settings: TuneSettings, kind: str, drawn: Sequence[Divergence]) -> KindLoss:
-    """The verdict on one kind of text, from one divergence for each draw of the batches."""
+def kind_loss(
+    settings: TuneSettings, kind: str, drawn: Sequence[Divergence], sharing: int = 1
+) -> KindLoss:
+    """The verdict on one kind of text, from one divergence for each draw of the batches.
+
+    `sharing` verdicts share the error (`holm`).
+    """
     verdict = non_inferior(
         drawn[0].full,
         [each.plan for each in drawn],
         settings.margin,
         settings.confidence,
         settings.seed,
+        sharing,
     )
     total = sum(drawn[1:], start=drawn[0])
     return KindLoss(
