@@ -18,7 +18,7 @@ from leanmoe.kernels import (
     experts_gpu,
     experts_reference,
 )
-from leanmoe.kernels.dispatch import repeat_best, route_ids, write_skipped
+from leanmoe.kernels.dispatch import RowRoutes, repeat_best, route_ids, write_skipped
 from leanmoe.kernels.rule_words import DeviceRules, TokenRules
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
@@ -158,3 +158,20 @@ def test_a_table_is_for_its_number_of_ranks() -> None:
     scope = BatchScope(Placement.linear(8, 2))
     with pytest.raises(LeanMoeError, match="for 1 ranks: the experts are on 2"):
         choose_router(torch.randn(2, 8), Router(), tokens, scope)
+
+
+@pytest.mark.parametrize("skipped_id", [None, -1])
+def test_rule_rows_are_those_of_the_band_that_is_there(skipped_id: int | None) -> None:
+    router, rows_T = Router(normalise=True), torch.tensor([1, 2, 0, 1, 7])
+    bands = [[(Rule(top_k=3), Rule(top_k=0))], [(Rule(guaranteed=1), Rule(threshold=0.5))]]
+    routes = RowRoutes(bands, 4)
+    assert routes.is_batch_aware
+    logits_TE = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    for number, levels in enumerate(bands):
+        ids_TK, weights_TK = routes.ids(
+            logits_TE, router, rows_T, torch.tensor([number]), skipped_id=skipped_id
+        )
+        wanted = route_rows(logits_TE, router, 4, RuleTable.of(4, levels), rows_T)
+        assert ids_TK.tolist() == write_skipped(wanted.ids_BTK, 16, None, skipped_id).tolist()
+        assert ids_TK.dtype == torch.int32
+        torch.testing.assert_close(weights_TK, wanted.weights_BTK)

@@ -38,8 +38,10 @@ def test_only_prompt_rules_can_be_dropped() -> None:
 
 def test_a_part_that_an_engine_cannot_run_is_refused_by_name() -> None:
     check_parts(SHARED, "SGLang", "nothing")
-    with pytest.raises(LeanMoeError, match=r"vLLM: rules for prompt tokens .*; --drop prompt runs"):
-        check_parts(PROMPT, "vLLM", "--drop prompt")
+    refused = r"SGLang: rules for prompt tokens .*; --drop prompt runs"
+    with pytest.raises(LeanMoeError, match=refused):
+        check_parts(PROMPT, "SGLang", "--drop prompt")
+    check_parts(PROMPT, "vLLM", "nothing")
     placed = Plan.uniform(QWEN, Rule(budget_per_rank=6))
     check_parts(placed, "vLLM", "nothing")
     with pytest.raises(LeanMoeError, match="SGLang: budget_per_rank cannot run"):
@@ -147,8 +149,9 @@ def test_a_plan_is_read_less_what_may_be_left_out(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     Plan.banded(MODEL, prompt=(Rule(top_k=1),)).save(path)
     with pytest.raises(LeanMoeError, match="LEANMOE_DROP=prompt runs the bands without them"):
-        PluginOptions(str(path)).load_plan("vLLM")
-    assert PluginOptions(str(path), ("prompt",)).load_plan("vLLM") == Plan.banded(MODEL)
+        PluginOptions(str(path)).load_plan("SGLang")
+    assert PluginOptions(str(path), ("prompt",)).load_plan("SGLang") == Plan.banded(MODEL)
+    assert PluginOptions(str(path)).load_plan("vLLM").prompt
 
 
 def test_several_plans_are_named_with_commas() -> None:

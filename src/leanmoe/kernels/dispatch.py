@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Generic, Literal, NamedTuple, TypeVar
@@ -22,7 +22,7 @@ from leanmoe.kernels.triton.tuned_tiles import describe
 from leanmoe.kernels.weights import ExpertWeights
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
-from leanmoe.routing import ALONE, BatchScope, Routing, route, route_rows
+from leanmoe.routing import ALONE, BatchScope, Routing, RuleTable, route, route_rows
 
 Experts = Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]
 """`(hidden_TD, ids_TK, weights_TK, weights) -> out_TD`."""
@@ -209,6 +209,43 @@ def route_ids(
     ids_TK, weights_TK, _over_budget = choice.function(*step, scope)
     ids_TK = write_skipped(ids_TK, experts, padding_T, skipped_id)
     return ids_TK.to(ids_dtype), weights_TK.float()
+
+
+class RowRoutes:
+    """One layer's rules, under which each token of a step has a rule row, for every band.
+
+    Rules and rows are data: a step that a graph captured follows what they are when it runs.
+    """
+
+    def __init__(
+        self, bands: Sequence[Sequence[tuple[Rule, Rule | None]]], top_k: int, ranks: int = 1
+    ) -> None:
+        """`bands` hold what `RuleTable.of` takes: for each level a reply and a prompt rule."""
+        self._top_k = top_k
+        self._tables = [RuleTable.of(top_k, levels).on(ranks) for levels in bands]
+
+    @property
+    def is_batch_aware(self) -> bool:
+        """Whether some token's experts depend on the other tokens in its step."""
+        return any(table.is_batch_aware for table in self._tables)
+
+    def ids(
+        self, logits_TE: Tensor, router: Router, rule_rows_T: Tensor, band_1: Tensor,
+        bias_E: Tensor | None = None, padding_T: Tensor | None = None, scope: BatchScope = ALONE,
+        *, skipped_id: int | None = None, ids_dtype: torch.dtype = torch.int32,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What `route_ids` gives, each token under its row of the table of band `band_1`.
+
+        On a GPU, where the band is not known before the step runs, it is picked from all bands'.
+        """
+        step = (rule_rows_T, bias_E, padding_T, scope)
+        tables = self._tables if band_1.is_cuda else [self._tables[int(band_1)]]
+        routed = [route_rows(logits_TE, router, self._top_k, table, *step) for table in tables]
+        picked_1 = band_1.long() if band_1.is_cuda else torch.zeros(1, dtype=torch.int64)
+        ids_TK = torch.stack([each.ids_BTK for each in routed])[picked_1][0]
+        weights_TK = torch.stack([each.weights_BTK.float() for each in routed])[picked_1][0]
+        ids_TK = write_skipped(ids_TK, logits_TE.shape[1], padding_T, skipped_id)
+        return ids_TK.to(ids_dtype), weights_TK
 
 
 def write_skipped(

@@ -39,6 +39,8 @@ PROMPT_REASON = (
 )
 RANK, ALL = "rank", "all"
 """Batch scopes: whose tokens a batch-aware rule sees under data parallelism."""
+TELL_PROMPTS = ("vLLM",)
+"""Engines whose adapter tells a prompt's rows from others in every step, captured ones too."""
 KNOW_RANKS = ("vLLM",)
 """Engines whose adapter knows on which rank each expert is, and can ask the other ranks."""
 
@@ -64,8 +66,8 @@ def is_plain(rule: Rule) -> bool:
 
 
 def has_prompt_rules(plan: Plan) -> bool:
-    """Whether some prompt row is under another rule than the bands say."""
-    return any(not rule.is_empty for rule in plan.prompt)
+    """Whether prompt rows do not fall under the bands, as replies do."""
+    return not plan.is_empty and any(level.prompt for level in plan.levels)
 
 
 def check_parts(plan: Plan, engine: str, consent: str) -> None:
@@ -73,7 +75,7 @@ def check_parts(plan: Plan, engine: str, consent: str) -> None:
 
     `consent` is what the user can write to leave that part out.
     """
-    if has_prompt_rules(plan):
+    if has_prompt_rules(plan) and engine not in TELL_PROMPTS:
         raise LeanMoeError(f"{engine}: {PROMPT_REASON}; {consent} runs the bands without them")
     if engine not in KNOW_RANKS:
         check_placed(plan, engine)
@@ -114,7 +116,7 @@ def notes(plan: Plan, engine: str) -> tuple[str, ...]:
             f"which reads no further weights: {spared}its products are not saved"
         )
     ends = [band.up_to for band in plan.bands if band.up_to is not None]
-    if ends:
+    if ends and not (engine in TELL_PROMPTS and has_prompt_rules(plan)):
         sentences.append(
             f"a band is picked by the rows that a step computes, padding of captured graphs "
             f"included: make {', '.join(map(str, ends))} capture sizes"

@@ -1,4 +1,5 @@
-"""Rules for prompt tokens in vLLM: which rows are a prompt's in every step of random schedules.
+"""Rules for prompt tokens in vLLM: which rows are a prompt's in every step of random schedules, and
+that replies are those of Transformers under the same plan.
 
 Letters: T tokens (rows of a step).
 """
@@ -11,8 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
+from leanmoe.core.errors import LeanMoeError
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Band, Plan, Rule
 
@@ -86,8 +90,8 @@ def test_every_row_of_random_schedules_is_under_its_own_rule(load: Callable[...,
         wanted = oracle.expect(positions.tolist())
         assert rule_rows.rows(len(wanted)).tolist() == wanted
         replies = wanted.count(1)
-        oracle.seen[f"band {int(rule_rows.band_1)}"] += 1
-        assert int(rule_rows.band_1) == (replies > 2) + (replies > 8)
+        oracle.seen[f"band {int(rule_rows.band(0))}"] += 1
+        assert int(rule_rows.band(0)) == (replies > 2) + (replies > 8)
 
     hook = runner.model.register_forward_pre_hook(compare, with_kwargs=True)
     drawn = random.Random(0)
@@ -117,3 +121,114 @@ def test_every_row_of_random_schedules_is_under_its_own_rule(load: Callable[...,
     with torch.inference_mode():
         runner._dummy_run(8)
     assert rule_rows.rows(40).tolist() == [0] * 40
+
+
+NEAR = 2e-3
+"""Of log-likelihoods in float32, in nats."""
+TOKENS = 16
+SHARING = Plan.banded(
+    MODEL,
+    (
+        Band(2, (Rule(guaranteed=5, renormalise=0.5), Rule(top_k=6), Rule()) * (LAYERS // 3)),
+        Band(8, (Rule(guaranteed=3), Rule(threshold=0.2), Rule(budget=20)) * (LAYERS // 3)),
+    ),
+    prompt=(
+        Rule(top_k=4),
+        Rule(),
+        Rule(top_k=0),
+        Rule(threshold=0.3),
+        Rule(top_k=6),
+        Rule(top_k=0),
+    ),
+)
+"""Of the kind that `tune` finds: other rules by load and layer, and for prompts."""
+
+
+def texts(*lengths: int) -> list[list[int]]:
+    """Prompts of so many tokens, of the packaged text."""
+    from transformers import AutoTokenizer
+
+    from leanmoe.models.reference import path
+
+    tokenizer = AutoTokenizer.from_pretrained(path())
+    words = " ".join(
+        f"The town of {name} lies on a river, and its people built a bridge in {1900 + number}."
+        for number, name in enumerate(
+            ["Ash", "Elm", "Oak", "Yew", "Fir", "Bay", "Box", "Fig", "Nut", "Haw", "Sloe", "Rowan"]
+        )
+    )
+    found = tokenizer(words, add_special_tokens=False)["input_ids"]
+    return [found[7 * number : 7 * number + length] for number, length in enumerate(lengths)]
+
+
+def replies_of_vllm(llm: Any, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+    """Each prompt's reply and its tokens' log-likelihoods; all are sent at once."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = [one.outputs[0] for one in llm.generate(inputs, parameters, use_tqdm=False)]
+    values = [
+        [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)]
+        for one in outputs
+    ]
+    return [list(one.token_ids) for one in outputs], torch.tensor(values)
+
+
+def replies_of_transformers(
+    model: Any, plan: Plan, prompts: list[list[int]]
+) -> tuple[list[list[int]], Tensor]:
+    """The same in Transformers, whose prompts are one step each."""
+    from leanmoe import apply
+
+    ids = torch.tensor(prompts)
+    with apply(model, plan), torch.no_grad():
+        found = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False,
+            eos_token_id=None, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    tokens = found.sequences[:, ids.shape[1] :]
+    logits = torch.stack(found.logits, dim=1).float().log_softmax(-1)
+    return tokens.tolist(), logits.gather(-1, tokens[..., None])[..., 0]
+
+
+def test_replies_under_prompt_rules_are_those_of_transformers(load: Callable[..., Any]) -> None:
+    """Long prompts come in chunks, one after the other; short ones are a batch that shares."""
+    from leanmoe.runtime import load_model
+
+    model = load_model("reference", "float32")[0]
+    long, short = texts(100, 131, 60), texts(12, 12, 12, 12)
+    llm = load(SHARING, max_num_batched_tokens=48, enable_chunked_prefill=True)
+    for prompts in ([long[0]], [long[1]], [long[2]], short):
+        tokens, values = replies_of_vllm(llm, prompts)
+        wanted, likelihoods = replies_of_transformers(model, SHARING, prompts)
+        assert tokens == wanted
+        torch.testing.assert_close(values, likelihoods, atol=NEAR, rtol=0)
+        bands_alone = SHARING.with_level(prompt=())
+        _, other = replies_of_transformers(model, bands_alone, prompts)
+        assert float((other - likelihoods).abs().max()) > 20 * NEAR, "else the test says nothing"
+
+
+def test_chunks_and_neighbours_change_nothing_under_rules_of_tokens_alone(
+    load: Callable[..., Any],
+) -> None:
+    """Prompts of all lengths at once, in steps of few rows, each as Transformers has it alone."""
+    from leanmoe.runtime import load_model
+
+    alone = Plan.banded(
+        MODEL, (Band(None, (Rule(top_k=6), Rule(threshold=0.2)) * (LAYERS // 2)),),
+        prompt=SHARING.prompt,
+    )  # fmt: skip
+    model = load_model("reference", "float32")[0]
+    prompts = texts(1, 2, 9, 33, 70, 90, 131)
+    llm = load(alone, max_num_batched_tokens=20, enable_chunked_prefill=True, max_num_seqs=5)
+    tokens, values = replies_of_vllm(llm, prompts)
+    for number, prompt in enumerate(prompts):
+        wanted, likelihoods = replies_of_transformers(model, alone, [prompt])
+        assert tokens[number] == wanted[0]
+        torch.testing.assert_close(values[number], likelihoods[0], atol=NEAR, rtol=0)
+
+
+def test_a_prompt_rule_that_shares_is_refused(load: Callable[..., Any]) -> None:
+    with pytest.raises(LeanMoeError, match=r"prompt\.guaranteed is 2: prompt tokens share no"):
+        load(SHARING.with_level(prompt=(Rule(guaranteed=2),) * LAYERS))

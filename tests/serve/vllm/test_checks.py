@@ -143,6 +143,8 @@ def test_routers_that_cannot_be_computed_run_top_k_alone() -> None:
         checks.check_router(CustomRoutingRouter(), SHARED, 4, "layer 1")
     with pytest.raises(LeanMoeError, match="num_experts_per_tok"):
         checks.check_router(FusedTopKRouter(), FEWER, 8, "layer 1")
+    with pytest.raises(LeanMoeError, match="layer 1: its router is a CustomRoutingRouter"):
+        checks.check_router(CustomRoutingRouter(), FEWER, 4, "layer 1", by_table=True)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +161,15 @@ def test_layers_that_cannot_share_experts_are_refused(loaded: Any, message: str)
         checks.check_runner(loaded, SHARED, "layer 1")
     if message != "--moe-backend triton":
         checks.check_runner(loaded, FEWER, "layer 1")
+
+
+def test_layers_that_cannot_tell_prompt_rows_or_skip_them_are_refused() -> None:
+    for loaded, message in (
+        (runner(SetExperts), "SetExperts cannot skip"),
+        (runner(do_naive_dispatch_combine=True), "prompt rules cannot tell a prompt's rows: set"),
+    ):
+        with pytest.raises(LeanMoeError, match=message):
+            checks.check_runner(loaded, FEWER, "layer 1", by_table=True)
 
 
 def test_a_vllm_that_was_asked_for_other_kernels_is_not_asked_again() -> None:
@@ -280,3 +291,9 @@ def test_settings_that_move_the_rows_of_a_step_are_refused_with_prompt_rules() -
             changed.setattr(owner, field, value, raising=False)
             with pytest.raises(LeanMoeError, match=f"cannot run with {named}, .*LEANMOE_DROP"):
                 checks.check_row_classes(config)
+
+
+def test_prompt_rules_are_refused_where_they_would_save_no_rows() -> None:
+    checks.check_skipping("0.26.0", "it has LoRA", "layer 1")
+    with pytest.raises(LeanMoeError, match=r"^layer 1: .* no rows in vLLM 0\.25\.1: it has LoRA: "):
+        checks.check_skipping("0.25.1", "it has LoRA", "layer 1")

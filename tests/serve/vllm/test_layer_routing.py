@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from leanmoe.serve.vllm.layer_routing import (
     step_rows,
 )
 from leanmoe.serve.vllm.padding import PaddingSource, StepPadding
+from leanmoe.serve.vllm.rule_rows import RuleRows, StepRequests
 from leanmoe.serve.vllm.small_steps import Skipped, Skipping
 from tests.serve.stand_ins import (
     BaseRouter,
@@ -308,3 +310,72 @@ def test_an_expert_that_was_lost_stays_without_a_copy() -> None:
 def test_the_bound_is_a_tile_of_rows_for_a_popular_expert() -> None:
     assert reads_one_copy(1024, 8, 256)
     assert not reads_one_copy(1025, 8, 256)
+
+
+PROMPTED = Plan.banded(
+    MODEL,
+    (Band(2, (Rule(top_k=3), Rule())), Band(4, (Rule(guaranteed=2), Rule()))),
+    prompt=(Rule(top_k=0), Rule()),
+)
+ROLES = (0, 0, 1, 0, 1, 1)
+"""1 for the reply rows of a step of six, two requests; what is behind them is padding."""
+
+
+def prompted(plan: Plan, has_ranks: bool = False) -> RuleRows:
+    """Rule rows of a step of those roles: three rows of one request, two of another, one more."""
+    rows = RuleRows(plan, 8, has_ranks=has_ranks)
+    news = [
+        SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(prompt_logprobs=None))
+        for name in "abc"
+    ]
+    rows.hear(SimpleNamespace(finished_req_ids=(), scheduled_new_reqs=news))
+    columns = [np.array(column, dtype=np.int32) for column in ((3, 2, 1), (4, 0, 9), (7, 2, 4))]
+    rows.fill(StepRequests("abc", *columns), torch.device("cpu"))
+    assert rows.rows(6).tolist() == [2 - role for role in ROLES]
+    return rows
+
+
+@pytest.mark.parametrize("kind", [FusedTopKRouter, GroupedTopKRouter])
+def test_prompt_rows_are_under_rules_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, kind: type[BaseRouter]
+) -> None:
+    """Each part of a step is as that part alone, with the band of its reply rows."""
+    install_context(monkeypatch, Context({"attention": torch.tensor([5, 6, 7, 8, 9, 10, -1, -1])}))
+    router = kind()
+    routing = VllmLayerRouting(router, PROMPTED, 0, rule_rows=prompted(PROMPTED))
+    routing.skipping = Skipping.at_all_sizes(Skipped.MINUS_ONE)
+    assert (routing.by_table, routing.is_plain, routing.slots) == (True, False, {4})
+    weights, ids = routing(torch.empty(8, 1), logits(8), None)
+    assert ids.shape == weights.shape == (8, 4)
+    is_reply_T = torch.tensor(ROLES).bool()
+    assert bool((ids[:6][~is_reply_T] == -1).all())
+    assert bool((ids[6:] == -1).all()), "padding"
+    bias = getattr(router, "e_score_correction_bias", None)
+    alone = route(logits(8)[:6][is_reply_T], read_router(router), 4, Rule(guaranteed=2), bias)
+    assert ids[:6][is_reply_T].tolist() == alone.ids_BTK.where(alone.ids_BTK < 16, -1).tolist()
+    torch.testing.assert_close(weights[:6][is_reply_T], alone.weights_BTK, atol=1e-6, rtol=1e-5)
+    assert routing.skips_step(8)
+    assert routing.groups_step(8) is False
+    routing.warm_up()
+
+
+def test_a_layer_of_empty_rules_alone_stays_vllms_beside_prompt_rules() -> None:
+    routing = VllmLayerRouting(FusedTopKRouter(), PROMPTED, 1, rule_rows=prompted(PROMPTED))
+    assert not routing.by_table
+    weights, _ = routing(torch.empty(6, 1), logits(6), None)
+    stock, _ = FusedTopKRouter()._compute_routing(torch.empty(6, 1), logits(6), None)
+    assert torch.equal(weights, stock)
+
+
+def test_the_rows_of_all_ranks_pick_the_band_of_prompt_rules_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rules = (Rule(top_k=1), Rule(top_k=2))
+    plan = Plan.banded(MODEL, (Band(8, rules), Band(16, rules[::-1])), prompt=rules)
+    routing = VllmLayerRouting(FusedTopKRouter(), plan, 0, rule_rows=prompted(plan, has_ranks=True))
+    for others, used in ((2, 1), (6, 2), (16, 4)):
+        install_context(monkeypatch, Context(dp_metadata=ranks(6, others)))
+        weights, _ = routing(torch.empty(6, 1), logits(6), None)
+        replies = weights[torch.tensor(ROLES).bool()]
+        assert (replies != 0).sum(-1).tolist() == [used] * 3
+        assert int((weights[0] != 0).sum()) == 1

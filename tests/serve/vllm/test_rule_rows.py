@@ -21,7 +21,7 @@ from leanmoe.serve.vllm.rule_rows import (
     StepRequests,
     follow_v1,
     follow_v2,
-    level_of,
+    levels_of,
     reply_row,
     row_of,
     served,
@@ -61,9 +61,9 @@ def test_what_nobody_reads_before_the_prompts_last_token_is_a_prompt_row() -> No
     assert [row_of(position, 4, served(PLAIN)) for position in range(6)] == [2, 2, 2, 1, 1, 1]
     assert [row_of(position, 4, served(READING)) for position in range(6)] == [1] * 6
     assert [row_of(position, 4, served(None)) for position in range(6)] == [1] * 6
-    assert [row_of(position, 4, ServedRequest(3, False)) for position in (2, 3)] == [6, 5]
-    assert {row_of(position, 4, ServedRequest(0, False)) for position in range(6)} == {0}
-    assert level_of(PLAIN) == 1
+    assert [row_of(position, 4, ServedRequest(3, 3)) for position in (2, 3)] == [6, 5]
+    assert {row_of(position, 4, ServedRequest(0, 0)) for position in range(6)} == {0}
+    assert levels_of(PLAIN) == (1, 1)
     assert [reply_row(level) for level in range(4)] == [0, 1, 3, 5]
 
 
@@ -71,16 +71,16 @@ def test_what_nobody_reads_before_the_prompts_last_token_is_a_prompt_row() -> No
     st.lists(
         st.tuples(
             st.integers(1, 9), st.integers(0, 12), st.integers(1, 12), st.integers(0, 3),
-            st.booleans(),
+            st.integers(0, 3), st.booleans(),
         ),
         min_size=1, max_size=6,
     )
 )  # fmt: skip
 def test_all_rows_of_a_step_are_each_rows_own(
-    requests: list[tuple[int, int, int, int, bool]],
+    requests: list[tuple[int, int, int, int, int, bool]],
 ) -> None:
     """Chunks, replies and what a preemption computes anew are all rows at some position."""
-    who = [ServedRequest(level, reads) for *_, level, reads in requests]
+    who = [ServedRequest(*one[3:]) for one in requests]
     rows_T, prompt_rows_S = step_rows_of(step(*(("", *one[:3]) for one in requests)), who)
     wanted = [
         [row_of(at + place, prompt, request) for place in range(rows)]
@@ -88,8 +88,11 @@ def test_all_rows_of_a_step_are_each_rows_own(
     ]
     assert rows_T.tolist() == [row for rows in wanted for row in rows]
     assert rows_T.dtype == np.int32
-    prompts = [sum(row > 0 and row % 2 == 0 for row in rows) for rows in wanted]
-    assert prompt_rows_S.tolist() == prompts
+    unread = [
+        sum(at + place < prompt - 1 and not request.reads_prompt for place in range(rows))
+        for (rows, at, prompt, *_), request in zip(requests, who, strict=True)
+    ]
+    assert prompt_rows_S.tolist() == unread
 
 
 def test_rows_behind_a_step_are_those_of_the_trained_model() -> None:
@@ -115,14 +118,14 @@ def test_the_reply_rows_that_are_there_pick_the_band() -> None:
     bands = []
     for number in (1, 2, 3, 4, 5):
         rows.fill(step(("a", 9, 0, 20), ("b", number, 30, 20)), CPU)
-        bands.append(int(rows.band_1))
+        bands.append(int(rows.band(0)))
     assert bands == [0, 0, 1, 1, 2], "2 is beyond the last band"
     rows.fill(step(("a", 9, 0, 20)), CPU)
-    assert int(rows.band_1) == 0
+    assert int(rows.band(0)) == 0
     alike = RuleRows(Plan.banded(MODEL, PLAN.bands), 32)
     alike.hear(scheduled(("a", PLAIN)))
     alike.fill(step(("a", 9, 0, 20)), CPU)
-    assert int(alike.band_1) == 2, "without rules of their own prompt rows count"
+    assert int(alike.band(0)) == 2, "without rules of their own prompt rows count"
 
 
 def test_a_sequence_parallel_rank_has_its_share() -> None:
@@ -146,7 +149,7 @@ def test_more_rows_than_a_step_can_have_are_refused() -> None:
 
 def test_a_row_that_differs_from_the_hosts_ends_a_checked_step() -> None:
     for is_checked in (False, True):
-        rows = RuleRows(PLAN, 8, is_checked)
+        rows = RuleRows(PLAN, 8, is_checked=is_checked)
         rows.hear(scheduled(("a", PLAIN), ("b", PLAIN)))
         one = step(("a", 2, 3, 4), ("b", 3, 0, 9))
         rows.fill(one, CPU)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.installed_vllm import release
 from leanmoe.kernels.triton.route_call import MOST_TOKENS_OF_ALL
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
@@ -207,19 +208,24 @@ def check_substitution(runner: Any, name: str) -> None:
         )
 
 
-def check_router(router: Any, rules: list[Rule], top_k: int, name: str) -> None:
-    """Refuses a router whose choice leanmoe cannot compute, where a rule needs that."""
+def check_router(
+    router: Any, rules: list[Rule], top_k: int, name: str, by_table: bool = False
+) -> None:
+    """Refuses a router whose choice leanmoe cannot compute, where a rule needs that.
+
+    `by_table`: a step's rows are under several rules.
+    """
     if router.top_k != top_k:
         raise LeanMoeError(
             f"{name}: vLLM gives each token {router.top_k} experts, the plan was made for {top_k}: "
             "remove the override of num_experts_per_tok"
         )
     reason = router_unsupported_reason(router)
-    if reason is not None and not all(map(is_plain, rules)):
+    if reason is not None and (by_table or not all(map(is_plain, rules))):
         raise LeanMoeError(f"{name}: {reason}: use a plan with top_k alone, or unset LEANMOE_PLAN")
 
 
-def check_runner(runner: Any, rules: list[Rule], name: str) -> None:
+def check_runner(runner: Any, rules: list[Rule], name: str, by_table: bool = False) -> None:
     """Refuses a loaded layer that chooses experts inside its kernel, or cannot skip a slot."""
     method = runner.routed_experts.quant_method
     if method.is_monolithic:
@@ -231,17 +237,19 @@ def check_runner(runner: Any, rules: list[Rule], name: str) -> None:
         )
     experts = experts_class(method)
     takes_sets = SETS_OF_EXPERTS in [parent.__name__ for parent in experts.__mro__]
-    if takes_sets and not all(map(is_plain, rules)):
+    if takes_sets and (by_table or not all(map(is_plain, rules))):
         raise LeanMoeError(
             f"{name}: {experts.__name__} cannot skip a slot: set --moe-backend marlin, or use a "
             "plan with top_k alone"
         )
     is_batch_aware = any(rule.is_batch_aware for rule in rules)
-    if is_batch_aware and getattr(runner, "do_naive_dispatch_combine", False):
+    if (is_batch_aware or by_table) and getattr(runner, "do_naive_dispatch_combine", False):
+        what = "batch-aware rules cannot tell padding"
+        if by_table:
+            what = "prompt rules cannot tell a prompt's rows"
         raise LeanMoeError(
-            f"{name}: data-parallel ranks gather their tokens before they are routed, so "
-            "batch-aware rules cannot tell padding: set --moe-backend triton or "
-            "--data-parallel-size 1"
+            f"{name}: data-parallel ranks gather their tokens before they are routed, so {what}: "
+            "set --moe-backend triton or --data-parallel-size 1"
         )
     if is_batch_aware and runner.moe_config.pcp_size > 1:
         raise LeanMoeError(
@@ -288,6 +296,15 @@ def check_placement(runner: Any, name: str) -> None:
         raise LeanMoeError(
             f"{name}: vLLM has experts {list(held)} on rank {rank}, leanmoe expected "
             f"{list(placement.experts_on(rank))}: budget_per_rank cannot run; use budget"
+        )
+
+
+def check_skipping(number: str, repeats: str, name: str) -> None:
+    """Refuses prompt rules in a vLLM none of whose experts leave skipped rows out."""
+    if release(number) < (0, 26):
+        raise LeanMoeError(
+            f"{name}: prompt rules would save no rows in vLLM {number}: {repeats}: install 0.26 or "
+            "newer, or set LEANMOE_DROP=prompt to run the bands without them"
         )
 
 

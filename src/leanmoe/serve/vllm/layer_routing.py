@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.kernels.dispatch import route_ids
+from leanmoe.kernels.dispatch import RowRoutes, route_ids
 from leanmoe.models.routers import Router
 from leanmoe.plan import Plan, Rule
 from leanmoe.routing import ALONE, BatchScope
@@ -36,6 +36,7 @@ from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm.checks import expert_scale, ranking_bias, read_router, scaled
 from leanmoe.serve.vllm.installation import version
 from leanmoe.serve.vllm.padding import StepPadding
+from leanmoe.serve.vllm.rule_rows import RuleRows, rules_by_band
 from leanmoe.serve.vllm.small_steps import SHARE, Skipped, Skipping
 
 _layers: WeakValueDictionary[int, VllmLayerRouting] = WeakValueDictionary()
@@ -58,13 +59,15 @@ class VllmLayerRouting:
         statistics: RoutingStatistics | None = None,
         scope: BatchScope = ALONE,
         padding: StepPadding | None = None,
+        rule_rows: RuleRows | None = None,
     ) -> None:
         """Reads the layer's rules from the plan; `layer` counts MoE layers.
 
         `sequence_parallel` is (rank, ranks) where each rank has a share of a step's rows.
         `is_full_width` gives every step the model's own K slots. `scope` says where the layer's
         experts are, and how to hear of other ranks' tokens. `padding` reads the steps' padding, the
-        slots of the KV cache where none is given.
+        slots of the KV cache where none is given. With `rule_rows` the rows of a step are under
+        several rules: the layer's table says which.
         """
         self.plan, self.layer = plan, layer
         self._vllm, self._experts = router, plan.model.experts
@@ -74,6 +77,12 @@ class VllmLayerRouting:
         self._statistics = statistics
         self.scope = scope
         self._padding = StepPadding() if padding is None else padding
+        self._rule_rows = rule_rows
+        self._row_routes: RowRoutes | None = None
+        """None where no row of the layer is under another rule than the others."""
+        if rule_rows is not None and not all(rule.is_empty for rule in self.rules):
+            bands = rules_by_band(plan, layer)
+            self._row_routes = RowRoutes(bands, plan.model.top_k, scope.ranks)
         self.skipping = Skipping()
         """Set when the layer is loaded, and it is known what its experts do."""
         self.experts_in_place: Callable[[], bool] = lambda: True
@@ -81,20 +90,34 @@ class VllmLayerRouting:
         self._seen: tuple[torch.device, torch.dtype, torch.dtype] | None = None
         """Where the last step's logits were, their dtype, and that of its ids."""
         self._most_slots = max(self._slots(rule) for rule in self.rules)
+        if self.by_table:
+            self._most_slots = plan.model.top_k
         self._number = next(_numbers)
         _layers[self._number] = self
 
     @property
     def rules(self) -> list[Rule]:
-        """The layer's rule in each band, and the one beyond the last where that has an end."""
+        """The layer's rule in each band, the one beyond the last where that has an end, and that
+        of prompt rows."""
         rules = [band.rules[self.layer] for band in self.plan.bands]
-        ends = not self.plan.bands or self.plan.bands[-1].up_to is not None
-        return [*rules, Rule()] if ends else rules
+        if not self.plan.bands or self.plan.bands[-1].up_to is not None:
+            rules.append(Rule())
+        return [*rules, self.plan.prompt[self.layer]] if self.plan.prompt else rules
+
+    @property
+    def by_table(self) -> bool:
+        """Whether the rows of a step are under several rules."""
+        return self._row_routes is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether vLLM's own routing does all of it."""
+        return not self.by_table and all(map(is_plain, self.rules))
 
     @property
     def slots(self) -> set[int]:
         """The number of slots that a token has, under each of the layer's rules."""
-        return {self._slots(rule) for rule in self.rules}
+        return {self._most_slots} if self.by_table else {self._slots(r) for r in self.rules}
 
     @property
     def may_skip(self) -> bool:
@@ -130,12 +153,8 @@ class VllmLayerRouting:
             weights, ids = compute(hidden_states, router_logits, indices_type, input_ids=input_ids)
         else:
             padding_T = self._padding.rows(rows, self._sequence_parallel)
-            bias_E = ranking_bias(self._vllm)
-            ids, weights = route_ids(
-                router_logits, self.router, self.plan.model.top_k, rule, bias_E, padding_T,
-                self.scope, skipped_id=self._skipped_id(rule, rows), ids_dtype=ids_dtype,
-            )  # fmt: skip
-            weights = scaled(weights, ids, expert_scale(self._vllm))
+            skipped = self._skipped_id(rule, rows)
+            ids, weights = self._route(router_logits, rule, padding_T, skipped, ids_dtype)
         if self._is_full_width:
             ids, weights = add_slots(ids, weights, self.plan.model.top_k)
         if self._statistics is not None:
@@ -151,16 +170,13 @@ class VllmLayerRouting:
         if self._seen is None:
             return
         device, dtype, ids_dtype = self._seen
-        for rule in self.rules:
+        for rule in {self._rule(0)} if self.by_table else self.rules:
             few = self._experts // (SHARE * max(1, self._slots(rule)))
             for rows in () if is_plain(rule) else sorted({1, 2, max(1, few), few + 1}):
                 logits_TE = torch.zeros(rows, self._experts, dtype=dtype, device=device)
                 for padding_T in (None, torch.zeros(rows, dtype=torch.bool, device=device)):
-                    route_ids(
-                        logits_TE, self.router, self.plan.model.top_k, rule,
-                        ranking_bias(self._vllm), padding_T, self.scope,
-                        skipped_id=self._skipped_id(rule, rows), ids_dtype=ids_dtype,
-                    )  # fmt: skip
+                    skipped = self._skipped_id(rule, rows)
+                    self._route(logits_TE, rule, padding_T, skipped, ids_dtype)
 
     def _skipped_id(self, rule: Rule, rows: int) -> int | None:
         """The id of a skipped slot; None where the token's best repeats.
@@ -202,22 +218,46 @@ class VllmLayerRouting:
         """Ids and weights of a compiled step, with `slots` slots whatever its band."""
         rule = self._rule(logits_TE.shape[0])
         padding_T = self._padding.rows(logits_TE.shape[0], self._sequence_parallel)
-        ids, weights = route_ids(
-            logits_TE, self.router, self.plan.model.top_k, rule, bias_E, padding_T,
-            self.scope, ids_dtype=ids_dtype,
-        )  # fmt: skip
-        weights = scaled(weights, ids, expert_scale(self._vllm))
+        ids, weights = self._route(logits_TE, rule, padding_T, None, ids_dtype, bias_E)
         ids, weights = add_slots(ids, weights, slots)
         if self._statistics is not None:  # copies: the compiled step may write over what it got
             self._statistics.note(self.layer, ids.clone(), weights.clone(), padding_T)
         return ids, weights
 
+    def _route(
+        self, logits_TE: Tensor, rule: Rule, padding_T: Tensor | None, skipped_id: int | None,
+        ids_dtype: torch.dtype, bias_E: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Ids and weights of a step that leanmoe routes."""
+        rows = logits_TE.shape[0]
+        bias_E = ranking_bias(self._vllm) if bias_E is None else bias_E
+        if self._rule_rows is None or self._row_routes is None:
+            ids, weights = route_ids(
+                logits_TE, self.router, self.plan.model.top_k, rule, bias_E, padding_T, self.scope,
+                skipped_id=skipped_id, ids_dtype=ids_dtype,
+            )  # fmt: skip
+        else:
+            rows_T = self._rule_rows.rows(rows, self._sequence_parallel)
+            band_1 = self._rule_rows.band(step_rows(rows))
+            ids, weights = self._row_routes.ids(
+                logits_TE, self.router, rows_T, band_1, bias_E, padding_T, self.scope,
+                skipped_id=skipped_id, ids_dtype=ids_dtype,
+            )  # fmt: skip
+        return ids, scaled(weights, ids, expert_scale(self._vllm))
+
     def _rule(self, rows: int) -> Rule:
+        """A step's rule; by a table, what stands for all of its rules."""
+        if self._row_routes is not None:
+            return SHARING if self._row_routes.is_batch_aware else SKIPPING
         band = self.plan.band_for(max(1, step_rows(rows)))
         return Rule() if band is None else band.rules[self.layer]
 
     def _slots(self, rule: Rule) -> int:
         return self.plan.model.top_k if rule.top_k is None else rule.top_k
+
+
+SHARING, SKIPPING = Rule(guaranteed=1), Rule(top_p=1.0)
+"""Rules of the kinds that matter to how a step's slots are laid out."""
 
 
 def add_slots(ids_TK: Tensor, weights_TK: Tensor, slots: int) -> tuple[Tensor, Tensor]:

@@ -219,5 +219,6 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
 def _tell_compile_cache(config: Any, plan: Plan) -> None:
     """Lets vLLM keep what it compiled under a plan apart from what it compiles without one."""
     if isinstance(config.additional_config, dict):
-        text = json.dumps(to_json(plan.bands), sort_keys=True)
+        rules = [[to_json(level.bands), to_json(level.prompt)] for level in plan.levels]
+        text = json.dumps(rules, sort_keys=True)
         config.additional_config["leanmoe"] = hashlib.sha256(text.encode()).hexdigest()

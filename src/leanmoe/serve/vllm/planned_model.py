@@ -62,7 +62,10 @@ class PlannedModel:
         if has_prompt_rules(plan):
             checks.check_row_classes(config)
             most = config.scheduler_config.max_num_batched_tokens
-            self.rule_rows = RuleRows(plan, most, options.check_rows)
+            has_ranks = getattr(config.parallel_config, "data_parallel_size", 1) > 1
+            self.rule_rows = RuleRows(
+                plan, most, is_checked=options.check_rows, has_ranks=has_ranks
+            )
         self.layers: dict[int, VllmLayerRouting] = {}
         self.runners: dict[int, Any] = {}
         self._computed: list[Any] = []
@@ -71,8 +74,7 @@ class PlannedModel:
     @property
     def chooses_experts(self) -> bool:
         """Whether the plan stands in the place of any layer's routing."""
-        rules = [rule for band in self.plan.bands for rule in band.rules]
-        return self.statistics is not None or not all(rule.is_empty for rule in rules)
+        return self.statistics is not None or not self.plan.is_empty
 
     def adopt(self, runner: Any) -> None:
         """Puts the plan in the place of a layer's routing, unless it is no layer of the plan's."""
@@ -91,7 +93,8 @@ class PlannedModel:
         routing = self._routing(runner, layer)
         rules, cross_rank = routing.rules, self._options.cross_rank
         checks.check_ranks(runner, rules, cross_rank, self.config(), name)
-        checks.check_router(runner.router, rules, self.plan.model.top_k, name)
+        top_k = self.plan.model.top_k
+        checks.check_router(runner.router, rules, top_k, name, routing.by_table)
         if all(rule.is_empty for rule in rules) and self.statistics is None:
             return
         if "_compute_routing" in vars(runner.router):
@@ -112,6 +115,7 @@ class PlannedModel:
             statistics=self.statistics,
             scope=scope_of(runner, self.plan.model.experts, self._options.cross_rank),
             padding=self.padding,
+            rule_rows=self.rule_rows,
         )
 
     def check(self) -> None:
@@ -123,7 +127,7 @@ class PlannedModel:
         )
         for layer, routing in self.layers.items():
             runner = self.runners[layer]
-            checks.check_runner(runner, routing.rules, runner.layer_name)
+            checks.check_runner(runner, routing.rules, runner.layer_name, routing.by_table)
         if self._options.experts == LEANMOE:
             for runner in self.runners.values():
                 check_experts(runner, runner.layer_name)
@@ -137,7 +141,7 @@ class PlannedModel:
             routing = self.layers.get(layer)
             if self._options.experts == LEANMOE:
                 self._compute(runner, routing)
-            elif routing is not None and routing.may_skip and not all(map(is_plain, routing.rules)):
+            elif routing is not None and routing.may_skip and not routing.is_plain:
                 self._settle_skipping(runner, routing)
 
     def _compute(self, runner: Any, routing: VllmLayerRouting | None) -> None:
@@ -163,6 +167,8 @@ class PlannedModel:
             logger.info("leanmoe: %s: leanmoe's kernels compute it: %s", name, repeats)
             self._compute(runner, routing)
             return
+        if routing.by_table:
+            checks.check_skipping(version(), repeats, name)
         if reason := small_steps_unsupported_reason(runner, routing.slots, experts):
             logger.info("leanmoe: %s: a skipped slot repeats: %s; %s", name, repeats, reason)
             return
@@ -206,8 +212,8 @@ class PlannedModel:
     @property
     def watch(self) -> PaddingWatch | None:
         """What compares the masks that the layers read; None where no rule reads one."""
-        rules = [rule for routing in self.layers.values() for rule in routing.rules]
-        reads_none = self.padding.source is PaddingSource.NONE or all(map(is_plain, rules))
+        is_plain = all(routing.is_plain for routing in self.layers.values())
+        reads_none = self.padding.source is PaddingSource.NONE or is_plain
         return None if reads_none else self.padding.watch
 
     def describe(self) -> str:
@@ -233,7 +239,9 @@ class PlannedModel:
         logits = torch.empty(1, self.plan.model.experts, device=device)
         names = {
             "vllm"
-            if is_plain(rule)
+            if is_plain(rule) and not routing.by_table
+            else "reference"
+            if routing.by_table
             else choose_router(logits, routing.router, rule, routing.scope).name
             for routing in self.layers.values()
             for rule in routing.rules
@@ -244,6 +252,8 @@ class PlannedModel:
         """What happens to steps between a band's end and the next size that is captured."""
         compilation = getattr(self.config(), "compilation_config", None)
         sizes = sorted(getattr(compilation, "cudagraph_capture_sizes", None) or [])
+        if self.rule_rows is not None:  # the rows that are really there pick the band
+            return None
         ends = [band.up_to for band in self.plan.bands if band.up_to is not None]
         between = [end for end in ends if sizes and end < sizes[-1] and end not in sizes]
         if not between:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.plan import Plan
+from leanmoe.plan import Level, Plan, Rule
 from leanmoe.serve.vllm.installation import version
 from leanmoe.serve.vllm.padding import rank_share
 
@@ -48,12 +48,13 @@ Ints = NDArray[np.int32]
 class ServedRequest:
     """What decides a request's rule rows, beside its prompt's length."""
 
-    level: int
-    reads_prompt: bool
+    prompt_level: int
+    reply_level: int
+    reads_prompt: bool = False
     """Whether somebody reads the predictions of the prompt's own rows."""
 
 
-UNKNOWN = ServedRequest(TRAINED, reads_prompt=True)
+UNKNOWN = ServedRequest(TRAINED, TRAINED)
 
 
 @dataclass(frozen=True)
@@ -75,47 +76,80 @@ def band_ends(plan: Plan) -> tuple[int, ...]:
     return tuple(sorted({band.up_to for band in bands if band.up_to is not None}))
 
 
-def level_of(sampling_params: Any) -> int:
-    """The plan's level that a request is served at: the first, the plan's own."""
+def rules_by_band(plan: Plan, layer: int) -> list[list[tuple[Rule, Rule | None]]]:
+    """What one MoE layer's rule rows mean in each band: every level's reply and prompt rule."""
+    ends = band_ends(plan)
+    return [
+        [
+            (_reply_rule(level, rows, layer), level.prompt[layer] if level.prompt else None)
+            for level in plan.levels
+        ]
+        for rows in (*ends, (ends[-1] if ends else 0) + 1)
+    ]
+
+
+def _reply_rule(level: Level, rows: int, layer: int) -> Rule:
+    for band in level.bands:
+        if band.up_to is None or rows <= band.up_to:
+            return band.rules[layer]
+    return Rule()
+
+
+def levels_of(sampling_params: Any) -> tuple[int, int]:
+    """The plan's levels that a request's prompt and its replies are served at: the first, both."""
     del sampling_params
-    return 1
+    return 1, 1
 
 
 def served(sampling_params: Any) -> ServedRequest:
     """What a request's parameters say; one that pools (None) reads every row."""
     reads = sampling_params is None or sampling_params.prompt_logprobs is not None
-    return ServedRequest(level_of(sampling_params), reads)
+    return ServedRequest(*levels_of(sampling_params), reads)
 
 
 def reply_row(level: int) -> int:
-    """The rule row of a level's replies; its prompt rows have the next."""
+    """The rule row of a level's replies."""
     return max(0, 2 * level - 1)
 
 
+def prompt_row(level: int) -> int:
+    """The rule row of a level's prompts."""
+    return 2 * level
+
+
 def row_of(position: int, prompt: int, request: ServedRequest) -> int:
-    """One row's rule row, said plainly: what `Step` computes for all rows at once."""
+    """One row's rule row, said plainly; `step_rows_of` computes all of a step's at once."""
     is_prompt = position < prompt - 1 and not request.reads_prompt
-    return reply_row(request.level) + (is_prompt and request.level != TRAINED)
+    return prompt_row(request.prompt_level) if is_prompt else reply_row(request.reply_level)
 
 
 def step_rows_of(step: StepRequests, requests: Sequence[ServedRequest]) -> tuple[Ints, Ints]:
     """The rule rows [T] of a step, and how many prompt rows each request has [S]."""
-    may_skip_S = np.array([not each.reads_prompt and each.level != TRAINED for each in requests])
-    unread_S = np.where(may_skip_S, step.prompt_S - 1, 0)
+    reads_S = np.array([each.reads_prompt for each in requests])
+    unread_S = np.where(reads_S, 0, step.prompt_S - 1)
     prompt_rows_S = np.clip(unread_S - step.computed_S, 0, step.scheduled_S).astype(np.int32)
     first_S = np.cumsum(step.scheduled_S) - step.scheduled_S
     place_T = np.arange(int(step.scheduled_S.sum())) - np.repeat(first_S, step.scheduled_S)
-    replies_S = np.array([reply_row(each.level) for each in requests], dtype=np.int32)
+    replies_S = np.array([reply_row(each.reply_level) for each in requests], dtype=np.int32)
+    prompts_S = np.array([prompt_row(each.prompt_level) for each in requests], dtype=np.int32)
     is_prompt_T = place_T < np.repeat(prompt_rows_S, step.scheduled_S)
-    return np.repeat(replies_S, step.scheduled_S) + is_prompt_T.astype(np.int32), prompt_rows_S
+    rows_T = np.where(
+        is_prompt_T, np.repeat(prompts_S, step.scheduled_S), np.repeat(replies_S, step.scheduled_S)
+    )
+    return rows_T, prompt_rows_S
 
 
 class RuleRows:
     """The rule rows and the band of the step that runs; one for all layers of a model."""
 
-    def __init__(self, plan: Plan, most_rows: int, is_checked: bool = False) -> None:
-        """A step has at most `most_rows` rows; with `is_checked` each step's are compared."""
-        self._ends = band_ends(plan)
+    def __init__(
+        self, plan: Plan, most_rows: int, *, is_checked: bool = False, has_ranks: bool = False
+    ) -> None:
+        """A step has at most `most_rows` rows; with `is_checked` each step's are compared.
+
+        `has_ranks`: whether data-parallel ranks run each step together.
+        """
+        self._ends, self._has_ranks = band_ends(plan), has_ranks
         # By level. A level's prompt rows count for a band where it has no rules for them.
         self._counts_prompts = np.array([True, *(not level.prompt for level in plan.levels)])
         self._most, self._is_checked = most_rows, is_checked
@@ -134,7 +168,7 @@ class RuleRows:
         """Writes a real step's rows and band; what lies behind them is the trained model's."""
         requests = [self._requests.get(name, UNKNOWN) for name in step.names]
         rows_T, prompt_rows_S = step_rows_of(step, requests)
-        counts_S = self._counts_prompts[[request.level for request in requests]]
+        counts_S = self._counts_prompts[[request.prompt_level for request in requests]]
         counted = len(rows_T) - int(prompt_rows_S[~counts_S].sum())
         self._write(rows_T, self.band_of(counted), device)
 
@@ -156,6 +190,7 @@ class RuleRows:
             # Made late: what lies in memory that a model is loaded into is lost to sleep mode.
             with torch.inference_mode(False):
                 self._buffer = torch.zeros(HEAD + self._most, dtype=torch.int32, device=device)
+                self._bands = torch.arange(len(self._ends) + 1, dtype=torch.int32, device=device)
         words = torch.zeros(HEAD + max(self._filled, len(rows_T)), dtype=torch.int32)
         words[0] = band
         words[HEAD : HEAD + len(rows_T)] = torch.from_numpy(rows_T)
@@ -182,11 +217,16 @@ class RuleRows:
             return rows_T
         return rank_share(rows_T, *sequence_parallel, added=TRAINED)
 
-    @property
-    def band_1(self) -> Tensor:
-        """The band of the step that runs, int32, where captured steps find it."""
+    def band(self, step_rows: int) -> Tensor:
+        """The band [1] of the step that runs, int32, where captured steps find it.
+
+        `step_rows` are those of all data-parallel ranks, with padding, where there are any.
+        """
         assert self._buffer is not None  # `rows` was asked first
-        return self._buffer[:1]
+        if not self._has_ranks:
+            return self._buffer[:1]
+        number = self.band_of(step_rows)
+        return self._bands[number : number + 1]
 
     def check(self, step: StepRequests, starts_S: Tensor, positions_T: Tensor) -> None:
         """Compares what was written with what the device's own positions say, row by row.
