@@ -15,7 +15,7 @@ from torch.nn import functional
 from leanmoe.kernels.cpu.experts import experts_cpu, experts_cpu_unsupported, prepare
 from leanmoe.kernels.cpu.router import route_cpu, route_cpu_unsupported
 from leanmoe.kernels.reference import experts_reference
-from leanmoe.kernels.rule_words import TokenRules, needed
+from leanmoe.kernels.rule_words import DeviceRules, TokenRules, needed
 from leanmoe.kernels.triton.experts import experts_gpu, experts_gpu_unsupported
 from leanmoe.kernels.triton.router import route_gpu, route_gpu_ids, route_gpu_unsupported
 from leanmoe.kernels.triton.tuned_tiles import describe
@@ -221,8 +221,10 @@ class RowRoutes:
         self, bands: Sequence[Sequence[tuple[Rule, Rule | None]]], top_k: int, ranks: int = 1
     ) -> None:
         """`bands` hold what `RuleTable.of` takes: for each level a reply and a prompt rule."""
-        self._top_k = top_k
+        self._top_k, self._ranks = top_k, ranks
         self._tables = [RuleTable.of(top_k, levels).on(ranks) for levels in bands]
+        self._rules: DeviceRules | None = None
+        """On the device of the first step, which no graph captures."""
 
     @property
     def is_batch_aware(self) -> bool:
@@ -236,16 +238,36 @@ class RowRoutes:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What `route_ids` gives, each token under its row of the table of band `band_1`.
 
-        On a GPU, where the band is not known before the step runs, it is picked from all bands'.
+        On a GPU, where the band is not known before the step runs, the reference routes by all.
         """
-        step = (rule_rows_T, bias_E, padding_T, scope)
-        tables = self._tables if band_1.is_cuda else [self._tables[int(band_1)]]
-        routed = [route_rows(logits_TE, router, self._top_k, table, *step) for table in tables]
-        picked_1 = band_1.long() if band_1.is_cuda else torch.zeros(1, dtype=torch.int64)
-        ids_TK = torch.stack([each.ids_BTK for each in routed])[picked_1][0]
-        weights_TK = torch.stack([each.weights_BTK.float() for each in routed])[picked_1][0]
-        ids_TK = write_skipped(ids_TK, logits_TE.shape[1], padding_T, skipped_id)
-        return ids_TK.to(ids_dtype), weights_TK
+        rules = self._on_device(logits_TE, router)
+        if band_1.is_cuda and self.choose(logits_TE, router, scope).name == "reference":
+            step = (rule_rows_T, bias_E, padding_T, scope)
+            tables = self._tables
+            routed = [route_rows(logits_TE, router, self._top_k, table, *step) for table in tables]
+            ids_TK = torch.stack([each.ids_BTK for each in routed])[band_1.long()][0]
+            weights_TK = torch.stack([each.weights_BTK for each in routed])[band_1.long()][0]
+            ids_TK = write_skipped(ids_TK, logits_TE.shape[1], padding_T, skipped_id)
+            return ids_TK.to(ids_dtype), weights_TK.float()
+        rules.band_1 = band_1
+        return route_ids(
+            logits_TE, router, self._top_k, TokenRules(rules, rule_rows_T), bias_E, padding_T,
+            scope, skipped_id=skipped_id, ids_dtype=ids_dtype,
+        )  # fmt: skip
+
+    def choose(self, logits_TE: Tensor, router: Router, scope: BatchScope = ALONE) -> Choice[Route]:
+        """What routes such logits, and why it is that."""
+        rows_T = torch.empty(logits_TE.shape[0], dtype=torch.int32, device=logits_TE.device)
+        rules = TokenRules(self._on_device(logits_TE, router), rows_T)
+        return choose_router(logits_TE, router, rules, scope)
+
+    def _on_device(self, logits_TE: Tensor, router: Router) -> DeviceRules:
+        if self._rules is None:
+            experts, device = logits_TE.shape[1], logits_TE.device
+            self._rules = DeviceRules(
+                self._tables, router, self._top_k, experts, device, ranks=self._ranks
+            )
+        return self._rules
 
 
 def write_skipped(

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.kernels.dispatch import RowRoutes, route_ids
+from leanmoe.kernels.dispatch import RowRoutes, choose_router, route_ids
 from leanmoe.models.routers import Router
 from leanmoe.plan import Plan, Rule
 from leanmoe.routing import ALONE, BatchScope
@@ -160,6 +160,17 @@ class VllmLayerRouting:
         if self._statistics is not None:
             self._statistics.note(self.layer, ids, weights, padding_T)
         return weights, ids
+
+    def implementations(self, logits_TE: Tensor) -> set[str]:
+        """What routes such logits: vLLM, or one of leanmoe's."""
+        if self._row_routes is not None:
+            return {self._row_routes.choose(logits_TE, self.router, self.scope).name}
+        return {
+            "vllm"
+            if is_plain(rule)
+            else choose_router(logits_TE, self.router, rule, self.scope).name
+            for rule in self.rules
+        }
 
     def warm_up(self) -> None:
         """Launches what any step of the layer may, so that nothing compiles once vLLM serves.

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.kernels.dispatch import choose_router
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
-from leanmoe.serve.plugin_options import LEANMOE, PluginOptions, has_prompt_rules, is_plain
+from leanmoe.serve.plugin_options import LEANMOE, PluginOptions, has_prompt_rules
 from leanmoe.serve.routing_statistics import RoutingStatistics
 from leanmoe.serve.vllm import checks
 from leanmoe.serve.vllm.checks import GATHERING, experts_class, scope_of
@@ -237,15 +236,7 @@ class PlannedModel:
         config = self.config()
         device = "cpu" if config is None else config.device_config.device
         logits = torch.empty(1, self.plan.model.experts, device=device)
-        names = {
-            "vllm"
-            if is_plain(rule) and not routing.by_table
-            else "reference"
-            if routing.by_table
-            else choose_router(logits, routing.router, rule, routing.scope).name
-            for routing in self.layers.values()
-            for rule in routing.rules
-        }
+        names = {name for each in self.layers.values() for name in each.implementations(logits)}
         return " and ".join(sorted(names)) or "vllm"
 
     def uncaptured_bands(self) -> str | None:
