@@ -102,5 +102,5 @@ def check_plugin(environ: Mapping[str, str] = os.environ) -> None:
     only = environ.get("VLLM_PLUGINS")
     if only is not None and not set(only.split(",")) >= set(OURS):
         raise LeanMoeError(
-            f"VLLM_PLUGINS is {only!r}: it must name {' and '.join(OURS)} too, or be unset"
+            f"VLLM_PLUGINS is {only!r}: name {' and '.join(OURS)} there, or unset it"
         )

@@ -240,7 +240,8 @@ class RowRoutes:
 
         On a GPU, where the band is not known before the step runs, the reference routes by all.
         """
-        rules = self._on_device(logits_TE, router)
+        if self._rules is None:
+            self._rules = self._made(logits_TE, router, logits_TE.device)
         if band_1.is_cuda and self.choose(logits_TE, router, scope).name == "reference":
             step = (rule_rows_T, bias_E, padding_T, scope)
             tables = self._tables
@@ -249,25 +250,21 @@ class RowRoutes:
             weights_TK = torch.stack([each.weights_BTK for each in routed])[band_1.long()][0]
             ids_TK = write_skipped(ids_TK, logits_TE.shape[1], padding_T, skipped_id)
             return ids_TK.to(ids_dtype), weights_TK.float()
-        rules.band_1 = band_1
+        self._rules.band_1 = band_1
         return route_ids(
-            logits_TE, router, self._top_k, TokenRules(rules, rule_rows_T), bias_E, padding_T,
-            scope, skipped_id=skipped_id, ids_dtype=ids_dtype,
+            logits_TE, router, self._top_k, TokenRules(self._rules, rule_rows_T), bias_E,
+            padding_T, scope, skipped_id=skipped_id, ids_dtype=ids_dtype,
         )  # fmt: skip
 
     def choose(self, logits_TE: Tensor, router: Router, scope: BatchScope = ALONE) -> Choice[Route]:
         """What routes such logits, and why it is that."""
         rows_T = torch.empty(logits_TE.shape[0], dtype=torch.int32, device=logits_TE.device)
-        rules = TokenRules(self._on_device(logits_TE, router), rows_T)
-        return choose_router(logits_TE, router, rules, scope)
+        rules = self._rules or self._made(logits_TE, router, "cpu")  # which is not kept
+        return choose_router(logits_TE, router, TokenRules(rules, rows_T), scope)
 
-    def _on_device(self, logits_TE: Tensor, router: Router) -> DeviceRules:
-        if self._rules is None:
-            experts, device = logits_TE.shape[1], logits_TE.device
-            self._rules = DeviceRules(
-                self._tables, router, self._top_k, experts, device, ranks=self._ranks
-            )
-        return self._rules
+    def _made(self, logits_TE: Tensor, router: Router, device: torch.device | str) -> DeviceRules:
+        experts = logits_TE.shape[1]
+        return DeviceRules(self._tables, router, self._top_k, experts, device, ranks=self._ranks)
 
 
 def write_skipped(
