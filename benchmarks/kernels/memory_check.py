@@ -15,14 +15,14 @@ from dataclasses import replace
 import torch
 
 from leanmoe.kernels import ExpertWeights, experts_gpu, experts_reference, route_gpu
+from leanmoe.kernels.rule_words import DeviceRules, TokenRules
 from leanmoe.kernels.triton.config import ExpertsConfig, Tile
 from leanmoe.kernels.triton.tune_tiles import random_call, random_weights
 from leanmoe.kernels.triton.tuned_tiles import Shape
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.plan.placement import Placement
-from leanmoe.routing import route
-from leanmoe.routing.batch_rules import BatchScope
+from leanmoe.routing import BatchScope, RuleTable, route, route_rows
 
 SHAPES = (
     Shape(12, 200, 72, 3, "bfloat16"),
@@ -46,7 +46,7 @@ FP8_CONFIGS = (
     (150, ExpertsConfig(64, 16, False, float16_act=True)),
 )
 """Activations as the sum of two fp8 numbers, or float16 between the products."""
-RULES = (
+RULES: tuple[Rule | RuleTable, ...] = (
     Rule(),
     Rule(top_k=4),
     Rule(threshold=0.4),
@@ -56,6 +56,10 @@ RULES = (
     Rule(experts=tuple(range(40)), budget=20),
     Rule(budget_per_rank=8),
     Rule(guaranteed=3, budget=20, budget_per_rank=8),
+    RuleTable.of(6, [(Rule(top_k=4), Rule(top_k=0))]),
+    RuleTable.of(6, [(Rule(guaranteed=2), Rule(top_k=2)), (Rule(threshold=0.4), None)]),
+    RuleTable.of(6, [(Rule(budget=20, experts=tuple(range(40))), None)]),
+    RuleTable.of(6, [(Rule(guaranteed=3, budget_per_rank=8, top_p=0.7), Rule(top_k=1))]),
 )
 PLACEMENT = Placement.linear(64, 4)
 ROUTERS = (
@@ -92,14 +96,21 @@ def check_experts(shape: Shape, weights: ExpertWeights, tokens: int, chosen: Exp
         raise SystemExit(f"experts are wrong: {error:.1e} is more than {WORST[shape.dtype]:.0e}")
 
 
-def check_route(router: Router, rule: Rule, tokens: int) -> None:
-    """One call with padding rows against the reference."""
+def check_route(router: Router, rule: Rule | RuleTable, tokens: int) -> None:
+    """One call with padding rows against the reference; under a table every row has its tokens."""
     generator = torch.Generator(DEVICE).manual_seed(tokens)
     logits_TE = torch.randn(tokens, 64, generator=generator, device=DEVICE)
     bias_E = torch.linspace(-0.1, 0.1, 64, device=DEVICE) if router.ranking_bias else None
     padding_T = torch.arange(tokens, device=DEVICE) % 5 == 4
-    got = route_gpu(logits_TE, router, 6, rule, bias_E, padding_T, PLACEMENT)
-    want = route(logits_TE, router, 6, rule, bias_E, padding_T, BatchScope(PLACEMENT))
+    rest, scope = (bias_E, padding_T), BatchScope(PLACEMENT)
+    if isinstance(rule, RuleTable):
+        rows_T = torch.arange(tokens, device=DEVICE) % len(rule.rows)
+        rules = DeviceRules([rule], router, 6, 64, DEVICE, ranks=PLACEMENT.ranks)
+        got = route_gpu(logits_TE, router, 6, TokenRules(rules, rows_T), *rest, PLACEMENT)
+        want = route_rows(logits_TE, router, 6, rule, rows_T, *rest, scope)
+    else:
+        got = route_gpu(logits_TE, router, 6, rule, *rest, PLACEMENT)
+        want = route(logits_TE, router, 6, rule, *rest, scope)
     # Some families leave their own top-k unsorted.
     agree = float((got.ids_TK.sort()[0] == want.ids_BTK.sort()[0]).float().mean())
     print(f"route {router.scoring} {rule} T={tokens}: {agree:.1%} of ids agree", flush=True)

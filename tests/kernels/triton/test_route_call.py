@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leanmoe.kernels.rule_words import DeviceRules, TokenRules
 from leanmoe.kernels.triton.route_call import RouteCall
+from leanmoe.kernels.triton.router import route_gpu
 from leanmoe.models.routers import Router
 from leanmoe.plan import Rule
 from leanmoe.routing import RuleTable, route_rows
@@ -69,3 +70,31 @@ def test_one_rule_for_all_knows_no_table(monkeypatch: pytest.MonkeyPatch) -> Non
     for _program, kinds, constants, _options in seen:
         assert not constants["TABLE"]
         assert kinds[-4:] == [type(None)] * 4
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there are no graphs to capture without a GPU")
+@pytest.mark.parametrize("levels", [LEVELS, [(Rule(top_k=2), Rule(top_k=0))]], ids=str)
+def test_a_graph_follows_what_rows_band_and_rules_are_when_it_is_replayed(
+    levels: list[tuple[Rule, Rule | None]],
+) -> None:
+    logits_TE = draw(9, 32)[0].to(DEVICE)
+    router = ROUTERS["softmax, normalised"]
+    other = RuleTable.of(4, [(Rule(top_k=1), None)])
+    tables = [RuleTable.of(4, levels), other]
+    rules = DeviceRules(tables, router, 4, 32, DEVICE)
+    rows_T = torch.zeros(9, device=DEVICE, dtype=torch.int32)
+    arguments = (logits_TE, router, 4, TokenRules(rules, rows_T))
+    route_gpu(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = route_gpu(*arguments)
+    generator = torch.Generator().manual_seed(0)
+    for band in (0, 1, 0):
+        rows_T.copy_(torch.randint(4, (9,), generator=generator))
+        rules.band_1.fill_(band)
+        graph.replay()
+        eager = route_gpu(*arguments)
+        wanted = route_rows(logits_TE, router, 4, tables[band], rows_T)
+        assert found.ids_TK.tolist() == eager.ids_TK.tolist()
+        assert found.weights_TK.tolist() == eager.weights_TK.tolist()
+        assert found.ids_TK.sort()[0].tolist() == wanted.ids_BTK.sort()[0].tolist()
