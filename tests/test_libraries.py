@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from leanmoe.core.installed_sglang import TESTED
+
 ROOT = Path(__file__).parents[1]
 TRIED = {
     "torch": ("2.11.0", "2.14.1"),
@@ -61,12 +63,18 @@ def test_what_was_tried_is_allowed_and_older_is_not(name: str) -> None:
         assert older not in requirement.specifier, requirement
 
 
-@pytest.mark.parametrize("file", ["constraints.txt", "constraints-vllm.txt"])
+@pytest.mark.parametrize(
+    "file", ["constraints.txt", "constraints-vllm.txt", "constraints-sglang.txt"]
+)
 def test_pinned_versions_were_tried(file: str) -> None:
     for name, version in pins(file).items():
         if name in TRIED:
             oldest, newest = map(Version, TRIED[name])
             assert oldest <= Version(version) <= newest, f"{name} {version}"
+
+
+def test_the_sglang_that_is_pinned_is_the_one_the_hook_was_written_for() -> None:
+    assert dict(pins("constraints-sglang.txt"))["sglang"] == TESTED
 
 
 @pytest.mark.parametrize("name", TRIED)

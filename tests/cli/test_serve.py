@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from leanmoe.cli import main
-from leanmoe.core import installed_vllm
+from leanmoe.core import installed_sglang, installed_vllm
 from leanmoe.core.installed_vllm import VllmInstall
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Fingerprint, Level, Plan, Rule
@@ -68,6 +68,25 @@ def test_auto_takes_transformers_where_there_is_no_vllm(
     assert json.loads(run(capsys, *words)[1])["engine"] == "transformers"
     assert "vllm is not installed" in run(capsys, *words, "--engine", "vllm")[2]
     assert "takes none" in run(capsys, *words, "--", "--max-model-len", "512")[2]
+
+
+def test_sglang_is_started_with_the_plan_and_its_metrics(
+    plan: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = ("serve", "reference", "--port", port, "--engine", "sglang", "--dry-run", "--json")
+    monkeypatch.setattr(installed_sglang, "find_spec", lambda _: None)
+    assert "sglang is not installed" in run(capsys, *words, "--plan", plan)[2]
+    monkeypatch.setattr("leanmoe.cli.serve.require_sglang", lambda with_plans: str(with_plans))
+    code, out, _ = run(capsys, *words, "--plan", plan, "--", "--tp-size", "2")
+    found: dict[str, Any] = json.loads(out)
+    assert code == 0
+    assert found["environment"] == {"LEANMOE_PLAN": str(plan)}
+    assert found["command"][-3:] == ["--enable-metrics", "--tp-size", "2"]
+    assert json.loads(run(capsys, *words)[1])["environment"] == {}
+    prompt = tmp_path / "prompt.json"
+    Plan.banded(MODEL, prompt=(Rule(top_k=2),) * MODEL.moe_layers).save(prompt)
+    assert "SGLang: rules for prompt tokens" in run(capsys, *words, "--plan", prompt)[2]
 
 
 def test_what_cannot_run_is_one_line(

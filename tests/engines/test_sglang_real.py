@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.installed_sglang import TESTED
 from leanmoe.kernels.dispatch import repeat_best
 from leanmoe.models.routers import Router
 from leanmoe.plan import Band, Fingerprint, Plan, Rule
@@ -118,7 +119,7 @@ def patched() -> Iterator[Any]:
 
 
 def test_the_version_is_the_one_named() -> None:
-    assert metadata.version("sglang") == sglang_patch.TESTED
+    assert metadata.version("sglang") == TESTED
 
 
 @pytest.mark.parametrize("name", ROUTERS)

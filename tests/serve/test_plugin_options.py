@@ -69,7 +69,9 @@ def test_whose_tokens_share_experts_is_asked_for_by_name() -> None:
 def test_notes_say_what_a_skipped_slot_costs() -> None:
     assert any("skipped slot" in note for note in notes(SHARED, "vLLM"))
     assert any("0.26 and newer spare its row" in note for note in notes(SHARED, "vLLM"))
-    assert not any("spare its row" in note for note in notes(SHARED, "SGLang"))
+    assert any("its Triton experts spare its row" in note for note in notes(SHARED, "SGLang"))
+    assert any("make 30 capture sizes" in note for note in notes(SHARED, "vLLM"))
+    assert not any("capture sizes" in note for note in notes(SHARED, "SGLang"))
     assert not notes(SIX, "vLLM")
 
 

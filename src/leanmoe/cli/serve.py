@@ -12,12 +12,14 @@ import typer
 
 from leanmoe.cli.options import AsJson, print_json
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.installed_sglang import require_sglang
 from leanmoe.core.installed_vllm import find_vllm, require_vllm
 from leanmoe.models.reference import folder_of
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.serve.plugin_options import PROMPT, check_parts, without
 from leanmoe.serve.settings import ServeSettings
+from leanmoe.serve.sglang import launch as sglang_launch
 from leanmoe.serve.vllm import launch
 
 
@@ -58,10 +60,14 @@ def serve(
         check_parts(plan, "vLLM", f"--drop {PROMPT}")
         _serve_vllm(settings, plan, dry_run, as_json)
         return
+    if engine == "sglang":
+        check_parts(plan, "SGLang", f"--drop {PROMPT}")
+        _serve_sglang(settings, dry_run, as_json)
+        return
     if settings.engine_arguments:
         raise LeanMoeError(
-            f"{settings.engine_arguments[0]} is an argument of vLLM's: Transformers' server takes "
-            "none"
+            f"{settings.engine_arguments[0]} is an argument of vLLM's or SGLang's: Transformers' "
+            "server takes none"
         )
     path = "" if settings.plan is None else str(settings.plan)
     _say({"engine": engine, "plan": path or "none", "model": settings.model}, as_json)
@@ -87,7 +93,23 @@ def _serve_vllm(settings: ServeSettings, plan: Plan, dry_run: bool, as_json: boo
         settings.engine_arguments,
         install,
     )
-    _say({"engine": "vllm", "environment": variables, "command": command}, as_json)
+    _become("vllm", variables, command, dry_run, as_json)
+
+
+def _serve_sglang(settings: ServeSettings, dry_run: bool, as_json: bool) -> None:
+    """Becomes SGLang's server."""
+    require_sglang(with_plans=settings.plan is not None)
+    variables = sglang_launch.environment(settings.plan, settings.drop, settings.level)
+    command = sglang_launch.command(
+        settings.model, settings.host, settings.port, settings.engine_arguments
+    )
+    _become("sglang", variables, command, dry_run, as_json)
+
+
+def _become(
+    engine: str, variables: dict[str, str], command: list[str], dry_run: bool, as_json: bool
+) -> None:
+    _say({"engine": engine, "environment": variables, "command": command}, as_json)
     if not dry_run:
         sys.stdout.flush()
         os.execve(command[0], command, {**os.environ, **variables})

@@ -14,13 +14,14 @@ from typing import Any
 
 from leanmoe.core.environment import DROP, LEVEL, PLAN
 from leanmoe.core.errors import LeanMoeError, unknown_name
+from leanmoe.core.installed_sglang import TESTED
 from leanmoe.models.hf_config import read_config, setting_path
 from leanmoe.plan import Plan, Rule
 from leanmoe.serve.plugin_options import PROMPT, check_parts, notes, without
 from leanmoe.serve.vllm.launch import capture_sizes
 
 ENGINES = ("vllm", "sglang", "llama.cpp", "transformers")
-SGLANG_NOTE = "written for SGLang 0.5.23: run in its select_experts on a CPU, in no SGLang server"
+SGLANG_NOTE = f"written for SGLang {TESTED}: run in its routing on a CPU, in no server on a GPU"
 GGUF = {
     "BailingMoeV2ForCausalLM": "bailingmoe2", "DeepseekV2ForCausalLM": "deepseek2",
     "DeepseekV3ForCausalLM": "deepseek2", "Dots1ForCausalLM": "dots1",

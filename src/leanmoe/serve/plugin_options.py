@@ -110,13 +110,15 @@ def notes(plan: Plan, engine: str) -> tuple[str, ...]:
     is_vllm = engine in KNOW_RANKS
     sentences = []
     if skips:
-        spared = "0.26 and newer spare its row where the log says id -1, else " if is_vllm else ""
+        spared = "0.26 and newer spare" if is_vllm else "its Triton experts spare"
+        spared += " its row where the log says id -1, else "
         sentences.append(
             f"{engine} computes a skipped slot as a row of the token's best expert with weight 0, "
             f"which reads no further weights: {spared}its products are not saved"
         )
     ends = [band.up_to for band in plan.bands if band.up_to is not None]
-    if ends and not (engine in TELL_PROMPTS and has_prompt_rules(plan)):
+    counts = not is_vllm or has_prompt_rules(plan)  # those count the real rows
+    if ends and not counts:
         sentences.append(
             f"a band is picked by the rows that a step computes, padding of captured graphs "
             f"included: make {', '.join(map(str, ends))} capture sizes"

@@ -9,7 +9,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.options import MODEL_HELP, argument, option
 from leanmoe.core.parsing import require
 
-SERVERS = ("auto", "vllm", "transformers")
+SERVERS = ("auto", "vllm", "sglang", "transformers")
 LEVEL_HELP = "The level of the plan to run, where it has several."
 DROP_HELP = "A part of the plan to leave out: prompt. May be repeated."
 
@@ -20,12 +20,12 @@ class ServeSettings:
 
     model: str = argument(MODEL_HELP, "")
     engine_arguments: tuple[str, ...] = argument(
-        "Arguments that are passed on to vLLM; put -- before them.", (), repeats=True
+        "Arguments that are passed on to vLLM or SGLang; put -- before them.", (), repeats=True
     )
     plan: Path | None = option(None, "A plan.json; without one the full model is served.")
     host: str = option("127.0.0.1", "The address to listen at.")
     port: int = option(8000, "The port to listen at.")
-    engine: str = option("auto", "vllm, transformers, or auto: vLLM where it is installed.")
+    engine: str = option("auto", "vllm, sglang, transformers, or auto: vLLM where it is installed.")
     level: str | None = option(None, LEVEL_HELP)
     drop: tuple[str, ...] = option((), DROP_HELP, repeats=True)
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.installed_sglang import TESTED
 from leanmoe.plan import Plan
 from leanmoe.serve.sglang.metrics import show_plan
 from leanmoe.serve.sglang.padding import make_count, needs_count
@@ -24,7 +25,6 @@ from leanmoe.serve.sglang.planned_model import SglangPlan
 from leanmoe.serve.sglang.routing import banded_config, planned_config
 
 logger = logging.getLogger("sglang.leanmoe")
-TESTED = "0.5.23"
 ARGUMENTS = ("hidden_states", "router_logits", "topk_config", "layer_id", "num_token_non_padded")
 SETTINGS = (
     "top_k",
