@@ -19,7 +19,7 @@ from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
 from leanmoe.serve.plugin_options import PROMPT, check_parts, without
 from leanmoe.serve.settings import ServeSettings
-from leanmoe.serve.sglang import launch as sglang_launch
+from leanmoe.serve.sglang import server_command
 from leanmoe.serve.vllm import launch
 
 
@@ -99,8 +99,8 @@ def _serve_vllm(settings: ServeSettings, plan: Plan, dry_run: bool, as_json: boo
 def _serve_sglang(settings: ServeSettings, dry_run: bool, as_json: bool) -> None:
     """Becomes SGLang's server."""
     require_sglang(with_plans=settings.plan is not None)
-    variables = sglang_launch.environment(settings.plan, settings.drop, settings.level)
-    command = sglang_launch.command(
+    variables = server_command.environment(settings.plan, settings.drop, settings.level)
+    command = server_command.command(
         settings.model, settings.host, settings.port, settings.engine_arguments
     )
     _become("sglang", variables, command, dry_run, as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from leanmoe.models.reference import path as reference_path
-from leanmoe.serve.sglang.launch import command, environment
+from leanmoe.serve.sglang.server_command import command, environment
 
 
 def test_variables_are_those_of_the_plan() -> None:
