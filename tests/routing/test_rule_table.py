@@ -21,6 +21,7 @@ def numbers(row: RowRule) -> tuple[int, int, int, int]:
         (Rule(guaranteed=2), (8, 2, 2, 2)),
         (Rule(top_k=4, guaranteed=2, budget=5), (4, 1, 2, 1)),
         (Rule(top_k=4, budget_per_rank=5), (4, 1, 4, 1)),
+        (Rule(top_k=0, guaranteed=2), (0, 0, 0, 0)),
     ],
     ids=str,
 )
@@ -65,3 +66,9 @@ def test_on_one_rank_the_budget_per_rank_is_a_budget() -> None:
     table = RuleTable.of(8, [(Rule(budget_per_rank=3), None)])
     assert table.on(1).step_rule == Rule(budget=3)
     assert table.on(2) == table
+
+
+@pytest.mark.parametrize("wrong", [(5, 0, 0), (1, 5, 1), (1, 1, 2), (-1, 1, 1)])
+def test_numbers_that_no_slots_could_have_are_refused(wrong: tuple[int, int, int]) -> None:
+    with pytest.raises(LeanMoeError, match="of 4 slots: must is at most marks"):
+        RowRule(Rule(guaranteed=1), 4, *wrong)

@@ -30,6 +30,14 @@ class RowRule:
     must: int
     """How many of its best slots a budget may not drop."""
 
+    def __post_init__(self) -> None:
+        """Raises LeanMoeError for numbers that no slots could have."""
+        if not 0 <= self.must <= self.marks <= self.slots >= self.own >= 0:
+            raise LeanMoeError(
+                f"a rule row has own {self.own}, marks {self.marks} and must {self.must} of "
+                f"{self.slots} slots: must is at most marks, and none is more than the slots"
+            )
+
     @classmethod
     def trained(cls, top_k: int) -> RowRule:
         """The model's own top-k, whoever shares the step."""
@@ -44,7 +52,7 @@ class RowRule:
         arXiv 2602.07265) may drop all but its best.
         """
         slots = top_k if rule.top_k is None else rule.top_k
-        marks = slots if rule.guaranteed is None else rule.guaranteed
+        marks = slots if rule.guaranteed is None else min(rule.guaranteed, slots)
         sure = min(1, slots) if rule.has_budget else marks
         return cls(rule, slots, own=sure, marks=marks, must=sure)
 
@@ -116,7 +124,9 @@ class RuleTable:
         budgeted = [row.rule for row in self.rows if row.rule.has_budget]
         total = _largest([rule.budget for rule in budgeted])
         per_rank = _largest([rule.budget_per_rank for rule in budgeted])
-        needs_mark = any(row.rule.guaranteed is not None for row in self.rows)
+        needs_mark = any(
+            row.rule.guaranteed is not None or 0 < row.marks < row.slots for row in self.rows
+        )
         return Rule(guaranteed=1 if needs_mark else None, budget=total, budget_per_rank=per_rank)
 
 
