@@ -40,3 +40,20 @@ def test_a_row_that_uses_no_expert_is_no_token() -> None:
     statistics = RoutingStatistics(1, 8)
     statistics.note(0, IDS, torch.zeros(3, 2), None)
     assert statistics.read().to_json()["layers"] == [{"tokens": 0, "distinct": 0, "activated": 0.0}]
+
+
+def test_tokens_are_counted_by_the_rule_that_they_are_under() -> None:
+    """Row 2 is one of prompts that may use no expert, and is a token all the same."""
+    statistics = RoutingStatistics(2, 8)
+    statistics.rule_rows = lambda rows: torch.tensor([1, 2, 2, 0, 0])[:rows]
+    ids = torch.tensor([[0, 5], [8, 8], [2, 0], [0, 0], [3, 4]])
+    weights = torch.tensor([[0.6, 0.4], [0.0, 0.0], [0.5, 0.5], [0.0, 0.0], [0.5, 0.5]])
+    statistics.note(0, ids, weights, None)
+    first, other = statistics.read().to_json()["layers"]
+    assert other is None
+    assert (first["tokens"], first["distinct"], first["activated"]) == (4, 5, 1.5)
+    assert first["by_rule_row"] == {
+        "0": {"tokens": 1, "distinct": 2, "activated": 2.0},
+        "1": {"tokens": 1, "distinct": 2, "activated": 2.0},
+        "2": {"tokens": 2, "distinct": 2, "activated": 1.0},
+    }

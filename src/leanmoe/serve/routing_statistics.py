@@ -8,6 +8,7 @@ leaves them alone. The first layer adds one small launch that says which step wa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,20 +37,26 @@ class StepReport:
     is_captured: bool
     layers: tuple[RoutingCounts | None, ...]
     """One for each MoE layer; None for a layer that this process does not run."""
+    by_rule_row: tuple[dict[int, RoutingCounts], ...]
+    """The same for the tokens of each rule row; empty where all are under one rule."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values: per layer its tokens, distinct experts and experts a token."""
-        layers = [
-            None
-            if counts is None
-            else {
-                "tokens": counts.tokens,
-                "distinct": int(counts.distinct_per_step),
-                "activated": counts.slots_per_token,
-            }
-            for counts in self.layers
-        ]
+        layers: list[dict[str, Any] | None] = []
+        for counts, parts in zip(self.layers, self.by_rule_row, strict=True):
+            layer = None if counts is None else _counts_json(counts)
+            if layer is not None and parts:
+                layer["by_rule_row"] = {str(row): _counts_json(one) for row, one in parts.items()}
+            layers.append(layer)
         return {"rows": self.rows, "is_captured": self.is_captured, "layers": layers}
+
+
+def _counts_json(counts: RoutingCounts) -> dict[str, Any]:
+    return {
+        "tokens": counts.tokens,
+        "distinct": int(counts.distinct_per_step),
+        "activated": counts.slots_per_token,
+    }
 
 
 class RoutingStatistics:
@@ -59,6 +66,8 @@ class RoutingStatistics:
         """The model has so many MoE layers, and so many experts in each."""
         self._experts = experts
         self._steps: list[dict[int, StepSample]] = [{} for _ in range(layers)]
+        self.rule_rows: Callable[[int], Tensor] | None = None
+        """Gives the rule rows [T] of the last step's so many rows; None where all are alike."""
         self._last_1: Tensor | None = None
         self._first: int | None = None
 
@@ -82,16 +91,33 @@ class RoutingStatistics:
         key = EAGER if self._last_1 is None else int(self._last_1)
         samples = [steps.get(key) for steps in self._steps]
         rows = next((sample.ids_TK.shape[0] for sample in samples if sample is not None), 0)
-        return StepReport(rows, key != EAGER, tuple(self._count(sample) for sample in samples))
+        rows_T = None if self.rule_rows is None or not rows else self.rule_rows(rows).cpu()
+        counted = [self._count(sample, rows_T) for sample in samples]
+        wholes, parts = zip(*counted, strict=True)
+        return StepReport(rows, key != EAGER, wholes, parts)
 
-    def _count(self, sample: StepSample | None) -> RoutingCounts | None:
-        """A step's counts; a slot of weight 0 is skipped, a row that uses no expert is no token."""
+    def _count(
+        self, sample: StepSample | None, rows_T: Tensor | None
+    ) -> tuple[RoutingCounts | None, dict[int, RoutingCounts]]:
+        """A step's counts, and those of each rule row; a slot of weight 0 is skipped.
+
+        A row that uses no expert is no token, but for one of a rule that may allow none.
+        """
         if sample is None:
-            return None
+            return None, {}
         is_used_TK = sample.weights_TK.cpu() != 0
         if sample.padding_T is not None:
             is_used_TK &= ~sample.padding_T.cpu().unsqueeze(-1)
         ids_TK = sample.ids_TK.cpu().long().masked_fill(~is_used_TK, self._experts)
+        is_token_T = is_used_TK.any(dim=-1)
+        parts: dict[int, RoutingCounts] = {}
+        if rows_T is not None and len(rows_T) == len(is_token_T):
+            is_token_T |= rows_T > 0
+            for row in rows_T[is_token_T].unique().tolist():
+                parts[row] = self._sum(ids_TK, is_token_T & (rows_T == row))
+        return self._sum(ids_TK, is_token_T), parts
+
+    def _sum(self, ids_TK: Tensor, is_token_T: Tensor) -> RoutingCounts:
         counts = RoutingCounts()
-        counts.add(ids_TK.unsqueeze(0), ~is_used_TK.any(dim=-1).unsqueeze(0), self._experts)
+        counts.add(ids_TK.unsqueeze(0), ~is_token_T.unsqueeze(0), self._experts)
         return counts

@@ -248,3 +248,21 @@ def test_loading_puts_nothing_of_leanmoes_on_the_device() -> None:
         routing.warm_up()  # no step was run, so there is nothing to compile for
     now = [cached.cache_info().currsize for cached in (_allowed, _rank_of)], len(_in_use)
     assert now == kept
+
+
+def test_statistics_know_whose_rule_each_row_is_under() -> None:
+    """Not where ranks have shares of a step's rows."""
+    prompted = SHARED.with_level(prompt=(Rule(top_k=0),) * 2)
+    for is_divided in (False, True):
+        model, runner = planned(prompted, VllmConfig(), collect_stats=True), built_layer(0)
+        runner.moe_config.is_sequence_parallel = is_divided
+        runner.moe_config.tp_rank, runner.moe_config.tp_size = 0, 2
+        model.adopt(runner)
+        assert model.statistics is not None
+        assert model.rule_rows is not None
+        found = model.statistics.rule_rows
+        assert found == (None if is_divided else model.rule_rows.rows)
+    plain = planned(SHARED, VllmConfig(), collect_stats=True)
+    plain.adopt(built_layer(0))
+    assert plain.statistics is not None
+    assert plain.statistics.rule_rows is None

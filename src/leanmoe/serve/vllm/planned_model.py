@@ -105,6 +105,8 @@ class PlannedModel:
     def _routing(self, runner: Any, layer: int) -> VllmLayerRouting:
         parallel = runner.moe_config
         share = (parallel.tp_rank, parallel.tp_size) if parallel.is_sequence_parallel else None
+        if share is None and self.statistics is not None and self.rule_rows is not None:
+            self.statistics.rule_rows = self.rule_rows.rows
         return VllmLayerRouting(
             runner.router,
             self.plan,
