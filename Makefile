@@ -25,7 +25,7 @@ OLDEST_VLLM := 0.30.0
 
 demo: .venv/ready  ## tune the reference model on this machine, prove the cost, write the page
 	$(BIN)/leanmoe tune reference --output $(RUN) --overwrite --output-len 8 \
-		--margin 1% --profile-tokens 100000 --sensitivity-tokens 12800 --heldout-tokens 96000
+		--margins 1% --profile-tokens 100000 --sensitivity-tokens 12800 --heldout-tokens 96000
 	@echo
 	@echo "The page: $(RUN)/report.html    The plan: $(RUN)/plan.json"
 

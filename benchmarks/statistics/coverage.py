@@ -8,7 +8,9 @@ and 5% of trials is what 95% confidence allows. Rows say what a document is like
 - rare harm: all of it in 2% of the documents;
 - three loads: a plan for each, in one fixed sequence; correlated 0.95 and 0;
 - four kinds: independent texts, the plan at the margin on one and without loss on the others;
-- batch draws: three, with harm that a draw shares over all documents.
+- batch draws: three, with harm that a draw shares over all documents;
+- three margins: a sequence for each along one order of plans, of which one loses just each margin;
+  the claim of the middle level, or of any; correlated 0.95 and 0.
 
 Letters: U documents, Z batch draws.
 """
@@ -25,14 +27,17 @@ from leanmoe.stats import paired
 from leanmoe.stats.losses import Counts, Floats
 
 MARGIN = 0.005
+MARGINS = (0.002, 0.005, 0.01)
 LOSS = 3.3
 """The full model's, nats a token; tokens differ by 0.3 nats under a plan."""
 Trial = Callable[[np.random.Generator, int], bool]
 
 
-def accepts(change: Floats, base_U: Floats, units_U: Counts | None = None) -> bool:
+def accepts(
+    change: Floats, base_U: Floats, units_U: Counts | None = None, margin: float = MARGIN
+) -> bool:
     """Whether the test of `tune` accepts a plan with these changes, at the margin."""
-    return paired.ratio_of_sums(change, base_U, units_U=units_U).upper_bound <= MARGIN
+    return paired.ratio_of_sums(change, base_U, units_U=units_U).upper_bound <= margin
 
 
 def _lengths(draw: np.random.Generator, count: int, spread: float = 1.5) -> Floats:
@@ -86,6 +91,26 @@ def _three_loads(correlation: float, in_sequence: bool) -> Trial:
     return trial
 
 
+def _three_margins(correlation: float, counted: tuple[float, ...]) -> Trial:
+    """Whether a plan that loses just a counted margin is accepted within it."""
+
+    def trial(draw: np.random.Generator, count: int) -> bool:
+        shared_U = math.sqrt(correlation) * draw.standard_normal(count)
+        own = math.sqrt(1 - correlation)
+        noise = [0.004 * (shared_U + own * draw.standard_normal(count)) for _ in MARGINS]
+        plans = [loss + noise_U for loss, noise_U in zip(MARGINS, noise, strict=True)]
+
+        def passes(margin: float) -> int:
+            sequence = paired.fixed_sequence(
+                range(len(plans)), lambda n: accepts(plans[n], np.ones(count), margin=margin)
+            )
+            return len(sequence)
+
+        return any(passes(margin) > MARGINS.index(margin) for margin in counted)
+
+    return trial
+
+
 def four_kinds(draw: np.random.Generator, count: int) -> bool:
     """Accepted only where each kind is within the margin."""
     losses = (MARGIN, 0.0, 0.0, 0.0)
@@ -109,6 +134,9 @@ ROWS: tuple[tuple[str, Trial, tuple[int, ...]], ...] = (
     ("three loads apart, correlation 0", _three_loads(0.0, False), (60,)),
     ("four kinds", four_kinds, (60,)),
     ("three batch draws", batch_draws, (60,)),
+    ("three margins, one level, correlation 0", _three_margins(0.0, MARGINS[1:2]), (60,)),
+    ("three margins, any level, correlation 0.95", _three_margins(0.95, MARGINS), (60,)),
+    ("three margins, any level, correlation 0", _three_margins(0.0, MARGINS), (60,)),
 )
 
 

@@ -5,8 +5,8 @@
     results = leanmoe.tune("reference", output="runs/demo", concurrency=(1, 8))
 
 A keyword is a flag of the command line with underscores, and takes a value or the flag's words:
-`concurrency=(1, 8)` or `"1,8"`, `margin=0.005` or `"0.5%"`. Every function raises LeanMoeError as
-its verb does, with near names for a keyword that is none.
+`concurrency=(1, 8)` or `"1,8"`, `margins=0.005` or `"0.2%,0.5%"`. Every function raises
+LeanMoeError as its verb does, with near names for a keyword that is none.
 """
 
 from __future__ import annotations

@@ -47,6 +47,6 @@ def test_a_margin_is_a_share_or_nats(words: str, value: float, in_nats: bool, sh
 @pytest.mark.parametrize("words", ["x", "0", "-1%", "150%", "2", "1% nats", "nats", "nan"])
 def test_another_margin_is_refused(words: str) -> None:
     with pytest.raises(
-        LeanMoeError, match=r"--margin is .*: it must be (a share like 0.5%|above 0 and below 1)"
+        LeanMoeError, match=r"margin is .*: it must be (a share like 0.5%|above 0 and below 1)"
     ):
         Margin.parse("--margin", words)

@@ -44,3 +44,17 @@ def test_the_heat_map_has_a_column_for_each_band_and_for_prompts() -> None:
 def test_use_is_shown_most_used_first() -> None:
     (heat,) = plots.expert_use(example.tune_results().profile).data
     assert list(heat.z[0]) == sorted(heat.z[0], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({}, "full"),
+        ({"top_k": 6, "guaranteed": 3}, "top_k 6, guaranteed 3"),
+        ({"experts": [1, 2]}, "2 experts"),
+        ({"top_k": 6, "keep_weights": True}, "top_k 6, weights kept"),
+        ({"top_k": 6, "renormalise": 0.5}, "top_k 6, weights renormalised by 0.5"),
+    ],
+)
+def test_rules_in_words(rule: dict[str, object], words: str) -> None:
+    assert plots.describe_rule(Rule.from_json(rule)) == words

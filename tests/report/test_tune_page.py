@@ -55,7 +55,7 @@ def test_the_confidence_shown_is_the_one_asked_for(confidence: float, shown: str
 
 def test_without_an_accepted_plan_the_page_says_so() -> None:
     refused = example.tune_results(accepted=False)
-    assert "plan stays empty" in headline(refused)
+    assert "there is no such level" in headline(refused)
     empty = Plan.from_json({**example.plan(), "bands": []})
     assert "The plan is empty." in tune_page(refused, empty)
     assert not is_restricted(refused)

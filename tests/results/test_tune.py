@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from leanmoe.core.intervals import Margin
 from leanmoe.core.provenance import MadeWith, StepsMadeWith
 from leanmoe.plan import Rule
-from leanmoe.results.tune import TuneResults, describe_rule
+from leanmoe.results.tune import TuneResults
 from tests.results.committed import committed, content
 
 
@@ -20,7 +18,7 @@ def test_committed_results_are_read_and_written_alike() -> None:
     assert results.verdicts[2].accepted
     assert results.sensitivity.candidates[0].rule == Rule(top_k=7, renormalise=0.0)
     assert (results.confidence, results.keep) == (0.95, None)
-    assert results.margin == Margin(0.005)
+    assert results.margins == {"": Margin(0.005)}
 
 
 def test_prompt_rules_are_named_where_a_band_is_empty() -> None:
@@ -37,17 +35,3 @@ def test_steps_say_what_they_were_made_with() -> None:
     made = StepsMadeWith("0.1", "abc", "2", "5", "w", "m", steps=("full", "gain-1"))
     assert isinstance(made, MadeWith)
     assert list(made.to_json()["steps"]) == ["full", "gain-1"]
-
-
-@pytest.mark.parametrize(
-    ("rule", "words"),
-    [
-        ({}, "full"),
-        ({"top_k": 6, "guaranteed": 3}, "top_k 6, guaranteed 3"),
-        ({"experts": [1, 2]}, "2 experts"),
-        ({"top_k": 6, "keep_weights": True}, "top_k 6, weights kept"),
-        ({"top_k": 6, "renormalise": 0.5}, "top_k 6, weights renormalised by 0.5"),
-    ],
-)
-def test_rules_in_words(rule: dict[str, object], words: str) -> None:
-    assert describe_rule(Rule.from_json(rule)) == words

@@ -212,6 +212,36 @@ def test_three_loads_in_one_sequence_err_as_often_as_one_test(
     assert apart > in_sequence
 
 
+@pytest.mark.parametrize("correlation", [0.95, 0.0])
+def test_each_of_three_margins_errs_as_often_as_one_test(
+    correlation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One order of plans, of which one loses just each margin: a level's own claim is at 95%.
+
+    That some level of the three is wrong is more frequent, and what is claimed says so.
+    """
+    monkeypatch.setattr(paired, "REPLICATES", 300)
+    draw, margins = np.random.default_rng(9), (0.002, 0.005, 0.01)
+    wrong, some_wrong = dict.fromkeys(margins, 0), 0
+    for _ in range(TRIALS):
+        shared_U = draw.normal(0, math.sqrt(correlation), 40)
+        bounds = [
+            paired.ratio_of_sums(
+                loss + 0.004 * (shared_U + draw.normal(0, math.sqrt(1 - correlation), 40)),
+                np.ones(40),
+            ).upper_bound
+            for loss in margins
+        ]
+        accepted = {m: fixed_sequence(bounds, lambda bound: bound <= m) for m in margins}  # noqa: B023
+        errors = [len(accepted[m]) > place for place, m in enumerate(margins)]
+        some_wrong += any(errors)
+        for margin, error in zip(margins, errors, strict=True):
+            wrong[margin] += error
+        assert len(accepted[0.002]) <= len(accepted[0.005]) <= len(accepted[0.01])
+    assert max(wrong.values()) <= 0.05 * TRIALS + 11
+    assert max(wrong.values()) < some_wrong <= 0.15 * TRIALS + 18
+
+
 def test_a_margin_in_nats_is_judged_in_nats() -> None:
     full, plan = some_losses(60, 0.002)
     increase = paired.loss_increase(full, plan, in_nats=True)

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from leanmoe.core.intervals import LossChange, RatioOfRuns
+from leanmoe.core.intervals import LossChange, Margin, RatioOfRuns
+from leanmoe.core.provenance import Provenance
 from leanmoe.plan import Rule
-from leanmoe.results.tune import KindLoss, LoadGain
+from leanmoe.results.tune import KindLoss, KindOfText, LoadGain, TextPart
 from leanmoe.stats.losses import Divergence, Losses
 from leanmoe.tune import prove
 from leanmoe.tune.allocate import FrontPoint
-from leanmoe.tune.context import TuneContext
+from leanmoe.tune.context import TuneContext, TuneWindows
 from leanmoe.tune.prove import (
     Aim,
     Proof,
     Proved,
     Proven,
+    aims,
     assemble,
     kind_loss,
-    levels,
+    level_proof,
+    prove_margins,
     verdict_on,
     verdict_without_gain,
 )
 from leanmoe.tune.settings import TuneSettings
 from tests.tune.example import context
+
+MARGIN = Margin(0.005)
 
 
 def proved(
@@ -76,11 +83,11 @@ def test_a_verdict_says_what_other_work_took(tmp_path: Path) -> None:
 
 def test_a_load_without_a_point_gets_an_empty_band(tmp_path: Path) -> None:
     shared = context(tmp_path)
-    plan = assemble(shared, {1: None, 8: proved(shared, 5, prompt=3)}, None)
+    plan = assemble(shared, MARGIN, {1: None, 8: proved(shared, 5, prompt=3)}, None)
     assert [band.up_to for band in plan.bands] == [2, 16]
     assert [band.is_empty for band in plan.bands] == [True, False]
     assert {rule.top_k for rule in plan.prompt} == {3}
-    assert assemble(shared, {1: None, 8: None}, None).prompt == ()
+    assert assemble(shared, MARGIN, {1: None, 8: None}, None).prompt == ()
 
 
 @pytest.mark.parametrize(
@@ -129,10 +136,10 @@ def test_a_load_without_a_gain_shows_what_its_prompt_rules_cost(tmp_path: Path) 
     assert verdict_on(shared, of_all, gain(8, 1.1)).loss == kind("code", 0.002).loss
 
 
-def level(shared: TuneContext, prompt: int, decode: int) -> Aim:
+def aim(shared: TuneContext, prompt: int, decode: int, loss: float = 0.001) -> Aim:
     points = {load: proved(shared, decode, prompt=prompt).point for load in (1, 8)}
     alone = {load: replace(each, decode=shared.no_rules) for load, each in points.items()}
-    return Aim(alone, points)
+    return Aim(loss, alone, points)
 
 
 def proven_unless(
@@ -146,8 +153,8 @@ def proven_unless(
         return Proved(point, (kind("prose", 0.001, not refused(load, point)),))
 
     monkeypatch.setattr(Proof, "validate", validate)
-    ordered = [level(shared, 5, 6), level(shared, 3, 5)]
-    return prove.prove_all(Proof(shared, None), ordered), order
+    ordered = [aim(shared, 5, 6), aim(shared, 3, 5)]
+    return prove.prove_all(Proof(shared, MARGIN, None), ordered), order
 
 
 def decode_rules(outcome: Proven) -> dict[int, int | None]:
@@ -178,7 +185,7 @@ def test_a_load_whose_plan_fails_runs_the_prompt_rules_alone_where_that_is_faste
 
     outcome, order = proven_unless(monkeypatch, shared, refused)
     assert order[-1] == (8, 3, 5)
-    # Level 1: 0.6 at both loads; level 2: 0.5 at load 1, and prompt rules alone, 0.5 as well, at 8.
+    # Aim 1: 0.6 at both loads; aim 2: 0.5 at load 1, and prompt rules alone, 0.5 as well, at 8.
     assert decode_rules(outcome) == {1: 5, 8: None}
     assert {p.point.prompt[0].top_k for p in outcome.chosen.values() if p} == {3}
 
@@ -191,10 +198,62 @@ def test_nothing_is_chosen_where_the_safest_prompt_rules_fail(
     assert (outcome.chosen, outcome.alone) == ({1: None, 8: None}, None)
 
 
+def test_each_margin_has_a_sequence_of_its_own_along_one_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The larger margin goes on where the smaller one's testing ended."""
+    shared = context(tmp_path)
+    margins = (Margin(0.002), Margin(0.01))
+    shared = replace(shared, settings=replace(shared.settings, margins=margins))
+    order: list[tuple[str, int | None]] = []
+
+    def validate(proof: Proof, _load: int, point: FrontPoint) -> Proved:
+        slots = point.decode[0].top_k
+        order.append((proof.margin.name, slots))
+        loss = {None: 0.0, 6: 0.001, 5: 0.004, 4: 0.02, 3: 0.03}[slots]
+        return Proved(point, (kind("prose", loss, loss <= proof.margin.value),))
+
+    monkeypatch.setattr(Proof, "validate", validate)
+    aimed = ((6, 0.001), (5, 0.005), (4, 0.02), (3, 1.0))
+    ordered = [aim(shared, 5, slots, loss) for slots, loss in aimed]
+    slow = {load: replace(each, modelled_time=1.0) for load, each in ordered[0].alone.items()}
+    ordered = [replace(each, alone=slow) for each in ordered]
+    found = prove_margins(shared, None, ordered, loss=2.0)
+    assert {m.name: decode_rules(each) for m, each in found.items()} == {
+        "0.2%": {1: 6, 8: 6},
+        "1%": {1: 5, 8: 5},
+    }
+    assert [k for name, k in order if name == "0.2%"] == [None, 6, 6, None, 5]
+    assert [k for name, k in order if name == "1%"] == [None, 6, 6, None, 5, 5, None, 4]
+
+
+def test_a_proof_holds_each_kind_at_the_load_that_it_loses_most_at(tmp_path: Path) -> None:
+    shared = context(tmp_path)
+    parts = [KindOfText(n, f"{n}.txt", TextPart(9, 99), 0.0, 0.1) for n in ("prose", "code")]
+    shared = replace(
+        shared,
+        text=cast(TuneWindows, SimpleNamespace(kinds=tuple(parts))),
+        model=SimpleNamespace(dtype="torch.float32"),
+    )
+    worse = Proved(proved(shared, 5).point, (kind("prose", 0.003), kind("code", 0.001)))
+    points = {1: proved(shared, 6), 8: worse, 32: None}
+    of_all = Proven(dict.fromkeys(points, ()), points, None)
+    shared = replace(shared, settings=replace(shared.settings, concurrency=(1, 8, 32)))
+    verdicts = [verdict_without_gain(shared, of_all, load, "no cache") for load in points]
+    made = Provenance("", "a processor", 2, {"torch": "2"}, "abc", 0, "")
+    with pytest.MonkeyPatch.context() as patch:
+        applied = SimpleNamespace(implementation="leanmoe experts_cpu")
+        patch.setattr(TuneContext, "full", lambda _: nullcontext(applied))
+        proof = level_proof(shared, MARGIN, verdicts, made)
+    assert [(each.kind, each.loss) for each in proof.kinds] == [("prose", 0.003), ("code", 0.002)]
+    assert (proof.concurrency, proof.bound, proof.dtype) == ((1, 8), 0.004, "float32")
+    assert (proof.implementation, proof.kinds[0].source) == ("leanmoe experts_cpu", "prose.txt")
+
+
 def test_the_order_of_tests_is_fixed_on_calibration_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Levels are made with nothing of the held-out text at hand, and share their prompt rules."""
+    """Aims are made with nothing of the held-out text at hand, and share their prompt rules."""
     shared = context(tmp_path)
     budgets: list[float] = []
 
@@ -210,8 +269,8 @@ def test_the_order_of_tests_is_fixed_on_calibration_text(
 
     monkeypatch.setattr(prove, "points_for", points)
     monkeypatch.setattr(prove, "refined", refined)
-    made = levels(Proof(shared, None), (), {1: {}, 8: {}}, 2.0)
-    assert len(made) == 1, "levels that are the same stand once"
+    made = aims(shared, None, (), {1: {}, 8: {}}, 2.0)
+    assert len(made) == 1, "aims that are the same stand once"
     assert made[0].own[1].prompt == made[0].own[8].prompt
     assert max(budgets) == pytest.approx(1.5 * 0.005 * 2.0)
     assert {rule.renormalise for rule in made[0].own[8].decode} == {1 / 8}
@@ -226,10 +285,11 @@ def test_the_losses_of_several_draws_make_one_verdict() -> None:
         Divergence(np.full(40, 1.0), np.full(40, 2.0), replace(full, loss_U=full.loss_U + n), full)
         for n in (0.5, 1.0, 1.5)
     ]
-    found = kind_loss(TuneSettings("reference"), "prose", drawn)
+    found = kind_loss(TuneSettings("reference"), MARGIN, "prose", drawn)
     assert found.loss.ratio == pytest.approx(1 / 300)
     assert (found.divergence, found.flips, found.batch_draws) == (0.01, 0.02, 3)
     assert found.worst_tenth == pytest.approx(1 / 300)
     assert found.perplexity > found.nats.ratio
     assert found.nats.ratio == pytest.approx(0.01)
-    assert found.loss.upper_bound > kind_loss(TuneSettings("reference"), "p", drawn[1:2]).loss.ratio
+    alone = kind_loss(TuneSettings("reference"), MARGIN, "p", drawn[1:2])
+    assert found.loss.upper_bound > alone.loss.ratio

@@ -14,10 +14,11 @@ from leanmoe import Plan
 from leanmoe.cli import main
 from leanmoe.core.provenance import weights_digest
 from leanmoe.core.run_folder import RunFolder
+from leanmoe.results.tune import TuneResults
 from leanmoe.runtime import load_model, shape_of
 
 SMALL = [
-    *("--concurrency", "1,2", "--margin", "5%", "--input-len", "32", "--output-len", "4"),
+    *("--concurrency", "1,2", "--margins", "5%,20%", "--input-len", "32", "--output-len", "4"),
     *("--repeats", "3", "--profile-tokens", "2000", "--sensitivity-tokens", "400"),
     *("--heldout-tokens", "2500", "--text", "topics", "--text", "readmes"),
 ]
@@ -84,7 +85,12 @@ def test_results_say_how_everything_was_measured(run: Path) -> None:
     (made,) = results["made_with"]
     assert made["weights"] == weights_digest("reference")
     assert set(made["steps"]) == set(results["seconds"])
-    assert [v["concurrency"] for v in results["verdicts"]] == [1, 2]
+    assert [(v["level"], v["concurrency"]) for v in results["verdicts"]] == [
+        ("5%", 1),
+        ("5%", 2),
+        ("20%", 1),
+        ("20%", 2),
+    ]
     assert {s["phase"] for s in results["sensitivity"]["candidates"]} == {"prompt", "decode"}
     for entry in results["gain"]:
         names = list(entry["variants"])
@@ -99,23 +105,30 @@ def test_the_plan_is_one_for_this_model_and_claims_what_was_proven(run: Path) ->
     plan = Plan.load(run / "plan.json")
     model, _ = load_model("reference")
     plan.check(shape_of(model).fingerprint())
-    results = json.loads((run / "results.json").read_text())
-    for band, verdict in zip(plan.bands, results["verdicts"], strict=True):
-        assert band.up_to == verdict["up_to"]
-        if not verdict["accepted"]:
-            assert band.is_empty
-        else:
-            assert verdict["loss"]["upper_bound"] <= 0.05
-            assert verdict["gain"]["low"] > 1
-    for front in results["fronts"]:
-        verdicts = [point["accepted"] for point in front["points"]]
-        assert verdicts[:-1] == [True] * (len(verdicts) - 1), "the first failure ends the sequence"
+    results = TuneResults.load(run / "results.json")
+    for name, margin in results.margins.items():
+        own, level = results.of_level(name), {each.name: each for each in plan.levels}.get(name)
+        accepted = [verdict for verdict in own.verdicts if verdict.accepted]
+        assert (level is not None) == bool(accepted), "a level that claims nothing is absent"
+        assert all(v.loss and v.loss.upper_bound <= margin.value for v in accepted)
+        assert all(v.gain and v.gain.low > 1 for v in accepted)
+        if level is not None:
+            assert level.proof is not None
+            assert level.proof.margin == margin
+            assert [each.kind for each in level.proof.kinds] == ["topics", "readmes"]
+            assert level.proof.bound >= max(v.loss.upper_bound for v in accepted if v.loss)
+            for band, verdict in zip(level.bands, own.verdicts, strict=True):
+                assert (band.up_to, not band.is_empty) == (verdict.up_to, verdict.accepted)
+        for front in own.fronts:
+            passed = [point.accepted for point in front.points]
+            assert passed[:-1] == [True] * (len(passed) - 1), "the first failure ends the sequence"
 
 
 def test_a_memory_budget_restricts_every_rule(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    budget = ["--concurrency", "2", "--margin", "60%", "--keep", "50%", "--criterion", "soft-count"]
+    budget = ["--concurrency", "2", "--margins", "60%", "--keep", "50%"]
+    budget += ["--criterion", "soft-count"]
     assert tune(tmp_path / "run", *budget) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = results["total_or_activated"]
@@ -125,13 +138,13 @@ def test_a_memory_budget_restricts_every_rule(
         assert pruned["memory"] == both["memory"] < skipped["memory"] == 1
         assert skipped["against"]["verdict"]
     plan = Plan.load(tmp_path / "run" / "plan.json")
-    rules = [rule for band in plan.bands for rule in band.rules] + list(plan.prompt)
+    rules = plan.level.rules
     assert plan.bands[-1].up_to is None
     assert {len(rule.experts or ()) for rule in rules} == {32}
     assert "Fewer experts in total" in (tmp_path / "run" / "report.html").read_text()
     shown = " ".join(capsys.readouterr().out.split())
     assert "Fewer experts in total" in shown
-    assert "the plan stays empty" not in shown
+    assert "there is no such level" not in shown
 
 
 def test_report_is_written_again_without_measuring(
@@ -172,7 +185,15 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
         "too short",
     ),
     "concurrency": (lambda _: ("reference", "--concurrency", "8,1"), "--concurrency is [8, 1]"),
-    "margin": (lambda _: ("reference", "--margin", "lots"), "margin is 'lots'"),
+    "margin": (lambda _: ("reference", "--margins", "lots"), "margins is 'lots'"),
+    "margins that fall": (
+        lambda _: ("reference", "--margins", "1%,0.5%"),
+        "--margins is 1%,0.5%: it must be rising margins",
+    ),
+    "margins of two units": (
+        lambda _: ("reference", "--margins", "1%,0.05 nats"),
+        "all shares or all nats",
+    ),
     "no repeats": (lambda _: ("reference", "--repeats", "1"), "repeats is 1"),
     "keep": (lambda _: ("reference", "--keep", "5%"), "keep"),
     "criterion": (lambda _: ("reference", "--keep", "75%", "--criterion", "reep"), "mean reap"),
@@ -185,7 +206,7 @@ def test_mistakes_are_one_line_and_cost_nothing(
 ) -> None:
     arguments, message = MISTAKES[mistake]
     given = arguments(tmp_path)
-    small = [] if any(a in given for a in ("--concurrency", "--margin", "--repeats")) else SMALL
+    small = [] if any(a in given for a in ("--concurrency", "--margins", "--repeats")) else SMALL
     assert leanmoe("tune", *given, "-o", str(tmp_path / "run"), *small) == 1
     said = capsys.readouterr().err.strip()
     assert message in said

@@ -27,7 +27,7 @@ def tune(
     A run that was stopped goes on where it was.
 
     Example:
-    leanmoe tune reference --concurrency 1,8,32 --margin 0.5% -o runs/demo
+    leanmoe tune reference --concurrency 1,8,32 --margins 0.5%,1% -o runs/demo
     """
     from leanmoe.report.write import write_page
     from leanmoe.tune.run import tune as run_tune
@@ -48,13 +48,15 @@ def show(results: TuneResults, folder: Path) -> None:
     console = make_console()
     sure = f"{100 * results.confidence:g}%"
     table = Table(title="Verdict per load", title_justify="left")
-    table.add_column("concurrency", justify="right")
+    for name in ("level", "concurrency"):
+        table.add_column(name, justify="right")
     table.add_column("runs")
     for name in ("loss", f"at most ({sure})", "throughput", f"interval ({sure})"):
         table.add_column(name, justify="right")
     for verdict in results.verdicts:
         loss, gain = verdict.loss, verdict.gain
         table.add_row(
+            verdict.level,
             str(verdict.concurrency),
             Text(results.at_work(verdict), "green" if verdict.accepted else ""),
             percent(loss.ratio) if loss else "",
@@ -68,20 +70,32 @@ def show(results: TuneResults, folder: Path) -> None:
     if results.text.kinds:
         console.print(_kinds(results))
     for verdict in results.verdicts:
-        console.print(f"Concurrency {verdict.concurrency}: {verdict.reason}.")
+        console.print(
+            f"Level {verdict.level}, concurrency {verdict.concurrency}: {verdict.reason}."
+        )
     console.print()
     console.print(headline(results))
     console.print(f"Plan: {folder / 'plan.json'}   Page: {folder / 'report.html'}")
 
 
 def _kinds(results: TuneResults) -> Table:
-    table = Table(title=f"Loss by kind of text, margin {results.margin}", title_justify="left")
-    for name in ("concurrency", "kind", "loss", "at most", "KL", "tokens changed", "worst tenth"):
+    table = Table(title="Loss by kind of text", title_justify="left")
+    for name in (
+        "level",
+        "concurrency",
+        "kind",
+        "loss",
+        "at most",
+        "KL",
+        "tokens changed",
+        "worst tenth",
+    ):
         table.add_column(name, justify="left" if name == "kind" else "right")
     for verdict in results.verdicts:
         for each in verdict.kinds:
             bound = percent(each.loss.upper_bound)
             table.add_row(
+                verdict.level,
                 str(verdict.concurrency),
                 each.kind,
                 percent(each.loss.ratio),

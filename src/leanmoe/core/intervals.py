@@ -17,7 +17,7 @@ class Margin:
     def __post_init__(self) -> None:
         """Raises LeanMoeError for a margin that is not above 0 and below 1."""
         if not 0 < self.value < 1:
-            raise LeanMoeError(f"--margin is {self}: it must be above 0 and below 1 (100%)")
+            raise LeanMoeError(f"a margin is {self}: it must be above 0 and below 1 (100%)")
 
     @classmethod
     def parse(cls, name: str, text: str) -> Margin:
@@ -33,6 +33,16 @@ class Margin:
                 f"{name} is {words!r}: it must be a share like 0.5% or nats like '0.01 nats'"
             ) from error
         return cls(value, in_nats)
+
+    @classmethod
+    def parse_several(cls, name: str, text: str) -> tuple[Margin, ...]:
+        """Reads "0.2%,0.5%" in the same way."""
+        return tuple(cls.parse(name, words) for words in text.split(","))
+
+    @property
+    def name(self) -> str:
+        """What the level of a plan is called that is proven within it: "0.5%" or "0.01-nats"."""
+        return str(self).replace(" ", "-")
 
     def show(self, change: float) -> str:
         """An increase in the margin's unit: "+0.50%" or "+0.0100 nats"."""

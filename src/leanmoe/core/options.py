@@ -80,7 +80,7 @@ def make_callable(package: str) -> None:
     sys.modules[package].__class__ = _VerbPackage
 
 
-def numbers_text(values: Iterable[float]) -> str:
+def numbers_text(values: Iterable[object]) -> str:
     """Numbers as `parse_numbers` reads them: "1,8,32"."""
     return ",".join(map(str, values))
 
@@ -121,6 +121,9 @@ def _read(settings_field: Any, value: Any, about: Option) -> Any:
         several = [value] if isinstance(value, str | Path) else value or ()
         read = [_parsed(settings_field, each, about) for each in several]
         return tuple(v for each in read for v in (each if isinstance(each, list) else [each]))
+    is_list = isinstance(value, list | tuple)
+    if is_list and value and about.parse and all(isinstance(each, str) for each in value):
+        value = ",".join(value)
     if isinstance(value, list):
         return tuple(value)
     return _parsed(settings_field, value, about)

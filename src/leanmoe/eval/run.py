@@ -56,13 +56,15 @@ def evaluate(
     """
     settings.check()
     model_asked = read_shape(settings.model).fingerprint()
-    plans = read_plans(plan_files, rules, model_asked, levels=levels)
+    plans = read_plans(plan_files, rules, model_asked, levels=levels if plan_files else ())
     require_at_work(plans, settings.concurrency)
+    if levels and not plan_files and settings.transfer is None:
+        raise LeanMoeError(f"--level {levels[0]} is one of a plan's: give one with --plan")
     if not plans and settings.calibrate is None and settings.transfer is None:
         raise LeanMoeError("nothing to compare with the full model: give --plan or --rule")
     finished = None
     if settings.transfer is not None:
-        finished = read_run(Path(settings.transfer), model_asked)
+        finished = read_run(Path(settings.transfer), model_asked, levels)
     if settings.tasks:
         require_harness(settings)
     quiet_transformers()

@@ -6,13 +6,14 @@ verdicts of all loads and kinds share the error: `holm`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.intervals import Margin
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.core.schema import from_json, to_json
 from leanmoe.core.text import read_kinds
@@ -42,25 +43,30 @@ class FinishedRun:
 
     plan: Named
     settings: TuneSettings
+    margin: Margin
 
 
-def read_run(folder: Path, model: Fingerprint) -> FinishedRun:
-    """Reads the run in `folder`.
+def read_run(folder: Path, model: Fingerprint, levels: Sequence[str] = ()) -> FinishedRun:
+    """Reads the run in `folder`, and of its plan the one of `levels`.
 
-    Raises LeanMoeError where there is none, for an empty plan, and for a plan of another model.
+    Raises LeanMoeError where there is none, for an empty plan, for a plan of another model, and
+    where several levels are asked for.
     """
+    if len(levels) > 1:
+        raise LeanMoeError(f"--transfer tests one level: {', '.join(levels)} were given")
     results = TuneResults.load(folder / "results.json")
     stored = {
         OLD_NAMES.get(name, name): value
         for name, value in results.settings.items()
-        if name not in GONE
+        if name not in (*GONE, "margin")
     }
-    stored |= {"margin": to_json(results.margin), "text": stored["text"] or []}
+    stored |= {"margins": to_json(tuple(results.margins.values())), "text": stored["text"] or []}
     settings = from_json(TuneSettings, stored, f"settings of {folder}")
-    (plan,) = read_plans([folder / "plan.json"], [], model)
+    (plan,) = read_plans([folder / "plan.json"], [], model, levels=levels)
     if plan.plan.is_empty:
         raise LeanMoeError(f"the plan of {folder} is empty: there is nothing to prove")
-    return FinishedRun(plan, settings)
+    proof = plan.plan.level.proof
+    return FinishedRun(plan, settings, proof.margin if proof else settings.margins[0])
 
 
 def transfer_windows(
@@ -108,10 +114,10 @@ def transfer(
                 f"transfer-{name}-{load}-{run.plan.digest}", partial(drawn, name, load)
             )
             draws = [Divergence.from_json(each) for each in stored]
-            verdicts.append(partial(kind_loss, run.settings, name, draws))
+            verdicts.append(partial(kind_loss, run.settings, run.margin, name, draws))
     found = iter(holm(verdicts))
     rows = tuple(TransferRow(load, tuple(next(found) for _ in windows)) for load in loads)
-    return Transfer(run.plan.plan, run.settings.margin, run.settings.confidence, rows)
+    return Transfer(run.plan.plan, run.margin, run.settings.confidence, rows)
 
 
 def _once(model: Any, run: FinishedRun, against: Reference, load: int, draw: int) -> Divergence:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from leanmoe.core.intervals import RatioOfRuns
 from leanmoe.plan import Plan
 from leanmoe.report.page import render, sure
+from leanmoe.report.plots import describe_rule
 from leanmoe.results.bench import THROUGHPUT, BenchedLoad, BenchResults
-from leanmoe.results.tune import describe_rule
 
 FIGURES = {
     "output_throughput": "output tok/s",

@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from leanmoe.core.intervals import LossChange, Margin, RatioOfRuns
-from leanmoe.plan import Plan
+from leanmoe.plan import Plan, Rule
 from leanmoe.results.bench import THROUGHPUT, TPOT, BenchResults
 from leanmoe.results.predict import SweepResults
 from leanmoe.results.study import Table9, UShape
@@ -18,7 +18,6 @@ from leanmoe.results.tune import (
     StrategyTable,
     TuneResults,
     ValidatedPlan,
-    describe_rule,
 )
 
 INK, FULL, OURS, LIMIT = "#1d2b3a", "#8a97a6", "#0b7a75", "#b3261e"
@@ -82,23 +81,26 @@ def strategies(tables: Sequence[StrategyTable]) -> go.Figure:
 
 
 def tune_gain(results: TuneResults) -> go.Figure:
-    """Measured throughput with the plan over the full model's, with intervals, over load."""
+    """Measured throughput of each level over the full model's, with intervals, over load."""
     figure = _figure("load", "output throughput, plan over full model")
     figure.add_hline(y=0, line={"color": FULL, "width": 1.5})
-    figure.add_trace(
-        go.Bar(
-            x=[
-                f"concurrency {gain.concurrency}<br>{gain.input_tokens} in, "
-                f"{gain.output_tokens} out"
-                for gain in results.gain
-            ],
-            y=[100 * (gain.ratio.median - 1) for gain in results.gain],
-            marker_color=OURS,
-            width=0.45,
-            error_y=_error_bars([gain.ratio for gain in results.gain]),
-            hovertemplate="%{x}<br>%{y:+.1f}%<extra></extra>",
+    for number, level in enumerate(results.margins):
+        gains = results.of_level(level).gain
+        figure.add_trace(
+            go.Bar(
+                x=[
+                    f"concurrency {gain.concurrency}<br>{gain.input_tokens} in, "
+                    f"{gain.output_tokens} out"
+                    for gain in gains
+                ],
+                y=[100 * (gain.ratio.median - 1) for gain in gains],
+                name=level,
+                marker_color=COLOURS[number % len(COLOURS)],
+                width=0.45 / len(results.margins),
+                error_y=_error_bars([gain.ratio for gain in gains]),
+                hovertemplate="%{x}<br>%{y:+.1f}%<extra></extra>",
+            )
         )
-    )
     figure.update_yaxes(ticksuffix="%")
     return figure
 
@@ -360,3 +362,22 @@ def _variant_colour(number: int) -> str:
 def _rules_in_lines(point: ValidatedPlan) -> str:
     rules = [f"layer {n}: {describe_rule(rule)}" for n, rule in enumerate(point.rules)]
     return "<br>".join([point.name, *rules])
+
+
+def describe_rule(rule: Rule) -> str:
+    """A rule in the words of the plan's fields, short enough for a cell of a heat map."""
+    parts = [] if rule.experts is None else [f"{len(rule.experts)} experts"]
+    for name, text in (
+        ("top_k", "top_k {}"),
+        ("threshold", "threshold {:.2g}"),
+        ("top_p", "top_p {:.3g}"),
+        ("guaranteed", "guaranteed {}"),
+        ("budget", "budget {}"),
+        ("budget_per_rank", "budget a rank {}"),
+    ):
+        if (value := getattr(rule, name)) is not None:
+            parts.append(text.format(value))
+    if rule.renormalise < 1:
+        between = f"weights renormalised by {rule.renormalise:g}"
+        parts.append(between if rule.renormalise else "weights kept")
+    return ", ".join(parts) or "full"

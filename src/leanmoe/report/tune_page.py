@@ -15,15 +15,22 @@ def tune_page(results: TuneResults, plan: Plan) -> str:
         title=f"leanmoe tune: {results.model.name}",
         results=results,
         headline=headline(results),
-        plan=plan,
-        slots=_slots_by_band(results, plan),
+        levels=[_shown_level(results, plan, level.name) for level in plan.levels],
         facts=_facts(results),
     )
 
 
 def headline(results: TuneResults) -> str:
-    """The verdict in one sentence, losses and ties as plainly as wins."""
-    margin = str(results.margin)
+    """The verdict in one sentence a level, losses and ties as plainly as wins."""
+    several = len(results.margins) > 1
+    told = []
+    for name, margin in results.margins.items():
+        words = _headline(results.of_level(name), str(margin))
+        told.append(f"Level {name}: {words}" if several else words)
+    return " ".join(told)
+
+
+def _headline(results: TuneResults, margin: str) -> str:
     accepted = [
         (verdict.gain, verdict.loss, verdict.concurrency)
         for verdict in results.verdicts
@@ -43,8 +50,8 @@ def headline(results: TuneResults) -> str:
         )
     if not accepted:
         return (
-            f"No plan is faster with a loss proven within {margin}: the plan stays empty and the "
-            "model runs as it was trained."
+            f"No plan is faster with a loss proven within {margin}: there is no such level, and "
+            "the model runs as it was trained."
         )
     gain, loss, concurrency = max(accepted, key=lambda each: each[0].median)
     confidence = sure(results.confidence)
@@ -62,15 +69,20 @@ def is_restricted(results: TuneResults) -> bool:
     return results.keep is not None and chosen
 
 
-def _slots_by_band(results: TuneResults, plan: Plan) -> dict[int, tuple[float, ...]]:
-    """Mean slots a token by layer, for the bands whose rules are those of a chosen plan."""
-    chosen = [point for front in results.fronts for point in front.points if point.chosen]
-    return {
+def _shown_level(
+    results: TuneResults, plan: Plan, name: str
+) -> tuple[str, Plan, dict[int, tuple[float, ...]]]:
+    """A level's name, it alone, and mean slots a token by layer for bands of a chosen plan."""
+    fronts = results.of_level(name if name in results.margins else "").fronts
+    chosen = [point for front in fronts for point in front.points if point.chosen]
+    level = plan.at(name)
+    slots = {
         number: point.slots_per_layer
-        for number, band in enumerate(plan.bands)
+        for number, band in enumerate(level.bands)
         for point in chosen
         if point.rules == band.rules
     }
+    return name, level, slots
 
 
 def _facts(results: TuneResults) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from leanmoe.core.intervals import LossChange, LossGap, Margin, RatioOfRuns
@@ -199,6 +199,8 @@ class LoadFront:
 
     concurrency: int
     points: tuple[ValidatedPlan, ...]
+    level: str = ""
+    """The plan's level that they may become; empty in files of before levels, as elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -298,11 +300,12 @@ class LoadGain:
     label: str
     ratio: RatioOfRuns
     notes: tuple[str, ...] = ()
+    level: str = ""
 
 
 @dataclass(frozen=True)
 class LoadVerdict:
-    """Whether a plan was accepted for one concurrency, and why."""
+    """Whether a level of the plan was accepted for one concurrency, and why."""
 
     concurrency: int
     up_to: int | None
@@ -312,6 +315,7 @@ class LoadVerdict:
     reason: str
     kinds: tuple[KindLoss, ...] = ()
     """On each kind of text; `loss` is that of the worst."""
+    level: str = ""
 
 
 @dataclass(frozen=True)
@@ -344,10 +348,21 @@ class TuneResults(StoredFile):
         return float(self.settings["confidence"])
 
     @property
-    def margin(self) -> Margin:
-        """The increase in loss that a plan may have at most."""
+    def margins(self) -> dict[str, Margin]:
+        """The increase in loss that each level may have at most, by its name."""
+        if "margins" in self.settings:
+            return {each.name: each for each in (Margin(**m) for m in self.settings["margins"])}
         stored = self.settings["margin"]
-        return Margin(**stored) if isinstance(stored, dict) else Margin(float(stored))
+        return {"": Margin(**stored) if isinstance(stored, dict) else Margin(float(stored))}
+
+    def of_level(self, name: str) -> TuneResults:
+        """What the run found of one level alone."""
+        return replace(
+            self,
+            fronts=tuple(each for each in self.fronts if each.level == name),
+            gain=tuple(each for each in self.gain if each.level == name),
+            verdicts=tuple(each for each in self.verdicts if each.level == name),
+        )
 
     @property
     def keep(self) -> str | None:
@@ -359,8 +374,9 @@ class TuneResults(StoredFile):
         """What a load runs: rules for prompts and a memory budget hold at every load of a plan."""
         if verdict.accepted:
             return "the plan"
-        accepted = {each.concurrency for each in self.verdicts if each.accepted}
-        chosen = [(f.concurrency, p) for f in self.fronts for p in f.points if p.chosen]
+        own = self.of_level(verdict.level)
+        accepted = {each.concurrency for each in own.verdicts if each.accepted}
+        chosen = [(f.concurrency, p) for f in own.fronts for p in f.points if p.chosen]
         if self.keep is not None and chosen:
             return "the experts kept"
         prompts = (rule for load, point in chosen if load in accepted for rule in point.prompt)
@@ -370,22 +386,3 @@ class TuneResults(StoredFile):
 def percent(share: float, digits: int = 2) -> str:
     """0.0123 -> "+1.23%": relative changes keep their sign."""
     return f"{100 * share:+.{digits}f}%"
-
-
-def describe_rule(rule: Rule) -> str:
-    """A rule in the words of the plan's fields, short enough for a cell of a heat map."""
-    parts = [] if rule.experts is None else [f"{len(rule.experts)} experts"]
-    for name, text in (
-        ("top_k", "top_k {}"),
-        ("threshold", "threshold {:.2g}"),
-        ("top_p", "top_p {:.3g}"),
-        ("guaranteed", "guaranteed {}"),
-        ("budget", "budget {}"),
-        ("budget_per_rank", "budget a rank {}"),
-    ):
-        if (value := getattr(rule, name)) is not None:
-            parts.append(text.format(value))
-    if rule.renormalise < 1:
-        between = f"weights renormalised by {rule.renormalise:g}"
-        parts.append(between if rule.renormalise else "weights kept")
-    return ", ".join(parts) or "full"

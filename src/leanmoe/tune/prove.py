@@ -1,10 +1,15 @@
 """From candidate plans to what is claimed at each concurrency: loss proven, throughput measured.
 
 Plans are validated on text that the search never saw. Which, and in which order, is fixed on
-calibration text before any is scored: level by level from the safest, and in each its prompt rules
+calibration text before any is scored: aim by aim from the safest, and in each its prompt rules
 alone, then its plan at each load. Testing stops at the first that is not within the margin on every
 kind of text. So the chance that any plan is accepted wrongly is that of one test (`fixed_sequence`
-says why), however many loads, levels and kinds there are.
+says why), however many loads, aims and kinds there are.
+
+Each margin has a sequence of its own along the one order, at the full confidence, and becomes a
+level of the plan: its claim is as sure as if it were the only one. A plan is scored once, whatever
+sequences it stands in. What passes within a margin passes within a larger one, so a later level is
+never slower. Of several claims together no such thing is said: that all hold is less sure.
 """
 
 from __future__ import annotations
@@ -12,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from leanmoe.bench.in_process import compare_plans
 from leanmoe.bench.settings import BenchSettings, Lengths
+from leanmoe.core.intervals import Margin
+from leanmoe.core.provenance import Provenance
 from leanmoe.core.schema import from_json
-from leanmoe.plan import Band, Plan, Rule
+from leanmoe.plan import Band, KindProof, Level, LevelProof, Plan, Rule
 from leanmoe.prune.criteria import Kept, restricted
 from leanmoe.results.tune import KindLoss, LoadGain, LoadVerdict, Sensitivity
 from leanmoe.scoring.windows import Windows
@@ -57,6 +63,8 @@ class Proved:
 class Aim:
     """Plans that aim at one loss, by load: the prompt rules of all alone, and with decode rules."""
 
+    loss: float
+    """The predicted loss aimed at, nats a token."""
     alone: Mapping[int, FrontPoint]
     own: Mapping[int, FrontPoint]
 
@@ -80,9 +88,10 @@ def search_loss(context: TuneContext) -> float:
 
 @dataclass(frozen=True)
 class Proof:
-    """Validates points on the same held-out text."""
+    """Validates points on the same held-out text, within one margin."""
 
     context: TuneContext
+    margin: Margin
     kept: Kept | None
     """The experts of the memory budget: every plan is restricted to them."""
 
@@ -97,7 +106,7 @@ class Proof:
             draws = range(self.context.settings.batch_draws if is_batch_aware else 1)
             compute = partial(self._drawn, kind, plan, load, draws)
             drawn = self.context.take(VALIDATION, tuple[Divergence, ...], compute, kind, *about)
-            kinds.append(kind_loss(self.context.settings, kind, drawn))
+            kinds.append(kind_loss(self.context.settings, self.margin, kind, drawn))
         return Proved(point, tuple(kinds))
 
     def _drawn(
@@ -108,7 +117,11 @@ class Proof:
 
 
 def kind_loss(
-    settings: TuneSettings, kind: str, drawn: Sequence[Divergence], sharing: int = 1
+    settings: TuneSettings,
+    margin: Margin,
+    kind: str,
+    drawn: Sequence[Divergence],
+    sharing: int = 1,
 ) -> KindLoss:
     """The verdict on one kind of text, from one divergence for each draw of the batches.
 
@@ -117,7 +130,7 @@ def kind_loss(
     verdict = non_inferior(
         drawn[0].full,
         [each.plan for each in drawn],
-        settings.margin,
+        margin,
         settings.confidence,
         settings.seed,
         sharing,
@@ -136,49 +149,58 @@ def kind_loss(
     )
 
 
-def levels(
-    proof: Proof, sensitivities: Sequence[Sensitivity], times: Mapping[int, PhaseTimes], loss: float
+def aims(
+    context: TuneContext,
+    kept: Kept | None,
+    sensitivities: Sequence[Sensitivity],
+    times: Mapping[int, PhaseTimes],
+    loss: float,
 ) -> list[Aim]:
     """What to test, from calibration text alone, safest first; `loss` is the full model's there.
 
-    A plan has one set of prompt rules, at work at every load. The largest load, where prompts cost
-    most, chooses them together with its decode rules; the others choose theirs beside them.
+    All margins share the order, which aims at shares of each. A level has one set of prompt rules,
+    at work at every load. The largest load, where prompts cost most, chooses them together with its
+    decode rules; the others choose theirs beside them.
     """
-    context, margin = proof.context, proof.context.settings.margin
     loads = context.settings.concurrency
-    allowed = margin.value if margin.in_nats else margin.value * loss
     made: list[Aim] = []
-    if proof.kept is not None:
-        kept = FrontPoint((), context.no_rules, 0.0, 1.0, "the experts kept alone")
-        made.append(Aim(dict.fromkeys(loads, kept), {}))
-    for share in SHARES_OF_MARGIN:
+    if kept is not None:
+        point = FrontPoint((), context.no_rules, 0.0, 1.0, "the experts kept alone")
+        made.append(Aim(0.0, dict.fromkeys(loads, point), {}))
+    for budget in sorted({each for m in context.settings.margins for each in losses(m, loss)}):
 
         def points(load: int, prompt: tuple[Rule, ...] | None) -> list[FrontPoint]:
-            budgets = [share * allowed]  # noqa: B023 - called in this round alone
+            budgets = [budget]  # noqa: B023 - called in this round alone
             return points_for(context, sensitivities, load, times[load], budgets, prompt)
 
         prompt = points(loads[-1], None)[-1].prompt
         both = {load: points(load, prompt) for load in loads}
         alone = {load: replace(two[0], decode=context.no_rules) for load, two in both.items()}
-        level = Aim(alone, {load: two[-1] for load, two in both.items()})
-        if not made or level != made[-1]:
-            made.append(level)
-    return [_renormalised(level, context, made[-1].own) for level in made]
+        aim = Aim(budget, alone, {load: two[-1] for load, two in both.items()})
+        if not made or (aim.alone, aim.own) != (made[-1].alone, made[-1].own):
+            made.append(aim)
+    return [_renormalised(aim, context, made[-1].own) for aim in made]
 
 
-def _renormalised(level: Aim, context: TuneContext, fastest: Mapping[int, FrontPoint]) -> Aim:
-    """The level with weights that count, layer by layer, as each load's fastest plan wants it."""
+def losses(margin: Margin, loss: float) -> list[float]:
+    """The predicted losses that a margin's plans aim at, nats a token, least first."""
+    allowed = margin.value if margin.in_nats else margin.value * loss
+    return [share * allowed for share in SHARES_OF_MARGIN]
+
+
+def _renormalised(aim: Aim, context: TuneContext, fastest: Mapping[int, FrontPoint]) -> Aim:
+    """The aim with weights that count, layer by layer, as each load's fastest plan wants it."""
     own = {}
-    for load, point in level.own.items():
+    for load, point in aim.own.items():
         values = refined(context, fastest[load].prompt, fastest[load].decode, load)
         own[load] = replace(point, decode=with_values_of(point.decode, values))
-    return replace(level, own=own)
+    return replace(aim, own=own)
 
 
 def prove_all(proof: Proof, ordered: Sequence[Aim]) -> Proven:
-    """Tests the levels in their order to the first failure; takes the fastest that all loads can.
+    """Tests the aims in their order to the first failure; takes the fastest that all loads can.
 
-    Of what is accepted any choice is as sure, so the level is taken whose experts need the least
+    Of what is accepted any choice is as sure, so the aim is taken whose experts need the least
     modelled time over all loads. A load whose own plan is not accepted there runs the prompt rules
     alone.
     """
@@ -186,8 +208,8 @@ def prove_all(proof: Proof, ordered: Sequence[Aim]) -> Proven:
     empty = proof.kept is None
     tests = [
         (load, point)
-        for level in ordered
-        for load, point in [(loads[0], level.alone[loads[0]]), *level.own.items()]
+        for aim in ordered
+        for load, point in [(loads[0], aim.alone[loads[0]]), *aim.own.items()]
         if not (empty and _is_empty(point))
     ]
     tested: dict[tuple[int, FrontPoint], Proved] = {}
@@ -198,18 +220,17 @@ def prove_all(proof: Proof, ordered: Sequence[Aim]) -> Proven:
 
     accepted = set(fixed_sequence(tests, accepts))
 
-    def at(level: Aim, load: int) -> Proved | None:
-        own, alone = level.own.get(load), level.alone[load]
+    def at(aim: Aim, load: int) -> Proved | None:
+        own, alone = aim.own.get(load), aim.alone[load]
         if own is not None and (load, own) in accepted:
             return tested[load, own]
-        first = (loads[0], level.alone[loads[0]])
+        first = (loads[0], aim.alone[loads[0]])
         return Proved(alone, tested[first].kinds) if first in accepted else None
 
     usable = [
-        {load: at(level, load) for load in loads}
-        for level in ordered
-        if (empty and _is_empty(level.alone[loads[0]]))
-        or (loads[0], level.alone[loads[0]]) in accepted
+        {load: at(aim, load) for load in loads}
+        for aim in ordered
+        if (empty and _is_empty(aim.alone[loads[0]])) or (loads[0], aim.alone[loads[0]]) in accepted
     ]
     best = min(usable, key=_time, default=dict.fromkeys(loads))
     points = {load: [tested[t] for t in tests if t in tested and t[0] == load] for load in loads}
@@ -237,13 +258,21 @@ def point_plan(context: TuneContext, point: FrontPoint, kept: Kept | None) -> Pl
     return plan if kept is None else restricted(plan, kept)
 
 
+def prove_margins(
+    context: TuneContext, kept: Kept | None, ordered: Sequence[Aim], loss: float
+) -> dict[Margin, Proven]:
+    """What is proven within each margin, by a sequence of its own up to the largest of its aims."""
+    found = {}
+    for margin in context.settings.margins:
+        within = [aim for aim in ordered if aim.loss <= losses(margin, loss)[-1]]
+        found[margin] = prove_all(Proof(context, margin, kept), within)
+    return found
+
+
 def assemble(
-    context: TuneContext,
-    chosen: Mapping[int, Proved | None],
-    kept: Kept | None,
-    provenance: Mapping[str, Any] | None = None,
+    context: TuneContext, margin: Margin, chosen: Mapping[int, Proved | None], kept: Kept | None
 ) -> Plan:
-    """One plan of the points chosen by concurrency; one without a point gets an empty band.
+    """A margin's level of the points chosen by concurrency; one without gets an empty band.
 
     The prompt rules are shared: they stay only if some concurrency was accepted with them. With a
     memory budget its experts are the only ones, in every band and beyond the last.
@@ -255,16 +284,43 @@ def assemble(
         bands.append(Band(up_to, proved.point.decode if proved else context.no_rules))
         if proved is not None:
             prompt = proved.point.prompt
-    plan = Plan.banded(context.fingerprint, tuple(bands), prompt)
-    plan = replace(plan, provenance=dict(provenance or {}))
+    plan = Plan(context.fingerprint, (Level(margin.name, tuple(bands), prompt),))
     return plan if kept is None else restricted(plan, kept)
+
+
+def level_proof(
+    context: TuneContext, margin: Margin, verdicts: Sequence[LoadVerdict], made: Provenance
+) -> LevelProof:
+    """What a level was accepted by: each kind of text at the load that it loses most at."""
+    at_work = [verdict for verdict in verdicts if verdict.loss is not None]
+    kinds = []
+    for text in context.text.kinds:
+        found = [each for v in at_work for each in v.kinds if each.kind == text.name]
+        changes = [each.nats if margin.in_nats else each.loss for each in found]
+        worst = max(changes, key=lambda change: change.upper_bound)
+        kinds.append(KindProof(text.name, text.source, worst.ratio, worst.upper_bound))
+    with context.full() as applied:
+        implementation = applied.implementation
+    return LevelProof(
+        tuple(kinds),
+        margin,
+        context.settings.confidence,
+        tuple(verdict.concurrency for verdict in at_work),
+        engine="transformers",
+        implementation=implementation,
+        dtype=str(context.model.dtype).removeprefix("torch."),
+        hardware=made.hardware,
+        versions=made.versions,
+        commit=made.commit,
+    )
 
 
 def measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> LoadGain:
     """Full model, plan and Transformers' own experts in turn, on held-out text, as bench does."""
     key = digest(plan.level.rules)
     compute = partial(_measure_gain, context, plan, concurrency)
-    return context.take(GAIN, LoadGain, compute, concurrency, key)
+    gain = context.take(GAIN, LoadGain, compute, concurrency, key)
+    return replace(gain, level=plan.level.name)  # levels of the same rules share what is stored
 
 
 def _measure_gain(context: TuneContext, plan: Plan, concurrency: int) -> LoadGain:

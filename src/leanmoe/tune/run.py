@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from leanmoe.core.provenance import collect, peak_memory
+from leanmoe.core.intervals import Margin
+from leanmoe.core.provenance import Provenance, collect, peak_memory
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.core.schema import all_fields, from_json
-from leanmoe.plan import Plan
+from leanmoe.plan import Level, Plan
+from leanmoe.prune.criteria import Kept
 from leanmoe.results.tune import (
     LoadFront,
     LoadGain,
@@ -26,13 +29,13 @@ from leanmoe.tune.alternatives import compare_strategies, within_memory
 from leanmoe.tune.context import TuneContext, prepare
 from leanmoe.tune.layers import measure_sensitivities, time_layers
 from leanmoe.tune.prove import (
-    Proof,
     Proven,
+    aims,
     assemble,
-    levels,
+    level_proof,
     measure_gain,
     point_plan,
-    prove_all,
+    prove_margins,
     search_loss,
     verdict_on,
     verdict_without_gain,
@@ -61,19 +64,16 @@ def tune(
     kept, totals = within_memory(context, sensitivities, times)
 
     # Prove plans on held-out text, and show what other strategies would have lost.
-    proof = Proof(context, kept)
-    proven = prove_all(proof, levels(proof, sensitivities, times, full))
+    ordered = aims(context, kept, sensitivities, times, full)
+    proven = prove_margins(context, kept, ordered, full)
     ends = sorted({loads[0], loads[-1]})
     strategies = [compare_strategies(context, sensitivities, load) for load in ends]
 
-    # Measure what the proven plan gains; claim what both loss and throughput bear out.
-    chosen = proven.chosen
-    usable = kept if any(chosen.values()) else None  # the kept experts alone may lose too much
-    proposal = assemble(context, chosen, usable)
-    gains, verdicts = _gains_and_verdicts(context, proven, proposal)
-    faster = {v.concurrency: chosen[v.concurrency] for v in verdicts if v.accepted}
+    # Measure what each proven level gains; claim what both loss and throughput bear out.
     provenance = collect(command, settings.seed)
-    assemble(context, faster, usable, provenance.to_json()).save(output / "plan.json")
+    tuned = [_level(context, kept, *each, provenance) for each in proven.items()]
+    levels = tuple(each.level for each in tuned if each.level is not None)
+    Plan(context.fingerprint, levels, provenance.to_json()).save(output / "plan.json")
 
     text, heldout = context.text, [kind.heldout for kind in context.text.kinds]
     results = TuneResults(
@@ -92,18 +92,54 @@ def tune(
         ),
         profile=from_json(ProfileSummary, context.profile.to_json(), "profile"),
         sensitivity=SensitivitySummary("measured", text.searched.tokens, tuple(sensitivities)),
-        fronts=tuple(_front(proof, load, proven) for load in loads),
+        fronts=tuple(front for each in tuned for front in each.fronts),
         strategies=tuple(strategies),
         total_or_activated=totals,
-        gain=tuple(gains),
-        verdicts=tuple(verdicts),
-        notes=tuple(_notes(verdicts, settings, usable is not None)),
+        gain=tuple(gain for each in tuned for gain in each.gains),
+        verdicts=tuple(verdict for each in tuned for verdict in each.verdicts),
+        notes=tuple(_notes(tuned, settings)),
         made_with=context.folder.made_with(),
         seconds=context.folder.seconds(),
         peak_memory_bytes=peak_memory(),
     )
     results.save(output / "results.json")
     return results
+
+
+@dataclass(frozen=True)
+class TunedLevel:
+    """What was found within one margin; no level where nothing that is faster was proven."""
+
+    name: str
+    level: Level | None
+    is_restricted: bool
+    """Whether its rules are those of a memory budget."""
+    fronts: Sequence[LoadFront]
+    gains: Sequence[LoadGain]
+    verdicts: Sequence[LoadVerdict]
+
+
+def _level(
+    context: TuneContext,
+    kept: Kept | None,
+    margin: Margin,
+    proven: Proven,
+    provenance: Provenance,
+) -> TunedLevel:
+    chosen = proven.chosen
+    usable = kept if any(chosen.values()) else None  # the kept experts alone may lose too much
+    proposal = assemble(context, margin, chosen, usable)
+    gains, verdicts = _gains_and_verdicts(context, proven, proposal)
+    verdicts = [replace(verdict, level=margin.name) for verdict in verdicts]
+    faster = {v.concurrency: chosen[v.concurrency] for v in verdicts if v.accepted}
+    plan = assemble(context, margin, faster, usable)
+    level = None
+    if not plan.is_empty:
+        proof = level_proof(context, margin, verdicts, provenance)
+        level = replace(plan.level, proof=proof)
+    loads = context.settings.concurrency
+    fronts = [replace(_front(context, kept, load, proven), level=margin.name) for load in loads]
+    return TunedLevel(margin.name, level, usable is not None, fronts, gains, verdicts)
 
 
 def _gains_and_verdicts(
@@ -120,7 +156,7 @@ def _gains_and_verdicts(
     return gains, [verdict_on(context, proven, gain) for gain in gains]
 
 
-def _front(proof: Proof, load: int, proven: Proven) -> LoadFront:
+def _front(context: TuneContext, kept: Kept | None, load: int, proven: Proven) -> LoadFront:
     """What was validated at one concurrency, with what each plan activates."""
     entries, chosen = [], proven.chosen[load]
     points = list(proven.points[load])
@@ -128,8 +164,8 @@ def _front(proof: Proof, load: int, proven: Proven) -> LoadFront:
         points.append(chosen)
     for proved in points:
         point = proved.point
-        rules = point_plan(proof.context, point, proof.kept).bands[0].rules
-        activities = proof.context.activities(rules, load)
+        rules = point_plan(context, point, kept).bands[0].rules
+        activities = context.activities(rules, load)
         slots = tuple(activity.slots for activity in activities)
         entries.append(
             ValidatedPlan(
@@ -166,9 +202,7 @@ def _model(context: TuneContext) -> TunedModel:
     )
 
 
-def _notes(
-    verdicts: Sequence[LoadVerdict], settings: TuneSettings, is_restricted: bool
-) -> list[str]:
+def _notes(tuned: Sequence[TunedLevel], settings: TuneSettings) -> list[str]:
     notes = [
         f"Loss is measured on what a service reads: replies of {settings.output_len} tokens to "
         f"prompts of {settings.input_len} on average. The prompt runs under the prompt rules, the "
@@ -176,7 +210,7 @@ def _notes(
         "Layer times on the fronts are modelled from timings of one layer on this machine; "
         "throughput is measured end to end.",
     ]
-    if settings.keep is not None and is_restricted:
+    if settings.keep is not None and any(each.is_restricted for each in tuned):
         notes.append(
             f"Memory budget: every rule uses the same {settings.keep} of the experts; `leanmoe "
             f"prune --criterion {settings.criterion} --keep {settings.keep}` writes a checkpoint "
@@ -184,14 +218,18 @@ def _notes(
         )
     elif settings.keep is not None:
         notes.append(
-            f"No plan with {settings.keep} of the experts is within the margin: the memory budget "
-            "is not met, and the plan is empty."
+            f"No plan with {settings.keep} of the experts is within a margin: the memory budget is "
+            "not met, and the plan is empty."
         )
-    refused = [str(verdict.concurrency) for verdict in verdicts if not verdict.accepted]
-    if refused:
-        where = ", ".join(refused)
-        notes.append(
-            f"No gain is claimed at concurrency {where}: the band stays empty. A plan's rules "
-            "for prompts are at work there all the same."
-        )
+    for each in tuned:
+        refused = [str(verdict.concurrency) for verdict in each.verdicts if not verdict.accepted]
+        if each.level is None:
+            notes.append(
+                f"Nothing that is faster was proven within {each.name}: the plan has no such level."
+            )
+        elif refused:
+            notes.append(
+                f"Level {each.name}: no gain is claimed at concurrency {', '.join(refused)}: the "
+                "band stays empty. Its rules for prompts are at work there all the same."
+            )
     return notes

@@ -44,11 +44,12 @@ class TuneSettings:
         parse=parse_counts,
         text=numbers_text,
     )
-    margin: Margin = option(
-        Margin(0.005),
-        "Largest increase in next-token loss to accept on any kind of text: a share like 1% of the "
-        "full model's, or '0.01 nats' a token.",
-        parse=Margin.parse,
+    margins: tuple[Margin, ...] = option(
+        (Margin(0.005),),
+        "Largest increases in next-token loss to accept on any kind of text, comma separated; each "
+        "becomes a level of the plan. A share like 1% of the full model's, or '0.01 nats' a token.",
+        parse=Margin.parse_several,
+        text=numbers_text,
     )
     confidence: float = option(0.95, "Confidence of every interval and verdict.")
     keep: str | None = option(
@@ -90,6 +91,7 @@ class TuneSettings:
             raise LeanMoeError("two --text are of one kind: name them, like docs=FILE")
         rising = bool(loads) and loads == sorted(set(loads)) and loads[0] >= 1
         require(rising, "--concurrency", loads, "rising numbers of requests, from 1 up")
+        self._check_margins()
         require(self.batch_draws >= 1, "--batch-draws", self.batch_draws, "at least 1")
         require(0.5 < self.confidence < 1, "--confidence", self.confidence, "above 0.5 and below 1")
         require(self.repeats >= 3, "--repeats", self.repeats, "at least 3, for an interval")
@@ -110,6 +112,14 @@ class TuneSettings:
             CRITERIA[self.criterion]
             kept_count(self.keep, read_shape(self.model))
         require(self.output_len >= 2, "--output-len", self.output_len, "at least 2")
+
+    def _check_margins(self) -> None:
+        shown = numbers_text(self.margins) or "none"
+        values = [each.value for each in self.margins]
+        rising = bool(values) and values == sorted(set(values))
+        require(rising, "--margins", shown, "rising margins")
+        units = {each.in_nats for each in self.margins}
+        require(len(units) == 1, "--margins", shown, "all shares or all nats")
 
     def sources_of_text(self) -> dict[str, str]:
         """The source of each kind of text."""
