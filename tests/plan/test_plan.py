@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.intervals import Margin
 from leanmoe.plan import Band, Fingerprint, Level, Plan, Rule
-from tests.plan.test_proof import proof
+from tests.core.test_proof import proof
 
 MODEL = Fingerprint("DeepseekV3ForCausalLM", layers=3, moe_layers=2, experts=16, top_k=4)
 MADE = {"date": "2026-01-01", "documents": 12}

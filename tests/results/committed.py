@@ -15,8 +15,16 @@ def committed(kind: str) -> list[Path]:
 
 
 def content(path: Path) -> Any:
-    """A file's JSON; a rule's `keep_weights`, of before `renormalise`, by its name of today."""
-    return json.loads(path.read_text().replace('"keep_weights": true', '"renormalise": 0.0'))
+    """A file's JSON; `keep_weights`, of before `renormalise`, and plans of schema 1 as of today."""
+    text = path.read_text().replace('"keep_weights": true', '"renormalise": 0.0')
+    return json.loads(text, object_hook=_plan_of_today)
+
+
+def _plan_of_today(value: dict[str, Any]) -> dict[str, Any]:
+    if value.get("leanmoe_plan") != 1:
+        return value
+    level = {"name": "lean", "bands": value.pop("bands"), "prompt": value.pop("prompt", [])}
+    return {**value, "leanmoe_plan": 2, "levels": [level]}
 
 
 def without_nulls(value: Any) -> Any:

@@ -14,9 +14,9 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from leanmoe.core.errors import LeanMoeError, shown, unknown_name
+from leanmoe.core.proof import LevelProof
 from leanmoe.core.schema import ALWAYS_STORED, StoredFile, fields_from_json, fields_to_json
 from leanmoe.models.shape import Fingerprint, read_shape
-from leanmoe.plan.proof import LevelProof
 
 ONLY = "lean"
 """The name of a plan's only level where nobody named it, as in files of schema 1."""
