@@ -75,7 +75,7 @@ def test_a_run_of_0_1_0_is_read_by_its_names_of_then(tmp_path: Path) -> None:
     read = read_run(tmp_path, FINGERPRINT)
     assert read.settings.concurrency == (1, 8, 32)
     assert (read.settings.input_len, read.settings.output_len) == (256, 8)
-    assert str(read.settings.margin) == "0.5%"
+    assert str(read.margin) == "0.5%"
     assert not read.plan.plan.is_empty
 
 
