@@ -210,7 +210,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     "a plan twice": (
         lambda _: ("--rule", "top_k=4", "--rule", "top_k=4"), "another variant is called top_k=4"),
     "margin": (lambda _: ("--rule", "top_k=4", "--margin", "much"), "percentage points"),
-    "engine": (lambda _: ("--rule", "top_k=4", "--engine", "sglang"), "transformers or vllm"),
+    "engine": (lambda _: ("--rule", "top_k=4", "--engine", "sgl"), "transformers, vllm, sglang"),
     "nothing for vllm": (lambda _: ("--rule", "top_k=4", "--engine", "vllm"), "none is asked for"),
     "replies in vllm": (
         lambda _: ("--rule", "top_k=4", "--engine", "vllm", "--prompts", "x.jsonl"),

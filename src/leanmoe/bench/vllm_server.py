@@ -6,22 +6,17 @@ server once and runs all loads on it.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from leanmoe.bench.measurement import Request
 from leanmoe.bench.over_http import OverHTTP
 from leanmoe.bench.prompts import Supply
-from leanmoe.bench.servers import Server, answers
+from leanmoe.bench.server_process import ServerProcess, free_port
+from leanmoe.bench.servers import Server
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, plan_sha256
-from leanmoe.core.environment import LEVEL, PLAN
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.installed_vllm import require_vllm
 from leanmoe.models.reference import folder_of
@@ -29,8 +24,6 @@ from leanmoe.plan.named_plans import Named
 
 FULL = "full"
 SERVE = (sys.executable, "-m", "leanmoe", "serve")
-SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_TO_LEAVE = 60.0
 
 
 class VLLMServer(OverHTTP):
@@ -58,7 +51,8 @@ class VLLMServer(OverHTTP):
         super().__init__(
             [Server(name, url, model) for name in self._plans], tokenizer, settings, supply
         )
-        self._running: _Process | None = None
+        self._running: ServerProcess | None = None
+        self._runs = ""
 
     def describe(self) -> dict[str, Any]:
         """The engine, how it is started, and the client."""
@@ -86,9 +80,10 @@ class VLLMServer(OverHTTP):
     def _run_one(
         self, name: str, load: ServiceLoad, requests: Sequence[Request], seed: str
     ) -> Outcome:
-        if self._running is None or self._running.name != name:
+        if self._running is None or self._runs != name:
             self.close()
-            self._running = _Process(name, self._command(self._plans[name]))
+            said = f"the vLLM server of {name}"
+            self._running, self._runs = ServerProcess(said, self._command(self._plans[name])), name
             self._running.wait_for(self._servers[name])
         try:
             return super()._run_one(name, load, requests, seed)
@@ -113,52 +108,3 @@ class VLLMServer(OverHTTP):
         words += ["--tokenizer", folder_of(settings.tokenizer)] if settings.tokenizer else []
         words += ["--trust-remote-code"] if settings.trust_remote_code else []
         return [*words, *settings.engine_args]
-
-
-class _Process:
-    """A server's process, and what it printed."""
-
-    def __init__(self, name: str, command: Sequence[str]) -> None:
-        self.name = name
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        environment = {key: value for key, value in os.environ.items() if key not in (PLAN, LEVEL)}
-        self._process = subprocess.Popen(
-            command, stdout=self._log, stderr=subprocess.STDOUT, env=environment
-        )
-
-    def wait_for(self, server: Server) -> None:
-        """Waits until the server answers. Raises LeanMoeError where it ends before."""
-        while not answers(server):
-            self.check()
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-
-    def check(self) -> None:
-        """Raises LeanMoeError with the server's last words where it has ended."""
-        code = self._process.poll()
-        if code is not None:
-            raise LeanMoeError(
-                f"the vLLM server of {self.name} ended with exit code {code}: {self._last_words()}"
-            )
-
-    def close(self) -> None:
-        """Ends the process and waits until its memory is free."""
-        self._process.terminate()
-        try:
-            self._process.wait(SECONDS_TO_LEAVE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log if line.strip()]
-        errors = [line for line in lines if "rror" in line]
-        return (errors or lines or ["it said nothing"])[-1][-300:]
-
-
-def free_port() -> int:
-    """A port of this machine's loopback that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

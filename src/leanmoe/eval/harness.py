@@ -82,6 +82,10 @@ def answer_harness(
                 from leanmoe.eval.harness_vllm import in_vllm
 
                 run = in_vllm(each, settings, folder, judge)
+            elif settings.engine == "sglang":
+                from leanmoe.eval.harness_sglang import in_sglang
+
+                run = in_sglang(each, settings, folder, judge)
             else:
                 run = _in_process(model, tokenizer, each, draw, settings, judge)
             stored = folder.step(f"harness-{settings.engine}-{key}-{draw}", run)

@@ -46,6 +46,10 @@ def require_harness(settings: EvalSettings) -> None:
         from leanmoe.eval.harness_vllm import require_engine
 
         require_engine()
+    if settings.engine == "sglang":
+        from leanmoe.eval.harness_sglang import require_server
+
+        require_server()
     known = set(map(str, task_manager(settings).all_tasks))
     if unknown := [name for name in names if name not in known]:
         own = " to lm-evaluation-harness; own task files go in --include-path FOLDER"

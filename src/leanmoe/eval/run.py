@@ -158,8 +158,8 @@ def _pooled(
 
 
 def _load(settings: EvalSettings) -> tuple[Any, Any]:
-    """The model and its tokenizer; nothing where vLLM loads them in a process of its own."""
-    if settings.engine == "vllm":
+    """The model and its tokenizer; nothing where an engine loads them in a process of its own."""
+    if settings.engine != "transformers":
         return None, None
     return load_model(settings.model, settings.dtype, settings.trust_remote_code)
 
@@ -170,6 +170,10 @@ def _implementation(model: Any, settings: EvalSettings) -> str:
         from leanmoe.core.installed_vllm import require_vllm
 
         return f"vllm {require_vllm(with_plans=True).version}"
+    if settings.engine == "sglang":
+        from leanmoe.core.installed_sglang import require_sglang
+
+        return f"sglang {require_sglang(with_plans=True)}"
     plan = Plan(shape_of(model).fingerprint())
     with apply(model, plan, experts=served_experts(model)) as applied:
         return applied.implementation

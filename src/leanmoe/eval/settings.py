@@ -21,7 +21,7 @@ from leanmoe.core.parsing import flag, parse_share, require
 
 PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "openbookqa", "rte", "winogrande")
 """Those of arXiv 2505.03531."""
-ENGINES = ("transformers", "vllm")
+ENGINES = ("transformers", "vllm", "sglang")
 
 
 def parse_tasks(name: str, text: str) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class EvalSettings:
     )
     confidence: float = option(0.95, "Confidence of every interval and verdict.")
     engine: str = option(
-        "transformers", "transformers, or vllm with leanmoe's plugin (harness tasks only)."
+        "transformers", "transformers; vllm or sglang with leanmoe's plugin (harness tasks only)."
     )
     prompts: str | None = option(
         None, "A .jsonl file of prompts to reply to, with answers or without."
@@ -106,9 +106,9 @@ class EvalSettings:
         if self.limit is not None:
             require(self.limit >= 1, "--limit", self.limit, "at least 1")
         if self.engine not in ENGINES:
-            raise LeanMoeError(f"engine is {self.engine!r}: it must be {' or '.join(ENGINES)}")
-        if self.engine == "vllm":
-            self._check_vllm()
+            raise LeanMoeError(f"engine is {self.engine!r}: it must be {', '.join(ENGINES)}")
+        if self.engine != "transformers":
+            self._check_engine()
         for name in ("transfer", "calibrate"):
             if getattr(self, name) is not None and not self.domain:
                 raise LeanMoeError(f"--{name} works on each --domain: none is given")
@@ -133,16 +133,18 @@ class EvalSettings:
             raise LeanMoeError(f"--calibrate is {self.calibrate!r}: it must be like easy-ep:75%")
         return name, keep
 
-    def _check_vllm(self) -> None:
-        """vLLM runs the harness's tasks; what else is asked for would not be run in it."""
+    def _check_engine(self) -> None:
+        """vLLM and SGLang run the harness's tasks; what else is asked for would not be run."""
         others = {"prompts": self.prompts, "domain": self.domain}
         if given := [name for name, value in others.items() if value]:
             raise LeanMoeError(
-                f"--engine vllm runs lm-evaluation-harness's tasks alone: --{given[0]} needs "
-                "--engine transformers"
+                f"--engine {self.engine} runs lm-evaluation-harness's tasks alone: "
+                f"--{given[0]} needs --engine transformers"
             )
         if not self.tasks:
-            raise LeanMoeError("--engine vllm runs the harness's tasks: none is asked for")
+            raise LeanMoeError(
+                f"--engine {self.engine} runs the harness's tasks: none is asked for"
+            )
 
 
 def _require_once(what: str, names: Sequence[str]) -> None:
