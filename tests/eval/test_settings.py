@@ -32,7 +32,7 @@ def test_a_calibration_is_a_criterion_and_a_share() -> None:
         ({"confidence": 1.0}, "--confidence is 1.0"),
         ({"batch_draws": 0}, "--batch-draws is 0"),
         ({"engine": "sgl"}, "engine is 'sgl': it must be transformers, vllm, sglang"),
-        ({"engine": "sglang"}, "--engine sglang runs the harness's tasks: none is asked for"),
+        ({"engine": "sglang", "prompts": "p.jsonl"}, "--engine sglang runs lm-evaluation"),
         ({"engine": "vllm", "prompts": "p.jsonl"}, "--prompts needs --engine transformers"),
         ({"calibrate": "easy-ep:75%"}, "none is given"),
         ({"transfer": "runs/demo"}, "--transfer works on each --domain: none is given"),
