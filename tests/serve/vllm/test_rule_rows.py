@@ -261,3 +261,16 @@ def test_runners_fill_the_rows_of_real_and_dummy_steps(kind: type[RunnerV1]) -> 
         dummy()
         assert runner.seen == [[2, 2, 1, 1, 0], [2, 2, 1, 1, 0], [0] * 5]
         runner.seen.clear()
+
+
+def test_steps_of_vllms_warm_up_run_as_trained() -> None:
+    """No scheduler made them, so that nothing but their rows comes with them."""
+    rows = RuleRows(PLAN, 6)
+    runner_class: Any = type("GPUModelRunner", (RunnerV1,), {"execute_model": lambda *_: None})
+    follow_v1(runner_class, lambda: rows)
+    for name, wanted in (("_warmup_0_", 0), ("_v2_mixed_warmup_prefill_", 0), ("warmup_0_", 2)):
+        begins = scheduled((name, PLAIN))
+        begins.num_scheduled_tokens = {name: 2}
+        runner_class().execute_model(begins)
+        rows.fill(step((name, 2, 0, 5)), CPU)
+        assert rows.rows(2).tolist() == [wanted] * 2

@@ -205,7 +205,7 @@ def run_step(runner: Any, prompts: list[int]) -> None:
     for number, tokens in enumerate(prompts):
         blocks = [-(-tokens // group.kv_cache_spec.block_size) for group in groups]
         request = {
-            "req_id": f"leanmoe-{number}",
+            "req_id": f"_warmup_leanmoe_{number}",
             "prompt_token_ids": [0] * tokens,
             "prefill_token_ids": [0] * tokens,
             "mm_features": [],

@@ -316,8 +316,18 @@ def _hear(runner_class: Any, current: Callable[[], RuleRows | None]) -> None:
         if (rules := current()) is not None:
             if others.get("dummy_run") or any(more[1:2]):
                 rules.reset(self.device)
-            else:
+            elif not _is_made_by_hand(scheduler_output):
                 rules.hear(scheduler_output)
         return execute(self, scheduler_output, *more, **others)
 
     runner_class.execute_model = execute_model
+
+
+BY_HAND = ("_warmup_", "_v2_mixed_warmup_")
+"""How requests that no scheduler made are called: those of vLLM, and of `padding.run_step`."""
+
+
+def _is_made_by_hand(scheduled: Any) -> bool:
+    """Whether a step is one of vLLM's warm-up or of leanmoe's own, which run as trained."""
+    names = scheduled.num_scheduled_tokens
+    return bool(names) and all(name.startswith(BY_HAND) for name in names)
