@@ -210,3 +210,24 @@ def test_a_model_must_be_named_to_be_served(capsys: pytest.CaptureFixture[str]) 
     code, _, error = run(capsys, "serve")
     assert code == 1
     assert "MODEL is missing" in error
+
+
+def test_tiers_and_limits_reach_vllm_and_no_other_server(
+    port: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretend(monkeypatch, ("vllm", "0.32.0"))
+    path, bands = tmp_path / "two.json", Plan.uniform(MODEL, Rule(top_k=4)).bands
+    Plan(MODEL, (Level("careful", bands), Level("fast", bands))).save(path)
+    words = ("serve", "reference", "--plan", path, "--dry-run", "--port", port, "--json")
+    found = json.loads(run(capsys, *words, "--slo", "tpot=30ms", "--level", "full")[1])
+    variables = {name: found["environment"][f"LEANMOE_{name}"] for name in ("SLO", "LEVEL")}
+    assert variables == {"SLO": "tpot=30ms", "LEVEL": "full"}
+    assert json.loads(run(capsys, *words, "--tiers")[1])["environment"]["LEANMOE_TIERS"] == "1"
+    fastest = run(capsys, *words, "--slo", "tpot=30ms", "--level", "fast")[2]
+    assert "--slo needs a faster level" in fastest
+    assert "--level is 'quick'" in run(capsys, *words, "--tiers", "--level", "quick")[2]
+    other = run(capsys, *words, "--engine", "transformers", "--tiers")[2]
+    assert "serves one level of one plan" in other

@@ -23,6 +23,21 @@ def test_every_gauge_is_named_and_labelled() -> None:
     assert text.count("# TYPE") == 6
 
 
+def test_levels_and_tiers_are_counted() -> None:
+    state = {
+        "plan": "a", "epoch": 1, "level": "fast", "changes": 3,
+        "reply_tokens": {"fast": 7, "strict": 2}, "degraded_tokens": {"fast": 5},
+    }  # fmt: skip
+    text = exposition("a.json", "vllm", None, control=state)
+    for line in (
+        'leanmoe_level{level="fast",plan="a"} 1', "leanmoe_level_changes_total 3",
+        "leanmoe_plan_changes_total 1", 'leanmoe_reply_tokens_total{tier="strict"} 2',
+        'leanmoe_degraded_tokens_total{tier="fast"} 5',
+        "# TYPE leanmoe_reply_tokens_total counter", "# TYPE leanmoe_level gauge",
+    ):  # fmt: skip
+        assert f"{line}\n" in text
+
+
 def test_nothing_ran_says_only_which_plan() -> None:
     assert exposition("p", "vllm", None).count("# TYPE") == 1
     assert 'band="full model"' in exposition("p", "vllm", {**STEP, "band": None})

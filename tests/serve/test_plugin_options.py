@@ -17,6 +17,7 @@ from leanmoe.serve.plugin_options import (
     check_parts,
     is_plain,
     notes,
+    plan_names,
     plan_paths,
     without,
 )
@@ -113,7 +114,7 @@ def test_every_variable_of_the_plugin_is_read() -> None:
     assert read(LEVEL="1%") == PluginOptions("plan.json", level="1%")
     options = read(TIERS="1", SLO="tpot=30ms")
     assert options == PluginOptions("plan.json", tiers=True, slo="tpot=30ms")
-    assert len(VARIABLES) == 11, "the two others are not the plugin's"
+    assert len(VARIABLES) == 12, "the two others are not the plugin's"
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,9 @@ def test_several_plans_are_named_with_commas() -> None:
     assert plan_paths("a.json, b.json") == [Path("a.json"), Path("b.json")]
     with pytest.raises(LeanMoeError, match=r"a\.json is given twice"):
         plan_paths("a.json,a.json")
+    assert plan_names("x/a.json,b.json") == ("a", "b")
+    with pytest.raises(LeanMoeError, match="two plans are called a: give their files"):
+        plan_names("x/a.json,y/a.json")
 
 
 def test_tiers_are_asked_for_or_follow_from_what_needs_them() -> None:

@@ -16,6 +16,8 @@ from leanmoe.serve.settings import ServeSettings
         (ServeSettings("m", engine="tgi"), "--engine is 'tgi'"),
         (ServeSettings("m", drop=("prompt",)), "--drop prompt leaves out a part of a plan"),
         (ServeSettings("m", port=0), "--port is 0"),
+        (ServeSettings("m", tiers=True), "--tiers and --slo need the levels of a plan"),
+        (ServeSettings("m", plan=Path("plan.json"), slo="tpot=30"), "no unit"),
     ],
 )
 def test_a_setting_that_is_not_allowed_is_named(settings: ServeSettings, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Band, Fingerprint, Level, Plan, Rule
-from leanmoe.serve.tiers import KEY, BadRequestError, StepChoice, Tier, Tiers
+from leanmoe.serve.plugin_options import PluginOptions
+from leanmoe.serve.tiers import KEY, BadRequestError, StepChoice, Tier, Tiers, tiers_of
 
 MODEL = Fingerprint("Model", 1, 1, 8, 4)
 
@@ -132,3 +134,16 @@ def test_a_clients_own_salt_stays_apart_and_cannot_be_leanmoes() -> None:
     assert mine != TIERS.salt(strict, "yours")
     with pytest.raises(BadRequestError, match="cache_salt holds 'leanmoe-'"):
         TIERS.salt(TIERS.default, TIERS.salt(strict, None))
+
+
+def test_plans_and_own_tier_follow_from_the_options(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        PLAN.save(tmp_path / f"{name}.json")
+    both = f"{tmp_path / 'a.json'},{tmp_path / 'b.json'}"
+    assert tiers_of(PluginOptions(both)) == Tiers((PLAN, PLAN))
+    one = str(tmp_path / "a.json")
+    assert tiers_of(PluginOptions(one, level="fast", tiers=True)) == Tiers((PLAN,), "fast")
+    closed = tiers_of(PluginOptions(one, level="fast"))
+    assert (closed.levels, closed.are_open, closed.own) == (("fast",), False, None)
+    with pytest.raises(LeanMoeError, match="choose one"):
+        tiers_of(PluginOptions(one))

@@ -17,9 +17,11 @@ from leanmoe.core.installed_vllm import find_vllm, require_vllm
 from leanmoe.models.reference import folder_of
 from leanmoe.models.shape import read_shape
 from leanmoe.plan import Plan
-from leanmoe.serve.plugin_options import PROMPT, check_parts, without
+from leanmoe.serve.load_control import LoadControl, Slo
+from leanmoe.serve.plugin_options import PROMPT, PluginOptions, check_parts
 from leanmoe.serve.settings import ServeSettings
 from leanmoe.serve.sglang import server_command
+from leanmoe.serve.tiers import Tiers, tiers_of
 from leanmoe.serve.vllm import launch
 
 
@@ -48,9 +50,8 @@ def serve(
     if not settings.model:
         raise LeanMoeError("MODEL is missing: name a folder, a model on the Hub, or 'reference'")
     shape = read_shape(settings.model).fingerprint()
-    plan = Plan(shape)
-    if settings.plan is not None:
-        plan = without(Plan.load(settings.plan).at(settings.level), settings.drop)
+    tiers = _tiers(settings)
+    plan = Plan(shape) if tiers is None else tiers.family
     plan.check(shape)
     _check_port(settings.host, settings.port)
     engine = settings.engine
@@ -60,6 +61,10 @@ def serve(
         check_parts(plan, "vLLM", f"--drop {PROMPT}")
         _serve_vllm(settings, plan, dry_run, as_json)
         return
+    if tiers is not None and tiers.are_open:
+        raise LeanMoeError(
+            f"{engine} serves one level of one plan: leave --tiers and --slo away, or use vLLM"
+        )
     if engine == "sglang":
         check_parts(plan, "SGLang", f"--drop {PROMPT}")
         _serve_sglang(settings, dry_run, as_json)
@@ -79,11 +84,34 @@ def serve(
     serve_transformers(folder, settings.model, plan, path, settings.host, settings.port)
 
 
+def _tiers(settings: ServeSettings) -> Tiers | None:
+    """What requests may ask for; None without a plan.
+
+    Raises LeanMoeError where load control has nothing to choose from.
+    """
+    if settings.plan is None:
+        return None
+    options = PluginOptions(
+        str(settings.plan), settings.drop, level=settings.level, tiers=settings.tiers,
+        slo=settings.slo,
+    )  # fmt: skip
+    tiers = tiers_of(options)
+    if settings.slo is not None:
+        LoadControl(Slo.parse(settings.slo), len(tiers.faster))
+    return tiers
+
+
 def _serve_vllm(settings: ServeSettings, plan: Plan, dry_run: bool, as_json: bool) -> None:
     """Becomes vLLM's server, so that signals and the exit code are its own."""
     install = require_vllm(with_plans=settings.plan is not None)
     variables = launch.environment(
-        settings.model, settings.plan, settings.drop, install, settings.level
+        settings.model,
+        settings.plan,
+        settings.drop,
+        install,
+        settings.level,
+        settings.tiers,
+        settings.slo,
     )
     command = launch.command(
         settings.model,

@@ -12,6 +12,7 @@ LEVEL = "LEANMOE_LEVEL"
 DROP = "LEANMOE_DROP"
 TIERS = "LEANMOE_TIERS"
 SLO = "LEANMOE_SLO"
+PLAN_KEY = "LEANMOE_PLAN_KEY"
 BATCH_SCOPE = "LEANMOE_BATCH_SCOPE"
 EXPERTS = "LEANMOE_EXPERTS"
 STATISTICS = "LEANMOE_STATISTICS"
@@ -67,6 +68,13 @@ VARIABLES = (
         "like tpot=30ms,ttft=500ms",
         "Limits the time per output token, the time to the first token, or both. While a limit is "
         "in danger vLLM then serves replies at a faster level of the plan. It includes tiers.",
+    ),
+    Variable(
+        PLAN_KEY,
+        "the plan cannot be changed",
+        "any text",
+        "The key that POST /leanmoe/plan asks for in vLLM's server. vLLM's own key does not guard "
+        "that path.",
     ),
     Variable(
         BATCH_SCOPE,

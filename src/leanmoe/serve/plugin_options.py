@@ -218,6 +218,14 @@ def plan_paths(text: str) -> list[Path]:
     return paths
 
 
+def plan_names(text: str) -> tuple[str, ...]:
+    """What a change of plan calls each of the files: its name without the folder and `.json`."""
+    names = tuple(path.stem for path in plan_paths(text))
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise LeanMoeError(f"two plans are called {twice[0]}: give their files other names")
+    return names
+
+
 def _one_of(environ: Mapping[str, str], name: str, allowed: tuple[str, str]) -> str:
     value = environ.get(name) or allowed[0]
     if value not in allowed:

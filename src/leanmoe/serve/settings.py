@@ -8,9 +8,12 @@ from pathlib import Path
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.options import MODEL_HELP, argument, option
 from leanmoe.core.parsing import require
+from leanmoe.serve.load_control import Slo
 
 SERVERS = ("auto", "vllm", "sglang", "transformers")
 LEVEL_HELP = "The level of the plan to run, where it has several."
+TIERS_HELP = "Let requests name their level; --level is then that of those that name none."
+SLO_HELP = "Limits that load changes levels for, like tpot=30ms,ttft=500ms. It includes --tiers."
 DROP_HELP = "A part of the plan to leave out: prompt. May be repeated."
 
 
@@ -22,17 +25,25 @@ class ServeSettings:
     engine_arguments: tuple[str, ...] = argument(
         "Arguments that are passed on to vLLM or SGLang; put -- before them.", (), repeats=True
     )
-    plan: Path | None = option(None, "A plan.json; without one the full model is served.")
+    plan: Path | None = option(
+        None, "A plan.json; without one the full model is served. With commas several."
+    )
     host: str = option("127.0.0.1", "The address to listen at.")
     port: int = option(8000, "The port to listen at.")
     engine: str = option("auto", "vllm, sglang, transformers, or auto: vLLM where it is installed.")
     level: str | None = option(None, LEVEL_HELP)
     drop: tuple[str, ...] = option((), DROP_HELP, repeats=True)
+    tiers: bool = option(False, TIERS_HELP)
+    slo: str | None = option(None, SLO_HELP)
 
     def check(self) -> None:
         """Raises LeanMoeError for a setting that is not allowed."""
         known = self.engine in SERVERS
         require(known, "--engine", repr(self.engine), f"one of {', '.join(SERVERS)}")
+        if self.slo is not None:
+            Slo.parse(self.slo)
+        if (self.tiers or self.slo) and self.plan is None:
+            raise LeanMoeError("--tiers and --slo need the levels of a plan: give one with --plan")
         if self.level and self.plan is None:
             raise LeanMoeError(f"--level {self.level} is one of a plan's: give one with --plan")
         if self.drop and self.plan is None:

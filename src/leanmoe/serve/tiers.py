@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from leanmoe.core.errors import LeanMoeError, shown
 from leanmoe.core.schema import to_json
 from leanmoe.plan import Plan
+from leanmoe.serve.plugin_options import PluginOptions, plan_paths, without
 
 KEY = "leanmoe_tier"
 """The name of the request's field: in OpenAI's API in `vllm_xargs`, offline in `extra_args`."""
@@ -31,7 +32,7 @@ DIGITS = 16
 
 
 class BadRequestError(LeanMoeError, ValueError):
-    """A request that cannot be served; a ValueError is what vLLM answers with HTTP 400."""
+    """A request that cannot be served; a ValueError is HTTP 400 in most servers."""
 
 
 class StepChoice(NamedTuple):
@@ -139,6 +140,11 @@ class Tiers:
 
         return number(tier.level), number(tier.replies(choice.level))
 
+    def levels_of(self, parameters: Any, choice: tuple[int, ...]) -> tuple[int, int]:
+        """The same of a request's parameters (vLLM's SamplingParams, or None)."""
+        asked = None if parameters is None else parameters.extra_args
+        return self.numbers(self.asked(asked), StepChoice(*choice))
+
     @property
     def faster(self) -> tuple[int, ...]:
         """The levels that load may ask for, from the own tier's on; 0 stands for none asked."""
@@ -161,3 +167,11 @@ class Tiers:
         text = json.dumps([rules, tier.may_degrade, epoch], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
         return f"{client or ''}{MARK}{digest}"
+
+
+def tiers_of(options: PluginOptions) -> Tiers:
+    """What requests may ask for; raises LeanMoeError for plans that are of no one family."""
+    plans = [without(Plan.load(path), options.drop) for path in plan_paths(options.path)]
+    if options.has_tiers:
+        return Tiers(tuple(plans), options.level)
+    return Tiers((plans[0].at(options.level),), are_open=False)

@@ -67,14 +67,20 @@ def load() -> Iterator[Any]:
     """Loads a model (the reference model) in vLLM under a plan, or as trained; one at a time."""
     from leanmoe.models.reference import path
     from leanmoe.serve.plugin_options import PluginOptions
+    from leanmoe.serve.vllm.control_hooks import process_control
     from leanmoe.serve.vllm.patch import process_plugin
 
-    def start(plan: Any = None, experts: str | None = None, **settings: Any) -> Any:
+    def start(
+        plan: Any = None, experts: str | None = None, options: Any = None, **settings: Any
+    ) -> Any:
         from vllm import LLM
 
         _register_kernels_once()
         _shut_down(running)
-        if plan is None:
+        process_control().stop()
+        if options is not None:  # of a plan with tiers
+            process_control().start(options)
+        elif plan is None:
             process_plugin().stop()
         else:
             options = PluginOptions(
@@ -101,6 +107,7 @@ def load() -> Iterator[Any]:
     running: list[Any] = []
     yield start
     _shut_down(running)
+    process_control().stop()
     process_plugin().stop()
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from leanmoe.models.shape import read_shape
-from leanmoe.plan import Plan, Rule
+from leanmoe.plan import Band, Level, Plan, Rule
 from leanmoe.plan.placement import Placement
 from tests.engines.vllm.conftest import SETTINGS
+from tests.engines.vllm.switching import CHANGE_AT
 
 MODEL = read_shape("reference").fingerprint()
 HERE = Path(__file__).parent
@@ -186,25 +187,31 @@ def test_uneven_data_parallel_ranks_end_and_share_their_experts(
     assert (borrowed > 0) == cross_rank
 
 
-def test_the_plan_reaches_the_workers_that_vllm_starts(tmp_path: Path) -> None:
-    """By its entry point, as in a service, with the tokens that `run` finds.
-
-    A request may reach them a step later than the others, so the rules are a token's own.
-    """
-    installed = tmp_path / "installed" / "leanmoe-0.dist-info"
+def install_plugins(folder: Path) -> Path:
+    """A folder from which vLLM finds leanmoe's entry points, as where it is installed."""
+    installed = folder / "installed" / "leanmoe-0.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: leanmoe\nVersion: 0\n")
     (installed / "entry_points.txt").write_text(
         "[vllm.general_plugins]\nleanmoe = leanmoe.serve.vllm.plugin:activate\n"
         "leanmoe_control = leanmoe.serve.vllm.plugin:control\n"
     )
+    return installed.parent
+
+
+def test_the_plan_reaches_the_workers_that_vllm_starts(tmp_path: Path) -> None:
+    """By its entry point, as in a service, with the tokens that `run` finds.
+
+    A request may reach them a step later than the others, so the rules are a token's own.
+    """
+    installed = install_plugins(tmp_path)
     OWN.save(tmp_path / "plan.json")
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
     environment = {
         **os.environ, **SETTINGS, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "LEANMOE_STATISTICS": "1",
         "LEANMOE_PLAN": str(tmp_path / "plan.json"),
-        "PYTHONPATH": os.pathsep.join([str(installed.parent), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(installed), *sys.path]),
     }  # fmt: skip
     log = tmp_path / "log.txt"
     with log.open("w") as out:
@@ -219,3 +226,34 @@ def test_the_plan_reaches_the_workers_that_vllm_starts(tmp_path: Path) -> None:
     assert found["workers"][0]["layers"][3]["activated"] == 6
     planned = run(tmp_path / "planned", TENSOR, all_of(16), OWN)
     assert planned[0]["tokens"] == found["tokens"]
+
+
+def test_all_ranks_change_the_plan_at_the_same_step(tmp_path: Path) -> None:
+    """Requests of three tiers run on through the change, with the tokens that one rank finds."""
+    for name, most in (("a", 6), ("b", 3)):
+        levels = (("careful", most), ("fast", most - 1))
+        Plan(
+            MODEL,
+            tuple(Level(one, (Band(None, (Rule(top_k=k),) * 6),)) for one, k in levels),
+        ).save(tmp_path / f"{name}.json")
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    environment = {
+        **os.environ, **SETTINGS, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "LEANMOE_PLAN": f"{tmp_path / 'a.json'},{tmp_path / 'b.json'}", "LEANMOE_CHECK_ROWS": "1",
+        "PYTHONPATH": os.pathsep.join([str(install_plugins(tmp_path)), *sys.path]),
+    }  # fmt: skip
+    found = []
+    for ranks in (1, 2):
+        command = [sys.executable, str(HERE / "switching.py"), str(tmp_path), str(ranks)]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
+    one, both = found
+    plans = [step[0][0] for step in both["steps"]]
+    assert plans == [0] * CHANGE_AT + [1] * (len(plans) - CHANGE_AT)
+    assert len(plans) > CHANGE_AT + 4
+    assert all(step == [step[0]] * 3 for step in both["steps"]), "every rank heard the same"
+    assert both["tokens"] == one["tokens"]
+    assert len(one["tokens"]) == len(PROMPTS)

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 
 from leanmoe.models.reference import path
 from leanmoe.models.shape import read_shape
-from leanmoe.plan import Band, Plan, Rule
+from leanmoe.plan import Band, Level, Plan, Rule
 
 MODEL = read_shape("reference").fingerprint()
 PLAN = Plan.banded(MODEL, (Band(8, (Rule(guaranteed=3),) * 6), Band(None, (Rule(top_k=6),) * 6)))
@@ -27,9 +28,9 @@ PATIENCE = 240
 """Seconds until a server on two busy cores must answer."""
 
 
-def fetch(url: str, data: Any = None) -> str:
+def fetch(url: str, data: Any = None, **headers: str) -> str:
     body = None if data is None else json.dumps(data).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
     with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         return str(answer.read().decode())
 
@@ -39,23 +40,30 @@ def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, str]]:
     """The address of a server under the plan, and its engine; it ends with the tests of it."""
-    tmp_path = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    PLAN.save(folder / "plan.json")
+    words = ["--plan", str(folder / "plan.json"), "--engine", request.param]
+    with running(folder, words) as url:
+        yield url, request.param
+        if request.param == "vllm":
+            assert "6 of 6 MoE layers under it" in (folder / "log.txt").read_text()
+
+
+@contextmanager
+def running(folder: Path, words: list[str], **variables: str) -> Iterator[str]:
+    """The address of `leanmoe serve reference` with these words, inside the `with`."""
     if not {"leanmoe", "leanmoe_control"} <= entry_points(group="vllm.general_plugins").names:
         pytest.skip("leanmoe is not installed here, so vLLM does not find it: make test-engines")
-    PLAN.save(tmp_path / "plan.json")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "leanmoe", "serve", "reference", "--plan",
-        str(tmp_path / "plan.json"), "--port", str(port), "--engine", request.param,
-    ]  # fmt: skip
-    if request.param == "vllm":
+    command = [sys.executable, "-m", "leanmoe", "serve", "reference", "--port", str(port), *words]
+    if "transformers" not in words:
         command += ["--", "--enforce-eager", "--max-model-len", "256", "--dtype", "float32"]
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    log = tmp_path / "log.txt"
+    log = folder / "log.txt"
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment | variables)
     url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + PATIENCE
@@ -67,9 +75,7 @@ def server(
                 break
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
-        yield url, request.param
-        if request.param == "vllm":
-            assert "6 of 6 MoE layers under it" in log.read_text()
+        yield url
     finally:
         process.terminate()
         process.wait(timeout=60)
@@ -129,3 +135,45 @@ def test_a_bench_measures_it_over_http(server: tuple[str, str], tmp_path: Path) 
     distinct, rounding = seen["distinct_experts_a_step"], 1e-9
     assert seen["experts_a_token"] <= distinct + rounding <= most + 2 * rounding
     assert "Distinct experts a step:" in done.stdout
+
+
+def refusal(url: str, data: Any, **headers: str) -> tuple[int, str]:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        fetch(url, data, **headers)
+    return error.value.code, error.value.read().decode()
+
+
+def test_tiers_load_and_a_change_of_plan_over_http(tmp_path: Path) -> None:
+    for name, most in (("a", 6), ("b", 4)):
+        levels = (("careful", most), ("fast", most - 2))
+        bands = [(one, (Band(None, (Rule(top_k=k),) * 6),)) for one, k in levels]
+        Plan(MODEL, tuple(Level(one, rules) for one, rules in bands)).save(
+            tmp_path / f"{name}.json"
+        )
+    words = ["--plan", f"{tmp_path / 'a.json'},{tmp_path / 'b.json'}", "--slo", "tpot=1us"]
+    with running(tmp_path, [*words, "--engine", "vllm"], LEANMOE_PLAN_KEY="secret") as url:
+        question: dict[str, Any] = {
+            "model": "reference", "prompt": "The river flows through", "max_tokens": 8,
+            "temperature": 0, "ignore_eos": True,
+        }  # fmt: skip
+        for tier in (None, "strict", "fast"):
+            asked = {} if tier is None else {"vllm_xargs": {"leanmoe_tier": tier}}
+            reply = json.loads(fetch(f"{url}/v1/completions", question | asked))
+            assert reply["choices"][0]["text"].strip()
+        unknown = question | {"vllm_xargs": {"leanmoe_tier": "economy"}}
+        code, said = refusal(f"{url}/v1/completions", unknown)
+        assert code == 400
+        assert "it must be one of strict, full, careful, fast" in said
+        assert refusal(f"{url}/leanmoe/plan", {"plan": "b"})[0] == 401
+        key = {"Authorization": "Bearer secret"}
+        assert refusal(f"{url}/leanmoe/plan", {"plan": "c"}, **key)[0] == 400
+        assert json.loads(fetch(f"{url}/leanmoe/plan", {"plan": "b"}, **key))["epoch"] == 1
+        fetch(f"{url}/v1/completions", question)
+        metrics = fetch(f"{url}/metrics")
+    assert 'leanmoe_level{level="fast",plan="b"} 1' in metrics, "no step takes a microsecond"
+    assert 'leanmoe_reply_tokens_total{tier="careful"} 16' in metrics
+    assert 'leanmoe_reply_tokens_total{tier="strict"} 8' in metrics
+    assert 'leanmoe_degraded_tokens_total{tier="careful"}' in metrics
+    assert 'leanmoe_degraded_tokens_total{tier="strict"}' not in metrics
+    assert 'leanmoe_activated_experts{layer="0"} 2' in metrics, "the fast level of plan b"
+    assert "level careful -> fast: tpot is at" in (tmp_path / "log.txt").read_text()

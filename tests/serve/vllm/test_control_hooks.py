@@ -10,24 +10,15 @@ import pytest
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.serve.plugin_options import PluginOptions
-from leanmoe.serve.tiers import BadRequestError, Tiers
-from leanmoe.serve.vllm.control_hooks import ControlHooks, check_request, check_signature, tiers_of
+from leanmoe.serve.tiers import BadRequestError
+from leanmoe.serve.vllm.control_hooks import ControlHooks, check_request, check_signature
 from tests.serve.test_tiers import PLAN, TIERS
 
 
-def test_plans_and_own_tier_follow_from_the_options(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        PLAN.save(tmp_path / f"{name}.json")
-    both = f"{tmp_path / 'a.json'},{tmp_path / 'b.json'}"
-    assert tiers_of(PluginOptions(both)) == Tiers((PLAN, PLAN))
-    one = str(tmp_path / "a.json")
-    assert tiers_of(PluginOptions(one, level="fast", tiers=True)) == Tiers((PLAN,), "fast")
-    closed = tiers_of(PluginOptions(one, level="fast"))
-    assert (closed.levels, closed.are_open, closed.own) == (("fast",), False, None)
-    with pytest.raises(LeanMoeError, match="choose one"):
-        tiers_of(PluginOptions(one))
+def test_a_limit_that_is_none_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    PLAN.save(tmp_path / "plan.json")
     with pytest.raises(LeanMoeError, match="no unit"):
-        ControlHooks().start(PluginOptions(one, slo="tpot=30"))
+        ControlHooks().start(PluginOptions(str(tmp_path / "plan.json"), slo="tpot=30"))
 
 
 def request(arguments: Any = None, salt: str | None = None) -> Any:

@@ -56,9 +56,12 @@ class Scheduler:
 
 
 class Core:
-    def __init__(self, executor: str = "mp", ranks: int = 1) -> None:
+    def __init__(self, executor: str = "mp", ranks: int = 1, data_ranks: int = 1) -> None:
         parallel = SimpleNamespace(
-            pipeline_parallel_size=1, distributed_executor_backend=executor, world_size=ranks
+            pipeline_parallel_size=1,
+            distributed_executor_backend=executor,
+            world_size=ranks,
+            data_parallel_size=data_ranks,
         )
         self.vllm_config = SimpleNamespace(parallel_config=parallel)
         self.scheduler = Scheduler()
@@ -84,7 +87,7 @@ class Clock:
 
 def attached(slo: Slo | None = None, own: str | None = None) -> tuple[Any, EngineControl, Clock]:
     core, clock = Core(), Clock()
-    control = EngineControl(Tiers((PLAN, OTHER), own), NAMES, slo, clock)
+    control = EngineControl(Tiers((PLAN, OTHER), own), NAMES, slo, clock=clock)
     control.attach(core)
     return core, control, clock
 
@@ -176,6 +179,10 @@ def test_an_engine_in_which_it_cannot_work_is_refused() -> None:
     with pytest.raises(LeanMoeError, match="external_launcher"):
         control.attach(Core("external_launcher", ranks=2))
     control.attach(Core("external_launcher"))
+    sharing = EngineControl(Tiers((PLAN, OTHER)), NAMES, cross_rank=True)
+    sharing.attach(Core())
+    with pytest.raises(LeanMoeError, match="set LEANMOE_BATCH_SCOPE=rank"):
+        sharing.attach(Core(data_ranks=2))
     lacking = Core()
     del lacking.scheduler.running
     with pytest.raises(LeanMoeError, match="Scheduler has no running"):

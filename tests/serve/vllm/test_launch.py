@@ -57,6 +57,9 @@ def test_variables_are_those_of_the_plan_and_of_a_cpu(monkeypatch: pytest.Monkey
     }  # fmt: skip
     assert environment("reference", None, [], ON_GPU) == {}
     assert environment("reference", path, [], ON_GPU, "0.5%")["LEANMOE_LEVEL"] == "0.5%"
+    both = environment("reference", Path("a.json,b.json"), [], ON_GPU, tiers=True, slo="tpot=9ms")
+    assert (both["LEANMOE_TIERS"], both["LEANMOE_SLO"]) == ("1", "tpot=9ms")
+    assert both["LEANMOE_PLAN"] == f"{Path('a.json').resolve()},{Path('b.json').resolve()}"
 
 
 def test_what_the_user_adds_comes_last_and_prevails() -> None:

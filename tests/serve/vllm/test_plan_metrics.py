@@ -15,8 +15,26 @@ from leanmoe.serve.vllm.patch import process_plugin
 from leanmoe.serve.vllm.plan_metrics import PlanMetrics, PlanWorker
 from tests.serve.test_metrics import STEP
 
+STATE = {
+    "plan": "a", "plans": ["a", "b"], "epoch": 1, "level": "fast", "changes": 3,
+    "reply_tokens": {"fast": 7, "strict": 2}, "degraded_tokens": {"fast": 5},
+}  # fmt: skip
+
+
+class Core:
+    """The client of an engine core that serves two plans."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+
+    async def call_utility_async(self, *asked: str) -> Any:
+        self.asked.append(asked)
+        return STATE
+
 
 class Client:
+    engine_core = Core()
+
     async def collective_rpc(self, method: str) -> list[Any]:
         assert method == "leanmoe_statistics"
         stage = {**STEP, "layers": [None, {"distinct": 9, "activated": 3.0}, None]}
@@ -47,6 +65,8 @@ def test_the_middleware_adds_to_metrics_and_to_nothing_else(path: str) -> None:
     for layer, experts in enumerate((30, 9, 8)):  # one of them another pipeline stage's
         line = b'leanmoe_distinct_experts{layer="%d"} %d\n' % (layer, experts)
         assert (line in body) == path.startswith("/metrics")
+    line = b'leanmoe_degraded_tokens_total{tier="fast"} 5\n'
+    assert (line in body) == path.startswith("/metrics")
     assert body.startswith(b"vllm:generation_tokens_total 9\n")
 
 

@@ -19,9 +19,9 @@ from leanmoe.serve.vllm.rule_rows import (
     RuleRows,
     ServedRequest,
     StepRequests,
+    first_level,
     follow_v1,
     follow_v2,
-    levels_of,
     reply_row,
     row_of,
     served,
@@ -58,12 +58,21 @@ def scheduled(*new: tuple[str, Any], finished: tuple[str, ...] = ()) -> Any:
 
 
 def test_what_nobody_reads_before_the_prompts_last_token_is_a_prompt_row() -> None:
-    assert [row_of(position, 4, served(PLAIN)) for position in range(6)] == [2, 2, 2, 1, 1, 1]
-    assert [row_of(position, 4, served(READING)) for position in range(6)] == [1] * 6
-    assert [row_of(position, 4, served(None)) for position in range(6)] == [1] * 6
+    assert [row_of(position, 4, served(PLAIN, (), first_level)) for position in range(6)] == [
+        2,
+        2,
+        2,
+        1,
+        1,
+        1,
+    ]
+    assert [row_of(position, 4, served(READING, (), first_level)) for position in range(6)] == [
+        1
+    ] * 6
+    assert [row_of(position, 4, served(None, (), first_level)) for position in range(6)] == [1] * 6
     assert [row_of(position, 4, ServedRequest(3, 3)) for position in (2, 3)] == [6, 5]
     assert {row_of(position, 4, ServedRequest(0, 0)) for position in range(6)} == {0}
-    assert levels_of(PLAIN) == (1, 1)
+    assert [row_of(at, 4, ServedRequest(1, 3, True)) for at in range(5)] == [1, 1, 1, 5, 5]
     assert [reply_row(level) for level in range(4)] == [0, 1, 3, 5]
 
 
@@ -274,3 +283,28 @@ def test_steps_of_vllms_warm_up_run_as_trained() -> None:
         runner_class().execute_model(begins)
         rows.fill(step((name, 2, 0, 5)), CPU)
         assert rows.rows(2).tolist() == [wanted] * 2
+
+
+def test_levels_follow_the_requests_parameters_and_each_steps_choice() -> None:
+    levels = {"own": (1, 1), "kept": (0, 0)}
+
+    def levels_of(parameters: Any, choice: tuple[int, ...]) -> tuple[int, int]:
+        prompt, reply = levels[parameters.tier]
+        return prompt, max(reply, choice[1]) if parameters.tier == "own" else reply
+
+    rows = RuleRows(PLAN, 16, levels=levels_of)
+    asked = [SimpleNamespace(prompt_logprobs=None, tier=tier) for tier in levels]
+    first = scheduled(("a", asked[0]), ("b", asked[1]))
+    both = step(("a", 4, 0, 3), ("b", 4, 0, 3))
+    first.num_scheduled_tokens = {"a": 4, "b": 4}
+    with pytest.raises(LeanMoeError, match="does not say at which level it runs"):
+        rows.hear(first)
+    for choice, replies in (((0, 0), 1), ((0, 3), 5), ((0, 0), 1)):
+        first.leanmoe = choice
+        rows.hear(first)
+        rows.fill(both, CPU)
+        assert rows.rows(8).tolist() == [2, 2, replies, replies, 0, 0, 0, 0]
+        first = scheduled()
+    rows.hear(scheduled())  # a step without rows changes nothing
+    rows.fill(both, CPU)
+    assert rows.rows(3).tolist() == [2, 2, 1]

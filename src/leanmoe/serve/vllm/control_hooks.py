@@ -1,23 +1,23 @@
 """Where tiers and load control get into vLLM: its input processor and its engine core.
 
-Every process of vLLM has both classes; requests pass the first in the API process, or in a script,
-and the second runs where steps are made.
+Requests pass the first in the API process, or in a script; the second runs where steps are made.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from leanmoe.core.environment import DROP
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.plan import Plan
 from leanmoe.serve.load_control import Slo
-from leanmoe.serve.plugin_options import PROMPT, PluginOptions, check_parts, plan_paths, without
-from leanmoe.serve.tiers import Tiers
-from leanmoe.serve.vllm.engine_control import EngineControl, tier_of
+from leanmoe.serve.plugin_options import PROMPT, PluginOptions, check_parts, plan_names
+from leanmoe.serve.tiers import BadRequestError, Tiers, tiers_of
+from leanmoe.serve.vllm.engine_control import STATE, EngineControl, tier_of
+from leanmoe.serve.vllm.patch import process_plugin
 
 
 class ControlHooks:
@@ -27,6 +27,8 @@ class ControlHooks:
         self._tiers: Tiers | None = None
         self._make: Callable[[], EngineControl]
         self._is_patched = False
+        self._lock = threading.Lock()
+        """Requests come in a thread of their own."""
         self.engine: EngineControl | None = None
         """That of the engine core that was made last in this process."""
 
@@ -34,11 +36,17 @@ class ControlHooks:
         """Puts plans to work that have tiers; raises LeanMoeError where they cannot."""
         tiers = tiers_of(options)
         slo = None if options.slo is None else Slo.parse(options.slo)
-        names = tuple(path.stem for path in plan_paths(options.path))
         check_parts(tiers.family, "vLLM", f"{DROP}={PROMPT}")
         if not self._is_patched:
             self._patch()
-        self._tiers, self._make = tiers, functools.partial(EngineControl, tiers, names, slo)
+        self._tiers, self._make = (
+            tiers,
+            functools.partial(
+                EngineControl, tiers, plan_names(options.path), slo, options.cross_rank
+            ),
+        )
+        if options.has_tiers:
+            process_plugin().start(tiers.family, options, tiers.levels_of)
         self._make()  # what cannot be controlled is refused before a model is loaded
 
     def stop(self) -> None:
@@ -47,7 +55,7 @@ class ControlHooks:
 
     def _patch(self) -> None:
         try:
-            from vllm.v1.engine.core import EngineCore
+            from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
             from vllm.v1.engine.input_processor import InputProcessor
         except ImportError as error:
             raise LeanMoeError(
@@ -56,24 +64,53 @@ class ControlHooks:
             ) from error
         check_signature(InputProcessor.process_inputs, "params")
         check_signature(EngineCore.preprocess_add_request, "request")
-        process, begin = InputProcessor.process_inputs, EngineCore.__init__
+        process, preprocess = InputProcessor.process_inputs, EngineCore.preprocess_add_request
 
         @functools.wraps(process)
-        def process_inputs(self: Any, *arguments: Any, **keywords: Any) -> Any:
-            request = process(self, *arguments, **keywords)
-            check_request(hooks._tiers, request)
+        def process_inputs(processor: Any, *arguments: Any, **keywords: Any) -> Any:
+            request = process(processor, *arguments, **keywords)
+            check_request(self._tiers, request)
             return request
 
-        @functools.wraps(begin)
-        def made(self: Any, *arguments: Any, **keywords: Any) -> None:
-            begin(self, *arguments, **keywords)
-            if hooks._tiers is not None:
-                hooks.engine = hooks._make()
-                hooks.engine.attach(self)
+        @functools.wraps(preprocess)
+        def preprocess_add_request(core: Any, request: Any) -> Any:
+            if self._attach(core):
+                return core.preprocess_add_request(request)  # it is the control's now
+            return preprocess(core, request)
 
-        hooks = self
-        InputProcessor.process_inputs, EngineCore.__init__ = process_inputs, made
+        InputProcessor.process_inputs = process_inputs
+        EngineCore.preprocess_add_request = preprocess_add_request
+        for kind in (EngineCore, EngineCoreProc, DPEngineCoreProc):
+            for name in {"__init__", "run_busy_loop"} & set(vars(kind)):
+                self._attach_around(kind, name)
         self._is_patched = True
+
+    def _attach_around(self, kind: Any, name: str) -> None:
+        """Attaches after a core is made, or before its loop begins.
+
+        A core in a process of its own loads plugins while it is made: the first is too late then.
+        """
+        stock = vars(kind)[name]
+
+        @functools.wraps(stock)
+        def method(core: Any, *arguments: Any, **keywords: Any) -> Any:
+            if name != "__init__":
+                self._attach(core)
+            returned = stock(core, *arguments, **keywords)
+            if name == "__init__":
+                self._attach(core)
+            return returned
+
+        setattr(kind, name, method)
+
+    def _attach(self, core: Any) -> bool:
+        """Puts a control of its own around an engine core; whether it had none before."""
+        with self._lock:
+            if self._tiers is None or hasattr(core, STATE):
+                return False
+            self.engine = self._make()
+            self.engine.attach(core)
+            return True
 
 
 @functools.cache
@@ -82,21 +119,26 @@ def process_control() -> ControlHooks:
     return ControlHooks()
 
 
-def tiers_of(options: PluginOptions) -> Tiers:
-    """What requests may ask for; raises LeanMoeError for plans that are of no one family."""
-    plans = [without(Plan.load(path), options.drop) for path in plan_paths(options.path)]
-    if options.has_tiers:
-        return Tiers(tuple(plans), options.level)
-    return Tiers((plans[0].at(options.level),), are_open=False)
-
-
 def check_request(tiers: Tiers | None, request: Any) -> None:
-    """Raises BadRequestError for an unknown tier, and for a salt that could be taken for leanmoe's.
+    """Refuses an unknown tier, and a salt that could be taken for leanmoe's.
 
     Where no plan is at work there is nothing to ask for, and nothing is checked.
     """
-    if tiers is not None:
+    if tiers is None:
+        return
+    try:
         tiers.salt(tier_of(tiers, request), request.cache_salt)
+    except BadRequestError as error:
+        raise _clients_fault(error) from error
+
+
+def _clients_fault(error: BadRequestError) -> Exception:
+    """What vLLM answers with HTTP 400: its own error, where it has one, else any ValueError."""
+    try:
+        from vllm.exceptions import VLLMValidationError
+    except ImportError:
+        return error
+    return VLLMValidationError(str(error))
 
 
 def check_signature(function: Callable[..., Any], parameter: str) -> None:

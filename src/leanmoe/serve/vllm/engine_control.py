@@ -18,10 +18,9 @@ from typing import Any
 from leanmoe.core.errors import LeanMoeError, unknown_name
 from leanmoe.serve.load_control import Load, LoadControl, Slo
 from leanmoe.serve.tiers import StepChoice, Tier, Tiers
+from leanmoe.serve.vllm.rule_rows import CHOICE
 
 logger = logging.getLogger("vllm.leanmoe")
-CHOICE = "leanmoe"
-"""The attribute of vLLM's SchedulerOutput that holds a step's `StepChoice`."""
 TIER = "leanmoe_tier"
 """The attribute of vLLM's Request that holds its `Tier`."""
 STATE, CHANGE = "leanmoe_control", "leanmoe_change_plan"
@@ -40,9 +39,11 @@ class EngineControl:
         tiers: Tiers,
         names: tuple[str, ...],
         slo: Slo | None = None,
+        cross_rank: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`names` are what a change calls the plans of `tiers`."""
+        """`names` are what a change calls the plans of `tiers`; `cross_rank` is the options'."""
+        self._cross_rank = cross_rank
         self._tiers, self._names, self._clock = tiers, names, clock
         self._control = None if slo is None else LoadControl(slo, len(tiers.faster))
         self._choice = StepChoice()
@@ -94,6 +95,12 @@ class EngineControl:
             raise LeanMoeError(
                 "with external_launcher each process schedules by its own clock, so that ranks "
                 "would run one step at two levels: unset LEANMOE_SLO"
+            )
+        may_change = self._control is not None or len(self._names) > 1
+        if may_change and self._cross_rank and parallel.data_parallel_size > 1:
+            raise LeanMoeError(
+                "data-parallel ranks change levels and plans each at its own step, so that rules "
+                "would differ among tokens that share experts: set LEANMOE_BATCH_SCOPE=rank"
             )
 
     def _salt(self, request: Any) -> Tier:
@@ -168,6 +175,7 @@ class EngineControl:
         """What is served now and what was, as JSON values."""
         return {
             "plan": self._names[self._choice.plan],
+            "plans": list(self._names),
             "epoch": self._epoch,
             "level": self._level_name(self._choice.level),
             "changes": self._changes,

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanmoe.core.environment import DROP, LEVEL, PLAN, STATISTICS
+from leanmoe.core.environment import DROP, LEVEL, PLAN, SLO, STATISTICS, TIERS
 from leanmoe.core.installed_vllm import VllmInstall
 from leanmoe.models.hf_config import read_config
 from leanmoe.models.reference import folder_of
 from leanmoe.plan import Plan
+from leanmoe.serve.plugin_options import plan_paths
 
 MLA_WIDTHS = (320, 576)
 """Widths of a latent head with its rotary part that vLLM's MLA kernels take."""
@@ -25,9 +26,18 @@ def environment(
     drop: Sequence[str],
     install: VllmInstall,
     level: str | None = None,
+    tiers: bool = False,
+    slo: str | None = None,
 ) -> dict[str, str]:
     """Variables that the server needs besides those it is given; without a plan it is stock."""
-    variables = {} if plan is None else {PLAN: str(plan.resolve()), STATISTICS: "1"}
+    variables = {}
+    if plan is not None:
+        whole = (str(path.resolve()) for path in plan_paths(str(plan)))
+        variables = {PLAN: ",".join(whole), STATISTICS: "1"}
+    if tiers:
+        variables[TIERS] = "1"
+    if slo is not None:
+        variables[SLO] = slo
     if level is not None:
         variables[LEVEL] = level
     if drop:
@@ -50,6 +60,7 @@ def command(
     if plan is not None:
         words += ["--worker-extension-cls", "leanmoe.serve.vllm.plan_metrics.PlanWorker"]
         words += ["--middleware", "leanmoe.serve.vllm.plan_metrics.PlanMetrics"]
+        words += ["--middleware", "leanmoe.serve.vllm.plan_switch.PlanSwitch"]
     if overrides := missing_in(config):
         words += ["--hf-overrides", json.dumps(overrides)]
     settings = compilation(plan, lacks_mla_kernel(config, install))
@@ -89,8 +100,8 @@ def compilation(plan: Plan | None, has_no_mla: bool) -> dict[str, Any]:
 def capture_sizes(plan: Plan) -> list[int]:
     """vLLM's default sizes and the ends of the bands; nothing where those are among them."""
     usual = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
-    ends = {band.up_to for band in plan.bands if band.up_to is not None}
-    ends = {end for end in ends if end <= usual[-1]}
+    bands = [band for level in plan.levels for band in level.bands]
+    ends = {band.up_to for band in bands if band.up_to is not None and band.up_to <= usual[-1]}
     return sorted({*usual, *ends}) if ends - set(usual) else []
 
 

@@ -97,12 +97,15 @@ class VllmLayerRouting:
 
     @property
     def rules(self) -> list[Rule]:
-        """The layer's rule in each band, the one beyond the last where that has an end, and that
-        of prompt rows."""
-        rules = [band.rules[self.layer] for band in self.plan.bands]
-        if not self.plan.bands or self.plan.bands[-1].up_to is not None:
-            rules.append(Rule())
-        return [*rules, self.plan.prompt[self.layer]] if self.plan.prompt else rules
+        """The layer's rule in each band of each level, the one beyond the last where that has an
+        end, and that of prompt rows."""
+        rules = [] if self.plan.levels else [Rule()]
+        for level in self.plan.levels:
+            rules += [band.rules[self.layer] for band in level.bands]
+            if not level.bands or level.bands[-1].up_to is not None:
+                rules.append(Rule())
+            rules += [level.prompt[self.layer]] if level.prompt else []
+        return rules
 
     @property
     def by_table(self) -> bool:
@@ -260,6 +263,8 @@ class VllmLayerRouting:
         """A step's rule; by a table, what stands for all of its rules."""
         if self._row_routes is not None:
             return SHARING if self._row_routes.is_batch_aware else SKIPPING
+        if len(self.plan.levels) > 1:  # without a table all levels leave the layer as it is
+            return Rule()
         band = self.plan.band_for(max(1, step_rows(rows)))
         return Rule() if band is None else band.rules[self.layer]
 

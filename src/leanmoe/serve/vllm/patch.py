@@ -24,7 +24,7 @@ from leanmoe.serve.plugin_options import PluginOptions, has_prompt_rules
 from leanmoe.serve.vllm.installation import check_hooks, check_rows, files_of_vllm, naming, version
 from leanmoe.serve.vllm.padding import RUNNERS, is_v2, watch_runner
 from leanmoe.serve.vllm.planned_model import PlannedModel
-from leanmoe.serve.vllm.rule_rows import follow_v1, follow_v2
+from leanmoe.serve.vllm.rule_rows import Levels, follow_v1, follow_v2
 
 logger = logging.getLogger("vllm.leanmoe")
 """Its name is below vLLM's own, so that vLLM shows what it says."""
@@ -38,6 +38,7 @@ class VllmPlugin:
     def __init__(self) -> None:
         self._plan: Plan | None = None
         self._options = PluginOptions()
+        self._levels: Levels | None = None
         self._is_patched = False
         self._attended: set[Any] = set()
         self._followed: set[Any] = set()
@@ -48,19 +49,21 @@ class VllmPlugin:
         self.model: PlannedModel | None = None
         """The model that was built last under the plan; None before one is."""
 
-    def start(self, plan: Plan, options: PluginOptions) -> None:
+    def start(self, plan: Plan, options: PluginOptions, levels: Levels | None = None) -> None:
         """Puts a plan to work in every model that vLLM builds in this process from now on.
 
-        Called again, it changes the plan for models that are not built yet. Raises LeanMoeError
-        for a vLLM in which a plan cannot run.
+        `levels` says those of requests; None is for a plan of one level. Called again, it changes
+        the plan for models that are not built yet. Raises LeanMoeError for a vLLM in which a plan
+        cannot run.
         """
         check_version(version())
         if not self._is_patched:
             logger.info("leanmoe: %s", check_hooks(version(), files_of_vllm()))
             self._patch()
-        if has_prompt_rules(plan):
+        if has_prompt_rules(plan) or levels is not None:
             check_rows(version(), files_of_vllm())
         self._plan, self._options, self.model = plan, options, None
+        self._levels = levels
         logger.info("leanmoe: plan %s read in process %d", options.path, os.getpid())
 
     def stop(self) -> None:
@@ -102,7 +105,9 @@ class VllmPlugin:
         self._is_building, self._drafted = True, 0
         try:
             if not is_draft(vllm_config, model_config):
-                self.model = self._target = PlannedModel(self._plan, vllm_config, self._options)
+                self.model = self._target = PlannedModel(
+                    self._plan, vllm_config, self._options, self._levels
+                )
                 _tell_compile_cache(vllm_config, self._plan)
             yield
             if self._target is None:

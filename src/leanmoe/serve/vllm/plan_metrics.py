@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from typing import Any
 
 from leanmoe.core.environment import PLAN
 from leanmoe.serve.metrics import exposition
+from leanmoe.serve.vllm.engine_control import STATE
 
 PATH = "/metrics"
 METHOD = "leanmoe_statistics"
@@ -21,11 +23,17 @@ class PlanWorker:
     def leanmoe_statistics(self) -> dict[str, Any] | None:
         """What the last step ran, per MoE layer; None without a plan or LEANMOE_STATISTICS=1."""
         from leanmoe.serve.vllm.patch import process_plugin
+        from leanmoe.serve.vllm.rule_rows import band_ends
 
         model = process_plugin().model
         if model is None or model.statistics is None:
             return None
         step = model.statistics.read()
+        if len(model.plan.levels) > 1:  # whose bands end where any level's does
+            ends = band_ends(model.plan)
+            place = bisect_left(ends, max(1, step.rows))
+            up_to = ends[place] if place < len(ends) else None
+            return {**step.to_json(), "band": place, "up_to": up_to}
         band = model.plan.band_for(max(1, step.rows))
         number = None if band is None else model.plan.bands.index(band)
         return {**step.to_json(), "band": number, "up_to": None if band is None else band.up_to}
@@ -57,8 +65,9 @@ class PlanMetrics:
 
     async def _answer(self, scope: Any, start: dict[str, Any], body: bytes, send: Any) -> None:
         if start.get("status") == 200:
-            step = await self._step(scope)
-            body += exposition(os.environ.get(PLAN, ""), "vllm", step).encode()
+            step, control = await self._step(scope), await ask_engine(scope, STATE)
+            plan = os.environ.get(PLAN, "")
+            body += exposition(plan, "vllm", step, control=control).encode()
         headers = [(k, v) for k, v in start.get("headers", []) if k.lower() != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
         await send({**start, "headers": headers})
@@ -79,3 +88,12 @@ class PlanMetrics:
             **steps[0],
             "layers": [next((one for one in every if one is not None), None) for every in layers],
         }
+
+
+async def ask_engine(scope: Any, method: str, *arguments: str) -> Any:
+    """What the engine core answers to a method of `EngineControl`'s; the first of several cores.
+
+    All data-parallel ranks' cores are asked, each has its own counts and its own level.
+    """
+    client = scope["app"].state.engine_client
+    return await client.engine_core.call_utility_async(method, *arguments)

@@ -19,7 +19,7 @@ from leanmoe.serve.vllm.checks import GATHERING, experts_class, scope_of
 from leanmoe.serve.vllm.installation import version
 from leanmoe.serve.vllm.layer_routing import OneCopy, VllmLayerRouting
 from leanmoe.serve.vllm.padding import PaddingSource, PaddingWatch, StepPadding, padding_source
-from leanmoe.serve.vllm.rule_rows import RuleRows
+from leanmoe.serve.vllm.rule_rows import Levels, RuleRows
 from leanmoe.serve.vllm.skipped_slots import (
     LeanmoeExperts,
     all_sizes_unsupported_reason,
@@ -42,8 +42,13 @@ logger = logging.getLogger("vllm.leanmoe")
 class PlannedModel:
     """A model that vLLM builds in this process, and its layers under the plan."""
 
-    def __init__(self, plan: Plan, config: Any, options: PluginOptions) -> None:
-        """`config` is vLLM's; raises LeanMoeError if the plan was made for another model."""
+    def __init__(
+        self, plan: Plan, config: Any, options: PluginOptions, levels: Levels | None = None
+    ) -> None:
+        """`config` is vLLM's, `levels` says those of requests where they may have several.
+
+        Raises LeanMoeError if the plan was made for another model.
+        """
         self.config = weakref.ref(config)
         self.plan = plan
         self._options = options
@@ -54,16 +59,17 @@ class PlannedModel:
         """What the layers' last steps ran; None unless the options ask for it."""
         if options.collect_stats:
             self.statistics = RoutingStatistics(plan.model.moe_layers, plan.model.experts)
-        rules = [rule for band in plan.bands for rule in band.rules]
+        bands = [band for level in plan.levels for band in level.bands]
+        rules = [rule for band in bands for rule in band.rules]
         self.padding = StepPadding(padding_source(config, rules, version()))
         self.rule_rows: RuleRows | None = None
-        """Which rows of a step are a prompt's; None where the plan has no rules for them."""
-        if has_prompt_rules(plan):
+        """Which rows of a step are under which rule; None where all are under the same."""
+        if has_prompt_rules(plan) or levels is not None:
             checks.check_row_classes(config)
             most = config.scheduler_config.max_num_batched_tokens
             has_ranks = getattr(config.parallel_config, "data_parallel_size", 1) > 1
             self.rule_rows = RuleRows(
-                plan, most, is_checked=options.check_rows, has_ranks=has_ranks
+                plan, most, is_checked=options.check_rows, has_ranks=has_ranks, levels=levels
             )
         self.layers: dict[int, VllmLayerRouting] = {}
         self.runners: dict[int, Any] = {}

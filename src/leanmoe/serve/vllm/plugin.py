@@ -36,8 +36,4 @@ def control() -> None:
         return
     from leanmoe.serve.vllm.control_hooks import process_control
 
-    if options.has_tiers:
-        from leanmoe.core.errors import LeanMoeError
-
-        raise LeanMoeError("vLLM's layers do not tell levels apart yet: unset LEANMOE_TIERS")
     process_control().start(options)

@@ -95,16 +95,22 @@ def _reply_rule(level: Level, rows: int, layer: int) -> Rule:
     return Rule()
 
 
-def levels_of(sampling_params: Any) -> tuple[int, int]:
-    """The plan's levels that a request's prompt and its replies are served at: the first, both."""
-    del sampling_params
+Levels = Callable[[Any, tuple[int, ...]], tuple[int, int]]
+"""The levels of a request's prompt and of its replies, by its parameters and by the step's choice:
+what the scheduler decided for the step, which travels with it."""
+CHOICE = "leanmoe"
+"""The attribute of vLLM's SchedulerOutput that holds a step's choice."""
+
+
+def first_level(_parameters: Any, _choice: tuple[int, ...]) -> tuple[int, int]:
+    """Those of every request of a plan of one level."""
     return 1, 1
 
 
-def served(sampling_params: Any) -> ServedRequest:
+def served(parameters: Any, choice: tuple[int, ...], levels: Levels) -> ServedRequest:
     """What a request's parameters say; one that pools (None) reads every row."""
-    reads = sampling_params is None or sampling_params.prompt_logprobs is not None
-    return ServedRequest(*levels_of(sampling_params), reads)
+    reads = parameters is None or parameters.prompt_logprobs is not None
+    return ServedRequest(*levels(parameters, choice), reads)
 
 
 def reply_row(level: int) -> int:
@@ -118,51 +124,81 @@ def prompt_row(level: int) -> int:
 
 
 def row_of(position: int, prompt: int, request: ServedRequest) -> int:
-    """One row's rule row, said plainly; `step_rows_of` computes all of a step's at once."""
-    is_prompt = position < prompt - 1 and not request.reads_prompt
-    return prompt_row(request.prompt_level) if is_prompt else reply_row(request.reply_level)
+    """One row's rule row, said plainly; `step_rows_of` computes all of a step's at once.
+
+    A prompt's rows are its own level's, also where they are read: what a prompt leaves in the
+    key-value cache does not depend on load.
+    """
+    if position >= prompt - 1:
+        return reply_row(request.reply_level)
+    row = reply_row if request.reads_prompt else prompt_row
+    return row(request.prompt_level)
 
 
 def step_rows_of(step: StepRequests, requests: Sequence[ServedRequest]) -> tuple[Ints, Ints]:
     """The rule rows [T] of a step, and how many prompt rows each request has [S]."""
     reads_S = np.array([each.reads_prompt for each in requests])
-    unread_S = np.where(reads_S, 0, step.prompt_S - 1)
-    prompt_rows_S = np.clip(unread_S - step.computed_S, 0, step.scheduled_S).astype(np.int32)
+    before_S = np.clip(step.prompt_S - 1 - step.computed_S, 0, step.scheduled_S).astype(np.int32)
     first_S = np.cumsum(step.scheduled_S) - step.scheduled_S
     place_T = np.arange(int(step.scheduled_S.sum())) - np.repeat(first_S, step.scheduled_S)
     replies_S = np.array([reply_row(each.reply_level) for each in requests], dtype=np.int32)
-    prompts_S = np.array([prompt_row(each.prompt_level) for each in requests], dtype=np.int32)
-    is_prompt_T = place_T < np.repeat(prompt_rows_S, step.scheduled_S)
+    prompts_S = np.array([row_of(0, 2, each) for each in requests], dtype=np.int32)
+    is_prompt_T = place_T < np.repeat(before_S, step.scheduled_S)
     rows_T = np.where(
         is_prompt_T, np.repeat(prompts_S, step.scheduled_S), np.repeat(replies_S, step.scheduled_S)
     )
-    return rows_T, prompt_rows_S
+    return rows_T, np.where(reads_S, 0, before_S)
 
 
 class RuleRows:
     """The rule rows and the band of the step that runs; one for all layers of a model."""
 
     def __init__(
-        self, plan: Plan, most_rows: int, *, is_checked: bool = False, has_ranks: bool = False
+        self,
+        plan: Plan,
+        most_rows: int,
+        *,
+        is_checked: bool = False,
+        has_ranks: bool = False,
+        levels: Levels | None = None,
     ) -> None:
         """A step has at most `most_rows` rows; with `is_checked` each step's are compared.
 
-        `has_ranks`: whether data-parallel ranks run each step together.
+        `has_ranks`: whether data-parallel ranks run each step together. With `levels` a step's
+        choice must come with it; None is for a plan of one level.
         """
         self._ends, self._has_ranks = band_ends(plan), has_ranks
         # By level. A level's prompt rows count for a band where it has no rules for them.
         self._counts_prompts = np.array([True, *(not level.prompt for level in plan.levels)])
         self._most, self._is_checked = most_rows, is_checked
+        self._levels = levels
+        self._choice: tuple[int, ...] = ()
+        self._parameters: dict[str, Any] = {}
         self._requests: dict[str, ServedRequest] = {}
         self._buffer: Tensor | None = None
         self._filled = 0
 
     def hear(self, scheduled: Any) -> None:
-        """Learns of the requests that begin and end with a step (vLLM's SchedulerOutput)."""
+        """Learns of a step (vLLM's SchedulerOutput): requests that begin and end, and its choice.
+
+        Raises LeanMoeError where a step comes without the choice that levels need.
+        """
         for name in scheduled.finished_req_ids:
             self._requests.pop(name, None)
-        for request in scheduled.scheduled_new_reqs:
-            self._requests[request.req_id] = served(request.sampling_params)
+            self._parameters.pop(name, None)
+        choice = () if self._levels is None else getattr(scheduled, CHOICE, None)
+        if choice is None and scheduled.num_scheduled_tokens:
+            raise LeanMoeError(
+                f"vLLM {version()} made a step that does not say at which level it runs: tiers "
+                "cannot run there; unset LEANMOE_TIERS and LEANMOE_SLO"
+            )
+        new = {request.req_id: request.sampling_params for request in scheduled.scheduled_new_reqs}
+        self._parameters |= new
+        if choice is not None and choice != self._choice:
+            self._choice, new = choice, self._parameters
+        levels = self._levels or first_level
+        for name, parameters in new.items():
+            self._requests[name] = served(parameters, self._choice, levels)
 
     def fill(self, step: StepRequests, device: torch.device) -> None:
         """Writes a real step's rows and band; what lies behind them is the trained model's."""
