@@ -120,10 +120,7 @@ def process_control() -> ControlHooks:
 
 
 def check_request(tiers: Tiers | None, request: Any) -> None:
-    """Refuses an unknown tier, and a salt that could be taken for leanmoe's.
-
-    Where no plan is at work there is nothing to ask for, and nothing is checked.
-    """
+    """Refuses an unknown tier, and a salt that could be taken for leanmoe's."""
     if tiers is None:
         return
     try:
@@ -138,7 +135,8 @@ def _clients_fault(error: BadRequestError) -> Exception:
         from vllm.exceptions import VLLMValidationError
     except ImportError:
         return error
-    return VLLMValidationError(str(error))
+    refusal: Exception = VLLMValidationError(str(error))
+    return refusal
 
 
 def check_signature(function: Callable[..., Any], parameter: str) -> None:
