@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from leanmoe.core.errors import LeanMoeError
-from leanmoe.plan import Plan, Rule
+from leanmoe.plan import Band, Plan, Rule
 from leanmoe.runtime import apply, partial_attention_reason, shape_of
 from leanmoe.scoring.divergence import (
+    CachedPrompts,
     Head,
     divergence,
     final_hidden,
@@ -217,6 +218,28 @@ def test_one_pass_scores_every_reply_as_if_alone(family: str) -> None:
     for number, row in enumerate(batch.ids_SN):
         alone = one_by_one(model, plan, row)
         torch.testing.assert_close(whole[number, PROMPT:], torch.stack(alone))
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_replies_run_on_cached_prompts_as_they_do_beside_them(family: str) -> None:
+    model = build(family)
+    if reason := partial_attention_reason(model.config):
+        pytest.skip(f"its replies never share a row: {reason}")
+    fingerprint, (batch,) = shape_of(model).fingerprint(), reply_windows().batches(decode_batch=2)
+    nothing = (Rule(),) * fingerprint.moe_layers
+    rules = (Rule(guaranteed=1, renormalise=0.0),) * fingerprint.moe_layers
+    plan = Plan.banded(fingerprint, (Band(None, rules),), nothing)
+    prompts = CachedPrompts.of(model, batch)
+    for _ in range(2):  # a cache can be used again
+        with apply(model, plan, decode_batch=2, prompt_tokens=0, count=True) as alone:
+            found = prompts.final_hidden(model)
+    with apply(
+        model, plan, decode_batch=2, prompt_tokens=batch.prompt_in_call, count=True
+    ) as beside:
+        whole = final_hidden(model, batch)
+    torch.testing.assert_close(found[:, PROMPT:], whole[:, PROMPT:])
+    assert not torch.equal(whole[:, PROMPT:], final_hidden(model, batch)[:, PROMPT:])
+    assert alone.generated == beside.generated
 
 
 def test_an_empty_plan_gives_the_models_own_predictions() -> None:

@@ -83,8 +83,9 @@ def test_each_phase_and_load_is_tried_by_its_own_rules(
 
     def measured(_context: TuneContext, plan: object, decode_batch: int) -> Losses:
         prompt, bands = plan.prompt, plan.bands  # type: ignore[attr-defined]
-        rule = prompt[0] if prompt else bands[0].rules[0]
-        asked.append((decode_batch, bool(prompt), rule.top_k, rule.guaranteed))
+        rule = bands[0].rules[0] if bands else prompt[0]
+        assert not bands or prompt == given.no_rules, "prompts stay as they are while replies try"
+        asked.append((decode_batch, not bands, rule.top_k, rule.guaranteed))
         return losses((0.75,))((rule,))
 
     monkeypatch.setattr(renormalise, "_losses", measured)

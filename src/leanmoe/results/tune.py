@@ -10,7 +10,7 @@ from leanmoe.core.intervals import LossChange, LossGap, Margin, RatioOfRuns
 from leanmoe.core.provenance import Provenance, StepsMadeWith
 from leanmoe.core.schema import StoredFile, stored_as
 from leanmoe.models.shape import Fingerprint
-from leanmoe.plan import Plan, Rule
+from leanmoe.plan import Band, Plan, Rule
 
 Phase = Literal["prompt", "decode"]
 BudgetKind = Literal["slots", "distinct"]
@@ -136,12 +136,12 @@ class Candidate:
     """Requests that decode at once; 1 for rules that are not batch-aware."""
 
     def plan(self, model: Fingerprint) -> Plan:
-        """The plan that changes this layer alone."""
-        rules = [Rule()] * model.moe_layers
-        rules[self.layer] = self.rule
+        """The plan that changes this layer alone, for tokens of its phase alone."""
+        nothing = (Rule(),) * model.moe_layers
+        rules = (*nothing[: self.layer], self.rule, *nothing[self.layer + 1 :])
         if self.phase == "prompt":
-            return Plan.banded(model, prompt=tuple(rules))
-        return Plan.per_layer(model, tuple(rules))
+            return Plan.banded(model, prompt=rules)
+        return Plan.banded(model, (Band(None, rules),), nothing)
 
     def serves(self, decode_batch: int) -> bool:
         """Whether what was measured of it holds in steps of so many requests."""

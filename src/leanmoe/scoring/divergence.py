@@ -27,8 +27,8 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,14 @@ from torch import Tensor, nn
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.core.progress import bar
-from leanmoe.scoring.windows import BATCH_TOKENS, WindowBatch, Windows
+from leanmoe.scoring.windows import (
+    BATCH_TOKENS,
+    WindowBatch,
+    Windows,
+    branched_ids,
+    branched_layout,
+    unbranched,
+)
 from leanmoe.stats.losses import Counts, Divergence, Floats, Losses
 
 SLICE_BYTES = 32 * 1024**2
@@ -85,50 +92,49 @@ def hidden_of(
 
 
 def _branched(model: Any, batch: WindowBatch) -> Tensor:
+    done = model.base_model(**_branched_call(model, batch), use_cache=False)
+    return unbranched(done[0], batch.ids_SN.shape[1], batch.prompt_tokens)
+
+
+def _branched_call(model: Any, batch: WindowBatch) -> dict[str, Tensor]:
     length, prompt = batch.ids_SN.shape[1], batch.prompt_tokens
     positions, mask = branched_layout(length, prompt, batch.reply_tokens, model.dtype)
-    done = model.base_model(
-        input_ids=branched_ids(batch.ids_SN, prompt).to(model.device),
-        position_ids=positions.to(model.device),
-        attention_mask=mask.to(model.device),
-        use_cache=False,
-    )
-    return unbranched(done[0], length, prompt)
+    ids = branched_ids(batch.ids_SN, prompt)
+    call = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    return {name: each.to(model.device) for name, each in call.items()}
 
 
-def branched_ids(ids_SN: Tensor, prompt: int) -> Tensor:
-    """The rows of the call [S,N]: the window, then its tokens after the first `prompt` again."""
-    return torch.cat([ids_SN, ids_SN[:, prompt:]], dim=1)
+@dataclass(frozen=True)
+class CachedPrompts:
+    """What attention keeps of a batch's windows, so that their replies can run without them."""
 
+    batch: WindowBatch
+    cache: Any
+    """Transformers' own, as the model made it."""
 
-@lru_cache(maxsize=16)
-def branched_layout(
-    length: int, prompt: int, reply: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Position ids [1,N] and the attention mask [1,1,N,N], to be added to scores, of such rows.
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: Any, batch: WindowBatch) -> CachedPrompts:
+        """Runs a batch with replies once, under what is applied: prompts stay under these rules."""
+        cache = model.base_model(**_branched_call(model, batch), use_cache=True).past_key_values
+        cache.crop(batch.prompt_tokens - batch.ids_SN.shape[1])  # as many as the replies have
+        return cls(batch, cache)
 
-    N is `length` + `length` − `prompt`. Reply number n holds window positions prompt + n x reply
-    to prompt + (n+1) x reply - 1. Its first token is the last one of its prompt: the one whose
-    prediction is the reply's first token.
-    """
-    window = torch.arange(length)
-    replies = window[prompt:]
-    starts = prompt + (replies - prompt) // reply * reply
-    window_sees_window = window[:, None] >= window[None, :]
-    reply_sees_window = starts[:, None] > window[None, :]
-    is_same_reply = starts[:, None] == starts[None, :]
-    reply_sees_reply = is_same_reply & (replies[:, None] >= replies[None, :])
-    nothing = torch.zeros(length, length - prompt).bool()
-    upper = torch.cat([window_sees_window, nothing], dim=1)
-    lower = torch.cat([reply_sees_window, reply_sees_reply], dim=1)
-    sees_NN = torch.cat([upper, lower])
-    mask_NN = torch.zeros(sees_NN.shape, dtype=dtype).masked_fill(~sees_NN, torch.finfo(dtype).min)
-    return torch.cat([window, replies])[None], mask_NN[None, None]
+    @torch.inference_mode()
+    def final_hidden(self, model: Any) -> Tensor:
+        """`final_hidden` of the replies alone [S,N,D], zeros at the prompt, which nobody reads.
 
-
-def unbranched(hidden_SND: Tensor, length: int, prompt: int) -> Tensor:
-    """The windows' final hidden states [S,N,D], those of the replies in their places."""
-    return torch.cat([hidden_SND[:, :prompt], hidden_SND[:, length:]], dim=1)
+        To `apply`, all tokens of this call decode: `prompt_tokens` is 0.
+        """
+        length = self.batch.ids_SN.shape[1]
+        call = _branched_call(model, self.batch)
+        call |= {name: call[name][:, length:] for name in ("input_ids", "position_ids")}
+        call["attention_mask"] = call["attention_mask"][:, :, length:]
+        # A call adds to a cache's layers by making new tensors, so copies leave this one as it is.
+        again = copy(self.cache)
+        again.layers = [copy(layer) for layer in self.cache.layers]
+        done = model.base_model(**call, past_key_values=again, use_cache=True)
+        return nn.functional.pad(done[0], (0, 0, self.batch.prompt_tokens, 0))
 
 
 @dataclass(frozen=True)

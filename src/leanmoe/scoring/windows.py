@@ -1,6 +1,6 @@
 """Documents cut into windows of tokens, and batches of windows for a model to run.
 
-Letters: S windows, N tokens of a window.
+Letters: S windows, N tokens of a window, D hidden width.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -273,3 +274,38 @@ def _in_rounds(
             if number_of_piece < len(found):
                 taken += len(found[number_of_piece])
                 yield number, found[number_of_piece]
+
+
+def branched_ids(ids_SN: Tensor, prompt: int) -> Tensor:
+    """The rows of the call [S,N]: the window, then its tokens after the first `prompt` again."""
+    return torch.cat([ids_SN, ids_SN[:, prompt:]], dim=1)
+
+
+@lru_cache(maxsize=16)
+def branched_layout(
+    length: int, prompt: int, reply: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Position ids [1,N] and the attention mask [1,1,N,N], to be added to scores, of such rows.
+
+    N is `length` + `length` − `prompt`. Reply number n holds window positions prompt + n x reply
+    to prompt + (n+1) x reply - 1. Its first token is the last one of its prompt: the one whose
+    prediction is the reply's first token.
+    """
+    window = torch.arange(length)
+    replies = window[prompt:]
+    starts = prompt + (replies - prompt) // reply * reply
+    window_sees_window = window[:, None] >= window[None, :]
+    reply_sees_window = starts[:, None] > window[None, :]
+    is_same_reply = starts[:, None] == starts[None, :]
+    reply_sees_reply = is_same_reply & (replies[:, None] >= replies[None, :])
+    nothing = torch.zeros(length, length - prompt).bool()
+    upper = torch.cat([window_sees_window, nothing], dim=1)
+    lower = torch.cat([reply_sees_window, reply_sees_reply], dim=1)
+    sees_NN = torch.cat([upper, lower])
+    mask_NN = torch.zeros(sees_NN.shape, dtype=dtype).masked_fill(~sees_NN, torch.finfo(dtype).min)
+    return torch.cat([window, replies])[None], mask_NN[None, None]
+
+
+def unbranched(hidden_SND: Tensor, length: int, prompt: int) -> Tensor:
+    """The windows' final hidden states [S,N,D], those of the replies in their places."""
+    return torch.cat([hidden_SND[:, :prompt], hidden_SND[:, length:]], dim=1)

@@ -32,7 +32,8 @@ from leanmoe.results.tune import Candidate, Phase, Sensitivity
 from leanmoe.routing import count_distinct, count_slots
 from leanmoe.runtime import IMPLEMENTATION, apply, find_layers, resume_from
 from leanmoe.runtime.model import keep_hidden
-from leanmoe.scoring.divergence import Reference, final_hidden
+from leanmoe.scoring.divergence import CachedPrompts, Reference, final_hidden
+from leanmoe.scoring.windows import WindowBatch
 from leanmoe.stats.losses import Divergence
 from leanmoe.tune.context import BATCH_TOKENS, LAYER_TIMES, SENSITIVITY, TuneContext
 from leanmoe.tune.renormalise import chosen
@@ -138,34 +139,66 @@ def _measured(
 def _measure(
     context: TuneContext, against: Reference, group: Sequence[Candidate], advance: Advance
 ) -> tuple[Sensitivity, ...]:
-    model, layers = context.model, find_layers(context.model)
-    decode_batch = group[0].decode_batch
+    model, phase, decode_batch = context.model, group[0].phase, group[0].decode_batch
     sums: dict[Candidate, list[Divergence]] = {candidate: [] for candidate in group}
     counted: dict[Candidate, list[tuple[int, int, float, int]]] = {c: [] for c in group}
     for batch in against.windows.batches(BATCH_TOKENS, decode_batch):
-        with context.full(), keep_hidden(model, [each.decoder_index for each in layers]) as kept:
-            final_hidden(model, batch)
-        hidden = dict(kept)
+        started = Started.of(context, batch, phase)
         for candidate in group:
-            index = layers[candidate.layer].decoder_index
-            with (
-                resume_from(model, index, hidden[index]),
-                apply(
-                    model,
-                    candidate.plan(context.fingerprint),
-                    experts=IMPLEMENTATION,
-                    decode_batch=decode_batch,
-                    prompt_tokens=batch.prompt_in_call,
-                    count=True,
-                ) as applied,
-            ):
-                final = final_hidden(model, batch)
+            with apply(
+                model,
+                candidate.plan(context.fingerprint),
+                experts=IMPLEMENTATION,
+                decode_batch=decode_batch,
+                prompt_tokens=started.prompt_tokens,
+                count=True,
+            ) as applied:
+                final = started.final_hidden(model, candidate.layer)
             sums[candidate].append(against.compare(batch, final))
-            counts = applied.prompt if candidate.phase == "prompt" else applied.generated
+            counts = applied.prompt if phase == "prompt" else applied.generated
             layer = counts[candidate.layer]
             counted[candidate].append((layer.tokens, layer.slots, layer.distinct, layer.steps))
             advance(batch.tokens)
     return tuple(_summed(each, sums[each], counted[each]) for each in group)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A batch that the full model has run: what enters each layer, to go on from with a rule.
+
+    A rule for decoding leaves prompts as they are, so replies alone go on, where a batch has any.
+    """
+
+    batch: WindowBatch
+    hidden: Mapping[int, torch.Tensor]
+    """By number of the MoE layer: the hidden states [S,N,D] of those rows that go on."""
+    prompts: CachedPrompts | None
+
+    @classmethod
+    def of(cls, context: TuneContext, batch: WindowBatch, phase: Phase) -> Started:
+        """Runs the batch once under no rule."""
+        model, prompts, first = context.model, None, 0
+        indices = [layer.decoder_index for layer in find_layers(model)]
+        with context.full(), keep_hidden(model, indices) as kept:
+            if phase == "decode" and batch.reply_tokens:
+                prompts, first = CachedPrompts.of(model, batch), batch.ids_SN.shape[1]
+            else:
+                final_hidden(model, batch)
+        hidden = {number: kept[index][:, first:] for number, index in enumerate(indices)}
+        return cls(batch, hidden, prompts)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The first tokens of a row of the call that are a prompt: what `apply` takes."""
+        return self.batch.prompt_in_call if self.prompts is None else 0
+
+    def final_hidden(self, model: Any, layer: int) -> torch.Tensor:
+        """The final hidden states [S,N,D] under what is applied, from this MoE layer on."""
+        index = find_layers(model)[layer].decoder_index
+        with resume_from(model, index, self.hidden[layer]):
+            if self.prompts is None:
+                return final_hidden(model, self.batch)
+            return self.prompts.final_hidden(model)
 
 
 def _summed(

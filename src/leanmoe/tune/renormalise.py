@@ -51,7 +51,8 @@ def chosen(context: TuneContext, phase: Phase, decode_batch: int) -> float:
 
     def measure(a: float) -> float:
         rules = (replace(rule, renormalise=a),) * context.fingerprint.moe_layers
-        plan = Plan.per_layer(context.fingerprint, rules)
+        bands = Plan.per_layer(context.fingerprint, rules).bands
+        plan = Plan.banded(context.fingerprint, bands, context.no_rules)
         if phase == "prompt":
             plan = Plan.banded(context.fingerprint, prompt=rules)
         return _losses(context, plan, decode_batch).mean
