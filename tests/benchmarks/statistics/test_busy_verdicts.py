@@ -57,7 +57,7 @@ def test_a_later_run_takes_losses_and_no_time(tmp_path: Path) -> None:
 def test_the_demo_is_the_makefiles() -> None:
     name, *options = demo_options()
     assert name == "reference"
-    assert "--margin" in options
+    assert "--heldout-tokens" in options
     assert "--overwrite" not in options
 
 
