@@ -142,6 +142,8 @@ def test_replies_are_judged(run: Path) -> None:
         assert 0 <= row["agreement"]["same"] <= 1
         assert all(part["mean"] > 0 for part in row["divergence"]["parts"])
         assert [entry["n"] for entry in row["pass_at"]] == [1, 2]
+        assert (row["finished"]["prompts"], row["finished"]["most"]) == (12, 8)
+        assert row["finished"]["ratio"] is None, "12 prompts are too few for an interval"
         assert all(e["full"] <= 1 and e["low"] <= e["mean"] <= e["high"] for e in row["pass_at"])
 
 

@@ -96,4 +96,15 @@ def test_no_cell_is_cut_short(width: int) -> None:
 
 def test_wide_tables_stand_and_narrow_ones_lie_on_their_side() -> None:
     replies = [console_tables(results(), Console(width=width))[0] for width in (80, 200)]
-    assert [len(table.columns) for table in replies] == [2, 8]
+    assert [len(table.columns) for table in replies] == [2, 9]
+
+
+def test_lengths_are_a_ratio_or_said_not_to_be_measurable() -> None:
+    value = content()
+    ended = {"prompts": 32, "most": 16, "full_ended": 30, "plan_ended": 29, "both_ended": 28}
+    first, second = value["generation"]["rows"]
+    first["finished"] = {**ended, "ratio": {"ratio": 1.1, "low": 1.05, "high": 1.15}}
+    second["finished"] = {**ended, "both_ended": 3, "ratio": None}
+    (sheet,) = (s for s in sheets(EvalResults.from_json(value)) if "Greedy" in s.title)
+    cells = [row[sheet.heads.index("length, ratio where both end")] for row in sheet.rows]
+    assert cells == ["1.100 [1.050, 1.150], 28 of 32 end", "not measurable: 3 of 32 end"]

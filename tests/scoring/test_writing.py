@@ -14,7 +14,7 @@ from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Plan, Rule
 from leanmoe.runtime import apply, shape_of
 from leanmoe.scoring.rows import ScoredRow, ScoringSetup
-from leanmoe.scoring.writing import divergence_by_position, write_on
+from leanmoe.scoring.writing import divergence_by_position, end_tokens, write_on
 from leanmoe.stats.replies import (
     NUMBER,
     answer_in,
@@ -52,6 +52,23 @@ def test_greedy_replies_are_those_of_each_prompt_alone(rule: Rule) -> None:
     with apply(model, Plan.uniform(shape_of(model).fingerprint(), rule)):
         wanted = [by_hand(model, prompt, 6) for prompt in PROMPTS]
     assert write_on(under(model, rule, 2, 3), PROMPTS, 6, "x") == wanted
+
+
+def test_a_call_stops_once_all_its_replies_have_ended() -> None:
+    model = build("qwen3_moe")
+    whole = write_on(under(model, Rule()), PROMPTS, 6, "x")
+    ends = frozenset(reply[1] for reply in whole)
+    cut = write_on(under(model, Rule()), PROMPTS, 6, "x", ends=ends)
+    assert len(cut[0]) == 2
+    assert cut == [reply[:2] for reply in whole]
+    assert write_on(under(model, Rule()), PROMPTS, 6, "x", ends=frozenset({-1})) == whole
+
+
+def test_end_tokens_are_those_of_the_generation_settings() -> None:
+    model = build("qwen3_moe")
+    for value, wanted in ((None, set()), (7, {7}), ([7, 2], {2, 7})):
+        model.generation_config.eos_token_id = value
+        assert end_tokens(model) == wanted
 
 
 def test_company_changes_replies_only_under_rules_that_look_at_it() -> None:

@@ -92,3 +92,28 @@ class MeanChange:
     mean: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class PairedRatio:
+    """A figure under the plan over the full model's, with its interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ReplyLengths:
+    """How much longer a plan's replies are, on prompts that both models end by themselves."""
+
+    prompts: int
+    most: int
+    """Tokens at which a reply was cut."""
+    full_ended: int
+    """Replies that end before that; under the plan those of the first batch draw."""
+    plan_ended: int | None
+    """None where the full model's were too few to go on."""
+    both_ended: int
+    ratio: PairedRatio | None
+    """Mean length under the plan over the full model's; None where too few replies end."""

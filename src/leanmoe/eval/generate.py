@@ -28,9 +28,10 @@ from leanmoe.results.eval import (
     ReplyRow,
 )
 from leanmoe.scoring.rows import ScoredRow, ScoringSetup
-from leanmoe.scoring.writing import divergence_by_position, write_on
+from leanmoe.scoring.writing import divergence_by_position, end_tokens, write_on
 from leanmoe.stats.outcomes import difference
 from leanmoe.stats.replies import first_divergence, pass_at, repeated_share, until
+from leanmoe.stats.reply_lengths import compare_lengths, finished_length
 
 PARTS = 8
 """Stretches of a reply over which divergence is shown."""
@@ -70,6 +71,13 @@ def generation(
                 agreement=agreement(replies, theirs[0], settings.output_len),
                 repetition=_changed(writer, repeated_share, replies, theirs),
                 length=_changed(writer, len, replies, theirs),
+                finished=compare_lengths(
+                    writer.lengths(replies),
+                    [writer.lengths(each) for each in theirs],
+                    settings.output_len,
+                    settings.confidence,
+                    settings.seed,
+                ),
                 divergence=writer.divergence(each, full, replies, len(draws)),
                 exact_match=exact,
                 pass_at=passed,
@@ -99,9 +107,7 @@ class _Writer:
         self._model, self._tokenizer, self._folder = model, tokenizer, folder
         self._prompts, self._settings = prompts, settings
         self.confidence = settings.confidence
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = frozenset(int(end) for end in ends if end is not None)
+        self.ends = end_tokens(model)
         self.draws = settings.samples if prompts[0].answer is not None else 0
 
     def _setup(self, plan: Plan, draw: int) -> ScoringSetup:
@@ -129,6 +135,10 @@ class _Writer:
         prompts = [prompt for prompt in self._prompts for _ in range(self.draws)]
         how = {"temperature": self._settings.temperature, "draws": self._settings.seed}
         return self._write(each, draw, prompts, "drawn", **how)
+
+    def lengths(self, replies: Sequence[Sequence[int]]) -> list[int | None]:
+        """Tokens of each reply that ends by itself."""
+        return [finished_length(reply, self.ends) for reply in replies]
 
     def right(self, replies: Sequence[Sequence[int]]) -> Any:
         """Whether each reply holds its prompt's answer; replies may be several a prompt."""

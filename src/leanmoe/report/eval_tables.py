@@ -10,7 +10,7 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
-from leanmoe.core.intervals import LossChange, MeanChange
+from leanmoe.core.intervals import LossChange, MeanChange, ReplyLengths
 from leanmoe.results.eval import (
     DomainMatrix,
     EvalResults,
@@ -152,6 +152,7 @@ def _replies(replies: Replies, confidence: str) -> Sheet:
             f"{row.agreement.quantiles['0.5']:.0f}",
             _change(row.repetition, times=100),
             _change(row.length),
+            _lengths(row.finished),
             f"{row.divergence.parts[0].mean:.4f}",
             f"{row.divergence.parts[-1].mean:.4f}",
             _change(row.divergence.growth, digits=4),
@@ -161,19 +162,30 @@ def _replies(replies: Replies, confidence: str) -> Sheet:
     return Sheet(
         f"Greedy replies of {replies.tokens} tokens to {replies.prompts} prompts [{confidence}]",
         f"{_decoding(replies.concurrency).capitalize()}. Divergence: KL from the full model along "
-        "its own replies, nats per token, each model with its own keys and values.",
+        "its own replies, nats per token, each model with its own keys and values. A gain per "
+        "token over the ratio of lengths is the gain per finished request.",
         (
             "plan",
             "same to the end",
             "median first difference",
             "repetition, points",
             "length, tokens",
+            "length, ratio where both end",
             "divergence, first eighth",
             "last eighth",
             "growth",
         ),
         tuple(rows),
     )
+
+
+def _lengths(found: ReplyLengths | None) -> str:
+    if found is None:
+        return ""
+    ended = f"{found.both_ended} of {found.prompts} end"
+    if (ratio := found.ratio) is None:
+        return f"not measurable: {ended}"
+    return f"{ratio.ratio:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], {ended}"
 
 
 def _answers(row: ReplyRow) -> list[tuple[str, ...]]:

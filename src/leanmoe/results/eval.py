@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from leanmoe.core.intervals import LossChange, Margin, MeanChange
+from leanmoe.core.intervals import LossChange, Margin, MeanChange, ReplyLengths
 from leanmoe.core.provenance import Provenance, StepsMadeWith
 from leanmoe.core.schema import StoredFile, stored_as
 from leanmoe.plan import Plan
@@ -128,6 +128,8 @@ class ReplyRow:
     divergence: ReplyDivergence
     exact_match: AccuracyChange | None = None
     pass_at: tuple[PassAt, ...] = ()
+    finished: ReplyLengths | None = None
+    """Lengths of replies that end by themselves; not in files of before 0.2."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,11 @@ def write_on(
     what: str,
     temperature: float | None = None,
     draws: int = 0,
+    ends: frozenset[int] = frozenset(),
 ) -> list[list[int]]:
     """`new_tokens` tokens after each prompt; none stops early, so that the decode batch stays full.
 
+    With end tokens in `ends` a call stops once all of its replies have ended.
     The likeliest token is taken, or one is drawn at `temperature`. Draws depend on `draws`, the
     prompt's number and the position alone, so that models with the same distribution write the
     same. Every decode batch of requests shares a step, in an order that is drawn; the last step
@@ -53,11 +56,18 @@ def write_on(
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             noise = None if temperature is None else _GumbelNoise(chosen, temperature, draws)
-            written = _write(setup, [prompts[n] for n in chosen], new_tokens, noise)
+            written = _write(setup, [prompts[n] for n in chosen], new_tokens, noise, ends)
             for number, reply in zip(chosen, written.tolist(), strict=True):
                 replies.setdefault(number, reply)
             advance(len(chosen) * new_tokens)
     return [replies[number] for number in range(len(prompts))]
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """The tokens that end a reply; none where the model's generation settings have none."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return frozenset(int(end) for end in ends if end is not None)
 
 
 class _GumbelNoise:
@@ -81,6 +91,7 @@ def _write(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     noise: _GumbelNoise | None,
+    ends: frozenset[int],
 ) -> Tensor:
     from transformers import DynamicCache
 
@@ -111,8 +122,13 @@ def _write(
 
     with setup.applying(width - 1):
         written = [step(ids_SP.to(device), 0, width)]
+    last = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+    ended_S = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     with setup.applying(0):
         for place in range(width, width + new_tokens - 1):
+            ended_S |= torch.isin(written[-1], last)
+            if bool(ended_S.all()):
+                break
             written.append(step(written[-1][:, None], place, place + 1))
     return torch.stack(written, dim=1).cpu()
 

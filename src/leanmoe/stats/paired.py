@@ -257,13 +257,17 @@ def rarest_harm_seen(sources: int, confidence: float = CONFIDENCE) -> float:
     return 1 - float((1 - confidence) ** (1 / sources))
 
 
-def require_documents(documents: int, confidence: float = CONFIDENCE) -> None:
-    """Raises LeanMoeError, saying how many are needed, when sources are too few to judge by.
+def fewest_documents(confidence: float = CONFIDENCE) -> int:
+    """At least 20 documents, and 1 / (1 - confidence), to judge by.
 
-    At least 20, and 1 / (1 - confidence): with fewer, documents as rare as the error that is
-    allowed are more likely absent than there.
+    With fewer, documents as rare as the error that is allowed are more likely absent than there.
     """
-    needed = max(MINIMUM_DOCUMENTS, math.ceil(1 / (1 - confidence) - 1e-9))
+    return max(MINIMUM_DOCUMENTS, math.ceil(1 / (1 - confidence) - 1e-9))
+
+
+def require_documents(documents: int, confidence: float = CONFIDENCE) -> None:
+    """Raises LeanMoeError, saying how many are needed, when sources are too few to judge by."""
+    needed = fewest_documents(confidence)
     if documents < needed:
         raise LeanMoeError(
             f"too few documents for {confidence:.4g} confidence: {documents} independent ones "
