@@ -33,7 +33,7 @@ check: .venv/ready lint  ## style, types and the fast tests, in three minutes
 	$(PYTEST) -m "not slow"
 
 test: .venv/ready  ## style, types, the documentation and every test; engines run beside the others
-	$(MAKE) --jobs=2 test-others lint docs test-engines test-engines-oldest
+	$(MAKE) --jobs=3 test-others lint docs test-engines test-engines-oldest
 
 test-others: .venv/ready  ## every test that needs no engine
 	$(PYTEST)
@@ -42,8 +42,8 @@ test-engines: .venv-vllm/ready  ## the tests that need vLLM, which has an enviro
 	$(VLLM)/python -m pytest $(IN_PROCESS) tests/engines/test_pruned_checkpoint.py
 	$(VLLM)/python -m pytest tests/engines/vllm $(addprefix --ignore ,$(IN_PROCESS))
 
-test-engines-oldest: .venv-vllm-$(OLDEST_VLLM)/ready  ## tokens and refusals in the oldest vLLM with a plan
-	.venv-vllm-$(OLDEST_VLLM)/bin/python -m pytest -k "tokens or refused or signatures" \
+test-engines-oldest: .venv-vllm-$(OLDEST_VLLM)/ready  ## refusals in the oldest vLLM with a plan
+	.venv-vllm-$(OLDEST_VLLM)/bin/python -m pytest -k "refused or signatures" \
 		tests/engines/vllm/test_vllm.py tests/engines/vllm/test_versions.py
 
 test-engines-all: test-engines $(addprefix test-engines-,$(OTHER_VLLM))  ## the same in every vLLM

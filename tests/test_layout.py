@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path(leanmoe.__file__).parent
 MODULES = [path for path in sorted(SOURCE.rglob("*.py")) if path.name != "__init__.py"]
 NAMES = [path.relative_to(SOURCE).as_posix() for path in MODULES]
-MOST_LINES, MOST_LINES_OF_ALL, MOST_LINES_OF_HALF = 400, 39_600, 150
+MOST_LINES, MOST_LINES_OF_ALL, MOST_LINES_OF_HALF = 400, 39_750, 150
 ONE_EACH_VERB = {"run.py", "settings.py"}
 """File names that every verb's folder has."""
 PROGRAM = "the text of a kernel, which the test of its launcher runs"

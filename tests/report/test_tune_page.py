@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
+from leanmoe.core.intervals import PairedRatio, ReplyLengths
 from leanmoe.plan import Plan
 from leanmoe.report.tune_page import headline, is_restricted, tune_page
 from tests.report import example
@@ -59,3 +61,17 @@ def test_without_an_accepted_plan_the_page_says_so() -> None:
     empty = Plan.from_json({**example.plan(), "bands": []})
     assert "The plan is empty." in tune_page(refused, empty)
     assert not is_restricted(refused)
+
+
+def test_the_gain_per_finished_request_is_shown_or_that_it_is_not_measurable() -> None:
+    results = example.tune_results()
+    first, *rest = results.verdicts
+    ended = ReplyLengths(32, 128, 30, 29, 28, PairedRatio(1.1, 1.05, 1.15))
+    few = ReplyLengths(32, 128, 3, None, 0, None)
+    shown = replace(first, replies=ended, per_request=PairedRatio(1.045, 0.98, 1.11))
+    unknown = replace(rest[0], replies=few)
+    both = replace(results, verdicts=(shown, unknown, *rest[1:]))
+    html = text_of(tune_page(both, PLAN))
+    assert "+4.5% <small>(-2.0% to +11.0%)</small>" in html
+    assert html.count("<td>not measurable</td>") == 1
+    assert "not measurable" not in text_of(tune_page(results, PLAN))

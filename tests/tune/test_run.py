@@ -121,7 +121,9 @@ def test_the_plan_is_one_for_this_model_and_claims_what_was_proven(run: Path) ->
                 assert (band.up_to, not band.is_empty) == (verdict.up_to, verdict.accepted)
         for front in own.fronts:
             passed = [point.accepted for point in front.points]
-            assert passed[:-1] == [True] * (len(passed) - 1), "the first failure ends the sequence"
+            until = passed.index(False) + 1 if False in passed else len(passed)
+            # Prompt rules that were accepted for all loads may stand behind what was tested here.
+            assert passed[until:] in ([], [True]), "the first failure ends the sequence"
 
 
 def test_a_memory_budget_restricts_every_rule(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,13 @@ from leanmoe.bench.prompts import Supply
 from leanmoe.bench.settings import BenchSettings, ServiceLoad
 from leanmoe.bench.sweep import Outcome, Record, RunOne, Sweep, plan_sha256
 from leanmoe.core.errors import LeanMoeError
+from leanmoe.core.intervals import PairedRatio, RatioOfRuns, ReplyLengths
 from leanmoe.plan import Plan, Rule
 from leanmoe.runtime import apply, served_experts, shape_of
+from leanmoe.scoring.rows import ScoringSetup
+from leanmoe.scoring.writing import end_tokens, write_on
+from leanmoe.stats.paired import fewest_documents
+from leanmoe.stats.reply_lengths import compare_lengths, finished_length, per_finished_request
 from leanmoe.stats.runs import Looks, Ratio
 
 FULL = "full"
@@ -231,3 +236,45 @@ def cache_bytes(model: Any, room: Room) -> int:
     slots = (room.decode_batch + 4) * room.page
     size = torch.empty((), dtype=model.dtype).element_size()
     return int(2 * slots * config.num_hidden_layers * heads * width * size)
+
+
+NO_END = 0
+"""The length of a reply that did not end by itself."""
+
+
+@dataclass(frozen=True)
+class ReplyWriter:
+    """Do replies get longer? Full model and plans reply to the same prompts, greedily.
+
+    Steps stay as full as the load says: a reply that has ended is written on, as the next request
+    would be in a service.
+    """
+
+    model: Any
+    prompts: Sequence[Sequence[int]]
+    most: int
+    """Tokens at which a reply is cut."""
+    confidence: float
+    seed: int
+
+    def lengths(self, plan: Plan, load: int, what: str) -> tuple[int, ...]:
+        """Tokens of each reply with its end token; `NO_END` where it was cut."""
+        setup, ends = ScoringSetup.of(self.model, plan, load, self.seed), end_tokens(self.model)
+        replies = write_on(setup, self.prompts, self.most, what, ends=ends)
+        return tuple(finished_length(reply, ends) or NO_END for reply in replies)
+
+    def compare(self, full: Sequence[int], write: Callable[[], Sequence[int]]) -> ReplyLengths:
+        """The lengths of the full model's replies beside those that `write` gives of a plan.
+
+        Where too few of the full model's end for an interval, the plan writes none.
+        """
+        ended = len(full) - full.count(NO_END)
+        if ended < fewest_documents(self.confidence):
+            return ReplyLengths(len(full), self.most, ended, None, 0, None)
+        first, second = ([length or None for length in each] for each in (full, write()))
+        return compare_lengths(first, [second], self.most, self.confidence, self.seed)
+
+
+def gain_per_request(gain: RatioOfRuns, replies: ReplyLengths) -> PairedRatio | None:
+    """The gain per finished request; None where too few replies end."""
+    return None if replies.ratio is None else per_finished_request(gain, replies.ratio)

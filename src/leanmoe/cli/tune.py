@@ -51,7 +51,8 @@ def show(results: TuneResults, folder: Path) -> None:
     for name in ("level", "concurrency"):
         table.add_column(name, justify="right")
     table.add_column("runs")
-    for name in ("loss", f"at most ({sure})", "throughput", f"interval ({sure})"):
+    heads = ("loss", f"at most ({sure})", "throughput", f"interval ({sure})", "per request")
+    for name in heads:
         table.add_column(name, justify="right")
     for verdict in results.verdicts:
         loss, gain = verdict.loss, verdict.gain
@@ -63,6 +64,7 @@ def show(results: TuneResults, folder: Path) -> None:
             percent(loss.upper_bound) if loss else "",
             percent(gain.median - 1, 1) if gain else "",
             f"{percent(gain.low - 1, 1)} to {percent(gain.high - 1, 1)}" if gain else "",
+            percent(verdict.per_request.ratio - 1, 1) if verdict.per_request else "",
         )
     console.print(table)
     if results.total_or_activated:

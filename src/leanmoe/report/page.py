@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from leanmoe.core.intervals import LossChange, LossGap, MeanChange, RatioOfRuns
+from leanmoe.core.intervals import LossChange, LossGap, MeanChange, PairedRatio, RatioOfRuns
 from leanmoe.results.tune import percent
 
 CONFIG = {
@@ -35,11 +35,15 @@ def render(template: str, **content: Any) -> str:
     return loaded.render(plotly=_plotly(), plots=plots, **content)
 
 
-def interval(value: LossChange | LossGap | RatioOfRuns | MeanChange, digits: int = 2) -> Markup:
+def interval(
+    value: LossChange | LossGap | RatioOfRuns | PairedRatio | MeanChange, digits: int = 2
+) -> Markup:
     """A relative change in percent with its interval; a ratio counts from 1."""
     base = 0.0
     if isinstance(value, RatioOfRuns):
         middle, base, digits = value.median, 1.0, 1
+    elif isinstance(value, PairedRatio):
+        middle, base, digits = value.ratio, 1.0, 1
     elif isinstance(value, LossChange):
         middle = value.ratio
     else:

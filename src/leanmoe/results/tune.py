@@ -6,7 +6,14 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from leanmoe.core.intervals import LossChange, LossGap, Margin, RatioOfRuns
+from leanmoe.core.intervals import (
+    LossChange,
+    LossGap,
+    Margin,
+    PairedRatio,
+    RatioOfRuns,
+    ReplyLengths,
+)
 from leanmoe.core.provenance import Provenance, StepsMadeWith
 from leanmoe.core.schema import StoredFile, stored_as
 from leanmoe.models.shape import Fingerprint
@@ -316,6 +323,9 @@ class LoadVerdict:
     kinds: tuple[KindLoss, ...] = ()
     """On each kind of text; `loss` is that of the worst."""
     level: str = ""
+    replies: ReplyLengths | None = None
+    per_request: PairedRatio | None = None
+    """The gain per finished request: throughput over reply length; None where not measurable."""
 
 
 @dataclass(frozen=True)

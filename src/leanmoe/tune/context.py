@@ -74,6 +74,7 @@ VALIDATION = Stage("validation")
 STRATEGY = Stage("strategy")
 TOTAL_OR_ACTIVATED = Stage("total")
 GAIN = Stage("gain", timed=True)
+REPLIES = Stage("replies")
 
 
 @dataclass(frozen=True)

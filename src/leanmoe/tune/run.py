@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from leanmoe.core.intervals import Margin
+from leanmoe.bench.in_process import ReplyWriter, gain_per_request
+from leanmoe.core.intervals import Margin, ReplyLengths
 from leanmoe.core.provenance import Provenance, collect, peak_memory
 from leanmoe.core.run_folder import RunFolder
 from leanmoe.core.schema import all_fields, from_json
@@ -26,7 +28,7 @@ from leanmoe.results.tune import (
 )
 from leanmoe.runtime import apply, batching_reason, served_experts
 from leanmoe.tune.alternatives import compare_strategies, within_memory
-from leanmoe.tune.context import TuneContext, prepare
+from leanmoe.tune.context import REPLIES, TuneContext, digest, prepare
 from leanmoe.tune.layers import measure_sensitivities, time_layers
 from leanmoe.tune.prove import (
     Proven,
@@ -153,7 +155,59 @@ def _gains_and_verdicts(
     if why:
         return [], [verdict_without_gain(context, proven, load, why) for load in loads]
     gains = [measure_gain(context, proposal, load) for load in loads]
-    return gains, [verdict_on(context, proven, gain) for gain in gains]
+    verdicts = [verdict_on(context, proven, gain) for gain in gains]
+    return gains, [_per_request(context, proven, proposal, verdict) for verdict in verdicts]
+
+
+def _per_request(
+    context: TuneContext, proven: Proven, plan: Plan, verdict: LoadVerdict
+) -> LoadVerdict:
+    """The verdict with the gain per finished request; refused if replies surely grow by more."""
+    if not (verdict.accepted and verdict.gain and context.settings.reply_prompts):
+        return verdict
+    replies = _replies(context, plan, verdict.concurrency)
+    found = gain_per_request(verdict.gain, replies)
+    verdict = replace(verdict, replies=replies, per_request=found)
+    if found is None or replies.ratio is None:
+        return replace(verdict, reason=f"{verdict.reason}. {not_measurable(replies)}")
+    shown = (
+        f"per finished request {found.ratio - 1:+.1%} ({found.low - 1:+.1%} to "
+        f"{found.high - 1:+.1%}), replies {replies.ratio.ratio:.2f} times as long"
+    )
+    if found.high >= 1:
+        return replace(verdict, reason=f"{verdict.reason}. On replies that end: {shown}")
+    reason = f"replies grow by more than it gains: {shown}: no rules for decoding at this load"
+    left = proven.alone or proven.chosen[verdict.concurrency]
+    if left is not None:
+        verdict = replace(verdict, loss=left.worst.loss, kinds=left.kinds)
+    return replace(verdict, accepted=False, reason=reason)
+
+
+def not_measurable(replies: ReplyLengths) -> str:
+    """Why there is no ratio of lengths."""
+    ended, whose = replies.full_ended, "the full model's"
+    if replies.plan_ended is not None:
+        ended, whose = replies.both_ended, "both models'"
+    return (
+        f"Reply lengths not measurable on this model: {ended} of {replies.prompts} of {whose} "
+        f"replies ended within {replies.most} tokens"
+    )
+
+
+def _replies(context: TuneContext, plan: Plan, load: int) -> ReplyLengths:
+    """Replies of both to the first windows of each kind, as long as the load's prompts."""
+    how, kinds = context.settings, context.text.proved.values()
+    each = -(-max(how.reply_prompts, *how.concurrency) // len(kinds))
+    prompts = [row for w in kinds for row in w.ids_SN[:each, : how.input_len].tolist()]
+    writer = ReplyWriter(context.model, prompts, how.reply_cap, how.confidence, how.seed)
+
+    def lengths(plan: Plan, load: int, what: str, *about: object) -> tuple[int, ...]:
+        compute = partial(writer.lengths, plan, load, f"Replies to their end, {what}")
+        return context.take(REPLIES, tuple[int, ...], compute, *about)
+
+    full = lengths(Plan(context.fingerprint), 1, "full model", "full")
+    about = (load, digest(plan.level.rules))
+    return writer.compare(full, lambda: lengths(plan, load, "plan", *about))
 
 
 def _front(context: TuneContext, kept: Kept | None, load: int, proven: Proven) -> LoadFront:

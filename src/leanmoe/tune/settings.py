@@ -64,6 +64,10 @@ class TuneSettings:
         32, "Runs of each throughput measurement at most, full model and plan in turn."
     )
     precision: float = option(PRECISION, PRECISION_HELP, parse=parse_share, text=percent_text)
+    reply_prompts: int = option(
+        32, "Prompts that full model and plan reply to until they end: do replies grow? 0: none."
+    )
+    reply_cap: int = option(128, "Tokens at which such a reply is cut.")
     profile_tokens: int = option(200_000, "Tokens of calibration text that the profile reads.")
     sensitivity_tokens: int = option(
         20_000, "Tokens of calibration text that each candidate rule is measured on."
@@ -111,6 +115,8 @@ class TuneSettings:
 
             CRITERIA[self.criterion]
             kept_count(self.keep, read_shape(self.model))
+        require(self.reply_prompts >= 0, "--reply-prompts", self.reply_prompts, "0 or more")
+        require(self.reply_cap >= 1, "--reply-cap", self.reply_cap, "at least 1")
         require(self.output_len >= 2, "--output-len", self.output_len, "at least 2")
 
     def _check_margins(self) -> None:
