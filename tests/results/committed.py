@@ -31,4 +31,4 @@ def without_nulls(value: Any) -> Any:
     """JSON values without the fields that are null: an optional field may be absent or null."""
     if isinstance(value, dict):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+    return [without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
