@@ -129,15 +129,24 @@ def test_a_committed_evaluation_has_a_page_without_script(path: Path) -> None:
     html = page_of(results, HERE)
     assert "<h1>What plans cost: reference</h1>" in html
     assert "<script" not in html
-    assert results.plans[0].name in html
+    assert results.plans or results.transfer
+    assert all(plan.name in html for plan in results.plans)
+    kinds = results.transfer.rows[0].kinds if results.transfer else ()
+    assert all(f"1, {each.kind}" in html for each in kinds)
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.name)
 def test_the_confidence_shown_is_the_one_asked_for(path: Path) -> None:
     results = EvalResults.load(path)
     html = page_of(replace(results, settings={**results.settings, "confidence": 0.8}), HERE)
-    assert "[80%]" in html
-    assert "[95%]" not in html
+    if results.transfer is None:
+        assert "[80%]" in html
+        assert "[95%]" not in html
+        return
+    # A finished plan is tested as its run was: at that run's confidence.
+    moved = replace(results.transfer, confidence=0.9)
+    assert "Bounds are 95% each" in html
+    assert "Bounds are 90% each" in page_of(replace(results, transfer=moved), HERE)
 
 
 def test_an_evaluations_page_needs_no_plotly() -> None:
