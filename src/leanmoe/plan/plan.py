@@ -74,6 +74,10 @@ class Level:
         """Every rule of every band, then those for prompts."""
         return (*(rule for band in self.bands for rule in band.rules), *self.prompt)
 
+    def band_for(self, tokens: int) -> Band | None:
+        """The band of a forward step with this many tokens; None where the level ends below it."""
+        return next((b for b in self.bands if b.up_to is None or tokens <= b.up_to), None)
+
     def check(self, model: Fingerprint, more_experts: bool = False) -> None:
         """Raises LeanMoeError unless bands are in order and every rule is in range for `model`."""
         self._check_bands(model.moe_layers)
@@ -197,8 +201,8 @@ class Plan(StoredFile):
         return any(rule.budget_per_rank is not None for rule in rules)
 
     def band_for(self, tokens: int) -> Band | None:
-        """The band of a forward step with this many tokens; None where the plan ends below it."""
-        return next((b for b in self.bands if b.up_to is None or tokens <= b.up_to), None)
+        """`Level.band_for` of the only level."""
+        return self.level.band_for(tokens)
 
     def rules_for(self, tokens: int) -> tuple[Rule, ...]:
         """One rule per MoE layer for a forward step with this many tokens (padding not counted)."""

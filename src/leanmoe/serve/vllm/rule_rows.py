@@ -34,11 +34,10 @@ from torch import Tensor
 
 from leanmoe.core.errors import LeanMoeError
 from leanmoe.plan import Level, Plan, Rule
+from leanmoe.routing.rule_table import TRAINED
 from leanmoe.serve.vllm.installation import version
 from leanmoe.serve.vllm.padding import rank_share
 
-TRAINED = 0
-"""The rule row, and the level, of the model as it was trained."""
 HEAD = 4
 """Words before the rows in the buffer, the first is the band; so the rows lie at 16 bytes."""
 Ints = NDArray[np.int32]
@@ -55,6 +54,7 @@ class ServedRequest:
 
 
 UNKNOWN = ServedRequest(TRAINED, TRAINED)
+"""Level 0 is the model as it was trained, as rule row 0 is."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,8 @@ def rules_by_band(plan: Plan, layer: int) -> list[list[tuple[Rule, Rule | None]]
 
 
 def _reply_rule(level: Level, rows: int, layer: int) -> Rule:
-    for band in level.bands:
-        if band.up_to is None or rows <= band.up_to:
-            return band.rules[layer]
-    return Rule()
+    band = level.band_for(rows)
+    return band.rules[layer] if band else Rule()
 
 
 Levels = Callable[[Any, tuple[int, ...]], tuple[int, int]]
